@@ -1,0 +1,331 @@
+"""Cards and parameters: what every system says about itself as data, and how a system is found, built and recorded.
+
+A *system* is one file ``sfumato/<room>/<key>.py`` holding one class::
+
+    @register
+    class DAAM(Intervention):
+        CARD = Card(key="daam", title="What the DAAM", ...)      # literals only: read without importing the file
+
+        class Params(cards.Params):
+            words: list[str] = Field(default=[], description="words or phrases to map; empty: every word")
+
+        def __init__(self, **given):
+            self.params = self.Params(**given)
+
+The card is read from the source text, so listing every system imports neither torch nor the systems themselves. The
+parameters are one typed schema: the command line, web controls, documentation and the shared tests come from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sfumato.errors import BadInput, Conflict, UnknownName
+
+__all__ = [
+    "Card",
+    "Field",
+    "Params",
+    "register",
+    "methods",
+    "method",
+    "build",
+    "parse_with",
+    "to_recipe",
+    "from_recipe",
+]
+
+ROOMS = ("explain", "steer", "edit", "teach", "animate", "judge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The facts of one system. All fields are literals in the source file.
+
+    ``key`` is the file's name; ``verb`` one of :data:`ROOMS`; ``families`` the model families it runs on;
+    ``defaults_from`` says where the default parameters come from; ``cost`` is stated in forward-equivalents
+    (1 = one row through the denoiser); ``not_reproduced`` names what of the paper is missing here.
+    """
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    verb: str
+    families: tuple[str, ...]
+    defaults_from: str
+    cost: str
+    summary: str
+    arxiv: str = ""
+    not_reproduced: str = ""
+
+    def __post_init__(self):
+        if self.verb not in ROOMS:
+            raise UnknownName("verb", self.verb, ROOMS)
+
+
+class Params(BaseModel):
+    """Base of every system's parameters: unknown names, wrong kinds and values out of range become one-line errors.
+
+    Declare fields with :func:`Field` (``description``, ``ge``, ``le``, ``json_schema_extra={"unit": "pixel"}``). A
+    field that holds a list accepts a single value as well. Not-a-number and infinity are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    SYSTEM: ClassVar[str] = ""
+
+    def __init__(self, **given: Any):
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise _one_line(self.SYSTEM, type(self), error) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wrap_single_values(cls, given: dict[str, Any]) -> dict[str, Any]:
+        wrapped = dict(given)
+        for name, value in given.items():
+            field = cls.model_fields.get(name)
+            if field is not None and isinstance(value, str | int | float) and _only_lists(field.annotation):
+                wrapped[name] = [value]
+        return wrapped
+
+
+def _only_lists(annotation: Any) -> bool:
+    """Whether every alternative of a type, None aside, is a list or a tuple."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return all(_only_lists(part) for part in typing.get_args(annotation) if part is not type(None))
+    return (origin or annotation) in (list, tuple)
+
+
+def _one_line(system: str, params: type[Params], error: ValidationError) -> BadInput | UnknownName:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "parameters"
+    of = f" of {system}" if system else ""
+    if first["type"] == "extra_forbidden":
+        return UnknownName(f"parameter{of}", name, params.model_fields)
+    inside = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+    field = params.model_fields.get(name)
+    unit = (field.json_schema_extra or {}).get("unit") if field and isinstance(field.json_schema_extra, dict) else None
+    said = first["msg"].removeprefix("Value error, ")
+    message = f"{name}{inside}{of} is {_brief(first['input'])}: {said[:1].lower()}{said[1:]}"
+    message += f" (unit: {unit})" if unit else ""
+    message += f"; {name} is {field.description}" if field is not None and field.description else ""
+    return BadInput(" ".join(message.split()) + ".")
+
+
+def _brief(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# --- the registry ------------------------------------------------------------------------------------------------
+
+_registered: dict[str, type] = {}
+
+
+def register(cls: type) -> type:
+    """Class decorator that makes a system known under ``cls.CARD.key``; classes outside this package are welcome."""
+    card, params = getattr(cls, "CARD", None), getattr(cls, "Params", None)
+    if not isinstance(card, Card):
+        raise BadInput(f"{cls.__name__} cannot be registered: it needs CARD = Card(...).")
+    if not (isinstance(params, type) and issubclass(params, Params)):
+        raise BadInput(f"{cls.__name__} cannot be registered: it needs a nested class Params(sfumato.cards.Params).")
+    known = _registered.get(card.key)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise Conflict(f"the key {card.key!r} is already taken by {known.__module__}.{known.__qualname__}.")
+    params.SYSTEM = card.key
+    _registered[card.key] = cls
+    return cls
+
+
+def methods(verb: str | None = None) -> dict[str, Card]:
+    """The cards of all systems by key, those of one ``verb`` if given. Imports no system and no torch."""
+    if verb is not None and verb not in ROOMS:
+        raise UnknownName("verb", verb, ROOMS)
+    found = dict(_shipped())
+    found.update({key: cls.CARD for key, cls in _registered.items()})  # type: ignore[attr-defined]
+    return {key: card for key, card in found.items() if verb is None or card.verb == verb}
+
+
+def method(key: str) -> type:
+    """The class of the system ``key`` (``-`` and ``_`` are the same). Raises UnknownName with the nearest keys."""
+    key = key.strip().replace("-", "_")
+    if key not in _registered:
+        cards = _shipped()
+        if key not in cards:
+            raise UnknownName("method", key, methods())
+        importlib.import_module(f"sfumato.{cards[key].verb}.{key}")
+    return _registered[key]
+
+
+@functools.cache
+def _shipped() -> dict[str, Card]:
+    here = Path(__file__).parent
+    cards = (_card_in(path) for room in ROOMS for path in sorted((here / room).glob("[a-z]*.py")))
+    return {card.key: card for card in cards if card is not None}
+
+
+def _card_in(path: Path) -> Card | None:
+    """The card of one source file, evaluated without importing it, or None when the file holds no system."""
+    source = path.read_text(encoding="utf-8")
+    if "CARD = Card(" not in source:
+        return None
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARD":
+            assert isinstance(node.value, ast.Call)
+            return Card(**{word.arg: ast.literal_eval(word.value) for word in node.value.keywords})  # type: ignore[misc]
+    return None
+
+
+# --- from the command line -----------------------------------------------------------------------------------------
+
+WITH_GRAMMAR = "KEY:name=value,name=value - lists as [red cube|ball], quotes around anything with , | [ ] or quotes"
+
+
+def build(text: str) -> Any:
+    """Construct a system from ``KEY`` or ``KEY:name=value,...`` (grammar: :func:`parse_with`)."""
+    key, given = parse_with(text)
+    return method(key)(**given)
+
+
+def parse_with(text: str) -> tuple[str, dict[str, Any]]:
+    """Read one ``--with`` argument into a key and its parameters.
+
+    ::
+
+        with   := key [ ":" [ param ("," param)* ] ]
+        param  := name "=" value
+        value  := item ( "|" item )*          one item: a value; several: a list
+        item   := "[" [ value ] "]"           always a list, possibly empty; lists may hold lists
+                | quoted | bare
+        quoted := '"' ... '"' | "'" ... "'"   backslash escapes the next character
+        bare   := characters other than , | [ ] " '   with the blanks at its ends dropped; none (unquoted) is None
+
+    ``daam:words=[red cube|ball],heads=[0|3]`` gives ``("daam", {"words": ["red cube", "ball"], "heads": ["0", "3"]})``.
+    Values stay text: the system's :class:`Params` turn them into numbers, switches and words.
+    """
+    key, colon, rest = text.partition(":")
+    key = key.strip()
+    if not key:
+        raise BadInput(f"--with {_brief(text)}: the name of a system is missing. Write {WITH_GRAMMAR}.")
+    if not rest.strip():
+        return key, {}
+    return key, _WithReader(text, rest).params()
+
+
+class _WithReader:
+    """A reader over the parameters of one ``--with`` argument; ``at`` is the next character to read."""
+
+    def __init__(self, whole: str, text: str):
+        self.whole, self.text, self.at = whole, text, 0
+
+    def params(self) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        while True:
+            name = self._until("=,|[]\"'").strip()
+            if not name or self._peek() != "=":
+                raise self._bad(f"expected name=value at {self.text[self.at - len(name) :][:20]!r}")
+            if name in given:
+                raise self._bad(f"{name} is given twice")
+            self.at += 1
+            given[name] = self._value(stop=",")
+            if self.at == len(self.text):
+                return given
+            self.at += 1
+
+    def _value(self, stop: str) -> Any:
+        items = [self._item()]
+        while self._peek() == "|":
+            self.at += 1
+            items.append(self._item())
+        if self._peek() != stop and not (stop == "," and self.at == len(self.text)):
+            found = repr(self._peek()) if self._peek() else "the end"
+            raise self._bad(f"expected {stop!r} but found {found}")
+        return items[0] if len(items) == 1 else items
+
+    def _item(self) -> Any:
+        self._until_not(" ")
+        first = self._peek()
+        if first == "[":
+            return self._list()
+        if first in ("'", '"') and first:
+            return self._quoted(first)
+        bare = self._until(",|[]\"'").strip()
+        if not bare:
+            raise self._bad("a value is missing")
+        return None if bare.lower() == "none" else bare
+
+    def _list(self) -> list[Any]:
+        self.at += 1
+        self._until_not(" ")
+        if self._peek() == "]":
+            self.at += 1
+            items: list[Any] = []
+        else:
+            start = self.at
+            items = [self._item()]
+            while self._peek() == "|":
+                self.at += 1
+                items.append(self._item())
+            if self._peek() != "]":
+                found = f"{self._peek()!r} (list items are parted by |)" if self._peek() else "the end"
+                raise self._bad(f"the list {self.text[start - 1 :][:20]!r} needs ']' but has {found}")
+            self.at += 1
+        self._until_not(" ")
+        return items
+
+    def _quoted(self, quote: str) -> str:
+        self.at += 1
+        out = []
+        while (char := self._peek()) != quote:
+            if not char:
+                raise self._bad(f"the quote {quote} is never closed")
+            if char == "\\" and self.at + 1 < len(self.text):
+                self.at += 1
+                char = self.text[self.at]
+            out.append(char)
+            self.at += 1
+        self.at += 1
+        self._until_not(" ")
+        return "".join(out)
+
+    def _peek(self) -> str:
+        return self.text[self.at] if self.at < len(self.text) else ""
+
+    def _until(self, stops: str) -> str:
+        start = self.at
+        while self.at < len(self.text) and self.text[self.at] not in stops:
+            self.at += 1
+        return self.text[start : self.at]
+
+    def _until_not(self, blanks: str) -> None:
+        while self.at < len(self.text) and self.text[self.at] in blanks:
+            self.at += 1
+
+    def _bad(self, what: str) -> BadInput:
+        return BadInput(f"--with {_brief(self.whole)}: {what}. Write {WITH_GRAMMAR}.")
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------
+
+
+def to_recipe(system: Any) -> dict[str, Any]:
+    """``{"method": key, "params": {...}}`` in plain JSON values, enough to build the same system again."""
+    return {"method": system.CARD.key, "params": system.params.model_dump(mode="json")}
+
+
+def from_recipe(recipe: dict[str, Any]) -> Any:
+    """The system that :func:`to_recipe` described."""
+    return method(str(recipe.get("method", "")))(**recipe.get("params", {}))
