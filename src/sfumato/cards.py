@@ -163,10 +163,10 @@ def method(key: str) -> type:
     """The class of the system ``key`` (``-`` and ``_`` are the same). Raises UnknownName with the nearest keys."""
     key = key.strip().replace("-", "_")
     if key not in _registered:
-        cards = _shipped()
-        if key not in cards:
+        shipped = _shipped()
+        if key not in shipped:
             raise UnknownName("method", key, methods())
-        importlib.import_module(f"sfumato.{cards[key].verb}.{key}")
+        importlib.import_module(f"sfumato.{shipped[key].verb}.{key}")
     return _registered[key]
 
 
@@ -184,8 +184,8 @@ def _card_in(path: Path) -> Card | None:
         return None
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARD":
-            assert isinstance(node.value, ast.Call)
-            return Card(**{word.arg: ast.literal_eval(word.value) for word in node.value.keywords})  # type: ignore[misc]
+            facts = {word.arg: ast.literal_eval(word.value) for word in node.value.keywords}  # type: ignore[attr-defined]
+            return Card(**facts)
     return None
 
 
@@ -229,7 +229,7 @@ class _WithReader:
     """A reader over the parameters of one ``--with`` argument; ``at`` is the next character to read."""
 
     def __init__(self, whole: str, text: str):
-        self.whole, self.text, self.at = whole, text, 0
+        self.whole, self.text, self.at, self.depth = whole, text, 0, 0
 
     def params(self) -> dict[str, Any]:
         given: dict[str, Any] = {}
@@ -246,21 +246,24 @@ class _WithReader:
             self.at += 1
 
     def _value(self, stop: str) -> Any:
+        items = self._items()
+        if self._peek() != stop and self._peek():
+            raise self._bad(f"expected {stop!r} but found {self._peek()!r}")
+        return items[0] if len(items) == 1 else items
+
+    def _items(self) -> list[Any]:
         items = [self._item()]
         while self._peek() == "|":
             self.at += 1
             items.append(self._item())
-        if self._peek() != stop and not (stop == "," and self.at == len(self.text)):
-            found = repr(self._peek()) if self._peek() else "the end"
-            raise self._bad(f"expected {stop!r} but found {found}")
-        return items[0] if len(items) == 1 else items
+        return items
 
     def _item(self) -> Any:
-        self._until_not(" ")
+        self._skip_blanks()
         first = self._peek()
         if first == "[":
             return self._list()
-        if first in ("'", '"') and first:
+        if first and first in "'\"":
             return self._quoted(first)
         bare = self._until(",|[]\"'").strip()
         if not bare:
@@ -268,22 +271,19 @@ class _WithReader:
         return None if bare.lower() == "none" else bare
 
     def _list(self) -> list[Any]:
+        start = self.at
         self.at += 1
-        self._until_not(" ")
-        if self._peek() == "]":
-            self.at += 1
-            items: list[Any] = []
-        else:
-            start = self.at
-            items = [self._item()]
-            while self._peek() == "|":
-                self.at += 1
-                items.append(self._item())
-            if self._peek() != "]":
-                found = f"{self._peek()!r} (list items are parted by |)" if self._peek() else "the end"
-                raise self._bad(f"the list {self.text[start - 1 :][:20]!r} needs ']' but has {found}")
-            self.at += 1
-        self._until_not(" ")
+        self.depth += 1
+        if self.depth > 4:
+            raise self._bad("lists are nested deeper than 4")
+        self._skip_blanks()
+        items = [] if self._peek() == "]" else self._items()
+        if self._peek() != "]":
+            found = f"found {self._peek()!r} (items are parted by |)" if self._peek() else "ends without"
+            raise self._bad(f"the list {_brief(self.text[start:], 24)} needs ']' but {found}")
+        self.at += 1
+        self.depth -= 1
+        self._skip_blanks()
         return items
 
     def _quoted(self, quote: str) -> str:
@@ -298,7 +298,7 @@ class _WithReader:
             out.append(char)
             self.at += 1
         self.at += 1
-        self._until_not(" ")
+        self._skip_blanks()
         return "".join(out)
 
     def _peek(self) -> str:
@@ -310,8 +310,8 @@ class _WithReader:
             self.at += 1
         return self.text[start : self.at]
 
-    def _until_not(self, blanks: str) -> None:
-        while self.at < len(self.text) and self.text[self.at] in blanks:
+    def _skip_blanks(self) -> None:
+        while self._peek() == " ":
             self.at += 1
 
     def _bad(self, what: str) -> BadInput:
