@@ -1,0 +1,27 @@
+"""The toybox: a procedural world of toys on a ground, in which everything about a picture is known exactly."""
+
+from __future__ import annotations
+
+import importlib
+
+_HOME = {
+    "scene": (
+        "SHAPES COLORS PATTERNS SIZES GROUNDS SKIES Toy Camera Light Scene sample_scene is_held_out SPLITS".split()
+    ),
+    "captions": "Caption Phrase Dependency caption VOCABULARY".split(),
+    "rendering": "Frames render to_uint8".split(),
+    "dataset": "ToyboxDataset export_imagefolder".split(),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    # Rendering needs torch, scenes and captions do not: resolve names on first use.
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

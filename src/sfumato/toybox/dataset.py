@@ -1,0 +1,167 @@
+"""Toybox pictures by the thousand: rendered once, cached on disk, the same for everybody from the same seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadInput, UnknownName
+from . import captions, rendering
+from .captions import Caption
+from .scene import Scene, sample_scene
+
+WORLD = 1  # raised when the same arguments draw another picture, so that no stale cache is read
+DATA_SPLITS = ("train", "val", "test", "heldout")
+
+
+def cache_root() -> Path:
+    """Folder for renders and runs: ``$SFUMATO_CACHE``, else ``~/.cache/sfumato``."""
+    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
+
+
+def draw_scene(split: str, seed: int, index: int, toys: int | None = None) -> Scene:
+    """Scene ``index`` of a split: a pure function of its arguments, so that sets grow without changing.
+
+    "train", "val" and "test" never hold a held-out attribute combination and differ in their seeds; every toy of "heldout"
+    is a held-out combination.
+    """
+    if split not in DATA_SPLITS:
+        raise UnknownName("split", split, DATA_SPLITS)
+    rng = np.random.default_rng((seed, DATA_SPLITS.index(split), index))
+    return sample_scene(rng, toys, "heldout" if split == "heldout" else "train")
+
+
+class ToyboxDataset:
+    """``n`` rendered scenes of a split.
+
+    Attributes:
+        images: (n, size, size, 3) uint8, memory-mapped.
+        masks: (n, size, size) int8, memory-mapped; -1 background, else toy index.
+        scenes: the n scenes.
+
+    Rendered on first use into ``cache`` (default: the cache folder) and read from there afterwards.
+
+    Raises:
+        UnknownName: split; BadInput: n < 1.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        n: int = 1000,
+        size: int = 64,
+        seed: int = 0,
+        toys: int | None = None,
+        cache: Path | str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ):
+        if split not in DATA_SPLITS:
+            raise UnknownName("split", split, DATA_SPLITS)
+        if n < 1:
+            raise BadInput(f"n must be at least 1, got {n}.")
+        self.split, self.n, self.size, self.seed = split, n, size, seed
+        self.scenes = [draw_scene(split, seed, i, toys) for i in range(n)]
+        folder = Path(cache) if cache else cache_root() / "toybox"
+        crowd = "" if toys is None else f"-toys{toys}"
+        self.folder = folder / f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}"
+        if not (self.folder / "masks.npy").exists():
+            self._render(on_progress)
+        self.images = np.load(self.folder / "images.npy", mmap_mode="r")
+        self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def caption(self, i: int, rng: np.random.Generator | None = None, style: str | None = None) -> Caption:
+        """A caption of scene i: of a random style when ``rng`` is given, else "full", unless ``style`` says otherwise."""
+        return captions.caption(self.scenes[i], rng, style or ("random" if rng is not None else "full"))
+
+    def _render(self, on_progress: Callable[[int, int], None] | None) -> None:
+        part = self.folder.with_name(f"{self.folder.name}.part{os.getpid()}")
+        part.mkdir(parents=True, exist_ok=True)
+        try:
+            shape = (self.n, self.size, self.size)
+            images = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, (*shape, 3))
+            masks = np.lib.format.open_memmap(part / "masks.npy", "w+", np.int8, shape)
+            for i in range(0, self.n, 64):
+                frames = rendering.render(self.scenes[i : i + 64], self.size)
+                images[i : i + 64] = rendering.to_uint8(frames.image).permute(0, 2, 3, 1).numpy()
+                masks[i : i + 64] = frames.mask.numpy()
+                if on_progress:
+                    on_progress(min(i + 64, self.n), self.n)
+            images.flush()
+            masks.flush()
+            if not self.folder.exists():
+                part.rename(self.folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def export_imagefolder(
+    folder: Path | str,
+    n: int = 16,
+    size: int = 64,
+    seed: int = 0,
+    split: str = "train",
+    style: str = "random",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes an imagefolder that any trainer reads: ``metadata.jsonl`` (file_name, text), PNGs, masks and scenes.
+
+    Masks are 8-bit PNGs under ``masks/`` (0 background, i + 1 for toy i), scenes JSON under ``scenes/``; both are named in
+    the metadata too, with boxes and the caption's phrases. Written beside and renamed: an interrupted export leaves
+    nothing.
+
+    Raises:
+        BadInput: the folder exists and is not empty. OSError: it cannot be written.
+    """
+    from PIL import Image
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"output folder {str(folder)!r} exists and is not empty; name a new one.")
+    if n < 1:
+        raise BadInput(f"n must be at least 1, got {n}.")
+    if style not in captions.STYLES:
+        raise UnknownName("caption style", style, captions.STYLES)
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    try:
+        for name in ("masks", "scenes"):
+            (part / name).mkdir(parents=True)
+        with (part / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+            for start in range(0, n, 64):
+                scenes = [draw_scene(split, seed, i) for i in range(start, min(start + 64, n))]
+                frames = rendering.render(scenes, size)
+                for j, scene in enumerate(scenes):
+                    i = start + j
+                    # The caption's draw is apart from the scene's, so that styles do not change pictures.
+                    rng = np.random.default_rng((seed, DATA_SPLITS.index(split), i, 1))
+                    told = captions.caption(scene, rng, style)
+                    name = f"{i:06d}"
+                    frames.pil(j).save(part / f"{name}.png")
+                    Image.fromarray((frames.mask[j] + 1).numpy().astype(np.uint8)).save(part / "masks" / f"{name}.png")
+                    (part / "scenes" / f"{name}.json").write_text(scene.to_json(), encoding="utf-8")
+                    row = {
+                        "file_name": f"{name}.png",
+                        "text": told.text,
+                        "mask": f"masks/{name}.png",
+                        "scene": f"scenes/{name}.json",
+                        "boxes": [None if b[0] != b[0] else b for b in frames.boxes[j].tolist()],
+                        "phrases": [
+                            {"text": p.text, "start": p.start, "end": p.end, "object": p.object} for p in told.phrases
+                        ],
+                    }
+                    metadata.write(json.dumps(row) + "\n")
+                if on_progress:
+                    on_progress(min(start + 64, n), n)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

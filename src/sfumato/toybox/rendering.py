@@ -1,0 +1,517 @@
+"""Analytic ray casting of toybox scenes, batched in torch, with every pixel's truth.
+
+Toys are spheres, boxes, cylinders and cones in a local frame (base on y = 0, about one unit tall), so each ray's hit, normal
+and texture coordinate are closed forms. Rays are tested against bounding spheres first; the closed forms run only on the
+few (ray, toy) pairs that survive, gathered over the whole batch. Colour is averaged over supersample x supersample rays a
+pixel, each with its own point on an area light (soft shadows); mask, depth and normals come from one ray through the
+pixel's centre, so that they are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .scene import COLORS, DISTANCE, GROUNDS, LOOK_HEIGHT, PATTERNS, SHAPES, SKIES, VIEW_WIDTH, Scene
+
+COLOR_RGB = {
+    "red": (0.86, 0.10, 0.10),
+    "orange": (1.00, 0.50, 0.05),
+    "yellow": (0.98, 0.86, 0.12),
+    "green": (0.10, 0.60, 0.18),
+    "blue": (0.12, 0.28, 0.88),
+    "purple": (0.55, 0.16, 0.72),
+    "white": (0.95, 0.95, 0.95),
+    "black": (0.05, 0.05, 0.06),
+}
+# top of the sky, horizon, colour of the light, colour of the ambient light
+SKY_RGB = {
+    "day": ((0.30, 0.55, 0.92), (0.78, 0.90, 0.98), (1.00, 0.98, 0.92), (0.46, 0.50, 0.56)),
+    "sunset": ((0.36, 0.22, 0.48), (1.00, 0.62, 0.32), (1.04, 0.86, 0.70), (0.42, 0.38, 0.39)),
+    "night": ((0.02, 0.02, 0.08), (0.07, 0.08, 0.20), (0.70, 0.72, 0.80), (0.29, 0.30, 0.36)),
+    "fog": ((0.80, 0.81, 0.82), (0.88, 0.88, 0.88), (0.72, 0.72, 0.72), (0.60, 0.60, 0.60)),
+    "clouds": ((0.42, 0.46, 0.52), (0.70, 0.72, 0.75), (0.84, 0.85, 0.88), (0.48, 0.49, 0.52)),
+}
+FOG = {"day": 0.035, "sunset": 0.04, "night": 0.05, "fog": 0.16, "clouds": 0.045}  # per world unit beyond the toys
+# two tones of each ground's texture
+GROUND_RGB = {
+    "grass": ((0.30, 0.56, 0.20), (0.37, 0.64, 0.25)),
+    "sand": ((0.84, 0.72, 0.48), (0.90, 0.79, 0.56)),
+    "snow": ((0.86, 0.89, 0.95), (0.94, 0.96, 0.99)),
+    "wood": ((0.46, 0.28, 0.15), (0.56, 0.36, 0.20)),
+    "tiles": ((0.40, 0.45, 0.52), (0.56, 0.61, 0.68)),
+}
+LIGHT_RADIUS = 0.10  # of the area light, as the tangent of its angular radius
+_FAR = 1e9
+
+
+@dataclass
+class Frames:
+    """Rendered pictures and their truth.
+
+    image: (b, 3, h, w) float32 in [-1, 1].
+    mask: (b, h, w) int16, index of the toy the pixel's centre ray meets first, -1 for background.
+    depth: (b, h, w) float32, world units along the camera's viewing axis; inf where the ray meets nothing.
+    normal: (b, 3, h, w) float32 unit vectors in camera axes (x right, y up, z towards the camera); 0 where nothing is met.
+    boxes: per picture (n, 4) float32, x0 y0 x1 y1 in pixels, end exclusive, of each toy's visible pixels; nan if unseen.
+    scenes: what was rendered.
+    """
+
+    image: Tensor
+    mask: Tensor
+    depth: Tensor
+    normal: Tensor
+    boxes: list[Tensor]
+    scenes: list[Scene]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def pil(self, i: int = 0):
+        """Picture i as a PIL image."""
+        from PIL import Image
+
+        return Image.fromarray(to_uint8(self.image[i : i + 1])[0].permute(1, 2, 0).numpy())
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """(..., 3, h, w) float in [-1, 1] -> the same shape in uint8 on the CPU."""
+    return ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+
+
+# ---- shapes, in the local frame ---------------------------------------------------------------------------------------
+# Each takes origins o and directions d (n, 3) and returns t (n) - _FAR where missed -, normal (n, 3) and texture (n, 2).
+
+
+def _quadratic(a: Tensor, half_b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Both roots of a t^2 + 2 half_b t + c = 0, low first; (_FAR, -_FAR) where there is none."""
+    disc = half_b * half_b - a * c
+    root = disc.clamp_min(0).sqrt()
+    a = torch.where(a.abs() < 1e-9, torch.full_like(a, 1e-9), a)
+    low, high = (-half_b - root) / a, (-half_b + root) / a
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    none = disc < 0
+    return low.masked_fill(none, _FAR), high.masked_fill(none, -_FAR)
+
+
+def _slab(o: Tensor, d: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Entry and exit of rays through low <= coordinate <= high for one coordinate."""
+    safe = torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
+    t0, t1 = (low - o) / safe, (high - o) / safe
+    return torch.minimum(t0, t1), torch.maximum(t0, t1)
+
+
+def _first(enter: Tensor, leave: Tensor) -> Tensor:
+    """First crossing in front of the ray's origin of a convex body with that interval, else _FAR."""
+    t = torch.where(enter > 1e-4, enter, leave)
+    return torch.where((leave > enter) & (t > 1e-4), t, torch.full_like(t, _FAR))
+
+
+def _ball(o: Tensor, d: Tensor):
+    centre = o.new_tensor((0.0, 0.5, 0.0))
+    oc = o - centre
+    t = _first(*_quadratic((d * d).sum(-1), (d * oc).sum(-1), (oc * oc).sum(-1) - 0.25))
+    p = oc + t.clamp_max(1e3)[:, None] * d
+    uv = torch.stack((torch.atan2(p[:, 0], -p[:, 2]) * 0.42, p[:, 1] + 0.5), -1)
+    return t, p * 2, uv
+
+
+def _box(o: Tensor, d: Tensor, low: tuple[float, float, float], high: tuple[float, float, float]):
+    spans = [_slab(o[:, i], d[:, i], low[i], high[i]) for i in range(3)]
+    enters = torch.stack([s[0] for s in spans], -1)
+    leaves = torch.stack([s[1] for s in spans], -1)
+    enter, axis_in = enters.max(-1)
+    leave, axis_out = leaves.min(-1)
+    t = _first(enter, leave)
+    axis = torch.where(enter > 1e-4, axis_in, axis_out)
+    normal = torch.nn.functional.one_hot(axis, 3).to(o) * -torch.sign(d) * torch.where(enter > 1e-4, 1.0, -1.0)[:, None]
+    return t, normal, _triplanar(o + t.clamp_max(1e3)[:, None] * d, axis)
+
+
+def _triplanar(p: Tensor, axis: Tensor) -> Tensor:
+    u = torch.where(axis == 0, p[:, 2], p[:, 0])
+    v = torch.where(axis == 1, p[:, 2], p[:, 1])
+    return torch.stack((u, v), -1)
+
+
+def _cube(o: Tensor, d: Tensor):
+    return _box(o, d, (-0.42, 0.0, -0.42), (0.42, 0.84, 0.42))
+
+
+def _cross(o: Tensor, d: Tensor):
+    upright = _box(o, d, (-0.17, 0.0, -0.17), (0.17, 1.0, 0.17))
+    beam = _box(o, d, (-0.5, 0.33, -0.17), (0.5, 0.67, 0.17))
+    nearer = upright[0] <= beam[0]
+    return (
+        torch.where(nearer, upright[0], beam[0]),
+        torch.where(nearer[:, None], upright[1], beam[1]),
+        torch.where(nearer[:, None], upright[2], beam[2]),
+    )
+
+
+def _cylinder(o: Tensor, d: Tensor):
+    radius = 0.38
+    flat_o, flat_d = o[:, [0, 2]], d[:, [0, 2]]
+    side_in, side_out = _quadratic(
+        (flat_d * flat_d).sum(-1), (flat_d * flat_o).sum(-1), (flat_o * flat_o).sum(-1) - radius**2
+    )
+    cap_in, cap_out = _slab(o[:, 1], d[:, 1], 0.0, 1.0)
+    enter, leave = torch.maximum(side_in, cap_in), torch.minimum(side_out, cap_out)
+    t = _first(enter, leave)
+    p = o + t.clamp_max(1e3)[:, None] * d
+    on_cap = (t - cap_in).abs() < (t - side_in).abs()
+    cap_normal = torch.stack((torch.zeros_like(t), -torch.sign(d[:, 1]), torch.zeros_like(t)), -1)
+    side_normal = torch.stack((p[:, 0] / radius, torch.zeros_like(t), p[:, 2] / radius), -1)
+    side_uv = torch.stack((torch.atan2(p[:, 0], -p[:, 2]) * radius, p[:, 1]), -1)
+    return (
+        t,
+        torch.where(on_cap[:, None], cap_normal, side_normal),
+        torch.where(on_cap[:, None], p[:, [0, 2]], side_uv),
+    )
+
+
+def _cone(o: Tensor, d: Tensor):
+    height, radius = 1.05, 0.52
+    slope = radius / height
+    # x^2 + z^2 = slope^2 (height - y)^2, the nappe below the apex and above the ground
+    up_o, up_d = height - o[:, 1], -d[:, 1]
+    a = d[:, 0] ** 2 + d[:, 2] ** 2 - slope**2 * up_d**2
+    b = d[:, 0] * o[:, 0] + d[:, 2] * o[:, 2] - slope**2 * up_d * up_o
+    c = o[:, 0] ** 2 + o[:, 2] ** 2 - slope**2 * up_o**2
+    low, high = _quadratic(a, b, c)
+    best = torch.full_like(low, _FAR)
+    for t in (high, low):
+        y = o[:, 1] + t.clamp(-1e3, 1e3) * d[:, 1]
+        best = torch.where((t > 1e-4) & (t < _FAR) & (y >= 0) & (y <= height), torch.minimum(t, best), best)
+    p = o + best.clamp_max(1e3)[:, None] * d
+    normal = torch.stack((p[:, 0], slope**2 * (height - p[:, 1]), p[:, 2]), -1)
+    uv = torch.stack((torch.atan2(p[:, 0], -p[:, 2]) * 0.32, p[:, 1]), -1)
+    return best, torch.nn.functional.normalize(normal, dim=-1), uv
+
+
+def _ring(o: Tensor, d: Tensor):
+    # A wheel: an outer cylinder along local z with a round hole, so an interval minus an interval.
+    outer, inner, half = 0.5, 0.25, 0.17
+    o = o - o.new_tensor((0.0, 0.5, 0.0))
+    a, b = (d[:, :2] ** 2).sum(-1), (d[:, :2] * o[:, :2]).sum(-1)
+    r2 = (o[:, :2] ** 2).sum(-1)
+    out_in, out_out = _quadratic(a, b, r2 - outer**2)
+    hole_in, hole_out = _quadratic(a, b, r2 - inner**2)
+    face_in, face_out = _slab(o[:, 2], d[:, 2], -half, half)
+    enter, leave = torch.maximum(out_in, face_in), torch.minimum(out_out, face_out)
+    solid = (leave > enter) & (enter > 1e-4)
+    through = (hole_in < enter) & (enter < hole_out)  # the face is met inside the hole
+    wall = through & (hole_out < leave)  # and then the hole's far wall is met
+    t = torch.where(through, torch.where(wall, hole_out, torch.full_like(enter, _FAR)), enter)
+    t = torch.where(solid, t, torch.full_like(t, _FAR))
+    p = o + t.clamp_max(1e3)[:, None] * d
+    radial = torch.nn.functional.pad(p[:, :2] / p[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-6), (0, 1))
+    face = torch.stack((torch.zeros_like(t), torch.zeros_like(t), -torch.sign(d[:, 2])), -1)
+    on_face = ~wall & ((t - face_in).abs() < (t - out_in).abs())
+    normal = torch.where(wall[:, None], -radial, torch.where(on_face[:, None], face, radial))
+    round_uv = torch.stack((torch.atan2(p[:, 0], p[:, 1]) * 0.4, p[:, 2] + 0.5), -1)
+    flat_uv = p[:, :2] + 0.5
+    return t, normal, torch.where(on_face[:, None], flat_uv, round_uv)
+
+
+_INTERSECT = {
+    "ball": _ball,
+    "cube": _cube,
+    "cylinder": _cylinder,
+    "cone": _cone,
+    "ring": _ring,
+    "cross": _cross,
+}
+_BOUND_CENTRE, _BOUND_RADIUS = 0.5, 0.78  # of the sphere around every shape, in local units
+
+
+# ---- scenes as tensors ------------------------------------------------------------------------------------------------
+
+
+class _Batch:
+    """The numbers of a list of scenes as padded tensors: b scenes, k toys at most."""
+
+    def __init__(self, scenes: Sequence[Scene], device: torch.device | str):
+        b, k = len(scenes), max([len(s.toys) for s in scenes] + [1])
+        kind = torch.full((b, k), -1)
+        place, turn, scale = torch.zeros(b, k, 3), torch.zeros(b, k), torch.ones(b, k)
+        color, second, pattern, gloss = torch.zeros(b, k, 3), torch.zeros(b, k, 3), torch.zeros(b, k), torch.zeros(b, k)
+        for i, scene in enumerate(scenes):
+            for j, toy in enumerate(scene.toys):
+                kind[i, j] = SHAPES.index(toy.shape)
+                place[i, j] = torch.tensor((toy.x, 0.0, toy.z))
+                turn[i, j], scale[i, j], gloss[i, j] = math.radians(toy.yaw), toy.scale, toy.gloss
+                color[i, j] = torch.tensor(COLOR_RGB[toy.color])
+                second[i, j] = torch.tensor((0.46, 0.48, 0.53) if toy.color == "white" else (0.96, 0.96, 0.94))
+                pattern[i, j] = PATTERNS.index(toy.pattern)
+        to = lambda x: x.to(device)  # noqa: E731
+        self.kind, self.place, self.turn, self.scale = to(kind), to(place), to(turn), to(scale)
+        self.color, self.second, self.pattern, self.gloss = to(color), to(second), to(pattern), to(gloss)
+        self.centre = self.place + self.scale[..., None] * torch.tensor((0.0, _BOUND_CENTRE, 0.0), device=device)
+        self.bound = torch.where(self.kind >= 0, self.scale * _BOUND_RADIUS, -1.0)  # negative: never met
+        sky = [SKY_RGB[s.sky] for s in scenes]
+        self.sky_top, self.sky_low, self.sun, self.ambient = (
+            to(torch.tensor([row[i] for row in sky])) for i in range(4)
+        )
+        self.fog = to(torch.tensor([FOG[s.sky] for s in scenes]))
+        self.sky_kind = to(torch.tensor([SKIES.index(s.sky) for s in scenes]))
+        self.ground_kind = to(torch.tensor([GROUNDS.index(s.ground) for s in scenes]))
+        self.ground = to(torch.tensor([GROUND_RGB[s.ground] for s in scenes]))  # (b, 2, 3)
+
+        azimuth, elevation, zoom = (
+            to(torch.tensor([getattr(s.camera, n) for s in scenes])) for n in ("azimuth", "elevation", "zoom")
+        )
+        a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation)
+        zero = torch.zeros_like(a)
+        self.right = torch.stack((a.cos(), zero, -a.sin()), -1)
+        self.forward = torch.stack((a.sin() * e.cos(), -e.sin(), a.cos() * e.cos()), -1)
+        self.up = torch.stack((a.sin() * e.sin(), e.cos(), a.cos() * e.sin()), -1)
+        self.eye = torch.tensor((0.0, LOOK_HEIGHT, 0.0), device=device) - DISTANCE * self.forward
+        self.tangent = VIEW_WIDTH / 2 / DISTANCE / zoom  # of half the horizontal field of view
+        la, le = (
+            torch.deg2rad(to(torch.tensor([getattr(s.light, n) for s in scenes]))) for n in ("azimuth", "elevation")
+        )
+        flat = la[:, None].cos() * -torch.stack((a.sin(), zero, a.cos()), -1) + la[:, None].sin() * self.right
+        self.light = le[:, None].cos() * flat + le[:, None].sin() * torch.tensor((0.0, 1.0, 0.0), device=device)
+
+    def rays(self, h: int, w: int, dx: float, dy: float) -> Tensor:
+        """Unit directions (b, h*w, 3) through the point (dx, dy) in [0, 1) of every pixel."""
+        device = self.eye.device
+        x = ((torch.arange(w, device=device) + dx) / w * 2 - 1)[None, None, :, None]
+        y = ((1 - (torch.arange(h, device=device) + dy) / h * 2) * h / w)[None, :, None, None]
+        t = self.tangent[:, None, None, None]
+        d = (
+            self.forward[:, None, None]
+            + x * t * self.right[:, None, None]
+            + y * t * self.up[:, None, None]
+        )
+        return torch.nn.functional.normalize(d, dim=-1).flatten(1, 2)
+
+    def candidates(self, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(scene, ray, toy) indices of the rays that meet a toy's bounding sphere. o, d: (b, r, 3)."""
+        centre = self.centre.transpose(1, 2)  # b 3 k
+        along = (d * o).sum(-1, keepdim=True) - d @ centre  # minus the distance along the ray to the closest approach
+        gap = (o * o).sum(-1, keepdim=True) - 2 * (o @ centre) + (self.centre**2).sum(-1)[:, None]
+        near = (gap - along**2 < self.bound[:, None] ** 2) & (self.bound[:, None] > 0)
+        near &= (along < self.bound[:, None])
+        s, r, k = near.nonzero(as_tuple=True)
+        return s, r, k
+
+    def meet(self, s: Tensor, k: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hits of rays o, d (n, 3) in world axes with toys k of scenes s: t, world normal (n, 3), texture (n, 2)."""
+        cos, sin = self.turn[s, k].cos(), self.turn[s, k].sin()
+        scale = self.scale[s, k][:, None]
+        o = _turn(o - self.place[s, k], cos, -sin) / scale
+        d = _turn(d, cos, -sin) / scale  # t stays in world units
+        t = torch.full_like(cos, _FAR)
+        normal, uv = torch.zeros_like(o), torch.zeros_like(o[:, :2])
+        kind = self.kind[s, k]
+        for i, shape in enumerate(SHAPES):
+            pick = (kind == i).nonzero().squeeze(1)
+            if len(pick):
+                t[pick], normal[pick], uv[pick] = _INTERSECT[shape](o[pick], d[pick])
+        return t, _turn(normal, cos, sin), uv
+
+
+def _turn(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates (n, 3) vectors about the vertical axis."""
+    x, y, z = v.unbind(-1)
+    return torch.stack((cos * x + sin * z, y, -sin * x + cos * z), -1)
+
+
+@dataclass
+class _Hits:
+    """What each ray (b, r) meets first: flat lists over the rays that meet a toy, and planes over all rays."""
+
+    t: Tensor  # (b, r) distance, _FAR for sky
+    toy: Tensor  # (b, r) index or -1
+    s: Tensor  # (n) scene of each toy hit
+    r: Tensor  # (n) ray of each toy hit
+    k: Tensor  # (n) toy
+    normal: Tensor  # (n, 3)
+    uv: Tensor  # (n, 2)
+
+
+def _cast(batch: _Batch, d: Tensor) -> _Hits:
+    b, rays, _ = d.shape
+    o = batch.eye[:, None]
+    s, r, k = batch.candidates(o.expand_as(d), d)
+    t, normal, uv = batch.meet(s, k, batch.eye[s], d[s, r])
+    ground = torch.where(d[..., 1] < -1e-6, -o[..., 1] / d[..., 1].clamp_max(-1e-6), torch.full_like(d[..., 0], _FAR))
+    nearest = ground.clone().flatten()
+    flat = s * rays + r
+    nearest.scatter_reduce_(0, flat, t, "amin")
+    nearest = nearest.view(b, rays)
+    won = (t < _FAR) & (t <= nearest[s, r])
+    s, r, k, normal, uv = s[won], r[won], k[won], normal[won], uv[won]
+    toy = torch.full((b, rays), -1, dtype=torch.int16, device=d.device)
+    toy[s, r] = k.to(torch.int16)
+    keep = toy[s, r] == k  # two toys at the very same distance: one of them owns the ray
+    return _Hits(nearest, toy, s[keep], r[keep], k[keep], normal[keep], uv[keep])
+
+
+def _occluded(batch: _Batch, s: Tensor, p: Tensor, light: Tensor) -> Tensor:
+    """(n) bool: whether points p (n, 3) of scenes s lie in some toy's shadow. light: (b, 3)."""
+    dark = torch.zeros(len(p), dtype=torch.bool, device=p.device)
+    to_light = light[s]
+    for k in range(batch.kind.shape[1]):
+        oc = p - batch.centre[s, k]
+        along = (oc * to_light).sum(-1)
+        bound = batch.bound[s, k]
+        near = ((oc * oc).sum(-1) - along**2 < bound**2) & (along < bound) & (bound > 0) & ~dark
+        pick = near.nonzero().squeeze(1)
+        if len(pick):
+            t, _, _ = batch.meet(s[pick], torch.full_like(pick, k), p[pick], to_light[pick])
+            dark[pick] |= t < _FAR
+    return dark
+
+
+def _pattern(kind: Tensor, uv: Tensor) -> Tensor:
+    """(n) bool: whether the texture point shows the toy's second colour."""
+    u, v = uv[:, 0], uv[:, 1]
+    striped = torch.remainder(v * 3.1, 1.0) > 0.55
+    cell_u, cell_v = torch.remainder(u * 3.1 + 0.5, 1.0) - 0.5, torch.remainder(v * 3.1, 1.0) - 0.5
+    dotted = cell_u**2 + cell_v**2 < 0.085
+    checkered = torch.remainder(torch.floor(u * 3.6 + 0.5) + torch.floor(v * 3.6), 2.0) > 0.5
+    return ((kind == 1) & striped) | ((kind == 2) & dotted) | ((kind == 3) & checkered)
+
+
+def _wave(x: Tensor, z: Tensor, a: float, b: float, phase: float) -> Tensor:
+    return torch.sin(a * x + b * z + phase)
+
+
+def _ground_tone(kind: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """(n) in [0, 1]: where between its two tones a ground's texture stands at (x, z)."""
+    meadow = 0.5 + 0.25 * (_wave(x, z, 3.1, 1.7, 0.3) * _wave(x, z, -1.3, 2.9, 1.1) + _wave(x, z, 5.3, -4.1, 2.0))
+    ripples = 0.5 + 0.5 * torch.sin(5.0 * z + 1.2 * torch.sin(1.1 * x) + 0.6 * x)
+    drifts = 0.5 + 0.5 * _wave(x, z, 0.9, 1.6, 0.5) * _wave(x, z, -1.7, 0.8, 0.2)
+    planks = torch.remainder(torch.floor(x / 0.7), 2.0) * 0.55 + 0.2 * (1 + torch.sin(9 * x + 0.7 * torch.sin(2 * z)))
+    tiles = torch.remainder(torch.floor(x / 0.9) + torch.floor(z / 0.9), 2.0)
+    return torch.stack((meadow, ripples, drifts, planks, tiles), -1).gather(-1, kind[:, None]).squeeze(-1)
+
+
+def _sky(batch: _Batch, s: Tensor, d: Tensor) -> Tensor:
+    """Sky colour (n, 3) of scenes s along directions d (n, 3)."""
+    height = d[:, 1:2].clamp_min(0)
+    blend = (height * 3.2).clamp_max(1) ** 0.7
+    color = batch.sky_low[s] * (1 - blend) + batch.sky_top[s] * blend
+    cloud = (_wave(d[:, 0], d[:, 1], 9.0, 30.0, 0.4) * _wave(d[:, 2], d[:, 1], 7.0, -22.0, 1.3)).clamp_min(0)
+    cloudy = (batch.sky_kind[s] == SKIES.index("clouds")).float() * 0.35 + (batch.sky_kind[s] == 0).float() * 0.25
+    return color + (1 - color) * (cloudy * cloud)[:, None]
+
+
+def _shade(batch: _Batch, d: Tensor, hits: _Hits, light: Tensor) -> Tensor:
+    """Colours (b, r, 3) in [0, 1] of rays d, lit from light (b, 3)."""
+    b, rays, _ = d.shape
+    scene = torch.arange(b, device=d.device)[:, None].expand(b, rays)
+    color = torch.empty(b, rays, 3, device=d.device)
+
+    sky = hits.t >= _FAR
+    s = scene[sky]
+    color[sky] = _sky(batch, s, d[sky])
+
+    on_ground = ~sky & (hits.toy < 0)
+    s, ray, t = scene[on_ground], d[on_ground], hits.t[on_ground]
+    p = batch.eye[s] + t[:, None] * ray
+    tone = _ground_tone(batch.ground_kind[s], p[:, 0], p[:, 2])
+    tone = 0.5 + (tone - 0.5) / (1 + (0.12 * (t - DISTANCE)).clamp_min(0) ** 2)  # texture fades before it aliases
+    base = batch.ground[s, 0] * (1 - tone[:, None]) + batch.ground[s, 1] * tone[:, None]
+    direct = (~_occluded(batch, s, p, light)).float() * light[s, 1]
+    # contact shadow: the sky a ground point sees is partly hidden by toys standing near
+    reach = p[:, None] - batch.place[s]
+    nearby = (reach * reach).sum(-1) / (batch.bound[s].clamp_min(1e-3) ** 2)
+    closed = (1 - 0.45 * torch.exp(-1.6 * nearby) * (batch.bound[s] > 0)).prod(-1)
+    lit = batch.ambient[s] * closed[:, None] + batch.sun[s] * 0.62 * direct[:, None]
+    haze = (1 - torch.exp(-batch.fog[s] * (t - DISTANCE).clamp_min(0)))[:, None]
+    color[on_ground] = (base * lit) * (1 - haze) + batch.sky_low[s] * haze
+
+    s, r, k = hits.s, hits.r, hits.k
+    ray, t, n = d[s, r], hits.t[s, r], hits.normal
+    p = batch.eye[s] + t[:, None] * ray
+    second = _pattern(batch.pattern[s, k], hits.uv)
+    base = torch.where(second[:, None], batch.second[s, k], batch.color[s, k])
+    lambert = (n * light[s]).sum(-1).clamp_min(0)
+    lambert = lambert * (~_occluded(batch, s, p + 2e-3 * n, light)).float()
+    sky_share = (0.62 + 0.38 * n[:, 1])[:, None]
+    near_ground = (0.72 + 0.28 * (p[:, 1] / batch.scale[s, k] / 0.5).clamp(0, 1))[:, None]
+    bounce = batch.ground[s, 0] * (0.14 * (1 - n[:, 1]))[:, None]
+    lit = batch.ambient[s] * sky_share * near_ground + bounce + batch.sun[s] * 0.72 * lambert[:, None]
+    half = torch.nn.functional.normalize(light[s] - ray, dim=-1)
+    shine = (n * half).sum(-1).clamp_min(0) ** 40 * (lambert > 0) * batch.gloss[s, k]
+    rim = (1 + (n * ray).sum(-1)).clamp(0, 1) ** 4 * (0.06 + 0.22 * batch.gloss[s, k])
+    color[s, r] = base * lit + (0.75 * shine)[:, None] * batch.sun[s] + rim[:, None] * batch.sky_low[s]
+    return color.clamp(0, 1)
+
+
+def render(
+    scenes: Scene | Sequence[Scene],
+    size: int | tuple[int, int] = 64,
+    supersample: int = 2,
+    device: torch.device | str = "cpu",
+    chunk: int = 16,
+) -> Frames:
+    """Renders scenes.
+
+    Args:
+        scenes: one scene or several.
+        size: pixels, one number for a square picture or (h, w). The horizontal field of view is fixed by the camera.
+        supersample: rays a pixel side; colour is their mean.
+        device: where to compute; results stay there.
+        chunk: scenes at a time (bounds memory, changes nothing else).
+
+    Raises:
+        BadInput: no scene, a size outside 8..4096 or supersample outside 1..8.
+    """
+    scenes = [scenes] if isinstance(scenes, Scene) else list(scenes)
+    h, w = (size, size) if isinstance(size, int) else size
+    if not scenes:
+        raise BadInput("render needs at least one scene.")
+    if not (8 <= h <= 4096 and 8 <= w <= 4096):
+        raise BadInput(f"size must be from 8 to 4096 pixels, got {w}x{h} (width x height).")
+    if not 1 <= supersample <= 8:
+        raise BadInput(f"supersample must be from 1 to 8, got {supersample}.")
+    with torch.no_grad():
+        parts = [_render(scenes[i : i + chunk], h, w, supersample, device) for i in range(0, len(scenes), chunk)]
+    image, mask, depth, normal = (torch.cat([p[i] for p in parts]) for i in range(4))
+    boxes = [_boxes(mask[i], len(scene.toys)) for i, scene in enumerate(scenes)]
+    return Frames(image, mask, depth, normal, boxes, scenes)
+
+
+def _render(scenes: Sequence[Scene], h: int, w: int, ss: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = _Batch(scenes, device)
+    b = len(scenes)
+    total = torch.zeros(b, h * w, 3, device=device)
+    side = torch.nn.functional.normalize(torch.cross(batch.light, batch.up, dim=-1), dim=-1)
+    other = torch.cross(batch.light, side, dim=-1)
+    for i in range(ss * ss):
+        d = batch.rays(h, w, (i % ss + 0.5) / ss, (i // ss + 0.5) / ss)
+        # The n rays of a pixel look at n points spread evenly over the light's disc (a sunflower spiral).
+        radius, angle = LIGHT_RADIUS * math.sqrt((i + 0.5) / (ss * ss)), 2.399963 * i
+        light = batch.light + radius * (math.cos(angle) * side + math.sin(angle) * other) * (ss > 1)
+        total += _shade(batch, d, _cast(batch, d), torch.nn.functional.normalize(light, dim=-1))
+    image = (total / (ss * ss)).view(b, h, w, 3).permute(0, 3, 1, 2) * 2 - 1
+
+    d = batch.rays(h, w, 0.5, 0.5)
+    hits = _cast(batch, d)
+    axis = (d * batch.forward[:, None]).sum(-1)
+    depth = torch.where(hits.t >= _FAR, torch.full_like(hits.t, math.inf), hits.t * axis).view(b, h, w)
+    world = torch.zeros(b, h * w, 3, device=device)
+    world[..., 1] = ((hits.toy < 0) & (hits.t < _FAR)).float()
+    world[hits.s, hits.r] = hits.normal
+    axes = torch.stack((batch.right, batch.up, -batch.forward), 1)  # rows: camera x, y, z in world axes
+    normal = torch.einsum("bij,brj->bir", axes, world).reshape(b, 3, h, w)
+    return image.contiguous(), hits.toy.view(b, h, w), depth, normal
+
+
+def _boxes(mask: Tensor, count: int) -> Tensor:
+    boxes = torch.full((count, 4), math.nan)
+    for i in range(count):
+        ys, xs = (mask == i).nonzero(as_tuple=True)
+        if len(ys):
+            boxes[i] = torch.tensor((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1), dtype=torch.float32)
+    return boxes
