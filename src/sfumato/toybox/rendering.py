@@ -247,7 +247,7 @@ class _Batch:
                 place[i, j] = torch.tensor((toy.x, 0.0, toy.z))
                 turn[i, j], scale[i, j], gloss[i, j] = math.radians(toy.yaw), toy.scale, toy.gloss
                 color[i, j] = torch.tensor(COLOR_RGB[toy.color])
-                second[i, j] = torch.tensor((0.46, 0.48, 0.53) if toy.color == "white" else (0.96, 0.96, 0.94))
+                second[i, j] = torch.tensor((0.44, 0.50, 0.60) if toy.color == "white" else (0.96, 0.96, 0.94))
                 pattern[i, j] = PATTERNS.index(toy.pattern)
         to = lambda x: x.to(device)  # noqa: E731
         self.kind, self.place, self.turn, self.scale = to(kind), to(place), to(turn), to(scale)
