@@ -70,7 +70,7 @@ class Camera:
     """A pinhole camera that looks at the point (0, 0.45, 0) from 6 units away. ``zoom`` 1 shows 3.5 units across there."""
 
     azimuth: float = 0.0
-    elevation: float = 20.0
+    elevation: float = 10.0
     zoom: float = 1.0
 
     def __post_init__(self):
@@ -254,7 +254,7 @@ def sample_scene(rng: np.random.Generator, toys: int | None = None, split: str =
         raise BadInput(f"toys must be from 0 to 4, got {count}.")
     camera = Camera(
         azimuth=round(float(rng.uniform(-25, 25)), 1),
-        elevation=round(float(rng.uniform(9, 28)), 1),
+        elevation=round(float(rng.uniform(4, 15)), 1),
         zoom=round(float(rng.uniform(0.95, 1.1)), 3),
     )
     light = Light(
