@@ -1,0 +1,230 @@
+"""Files that are whole or absent, and pictures that carry their recipe.
+
+A picture's recipe travels in two text chunks of the PNG: ``sfumato`` (our JSON, exact) and ``parameters`` (the dialect
+of AUTOMATIC1111's web UI, which other tools read). What is read back is data from a stranger: sizes are limited,
+nothing is executed, and every value passes the same checks as one typed by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sfumato.errors import BadInput
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CHUNK = "sfumato"
+A1111_CHUNK = "parameters"
+LONGEST_RECIPE = 1_000_000  # characters of one chunk; Pillow itself stops at a megabyte per compressed chunk
+LARGEST_PICTURE = 256 * 2**20  # bytes
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file written beside ``path`` and renamed onto it at the end; after any failure nothing is left.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; an older file at ``path`` is untouched.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
+    try:
+        try:
+            with open(beside, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+    except OSError as error:  # tell the name the caller knows
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def output_folder(path: Path | str) -> Path:
+    """``path`` as an existing folder in which a file was just written and removed, made if it was missing.
+
+    Raises:
+        BadInput: the path is a file. OSError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"output folder {str(path)!r} is a file; name a folder.")
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+    return path
+
+
+def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
+    """The first of ``stem.png``, ``stem-2.png``, ... that does not exist: pictures are never overwritten."""
+    path, count = folder / f"{stem}{suffix}", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{stem}-{count}{suffix}"
+    return path
+
+
+def slug(text: str, longest: int = 60) -> str:
+    """A file name made from a prompt: lower case letters and digits of any script, joined by ``-``."""
+    words = re.findall(r"\w+", text.lower())
+    name = ""
+    for word in words:
+        if len(f"{name}-{word}") > longest:
+            break
+        name += ("-" if name else "") + word
+    name = name or (words[0][:longest] if words else "picture")
+    return name.encode()[:180].decode(errors="ignore")  # file systems count bytes
+
+
+# --- pictures with their recipe ------------------------------------------------------------------------------------
+
+
+def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any]) -> Path:
+    """Write ``image`` with its recipe to ``path``, whole or not at all.
+
+    ``recipe`` holds plain JSON values; :func:`a1111_text` names the keys that are also told in A1111's dialect.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_itxt(CHUNK, json.dumps(recipe, ensure_ascii=False, allow_nan=False))
+    chunks.add_itxt(A1111_CHUNK, a1111_text(recipe))
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=chunks)
+    with replacing(path) as file:
+        file.write(encoded.getbuffer())
+    return Path(path)
+
+
+def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
+    """The recipe in a picture, and whether it is our exact one (otherwise it was read from ``parameters``).
+
+    Raises:
+        BadInput: the file is no picture, is too large, carries no recipe, or one that cannot be read.
+        OSError: the file cannot be opened.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    path = Path(path)
+    if path.stat().st_size > LARGEST_PICTURE:
+        raise BadInput(f"{path} is larger than {LARGEST_PICTURE >> 20} MB; that is no picture of ours.")
+    try:
+        with Image.open(path) as image:
+            # Chunks behind the pixels are read by load(), so look there only when the header has none of ours.
+            texts = dict(getattr(image, "text", {}))
+            if CHUNK not in texts and A1111_CHUNK not in texts and image.width * image.height <= 2**26:
+                image.load()
+                texts = dict(getattr(image, "text", {}))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError) as error:
+        raise BadInput(f"{path} cannot be read as a picture: {_line(error)}.") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise BadInput(f"{path} cannot be read as a picture: {_line(error)}.") from None
+    for chunk in (CHUNK, A1111_CHUNK):
+        if len(texts.get(chunk, "")) > LONGEST_RECIPE:
+            raise BadInput(f"{path} carries a recipe of more than {LONGEST_RECIPE} characters; it is not read.")
+    if CHUNK in texts:
+        try:
+            recipe = json.loads(texts[CHUNK], parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            recipe = None
+        if not isinstance(recipe, dict):
+            raise BadInput(f"{path} carries a damaged recipe; give the prompt and settings yourself.")
+        return recipe, True
+    if A1111_CHUNK in texts:
+        return parse_a1111(texts[A1111_CHUNK]), False
+    raise BadInput(f"{path} carries no recipe: neither a {CHUNK!r} nor a {A1111_CHUNK!r} text was found in it.")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
+
+
+# --- AUTOMATIC1111's dialect -----------------------------------------------------------------------------------------
+
+_SAMPLERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++": "DPM++ 2M",
+    "unipc": "UniPC",
+    "pndm": "PLMS",
+    "ddpm": "DDPM",
+}
+_FIELD = re.compile(r'\s*([\w][\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def a1111_text(recipe: dict[str, Any]) -> str:
+    """The ``parameters`` text of a recipe.
+
+    Keys told: prompt, negative, steps, scheduler, guidance, seed, size (w, h), model, hash, sfumato (our version).
+    """
+    size = recipe.get("size")
+    scheduler = recipe.get("scheduler")
+    facts = {
+        "Steps": recipe.get("steps"),
+        "Sampler": _SAMPLERS.get(str(scheduler), scheduler),
+        "CFG scale": recipe.get("guidance"),
+        "Seed": recipe.get("seed"),
+        "Size": f"{size[0]}x{size[1]}" if size else None,
+        "Model hash": str(recipe.get("hash") or "")[:10],
+        "Model": recipe.get("model"),
+        "Version": f"sfumato {recipe.get('sfumato', '')}".strip(),
+    }
+    lines = [str(recipe.get("prompt", ""))]
+    if recipe.get("negative"):
+        lines.append(f"Negative prompt: {recipe['negative']}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value not in (None, "")))
+    return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def parse_a1111(text: str) -> dict[str, Any]:
+    """What can be understood of a ``parameters`` text, in our keys; the rest is left out. Never raises on content."""
+    *lines, last = text.strip().split("\n")
+    facts = {name.strip().lower(): value.strip() for name, value in _FIELD.findall(last[:10_000])}
+    if "steps" not in facts:
+        lines, facts = [*lines, last], {}
+    prompt: list[str] = []
+    negative: list[str] = []
+    target = prompt
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            target, line = negative, line[len("Negative prompt:") :].strip()
+        target.append(line)
+    recipe: dict[str, Any] = {"prompt": "\n".join(prompt).strip()}
+    if negative:
+        recipe["negative"] = "\n".join(negative).strip()
+    for key, name, read in (("steps", "steps", int), ("guidance", "cfg scale", float), ("seed", "seed", int)):
+        with contextlib.suppress(KeyError, ValueError):
+            recipe[key] = read(facts[name][:40])
+    if found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", facts.get("size", "")):
+        recipe["size"] = [int(found[1]), int(found[2])]
+    samplers = {name.lower(): ours for ours, name in _SAMPLERS.items()}
+    sampler = facts.get("sampler", "").lower().removesuffix(" karras")
+    if sampler in samplers or sampler in _SAMPLERS:
+        recipe["scheduler"] = samplers.get(sampler, sampler)
+    return recipe

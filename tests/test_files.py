@@ -1,0 +1,200 @@
+"""Files whole or absent; recipes in pictures, read back without trust."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sfumato.errors import BadInput
+from sfumato.files import free_name, output_folder, parse_a1111, read_recipe, replacing, save_png, slug
+
+RECIPE = {
+    "sfumato": "0.1.0",
+    "prompt": "ein roter Würfel, 红 🧊\nzweite Zeile",
+    "negative": "blurry, dark",
+    "seed": 2**40 + 1,
+    "steps": 20,
+    "guidance": 4.5,
+    "size": [64, 48],
+    "scheduler": "dpm++",
+    "model": "toy, sd: small",
+    "hash": "ab" * 32,
+    "with": [{"method": "daam", "params": {"words": ["ball"]}}],
+}
+
+
+def noise(size=(32, 24), seed=0):
+    return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
+
+
+@pytest.fixture
+def limited_disk():
+    """No file may grow beyond 500 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_recipe_and_pixels_round_trip(tmp_path):
+    image = noise()
+    path = save_png(tmp_path / "a.png", image, RECIPE)
+    assert read_recipe(path) == (RECIPE, True)
+    assert Image.open(path).tobytes() == image.tobytes()
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_other_tools_find_their_own_text(tmp_path):
+    text = Image.open(save_png(tmp_path / "a.png", noise(), RECIPE)).text["parameters"]
+    assert text.startswith(
+        RECIPE["prompt"] + "\nNegative prompt: blurry, dark\nSteps: 20, Sampler: DPM++ 2M, CFG scale: 4.5"
+    )
+    assert 'Model: "toy, sd: small"' in text and f"Seed: {2**40 + 1}" in text and "Size: 64x48" in text
+
+
+def test_a_picture_of_another_tool(tmp_path):
+    chunks = PngInfo()
+    chunks.add_text(
+        "parameters",
+        "a red cube, (best:1.2)\nNegative prompt: ugly\nmore ugly\n"
+        'Steps: 25, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 512x768, Model hash: abc, Lora hashes: "x: 1, y: 2"',
+    )
+    noise().save(tmp_path / "a.png", pnginfo=chunks)
+    assert read_recipe(tmp_path / "a.png") == (
+        {
+            "prompt": "a red cube, (best:1.2)",
+            "negative": "ugly\nmore ugly",
+            "steps": 25,
+            "guidance": 7.0,
+            "seed": 3,
+            "size": [512, 768],
+            "scheduler": "euler_a",
+        },
+        False,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_any_parameters_text_is_read_without_error(text):
+    recipe = parse_a1111(text)
+    assert set(recipe) <= {"prompt", "negative", "steps", "guidance", "seed", "size", "scheduler"}
+
+
+def test_prompt_without_settings_stays_a_prompt():
+    assert parse_a1111("a cube,\na ball: red") == {"prompt": "a cube,\na ball: red"}
+
+
+def _png_with(chunk, text, path):
+    chunks = PngInfo()
+    chunks.add_itxt(chunk, text)
+    noise().save(path, pnginfo=chunks)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p.write_bytes(b""), "cannot be read as a picture"),
+        (lambda p: p.write_bytes(b"\x80\x04picklish" * 9), "cannot be read as a picture"),
+        (lambda p: noise().save(p), "carries no recipe"),
+        (lambda p: _png_with("sfumato", "{nonsense", p), "damaged recipe"),
+        (lambda p: _png_with("sfumato", "[1, 2]", p), "damaged recipe"),
+        (lambda p: _png_with("sfumato", '{"guidance": NaN}', p), "damaged recipe"),
+        (lambda p: _png_with("sfumato", "[" * 200_000, p), "damaged recipe"),
+        (lambda p: _png_with("sfumato", '{"seed": ' + "9" * 10_000 + "}", p), "damaged recipe"),
+        (lambda p: _png_with("sfumato", json.dumps({"prompt": "x" * 1_000_001}), p), "more than 1000000 characters"),
+        (lambda p: _bomb(p), "cannot be read as a picture"),
+    ],
+)
+def test_strange_pictures_are_refused_in_one_line(tmp_path, make, says):
+    path = tmp_path / "strange.png"
+    make(path)
+    with pytest.raises(BadInput) as caught:
+        read_recipe(path)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _bomb(path):
+    """A small file whose compressed text would unfold to 200 MB."""
+    noise().save(path)
+    data = path.read_bytes()
+    body = b"zTXt" + b"sfumato\0\0" + zlib.compress(b"a" * 200_000_000, 9)
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    path.write_bytes(data[:33] + chunk + data[33:])
+
+
+def test_every_truncation_is_read_or_refused(tmp_path):
+    whole = save_png(tmp_path / "a.png", noise((8, 8)), RECIPE).read_bytes()
+    path = tmp_path / "cut.png"
+    for end in range(0, len(whole), 7):
+        path.write_bytes(whole[:end])
+        try:
+            recipe, _ = read_recipe(path)
+        except BadInput:
+            continue
+        assert recipe["prompt"] == RECIPE["prompt"]
+
+
+def test_a_missing_picture_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_recipe(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
+def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)):
+        with replacing(path) as file:
+            file.write(b"half")
+            raise error
+    assert os.listdir(tmp_path) == ["a.bin"] and path.read_bytes() == b"old"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, limited_disk):
+    with pytest.raises(OSError) as caught:
+        save_png(tmp_path / "a.png", noise((64, 64)), RECIPE)
+    assert caught.value.filename == str(tmp_path / "a.png") and caught.value.errno == errno.EFBIG
+    assert os.listdir(tmp_path) == []
+
+
+def test_new_files_obey_the_umask(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        save_png(tmp_path / "a.png", noise(), RECIPE)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
+
+
+def test_output_folder(tmp_path):
+    assert output_folder(tmp_path / "x" / "y").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is a file"):
+        output_folder(tmp_path / "file")
+    with pytest.raises(OSError):
+        output_folder(tmp_path / "file" / "below")
+
+
+def test_names(tmp_path):
+    assert slug("A red cube, and a BLUE ball!") == "a-red-cube-and-a-blue-ball"
+    assert slug("🧊🧊") == "picture" and slug("红色 方块") == "红色-方块"
+    assert slug("x" * 500) == "x" * 60 and len(slug("word " * 10_000)) <= 60
+    assert len(slug("𝒳" * 60).encode()) <= 180
+    assert slug("../../etc/passwd") == "etc-passwd"
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a-2.png").touch()
+    assert free_name(tmp_path, "a").name == "a-3.png"
