@@ -293,14 +293,12 @@ class _Batch:
         return torch.nn.functional.normalize(d, dim=-1).flatten(1, 2)
 
     def candidates(self, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(scene, ray, toy) indices of the rays that meet a toy's bounding sphere. o, d: (b, r, 3)."""
-        centre = self.centre.transpose(1, 2)  # b 3 k
+        """(scene, ray, toy) indices of the rays that meet a toy's bounding sphere. o and d: (b, r or 1, 3)."""
+        centre, bound = self.centre.transpose(1, 2), self.bound[:, None]  # b 3 k, b 1 k
         along = (d * o).sum(-1, keepdim=True) - d @ centre  # minus the distance along the ray to the closest approach
-        gap = (o * o).sum(-1, keepdim=True) - 2 * (o @ centre) + (self.centre**2).sum(-1)[:, None]
-        near = (gap - along**2 < self.bound[:, None] ** 2) & (self.bound[:, None] > 0)
-        near &= (along < self.bound[:, None])
-        s, r, k = near.nonzero(as_tuple=True)
-        return s, r, k
+        gap = (o * o).sum(-1, keepdim=True) - 2 * (o @ centre) + (centre * centre).sum(1, keepdim=True)
+        near = (gap - along * along < bound.abs() * bound) & (along < bound)
+        return near.nonzero(as_tuple=True)
 
     def meet(self, s: Tensor, k: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hits of rays o, d (n, 3) in world axes with toys k of scenes s: t, world normal (n, 3), texture (n, 2)."""
@@ -340,7 +338,7 @@ class _Hits:
 def _cast(batch: _Batch, d: Tensor) -> _Hits:
     b, rays, _ = d.shape
     o = batch.eye[:, None]
-    s, r, k = batch.candidates(o.expand_as(d), d)
+    s, r, k = batch.candidates(o, d)
     t, normal, uv = batch.meet(s, k, batch.eye[s], d[s, r])
     ground = torch.where(d[..., 1] < -1e-6, -o[..., 1] / d[..., 1].clamp_max(-1e-6), torch.full_like(d[..., 0], _FAR))
     nearest = ground.clone().flatten()
@@ -355,19 +353,13 @@ def _cast(batch: _Batch, d: Tensor) -> _Hits:
     return _Hits(nearest, toy, s[keep], r[keep], k[keep], normal[keep], uv[keep])
 
 
-def _occluded(batch: _Batch, s: Tensor, p: Tensor, light: Tensor) -> Tensor:
-    """(n) bool: whether points p (n, 3) of scenes s lie in some toy's shadow. light: (b, 3)."""
-    dark = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-    to_light = light[s]
-    for k in range(batch.kind.shape[1]):
-        oc = p - batch.centre[s, k]
-        along = (oc * to_light).sum(-1)
-        bound = batch.bound[s, k]
-        near = ((oc * oc).sum(-1) - along**2 < bound**2) & (along < bound) & (bound > 0) & ~dark
-        pick = near.nonzero().squeeze(1)
-        if len(pick):
-            t, _, _ = batch.meet(s[pick], torch.full_like(pick, k), p[pick], to_light[pick])
-            dark[pick] |= t < _FAR
+def _shadow(batch: _Batch, p: Tensor, light: Tensor) -> Tensor:
+    """(b, r) bool: whether points p (b, r, 3) lie in some toy's shadow. light: (b, 3) towards the light."""
+    s, r, k = batch.candidates(p, light[:, None])
+    t, _, _ = batch.meet(s, k, p[s, r], light[s])
+    dark = torch.zeros(p.shape[:2], dtype=torch.bool, device=p.device)
+    hit = t < _FAR
+    dark[s[hit], r[hit]] = True
     return dark
 
 
@@ -381,67 +373,70 @@ def _pattern(kind: Tensor, uv: Tensor) -> Tensor:
     return ((kind == 1) & striped) | ((kind == 2) & dotted) | ((kind == 3) & checkered)
 
 
-def _wave(x: Tensor, z: Tensor, a: float, b: float, phase: float) -> Tensor:
-    return torch.sin(a * x + b * z + phase)
+def _ground_tone(kind: int, x: Tensor, z: Tensor) -> Tensor:
+    """Where in [0, 1] between its two tones a ground's texture stands at (x, z)."""
+    match GROUNDS[kind]:
+        case "grass":
+            patches = torch.sin(3.1 * x + 1.7 * z + 0.3) * torch.sin(2.9 * z - 1.3 * x + 1.1)
+            return 0.5 + 0.25 * (patches + torch.sin(5.3 * x - 4.1 * z + 2.0))
+        case "sand":
+            return 0.5 + 0.5 * torch.sin(5.0 * z + 1.2 * torch.sin(1.1 * x) + 0.6 * x)
+        case "snow":
+            return 0.5 + 0.5 * torch.sin(0.9 * x + 1.6 * z + 0.5) * torch.sin(0.8 * z - 1.7 * x + 0.2)
+        case "wood":
+            grain = 0.2 * (1 + torch.sin(9 * x + 0.7 * torch.sin(2 * z)))
+            return torch.remainder(torch.floor(x / 0.7), 2.0) * 0.55 + grain
+        case _:
+            return torch.remainder(torch.floor(x / 0.9) + torch.floor(z / 0.9), 2.0)
 
 
-def _ground_tone(kind: Tensor, x: Tensor, z: Tensor) -> Tensor:
-    """(n) in [0, 1]: where between its two tones a ground's texture stands at (x, z)."""
-    meadow = 0.5 + 0.25 * (_wave(x, z, 3.1, 1.7, 0.3) * _wave(x, z, -1.3, 2.9, 1.1) + _wave(x, z, 5.3, -4.1, 2.0))
-    ripples = 0.5 + 0.5 * torch.sin(5.0 * z + 1.2 * torch.sin(1.1 * x) + 0.6 * x)
-    drifts = 0.5 + 0.5 * _wave(x, z, 0.9, 1.6, 0.5) * _wave(x, z, -1.7, 0.8, 0.2)
-    planks = torch.remainder(torch.floor(x / 0.7), 2.0) * 0.55 + 0.2 * (1 + torch.sin(9 * x + 0.7 * torch.sin(2 * z)))
-    tiles = torch.remainder(torch.floor(x / 0.9) + torch.floor(z / 0.9), 2.0)
-    return torch.stack((meadow, ripples, drifts, planks, tiles), -1).gather(-1, kind[:, None]).squeeze(-1)
+def _sky(batch: _Batch, d: Tensor) -> Tensor:
+    """Colours (b, r, 3) of the sky along directions d."""
+    blend = (d[..., 1:2].clamp_min(0) * 3.2).clamp_max(1) ** 0.7
+    color = batch.sky_low[:, None] * (1 - blend) + batch.sky_top[:, None] * blend
+    cloudy = (batch.sky_kind == SKIES.index("clouds")) * 0.35 + (batch.sky_kind == SKIES.index("day")) * 0.25
+    x, y, z = d.unbind(-1)
+    wisps = (torch.sin(9.0 * x + 30.0 * y + 0.4) * torch.sin(7.0 * z - 22.0 * y + 1.3)).clamp_min(0) * cloudy[:, None]
+    return color + (1 - color) * wisps[..., None]
 
 
-def _sky(batch: _Batch, s: Tensor, d: Tensor) -> Tensor:
-    """Sky colour (n, 3) of scenes s along directions d (n, 3)."""
-    height = d[:, 1:2].clamp_min(0)
-    blend = (height * 3.2).clamp_max(1) ** 0.7
-    color = batch.sky_low[s] * (1 - blend) + batch.sky_top[s] * blend
-    cloud = (_wave(d[:, 0], d[:, 1], 9.0, 30.0, 0.4) * _wave(d[:, 2], d[:, 1], 7.0, -22.0, 1.3)).clamp_min(0)
-    cloudy = (batch.sky_kind[s] == SKIES.index("clouds")).float() * 0.35 + (batch.sky_kind[s] == 0).float() * 0.25
-    return color + (1 - color) * (cloudy * cloud)[:, None]
+def _ground(batch: _Batch, d: Tensor, t: Tensor, light: Tensor) -> Tensor:
+    """Colours (b, r, 3) of the ground where rays d meet it at distance t (b, r), with shadows and haze."""
+    t = t.clamp_max(300.0)
+    p = batch.eye[:, None] + t[..., None] * d
+    tone = torch.stack([_ground_tone(int(kind), p[i, :, 0], p[i, :, 2]) for i, kind in enumerate(batch.ground_kind)])
+    far = (t - DISTANCE).clamp_min(0)
+    tone = (0.5 + (tone - 0.5) / (1 + (0.12 * far) ** 2))[..., None]  # texture fades before it aliases
+    base = batch.ground[:, None, 0] * (1 - tone) + batch.ground[:, None, 1] * tone
+    direct = 0.62 * light[:, None, 1] * ~_shadow(batch, p, light)
+    # Contact shadow: the sky that a ground point sees is partly hidden by toys standing near.
+    place = batch.place.transpose(1, 2)
+    gap = (p * p).sum(-1, keepdim=True) - 2 * (p @ place) + (place * place).sum(1, keepdim=True)
+    hidden = 0.45 * torch.exp(-1.6 * gap / batch.bound[:, None] ** 2) * (batch.bound[:, None] > 0)
+    closed = (1 - hidden).prod(-1, keepdim=True)
+    lit = batch.ambient[:, None] * closed + batch.sun[:, None] * direct[..., None]
+    clear = torch.exp(-batch.fog[:, None] * far)[..., None]
+    return base * lit * clear + batch.sky_low[:, None] * (1 - clear)
 
 
 def _shade(batch: _Batch, d: Tensor, hits: _Hits, light: Tensor) -> Tensor:
     """Colours (b, r, 3) in [0, 1] of rays d, lit from light (b, 3)."""
-    b, rays, _ = d.shape
-    scene = torch.arange(b, device=d.device)[:, None].expand(b, rays)
-    color = torch.empty(b, rays, 3, device=d.device)
-
-    sky = hits.t >= _FAR
-    s = scene[sky]
-    color[sky] = _sky(batch, s, d[sky])
-
-    on_ground = ~sky & (hits.toy < 0)
-    s, ray, t = scene[on_ground], d[on_ground], hits.t[on_ground]
-    p = batch.eye[s] + t[:, None] * ray
-    tone = _ground_tone(batch.ground_kind[s], p[:, 0], p[:, 2])
-    tone = 0.5 + (tone - 0.5) / (1 + (0.12 * (t - DISTANCE)).clamp_min(0) ** 2)  # texture fades before it aliases
-    base = batch.ground[s, 0] * (1 - tone[:, None]) + batch.ground[s, 1] * tone[:, None]
-    direct = (~_occluded(batch, s, p, light)).float() * light[s, 1]
-    # contact shadow: the sky a ground point sees is partly hidden by toys standing near
-    reach = p[:, None] - batch.place[s]
-    nearby = (reach * reach).sum(-1) / (batch.bound[s].clamp_min(1e-3) ** 2)
-    closed = (1 - 0.45 * torch.exp(-1.6 * nearby) * (batch.bound[s] > 0)).prod(-1)
-    lit = batch.ambient[s] * closed[:, None] + batch.sun[s] * 0.62 * direct[:, None]
-    haze = (1 - torch.exp(-batch.fog[s] * (t - DISTANCE).clamp_min(0)))[:, None]
-    color[on_ground] = (base * lit) * (1 - haze) + batch.sky_low[s] * haze
+    color = torch.where((hits.t < _FAR)[..., None], _ground(batch, d, hits.t, light), _sky(batch, d))
 
     s, r, k = hits.s, hits.r, hits.k
-    ray, t, n = d[s, r], hits.t[s, r], hits.normal
+    ray, t, n, sun = d[s, r], hits.t[s, r], hits.normal, light[s]
     p = batch.eye[s] + t[:, None] * ray
     second = _pattern(batch.pattern[s, k], hits.uv)
     base = torch.where(second[:, None], batch.second[s, k], batch.color[s, k])
-    lambert = (n * light[s]).sum(-1).clamp_min(0)
-    lambert = lambert * (~_occluded(batch, s, p + 2e-3 * n, light)).float()
+    lambert = (n * sun).sum(-1).clamp_min(0)
+    spots = torch.full_like(d, 1e6)  # points far away, in nobody's shadow, but for the rays that meet a toy
+    spots[s, r] = p + 2e-3 * n
+    lambert = lambert * ~_shadow(batch, spots, light)[s, r]
     sky_share = (0.62 + 0.38 * n[:, 1])[:, None]
     near_ground = (0.72 + 0.28 * (p[:, 1] / batch.scale[s, k] / 0.5).clamp(0, 1))[:, None]
     bounce = batch.ground[s, 0] * (0.14 * (1 - n[:, 1]))[:, None]
     lit = batch.ambient[s] * sky_share * near_ground + bounce + batch.sun[s] * 0.72 * lambert[:, None]
-    half = torch.nn.functional.normalize(light[s] - ray, dim=-1)
+    half = torch.nn.functional.normalize(sun - ray, dim=-1)
     shine = (n * half).sum(-1).clamp_min(0) ** 40 * (lambert > 0) * batch.gloss[s, k]
     rim = (1 + (n * ray).sum(-1)).clamp(0, 1) ** 4 * (0.06 + 0.22 * batch.gloss[s, k])
     color[s, r] = base * lit + (0.75 * shine)[:, None] * batch.sun[s] + rim[:, None] * batch.sky_low[s]
@@ -453,7 +448,7 @@ def render(
     size: int | tuple[int, int] = 64,
     supersample: int = 2,
     device: torch.device | str = "cpu",
-    chunk: int = 16,
+    chunk: int = 32,
 ) -> Frames:
     """Renders scenes.
 
