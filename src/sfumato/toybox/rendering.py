@@ -285,11 +285,7 @@ class _Batch:
         x = ((torch.arange(w, device=device) + dx) / w * 2 - 1)[None, None, :, None]
         y = ((1 - (torch.arange(h, device=device) + dy) / h * 2) * h / w)[None, :, None, None]
         t = self.tangent[:, None, None, None]
-        d = (
-            self.forward[:, None, None]
-            + x * t * self.right[:, None, None]
-            + y * t * self.up[:, None, None]
-        )
+        d = self.forward[:, None, None] + x * t * self.right[:, None, None] + y * t * self.up[:, None, None]
         return torch.nn.functional.normalize(d, dim=-1).flatten(1, 2)
 
     def candidates(self, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
