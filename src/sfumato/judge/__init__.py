@@ -1,0 +1,24 @@
+"""Judging: read a picture back into a scene, check it against a prompt, and put intervals on every figure."""
+
+from __future__ import annotations
+
+from sfumato.judge.accuracy import Accuracy, measure
+from sfumato.judge.presence import Check, Rates, Wanted, check, rates, related, wanted
+from sfumato.judge.toy_judge import ObjectReading, Reading, ToyJudge, load_judge, read
+
+__all__ = [
+    "Accuracy",
+    "Check",
+    "ObjectReading",
+    "Rates",
+    "Reading",
+    "ToyJudge",
+    "Wanted",
+    "check",
+    "load_judge",
+    "measure",
+    "rates",
+    "read",
+    "related",
+    "wanted",
+]
