@@ -1,4 +1,4 @@
-"""Errors a user can act on: one line that names the argument, what was given, what is allowed, and the nearest valid name.
+"""Errors a user can act on: one line naming the argument, what was given, what is allowed, and the nearest name.
 
 Every error raised on purpose derives from :class:`SfumatoError`; the command line prints its message and leaves with
 exit code 2, a traceback appears only with ``--debug``.

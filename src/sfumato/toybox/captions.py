@@ -1,4 +1,4 @@
-"""Captions of scenes from a small grammar that exports its own parse: noun phrases and dependencies, as character spans."""
+"""Captions from a small grammar that exports its own parse: noun phrases and dependencies, as character spans."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase: its span, its head noun, its modifiers in order, and the index of the toy it names (None: scenery)."""
+    """A noun phrase: its span, its head noun, its modifiers in order, and the index of the toy named (None: scenery)."""
 
     text: str
     start: int
@@ -50,7 +50,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Dependency:
-    """``dependent`` hangs on ``head`` by ``relation`` (Universal Dependencies names: det, amod, conj, cc, nmod, case)."""
+    """``dependent`` hangs on ``head`` by ``relation`` (Universal Dependencies: det, amod, conj, cc, nmod, case)."""
 
     head: Word
     dependent: Word
@@ -117,8 +117,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, style: str = "
         scene: what to describe.
         rng: needed for style "random" only.
         style: "full" (every attribute, the relation of the first two toys, ground and sky), "short" (colour and shape,
-            joined by "and"), "plain" (colour, pattern and shape, then the ground) or "random" (attributes left out, orders
-            and relations varied: what the models are trained on).
+            joined by "and"), "plain" (colour, pattern and shape, then the ground) or "random" (attributes left out,
+            orders and relations varied: what the models are trained on).
 
     Returns:
         The text with its noun phrases and dependencies as character spans.

@@ -27,8 +27,8 @@ def cache_root() -> Path:
 def draw_scene(split: str, seed: int, index: int, toys: int | None = None) -> Scene:
     """Scene ``index`` of a split: a pure function of its arguments, so that sets grow without changing.
 
-    "train", "val" and "test" never hold a held-out attribute combination and differ in their seeds; every toy of "heldout"
-    is a held-out combination.
+    "train", "val" and "test" never hold a held-out attribute combination and differ in their seeds; every toy of
+    "heldout" is a held-out combination.
     """
     if split not in DATA_SPLITS:
         raise UnknownName("split", split, DATA_SPLITS)
@@ -78,7 +78,7 @@ class ToyboxDataset:
         return self.n
 
     def caption(self, i: int, rng: np.random.Generator | None = None, style: str | None = None) -> Caption:
-        """A caption of scene i: of a random style when ``rng`` is given, else "full", unless ``style`` says otherwise."""
+        """A caption of scene i; its style is "random" when ``rng`` is given, else "full", unless ``style`` is given."""
         return captions.caption(self.scenes[i], rng, style or ("random" if rng is not None else "full"))
 
     def _render(self, on_progress: Callable[[int, int], None] | None) -> None:
@@ -114,8 +114,8 @@ def export_imagefolder(
     """Writes an imagefolder that any trainer reads: ``metadata.jsonl`` (file_name, text), PNGs, masks and scenes.
 
     Masks are 8-bit PNGs under ``masks/`` (0 background, i + 1 for toy i), scenes JSON under ``scenes/``; both are named in
-    the metadata too, with boxes and the caption's phrases. Written beside and renamed: an interrupted export leaves
-    nothing.
+    the metadata too, with boxes and the caption's phrases. Written beside and renamed: an interrupted export
+    leaves nothing.
 
     Raises:
         BadInput: the folder exists and is not empty. OSError: it cannot be written.

@@ -1,10 +1,10 @@
 """Analytic ray casting of toybox scenes, batched in torch, with every pixel's truth.
 
-Toys are spheres, boxes, cylinders and cones in a local frame (base on y = 0, about one unit tall), so each ray's hit, normal
-and texture coordinate are closed forms. Rays are tested against bounding spheres first; the closed forms run only on the
-few (ray, toy) pairs that survive, gathered over the whole batch. Colour is averaged over supersample x supersample rays a
-pixel, each with its own point on an area light (soft shadows); mask, depth and normals come from one ray through the
-pixel's centre, so that they are exact.
+Toys are spheres, boxes, cylinders and cones in a local frame (base on y = 0, about one unit tall), so each ray's hit,
+normal and texture coordinate are closed forms. Rays are tested against bounding spheres first; the closed forms run
+only on the few (ray, toy) pairs that survive, gathered over the whole batch. Colour is averaged over supersample x
+supersample rays a pixel, each with its own point on an area light (soft shadows); mask, depth and normals come from one
+ray through the pixel's centre, so that they are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .scene import COLORS, DISTANCE, GROUNDS, LOOK_HEIGHT, PATTERNS, SHAPES, SKIES, VIEW_WIDTH, Scene
+from .scene import DISTANCE, GROUNDS, LOOK_HEIGHT, PATTERNS, SHAPES, SKIES, VIEW_WIDTH, Scene
 
 COLOR_RGB = {
     "red": (0.86, 0.10, 0.10),
@@ -57,8 +57,10 @@ class Frames:
     image: (b, 3, h, w) float32 in [-1, 1].
     mask: (b, h, w) int16, index of the toy the pixel's centre ray meets first, -1 for background.
     depth: (b, h, w) float32, world units along the camera's viewing axis; inf where the ray meets nothing.
-    normal: (b, 3, h, w) float32 unit vectors in camera axes (x right, y up, z towards the camera); 0 where nothing is met.
-    boxes: per picture (n, 4) float32, x0 y0 x1 y1 in pixels, end exclusive, of each toy's visible pixels; nan if unseen.
+    normal: (b, 3, h, w) float32 unit vectors in camera axes (x right, y up, z towards the camera); 0 where nothing is
+        met.
+    boxes: per picture (n, 4) float32, x0 y0 x1 y1 in pixels, end exclusive, of each toy's visible pixels; nan if
+        unseen.
     scenes: what was rendered.
     """
 
@@ -84,8 +86,9 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
-# ---- shapes, in the local frame ---------------------------------------------------------------------------------------
-# Each takes origins o and directions d (n, 3) and returns t (n) - _FAR where missed -, normal (n, 3) and texture (n, 2).
+# ---- shapes, in the local frame --------------------------------------------------------------------------------------
+# Each takes origins o and directions d (n, 3) and returns t (n) - _FAR where missed -, normal (n, 3) and texture (n,
+# 2).
 
 
 def _quadratic(a: Tensor, half_b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +233,7 @@ _INTERSECT = {
 _BOUND_CENTRE, _BOUND_RADIUS = 0.5, 0.78  # of the sphere around every shape, in local units
 
 
-# ---- scenes as tensors ------------------------------------------------------------------------------------------------
+# ---- scenes as tensors -----------------------------------------------------------------------------------------------
 
 
 class _Batch:

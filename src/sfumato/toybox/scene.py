@@ -1,7 +1,7 @@
 """Scenes as plain data: toys on a ground under a sky, seen by a camera, lit by one light.
 
-World axes: x right, y up, z away from a camera at azimuth 0; the ground is the plane y = 0; lengths are in world units (a
-large toy is 1.25 tall); angles are in degrees. A :class:`Scene` is immutable; every edit returns a new one, so that a
+World axes: x right, y up, z away from a camera at azimuth 0; the ground is the plane y = 0; lengths are in world units
+(a large toy is 1.25 tall); angles are in degrees. A :class:`Scene` is immutable; every edit returns a new one, so that a
 *counterfactual* - the same scene with one thing changed - is one call away.
 """
 
@@ -42,7 +42,7 @@ def _check_number(kind: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Toy:
-    """One toy standing at (x, z) on the ground, turned by ``yaw`` degrees about its vertical axis; ``gloss`` in [0, 1]."""
+    """One toy standing at (x, z) on the ground, turned by ``yaw`` degrees about the vertical; ``gloss`` in [0, 1]."""
 
     shape: str
     color: str
@@ -67,7 +67,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that looks at the point (0, 0.45, 0) from 6 units away. ``zoom`` 1 shows 3.5 units across there."""
+    """A pinhole camera that looks at the point (0, 0.45, 0) from 6 units away; at ``zoom`` 1 it sees 3.5 units across."""
 
     azimuth: float = 0.0
     elevation: float = 10.0
@@ -164,7 +164,7 @@ class Scene:
         return right / depth * DISTANCE / (VIEW_WIDTH / 2) * self.camera.zoom
 
     def relation(self, first: int | str, second: int | str) -> str:
-        """How ``first`` stands to ``second`` in the picture: "left of", "right of", "in front of", "behind", "next to"."""
+        """How ``first`` stands to ``second`` in the picture: left of, right of, in front of, behind or next to."""
         a, b = self.toys[self.index(first)], self.toys[self.index(second)]
         across = self.picture_x(a) - self.picture_x(b)
         away = self.view(a)[1] - self.view(b)[1]
