@@ -38,7 +38,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase: its span, its head noun, its modifiers in order, and the index of the toy named (None: scenery)."""
+    """A noun phrase: its span, its head noun, its modifiers in order, and the toy it names (None: scenery)."""
 
     text: str
     start: int

@@ -113,8 +113,8 @@ def export_imagefolder(
 ) -> Path:
     """Writes an imagefolder that any trainer reads: ``metadata.jsonl`` (file_name, text), PNGs, masks and scenes.
 
-    Masks are 8-bit PNGs under ``masks/`` (0 background, i + 1 for toy i), scenes JSON under ``scenes/``; both are named in
-    the metadata too, with boxes and the caption's phrases. Written beside and renamed: an interrupted export
+    Masks are 8-bit PNGs under ``masks/`` (0 background, i + 1 for toy i), scenes JSON under ``scenes/``; both are
+    named in the metadata too, with boxes and the caption's phrases. Written beside and renamed: an interrupted export
     leaves nothing.
 
     Raises:

@@ -1,8 +1,8 @@
 """Scenes as plain data: toys on a ground under a sky, seen by a camera, lit by one light.
 
 World axes: x right, y up, z away from a camera at azimuth 0; the ground is the plane y = 0; lengths are in world units
-(a large toy is 1.25 tall); angles are in degrees. A :class:`Scene` is immutable; every edit returns a new one, so that a
-*counterfactual* - the same scene with one thing changed - is one call away.
+(a large toy is 1.25 tall); angles are in degrees. A :class:`Scene` is immutable; every edit returns a new one, so
+that a *counterfactual* - the same scene with one thing changed - is one call away.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that looks at the point (0, 0.45, 0) from 6 units away; at ``zoom`` 1 it sees 3.5 units across."""
+    """A pinhole camera looking at the point (0, 0.45, 0) from 6 units away; at ``zoom`` 1 it sees 3.5 units across."""
 
     azimuth: float = 0.0
     elevation: float = 10.0
