@@ -1,0 +1,12 @@
+"""Models: one face over the diffusers families. `load` a checkpoint, or wrap a pipeline of your own in `Model`."""
+
+from __future__ import annotations
+
+from sfumato.models.condition import Condition, TruncatedPrompt
+from sfumato.models.families import Family, TextStream
+from sfumato.models.load import load
+from sfumato.models.model import Model
+from sfumato.models.quiet import quiet
+from sfumato.models.site import Site
+
+__all__ = ["Condition", "Family", "Model", "Site", "TextStream", "TruncatedPrompt", "load", "quiet"]

@@ -1,0 +1,107 @@
+"""What a denoiser is told besides the noisy latents: text embeddings and their companions, per sample and per branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import BadInput
+
+#: the tensors of one branch, each with the samples first
+Rows = dict[str, Tensor]
+
+#: the order in which diffusers stacks the two branches of classifier-free guidance
+UNCOND, COND = "uncond", "cond"
+
+
+class TruncatedPrompt(UserWarning):
+    """Part of a prompt does not fit into the text encoder and is not seen by it; the message quotes that part."""
+
+
+@dataclass
+class Condition:
+    """The condition of ``b`` samples. Rows of the two guidance branches are kept apart so that either can be edited.
+
+    Keys of the rows depend on the family: ``embeds`` (b t d) always; ``pooled`` (b d) for SDXL, SD3 and Flux; ``mask``
+    (b t) for PixArt. SDXL also honours ``time_ids`` (b 6) where given, else it derives them from the picture size.
+    """
+
+    cond: Rows
+    uncond: Rows | None
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...] | None = None
+    #: guidance scale told to a guidance-distilled denoiser (Flux-dev, LCM); ``None`` for all others
+    guidance: float | None = None
+
+    def __len__(self) -> int:
+        return next(iter(self.cond.values())).shape[0]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """``("uncond", "cond")``, or ``("cond",)`` without guidance."""
+        return (COND,) if self.uncond is None else (UNCOND, COND)
+
+    def branch(self, name: str) -> Rows:
+        """The rows of one branch. Raises `BadInput` for an unknown or absent branch."""
+        rows = {COND: self.cond, UNCOND: self.uncond}.get(name)
+        if rows is None:
+            raise BadInput(f"branch={name!r} is not in this condition; it has {', '.join(self.branches)}.")
+        return rows
+
+    def batch(self, branches: Sequence[str] | None = None) -> Rows:
+        """Rows of the branches one below the other, by default unconditional first as diffusers feeds them."""
+        parts = [self.branch(name) for name in (self.branches if branches is None else branches)]
+        if len(parts) == 1:
+            return dict(parts[0])
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def rows(self, index: int | slice | Sequence[int]) -> Condition:
+        """The condition of some of the samples."""
+        picked = range(len(self))[index] if isinstance(index, (int, slice)) else index
+        positions = [picked] if isinstance(picked, int) else list(picked)
+        prompts = tuple(self.prompts[i] for i in positions)
+        negatives = None if self.negatives is None else tuple(self.negatives[i] for i in positions)
+        return replace(self._map(lambda value: value[positions]), prompts=prompts, negatives=negatives)
+
+    def repeat(self, n: int) -> Condition:
+        """Every sample ``n`` times in a row (the order of diffusers' ``num_images_per_prompt``)."""
+        return self.rows([i for i in range(len(self)) for _ in range(n)])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """Move all tensors; only floating-point ones change their dtype."""
+        return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
+
+    def clone(self) -> Condition:
+        """A condition whose tensors share no memory with this one."""
+        return self._map(Tensor.clone)
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """Several conditions as one batch. All must have the same branches, keys and embedded guidance."""
+        first = conditions[0]
+        if any(
+            (c.branches, c.cond.keys(), c.guidance) != (first.branches, first.cond.keys(), first.guidance)
+            for c in conditions
+        ):
+            raise BadInput("conditions to join differ in branches, keys or embedded guidance.")
+
+        def join(name: str) -> Rows:
+            return {key: torch.cat([c.branch(name)[key] for c in conditions]) for key in first.branch(name)}
+
+        negatives = None if any(c.negatives is None for c in conditions) else sum((c.negatives for c in conditions), ())  # type: ignore[misc]
+        return Condition(
+            cond=join(COND),
+            uncond=None if first.uncond is None else join(UNCOND),
+            prompts=sum((c.prompts for c in conditions), ()),
+            negatives=negatives,
+            guidance=first.guidance,
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        def over(rows: Rows) -> Rows:
+            return {key: change(value) for key, value in rows.items()}
+
+        return replace(self, cond=over(self.cond), uncond=None if self.uncond is None else over(self.uncond))

@@ -1,0 +1,162 @@
+"""What every family answers. One file per family below this one knows how its diffusers pipeline feeds its denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import NotSupported
+from sfumato.models.condition import Rows
+from sfumato.models.site import Site
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """One tokenizer whose tokens are seen by attention.
+
+    Position ``i`` of the tokenizer's padded output lies at ``offset + i`` of the text axis; two streams may share positions
+    (SDXL and SD3 put the features of two CLIPs side by side).
+    """
+
+    tokenizer: Any
+    #: ``"clip"``, ``"clip2"`` or ``"t5"``
+    name: str
+    offset: int
+    #: number of positions, special and padding tokens included
+    length: int
+    #: what the pipeline does to the text before tokenizing (PixArt: lower case, stripped)
+    prepare: Callable[[str], str]
+
+
+def accepted_by(function: Callable[..., Any]) -> set[str]:
+    """Names of a function's parameters."""
+    return set(inspect.signature(function).parameters)
+
+
+class Family:
+    """Base class. A family is bound to one pipeline and holds no other state."""
+
+    name: ClassVar[str]
+    #: diffusers pipeline classes it serves
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    #: attribute of the pipeline that holds the denoiser
+    denoiser_name: ClassVar[str]
+    #: steps and guidance of the pipeline's own ``__call__``
+    defaults: ClassVar[dict[str, Any]]
+    #: text positions of T5-like encoders when the model's card says nothing
+    max_sequence_length: int | None = None
+    #: whether the pipeline feeds both guidance branches in one denoiser call
+    joint_branches: ClassVar[bool] = True
+    #: half-precision in which checkpoints of this family are customarily run
+    half: ClassVar[torch.dtype] = torch.float16
+    #: whether the pipeline lifts a float16 autoencoder with ``force_upcast`` to float32
+    upcasts_vae: ClassVar[bool] = False
+
+    def __init__(self, pipe: Any, max_sequence_length: int | None = None):
+        self.pipe = pipe
+        if max_sequence_length is not None and self.max_sequence_length is not None:
+            self.max_sequence_length = max_sequence_length
+
+    # --- facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's configuration."""
+        return self.denoiser.config
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.config.in_channels)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser takes the guidance scale as an input (guidance distillation) instead of a second branch."""
+        return False
+
+    @property
+    def size_multiple(self) -> int:
+        """Picture sides must be divisible by this."""
+        raise NotImplementedError
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the pipeline makes when not told."""
+        raise NotImplementedError
+
+    @property
+    def streams(self) -> list[TextStream]:
+        """Tokenizers seen by attention."""
+        raise NotImplementedError
+
+    @property
+    def text_length(self) -> int:
+        """``t``: positions of the text axis in attention."""
+        return max((stream.offset + stream.length for stream in self.streams), default=0)
+
+    # --- work ----------------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        """Rows of the conditional and of the unconditional branch, from the pipeline's own ``encode_prompt``."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
+        """One forward pass of the denoiser on (b c h w); ``t`` is a scalar or (b,), ``rows`` has ``b`` rows."""
+        raise NotImplementedError
+
+    def sites(self, h: int, w: int, text: int) -> list[Site]:
+        """Attention sites for latents of h by w and ``text`` text positions, in the order of execution."""
+        raise NotImplementedError
+
+    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+        """Prepare the scheduler as the pipeline does, for latents of h by w."""
+        scheduler.set_timesteps(steps, device=device)
+
+    def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
+        """First latents of the loop from unit noise."""
+        return noise * scheduler.init_noise_sigma
+
+    # --- helpers -------------------------------------------------------------------------------------------------------
+
+    def _stream(self, attribute: str, name: str, offset: int, length: int | None = None) -> list[TextStream]:
+        """The stream of one tokenizer of the pipeline; none where the pipeline lacks it."""
+        tokenizer = getattr(self.pipe, attribute)
+        if tokenizer is None:
+            return []
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)  # multi-vector textual inversion
+
+        def prepare(text: str) -> str:
+            return convert(text, tokenizer) if convert else text
+
+        return [TextStream(tokenizer, name, offset, length or int(tokenizer.model_max_length), prepare)]
+
+    def _shifted_timesteps(
+        self, scheduler: Any, steps: int, device: torch.device, tokens: int, max_shift: float, **kwargs: Any
+    ) -> None:
+        """``set_timesteps`` with the resolution-dependent shift ``mu`` of flow models: linear in the image tokens."""
+        config = scheduler.config
+        if config.get("use_dynamic_shifting"):
+            if "mu" not in accepted_by(scheduler.set_timesteps):
+                raise NotSupported(
+                    f"scheduler {type(scheduler).__name__} cannot shift its timesteps with the picture size, which"
+                    f" this model asks for; use flow_euler, dpm++ or unipc."
+                )
+            short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+            slope = (high - low) / (long - short)
+            kwargs["mu"] = tokens * slope + (low - slope * short)  # the pipelines' order of operations, for equal bits
+        scheduler.set_timesteps(steps, device=device, **kwargs)

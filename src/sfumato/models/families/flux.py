@@ -1,0 +1,107 @@
+"""Flux.1: double and single transformer blocks over packed latents, trained by rectified flow, guidance distilled."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.models.condition import Rows
+from sfumato.models.families.base import Family, TextStream, accepted_by
+from sfumato.models.site import Site, SiteList
+
+
+class Flux(Family):
+    """Black Forest Labs 2024. Attention sees the T5 tokens first, then the image, in double and in single blocks;
+    CLIP contributes its pooled vector only. A denoiser call sees one guidance branch."""
+
+    name = "flux"
+    pipeline_classes = ("FluxPipeline",)
+    denoiser_name = "transformer"
+    defaults = {"steps": 28, "guidance": 3.5}
+    max_sequence_length = 512
+    joint_branches = False
+    half = torch.bfloat16
+
+    @property
+    def channels(self) -> int:
+        return int(self.config.in_channels) // 4  # 2x2 latents are packed into one token
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return bool(self.config.guidance_embeds)
+
+    @property
+    def size_multiple(self) -> int:
+        return self.scale * 2
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        side = self.pipe.default_sample_size * self.scale
+        return side, side
+
+    @property
+    def streams(self) -> list[TextStream]:
+        return self._stream("tokenizer_2", "t5", 0, self.max_sequence_length)
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        def rows(texts: list[str]) -> Rows:
+            embeds, pooled, _ = self.pipe.encode_prompt(
+                texts, device=self.denoiser.device, max_sequence_length=self.max_sequence_length
+            )
+            return {"embeds": embeds, "pooled": pooled}
+
+        return rows(prompts), rows(negatives or [""] * len(prompts)) if guidance else None
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
+        b, c, h, w = x.shape
+        embeds = rows["embeds"]
+        scale = None
+        if self.embeds_guidance:
+            value = self.defaults["guidance"] if guidance is None else guidance
+            scale = torch.full([1], value, device=x.device, dtype=torch.float32).expand(b)
+        cached = getattr(self.denoiser, "is_cache_enabled", False)
+        with self.denoiser.cache_context("cond") if cached else nullcontext():
+            out = self.denoiser(
+                hidden_states=self.pipe._pack_latents(x.contiguous(), b, c, h, w),
+                timestep=t.expand(b).to(x.dtype) / 1000,
+                guidance=scale,
+                pooled_projections=rows["pooled"],
+                encoder_hidden_states=embeds,
+                txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=embeds.dtype),
+                img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, embeds.dtype),
+                return_dict=False,
+                **extra,
+            )[0]
+        return self.pipe._unpack_latents(out, h * self.scale, w * self.scale, self.scale)
+
+    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+        kwargs = {}
+        own_sigmas = scheduler.config.get("use_flow_sigmas") or "sigmas" not in accepted_by(scheduler.set_timesteps)
+        if not own_sigmas:
+            kwargs["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        self._shifted_timesteps(scheduler, steps, device, (h // 2) * (w // 2), max_shift=1.15, **kwargs)
+        scheduler.set_begin_index(0)
+
+    def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
+        return noise
+
+    def sites(self, h: int, w: int, text: int) -> list[Site]:
+        grid = (h // 2, w // 2)
+        image = (text, text + grid[0] * grid[1])
+        found = SiteList()
+        for name, blocks in (("joint", "transformer_blocks"), ("single", "single_transformer_blocks")):
+            for i, block in enumerate(getattr(self.denoiser, blocks)):
+                found.put(
+                    f"{blocks}.{i}.attn",
+                    block.attn,
+                    kind="joint",
+                    grid=grid,
+                    block=f"{name}.{i}",
+                    image=image,
+                    text=(0, text),
+                )
+        return found

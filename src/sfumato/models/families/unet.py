@@ -1,0 +1,137 @@
+"""Stable Diffusion 1 and 2, and SDXL: a U-Net with separate self and cross attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.models.condition import Rows
+from sfumato.models.families.base import Family, TextStream
+from sfumato.models.site import Site, SiteList, is_attention
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv 2112.10752)."""
+
+    name = "sd"
+    pipeline_classes = ("StableDiffusionPipeline",)
+    denoiser_name = "unet"
+    defaults = {"steps": 50, "guidance": 7.5}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.config.time_cond_proj_dim is not None
+
+    @property
+    def size_multiple(self) -> int:
+        return math.lcm(8, self.scale)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        size = self.config.sample_size
+        h, w = (size, size) if isinstance(size, int) else size
+        return h * self.scale, w * self.scale
+
+    @property
+    def streams(self) -> list[TextStream]:
+        return self._stream("tokenizer", "clip", 0)
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        embeds, negative = self.pipe.encode_prompt(prompts, self.denoiser.device, 1, guidance, negatives)
+        return {"embeds": embeds}, {"embeds": negative} if guidance else None
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
+        return self.denoiser(
+            x,
+            t,
+            encoder_hidden_states=rows["embeds"],
+            timestep_cond=self._guidance_embedding(x, guidance),
+            added_cond_kwargs=self._added(x, rows),
+            return_dict=False,
+            **extra,
+        )[0]
+
+    def _added(self, x: Tensor, rows: Rows) -> dict[str, Tensor] | None:
+        return None
+
+    def _guidance_embedding(self, x: Tensor, guidance: float | None) -> Tensor | None:
+        if guidance is None or not self.embeds_guidance:
+            return None
+        scale = torch.tensor(guidance - 1).repeat(x.shape[0])
+        return self.pipe.get_guidance_scale_embedding(scale, embedding_dim=self.config.time_cond_proj_dim).to(x)
+
+    def sites(self, h: int, w: int, text: int) -> list[Site]:
+        unet = self.denoiser
+        found = SiteList()
+
+        def walk(block: nn.Module, path: str, name: str, grid: tuple[int, int]) -> None:
+            for inner, module in block.named_modules():
+                if is_attention(module):
+                    cross = bool(module.is_cross_attention)
+                    found.put(
+                        f"{path}.{inner}",
+                        module,
+                        kind="cross" if cross else "self",
+                        grid=grid,
+                        block=name,
+                        text=(0, text) if cross else None,
+                    )
+
+        grid, grids = (h, w), []
+        for i, block in enumerate(unet.down_blocks):
+            grids.append(grid)
+            walk(block, f"down_blocks.{i}", f"down.{i}", grid)
+            if block.downsamplers is not None:  # convolutions of stride 2, padded: odd sides round up
+                grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+        if unet.mid_block is not None:
+            walk(unet.mid_block, "mid_block", "mid", grid)
+        for i, (block, grid) in enumerate(zip(unet.up_blocks, reversed(grids), strict=True)):
+            walk(block, f"up_blocks.{i}", f"up.{i}", grid)
+        return found
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL (Podell et al. 2023, arXiv 2307.01952): a second text encoder, pooled text and the picture size as conditions."""
+
+    name = "sdxl"
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    defaults = {"steps": 50, "guidance": 5.0}
+    upcasts_vae = True
+
+    @property
+    def streams(self) -> list[TextStream]:
+        return self._stream("tokenizer", "clip", 0) + self._stream("tokenizer_2", "clip2", 0)
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(
+            prompts,
+            device=self.denoiser.device,
+            do_classifier_free_guidance=guidance,
+            negative_prompt=negatives,
+        )
+        cond = {"embeds": embeds, "pooled": pooled}
+        return cond, {"embeds": negative, "pooled": negative_pooled} if guidance else None
+
+    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+        super().set_timesteps(scheduler, steps, h, w, device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+
+    def _added(self, x: Tensor, rows: Rows) -> dict[str, Tensor] | None:
+        return {"text_embeds": rows["pooled"], "time_ids": rows.get("time_ids", self._time_ids(x, rows))}
+
+    def _time_ids(self, x: Tensor, rows: Rows) -> Tensor:
+        """(b 6): original size, crop corner and target size in pixels (the paper's section 2.2), all from x."""
+        size = (x.shape[-2] * self.scale, x.shape[-1] * self.scale)
+        encoder = self.pipe.text_encoder_2
+        ids = self.pipe._get_add_time_ids(
+            size,
+            (0, 0),
+            size,
+            dtype=rows["embeds"].dtype,
+            text_encoder_projection_dim=rows["pooled"].shape[-1] if encoder is None else encoder.config.projection_dim,
+        )
+        return ids.to(x.device).repeat(x.shape[0], 1)

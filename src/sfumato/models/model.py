@@ -1,0 +1,344 @@
+"""`Model`: one face over the diffusers families - codec, text encoders, denoiser and schedule of one checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import BadInput
+from sfumato.models.condition import COND, UNCOND, Condition, TruncatedPrompt
+from sfumato.models.families import Family, TextStream, family_of
+from sfumato.models.quiet import quiet
+from sfumato.models.schedulers import is_flow, make_scheduler, scheduler_names
+from sfumato.models.site import Site
+from sfumato.models.weights import hash_files, hash_modules
+
+
+class Model:
+    """A loaded checkpoint. ``pipe`` is the genuine diffusers pipeline; nothing in it is wrapped or replaced.
+
+    Weights are frozen and in evaluation mode when they come from `load`; gradients with respect to latents and conditions
+    flow, since nothing here runs under ``no_grad``. Wrap calls in ``torch.no_grad()`` where no gradient is wanted.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        card: dict[str, Any] | None = None,
+        files: Sequence[tuple[str, Path]] = (),
+    ):
+        """``card`` is the content of the folder's ``sfumato.json``; ``files`` are (component, weight file) pairs for the hash.
+
+        Raises `NotSupported` for a pipeline of an unknown family.
+        """
+        self.pipe = pipe
+        self.card = card or {}
+        self.name = name or type(pipe).__name__
+        self.revision = revision
+        self._files = tuple(files)
+        own = self.card.get("defaults", {})
+        self.family: Family = family_of(type(pipe).__name__)(pipe, own.get("max_sequence_length"))
+
+    def __repr__(self) -> str:
+        h, w = self.default_size
+        return f"Model({self.name!r}, family={self.family.name}, {w}x{h}, {self.dtype}, {self.device})"
+
+    # --- facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net or transformer."""
+        return self.family.denoiser
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device  # type: ignore[return-value]
+
+    @property
+    def flow(self) -> bool:
+        """Whether the model was trained by flow matching (else by diffusion)."""
+        return is_flow(self.pipe.scheduler)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the denoiser (Flux-dev, LCM) rather than a mix of two branches."""
+        return self.family.embeds_guidance
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """``steps``, ``guidance`` and ``scheduler`` to use when not told: the model card's, else the pipeline's."""
+        return {"scheduler": None, **self.family.defaults, **self.card.get("defaults", {})}
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        size = self.card.get("defaults", {}).get("size")
+        return (int(size[0]), int(size[1])) if size else self.family.default_size
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be divisible by this."""
+        return self.family.size_multiple
+
+    @property
+    def tokenizers(self) -> list[TextStream]:
+        """Tokenizers whose tokens attention sees, with their place on its text axis."""
+        return self.family.streams
+
+    @property
+    def text_length(self) -> int:
+        """``t``: length of the text axis in attention."""
+        return self.family.text_length
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks of the pipeline by component name."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+
+    @cached_property
+    def weight_hash(self) -> str:
+        """SHA-256 (hex) over names, dtypes, shapes and bytes of all tensors; of the files where there are any.
+
+        It does not depend on the order of tensors, on metadata or on how they are spread over files.
+        """
+        return hash_files(self._files) if self._files else hash_modules(self.modules)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of a picture. Raises `BadInput` for a size the model cannot make."""
+        multiple = self.size_multiple
+        for side, value in (("height", height), ("width", width)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < multiple or value % multiple:
+                raise BadInput(
+                    f"{side}={value!r} does not fit {self.name}: it must be a positive multiple of {multiple} pixels."
+                )
+        return self.family.channels, height // self.family.scale, width // self.family.scale
+
+    def sites(self, height: int | None = None, width: int | None = None, text_length: int | None = None) -> list[Site]:
+        """Attention sites of one denoiser call for a picture of this size in pixels, in the order of execution."""
+        _, h, w = self.latent_shape(*self._size(height, width))
+        return list(self.family.sites(h, w, self.text_length if text_length is None else text_length))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+        """Move the whole pipeline; returns self."""
+        with quiet():
+            self.pipe.to(**{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
+        return self
+
+    # --- text ----------------------------------------------------------------------------------------------------------
+
+    def encode_text(
+        self,
+        prompts: str | Sequence[str],
+        negative: str | Sequence[str] | None = None,
+        guidance: bool = True,
+        embedded_guidance: float | None = None,
+    ) -> Condition:
+        """The condition of one sample per prompt, exactly as the pipeline encodes it.
+
+        ``guidance``: also encode the unconditional branch, from ``negative`` or from what the family uses for "nothing" (an
+        empty prompt; zeros for SDXL). ``embedded_guidance`` is the scale told to a guidance-distilled denoiser and
+        ignored by all others. Warns `TruncatedPrompt`, quoting what does not fit. Raises `BadInput`.
+        """
+        texts = _texts(prompts, "prompts")
+        negatives = None if negative is None else _texts(negative, "negative")
+        if negatives is not None and len(negatives) != len(texts):
+            if len(negatives) > 1:
+                raise BadInput(
+                    f"negative has {len(negatives)} entries for {len(texts)} prompts; give one, or one for each."
+                )
+            negatives *= len(texts)
+        for text in texts + (negatives or []):
+            self._warn_truncation(text)
+        with quiet():
+            cond, uncond = self.family.encode(texts, negatives, guidance)
+        return Condition(
+            cond=cond,
+            uncond=uncond,
+            prompts=tuple(texts),
+            negatives=None if negatives is None else tuple(negatives),
+            guidance=embedded_guidance if self.embeds_guidance else None,
+        )
+
+    def _warn_truncation(self, text: str) -> None:
+        for stream in self.tokenizers:
+            full = stream.prepare(text)
+            with quiet():
+                fits = len(stream.tokenizer(full).input_ids) <= stream.length
+                if fits:
+                    continue
+                kept = stream.tokenizer(
+                    full, truncation=True, max_length=stream.length, return_offsets_mapping=True
+                ).offset_mapping
+            dropped = full[max(end for _, end in kept) :].strip()
+            shown = dropped if len(dropped) <= 60 else dropped[:57] + "..."
+            warnings.warn(
+                f"the {stream.name} text encoder of {self.name} reads {stream.length} tokens; it does not see {shown!r}.",
+                TruncatedPrompt,
+                stacklevel=3,
+            )
+
+    # --- denoiser ------------------------------------------------------------------------------------------------------
+
+    def calls(self, branches: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """Which guidance branches go into which denoiser call, in the pipeline's order.
+
+        One call for both with most families; Flux runs them one by one, the conditional first.
+        """
+        if self.family.joint_branches:
+            return (tuple(branches),)
+        return tuple((name,) for name in sorted(branches, key=(COND, UNCOND).index))
+
+    def predict(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        condition: Condition,
+        branches: str | Sequence[str] | None = None,
+        **extra: Any,
+    ) -> Tensor:
+        """One denoiser call: its raw output (epsilon, v or velocity) in the layout of the latents.
+
+        ``x`` (b c h w) has one row per sample and is repeated for each branch, or already holds branches * b rows; it must have
+        been through the scheduler's ``scale_model_input`` where there is one. ``t`` is a value of ``scheduler.timesteps`` (or
+        one per sample). Returns (branches * b, c, h, w), branch after branch; by default all of the condition.
+        ``extra`` goes to the denoiser's forward.
+        """
+        names = (
+            condition.branches if branches is None else (branches,) if isinstance(branches, str) else tuple(branches)
+        )
+        samples, rows = len(condition), len(names) * len(condition)
+        if x.ndim != 4 or x.shape[0] not in (samples, rows):
+            raise BadInput(f"x has shape {tuple(x.shape)}; expected (b c h w) with {samples} or {rows} rows.")
+        if x.shape[0] != rows:
+            x = torch.cat([x] * len(names))
+        t = torch.as_tensor(t, device=x.device)
+        if t.ndim and t.shape[0] not in (1, rows):
+            t = t.repeat(len(names))
+        return self.family.predict(x, t, condition.batch(names), condition.guidance, extra)
+
+    # --- schedule ------------------------------------------------------------------------------------------------------
+
+    def make_scheduler(self, name: Any = None) -> Any:
+        """A fresh scheduler: like the pipeline's own (``None``), by short name, or a copy of a given one.
+
+        Raises `UnknownName`, or `NotSupported` where its path does not fit the model.
+        """
+        return make_scheduler(self.pipe.scheduler, name)
+
+    @property
+    def schedulers(self) -> list[str]:
+        """Short names that `make_scheduler` takes for this model."""
+        return scheduler_names(self.flow)
+
+    def prediction(self, scheduler: Any = None) -> str:
+        """What the denoiser's output means: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow"``."""
+        scheduler = self.pipe.scheduler if scheduler is None else scheduler
+        return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+
+    def timesteps(self, scheduler: Any, steps: int, height: int | None = None, width: int | None = None) -> Tensor:
+        """Set the scheduler up as the pipeline does, shifts by picture size included; returns its timesteps."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise BadInput(f"steps={steps!r} is not allowed: give a whole number from 1.")
+        _, h, w = self.latent_shape(*self._size(height, width))
+        self.family.set_timesteps(scheduler, steps, h, w, self.device)
+        return scheduler.timesteps
+
+    def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
+        """First latents of the loop from unit noise (b c h w): scaled by the scheduler's largest noise level."""
+        return self.family.prepare(noise, scheduler)
+
+    # --- codec ---------------------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (b 3 H W), about [-1, 1] and not clamped, from latents (b c h w), as the pipeline decodes them."""
+        vae = self.pipe.vae
+        with _upcast(self.family, vae):
+            latents = latents.to(vae.dtype)
+            mean, std = _statistics(vae, latents) if self.family.upcasts_vae else (None, None)
+            scaling = vae.config.scaling_factor
+            if mean is not None and std is not None:
+                latents = latents * std / scaling + mean
+            else:
+                latents = latents / scaling
+                if vae.config.get("shift_factor") is not None:
+                    latents = latents + vae.config.shift_factor
+            return vae.decode(latents, return_dict=False)[0]
+
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Latents (b c h w) of pictures (b 3 H W) in [-1, 1].
+
+        The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes and sizes.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise BadInput(f"images have shape {tuple(images.shape)}; expected (b 3 H W).")
+        self.latent_shape(images.shape[-2], images.shape[-1])
+        if generators is not None and len(generators) != len(images):
+            raise BadInput(f"generators has {len(generators)} entries for {len(images)} images; give one for each.")
+        vae = self.pipe.vae
+        with _upcast(self.family, vae):
+            images = images.to(vae.device, vae.dtype)
+            if generators is None:
+                latents = vae.encode(images).latent_dist.mode()
+            else:
+                rows = zip(images.split(1), generators, strict=True)
+                latents = torch.cat([vae.encode(image).latent_dist.sample(generator) for image, generator in rows])
+            mean, std = _statistics(vae, latents) if self.family.upcasts_vae else (None, None)
+            scaling = vae.config.scaling_factor
+            if mean is not None and std is not None:
+                latents = (latents - mean) * scaling / std
+            elif vae.config.get("shift_factor") is not None:
+                latents = (latents - vae.config.shift_factor) * scaling
+            else:
+                latents = latents * scaling
+        return latents.to(self.dtype)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        default = self.default_size
+        return height or default[0], width or default[1]
+
+
+class _upcast:
+    """Lifts a float16 autoencoder that overflows in float16 to float32 for a while."""
+
+    def __init__(self, family: Family, vae: Any):
+        self.vae = vae
+        self.needed = family.upcasts_vae and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+
+    def __enter__(self) -> None:
+        if self.needed:
+            self.vae.to(dtype=torch.float32)
+
+    def __exit__(self, *_: object) -> None:
+        if self.needed:
+            self.vae.to(dtype=torch.float16)
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Per-channel mean and standard deviation of the latents (1 c 1 1), where the autoencoder states them."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return None, None
+    return torch.tensor(mean).view(1, -1, 1, 1).to(like), torch.tensor(std).view(1, -1, 1, 1).to(like)
+
+
+def _texts(given: Any, argument: str) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
+    bad = [text for text in texts if not isinstance(text, str)]
+    if bad or not texts:
+        raise BadInput(
+            f"{argument}={bad[0] if bad else texts!r} is not allowed: give a string or a non-empty list of strings."
+        )
+    return texts

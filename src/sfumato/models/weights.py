@@ -1,0 +1,207 @@
+"""Weight files: what may be read, whether it is whole, and its fingerprint. Pickles are never opened, only recognised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfumato.errors import BadInput, BadWeights
+
+#: a header longer than this is refused by every safetensors reader
+_MAX_HEADER = 100_000_000
+_PICKLE_SUFFIXES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+_STEMS = ("diffusion_pytorch_model", "model")
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: ``start`` and ``stop`` are byte offsets from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of a safetensors file, after checking that the file is one and is whole.
+
+    Raises `BadWeights` for pickles (whatever their name says), other formats, and corrupt or truncated files.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+        _refuse_other_formats(path, start)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise BadWeights(
+                f"{path} is not a safetensors file, or is cut off in its header; get it again from its source."
+            )
+        file.seek(8)
+        header = file.read(length)
+    try:
+        table = json.loads(header)
+        entries = [
+            TensorEntry(
+                name,
+                str(entry["dtype"]),
+                tuple(int(n) for n in entry["shape"]),
+                *(8 + length + int(offset) for offset in entry["data_offsets"]),
+            )
+            for name, entry in table.items()
+            if name != "__metadata__"
+        ]
+    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError, ValueError) as error:
+        raise BadWeights(f"{path} has a corrupt safetensors header; get the file again from its source.") from error
+    end = max((entry.stop for entry in entries), default=8 + length)
+    if end > size:
+        raise BadWeights(f"{path} is cut off: {size} of {end} bytes are there; get the file again from its source.")
+    _library_check(path)
+    return entries
+
+
+def _library_check(path: Path) -> None:
+    """Overlaps, holes, trailing bytes and sizes that do not match shapes are found by the reference reader."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadWeights(
+            f"{path} is a corrupt safetensors file ({first_line(error)}); get it again from its source."
+        ) from error
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if pickled or start[:4] == b"PK\x03\x04" or start[257:262] == b"ustar":
+        raise BadWeights(
+            f"{path} is a pickle or an archive of pickles, which can run code when read; sfumato never opens one."
+            " Use the model's .safetensors files, or convert it on a machine you can lose."
+        )
+    if start[:4] == b"GGUF":
+        raise BadWeights(f"{path} is a GGUF file; only safetensors are read.")
+    if start.startswith(b"version https://git-lfs"):
+        raise BadWeights(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository.")
+
+
+def find_weights(folder: Path) -> tuple[list[Path], str | None]:
+    """The safetensors files of one component's folder, and their variant (``"fp16"`` or none at all).
+
+    Sharded files are found by their index. Raises `BadWeights` where there are only pickles, or nothing.
+    """
+    variants: list[str | None] = [None]
+    for path in sorted(folder.glob("*.safetensors")):
+        parts = path.name.split(".")
+        if parts[0] in _STEMS and len(parts) == 3:
+            variants.append(parts[1])
+    for variant in variants:
+        infix = f".{variant}" if variant else ""
+        for stem in _STEMS:
+            index = folder / f"{stem}.safetensors.index{infix}.json"
+            if index.is_file():
+                return _shards(index), variant
+            single = folder / f"{stem}{infix}.safetensors"
+            if single.is_file():
+                return [single], variant
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in _PICKLE_SUFFIXES)
+    if pickles:
+        raise BadWeights(
+            f"{folder} holds its weights only as pickles ({', '.join(pickles[:3])}), which sfumato never opens;"
+            " get the .safetensors files of this model."
+        )
+    raise BadWeights(f"{folder} holds no weights: {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors is missing.")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    paths = [index.parent / name for name in names if Path(name).name == name]
+    missing = [name for name in names if not (index.parent / Path(name).name).is_file()]
+    if missing or not paths or len(paths) != len(names):
+        raise BadWeights(
+            f"{index} names shards that are not there: {', '.join(map(str, missing[:3])) or 'none listed'}."
+        )
+    return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `BadInput` where it is missing or not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror or error}.") from error
+    except (RecursionError, ValueError) as error:
+        raise BadInput(f"{path} is not valid JSON ({first_line(error)}).") from error
+    if not isinstance(data, dict):
+        raise BadInput(f"{path} must hold a JSON object.")
+    return data
+
+
+def check_numbers(component: str, module: nn.Module) -> None:
+    """Raise `BadWeights` if a tensor was never filled or holds NaN or infinite values."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            raise BadWeights(f"{component}: tensor {name} is missing from the weights.")
+        # a sum in float32 is finite if and only if all terms are, bar an overflow that the second look settles
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            if not tensor.isfinite().all():
+                raise BadWeights(f"{component}: tensor {name} holds NaN or infinite values; the file is damaged.")
+
+
+def hash_files(files: Iterable[tuple[str, Path]]) -> str:
+    """SHA-256 over the tensors of (component, file) pairs, independent of order, metadata and sharding."""
+    found = [(component, entry, path) for component, path in files for entry in read_header(path)]
+    digest = hashlib.sha256()
+    for component, entry, path in sorted(found, key=lambda item: (item[0], item[1].name)):
+        _head(digest, component, entry.name, entry.dtype, entry.shape)
+        with path.open("rb") as file:
+            file.seek(entry.start)
+            left = entry.stop - entry.start
+            while left:
+                block = file.read(min(left, 1 << 20))
+                digest.update(block)
+                left -= len(block)
+    return digest.hexdigest()
+
+
+def hash_modules(modules: Mapping[str, nn.Module]) -> str:
+    """The same over tensors in memory."""
+    digest = hashlib.sha256()
+    for component in sorted(modules):
+        state = modules[component].state_dict()
+        for name in sorted(state):
+            tensor = state[name]
+            _head(digest, component, name, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _head(digest: Any, component: str, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    digest.update(json.dumps([component, name, dtype, list(shape)]).encode())
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message, cut to its first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

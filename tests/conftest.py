@@ -1,0 +1,15 @@
+"""Settings for the whole suite: one thread per test process, and no network."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+torch.set_num_threads(1)
+# torch itself says so, on machines without the instruction set it asks about
+warnings.filterwarnings("ignore", message=".*mkldnn.*", category=UserWarning)
