@@ -1,3 +1,69 @@
-"""Make, look inside, steer, teach, animate and judge generative image and video models."""
+"""Make, look inside, steer, teach, animate and judge generative image and video models.
+
+    >>> import sfumato
+    >>> result = sfumato.make("a red cube and a blue ball", with_=["daam"])
+    >>> result.images[0].save("toys.png")
+
+Everything here is loaded on first use; importing the package imports neither torch nor anything else that is heavy, and
+changes nothing global. A room that carries the name of a verb is that verb as well: ``sfumato.explain(...)`` calls,
+``sfumato.explain.daam`` is the room's file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sfumato.cards import build, method, methods
+    from sfumato.face import explain, load, make, models, train
+
+__all__ = ["load", "make", "explain", "models", "methods", "method", "build", "train", "__version__"]
+
+_HOME = {
+    "load": "face",
+    "make": "face",
+    "explain": "face",
+    "models": "face",
+    "train": "face",
+    "methods": "cards",
+    "method": "cards",
+    "build": "cards",
+}
+
+
+class _Verb(types.ModuleType):
+    """A room that can be called: the call goes to the function of the same name in the public face."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _public(self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Face(types.ModuleType):
+    """This package; the import system sets each room as its attribute, and verbs among them become callable."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and type(value) is types.ModuleType:
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+def _public(name: str) -> Any:
+    return getattr(importlib.import_module(f"sfumato.{_HOME[name]}"), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return _public(name)
+    raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Face

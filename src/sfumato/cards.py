@@ -130,6 +130,19 @@ def _brief(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def parameter_rows(params: type[Params]) -> list[tuple[str, str, str]]:
+    """(name, default, meaning with unit and range) of every parameter, for tables."""
+    rows = []
+    for name, field in params.model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        limits = [str(limit) for limit in field.metadata]
+        notes = [*([f"unit: {extra['unit']}"] if "unit" in extra else []), *limits]
+        rows.append(
+            (name, repr(field.default), (field.description or "") + (f" ({', '.join(notes)})" if notes else ""))
+        )
+    return rows
+
+
 # --- the registry ------------------------------------------------------------------------------------------------
 
 _registered: dict[str, type] = {}

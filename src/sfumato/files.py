@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -107,6 +108,24 @@ def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any]) -> Pa
     with replacing(path) as file:
         file.write(encoded.getbuffer())
     return Path(path)
+
+
+def save_grid(path: Path, pictures: list[Path]) -> Path:
+    """All pictures as one, in rows about as many as columns, each in a cell of the largest's size."""
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    opened = [Image.open(picture).convert("RGB") for picture in pictures]
+    w, h = max(image.width for image in opened), max(image.height for image in opened)
+    sheet = Image.new("RGB", (columns * (w + 2) - 2, rows * (h + 2) - 2), "white")
+    for i, image in enumerate(opened):
+        sheet.paste(image, ((i % columns) * (w + 2), (i // columns) * (h + 2)))
+    encoded = io.BytesIO()
+    sheet.save(encoded, format="PNG")
+    with replacing(path) as file:
+        file.write(encoded.getbuffer())
+    return path
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:

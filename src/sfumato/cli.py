@@ -1,0 +1,396 @@
+"""The command line: one command per verb, thin over :mod:`sfumato.face`. Heavy imports happen inside the commands.
+
+Whatever goes wrong on purpose is one line on stderr and exit code 2; ``--debug`` shows the traceback instead. Ctrl-C
+keeps what is finished and leaves with 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sfumato.errors import BadInput, NotSupported, SfumatoError, WorkInterrupted
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class _OneLine(TyperGroup):
+    """The command group whose errors are one line each."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        options = args[: args.index("--")] if "--" in args else args
+        debug = "--debug" in options
+        if debug:  # accepted before and after the command
+            args.remove("--debug")
+        before = warnings.showwarning
+        warnings.showwarning = _show_warning
+        try:
+            code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            code = _report(error)
+        finally:
+            warnings.showwarning = before
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    """Say what went wrong in one line on stderr; returns the exit code."""
+    if isinstance(error, SfumatoError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted; nothing half-written is left.", 130
+    elif isinstance(error, OSError):
+        message, code = _os_error(error), 2
+    elif hasattr(error, "format_message"):  # a wrong option or command, whichever parser typer carries
+        said = error.format_message()
+        if not said:  # the bare command: its help is on the screen already
+            return 2
+        message, code = f"{said.rstrip('.')}. Try --help.", 2
+    elif type(error).__name__ == "Abort":
+        message, code = "interrupted; nothing half-written is left.", 130
+    else:
+        message = f"unexpected {type(error).__name__}: {error}. Please report it with what --debug shows."
+        code = 1
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    import errno
+
+    remedy = {
+        errno.ENOSPC: "free some space or write elsewhere with -o",
+        errno.EFBIG: "the file system allows no larger file; write elsewhere with -o",
+        errno.EDQUOT: "free some of your quota or write elsewhere with -o",
+        errno.EACCES: "check its permissions or write elsewhere with -o",
+        errno.EPERM: "check its permissions or write elsewhere with -o",
+        errno.EROFS: "the file system is read-only; write elsewhere with -o",
+        errno.ENOENT: "check the path",
+    }.get(error.errno or 0, "check the path and the disk")
+    return f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}."
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    """Our own warnings are one line each; those of the libraries below are not the user's to act on."""
+    if getattr(category, "__module__", "").startswith("sfumato"):
+        typer.echo("warning: " + " ".join(str(message).split()), err=True)
+
+
+app = typer.Typer(
+    cls=_OneLine,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make, look inside, steer, teach, animate and judge generative image models.",
+)
+toybox_app = typer.Typer(no_args_is_help=True, help="The toybox: a world of toys in which everything is known exactly.")
+app.add_typer(toybox_app, name="toybox")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from sfumato import __version__
+
+        typer.echo(f"sfumato {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name, diffusers folder, .safetensors or hub id.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own.")]
+Scale = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance. Default: the model's own.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Width x height in pixels. Default: the model's own.")]
+Negative = Annotated[str | None, typer.Option(help="What the picture should not show.")]
+Scheduler = Annotated[str | None, typer.Option(help="ddim, euler, dpm++, ... Default: the model's own.")]
+Seed = Annotated[int | None, typer.Option(help="Where the noise comes from. Default: 0.")]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="KEY:name=value,...",
+        help="A system that takes part; repeatable. Lists: words=[red cube|ball].",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+
+
+@app.command()
+def make(
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="How many pictures. Default: 1.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="As `sfumato models` lists, or a folder, file, hub id.")
+    ] = None,
+    steps: Steps = None,
+    guidance: Scale = None,
+    negative: Negative = None,
+    size: Size = None,
+    seed: Seed = None,
+    scheduler: Scheduler = None,
+    with_: With = None,
+    out: Out = Path("out"),
+    like: Annotated[
+        Path | None, typer.Option(help="Repeat this picture by its recipe; other options override it.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line.")
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Make pictures from a prompt. Each PNG carries its recipe."""
+    from sfumato import face
+
+    if sum(source is not None for source in (prompts, like)) == 2:
+        raise BadInput("--like and --prompts cannot be given together.")
+    if prompt is not None and prompts is not None:
+        raise BadInput("give the prompt or --prompts, not both.")
+    if prompt is None and prompts is None and like is None:
+        raise BadInput('nothing to make: give a prompt, such as sfumato make "a red cube", or --like or --prompts.')
+    typed = {
+        "prompt": prompt,
+        "n": n,
+        "steps": steps,
+        "guidance": guidance,
+        "negative": negative,
+        "size": None if size is None else _size(size),
+        "seed": seed,
+        "scheduler": scheduler,
+    }
+    typed = {name: value for name, value in typed.items() if value is not None}
+    order = face.Order([], model, with_ or [], dtype, device)
+    if like is not None:
+        order = face.like(like, typed, order)
+    elif prompts is not None:
+        order.jobs = face.read_prompts(prompts, typed)
+    else:
+        order.jobs = [face.JobOptions(**typed)]
+    _deliver(face.carry_out, order, out, grid)
+
+
+def _deliver(work: Any, order: Any, out: Path, grid: bool = False) -> None:
+    """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
+    from sfumato import files
+
+    finished: list[Path] = []
+    try:
+        with _bar("pictures") as show:
+            for paths in work(order, out, show):
+                finished.append(paths[0])
+                for path in paths:
+                    typer.echo(path)
+    except KeyboardInterrupt:
+        kept = f"{len(finished)} finished pictures are in {out}" if finished else "no picture was finished"
+        raise WorkInterrupted(f"interrupted; {kept}, nothing half-written is left.") from None
+    if grid and finished:
+        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
+
+
+@contextlib.contextmanager
+def _bar(unit: str) -> Iterator[Any]:
+    """A progress bar for work of more than two seconds, on a terminal only.
+
+    Yields ``show(done, total, share, note="")``: ``done`` of ``total`` units are finished, and ``share`` of the next.
+    """
+    start, bar, task = time.monotonic(), None, None
+
+    def show(done: int, total: int, share: float = 0.0, note: str = "") -> None:
+        nonlocal bar, task
+        if bar is None and sys.stderr.isatty() and time.monotonic() - start > 2:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            bar.start()
+            task = bar.add_task("", total=total, said="")
+        if bar is not None:
+            bar.update(task, total=total, completed=done + share, said=note or f"{done}/{total} {unit}")
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, x, height = text.lower().partition("x")
+    if not (x and width.strip().isdecimal() and height.strip().isdecimal()):
+        raise BadInput(f"--size is {text!r}; write width x height in pixels, such as 64x64.")
+    return int(width), int(height)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show one model in full.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the cards as JSON.")] = False,
+) -> None:
+    """List the built-in models."""
+    from sfumato import face, zoo
+
+    if name is not None:
+        _print_json(zoo.card(name))
+    elif json_:
+        _print_json(face.models())
+    else:
+        rows = [
+            (key, card.get("pipeline", card.get("objective", "")), card.get("summary", ""))
+            for key, card in face.models().items()
+        ]
+        _print_table(("name", "kind", "what it is"), rows)
+
+
+@app.command()
+def methods(
+    key: Annotated[str | None, typer.Argument(help="Show one system with its parameters.")] = None,
+    verb: Annotated[
+        str | None, typer.Option(help="Only those of one verb: explain, steer, edit, teach, animate, judge.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print cards as JSON.")] = False,
+) -> None:
+    """List the systems that --with knows."""
+    import dataclasses
+
+    from sfumato import cards
+
+    if key is not None:
+        cls: Any = cards.method(key)
+        if json_:
+            _print_json({**dataclasses.asdict(cls.CARD), "parameters": cls.Params.model_json_schema()["properties"]})
+            return
+        for field, value in dataclasses.asdict(cls.CARD).items():
+            if value:
+                typer.echo(f"{field.replace('_', ' ')}: {', '.join(value) if isinstance(value, tuple) else value}")
+        typer.echo()
+        _print_table(("parameter", "default", "meaning"), cards.parameter_rows(cls.Params))
+        return
+    found = cards.methods(verb)
+    if json_:
+        _print_json({name: dataclasses.asdict(card) for name, card in found.items()})
+    else:
+        _print_table(
+            ("key", "verb", "what it does", "paper"),
+            [(name, card.verb, card.summary, f"{card.authors} {card.year}") for name, card in found.items()],
+        )
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_table(titles: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so much time with a resumable checkpoint.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the exported model.")] = None,
+) -> None:
+    """Train a recipe; Ctrl-C or --minutes leave a checkpoint that --resume goes on from."""
+    from sfumato import face
+
+    with _bar("steps") as show:
+
+        def told(progress: Any) -> None:
+            loss = progress.logs.get("loss")
+            note = f"{progress.step}/{progress.steps} steps" + (f", loss {loss:.4g}" if loss is not None else "")
+            show(progress.step, progress.steps, 0.0, note)
+
+        result = face.train(recipe, resume=resume, minutes=minutes, out=out, on_progress=told)
+    for complaint in result.complaints:
+        typer.echo(f"warning: {complaint}", err=True)
+    if result.interrupted:
+        raise WorkInterrupted(
+            f"interrupted after step {result.step}, checkpoint in {result.folder}; "
+            f"go on with: sfumato train {recipe} --resume"
+        )
+    if result.finished:
+        typer.echo(result.exported)
+    else:
+        typer.echo(f"stopped after step {result.step}; go on with: sfumato train {recipe} --resume")
+
+
+@toybox_app.command("sample")
+def toybox_sample(
+    n: Annotated[int, typer.Option("-n", min=1, help="How many scenes.")] = 16,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is empty or not there yet.")] = Path("toybox"),
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other scenes.")] = 0,
+    split: Annotated[str, typer.Option(help="train, val, test, or heldout: combinations never in training.")] = "train",
+) -> None:
+    """Write an imagefolder: pictures, metadata.jsonl (file_name, text), masks/ and scenes/."""
+    from sfumato.toybox import export_imagefolder
+
+    with _bar("scenes") as show:
+        typer.echo(export_imagefolder(out, n=n, size=size, seed=seed, split=split, on_progress=show))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def claims(
+    context: typer.Context,
+    keys: Annotated[list[str] | None, typer.Argument(help="Which claims; all when none is named.")] = None,
+) -> None:
+    """Measure the claims again and write their table (needs the repository, not only the package)."""
+    import runpy
+
+    root = next(
+        (folder for folder in (Path.cwd(), Path(__file__).parents[2]) if (folder / "claims" / "__main__.py").is_file()),
+        None,
+    )
+    if root is None:
+        raise NotSupported(
+            "claims are part of the repository, not of the installed package: clone it and run this inside."
+        )
+    sys.path.insert(0, str(root))
+    arguments, sys.argv = sys.argv, ["claims", *(keys or []), *context.args]
+    try:
+        runpy.run_module("claims", run_name="__main__")
+    finally:
+        sys.argv = arguments
+        sys.path.remove(str(root))
+
+
+def main() -> None:
+    """The entry point ``sfumato``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The verbs of the public face: what ``sfumato.make(...)`` and the command line do, on one set of checked options."""
+
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator
+
+import sfumato
+from sfumato import cards, files
+from sfumato.cards import Field, Params
+from sfumato.errors import BadInput, SfumatoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sfumato.models import Model
+    from sfumato.sampling import Result
+
+DEFAULT_MODEL = "toy-sd"
+LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
+
+
+class JobOptions(Params):
+    """What can be said about pictures of one prompt, besides the model. Checked before anything heavy is loaded."""
+
+    SYSTEM = "make"
+
+    prompt: str = Field(description="what the picture shows")
+    negative: str | None = Field(default=None, description="what the picture should not show")
+    n: int = Field(default=1, ge=1, le=100_000, description="how many pictures of each prompt")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="how many denoising steps")
+    guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance")
+    rescale: float | None = Field(default=None, ge=0, le=1, description="guidance rescale, 0 off")
+    size: tuple[int, int] | None = Field(
+        default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
+    )
+    seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")
+    scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
+    eta: float | None = Field(default=None, ge=0, le=1, description="share of fresh noise in DDIM steps")
+
+    @field_validator("prompt")
+    @classmethod
+    def _readable(cls, prompt: Any) -> Any:
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            if not text.strip():
+                raise ValueError("a prompt must say something")
+            if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
+                raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError("it is not valid text (a character cannot be encoded)") from None
+        return prompt
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        if size is not None and not all(1 <= side <= 8192 for side in size):
+            raise ValueError("each side must lie between 1 and 8192")
+        return size
+
+    @field_validator("seed")
+    @classmethod
+    def _seeds(cls, seed: Any) -> Any:
+        for number in seed if isinstance(seed, list) else [seed]:
+            if number is not None and not 0 <= number < 2**62:
+                raise ValueError("a seed must be 0 or above and below 2**62")
+        return seed
+
+    def given(self) -> dict[str, Any]:
+        """The options as arguments of the sampling loop; what was left open stays the model's own choice."""
+        return {name: value for name, value in self.model_dump().items() if value is not None or name == "seed"}
+
+
+class MakeOptions(JobOptions):
+    """The options of :func:`make`, which takes several prompts and seeds at once."""
+
+    prompt: str | list[str] = Field(description="what the pictures show")
+    seed: int | list[int] | None = Field(
+        default=0, description="where the noise comes from: a number or one per picture"
+    )
+
+
+def load(
+    name: str | Path,
+    dtype: Any = None,
+    device: str = "cpu",
+    revision: str | None = None,
+) -> Model:
+    """A model by built-in name, local diffusers folder, single ``.safetensors`` file or hub id.
+
+    Args:
+        name: ``"toy-sd"``, ``"path/to/folder"``, ``"model.safetensors"``, ``"org/model"``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; None keeps the model's own.
+        device: ``"cpu"``, ``"cuda"``, ...
+        revision: commit, branch or tag of a hub id; it is recorded in every recipe.
+
+    Raises:
+        UnknownName: nothing of this name. NotSupported: an unknown family. BadWeights: pickles, damaged or ill-fitting
+        files.
+    """
+    from sfumato.models import load as load_model
+
+    return load_model(name, dtype=dtype, device=device, revision=revision)
+
+
+def make(
+    prompt: str | Sequence[str],
+    *,
+    model: str | Path | Model = DEFAULT_MODEL,
+    n: int = 1,
+    negative: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    rescale: float | None = None,
+    size: tuple[int, int] | None = None,
+    seed: int | Sequence[int] | None = 0,
+    scheduler: str | None = None,
+    eta: float | None = None,
+    with_: Sequence[Any] = (),
+    on_step: Callable[..., Any] | None = None,
+) -> Result:
+    """Generate pictures.
+
+    Args:
+        prompt: one text, or several: ``n`` pictures of each.
+        model: a name for :func:`load`, or a loaded model.
+        size: (width, height) in pixels. ``steps``, ``guidance``, ``scheduler``, ``size``: None means the model's own.
+        seed: a number (picture i uses seed + i), one number per picture, or None for a random one. A picture depends on
+            its seed only, not on how many are made with it.
+        with_: systems that watch or change the generation: objects, or texts as on the command line
+            (``"daam:words=[red cube|ball]"``).
+        on_step: called after every denoising step with the loop's step record.
+
+    Returns:
+        A result with ``images`` (PIL), ``latents`` (b c h w), ``seeds``, ``recipe`` and ``coverage`` of each system.
+
+    Raises:
+        BadInput: an option is out of its range. UnknownName: model, system or parameter. NoMatch: a system touched
+        nothing.
+    """
+    options = MakeOptions(
+        prompt=prompt if isinstance(prompt, str) else list(prompt),
+        negative=negative,
+        n=n,
+        steps=steps,
+        guidance=guidance,
+        rescale=rescale,
+        size=size,
+        seed=list(seed) if isinstance(seed, Sequence) else seed,
+        scheduler=scheduler,
+        eta=eta,
+    )
+    systems = build_all(with_)
+
+    from sfumato.sampling import generate
+
+    loaded = load(model) if isinstance(model, str | Path) else model
+    return generate(loaded, **options.given(), interventions=systems, on_step=on_step)
+
+
+def build_all(with_: Sequence[Any]) -> list[Any]:
+    """Systems from systems, ``--with`` texts and recipes of systems; a single text is taken as a list of one."""
+    given = [with_] if isinstance(with_, str) else with_
+    made = {str: cards.build, dict: cards.from_recipe}
+    return [made[type(each)](each) if type(each) in made else each for each in given]
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """The built-in models: name -> card (summary, sampling defaults, measured quality, recipe). Imports no torch."""
+    from sfumato import zoo
+
+    return {name: zoo.card(name) for name in zoo.names()}
+
+
+def train(
+    recipe: str | Path,
+    *,
+    resume: bool = False,
+    minutes: float | None = None,
+    out: str | Path | None = None,
+    on_progress: Callable[..., Any] | None = None,
+) -> Any:
+    """Train a recipe (a TOML file, or the name of a shipped one) and export the averaged weights at its end.
+
+    Args:
+        resume: go on from the newest sound checkpoint; the losses are those of an uninterrupted run.
+        minutes: stop after so much time with a resumable checkpoint.
+        out: folder of the exported model.
+        on_progress: called with step, steps, logs and seconds after every logged step.
+
+    Raises:
+        UnknownName, BadInput: the recipe is not known or not valid. Conflict: its folder holds a run already.
+    """
+    from sfumato.train.trainer import run
+
+    return run(recipe, resume=resume, minutes=minutes, out=None if out is None else Path(out), on_progress=on_progress)
+
+
+# --- pictures on disk ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Order:
+    """Pictures to make and write: one entry of ``jobs`` per prompt, with one model and the same systems for all.
+
+    ``expected`` is the recipe that a picture to be repeated carries, to warn where model or versions differ from it.
+    """
+
+    jobs: list[JobOptions]
+    model: str | None = None
+    with_: list[Any] = field(default_factory=list)
+    dtype: str | None = None
+    device: str = "cpu"
+    expected: dict[str, Any] = field(default_factory=dict)
+
+    def pictures(self) -> list[JobOptions]:
+        """The jobs spelt out: one entry, with one seed, per picture."""
+        return [job.model_copy(update={"n": 1, "seed": job.seed + i}) for job in self.jobs for i in range(job.n)]
+
+
+def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
+    """``order`` completed by the recipe in ``picture``; what was typed, there or in ``order``, wins.
+
+    The recipe is a stranger's: it may name built-in models only, and every value is checked as if typed.
+    """
+    from sfumato import zoo
+
+    recipe, exact = files.read_recipe(picture)
+    known = {name: recipe[name] for name in JobOptions.model_fields if recipe.get(name) is not None and name != "n"}
+    try:
+        job = JobOptions(**{**known, **typed})
+        with_ = order.with_ or recipe.get("with") or []
+        if not (isinstance(with_, list) and all(isinstance(each, str | dict) for each in with_)):
+            raise BadInput("its list of systems is damaged.")
+    except SfumatoError as error:
+        raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
+    model = order.model or recipe.get("model")
+    if exact and not order.model and model not in zoo.names():
+        raise BadInput(
+            f"{picture} was made with the model {str(model)[:200]!r}, which is not built in; "
+            "say --model yourself to load it, or another one."
+        )
+    if not exact:
+        told = "its settings come from another program's text, so the picture will not be the same"
+        warnings.warn(RecipeDiffers(f"{picture}: {told}."), stacklevel=2)
+    dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
+    return Order([job], model, with_, dtype, order.device, recipe if exact else {})
+
+
+class RecipeDiffers(UserWarning):
+    """A picture that is to be repeated was made by other weights or versions, so it may come out differently."""
+
+
+def carry_out(
+    order: Order, out: Path, on_step: Callable[[int, int, float], None] | None = None
+) -> Iterator[list[Path]]:
+    """Make the pictures of ``order`` one by one in folder ``out``, yielding the files of each as soon as it is whole.
+
+    One by one, so that each file is the same however many are made with it, and an interruption keeps what is finished.
+    ``on_step`` hears (picture, of so many, share of it done).
+
+    Raises:
+        BadInput: ``out`` is a file. OSError: it cannot be written. Everything that :func:`make` raises.
+    """
+    pictures = order.pictures()
+    build_all(order.with_)  # misspelt systems are told before the model is loaded
+    files.output_folder(out)
+    model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+    _warn_if_different(order.expected, model)
+    from sfumato.sampling import generate
+
+    for index, options in enumerate(pictures):
+        systems = build_all(order.with_)
+
+        def heard(step: Any, index: int = index) -> None:
+            if on_step is not None:
+                on_step(index, len(pictures), (step.i + 1) / step.total)
+
+        result = generate(model, **options.given(), interventions=systems, on_step=heard)
+        yield write(result, out, model, systems)
+
+
+def write(result: Result, out: Path, model: Model, systems: Sequence[Any]) -> list[Path]:
+    """Write each picture of ``result`` with its recipe, and beside it whatever pictures the systems offer."""
+    written = []
+    for index, image in enumerate(result.images):
+        stem = f"{files.slug(result.prompts[index])}-{result.seeds[index]}"
+        path = files.free_name(out, stem)
+        recipe = picture_recipe(result, index, model, systems)
+        written.append(files.save_png(path, image, recipe))
+        for system in systems:
+            for name, drawn in getattr(system, "pictures", dict)().items():
+                written.append(files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe))
+    return written
+
+
+def picture_recipe(result: Result, index: int, model: Model, systems: Sequence[Any]) -> dict[str, Any]:
+    """Everything needed to make picture ``index`` of ``result`` again, in plain JSON values."""
+    return {
+        "sfumato": sfumato.__version__,
+        "versions": versions(),
+        **result.recipe,
+        "prompt": result.prompts[index],
+        "seed": result.seeds[index],
+        "model": model.name,
+        "revision": model.revision,
+        "hash": model.weight_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "with": [cards.to_recipe(system) for system in systems if hasattr(system, "CARD")],
+    }
+
+
+def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
+    if expected.get("hash") and expected["hash"] != model.weight_hash:
+        differs = f"weights of {model.name} (hash {model.weight_hash[:10]}, the picture's {str(expected['hash'])[:10]})"
+        warnings.warn(RecipeDiffers(f"other {differs}: the picture will differ."), stacklevel=2)
+    told = expected.get("versions")
+    if isinstance(told, dict) and told != versions():
+        mine = versions()
+        other = [
+            f"{name} {str(told.get(name))[:20]} (here {mine[name]})" for name in mine if told.get(name) != mine[name]
+        ]
+        if other:
+            warnings.warn(
+                RecipeDiffers(f"made with {', '.join(other)}: the picture may differ in small ways."), stacklevel=2
+            )
+
+
+def read_prompts(path: Path, typed: dict[str, Any]) -> list[JobOptions]:
+    """Jobs from a JSONL file: a JSON object per line with the keys of :class:`JobOptions`; what was ``typed`` wins.
+
+    Raises:
+        BadInput: a line is not such an object; the message names the line. OSError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8 text.") from None
+    jobs = [_job(f"{path}, line {number}", line, typed) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not jobs:
+        raise BadInput(f"{path} holds no prompts.")
+    return jobs
+
+
+def versions() -> dict[str, str]:
+    """The versions a picture depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            raise BadInput(f"{name} is not installed; install sfumato with pip so that it comes along.") from error
+    return found
+
+
+def _job(place: str, line: str, typed: dict[str, Any]) -> JobOptions:
+    try:
+        given = json.loads(line)
+        if not isinstance(given, dict):
+            raise ValueError("not an object")
+        return JobOptions(**{**given, **typed})
+    except SfumatoError as error:
+        raise BadInput(f"{place}: {error}") from None
+    except (ValueError, RecursionError):
+        example = '{"prompt": "a red cube", "seed": 1}'
+        raise BadInput(f"{place}: not a JSON object; write lines such as {example}.") from None

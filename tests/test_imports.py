@@ -1,0 +1,188 @@
+"""The house: rooms import from floors below only, importing is quick, and importing changes nothing global."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+import sfumato
+
+SOURCE = Path(sfumato.__file__).parent
+
+FLOORS = [
+    {"errors"},
+    {"cards", "files", "zoo"},
+    {"toybox"},
+    {"models"},
+    {"attention"},
+    {"sampling"},
+    {"judge"},
+    {"explain", "steer", "edit", "teach", "animate"},
+    {"train"},
+    {"face"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _named(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
+    """The sfumato names that import statements among ``nodes`` of a file bring in, spelt in full."""
+    package = _module(path) if path.name == "__init__.py" else _module(path).rpartition(".")[0]
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base += [node.module] if node.module else []
+            found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "sfumato"}
+
+
+def _imports(path: Path) -> set[str]:
+    """What a file imports at its top or inside its functions; imports for annotations only are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    return _named(path, (node for node in ast.walk(tree) if id(node) not in typing_only))
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_rooms_import_from_below(path):
+    room = _room(path)
+    assert room in LEVEL, f"{room} has no floor yet: give it one in this test"
+    for name in _imports(path):
+        other = [*name.split("."), ""][1]
+        if other not in LEVEL:  # the package itself, or its version
+            assert other in ("", "__version__"), f"{path} imports {name}, which has no floor"
+        elif other != room and not LEVEL[other] < LEVEL[room]:
+            raise AssertionError(f"{path.relative_to(SOURCE)} imports {name}, which is not on a floor below {room}")
+
+
+def test_no_cycles_between_files():
+    # imports at the top of a file only: those inside functions cannot tie a knot
+    edges = {_module(path): _named(path, ast.parse(path.read_text(encoding="utf-8")).body) for path in FILES}
+    edges = {
+        module: {name if name in edges else name.rpartition(".")[0] for name in names} & set(edges) - {module}
+        for module, names in edges.items()
+    }
+    done: set[str] = set()
+
+    def walk(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
+        if module not in done:
+            for name in edges[module]:
+                walk(name, (*trail, module))
+            done.add(module)
+
+    for module in edges:
+        walk(module, ())
+
+
+def _run(code: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+LIGHT = ["sfumato", "sfumato.errors", "sfumato.cards", "sfumato.files", "sfumato.face", "sfumato.cli", "sfumato.zoo"]
+LIGHT += ["sfumato.toybox", "sfumato.toybox.scene", "sfumato.toybox.captions"]
+
+
+def test_light_modules_stay_light():
+    heavy = ["torch", "diffusers", "transformers", "accelerate", "matplotlib", "gradio", "PIL"]
+    code = f"import sys, json, importlib; [importlib.import_module(m) for m in {LIGHT}]; "
+    assert _run(code + f"print(json.dumps([m for m in {heavy} if m in sys.modules]))") == []
+
+
+def test_help_is_quick():
+    code = """
+import json, resource, sys, io, contextlib
+from sfumato.cli import app
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    try:
+        app(["--help"])
+    except SystemExit as left:
+        assert left.code == 0
+assert "make" in out.getvalue()
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps(used.ru_utime + used.ru_stime))
+"""
+    # CPU seconds rather than wall time, so that a busy machine does not fail the test
+    assert min(_run(code) for _ in range(2)) < 0.5
+
+
+def test_importing_everything_changes_nothing_global():
+    modules = [_module(path) for path in FILES if path.name != "__main__.py"]
+    code = f"""
+import json, importlib, locale, logging, os, random, signal, sys, warnings
+import numpy, torch, diffusers, transformers, accelerate, peft, PIL.Image, matplotlib, pydantic, typer
+import torch.nn.functional as F
+from diffusers.utils import logging as dlog
+from transformers.utils import logging as tlog
+
+def state():
+    return dict(
+        environment=dict(os.environ), filters=len(warnings.filters), showwarning=repr(warnings.showwarning),
+        excepthook=repr(sys.excepthook), recursion=sys.getrecursionlimit(), path=list(sys.path), cwd=os.getcwd(),
+        threads=torch.get_num_threads(), dtype=repr(torch.get_default_dtype()), grad=torch.is_grad_enabled(),
+        rng=torch.get_rng_state().tolist(), numpy=repr(numpy.random.get_state()), random=repr(random.getstate()),
+        deterministic=torch.are_deterministic_algorithms_enabled(), flash=torch.backends.cuda.flash_sdp_enabled(),
+        matmul=torch.get_float32_matmul_precision(), root=logging.getLogger().level,
+        handlers=len(logging.getLogger().handlers),
+        diffusers=dlog.get_verbosity(), transformers=tlog.get_verbosity(), bars=dlog.is_progress_bar_enabled(),
+        interrupt=repr(signal.getsignal(signal.SIGINT)), sdpa=id(F.scaled_dot_product_attention), softmax=id(F.softmax),
+        forward=id(torch.nn.Module.__call__), backend=matplotlib.rcParams["backend"], pixels=PIL.Image.MAX_IMAGE_PIXELS,
+        stdout=id(sys.stdout), locale=locale.setlocale(locale.LC_ALL),
+    )
+
+before = state()
+for name in {modules}:
+    importlib.import_module(name)
+after = state()
+print(json.dumps([key for key in before if before[key] != after[key]]))
+"""
+    assert _run(code) == []
+
+
+def test_verbs_are_rooms_and_rooms_are_verbs():
+    code = """
+import json, sfumato, importlib
+names = {name: callable(getattr(sfumato, name)) for name in sfumato.__all__ if name != "__version__"}
+for room in ("explain", "train", "models"):
+    importlib.import_module(f"sfumato.{room}")
+again = {name: callable(getattr(sfumato, name)) for name in names}
+import sfumato.explain
+print(json.dumps([all(names.values()), all(again.values()), sfumato.models() == sfumato.face.models(),
+                  sfumato.explain.__name__, sorted(set(sfumato.__all__) - set(dir(sfumato)))]))
+"""
+    assert _run(code) == [True, True, True, "sfumato.explain", []]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'paint'"):
+        _ = sfumato.paint
