@@ -58,3 +58,4 @@ class WorkInterrupted(SfumatoError):
     """Work was stopped from outside; finished parts are kept and the message says where and how to go on."""
 
     exit_code = 130
+    result: object = None  # the finished parts, where the caller can use them

@@ -1,0 +1,139 @@
+"""The noise path: how much picture and how much noise a latent holds, and what the network's output says about both.
+
+Every family is spoken of in one way: ``x_t = alpha_t x0 + sigma_t eps``. Diffusion models keep
+``alpha^2 + sigma^2 = 1``, rectified flows ``alpha + sigma = 1``. Some schedulers (Euler, Heun, LMS, ...) carry the
+latents in the scaling of Karras et al. 2022, ``x = x0 + (sigma / alpha) eps``; a :class:`Path` knows that factor, so
+callers hand it the scheduler's own ``x``.
+
+Network outputs come in four kinds: ``epsilon`` (Ho et al. 2020), ``v_prediction`` = alpha eps - sigma x0 (Salimans & Ho
+2022), ``sample`` = x0, and ``flow`` = eps - x0 (Lipman et al. 2023, Esser et al. 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import BadInput, NotSupported
+
+KINDS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+class Path:
+    """The noise path of a scheduler whose ``set_timesteps`` has been called.
+
+    ``t`` is always a timestep as the network is told it: a number, a 0-dim tensor, or a tensor (b) with one per sample.
+    """
+
+    def __init__(self, scheduler: Any):
+        kind = scheduler.config.get("prediction_type", "flow" if hasattr(scheduler, "scale_noise") else None)
+        self.kind: str = {"flow_prediction": "flow"}.get(kind, kind)
+        if self.kind not in KINDS:
+            raise NotSupported(
+                f"scheduler {type(scheduler).__name__} predicts {kind!r}, which has no place on an (alpha, sigma) "
+                f"path; supported kinds: {', '.join(KINDS)}."
+            )
+        self._steps_of_training = int(scheduler.config.num_train_timesteps)
+        self._log_ratios: Tensor | None = None
+        if self.kind != "flow":
+            squares = scheduler.alphas_cumprod.double().cpu()
+            self._log_ratios = ((1 - squares) / squares).sqrt().log()  # log(sigma / alpha) at each training timestep
+        # Noise levels that the schedule states itself win over the table: Karras spacing rounds its timesteps.
+        # Schedulers with interpolated half steps (KDPM2) keep their levels in private state, but name exact
+        # timesteps.
+        self._stated: dict[float, float] = {}
+        if hasattr(scheduler, "sigmas") and not hasattr(scheduler, "sigmas_interpol"):
+            for t, sigma in zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
+                self._stated.setdefault(t, sigma)
+        self.scaled = self.kind != "flow" and _scales_input(scheduler)
+
+    def alpha_sigma(self, t: Any) -> tuple[Any, Any]:
+        """(alpha, sigma) at ``t``: two floats, or two float32 tensors (b 1 1 1) when ``t`` has one entry per sample."""
+        if isinstance(t, Tensor) and t.dim() > 0:
+            pairs = torch.tensor([self.alpha_sigma(each) for each in t.tolist()], dtype=torch.float32, device=t.device)
+            return tuple(pairs.T.reshape(2, -1, 1, 1, 1))  # type: ignore[return-value]
+        t = float(t)
+        level = self._stated.get(t)
+        if self.kind == "flow":
+            level = t / self._steps_of_training if level is None else level
+            return 1.0 - level, level
+        if level is None:
+            level = self._trained_ratio(t)
+        if level == math.inf:  # zero terminal signal-to-noise ratio
+            return 0.0, 1.0
+        alpha = 1.0 / math.sqrt(1.0 + level * level)
+        return alpha, level * alpha
+
+    def scale(self, t: Any) -> Any:
+        """What the scheduler's ``x`` is multiplied by relative to ``alpha x0 + sigma eps``; 1 for most schedulers."""
+        return 1.0 / self.alpha_sigma(t)[0] if self.scaled else 1.0
+
+    def to_x0(self, x: Tensor, out: Tensor, t: Any) -> Tensor:
+        """The clean latents x0 (b c h w) that the network's output ``out`` implies at ``x``. Undefined (inf) where
+        alpha = 0 and the kind is epsilon."""
+        alpha, sigma = self.alpha_sigma(t)
+        x = x / self.scale(t)
+        if self.kind == "epsilon":
+            return (x - sigma * out) / alpha
+        if self.kind == "v_prediction":
+            return alpha * x - sigma * out
+        return out if self.kind == "sample" else x - sigma * out
+
+    def to_eps(self, x: Tensor, out: Tensor, t: Any) -> Tensor:
+        """The noise eps (b c h w) that ``out`` implies at ``x``."""
+        alpha, sigma = self.alpha_sigma(t)
+        x = x / self.scale(t)
+        if self.kind == "epsilon":
+            return out
+        if self.kind == "sample":
+            return (x - alpha * out) / sigma
+        return alpha * out + sigma * x if self.kind == "v_prediction" else x + alpha * out
+
+    def from_x0(self, x: Tensor, x0: Tensor, t: Any) -> Tensor:
+        """The network output that would imply ``x0``; inverse of :meth:`to_x0`."""
+        alpha, sigma = self.alpha_sigma(t)
+        x = x / self.scale(t)
+        if self.kind == "epsilon":
+            return (x - alpha * x0) / sigma
+        if self.kind == "v_prediction":
+            return (alpha * x - x0) / sigma
+        return x0 if self.kind == "sample" else (x - x0) / sigma
+
+    def from_eps(self, x: Tensor, eps: Tensor, t: Any) -> Tensor:
+        """The network output that would imply the noise ``eps``; inverse of :meth:`to_eps`."""
+        alpha, sigma = self.alpha_sigma(t)
+        x = x / self.scale(t)
+        if self.kind == "epsilon":
+            return eps
+        if self.kind == "sample":
+            return (x - sigma * eps) / alpha
+        return (eps - sigma * x) / alpha if self.kind == "v_prediction" else (eps - x) / alpha
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
+        """Clean latents noised to level ``t``, in the scheduler's scaling (b c h w)."""
+        alpha, sigma = self.alpha_sigma(t)
+        return self.scale(t) * (alpha * x0 + sigma * eps)
+
+    def _trained_ratio(self, t: float) -> float:
+        """sigma / alpha of the training schedule, log-linear between its integer timesteps."""
+        assert self._log_ratios is not None
+        last = len(self._log_ratios) - 1
+        if not 0 <= t <= last:
+            raise BadInput(f"t={t:g} is outside the path: timesteps run from 0 to {last}.")
+        below = min(int(t), last - 1)
+        low, high = self._log_ratios[below].item(), self._log_ratios[below + 1].item()
+        return math.exp(low + (t - below) * (high - low) if t > below else low)
+
+
+def _scales_input(scheduler: Any) -> bool:
+    """Whether latents are carried in Karras scaling: seen from what ``scale_model_input`` does, not from a class
+    name."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return False
+    probe = copy.copy(scheduler)  # the call below sets step counters, on the copy
+    one = torch.ones(1, 1, 1, 1, device=scheduler.timesteps.device)
+    return probe.scale_model_input(one, probe.timesteps[0]).item() != 1.0

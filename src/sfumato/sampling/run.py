@@ -1,0 +1,365 @@
+"""The records that interventions work with: one :class:`Run` per batch, one :class:`Step` per denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import BadInput, Conflict
+from sfumato.models import Condition, Model, Site
+from sfumato.sampling.guidance import Guidance, combine
+from sfumato.sampling.intervention import Intervention, overridden
+from sfumato.sampling.path import Path
+
+if TYPE_CHECKING:
+    from sfumato.attention.seam import AttentionSeam, Tap
+
+Branches = tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Prediction:
+    """What one denoiser call said about ``x`` (b c h w, in the scheduler's scaling) at ``t``: ``outputs`` per branch
+    (b c h w each), empty when the call's taps ended it early."""
+
+    run: Run
+    x: Tensor
+    t: Tensor
+    outputs: dict[str, Tensor]
+
+    def output(self, branch: str = "cond") -> Tensor:
+        """The output of one branch, or with ``"guided"`` what guidance makes of them."""
+        if branch == "guided":
+            return self.run.combined(self.outputs)
+        if branch not in self.outputs:
+            held = ", ".join(self.outputs) or "none, for its taps ended the forward pass early"
+            raise BadInput(f"branch={branch!r} was not predicted; this prediction holds: {held}.")
+        return self.outputs[branch]
+
+    def x0(self, branch: str = "cond") -> Tensor:
+        """The clean latents implied (b c h w)."""
+        return self.run.path.to_x0(self.x, self.output(branch), self.t)
+
+    def eps(self, branch: str = "cond") -> Tensor:
+        """The noise implied (b c h w)."""
+        return self.run.path.to_eps(self.x, self.output(branch), self.t)
+
+
+@dataclass(eq=False)
+class Run:
+    """One batch on its way from noise to picture; interventions read it.
+
+    ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives``, ``seeds``,
+    ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents. ``timesteps``:
+    all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with ``direction``
+    -1. ``condition`` is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through
+    the denoiser, a backward pass counts as one more).
+    """
+
+    model: Model
+    parts: tuple[Intervention, ...]
+    samples: range
+    prompts: list[str]
+    negatives: list[str] | None
+    seeds: list[int]
+    generators: list[torch.Generator]
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    guidance: Guidance
+    make_scheduler: Callable[[], Any]
+    scheduler: Any
+    timesteps: Tensor
+    path: Path
+    begin: int
+    grad: bool = False
+    step_options: dict[str, Any] = field(default_factory=dict)
+    compose: dict[str, tuple[Condition, float]] = field(default_factory=dict)
+    condition: Condition | None = None
+    cost: float = 0.0
+    direction: int = 1
+    stepper: Callable[[Step], Tensor] | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _taps: list[tuple[Intervention, list[Tap]]] = field(default_factory=list)
+    _seams: dict[tuple[Tap, ...], AttentionSeam] = field(default_factory=dict)
+    _sites: tuple[int | None, list[Site]] | None = None
+    _frozen: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def total(self) -> int:
+        """Number of denoiser evaluations in the whole schedule; second-order schedulers take two per step."""
+        return len(self.timesteps)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Attention sites of a denoiser call at this size, in the order of execution."""
+        text = None if self.condition is None else self.condition.cond["embeds"].shape[1]
+        if self._sites is None or self._sites[0] != text:
+            self._sites = text, self.model.sites(self.size[1], self.size[0], text)
+        return self._sites[1]
+
+    def enter(self, context: AbstractContextManager[Any]) -> Any:
+        """Enter a context that is left when the batch ends, in reverse order, whatever happens."""
+        return self._stack.enter_context(context)
+
+    def defer(self, callback: Callable[..., Any], *args: Any) -> None:
+        """Call ``callback(*args)`` when the batch ends, whatever happens."""
+        self._stack.callback(callback, *args)
+
+    def freeze(self) -> None:
+        """Turn off gradients of all weights for the rest of the batch, so that only latents (and texts) receive any.
+        Not in a run with ``grad``, whose caller decides what receives gradients."""
+        if not self._frozen and not self.grad:
+            self._frozen = True
+            weights = [p for module in self.model.modules.values() for p in module.parameters() if p.requires_grad]
+            self.defer(lambda: [weight.requires_grad_(True) for weight in weights])
+            for weight in weights:
+                weight.requires_grad_(False)
+
+    def branches(self, progress: float) -> Branches:
+        """Which branches the step at this progress evaluates, in diffusers' order."""
+        guided = self.guidance.on and self.guidance.covers(progress)
+        return ("uncond", "cond") if guided or self.compose else ("cond",)
+
+    def scheduler_at(self, i: int) -> Any:
+        """A fresh scheduler that takes its next step at index ``i``."""
+        scheduler = self.make_scheduler()
+        if i and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(i)
+        return scheduler
+
+    def advance(self, step: Step) -> Tensor:
+        """The latents (b c h w) after ``step``."""
+        if self.stepper is not None:
+            return self.stepper(step)
+        return self.scheduler.step(step.output, step.t, step.x, **self.step_options, return_dict=False)[0]
+
+    def connect_taps(self) -> None:
+        """Ask every intervention what it wants from attention. The step's own prediction never stops early."""
+        for part in overridden(self.parts, "taps"):
+            self._taps.append((part, [replace(tap, stop_after=False) for tap in part.taps()]))
+
+    def __enter__(self) -> Run:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        branches: Sequence[str],
+        taps: Sequence[Tap],
+        step: Step | None,
+    ) -> dict[str, Tensor]:
+        """Outputs (b c h w) of the branches at latents ``x``, under ``taps``; empty if these ended the pass early."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        scaled = x if scale is None else scale(x, t)
+        outputs: dict[str, Tensor] = {}
+        for names in self.model.calls(branches):
+            if not taps:
+                share, out = 1.0, self.model.predict(scaled, t, condition, names)
+            else:
+                seam, rows, out = self._seam(tuple(taps)), self.rows(names), None
+                with seam.forward(step=step, rows=rows) as forward:
+                    out = self.model.predict(scaled, t, condition, names)
+                share = self._share(forward.calls) if forward.stopped else 1.0
+            if out is not None:
+                outputs.update(zip(names, out.chunk(len(names)), strict=True))
+            self.spend(share * len(names), step)
+        return outputs
+
+    def combined(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The one output that guidance makes of the branches."""
+        if "uncond" not in outputs:
+            return outputs["cond"]
+        weights = {"cond": self.guidance.scale, **{name: weight for name, (_, weight) in self.compose.items()}}
+        held = [name for name in weights if name in outputs]
+        return combine(outputs["uncond"], [outputs[n] for n in held], [weights[n] for n in held], self.guidance.rescale)
+
+    def rows(self, names: Sequence[str]) -> dict[str, slice]:
+        """Where the rows of each branch lie in a denoiser call that holds these branches."""
+        b = len(self)
+        return {name: slice(k * b, (k + 1) * b) for k, name in enumerate(names)}
+
+    def spend(self, cost: float, step: Step | None) -> None:
+        """Count forward-equivalents, for the run and for the intervention that asked for them."""
+        self.cost += cost
+        if step is not None and step.actor is not None:
+            step.actor.activity.cost += cost
+
+    def _seam(self, taps: tuple[Tap, ...]) -> AttentionSeam:
+        if taps not in self._seams:
+            from sfumato.attention.seam import AttentionSeam
+
+            self._seams[taps] = self.enter(AttentionSeam(self.model.denoiser, self.sites, taps))
+        return self._seams[taps]
+
+    def _share(self, calls: dict[str, int]) -> float:
+        """How much of a forward pass ran until it stopped after its last wanted site, measured in sites."""
+        sites = self.sites
+        return (max(site.index for site in sites if site.path in calls) + 1) / len(sites)
+
+
+class Step:
+    """One denoising step, handed to every intervention; (w) marks what they may replace.
+
+    Valid from ``before_predict``: ``i`` (index in the whole schedule), ``t``, ``x`` (w), ``condition`` (w). From
+    ``after_predict``: ``outputs`` per branch (w) and ``output`` (w), what the scheduler will step with. In
+    ``after_step`` ``x`` is already at the next level. Latents and outputs are (b c h w), ``x`` in the scheduler's
+    scaling.
+    """
+
+    def __init__(self, run: Run, i: int, x: Tensor):
+        self.run, self.i, self.x = run, i, x
+        self.t: Tensor = run.timesteps[i]
+        assert run.condition is not None
+        self.condition: Condition = run.condition
+        self.branches: Branches = run.branches(self.progress)
+        self.outputs: dict[str, Tensor] = {}
+        self._output: Tensor | None = None
+        self.next = i + run.direction
+        self.actor: Intervention | None = None  # whose method is running
+        self._predicted_at: Tensor = x
+
+    @property
+    def total(self) -> int:
+        return self.run.total
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the schedule behind this step: 0 at pure noise, below 1 at the last step."""
+        return self.i / self.run.total
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @property
+    def t_next(self) -> Tensor | None:
+        """The timestep of the level that ``x`` has after this step; None where x is clean then."""
+        following = self.i + 1 if self.run.direction > 0 else self.i
+        return self.run.timesteps[following] if following < self.run.total else None
+
+    @property
+    def output(self) -> Tensor:
+        """What the scheduler steps with (b c h w): the value set last, else what guidance makes of ``outputs``."""
+        return self.run.combined(self.outputs) if self._output is None else self._output
+
+    @output.setter
+    def output(self, value: Tensor) -> None:
+        self._output = value
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean latents implied by ``output`` at the latents it was predicted from. Computed when asked for."""
+        return self.path.to_x0(self._predicted_at, self.output, self.t)
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise implied by ``output``."""
+        return self.path.to_eps(self._predicted_at, self.output, self.t)
+
+    def rows(self, branch: str) -> slice:
+        """Rows of a branch in the denoiser call of this step that holds it."""
+        for names in self.run.model.calls(self.branches):
+            if branch in names:
+                return self.run.rows(names)[branch]
+        raise BadInput(f"branch={branch!r} is not part of this step; it has {', '.join(self.branches)}.")
+
+    def predict(
+        self,
+        x: Tensor | None = None,
+        *,
+        t: Tensor | None = None,
+        branches: Sequence[str] = ("cond",),
+        condition: Condition | None = None,
+        taps: Sequence[Tap] = (),
+    ) -> Prediction:
+        """An extra denoiser call, counted as cost. Attention edits that are active in this step apply here too; the
+        observers of other interventions do not see it. ``taps`` are the caller's own."""
+        x, t = self.x if x is None else x, self.t if t is None else t
+        taps = [*self.active_taps(editors=True), *taps]
+        outputs = self.run.denoise(x, t, condition or self.condition, branches, taps, self)
+        return Prediction(self.run, x, t, outputs)
+
+    def grad(
+        self,
+        loss: Callable[[Prediction], Tensor],
+        *,
+        branches: Sequence[str] = ("cond",),
+        condition: Condition | None = None,
+        taps: Sequence[Tap] = (),
+    ) -> Tensor:
+        """Gradient (b c h w) with respect to ``x`` of ``loss(prediction)``, a number or one per sample (b), by an extra
+        pass with frozen weights. In ``after_predict`` of an intervention with ``keeps_graph`` and without own
+        ``taps`` it reuses the step's prediction instead. A loss per sample must use no other sample, or samples will
+        mix."""
+        recorded = self._predicted_at
+        reuse = bool(self.outputs) and recorded.requires_grad and not taps and not self.run.grad
+        self.run.freeze()
+        with torch.enable_grad():
+            if reuse:
+                x, prediction = recorded, Prediction(self.run, recorded, self.t, self.outputs)
+            else:
+                x = self.x.detach().requires_grad_(True)
+                prediction = self.predict(x, branches=branches, condition=condition, taps=taps)
+            value = loss(prediction)
+        if not value.requires_grad:
+            raise BadInput("the loss given to step.grad does not depend on the latents.")
+        (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=reuse)
+        self.run.spend(len(self.branches if reuse else branches), self)
+        return gradient
+
+    def goto(self, i: int) -> None:
+        """Go on at index ``i`` of the schedule instead of the next one; ``x`` must be at that level by then. For
+        interventions of role "path" (restarts, re-noising) in ``after_step``."""
+        if self.actor is None or self.actor.role != "path":
+            raise Conflict("step.goto changes the trajectory; only an intervention of role 'path' may call it.")
+        if not 0 <= i < self.total:
+            raise BadInput(f"step.goto({i}) is outside the schedule of {self.total} steps.")
+        self.next = i
+
+    def active(self, parts: Sequence[Intervention]) -> list[Intervention]:
+        """Those of ``parts`` whose window covers this step."""
+        return [part for part in parts if self.covered_by(part)]
+
+    def covered_by(self, part: Intervention) -> bool:
+        """Whether this step lies in the part's window of progress."""
+        return part.window[0] <= self.progress < part.window[1]
+
+    def active_taps(self, editors: bool = False) -> list[Tap]:
+        """Taps of the interventions active in this step; ``editors``: only those that change attention."""
+        taps = [tap for part, taps in self.run._taps if self.covered_by(part) for tap in taps]
+        return [tap for tap in taps if tap.edit_values or tap.edit_scores or tap.edit_probs] if editors else taps
+
+    def evaluate(self) -> None:
+        """The step's own prediction: fills ``outputs``."""
+        run = self.run
+        keep = not run.grad and any(part.keeps_graph for part in self.active(run.parts))
+        if keep:
+            run.freeze()
+            self.x = self.x.detach().requires_grad_(True)
+        self._predicted_at = self.x
+        with torch.set_grad_enabled(keep or run.grad):
+            self.outputs = run.denoise(self.x, self.t, self.condition, self.branches, self.active_taps(), self)
+            for name, (condition, _) in run.compose.items():
+                extra = run.denoise(self.x, self.t, condition, ("cond",), self.active_taps(editors=True), self)
+                self.outputs[name] = extra["cond"]
+
+    def release(self) -> None:
+        """Let go of the gradient graph that ``keeps_graph`` asked for, once nobody can use it any more."""
+        if self._predicted_at.requires_grad and not self.run.grad:
+            self._output = None if self._output is None else self._output.detach()
+            self.outputs = {name: out.detach() for name, out in self.outputs.items()}
+            self.x, self._predicted_at = self.x.detach(), self._predicted_at.detach()
