@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -203,5 +205,6 @@ def test_cards_as_read_from_source_are_the_cards_of_the_classes():
 
 def test_listing_methods_imports_no_torch():
     code = "import sys, sfumato.cards as c; c.methods(); print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(cards.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato.errors import BadInput
-from sfumato.files import free_name, output_folder, parse_a1111, read_recipe, replacing, save_png, slug
+from sfumato.files import free_name, output_folder, parse_a1111, read_picture, read_recipe, replacing, save_png, slug
 
 RECIPE = {
     "sfumato": "0.1.0",
@@ -181,12 +181,38 @@ def test_new_files_obey_the_umask(tmp_path):
 
 
 def test_output_folder(tmp_path):
-    assert output_folder(tmp_path / "x" / "y").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="is a file"):
-        output_folder(tmp_path / "file")
-    with pytest.raises(OSError):
-        output_folder(tmp_path / "file" / "below")
+    with output_folder(tmp_path / "x" / "y") as folder:
+        (folder / "file").write_text("kept")
+    assert (tmp_path / "x" / "y" / "file").is_file()
+    with pytest.raises(BadInput, match="is a file"), output_folder(tmp_path / "x" / "y" / "file"):
+        pass
+    with pytest.raises(OSError), output_folder(tmp_path / "x" / "y" / "file" / "below"):
+        pass
+
+
+def test_an_output_folder_that_got_nothing_is_taken_away(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "a" / "b", tmp_path / "empty"):
+        with pytest.raises(RuntimeError), output_folder(folder):
+            raise RuntimeError
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_pictures_come_upright_and_in_rgb(tmp_path):
+    image = noise((20, 10)).convert("CMYK")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert (read_picture(tmp_path / "a.jpg").mode, read_picture(tmp_path / "a.jpg").size) == ("RGB", (10, 20))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
+    with pytest.raises(BadInput, match="cannot be read as a picture"):
+        read_picture(tmp_path / "cut.jpg")
+
+
+def test_a_picture_with_too_many_pixels_is_not_unpacked(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="20000x20000|cannot be read"):
+        read_picture(tmp_path / "a.png")
 
 
 def test_names(tmp_path):

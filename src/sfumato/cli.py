@@ -158,6 +158,8 @@ def make(
     prompts: Annotated[
         Path | None, typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -180,9 +182,10 @@ def make(
         "size": None if size is None else _size(size),
         "seed": seed,
         "scheduler": scheduler,
+        "strength": strength,
     }
     typed = {name: value for name, value in typed.items() if value is not None}
-    order = face.Order([], model, with_ or [], dtype, device)
+    order = face.Order([], model, with_ or [], dtype, device, image)
     if like is not None:
         order = face.like(like, typed, order)
     elif prompts is not None:
@@ -203,7 +206,7 @@ def _deliver(work: Any, order: Any, out: Path, grid: bool = False) -> None:
                 finished.append(paths[0])
                 for path in paths:
                     typer.echo(path)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WorkInterrupted):
         kept = f"{len(finished)} finished pictures are in {out}" if finished else "no picture was finished"
         raise WorkInterrupted(f"interrupted; {kept}, nothing half-written is left.") from None
     if grid and finished:

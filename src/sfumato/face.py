@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-import sfumato
 from sfumato import cards, files
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, SfumatoError
@@ -45,6 +43,16 @@ class JobOptions(Params):
     seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")
     scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
     eta: float | None = Field(default=None, ge=0, le=1, description="share of fresh noise in DDIM steps")
+    guidance_interval: tuple[float, float] | None = Field(
+        default=None, description="fractions of progress between which guidance acts"
+    )
+    true_guidance: float | None = Field(
+        default=None, ge=0, description="classifier-free guidance on top of a guidance-distilled model's own"
+    )
+    compose: list[tuple[str, float]] = Field(default=[], description="further texts with their weights")
+    strength: float | None = Field(
+        default=None, ge=0, le=1, description="how much of a given picture is drawn anew, 0 nothing, 1 all"
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -75,9 +83,17 @@ class JobOptions(Params):
                 raise ValueError("a seed must be 0 or above and below 2**62")
         return seed
 
-    def given(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The options as arguments of the sampling loop; what was left open stays the model's own choice."""
-        return {name: value for name, value in self.model_dump().items() if value is not None or name == "seed"}
+        given = {name: value for name, value in self.model_dump().items() if value is not None or name == "seed"}
+        interval = given.pop("guidance_interval", (0.0, 1.0))
+        if interval != (0.0, 1.0):
+            from sfumato.sampling import Guidance
+
+            if "guidance" not in given or "true_guidance" in given:
+                raise BadInput("guidance_interval needs guidance, and goes with classifier-free guidance only.")
+            given["guidance"] = Guidance(given["guidance"], given.pop("rescale", 0.0), interval)
+        return given
 
 
 class MakeOptions(JobOptions):
@@ -116,60 +132,43 @@ def make(
     prompt: str | Sequence[str],
     *,
     model: str | Path | Model = DEFAULT_MODEL,
-    n: int = 1,
-    negative: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    rescale: float | None = None,
-    size: tuple[int, int] | None = None,
-    seed: int | Sequence[int] | None = 0,
-    scheduler: str | None = None,
-    eta: float | None = None,
-    with_: Sequence[Any] = (),
+    with_: Any = (),
+    image: Any = None,
     on_step: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Result:
     """Generate pictures.
 
     Args:
         prompt: one text, or several: ``n`` pictures of each.
         model: a name for :func:`load`, or a loaded model.
-        size: (width, height) in pixels. ``steps``, ``guidance``, ``scheduler``, ``size``: None means the model's own.
-        seed: a number (picture i uses seed + i), one number per picture, or None for a random one. A picture depends on
-            its seed only, not on how many are made with it.
         with_: systems that watch or change the generation: objects, or texts as on the command line
             (``"daam:words=[red cube|ball]"``).
+        image: a PIL picture to begin from instead of noise; ``strength`` says how much of it is drawn anew.
         on_step: called after every denoising step with the loop's step record.
+        options: see :class:`MakeOptions`: ``n``, ``negative``, ``steps``, ``guidance``, ``size`` (width, height in
+            pixels), ``seed``, ``scheduler``, ... What is left out is the model's choice. Picture i uses ``seed`` + i
+            and depends on its own seed only.
 
     Returns:
-        A result with ``images`` (PIL), ``latents`` (b c h w), ``seeds``, ``recipe`` and ``coverage`` of each system.
+        A result with ``images`` (PIL), ``latents`` (b c h w), ``seeds``, ``recipes`` and ``coverage`` of each system.
 
     Raises:
-        BadInput: an option is out of its range. UnknownName: model, system or parameter. NoMatch: a system touched
-        nothing.
+        BadInput: an option is out of its range. UnknownName: model, system, option or parameter. NoMatch: a system
+        touched nothing.
     """
-    options = MakeOptions(
-        prompt=prompt if isinstance(prompt, str) else list(prompt),
-        negative=negative,
-        n=n,
-        steps=steps,
-        guidance=guidance,
-        rescale=rescale,
-        size=size,
-        seed=list(seed) if isinstance(seed, Sequence) else seed,
-        scheduler=scheduler,
-        eta=eta,
-    )
+    checked = MakeOptions(prompt=prompt if isinstance(prompt, str) else list(prompt), **options)
     systems = build_all(with_)
 
     from sfumato.sampling import generate
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    return generate(loaded, **options.given(), interventions=systems, on_step=on_step)
+    return generate(loaded, **checked.arguments(), image=image, interventions=systems, on_step=on_step)
 
 
-def build_all(with_: Sequence[Any]) -> list[Any]:
-    """Systems from systems, ``--with`` texts and recipes of systems; a single text is taken as a list of one."""
-    given = [with_] if isinstance(with_, str) else with_
+def build_all(with_: Any) -> list[Any]:
+    """Systems from systems, ``--with`` texts and recipes of systems; a single one is taken as a list of one."""
+    given = with_ if isinstance(with_, list | tuple) else [with_]
     made = {str: cards.build, dict: cards.from_recipe}
     return [made[type(each)](each) if type(each) in made else each for each in given]
 
@@ -220,6 +219,7 @@ class Order:
     with_: list[Any] = field(default_factory=list)
     dtype: str | None = None
     device: str = "cpu"
+    image: Path | None = None
     expected: dict[str, Any] = field(default_factory=dict)
 
     def pictures(self) -> list[JobOptions]:
@@ -236,11 +236,18 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
 
     recipe, exact = files.read_recipe(picture)
     known = {name: recipe[name] for name in JobOptions.model_fields if recipe.get(name) is not None and name != "n"}
+    if recipe.get("latents") is not None:
+        raise BadInput(f"{picture} was made from latents that a program gave; only that program can repeat it.")
+    if (recipe.get("image") is None) != (order.image is None):
+        raise BadInput(
+            f"{picture} was made {'without' if order.image else 'from'} a picture: --image must agree with that."
+        )
     try:
         job = JobOptions(**{**known, **typed})
         with_ = order.with_ or recipe.get("with") or []
         if not (isinstance(with_, list) and all(isinstance(each, str | dict) for each in with_)):
             raise BadInput("its list of systems is damaged.")
+        build_all(with_)
     except SfumatoError as error:
         raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
     model = order.model or recipe.get("model")
@@ -253,7 +260,7 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         told = "its settings come from another program's text, so the picture will not be the same"
         warnings.warn(RecipeDiffers(f"{picture}: {told}."), stacklevel=2)
     dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
-    return Order([job], model, with_, dtype, order.device, recipe if exact else {})
+    return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=recipe if exact else {})
 
 
 class RecipeDiffers(UserWarning):
@@ -273,66 +280,50 @@ def carry_out(
     """
     pictures = order.pictures()
     build_all(order.with_)  # misspelt systems are told before the model is loaded
-    files.output_folder(out)
-    model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
-    _warn_if_different(order.expected, model)
-    from sfumato.sampling import generate
+    image = None if order.image is None else files.read_picture(order.image)
+    with files.output_folder(out):
+        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        _warn_if_different(order.expected, model)
+        from sfumato.sampling import generate
 
-    for index, options in enumerate(pictures):
-        systems = build_all(order.with_)
+        for index, options in enumerate(pictures):
 
-        def heard(step: Any, index: int = index) -> None:
-            if on_step is not None:
-                on_step(index, len(pictures), (step.i + 1) / step.total)
+            def heard(step: Any, index: int = index) -> None:
+                if on_step is not None:
+                    on_step(index, len(pictures), (step.i + 1) / step.total)
 
-        result = generate(model, **options.given(), interventions=systems, on_step=heard)
-        yield write(result, out, model, systems)
+            systems = build_all(order.with_)
+            result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+            yield write(result, out)
 
 
-def write(result: Result, out: Path, model: Model, systems: Sequence[Any]) -> list[Path]:
-    """Write each picture of ``result`` with its recipe, and beside it whatever pictures the systems offer."""
+def write(result: Result, out: Path) -> list[Path]:
+    """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew."""
     written = []
     for index, image in enumerate(result.images):
-        stem = f"{files.slug(result.prompts[index])}-{result.seeds[index]}"
-        path = files.free_name(out, stem)
-        recipe = picture_recipe(result, index, model, systems)
+        recipe = result.recipes[index]
+        path = files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
         written.append(files.save_png(path, image, recipe))
-        for system in systems:
-            for name, drawn in getattr(system, "pictures", dict)().items():
-                written.append(files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe))
+        for part in result.parts:
+            drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
+            for name, picture in drawn.items():
+                written.append(files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), picture, recipe))
     return written
 
 
-def picture_recipe(result: Result, index: int, model: Model, systems: Sequence[Any]) -> dict[str, Any]:
-    """Everything needed to make picture ``index`` of ``result`` again, in plain JSON values."""
-    return {
-        "sfumato": sfumato.__version__,
-        "versions": versions(),
-        **result.recipe,
-        "prompt": result.prompts[index],
-        "seed": result.seeds[index],
-        "model": model.name,
-        "revision": model.revision,
-        "hash": model.weight_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "with": [cards.to_recipe(system) for system in systems if hasattr(system, "CARD")],
-    }
-
-
 def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
-    if expected.get("hash") and expected["hash"] != model.weight_hash:
-        differs = f"weights of {model.name} (hash {model.weight_hash[:10]}, the picture's {str(expected['hash'])[:10]})"
-        warnings.warn(RecipeDiffers(f"other {differs}: the picture will differ."), stacklevel=2)
-    told = expected.get("versions")
-    if isinstance(told, dict) and told != versions():
-        mine = versions()
-        other = [
-            f"{name} {str(told.get(name))[:20]} (here {mine[name]})" for name in mine if told.get(name) != mine[name]
-        ]
-        if other:
-            warnings.warn(
-                RecipeDiffers(f"made with {', '.join(other)}: the picture may differ in small ways."), stacklevel=2
-            )
+    """Say so when the picture to be repeated was made by other weights or versions than are here."""
+    if not expected:
+        return
+    if expected.get("hash") != model.weight_hash:
+        then = str(expected.get("hash"))[:10]
+        told = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
+        warnings.warn(RecipeDiffers(f"{told}: the picture will differ."), stacklevel=2)
+    then = expected.get("versions")
+    for name, version in then.items() if isinstance(then, dict) else ():
+        if name in ("torch", "diffusers", "transformers") and version != metadata.version(name):
+            told = f"{name} is {metadata.version(name)} here and was {str(version)[:20]} then"
+            warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)
 
 
 def read_prompts(path: Path, typed: dict[str, Any]) -> list[JobOptions]:
@@ -349,17 +340,6 @@ def read_prompts(path: Path, typed: dict[str, Any]) -> list[JobOptions]:
     if not jobs:
         raise BadInput(f"{path} holds no prompts.")
     return jobs
-
-
-def versions() -> dict[str, str]:
-    """The versions a picture depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError as error:
-            raise BadInput(f"{name} is not installed; install sfumato with pip so that it comes along.") from error
-    return found
 
 
 def _job(place: str, line: str, typed: dict[str, Any]) -> JobOptions:

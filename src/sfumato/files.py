@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ CHUNK = "sfumato"
 A1111_CHUNK = "parameters"
 LONGEST_RECIPE = 1_000_000  # characters of one chunk; Pillow itself stops at a megabyte per compressed chunk
 LARGEST_PICTURE = 256 * 2**20  # bytes
+MOST_PIXELS = 2**26
 
 
 @contextlib.contextmanager
@@ -54,8 +56,9 @@ def replacing(path: Path | str) -> Iterator[IO[bytes]]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def output_folder(path: Path | str) -> Path:
-    """``path`` as an existing folder in which a file was just written and removed, made if it was missing.
+@contextlib.contextmanager
+def output_folder(path: Path | str) -> Iterator[Path]:
+    """``path`` as a folder that can be written, made if it is missing; if nothing came into it, it is taken away again.
 
     Raises:
         BadInput: the path is a file. OSError: the folder cannot be made or written.
@@ -63,10 +66,19 @@ def output_folder(path: Path | str) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise BadInput(f"output folder {str(path)!r} is a file; name a folder.")
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
-        pass
-    return path
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        yield path
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            for folder in missing:
+                folder.rmdir()
 
 
 def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
@@ -128,6 +140,20 @@ def save_grid(path: Path, pictures: list[Path]) -> Path:
     return path
 
 
+def read_picture(path: Path | str) -> Image.Image:
+    """A picture from a file, upright and in RGB.
+
+    Raises:
+        BadInput: the file is no picture, is damaged or too large. OSError: it cannot be opened.
+    """
+    from PIL import ImageOps
+
+    with _opened(Path(path)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
     """The recipe in a picture, and whether it is our exact one (otherwise it was read from ``parameters``).
 
@@ -135,24 +161,13 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
         BadInput: the file is no picture, is too large, carries no recipe, or one that cannot be read.
         OSError: the file cannot be opened.
     """
-    from PIL import Image, UnidentifiedImageError
-
     path = Path(path)
-    if path.stat().st_size > LARGEST_PICTURE:
-        raise BadInput(f"{path} is larger than {LARGEST_PICTURE >> 20} MB; that is no picture of ours.")
-    try:
-        with Image.open(path) as image:
-            # Chunks behind the pixels are read by load(), so look there only when the header has none of ours.
+    with _opened(path) as image:
+        texts = dict(getattr(image, "text", {}))
+        # chunks behind the pixels are found by load() only
+        if CHUNK not in texts and A1111_CHUNK not in texts and image.width * image.height <= MOST_PIXELS:
+            image.load()
             texts = dict(getattr(image, "text", {}))
-            if CHUNK not in texts and A1111_CHUNK not in texts and image.width * image.height <= 2**26:
-                image.load()
-                texts = dict(getattr(image, "text", {}))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError) as error:
-        raise BadInput(f"{path} cannot be read as a picture: {_line(error)}.") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise BadInput(f"{path} cannot be read as a picture: {_line(error)}.") from None
     for chunk in (CHUNK, A1111_CHUNK):
         if len(texts.get(chunk, "")) > LONGEST_RECIPE:
             raise BadInput(f"{path} carries a recipe of more than {LONGEST_RECIPE} characters; it is not read.")
@@ -167,6 +182,24 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
     if A1111_CHUNK in texts:
         return parse_a1111(texts[A1111_CHUNK]), False
     raise BadInput(f"{path} carries no recipe: neither a {CHUNK!r} nor a {A1111_CHUNK!r} text was found in it.")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A stranger's picture, with whatever is wrong about it told in one line."""
+    from PIL import Image, UnidentifiedImageError
+
+    if path.stat().st_size > LARGEST_PICTURE:
+        raise BadInput(f"{path} is larger than {LARGEST_PICTURE >> 20} MB, the most that is read.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large pictures are refused here by their own limit
+            with Image.open(path) as image:
+                yield image
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, OSError) as error:
+        if isinstance(error, BadInput) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise BadInput(f"{path} cannot be read as a picture: {_line(error)}.") from None
 
 
 def _refuse_constant(name: str) -> None:
