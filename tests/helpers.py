@@ -14,9 +14,9 @@ _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 def fingerprint(*owners: Any) -> dict[str, Any]:
     """Everything that an attached and detached intervention must leave as it was; compare two of them with ``==``.
 
-    Takes modules, pipelines or `Model`s. Holds, per module: bytes of parameters and buffers and where they live, sizes of the
-    hook dictionaries, identity and type of the attention processor and of the instance's own ``forward``, training mode,
-    and ``requires_grad``. Besides: the state of torch's global generator, of gradient mode, and the pipeline's scheduler.
+    Takes modules, pipelines or `Model`s. Holds, per module: bytes of parameters and buffers and where they live, sizes
+    of the hook dictionaries, identity and type of the attention processor, an instance's own ``forward``, training
+    mode and ``requires_grad``. Besides: torch's global generator, gradient mode, and the pipeline's scheduler.
     """
     found: dict[str, Any] = {
         "rng": hashlib.sha256(torch.random.get_rng_state().numpy().tobytes()).hexdigest(),

@@ -1,4 +1,4 @@
-"""What a denoiser is told besides the noisy latents: text embeddings and their companions, per sample and per branch."""
+"""What a denoiser is told besides the noisy latents: text embeddings and their companions, per sample and branch."""
 
 from __future__ import annotations
 
@@ -82,10 +82,7 @@ class Condition:
     def cat(conditions: Sequence[Condition]) -> Condition:
         """Several conditions as one batch. All must have the same branches, keys and embedded guidance."""
         first = conditions[0]
-        if any(
-            (c.branches, c.cond.keys(), c.guidance) != (first.branches, first.cond.keys(), first.guidance)
-            for c in conditions
-        ):
+        if len({(c.branches, tuple(c.cond), c.guidance) for c in conditions}) > 1:
             raise BadInput("conditions to join differ in branches, keys or embedded guidance.")
 
         def join(name: str) -> Rows:

@@ -1,8 +1,7 @@
-"""`load`: a checkpoint by name, folder, file or Hub id - checked before it is trusted, without network unless asked for."""
+"""`load`: a checkpoint by name, folder, file or Hub id; checked before it is trusted, no network unless asked for."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from sfumato import zoo
 from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError, UnknownName
 from sfumato.models.families import Family, family_of
+from sfumato.models.families.base import accepted_by
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.weights import check_numbers, find_weights, first_line, read_header, read_json
@@ -38,12 +38,12 @@ def load(
     *,
     config: str | Path | None = None,
 ) -> Model:
-    """A model from a built-in name, a diffusers folder, a single-file ``.safetensors`` checkpoint, or a Hub id ``owner/name``.
+    """A model from a built-in name, a diffusers folder, a single-file ``.safetensors`` checkpoint, or a Hub id.
 
-    Only a Hub id may use the network; it does so to look for news, and works from the cache when offline. ``dtype``: a torch
-    dtype or its name; by default float32 on the CPU and the family's half precision elsewhere. ``revision``: branch, tag or
-    commit of a Hub id; the commit is kept in ``model.revision``. ``config``: for a single file, the folder (or built-in name) of
-    a diffusers model of the same architecture, whose configuration and tokenizers are used.
+    Only a Hub id (``owner/name``) may use the network, and works from the cache when offline. ``dtype``: a torch dtype
+    or its name; by default float32 on the CPU and the family's half precision elsewhere. ``revision``: branch, tag or
+    commit of a Hub id; the commit is kept in ``model.revision``. ``config``: for a single file, the folder (or built-in
+    name) of a diffusers model of the same architecture, whose configuration and tokenizers are used.
 
     All weights are checked to be there, of the right shape and finite; none is ever initialised at random or unpickled.
 
@@ -63,13 +63,17 @@ def load(
     return model
 
 
-# --- where -------------------------------------------------------------------------------------------------------------
+# --- where ----------------------------------------------------------------------------------------------------------
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
     """The local folder or file that a name stands for, and its commit when it comes from the Hub."""
-    path = Path(name).expanduser()
-    local = path if name and path.exists() else zoo.find(name)
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        local = path if name and path.exists() else zoo.find(name)
+    except (OSError, RuntimeError, ValueError) as error:  # too long for a path, a zero byte, an unknown home
+        raise BadInput(f"{name[:60]!r}... cannot be the name of a model: {first_line(error)[:80]}.") from error
     if local is not None:
         if revision is not None:
             raise BadInput(f"revision={revision!r} only applies to a Hub id; {name} is local.")
@@ -82,18 +86,18 @@ def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _download(repo: str, revision: str | None) -> tuple[Path, str]:
-    import diffusers
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
 
     where = repo if revision is None else f"{repo} at {revision!r}"
     try:
-        with quiet():
+        with quiet(bars=True):
             index = Path(hf_hub_download(repo, "model_index.json", revision=revision))
         commit = index.parent.name
-        pipeline = getattr(diffusers, _pipeline_class(read_json(index), index)[0])
-        skipped = {part: None for part in _UNUSED if part in inspect.signature(pipeline.__init__).parameters}
-        return Path(pipeline.download(repo, revision=commit, use_safetensors=True, **skipped)), commit
+        pipeline, _ = _pipeline(read_json(index), index)
+        skipped = {part: None for part in _UNUSED if part in accepted_by(pipeline.__init__)}
+        with quiet(bars=True):
+            return Path(pipeline.download(repo, revision=commit, use_safetensors=True, **skipped)), commit
     except SfumatoError:
         raise
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) as error:
@@ -102,7 +106,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
         ) from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         raise BadInput(
-            f"{where} is not on the Hugging Face Hub, or is private (then log in with `hf auth login`)."
+            f"{where} is not on the Hugging Face Hub, or is private (log in with `hf auth login`)."
         ) from error
     except hub.EntryNotFoundError as error:
         raise BadInput(f"{where} holds no model_index.json: it is not a diffusers pipeline.") from error
@@ -110,20 +114,16 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
         raise BadInput(f"cannot get {where} from the Hugging Face Hub: {first_line(error)}.") from error
 
 
-# --- diffusers folders -------------------------------------------------------------------------------------------------
+# --- diffusers folders ----------------------------------------------------------------------------------------------
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
     if not (folder / "model_index.json").is_file():
         raise BadInput(f"{folder} is not a diffusers model: it has no model_index.json.")
     index = read_json(folder / "model_index.json")
-    class_name, family = _pipeline_class(index, folder)
+    pipeline, family = _pipeline(index, folder)
     dtype = dtype or _default_dtype(family, device)
-    import diffusers
-
-    with quiet():
-        pipeline = getattr(diffusers, class_name)
-    wanted = set(inspect.signature(pipeline.__init__).parameters) - {"self"}
+    wanted = accepted_by(pipeline.__init__) - {"self"}
     parts: dict[str, Any] = {"requires_safety_checker": False} if "requires_safety_checker" in wanted else {}
     files: list[tuple[str, Path]] = []
     for name in sorted(wanted):
@@ -139,7 +139,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
         with quiet():
             pipe = pipeline(**parts)
     except (AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder} is not a whole {class_name}: {first_line(error)}.") from error
+        raise BadInput(f"{folder} is not a whole {pipeline.__name__}: {first_line(error)}.") from error
     return _finish(pipe, device, folder, files)
 
 
@@ -152,21 +152,18 @@ def _load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any,
     with quiet():
         source = {"diffusers": diffusers, "transformers": transformers}.get(library)
         kind = getattr(source, class_name, None)
-    bases = (
-        diffusers.ModelMixin,
-        diffusers.SchedulerMixin,
-        transformers.PreTrainedModel,
-        transformers.PreTrainedTokenizerBase,
-    )
-    if not (isinstance(kind, type) and issubclass(kind, bases)):
+        models = (diffusers.ModelMixin, transformers.PreTrainedModel)
+        others = (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase)
+    if not (isinstance(kind, type) and issubclass(kind, models + others)):
         raise NotSupported(
-            f"{folder} is declared as {library}.{class_name}, which is no model, scheduler or tokenizer of the installed diffusers or transformers."
+            f"{folder} is declared as {library}.{class_name}, which is no model, scheduler or tokenizer"
+            " of the installed diffusers or transformers."
         )
     if not folder.is_dir():
         raise BadInput(f"{folder} is missing although model_index.json names it.")
     settings: dict[str, Any] = {"local_files_only": True}
     files: list[Path] = []
-    weighted = issubclass(kind, torch.nn.Module)
+    weighted = issubclass(kind, models)
     if weighted:
         files, variant = find_weights(folder)
         for path in files:
@@ -182,9 +179,8 @@ def _load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any,
         with quiet():
             part = kind.from_pretrained(str(folder), **settings)
     except Exception as error:  # both libraries raise whatever the broken file made them stumble over
-        raise (BadWeights if weighted else BadInput)(
-            f"cannot load {folder} as {class_name}: {first_line(error)}."
-        ) from error
+        kind_of_error = BadWeights if weighted else BadInput
+        raise kind_of_error(f"cannot load {folder} as {class_name}: {first_line(error)}.") from error
     if weighted:
         part, report = part
         _refuse_misfit(folder, report)
@@ -211,29 +207,29 @@ def _refuse_misfit(folder: Path, report: Any) -> None:
         raise BadWeights(f"{folder}: tensor {first} {remark}{more}.")
 
 
-def _pipeline_class(index: dict[str, Any], where: Path) -> tuple[str, type[Family]]:
+def _pipeline(index: dict[str, Any], where: Path) -> tuple[Any, type[Family]]:
+    """The diffusers class that a model_index.json names, and the family that serves it."""
+    import diffusers
+
     name = index.get("_class_name")
     if not isinstance(name, str):
-        raise NotSupported(
-            f"{where} names no diffusers pipeline class but {name!r}; custom pipeline code is never run."
-        )
-    return name, family_of(name)
+        raise NotSupported(f"{where} names no diffusers pipeline but {name!r}; custom pipeline code is never run.")
+    family = family_of(name)
+    with quiet():
+        return getattr(diffusers, name), family
 
 
-# --- single files ------------------------------------------------------------------------------------------------------
+# --- single files ---------------------------------------------------------------------------------------------------
 
 
 def _load_file(path: Path, dtype: torch.dtype | None, device: torch.device, config: str | Path | None) -> Model:
     read_header(path)
     folder = _config_folder(path, config)
-    class_name, family = _pipeline_class(read_json(folder / "model_index.json"), folder)
-    import diffusers
-
-    with quiet():
-        pipeline = getattr(diffusers, class_name)
-    unused = {name: None for name in _UNUSED if name in inspect.signature(pipeline.__init__).parameters}
-    if "requires_safety_checker" in inspect.signature(pipeline.__init__).parameters:
-        unused["requires_safety_checker"] = False  # type: ignore[assignment]
+    pipeline, family = _pipeline(read_json(folder / "model_index.json"), folder)
+    accepted = accepted_by(pipeline.__init__)
+    unused: dict[str, Any] = {name: None for name in _UNUSED if name in accepted}
+    if "requires_safety_checker" in accepted:
+        unused["requires_safety_checker"] = False
     try:
         with quiet():
             pipe = pipeline.from_single_file(
@@ -244,7 +240,9 @@ def _load_file(path: Path, dtype: torch.dtype | None, device: torch.device, conf
                 **unused,
             )
     except Exception as error:
-        raise BadWeights(f"{path} does not fit the {class_name} described in {folder}: {first_line(error)}.") from error
+        raise BadWeights(
+            f"{path} does not fit the {pipeline.__name__} described in {folder}: {first_line(error)}."
+        ) from error
     model = _finish(pipe, device, folder, [("file", path)])
     for name, module in model.modules.items():
         check_numbers(name, module)
@@ -252,7 +250,7 @@ def _load_file(path: Path, dtype: torch.dtype | None, device: torch.device, conf
 
 
 def _config_folder(path: Path, config: str | Path | None) -> Path:
-    """The folder whose configuration describes a single file: the one given, or the standard one if it is in the cache."""
+    """The folder whose configuration describes a single file: the one given, or the standard one if it is cached."""
     if config is not None:
         folder = Path(config).expanduser()
         folder = folder if folder.is_dir() else zoo.find(str(config))
@@ -276,7 +274,7 @@ def _config_folder(path: Path, config: str | Path | None) -> Path:
         ) from error
 
 
-# --- common ------------------------------------------------------------------------------------------------------------
+# --- common ---------------------------------------------------------------------------------------------------------
 
 
 def _finish(pipe: Any, device: torch.device, folder: Path, files: list[tuple[str, Path]]) -> Model:

@@ -23,8 +23,8 @@ from sfumato.models.weights import hash_files, hash_modules
 class Model:
     """A loaded checkpoint. ``pipe`` is the genuine diffusers pipeline; nothing in it is wrapped or replaced.
 
-    Weights are frozen and in evaluation mode when they come from `load`; gradients with respect to latents and conditions
-    flow, since nothing here runs under ``no_grad``. Wrap calls in ``torch.no_grad()`` where no gradient is wanted.
+    Weights are frozen and in evaluation mode when they come from `load`; gradients with respect to latents and
+    conditions flow, since nothing here runs under ``no_grad``. Wrap calls in ``torch.no_grad()`` where none is wanted.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Model:
         card: dict[str, Any] | None = None,
         files: Sequence[tuple[str, Path]] = (),
     ):
-        """``card`` is the content of the folder's ``sfumato.json``; ``files`` are (component, weight file) pairs for the hash.
+        """``card``: content of the folder's ``sfumato.json``; ``files``: (component, weight file) pairs for the hash.
 
         Raises `NotSupported` for a pipeline of an unknown family.
         """
@@ -52,7 +52,7 @@ class Model:
         h, w = self.default_size
         return f"Model({self.name!r}, family={self.family.name}, {w}x{h}, {self.dtype}, {self.device})"
 
-    # --- facts ---------------------------------------------------------------------------------------------------------
+    # --- facts -------------------------------------------------------------------------------------------------------
 
     @property
     def denoiser(self) -> nn.Module:
@@ -122,7 +122,7 @@ class Model:
         for side, value in (("height", height), ("width", width)):
             if isinstance(value, bool) or not isinstance(value, int) or value < multiple or value % multiple:
                 raise BadInput(
-                    f"{side}={value!r} does not fit {self.name}: it must be a positive multiple of {multiple} pixels."
+                    f"{side}={value!r} does not fit {self.name}: give a positive multiple of {multiple} pixels."
                 )
         return self.family.channels, height // self.family.scale, width // self.family.scale
 
@@ -137,7 +137,7 @@ class Model:
             self.pipe.to(**{k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None})
         return self
 
-    # --- text ----------------------------------------------------------------------------------------------------------
+    # --- text --------------------------------------------------------------------------------------------------------
 
     def encode_text(
         self,
@@ -148,17 +148,15 @@ class Model:
     ) -> Condition:
         """The condition of one sample per prompt, exactly as the pipeline encodes it.
 
-        ``guidance``: also encode the unconditional branch, from ``negative`` or from what the family uses for "nothing" (an
-        empty prompt; zeros for SDXL). ``embedded_guidance`` is the scale told to a guidance-distilled denoiser and
+        ``guidance``: also encode the unconditional branch, from ``negative`` or from what the family uses for "nothing"
+        (an empty prompt; zeros for SDXL). ``embedded_guidance`` is the scale told to a guidance-distilled denoiser and
         ignored by all others. Warns `TruncatedPrompt`, quoting what does not fit. Raises `BadInput`.
         """
         texts = _texts(prompts, "prompts")
         negatives = None if negative is None else _texts(negative, "negative")
         if negatives is not None and len(negatives) != len(texts):
             if len(negatives) > 1:
-                raise BadInput(
-                    f"negative has {len(negatives)} entries for {len(texts)} prompts; give one, or one for each."
-                )
+                raise BadInput(f"negative has {len(negatives)} entries for {len(texts)} prompts; give one or as many.")
             negatives *= len(texts)
         for text in texts + (negatives or []):
             self._warn_truncation(text)
@@ -185,12 +183,12 @@ class Model:
             dropped = full[max(end for _, end in kept) :].strip()
             shown = dropped if len(dropped) <= 60 else dropped[:57] + "..."
             warnings.warn(
-                f"the {stream.name} text encoder of {self.name} reads {stream.length} tokens; it does not see {shown!r}.",
+                f"{self.name} reads {stream.length} tokens of {stream.name} text and does not see {shown!r}.",
                 TruncatedPrompt,
                 stacklevel=3,
             )
 
-    # --- denoiser ------------------------------------------------------------------------------------------------------
+    # --- denoiser ----------------------------------------------------------------------------------------------------
 
     def calls(self, branches: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """Which guidance branches go into which denoiser call, in the pipeline's order.
@@ -211,10 +209,10 @@ class Model:
     ) -> Tensor:
         """One denoiser call: its raw output (epsilon, v or velocity) in the layout of the latents.
 
-        ``x`` (b c h w) has one row per sample and is repeated for each branch, or already holds branches * b rows; it must have
-        been through the scheduler's ``scale_model_input`` where there is one. ``t`` is a value of ``scheduler.timesteps`` (or
-        one per sample). Returns (branches * b, c, h, w), branch after branch; by default all of the condition.
-        ``extra`` goes to the denoiser's forward.
+        ``x`` (b c h w) has one row per sample and is repeated for each branch, or already holds branches * b rows; it
+        must have been through the scheduler's ``scale_model_input`` where there is one. ``t`` is a value of
+        ``scheduler.timesteps``, or one per sample. Returns (branches * b, c, h, w), branch after branch; by default for
+        all branches of the condition. ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
         """
         names = (
             condition.branches if branches is None else (branches,) if isinstance(branches, str) else tuple(branches)
@@ -229,7 +227,7 @@ class Model:
             t = t.repeat(len(names))
         return self.family.predict(x, t, condition.batch(names), condition.guidance, extra)
 
-    # --- schedule ------------------------------------------------------------------------------------------------------
+    # --- schedule ----------------------------------------------------------------------------------------------------
 
     def make_scheduler(self, name: Any = None) -> Any:
         """A fresh scheduler: like the pipeline's own (``None``), by short name, or a copy of a given one.
@@ -260,7 +258,7 @@ class Model:
         """First latents of the loop from unit noise (b c h w): scaled by the scheduler's largest noise level."""
         return self.family.prepare(noise, scheduler)
 
-    # --- codec ---------------------------------------------------------------------------------------------------------
+    # --- codec -------------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (b 3 H W), about [-1, 1] and not clamped, from latents (b c h w), as the pipeline decodes them."""
@@ -280,7 +278,7 @@ class Model:
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Latents (b c h w) of pictures (b 3 H W) in [-1, 1].
 
-        The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes and sizes.
+        The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise BadInput(f"images have shape {tuple(images.shape)}; expected (b 3 H W).")
@@ -338,7 +336,6 @@ def _texts(given: Any, argument: str) -> list[str]:
     texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
     bad = [text for text in texts if not isinstance(text, str)]
     if bad or not texts:
-        raise BadInput(
-            f"{argument}={bad[0] if bad else texts!r} is not allowed: give a string or a non-empty list of strings."
-        )
+        given = bad[0] if bad else texts
+        raise BadInput(f"{argument}={given!r} is not allowed: give a string or a non-empty list of strings.")
     return texts

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence notices, deprecation warnings and progress bars of the two libraries; their settings are restored after.
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Silence notices, deprecation warnings and (unless ``bars``) progress bars; all settings are restored after.
 
     Errors still reach the caller as exceptions.
     """
@@ -28,8 +28,9 @@ def quiet() -> Iterator[None]:
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
-            diffusers_logging.disable_progress_bar()
-            transformers_logging.disable_progress_bar()  # also switches those of the hub client off
+            if not bars:
+                diffusers_logging.disable_progress_bar()
+                transformers_logging.disable_progress_bar()  # also switches off those of the hub client
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):

@@ -53,8 +53,8 @@ def scheduler_names(flow: bool) -> list[str]:
 def make_scheduler(own: Any, wanted: Any = None) -> Any:
     """A fresh scheduler for a model whose pipeline carries ``own``.
 
-    ``wanted`` is ``None`` (one like ``own``), a short name, or a diffusers scheduler of which a fresh copy is made. Raises
-    `UnknownName` for a name nobody knows and `NotSupported` for one whose path does not fit the model.
+    ``wanted`` is ``None`` (one like ``own``), a short name, or a diffusers scheduler of which a fresh copy is made.
+    Raises `UnknownName` for a name nobody knows and `NotSupported` for one whose path does not fit the model.
     """
     import diffusers
 
@@ -80,9 +80,7 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
         try:
             return getattr(diffusers, class_name).from_config(own.config, **settings)
         except ImportError as error:
-            raise NotSupported(
-                f"scheduler {wanted!r} needs a library that is not installed: {_first_line(error)}"
-            ) from error
+            raise NotSupported(f"scheduler {wanted!r} needs a missing library: {_first_line(error)}") from error
 
 
 def _misfit(name: str, flow: bool) -> str:

@@ -12,8 +12,8 @@ from torch import nn
 class Site:
     """One attention call of one denoiser forward pass at one picture size.
 
-    Queries and keys of a *joint* site lie in one sequence, so ``image`` and ``text`` there are ranges of both. At a *cross*
-    site the keys are the text alone; at a *self* site the image alone.
+    Queries and keys of a *joint* site lie in one sequence, so ``image`` and ``text`` there are ranges of both. At a
+    *cross* site the keys are the text alone; at a *self* site the image alone.
     """
 
     #: module path inside the denoiser, for example ``"mid_block.attentions.0.transformer_blocks.0.attn2"``

@@ -1,4 +1,4 @@
-"""Weight files: what may be read, whether it is whole, and its fingerprint. Pickles are never opened, only recognised."""
+"""Weight files: what may be read, whether it is whole, and its hash. Pickles are recognised and never opened."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_header(path: Path) -> list[TensorEntry]:
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
             raise BadWeights(
-                f"{path} is not a safetensors file, or is cut off in its header; get it again from its source."
+                f"{path} is no safetensors file, or is cut off in its header; get it again from its source."
             )
         file.seek(8)
         header = file.read(length)
@@ -88,9 +88,8 @@ def _library_check(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadWeights(
-            f"{path} is a corrupt safetensors file ({first_line(error)}); get it again from its source."
-        ) from error
+        remark = first_line(error)
+        raise BadWeights(f"{path} is a corrupt safetensors file ({remark}); get it again from its source.") from error
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:

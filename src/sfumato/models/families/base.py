@@ -19,8 +19,8 @@ from sfumato.models.site import Site
 class TextStream:
     """One tokenizer whose tokens are seen by attention.
 
-    Position ``i`` of the tokenizer's padded output lies at ``offset + i`` of the text axis; two streams may share positions
-    (SDXL and SD3 put the features of two CLIPs side by side).
+    Position ``i`` of the tokenizer's padded output lies at ``offset + i`` of the text axis; two streams may share
+    positions (SDXL and SD3 put the features of two CLIPs side by side).
     """
 
     tokenizer: Any
@@ -62,7 +62,7 @@ class Family:
         if max_sequence_length is not None and self.max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
 
-    # --- facts ---------------------------------------------------------------------------------------------------------
+    # --- facts -------------------------------------------------------------------------------------------------------
 
     @property
     def denoiser(self) -> nn.Module:
@@ -85,7 +85,7 @@ class Family:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the denoiser takes the guidance scale as an input (guidance distillation) instead of a second branch."""
+        """Whether the guidance scale is an input of the denoiser (guidance distillation)."""
         return False
 
     @property
@@ -108,7 +108,7 @@ class Family:
         """``t``: positions of the text axis in attention."""
         return max((stream.offset + stream.length for stream in self.streams), default=0)
 
-    # --- work ----------------------------------------------------------------------------------------------------------
+    # --- work --------------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         """Rows of the conditional and of the unconditional branch, from the pipeline's own ``encode_prompt``."""
@@ -130,7 +130,7 @@ class Family:
         """First latents of the loop from unit noise."""
         return noise * scheduler.init_noise_sigma
 
-    # --- helpers -------------------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _stream(self, attribute: str, name: str, offset: int, length: int | None = None) -> list[TextStream]:
         """The stream of one tokenizer of the pipeline; none where the pipeline lacks it."""

@@ -94,7 +94,7 @@ class StableDiffusion(Family):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL (Podell et al. 2023, arXiv 2307.01952): a second text encoder, pooled text and the picture size as conditions."""
+    """SDXL (Podell et al. 2023, arXiv 2307.01952): also told a second encoding, pooled text and the picture size."""
 
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)

@@ -1,0 +1,102 @@
+"""The denoiser is fed exactly what the diffusers pipeline feeds it: recorded in the pipeline's own run, bit for bit."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from sfumato.models import quiet
+from tests.tiny import KINDS, tiny_model
+
+SIZE = (32, 48)  # height, width
+PROMPTS = ["a red cube", "a photo of the small green ball on the left"]
+NEGATIVES = ["blue", "an ugly dog"]
+
+
+class Recorder:
+    """Inputs of every forward pass of a module, by parameter name."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.calls, self.outputs = module, [], []
+        self.signature = inspect.signature(module.forward)
+
+    def __enter__(self) -> Recorder:
+        self.handles = [
+            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.module.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.calls.append(dict(bound.arguments))
+
+    def _after(self, _: Any, __: Any, output: Any) -> None:
+        self.outputs.append(output[0])
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(same(a[key], b[key]) for key in a)
+    return a == b or (a is None and b == {})  # Flux's pipeline passes an empty dictionary for "no keyword arguments"
+
+
+def pipeline_call(kind: str, guided: bool, steps: int) -> dict[str, Any]:
+    """Arguments for the tiny pipeline's own ``__call__``."""
+    call: dict[str, Any] = dict(
+        prompt=PROMPTS,
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=steps,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        guidance_scale=5.0 if guided else 1.0,
+    )
+    if guided:
+        call["negative_prompt"] = NEGATIVES
+    if kind in ("flux", "schnell"):
+        call["guidance_scale"] = 3.0
+        call["true_cfg_scale"] = 2.0 if guided else 1.0
+    if kind == "sd3clip":
+        call["max_sequence_length"] = 0
+    if kind.startswith("pixart"):
+        call["use_resolution_binning"] = False
+    return call
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_denoiser_inputs(kind: str, guided: bool) -> None:
+    model = tiny_model(kind)
+    with Recorder(model.denoiser) as theirs, quiet():
+        model.pipe(**pipeline_call(kind, guided, steps=2))
+    expected_timesteps = model.pipe.scheduler.timesteps
+
+    embedded = 3.0 if kind in ("flux", "schnell") else None
+    condition = model.encode_text(PROMPTS, NEGATIVES if guided else None, guided, embedded)
+    scheduler = model.make_scheduler()
+    timesteps = model.timesteps(scheduler, 2, *SIZE)
+    noise = torch.randn(2, *model.latent_shape(*SIZE), generator=torch.Generator().manual_seed(0))
+    x = model.prepare(noise, scheduler)
+    if hasattr(scheduler, "scale_model_input"):
+        x = scheduler.scale_model_input(x, timesteps[0])
+    calls = model.calls(condition.branches)
+    with Recorder(model.denoiser) as ours:
+        outputs = [model.predict(x, timesteps[0], condition, branches) for branches in calls]
+
+    assert torch.equal(timesteps, expected_timesteps)
+    assert len(ours.calls) == len(calls) == (2 if guided and not model.family.joint_branches else 1)
+    for mine, reference in zip(ours.calls, theirs.calls, strict=False):
+        assert [name for name in reference if not same(mine[name], reference[name])] == []
+    for output, branches in zip(outputs, calls, strict=True):
+        assert output.shape == (2 * len(branches), *model.latent_shape(*SIZE))

@@ -1,0 +1,158 @@
+"""Sites against the attention calls that really happen: order, heads, lengths, and where image and text lie."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sfumato.errors import BadInput
+from sfumato.models import Model, Site
+from tests.tiny import KINDS, tiny_model
+
+SIZES = [(32, 48), (48, 32), (40, 56)]  # the last is odd at the second level of the U-Net
+
+
+class Calls(TorchFunctionMode):
+    """Queries and keys of every call of scaled dot-product attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            bound = [*args, *(kwargs[name] for name in ("query", "key") if name in (kwargs or {}))]
+            self.seen.append((bound[0], bound[1]))
+        return function(*args, **(kwargs or {}))
+
+
+def latents(model: Model, size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(1, *model.latent_shape(*size), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sites_are_the_attention_calls(kind: str, size: tuple[int, int]) -> None:
+    model = tiny_model(kind)
+    sites = model.sites(*size)
+    assert [site.index for site in sites] == list(range(len(sites)))
+    order: list[str] = []
+    handles = [
+        model.denoiser.get_submodule(site.path).register_forward_pre_hook(
+            lambda *_, path=site.path, **__: order.append(path), with_kwargs=True
+        )
+        for site in sites
+    ]
+    condition = model.encode_text("a red cube", guidance=False)
+    try:
+        with Calls() as calls:
+            model.predict(latents(model, size), 500.0, condition)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    assert order == [site.path for site in sites]
+    assert len(calls.seen) == len(sites)
+    for site, (q, k) in zip(sites, calls.seen, strict=True):
+        n, t = site.grid[0] * site.grid[1], model.text_length
+        assert site.image[1] - site.image[0] == n
+        assert q.shape[1] == site.heads
+        assert (q.shape[2], k.shape[2]) == {"self": (n, n), "cross": (n, t), "joint": (n + t, n + t)}[site.kind]
+        assert site.text is None if site.kind == "self" else site.text[1] - site.text[0] == t
+        if site.kind == "joint":  # the two ranges tile the sequence
+            first, second = sorted([site.image, site.text])
+            assert (first[0], first[1], second[1]) == (0, second[0], n + t)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd3clip", "flux", "schnell"])
+def test_joint_order_by_perturbation(kind: str) -> None:
+    """Move one text token (image token) that enters a block: only its row of the keys moves, where the site says."""
+    model = tiny_model(kind)
+    condition = model.encode_text("a red cube", guidance=False)
+    joint = [site for site in model.sites(32, 48) if site.kind == "joint"]
+    assert {site.block.split(".")[0] for site in joint} == (
+        {"joint"} if kind.startswith("sd3") else {"joint", "single"}
+    )
+    for site in joint:
+        block = model.denoiser.get_submodule(site.path.rpartition(".")[0])
+        inputs = block_inputs(model, block, condition)
+        reference = keys_of(block, inputs)
+        for name, start in (("encoder_hidden_states", site.text[0]), ("hidden_states", site.image[0])):
+            moved = dict(inputs)
+            moved[name] = inputs[name].clone()
+            moved[name][:, 5] += torch.linspace(-1, 1, inputs[name].shape[-1])
+            changed = (keys_of(block, moved) - reference).abs().amax(dim=(0, 1, 3)).nonzero().flatten().tolist()
+            assert changed == [start + 5]
+
+
+def block_inputs(model: Model, block: torch.nn.Module, condition: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.update(inspect.signature(block.forward).bind(*args, **kwargs).arguments)
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model.predict(latents(model, (32, 48)), 500.0, condition)
+    finally:
+        handle.remove()
+    return found
+
+
+def keys_of(block: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with Calls() as calls:
+        block(**inputs)
+    return calls.seen[0][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grid_is_row_major(kind: str) -> None:
+    """Move one latent: among the queries of the first site, the row that moves most is the one at its place."""
+    model = tiny_model(kind)
+    size = (32, 48)
+    site = model.sites(*size)[0]
+    condition = model.encode_text("a red cube", guidance=False)
+    x = latents(model, size)
+    row, column = 5, 9
+    latents_per_token = x.shape[-1] // site.grid[1]
+    moved = x.clone()
+    moved[..., row * latents_per_token, column * latents_per_token] += 3
+    change = (queries(model, moved, condition, site) - queries(model, x, condition, site)).abs().sum(dim=(0, 1, 3))
+    hottest = divmod(int(change[site.image[0] : site.image[1]].argmax()), site.grid[1])
+    assert max(abs(hottest[0] - row), abs(hottest[1] - column)) <= 1  # convolutions come first in a U-Net
+
+
+def queries(model: Model, x: torch.Tensor, condition: Any, site: Site) -> torch.Tensor:
+    with Calls() as calls:
+        model.predict(x, 500.0, condition)
+    return calls.seen[site.index][0]
+
+
+def test_names_and_kinds() -> None:
+    def blocks(kind: str) -> list[str]:
+        return [f"{site.block}:{site.kind}" for site in tiny_model(kind).sites()]
+
+    assert blocks("sd")[:4] == ["down.0:self", "down.0:cross", "down.1:self", "down.1:cross"]
+    assert blocks("sd")[4:6] == ["mid:self", "mid:cross"]
+    assert blocks("sd")[6:10] == ["up.1:self", "up.1:cross"] * 2
+    assert blocks("sd3") == ["joint.0:joint", "joint.1:joint"]
+    assert blocks("sd35") == ["joint.0:joint", "joint.0:self", "joint.1:joint"]
+    assert blocks("flux") == ["joint.0:joint", "single.0:joint", "single.1:joint"]
+    assert blocks("pixart") == ["block.0:self", "block.0:cross", "block.1:self", "block.1:cross"]
+
+
+def test_sites_of_a_size_the_model_cannot_make() -> None:
+    with pytest.raises(BadInput, match=r"width=33 does not fit tiny-sd: give a positive multiple of 8 pixels"):
+        tiny_model("sd").sites(32, 33)
+    with pytest.raises(BadInput, match="height=-8"):
+        tiny_model("sd").sites(-8, 32)
+
+
+def test_other_text_length() -> None:
+    site = tiny_model("flux").sites(32, 32, text_length=20)[0]
+    assert (site.text, site.image) == ((0, 20), (20, 20 + 64))
