@@ -2,5 +2,19 @@
 
 from sfumato.attention.seam import AttentionSeam, Call, Forward, StopForward, Tap
 from sfumato.attention.sites import Site, Where, find_sites
+from sfumato.attention.words import NounPhrase, Words, WordSpan, noun_phrases
 
-__all__ = ["AttentionSeam", "Call", "Forward", "Site", "StopForward", "Tap", "Where", "find_sites"]
+__all__ = [
+    "AttentionSeam",
+    "Call",
+    "Forward",
+    "NounPhrase",
+    "Site",
+    "StopForward",
+    "Tap",
+    "Where",
+    "WordSpan",
+    "Words",
+    "find_sites",
+    "noun_phrases",
+]

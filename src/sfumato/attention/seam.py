@@ -163,7 +163,7 @@ class Call:
             return (_wide(self.q[:, :, queries]) * self.scale) @ _wide(k).transpose(-1, -2)
 
     def probs(self, queries: slice = slice(None)) -> Tensor:
-        """softmax over all keys (b k n t), edits included; zeros for a query that may look nowhere, as in the kernel."""
+        """softmax over all keys (b k n t), edits included; a query that may look nowhere gets zeros."""
         if self._probs is not None:
             return self._probs[:, :, queries]
         return self._softmax(self._masked(self.scores(queries), queries))
@@ -403,7 +403,7 @@ class AttentionSeam:
     def forward(self, step: Any = None, rows: dict[str, slice] | None = None) -> Iterator[Forward]:
         """Surrounds one call of the module.
 
-        ``rows`` tells which part of the batch is which branch, such as ``{"uncond": slice(0, b), "cond": slice(b, 2b)}``;
+        ``rows`` tells which part of the batch is which branch: ``{"uncond": slice(0, b), "cond": slice(b, 2 * b)}``;
         it is never guessed. If the pass ends early the statements after the module's call are skipped and
         ``forward.stopped`` is True. Raises NoMatch when a wanted site was not seen.
         """
