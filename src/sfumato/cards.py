@@ -53,7 +53,8 @@ class Card:
 
     ``key`` is the file's name; ``verb`` one of :data:`ROOMS`; ``families`` the model families it runs on;
     ``defaults_from`` says where the default parameters come from; ``cost`` is stated in forward-equivalents
-    (1 = one row through the denoiser); ``not_reproduced`` names what of the paper is missing here.
+    (1 = one row through the denoiser); ``not_reproduced`` names what of the paper is missing here; ``example`` is a
+    ``--with`` text that works with the prompt "a red cube and a blue ball" (left out: the key alone works).
     """
 
     key: str
@@ -67,10 +68,12 @@ class Card:
     summary: str
     arxiv: str = ""
     not_reproduced: str = ""
+    example: str = ""
 
     def __post_init__(self):
         if self.verb not in ROOMS:
             raise UnknownName("verb", self.verb, ROOMS)
+        object.__setattr__(self, "example", self.example or self.key)
 
 
 class Params(BaseModel):

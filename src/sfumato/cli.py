@@ -35,6 +35,8 @@ class _OneLine(TyperGroup):
         warnings.showwarning = _show_warning
         try:
             code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
+            if code == 130:  # some versions of typer turn Ctrl-C into this
+                code = _report(KeyboardInterrupt())
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 raise

@@ -1,0 +1,193 @@
+"""What every system promises, as checks that take a way to make the system and a model.
+
+``make()`` returns a fresh system; the prompt is always :data:`PROMPT`. ``test_contract.py`` applies the checks to every
+registered system, and ``test_checks.py`` shows that each of them fails for a system that breaks its promise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.cards import from_recipe, to_recipe
+from sfumato.errors import Conflict, NoMatch, SfumatoError, WorkInterrupted
+from sfumato.models import Model
+from sfumato.sampling import Intervention, Result, generate, recipe_args
+from tests.helpers import fingerprint
+
+PROMPT = "a red cube and a blue ball"
+OTHER_PROMPT = "a green cone, a red cube and a blue ball on the grass"
+STEPS = 2
+
+Make = Callable[[], Intervention]
+
+
+def run(model: Model, systems: Any = (), prompt: Any = PROMPT, **options: Any) -> Result:
+    given = {"steps": STEPS, "guidance": 3.0, "seed": 5, "decode": False, **options}
+    return generate(model, prompt, interventions=systems, **given)
+
+
+def drawn(result: Result) -> dict[str, bytes]:
+    """Every picture that the systems of a result offer, as bytes, by sample and name."""
+    return {
+        f"{part.name}.{index}.{name}": picture.tobytes()
+        for part in result.parts
+        if hasattr(part, "pictures")
+        for index in range(len(result))
+        for name, picture in part.pictures(result, index).items()
+    }
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def check_detaches(make: Make, model: Model) -> None:
+    """After a run, and after a failure or an interruption in the middle of one, the model is bit-identical."""
+    before = fingerprint(model)
+    run(model, make())
+    assert fingerprint(model) == before, "something stayed attached after a run"
+    for error, raised in ((RuntimeError("boom"), RuntimeError), (KeyboardInterrupt(), WorkInterrupted)):
+
+        def fail(step: Any, error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(raised):
+            run(model, make(), on_step=fail)
+        assert fingerprint(model) == before, f"something stayed attached after {type(error).__name__}"
+
+
+def check_detaches_when_the_denoiser_fails(make: Make, model: Model) -> None:
+    """An exception deep inside the network, while attention is being watched, leaves nothing behind either."""
+    before = fingerprint(model)
+    last = list(model.denoiser.modules())[-1]
+    handle = last.register_forward_pre_hook(_boom)
+    try:
+        with pytest.raises(RuntimeError, match="boom"):
+            run(model, make())
+    finally:
+        handle.remove()
+    assert fingerprint(model) == before
+
+
+def _boom(*_: Any) -> None:
+    raise RuntimeError("boom")
+
+
+def check_identity(make: Make, model: Model, weaken: Callable[[], Intervention] | None) -> None:
+    """An observer changes not one bit; any other system changes none at strength 0."""
+    system = make()
+    if system.role != "observer":
+        if weaken is None:
+            pytest.skip("has no strength")
+        system = weaken()
+    bare = run(model)
+    assert same(run(model, system).latents, bare.latents), "the picture changed although it must not"
+
+
+def check_acts(make: Make, model: Model) -> None:
+    """The system did something and says where, and one that is no observer changed the picture."""
+    system = make()
+    result = run(model, system)
+    coverage = result.coverage[system.name]
+    assert coverage["calls"] > 0 and json.loads(json.dumps(coverage)) == coverage, (
+        "coverage must be plain and not empty"
+    )
+    if system.role != "observer":
+        assert not same(result.latents, run(model).latents), "the picture is the same with and without the system"
+
+
+def check_deterministic(make: Make, model: Model) -> None:
+    """Twice the same: with a fresh object, with the same object again, and whatever the global random state is."""
+    system = make()
+    first = run(model, system, decode=True)
+    pictures = drawn(first)
+    torch.rand(7)
+    again = run(model, system, decode=True)
+    fresh = run(model, make(), decode=True)
+    for other in (again, fresh):
+        assert same(other.latents, first.latents), "latents depend on more than the seed"
+        assert drawn(other) == pictures, "pictures depend on more than the seed"
+
+
+def check_batch_independent(make: Make, model: Model, tolerance: float = 2e-4) -> None:
+    """A sample does not depend on its neighbours in the batch, up to the rounding of batched kernels."""
+    system = make()
+    if system.couples_samples:
+        pytest.skip("couples its samples, and says so")
+    together = run(model, system, prompt=[OTHER_PROMPT, PROMPT], seed=[8, 9], decode=True)
+    alone = run(model, make(), prompt=PROMPT, seed=[9], decode=True)
+    difference = (together.latents[1] - alone.latents[0]).abs().max().item()
+    assert difference < tolerance, f"sample 1 differs by {difference:.2g} when it has a neighbour"
+    swapped = run(model, make(), prompt=[PROMPT, OTHER_PROMPT], seed=[9, 8])
+    assert (swapped.latents[0] - together.latents[1]).abs().max().item() < tolerance, "samples depend on their order"
+
+
+def check_wide_pictures(make: Make, model: Model) -> None:
+    """Pictures need not be square."""
+    size = (48, 32)
+    result = run(model, make(), size=size, decode=True)
+    assert result.latents.shape[1:] == model.latent_shape(size[1], size[0])
+    assert torch.isfinite(result.latents).all()
+    drawn(result)
+
+
+def check_half_precision(make: Make, model: Model) -> None:
+    """bfloat16 models are served, and stay bfloat16."""
+    assert model.dtype == torch.bfloat16
+    result = run(model, make(), steps=1)
+    assert result.latents.dtype == torch.bfloat16 and torch.isfinite(result.latents).all()
+
+
+def check_without_guidance(make: Make, model: Model) -> None:
+    """A run without an unconditional branch is served as well."""
+    assert torch.isfinite(run(model, make(), guidance=1.0).latents).all()
+
+
+def check_recipe(make: Make, model: Model) -> None:
+    """The recipe, through JSON, builds the same system and makes the same sample."""
+    system = make()
+    assert from_recipe(json.loads(json.dumps(to_recipe(system)))).params == system.params
+    first = run(model, system)
+    again = generate(model, **recipe_args(json.loads(json.dumps(first.recipe))), decode=False)
+    assert same(first.latents, again.latents)
+
+
+def check_composes(make: Make, other: Make, model: Model) -> None:
+    """Two systems run together, in either order the same, or refuse with a Conflict; the model is unharmed."""
+    before = fingerprint(model)
+    try:
+        one = run(model, [make(), other()])
+        two = run(model, [other(), make()])
+    except Conflict:
+        pass
+    else:
+        assert len(one.coverage) == 2
+        assert all(told["calls"] > 0 for told in one.coverage.values())
+        if make().role != other().role:
+            assert same(one.latents, two.latents), "roles fix the order, but the order given mattered"
+    assert fingerprint(model) == before
+
+
+def check_unknown_words(make_with_words: Callable[[list[str]], Intervention], model: Model) -> None:
+    """A word that the prompt does not hold is an error that names the nearest words, before any work."""
+    before = fingerprint(model)
+    with pytest.raises(NoMatch) as caught:
+        run(model, make_with_words(["cubes"]))
+    message = str(caught.value)
+    assert "cubes" in message and "cube" in message.replace("cubes", "") and "\n" not in message
+    assert fingerprint(model) == before
+
+
+def check_refuses(make: Make, model: Model) -> None:
+    """On a family that the card does not name, the refusal is one clear line."""
+    before = fingerprint(model)
+    with pytest.raises(SfumatoError) as caught:
+        run(model, make())
+    assert "\n" not in str(caught.value)
+    assert fingerprint(model) == before

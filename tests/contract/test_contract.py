@@ -1,0 +1,115 @@
+"""Every registered system keeps the contract, on every family that its card names. Nothing here names a system."""
+
+from __future__ import annotations
+
+import pytest
+
+from sfumato import cards
+from sfumato.cards import build, method, methods
+from sfumato.sampling import Intervention
+from tests.contract import checks
+from tests.tiny import tiny_model
+
+KINDS = {"sd": "sd", "sd2": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "pixart": "pixart"}
+"""Tiny model -> the family it belongs to."""
+
+SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
+PAIRS = [(key, kind) for key, card in SYSTEMS.items() for kind, family in KINDS.items() if family in card.families]
+# properties that do not depend on the family are checked on one U-Net and one joint-attention model per system
+SOME = [(key, kind) for key, kind in PAIRS if kind in ("sd", "sd3", "flux")]
+ELSEWHERE = [
+    (key, kind) for key, card in SYSTEMS.items() for kind, family in KINDS.items() if family not in card.families
+]
+
+
+def maker(key: str):
+    return lambda: build(SYSTEMS[key].example)
+
+
+def weakener(key: str):
+    """The system at strength 0, if it has a strength."""
+    if "strength" not in method(key).Params.model_fields:
+        return None
+    name, given = cards.parse_with(SYSTEMS[key].example)
+    return lambda: method(name)(**{**given, "strength": 0})
+
+
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
+def test_acts(key, kind):
+    checks.check_acts(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
+def test_identity(key, kind):
+    checks.check_identity(maker(key), tiny_model(kind), weakener(key))
+
+
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
+def test_detaches(key, kind):
+    checks.check_detaches(maker(key), tiny_model(kind, fresh=True))
+
+
+@pytest.mark.parametrize(("key", "kind"), SOME)
+def test_detaches_when_the_denoiser_fails(key, kind):
+    checks.check_detaches_when_the_denoiser_fails(maker(key), tiny_model(kind, fresh=True))
+
+
+@pytest.mark.parametrize(("key", "kind"), SOME)
+def test_deterministic(key, kind):
+    checks.check_deterministic(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
+def test_batch_independent(key, kind):
+    checks.check_batch_independent(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
+def test_wide_pictures(key, kind):
+    checks.check_wide_pictures(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), SOME)
+def test_half_precision(key, kind):
+    import torch
+
+    checks.check_half_precision(maker(key), tiny_model(kind, fresh=True).to(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("key", "kind"), SOME)
+def test_without_guidance(key, kind):
+    checks.check_without_guidance(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), SOME)
+def test_recipe(key, kind):
+    checks.check_recipe(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), [(k, kind) for k, kind in PAIRS if "words" in method(k).Params.model_fields])
+def test_unknown_words(key, kind):
+    checks.check_unknown_words(lambda words: method(key)(words=words), tiny_model(kind))
+
+
+@pytest.mark.parametrize(("key", "kind"), ELSEWHERE)
+def test_other_families_are_refused(key, kind):
+    checks.check_refuses(maker(key), tiny_model(kind))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "kind"),
+    [
+        (one, other, kind)
+        for i, one in enumerate(SYSTEMS)
+        for other in list(SYSTEMS)[i:]
+        for kind in ("sd", "sd3")
+        if (one, kind) in PAIRS and (other, kind) in PAIRS
+    ],
+)
+def test_composes(one, other, kind):
+    checks.check_composes(maker(one), maker(other), tiny_model(kind, fresh=True))
+
+
+def test_every_family_is_covered():
+    families = {family for card in SYSTEMS.values() for family in card.families}
+    assert families <= set(KINDS.values()), f"no tiny model stands for {families - set(KINDS.values())}"
