@@ -25,7 +25,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class _OneLine(TyperGroup):
     """The command group whose errors are one line each."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         args = list(sys.argv[1:] if args is None else args)
         options = args[: args.index("--")] if "--" in args else args
         debug = "--debug" in options
@@ -175,7 +175,7 @@ def make(
         raise BadInput("give the prompt or --prompts, not both.")
     if prompt is None and prompts is None and like is None:
         raise BadInput('nothing to make: give a prompt, such as sfumato make "a red cube", or --like or --prompts.')
-    typed = {
+    typed: dict[str, Any] = {
         "prompt": prompt,
         "n": n,
         "steps": steps,
@@ -221,7 +221,7 @@ def _bar(unit: str) -> Iterator[Any]:
 
     Yields ``show(done, total, share, note="")``: ``done`` of ``total`` units are finished, and ``share`` of the next.
     """
-    start, bar, task = time.monotonic(), None, None
+    start, bar, task = time.monotonic(), None, None  # type: Any, Any, Any
 
     def show(done: int, total: int, share: float = 0.0, note: str = "") -> None:
         nonlocal bar, task

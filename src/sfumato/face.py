@@ -99,8 +99,8 @@ class JobOptions(Params):
 class MakeOptions(JobOptions):
     """The options of :func:`make`, which takes several prompts and seeds at once."""
 
-    prompt: str | list[str] = Field(description="what the pictures show")
-    seed: int | list[int] | None = Field(
+    prompt: str | list[str] = Field(description="what the pictures show")  # type: ignore[assignment]
+    seed: int | list[int] | None = Field(  # type: ignore[assignment]
         default=0, description="where the noise comes from: a number or one per picture"
     )
 
@@ -169,8 +169,13 @@ def make(
 def build_all(with_: Any) -> list[Any]:
     """Systems from systems, ``--with`` texts and recipes of systems; a single one is taken as a list of one."""
     given = with_ if isinstance(with_, list | tuple) else [with_]
-    made = {str: cards.build, dict: cards.from_recipe}
-    return [made[type(each)](each) if type(each) in made else each for each in given]
+    return [_built(each) for each in given]
+
+
+def _built(given: Any) -> Any:
+    if isinstance(given, str):
+        return cards.build(given)
+    return cards.from_recipe(given) if isinstance(given, dict) else given
 
 
 def models() -> dict[str, dict[str, Any]]:
@@ -319,9 +324,10 @@ def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
         then = str(expected.get("hash"))[:10]
         told = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
         warnings.warn(RecipeDiffers(f"{told}: the picture will differ."), stacklevel=2)
-    then = expected.get("versions")
-    for name, version in then.items() if isinstance(then, dict) else ():
-        if name in ("torch", "diffusers", "transformers") and version != metadata.version(name):
+    versions = expected.get("versions")
+    for name in ("torch", "diffusers", "transformers") if isinstance(versions, dict) else ():
+        version = versions.get(name)
+        if version != metadata.version(name):
             told = f"{name} is {metadata.version(name)} here and was {str(version)[:20]} then"
             warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)
 
