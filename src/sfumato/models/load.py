@@ -184,7 +184,6 @@ def _load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any,
     if weighted:
         part, report = part
         _refuse_misfit(folder, report)
-        check_numbers(folder.name, part)
     return part, files
 
 
@@ -243,10 +242,7 @@ def _load_file(path: Path, dtype: torch.dtype | None, device: torch.device, conf
         raise BadWeights(
             f"{path} does not fit the {pipeline.__name__} described in {folder}: {first_line(error)}."
         ) from error
-    model = _finish(pipe, device, folder, [("file", path)])
-    for name, module in model.modules.items():
-        check_numbers(name, module)
-    return model
+    return _finish(pipe, device, folder, [("file", path)])
 
 
 def _config_folder(path: Path, config: str | Path | None) -> Path:
@@ -280,7 +276,12 @@ def _config_folder(path: Path, config: str | Path | None) -> Path:
 def _finish(pipe: Any, device: torch.device, folder: Path, files: list[tuple[str, Path]]) -> Model:
     card = read_json(folder / "sfumato.json") if (folder / "sfumato.json").is_file() else {}
     model = Model(pipe, card=card, files=files)
-    for module in model.modules.values():
+    needed = {model.family.denoiser_name: model.denoiser, "vae": pipe.vae, "scheduler": pipe.scheduler}
+    lacking = [name for name, part in needed.items() if part is None] + ([] if model.tokenizers else ["tokenizer"])
+    if lacking:
+        raise BadInput(f"{folder} is not a whole {type(pipe).__name__}: it has no {' and no '.join(lacking)}.")
+    for name, module in model.modules.items():
+        check_numbers(name, module)
         module.eval().requires_grad_(False)
     return model.to(device)
 

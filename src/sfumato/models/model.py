@@ -172,8 +172,8 @@ class Model:
 
     def _warn_truncation(self, text: str) -> None:
         for stream in self.tokenizers:
-            full = stream.prepare(text)
             with quiet():
+                full = stream.prepare(text)
                 fits = len(stream.tokenizer(full).input_ids) <= stream.length
                 if fits:
                     continue
@@ -181,7 +181,7 @@ class Model:
                     full, truncation=True, max_length=stream.length, return_offsets_mapping=True
                 ).offset_mapping
             dropped = full[max(end for _, end in kept) :].strip()
-            shown = dropped if len(dropped) <= 60 else dropped[:57] + "..."
+            shown = dropped if len(dropped) <= 80 else f"{dropped[:38]} ... {dropped[-37:]}"
             warnings.warn(
                 f"{self.name} reads {stream.length} tokens of {stream.name} text and does not see {shown!r}.",
                 TruncatedPrompt,
