@@ -1,0 +1,113 @@
+"""toy-sd: epsilon-prediction diffusion on latents with a small ``UNet2DConditionModel`` (Rombach et al. 2021)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
+from sfumato.train.objective import Draw
+from sfumato.train.recipe import Options
+
+# Stable Diffusion's noise schedule
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+class UNetModel(LatentModel):
+    """The ``[model]`` section."""
+
+    channels: tuple[int, ...] = (64, 128, 160)
+    layers: int = Field(1, ge=1)
+    head_width: int = Field(32, ge=8)
+    groups: int = 16
+    attention: tuple[bool, ...] = Field((True, True, False), description="which levels attend to themselves and the text")
+    text_width: int = Field(128, description="features of the text tower")
+
+
+class DiffusionLoss(LatentLoss):
+    """The ``[loss]`` section."""
+
+    min_snr: float = Field(5.0, ge=0, description="cap of the signal-to-noise weight (Hang et al. 2023), 0 = none")
+
+
+class DiffusionObjective(LatentObjective):
+    """Denoising score matching: the network says which noise was added."""
+
+    Model: ClassVar[type[Options]] = UNetModel
+    Loss: ClassVar[type[Options]] = DiffusionLoss
+    unet: UNet2DConditionModel
+
+    def build(self) -> dict[str, nn.Module]:
+        o: UNetModel = self.model_options
+        down = ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in o.attention]
+        up = ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(o.attention)]
+        self.unet = UNet2DConditionModel(
+            sample_size=self.recipe.data.size // 4,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            block_out_channels=o.channels,
+            layers_per_block=o.layers,
+            cross_attention_dim=o.text_width,
+            attention_head_dim=tuple(max(1, width // o.head_width) for width in o.channels),  # diffusers: number of heads
+            norm_num_groups=o.groups,
+        )
+        # every residual branch starts at zero, as in the original U-Net
+        for name, module in self.unet.named_modules():
+            if name.endswith(("conv2", "proj_out", "conv_out")):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.noise_schedule = DDPMScheduler(**SCHEDULE)
+        return {"unet": self.unet}
+
+    def hidden(self, name: str, parameter: Tensor) -> bool:
+        return parameter.ndim in (2, 4) and not any(end in name for end in ("conv_in", "conv_out", "time_embedding", "norm"))
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        x0, noise = batch["x0"], batch["noise"]
+        steps = self.noise_schedule.config.num_train_timesteps
+        # stratified: one timestep from each of b equal parts
+        u = torch.rand(len(x0), generator=draw.generator("time"))
+        t = ((torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0) * steps).long().to(x0.device)
+        with torch.no_grad():
+            context = self.text(batch["tokens"]).last_hidden_state
+        with self.attention():
+            guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
+        error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
+        alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
+        snr = alpha / (1 - alpha)
+        cap = self.loss_options.min_snr
+        weight = snr.clamp(max=cap) / snr if cap else torch.ones_like(snr)
+        logs = {"late": error[t >= steps // 2].mean().detach(), "early": error[t < steps // 2].mean().detach()}
+        return (weight * error).mean(), logs
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        text = CLIPTextModel(self.text.config)
+        text.load_state_dict({k: v for k, v in self.text.state_dict().items() if not k.startswith("text_projection")})
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=text.to(self.device).eval(),
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        self.pipeline().save_pretrained(folder)
+        half = UNet2DConditionModel.from_config(self.unet.config).half()
+        half.load_state_dict(self.unet.state_dict())
+        half.save_pretrained(folder / "unet")
+        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}}
+
+    def load(self, folder: Path) -> None:
+        self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())

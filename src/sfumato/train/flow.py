@@ -1,0 +1,106 @@
+"""toy-sd3: rectified flow on latents with a small ``SD3Transformer2DModel`` (Esser et al. 2024)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from pydantic import Field
+from torch import Tensor, nn
+
+from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
+from sfumato.train.objective import Draw
+from sfumato.train.recipe import Options
+
+
+class FlowModel(LatentModel):
+    """The ``[model]`` section."""
+
+    layers: int = Field(6, ge=1)
+    heads: int = Field(5, ge=1)
+    head_width: int = Field(32, ge=8)
+    patch: int = 2
+    text_width: int = Field(128, description="features of the text tower, which is used as both CLIP encoders")
+    largest: int = Field(24, description="side of the position grid in patches: the largest picture the model can make")
+
+
+class FlowLoss(LatentLoss):
+    """The ``[loss]`` section."""
+
+    mean: float = Field(0.0, description="mean of the logit-normal timesteps")
+    deviation: float = Field(1.0, gt=0, description="deviation of the logit-normal timesteps")
+
+
+class FlowObjective(LatentObjective):
+    """Conditional flow matching: x_t = (1 - t) x0 + t eps, the network says eps - x0; t from a logit-normal."""
+
+    Model: ClassVar[type[Options]] = FlowModel
+    Loss: ClassVar[type[Options]] = FlowLoss
+    transformer: SD3Transformer2DModel
+
+    def build(self) -> dict[str, nn.Module]:
+        o: FlowModel = self.model_options
+        self.transformer = SD3Transformer2DModel(
+            sample_size=self.recipe.data.size // 4,
+            patch_size=o.patch,
+            in_channels=4,
+            out_channels=4,
+            num_layers=o.layers,
+            attention_head_dim=o.head_width,
+            num_attention_heads=o.heads,
+            joint_attention_dim=2 * o.text_width,
+            caption_projection_dim=o.heads * o.head_width,
+            pooled_projection_dim=2 * o.text_width,
+            pos_embed_max_size=o.largest,
+            qk_norm="rms_norm",
+        )
+        # modulation and the last projection start at zero (adaLN-Zero, Peebles and Xie 2022)
+        for name, module in self.transformer.named_modules():
+            if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        return {"transformer": self.transformer}
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        o: FlowLoss = self.loss_options
+        x0, noise = batch["x0"], batch["noise"]
+        # stratified: one quantile from each of b equal parts
+        u = torch.rand(len(x0), generator=draw.generator("time"))
+        u = (torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0)
+        t = torch.sigmoid(o.mean + o.deviation * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))).to(x0.device)
+        s = t[:, None, None, None]
+        with torch.no_grad():
+            told = self.text(batch["tokens"], output_hidden_states=True)
+            context = torch.cat([told.hidden_states[-2]] * 2, -1)
+            pooled = torch.cat([told.text_embeds] * 2, -1)
+        with self.attention():
+            guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
+        error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
+        logs = {"late": error[t >= 0.5].mean().detach(), "early": error[t < 0.5].mean().detach()}
+        return error.mean(), logs
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        return StableDiffusion3Pipeline(
+            transformer=self.transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=self.vae,
+            text_encoder=self.text,
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.text,
+            tokenizer_2=self.tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        self.pipeline().save_pretrained(folder)
+        half = SD3Transformer2DModel.from_config(self.transformer.config).half()
+        half.load_state_dict(self.transformer.state_dict())
+        half.save_pretrained(folder / "transformer")
+        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0}}
+
+    def load(self, folder: Path) -> None:
+        loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        self.transformer.load_state_dict(loaded.state_dict())

@@ -1,0 +1,175 @@
+"""What the latent text-to-image objectives share: cached latents, the frozen text tower, prompts, sample grids."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL.Image import Image
+from pydantic import Field
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from sfumato import zoo
+from sfumato.errors import UnknownName
+from sfumato.toybox import ToyboxDataset
+from sfumato.train import data
+from sfumato.train.objective import Draw, Objective
+from sfumato.train.recipe import Options
+
+GRID_PROMPTS = (
+    "a red ball on the grass",
+    "a large blue cube on the sand",
+    "a yellow cone on the snow",
+    "a green cylinder on the wood",
+    "a small purple ring on the tiles",
+    "a large orange striped ball on the grass by day",
+    "a white dotted cube on the wood at sunset",
+    "a black cross on the snow in the fog",
+    "a large red checkered cylinder on the sand at night",
+    "a red ball and a blue cube",
+    "a green cone to the left of a yellow ball on the sand",
+    "a large blue ring behind a small red cube on the grass",
+    "a purple ball and an orange cylinder on the snow",
+    "a white cone to the right of a black cube on the wood",
+    "a red cube, a green ball and a blue cone on the tiles",
+    "the grass at sunset",
+)
+
+
+class LatentModel(Options):
+    """What every latent text-to-image model names in its ``[model]`` section."""
+
+    vae: str = Field("toy-vae", description="zoo name or folder of the autoencoder")
+    text: str = Field("toy-clip", description="zoo name or folder of the CLIP model whose text tower is used")
+
+
+class LatentLoss(Options):
+    """The shared part of the ``[loss]`` section."""
+
+    toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
+    empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
+    explicit_attention: bool = Field(False, description="softmax spelt out: the fused CPU kernel has a slow backward")
+
+
+class ExplicitAttention(TorchFunctionMode):
+    """Within: unmasked attention is spelt out as two matrix products and a softmax."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None or len(args) != 3:
+            return func(*args, **kwargs)
+        q, k, v = args
+        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+        return torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
+
+
+def zoo_folder(name: str) -> Path:
+    """The folder of a built-in model, or ``name`` itself when it is a folder.
+
+    Raises:
+        UnknownName: neither.
+    """
+    found = zoo.find(name) or Path(name)
+    if not found.is_dir():
+        raise UnknownName("built-in model or folder", name, zoo.names())
+    return found
+
+
+class LatentObjective(Objective):
+    """Base of :class:`DiffusionObjective` and :class:`FlowObjective`."""
+
+    Model: ClassVar[type[Options]] = LatentModel
+    Loss: ClassVar[type[Options]] = LatentLoss
+
+    def setup(self, device: torch.device) -> None:
+        super().setup(device)
+        vae, text = zoo_folder(self.model_options.vae), zoo_folder(self.model_options.text)
+        self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+        self.text = CLIPTextModelWithProjection.from_pretrained(text).to(device).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(text)
+        self.train_data = data.dataset("train", self.recipe.data)
+        self.val_data = data.dataset("val", self.recipe.data)
+        weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
+        self.key = hashlib.sha256(weights).hexdigest()[:16]
+        self.train_latents = self.cached_latents(self.train_data)
+        self.val_latents = self.cached_latents(self.val_data)
+
+    def cached_latents(self, source: ToyboxDataset) -> np.ndarray:
+        """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; encoded once and kept on disk."""
+        from sfumato.train.trainer import cache_folder
+
+        path = cache_folder() / "latents" / f"{source.folder.name}-{self.key}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            with torch.no_grad():
+                for part in torch.arange(len(source)).split(64):
+                    z = self.vae.encode(data.pictures(source, part).to(self.device)).latent_dist.mean
+                    rows.append((z * self.vae.config.scaling_factor).half().cpu().numpy())
+            beside = path.with_name(f".{path.name}.{os.getpid()}.npy")
+            np.save(beside, np.concatenate(rows))
+            beside.rename(path)
+        return np.load(path, mmap_mode="r")
+
+    def draw_latents(self, source: ToyboxDataset, latents: np.ndarray, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
+        x0 = torch.from_numpy(latents[indices.numpy()]).float()
+        noise = torch.randn(x0.shape, generator=draw.generator("noise"))
+        texts = data.captions(source, indices, draw)
+        empty = torch.rand(len(texts), generator=draw.generator("empty")) < self.loss_options.empty
+        texts = ["" if gone else text for text, gone in zip(texts, empty.tolist(), strict=True)]
+        weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
+        return {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Token ids (b, t) int64, padded to the full length as the pipelines do."""
+        return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def batch(self, draw: Draw) -> dict[str, Tensor]:
+        indices = draw.indices(len(self.train_data), self.recipe.train.batch)
+        return self.draw_latents(self.train_data, self.train_latents, indices, draw)
+
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """The attention kernel the recipe asks for."""
+        with ExplicitAttention() if self.loss_options.explicit_attention else contextlib.nullcontext():
+            yield
+
+    def evaluate(self, n: int = 256) -> dict[str, float]:
+        """The training loss on held-out scenes with fixed noise."""
+        total = 0.0
+        parts = torch.arange(min(n, len(self.val_data))).split(64)
+        for number, part in enumerate(parts):
+            draw = Draw(2, number)
+            batch = self.draw_latents(self.val_data, self.val_latents, part, draw)
+            loss, _ = self.loss({key: value.to(self.device) for key, value in batch.items()}, draw)
+            total += float(loss) * len(part)
+        return {"held_out_loss": total / min(n, len(self.val_data))}
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The genuine pipeline around the modules in training."""
+        raise NotImplementedError
+
+    def sample(self, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1], one generator per prompt."""
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        extra = {"max_sequence_length": 0} if "transformer" in pipe.components else {}
+        out = pipe(
+            prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **extra
+        )
+        return out.images.cpu() * 2 - 1
+
+    def grid(self) -> Image:
+        return data.sheet(self.sample(list(GRID_PROMPTS), 20, 3.0), 8)
