@@ -208,6 +208,19 @@ def test_gradients_flow_through_observed_maps(case):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_maps_read_without_gradients_leave_those_of_the_output_alone():
+    args, _ = arguments("plain", grad=True)
+
+    def look(call):
+        with torch.no_grad():
+            call.word_probs([1])
+
+    out = through_seam(Bare(), [Tap(observe=look)], args, {}, [site("")])
+    ours = torch.autograd.grad(out.square().sum(), args)
+    theirs = torch.autograd.grad(Bare()(*args).square().sum(), args)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_joint_attention_reads_image_queries_against_text_keys():
     n, image, text = 20 + 9, (0, 20), (20, 29)
     q, k, v = qkv(n=n, t=n)

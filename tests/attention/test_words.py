@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sfumato.attention.words import Words, _align, noun_phrases
+from sfumato.attention.words import Reading, Words, _align, noun_phrases
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models.condition import TruncatedPrompt
 from tests.tiny import clip_tokenizer, t5_tokenizer, tiny_model
@@ -280,3 +280,11 @@ def test_a_parser_of_ones_own():
 
     (phrase,) = noun_phrases("a red cube", parser=lambda text: SimpleNamespace(noun_chunks=[Chunk([red, token])]))
     assert phrase.text == "red cube" and phrase.head.start == 6 and phrase.modifiers[0].end == 5
+
+
+def test_a_reading_is_plain_data(both):
+    import json
+
+    reading = both.read("a red cube and a red café")
+    again = Reading.from_json(json.loads(json.dumps(reading.to_json())))
+    assert again == reading and again.find("red") == reading.find("red") and again.special() == reading.special()

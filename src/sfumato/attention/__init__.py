@@ -2,13 +2,14 @@
 
 from sfumato.attention.seam import AttentionSeam, Call, Forward, StopForward, Tap
 from sfumato.attention.sites import Site, Where, find_sites
-from sfumato.attention.words import NounPhrase, Words, WordSpan, noun_phrases
+from sfumato.attention.words import NounPhrase, Reading, Words, WordSpan, noun_phrases
 
 __all__ = [
     "AttentionSeam",
     "Call",
     "Forward",
     "NounPhrase",
+    "Reading",
     "Site",
     "StopForward",
     "Tap",

@@ -116,6 +116,7 @@ class Call:
         self.site, self.module, self.step = site, module, step
         self.rows = rows or {}
         self._given_scale = scale
+        self._records_grad = torch.is_grad_enabled()
         self._scores: Tensor | None = None  # set by editors
         self._probs: Tensor | None = None
         self._fused: tuple[Tensor, Tensor] | None = None  # (output, log-sum-exp) of the fused kernel, whole batch
@@ -266,7 +267,7 @@ class Call:
             q.device.type == k.device.type == v.device.type == "cpu"
             and self.dropout == 0
             and q.shape[1] == k.shape[1]
-            and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, mask) if x is not None))
+            and not (self._records_grad and any(x.requires_grad for x in (q, k, v, mask) if x is not None))
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
             and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")

@@ -12,7 +12,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -20,7 +20,7 @@ from sfumato.attention.phrases import NounPhrase, noun_phrases
 from sfumato.errors import BadInput, NoMatch, NotSupported, nearest
 from sfumato.models.condition import TruncatedPrompt
 
-__all__ = ["NounPhrase", "SPECIAL", "WordSpan", "Words", "noun_phrases"]
+__all__ = ["NounPhrase", "Reading", "SPECIAL", "StreamReading", "WordSpan", "Words", "noun_phrases"]
 
 #: Names of tokens that stand for no word: where the text starts, where it ends, and what fills the rest of the axis.
 SPECIAL = ("<start>", "<end>", "<pad>")
@@ -59,48 +59,47 @@ class WordSpan:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How one stream reads one prompt. ``spans`` are prompt characters [start, end) per token, special ones left out;
-    token i lies at ``first + i``; ``special`` are positions by name; ``seen`` is the first unread character."""
+class StreamReading:
+    """How one tokenizer stream reads one prompt.
+
+    ``spans``: prompt characters [start, end) of each real token; token i lies at ``first + i`` on the text axis.
+    ``special``: positions of the special tokens by name. ``seen``: the first character that is not read any more.
+    ``length``: positions of the stream in all.
+    """
 
     first: int
     spans: tuple[tuple[int, int], ...]
     special: dict[str, tuple[int, ...]]
     seen: int
+    length: int
 
 
-class Words:
-    """Finds words in prompts. ``model`` is a :class:`~sfumato.models.Model`, or the list of its text streams.
+@dataclass(frozen=True)
+class Reading:
+    """A prompt as the text encoders read it; finds words in it. Plain data: it needs no tokenizer any more."""
 
-    Raises NotSupported for tokenizers that do not report character offsets.
-    """
-
-    def __init__(self, model: Any):
-        self.streams = list(getattr(model, "tokenizers", model))
-        for stream in self.streams:
-            if not stream.tokenizer.is_fast:
-                raise NotSupported(
-                    f"tokenizer {type(stream.tokenizer).__name__} ({stream.name}) reports no character offsets; "
-                    f"load its fast version."
-                )
-        self._readings: dict[str, dict[str, _Reading]] = {}
+    prompt: str
+    streams: dict[str, StreamReading]
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 
-    def find(self, prompt: str, phrase: str, occurrence: int | None = None) -> list[WordSpan]:
+    def find(self, phrase: str, occurrence: int | None = None) -> list[WordSpan]:
         """Every occurrence of a word or phrase, in order, kept apart; with ``occurrence`` (from 1) only that one.
 
         ``"cube#2"`` is the same as ``occurrence=2``; ``"<start>"``, ``"<end>"`` and ``"<pad>"`` name special tokens.
         Warns TruncatedPrompt where an encoder sees only part of a phrase. Raises NoMatch, with the nearest words of the
         prompt, when it does not occur or no encoder sees it; BadInput for an empty phrase or an occurrence below 1.
         """
-        phrase, occurrence = self._split_number(prompt, phrase, occurrence)
-        spans = _occurrences(prompt, phrase)
+        phrase, occurrence = self._split_number(phrase, occurrence)
+        spans = _occurrences(self.prompt, phrase)
         if not spans and phrase in SPECIAL:
-            return [self._special(prompt, phrase)]
+            word = self._special(phrase)
+            if not word.positions:
+                raise NoMatch(f"this prompt has no {phrase} token in any text encoder ({self._lengths()}).")
+            return [word]
         if not spans:
-            raise self._unknown(prompt, phrase)
-        found = [self._word(prompt, start, end, i, len(spans)) for i, (start, end) in enumerate(spans, 1)]
+            raise self._unknown(phrase)
+        found = [self._word(start, end, i, len(spans)) for i, (start, end) in enumerate(spans, 1)]
         if occurrence is not None:
             if occurrence > len(found):
                 times = "once" if len(found) == 1 else f"{len(found)} times"
@@ -112,117 +111,175 @@ class Words:
                 f"{phrase!r} lies beyond what the text encoders read ({self._lengths()}); shorten the prompt."
             )
         for word in seen:
-            self._warn_if_cut(prompt, word)
+            self._warn_if_cut(word)
         return seen
 
-    def one(self, prompt: str, phrase: str, occurrence: int | None = None) -> WordSpan:
+    def one(self, phrase: str, occurrence: int | None = None) -> WordSpan:
         """As :meth:`find`, for exactly one. Raises BadInput when the phrase occurs several times and none is chosen."""
-        found = self.find(prompt, phrase, occurrence)
+        found = self.find(phrase, occurrence)
         if len(found) > 1:
             choices = " or ".join(repr(word.label) for word in found)
             raise BadInput(f"{phrase!r} occurs {len(found)} times in the prompt; say which: {choices}.")
         return found[0]
 
-    def span(self, prompt: str, start: int, end: int) -> WordSpan:
+    def span(self, start: int, end: int) -> WordSpan:
         """The tokens of characters [start, end) of the prompt. Raises BadInput outside of it, NoMatch if unseen."""
-        if not 0 <= start < end <= len(prompt):
-            raise BadInput(f"characters {start}:{end} do not lie in the prompt, which has {len(prompt)}.")
-        word = self._word(prompt, start, end, 1, 1)
+        if not 0 <= start < end <= len(self.prompt):
+            raise BadInput(f"characters {start}:{end} do not lie in the prompt, which has {len(self.prompt)}.")
+        word = self._word(start, end, 1, 1)
         if not word.positions:
-            raise NoMatch(f"no token stands for characters {start}:{end} ({prompt[start:end]!r}) of the prompt.")
+            raise NoMatch(f"no token stands for characters {start}:{end} ({self.prompt[start:end]!r}) of the prompt.")
         return word
 
-    def all(self, prompt: str) -> list[WordSpan]:
+    def all(self) -> list[WordSpan]:
         """Every word of the prompt that an encoder sees, in order; punctuation is left out."""
-        spans = _word_spans(prompt)
-        total = Counter(prompt[start:end].lower() for start, end in spans)
+        spans = _word_spans(self.prompt)
+        total = Counter(self.prompt[start:end].lower() for start, end in spans)
+        unseen = max((stream.seen for stream in self.streams.values()), default=0)
         sofar: Counter[str] = Counter()
         words = []
         for start, end in spans:
-            if start >= self._seen(prompt):
+            if start >= unseen:
                 break
-            key = prompt[start:end].lower()
+            key = self.prompt[start:end].lower()
             sofar[key] += 1
-            words.append(self._word(prompt, start, end, sofar[key], total[key]))
+            words.append(self._word(start, end, sofar[key], total[key]))
         return [word for word in words if word.positions]
 
-    def special(self, prompt: str) -> dict[str, WordSpan]:
+    def special(self) -> dict[str, WordSpan]:
         """The special tokens there are: "<start>" (CLIP only), "<end>" and, where the prompt is short, "<pad>"."""
-        found = {name: self._special(prompt, name, strict=False) for name in SPECIAL}
+        found = {name: self._special(name) for name in SPECIAL}
         return {name: word for name, word in found.items() if word.positions}
 
-    def tokens(self, prompt: str) -> dict[str, tuple[int, ...]]:
+    def tokens(self) -> dict[str, tuple[int, ...]]:
         """Positions of all real tokens per stream, special ones left out."""
-        return {
-            name: tuple(range(reading.first, reading.first + len(reading.spans)))
-            for name, reading in self._read(prompt).items()
-        }
+        return {name: tuple(range(s.first, s.first + len(s.spans))) for name, s in self.streams.items()}
 
-    def dropped(self, prompt: str) -> dict[str, str]:
+    def dropped(self) -> dict[str, str]:
         """Per stream, the end of the prompt that its encoder does not see; only streams that drop something."""
-        rest = {name: prompt[reading.seen :].strip() for name, reading in self._read(prompt).items()}
+        rest = {name: self.prompt[stream.seen :].strip() for name, stream in self.streams.items()}
         return {name: text for name, text in rest.items() if text}
 
-    # -- tokenizing ----------------------------------------------------------------------------------------------------
+    # -- as plain data -------------------------------------------------------------------------------------------------
 
-    def _read(self, prompt: str) -> dict[str, _Reading]:
-        if prompt not in self._readings:
-            if len(self._readings) > 256:
-                self._readings.clear()
-            self._readings[prompt] = {stream.name: _read_stream(stream, prompt) for stream in self.streams}
-        return self._readings[prompt]
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_json` is the way back."""
+        return asdict(self)
 
-    def _seen(self, prompt: str) -> int:
-        """The first character of the prompt that no stream reads."""
-        return max((reading.seen for reading in self._read(prompt).values()), default=0)
-
-    def _word(self, prompt: str, start: int, end: int, occurrence: int, of: int) -> WordSpan:
-        tokens = {
-            name: tuple(reading.first + i for i, (a, b) in enumerate(reading.spans) if a < end and b > start)
-            for name, reading in self._read(prompt).items()
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Reading:
+        """What :meth:`to_json` gave. Raises KeyError or TypeError for anything else."""
+        streams = {
+            name: StreamReading(
+                first=int(given["first"]),
+                spans=tuple((int(a), int(b)) for a, b in given["spans"]),
+                special={key: tuple(map(int, given["special"][key])) for key in SPECIAL},
+                seen=int(given["seen"]),
+                length=int(given["length"]),
+            )
+            for name, given in data["streams"].items()
         }
-        return WordSpan(prompt[start:end], start, end, occurrence, of, tokens)
+        return cls(str(data["prompt"]), streams)
 
-    def _special(self, prompt: str, name: str, strict: bool = True) -> WordSpan:
-        tokens = {stream: reading.special[name] for stream, reading in self._read(prompt).items()}
-        if strict and not any(tokens.values()):
-            raise NoMatch(f"this prompt has no {name} token in any text encoder ({self._lengths()}).")
-        return WordSpan(name, -1, -1, 1, 1, tokens)
+    # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _warn_if_cut(self, prompt: str, word: WordSpan) -> None:
-        for name, reading in self._read(prompt).items():
-            if word.start < reading.seen < word.end:
+    def _word(self, start: int, end: int, occurrence: int, of: int) -> WordSpan:
+        tokens = {
+            name: tuple(stream.first + i for i, (a, b) in enumerate(stream.spans) if a < end and b > start)
+            for name, stream in self.streams.items()
+        }
+        return WordSpan(self.prompt[start:end], start, end, occurrence, of, tokens)
+
+    def _special(self, name: str) -> WordSpan:
+        return WordSpan(name, -1, -1, 1, 1, {key: stream.special[name] for key, stream in self.streams.items()})
+
+    def _warn_if_cut(self, word: WordSpan) -> None:
+        for name, stream in self.streams.items():
+            if word.start < stream.seen < word.end:
                 warnings.warn(
-                    f"the {name} text encoder sees only {prompt[word.start : reading.seen]!r} of {word.text!r}.",
+                    f"the {name} text encoder sees only {self.prompt[word.start : stream.seen]!r} of {word.text!r}.",
                     TruncatedPrompt,
                     stacklevel=3,
                 )
 
-    # -- messages and patterns -----------------------------------------------------------------------------------------
-
     def _lengths(self) -> str:
-        return ", ".join(f"{stream.name}: {stream.length} tokens" for stream in self.streams) or "no text encoder"
+        told = [f"{name}: {stream.length} tokens" for name, stream in self.streams.items()]
+        return ", ".join(told) or "no text encoder"
 
-    def _unknown(self, prompt: str, phrase: str) -> NoMatch:
-        there = list(dict.fromkeys(prompt[start:end] for start, end in _word_spans(prompt)))
+    def _unknown(self, phrase: str) -> NoMatch:
+        there = list(dict.fromkeys(self.prompt[start:end] for start, end in _word_spans(self.prompt)))
         close = nearest(phrase, there) or [c for part in phrase.split() for c in nearest(part, there, n=1)]
         hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?" if close else ""
         listing = ", ".join(there[:30]) + (", ..." if len(there) > 30 else "")
         return NoMatch(f"{phrase!r} is not in the prompt.{hint} Its words: {listing or 'none'}.")
 
-    def _split_number(self, prompt: str, phrase: str, occurrence: int | None) -> tuple[str, int | None]:
+    def _split_number(self, phrase: str, occurrence: int | None) -> tuple[str, int | None]:
         phrase = phrase.strip() if isinstance(phrase, str) else phrase
         if not isinstance(phrase, str) or not phrase:
             raise BadInput(f"a word or phrase of the prompt is expected, not {phrase!r}.")
         numbered = re.fullmatch(r"(.+)#(\d+)", phrase, re.DOTALL)
-        if numbered and occurrence is None and not _occurrences(prompt, phrase):
+        if numbered and occurrence is None and not _occurrences(self.prompt, phrase):
             phrase, occurrence = numbered[1].strip(), int(numbered[2])
         if occurrence is not None and (isinstance(occurrence, bool) or occurrence < 1):
             raise BadInput(f"occurrence={occurrence!r} of {phrase!r}: occurrences count from 1.")
         return phrase, occurrence
 
 
-def _read_stream(stream: Any, prompt: str) -> _Reading:
+class Words:
+    """Finds words in prompts. ``model`` is a :class:`~sfumato.models.Model`, or the list of its text streams.
+
+    The methods are those of :class:`Reading`, with the prompt in front. Raises NotSupported for tokenizers that do not
+    report character offsets.
+    """
+
+    def __init__(self, model: Any):
+        self.streams = list(getattr(model, "tokenizers", model))
+        for stream in self.streams:
+            if not stream.tokenizer.is_fast:
+                raise NotSupported(
+                    f"tokenizer {type(stream.tokenizer).__name__} ({stream.name}) reports no character offsets; "
+                    f"load its fast version."
+                )
+        self._readings: dict[str, Reading] = {}
+
+    def read(self, prompt: str) -> Reading:
+        """The prompt as the text encoders read it."""
+        if prompt not in self._readings:
+            if len(self._readings) > 256:
+                self._readings.clear()
+            self._readings[prompt] = Reading(prompt, {s.name: _read_stream(s, prompt) for s in self.streams})
+        return self._readings[prompt]
+
+    def find(self, prompt: str, phrase: str, occurrence: int | None = None) -> list[WordSpan]:
+        """See :meth:`Reading.find`."""
+        return self.read(prompt).find(phrase, occurrence)
+
+    def one(self, prompt: str, phrase: str, occurrence: int | None = None) -> WordSpan:
+        """See :meth:`Reading.one`."""
+        return self.read(prompt).one(phrase, occurrence)
+
+    def span(self, prompt: str, start: int, end: int) -> WordSpan:
+        """See :meth:`Reading.span`."""
+        return self.read(prompt).span(start, end)
+
+    def all(self, prompt: str) -> list[WordSpan]:
+        """See :meth:`Reading.all`."""
+        return self.read(prompt).all()
+
+    def special(self, prompt: str) -> dict[str, WordSpan]:
+        """See :meth:`Reading.special`."""
+        return self.read(prompt).special()
+
+    def tokens(self, prompt: str) -> dict[str, tuple[int, ...]]:
+        """See :meth:`Reading.tokens`."""
+        return self.read(prompt).tokens()
+
+    def dropped(self, prompt: str) -> dict[str, str]:
+        """See :meth:`Reading.dropped`."""
+        return self.read(prompt).dropped()
+
+
+def _read_stream(stream: Any, prompt: str) -> StreamReading:
     text = stream.prepare(prompt)
     home = _align(prompt, text)
     tokenizer, length = stream.tokenizer, stream.length
@@ -246,7 +303,7 @@ def _read_stream(stream: Any, prompt: str) -> _Reading:
         "<pad>": tuple(base + i for i in range(len(added), length)),
     }
     seen = max((end for _, end in spans), default=0) if cut else len(prompt)
-    return _Reading(base + lead, tuple(spans), special, seen)
+    return StreamReading(base + lead, tuple(spans), special, seen, length)
 
 
 def _align(prompt: str, prepared: str) -> Sequence[int]:

@@ -1,0 +1,1 @@
+"""Look inside: systems that show why a model made what it made."""

@@ -1,0 +1,302 @@
+"""DAAM: for each word of a prompt, where in the picture it acted while the picture was drawn.
+
+The queries of the picture attend to the text; column k of the softmax, laid out on the grid, is where token k acted.
+Maps are averaged over heads and denoising steps, interpolated to one grid, averaged over layers, and a word's map is
+the mean over its sub-tokens.
+
+    >>> daam = DAAM(words=["red cube"])
+    >>> result = generate(model, "a red cube and a ball", interventions=daam)
+    >>> daam.maps[0].overlay(result.images[0], "red cube")
+
+or, for a picture that exists already, ``explain_image(model, picture, "a red cube and a ball").map("red cube")``.
+
+Beyond the original: joint attention (SD3, Flux), where text columns share the softmax with image columns; batches of
+different prompts; any picture size; repeated words kept apart; a scale that does not depend on the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from sfumato import cards
+from sfumato.attention.accumulate import MapStore
+from sfumato.attention.seam import Call, Tap
+from sfumato.attention.sites import Site, matches_place
+from sfumato.attention.words import Reading, Words
+from sfumato.cards import Card, Field, register
+from sfumato.errors import BadInput, NoMatch, NotSupported
+from sfumato.explain.heatmaps import HeatMaps
+from sfumato.models import Model
+from sfumato.sampling import Intervention, Run, Step
+from sfumato.sampling.intervention import Coverage, refuse_idle
+from sfumato.sampling.loop import opened
+from sfumato.sampling.request import as_pixels, checked, checked_size
+
+__all__ = ["DAAM", "explain_image", "explain_images"]
+
+#: The original skips maps whose side is an eighth of the latents': 8x8 in Stable Diffusion at 512 pixels.
+COARSEST = 4
+
+
+@register
+class DAAM(Intervention):
+    """Records word maps during generation. Afterwards ``maps`` holds one :class:`HeatMaps` per sample."""
+
+    CARD = Card(
+        key="daam",
+        title="What the DAAM: Interpreting Stable Diffusion Using Cross Attention",
+        authors="Tang, Liu, Pandey, Jiang, Yang, Kumar, Stenetorp, Lin, Ture",
+        year=2022,
+        arxiv="2210.04885",
+        verb="explain",
+        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        defaults_from="the paper (tau 0.4, layers of the down and up blocks); scale per step instead of summed",
+        cost="none: read beside the prediction; an existing picture costs one forward per step",
+        not_reproduced="the human opinion scores, and replaying the attention of one run in another",
+        summary="heat maps of where each word of the prompt acted",
+    )
+
+    class Params(cards.Params):
+        words: list[str] = Field(default=[], description="words or phrases to map; none: every word of the prompt")
+        layers: list[str] = Field(
+            default=[], description="blocks or module paths to read, such as up or joint.3; none: all but the coarsest"
+        )
+        heads: list[int] = Field(default=[], description="numbers of the heads to read; none: all")
+        window: tuple[float, float] = Field(
+            default=(0.0, 1.0),
+            description="share of the denoising to read, from start to end",
+            json_schema_extra={"unit": "progress"},
+        )
+        coarsest: int = Field(
+            default=COARSEST,
+            ge=1,
+            description="leave out maps whose sides are more than so many times smaller than the finest; "
+            "no limit where layers are named",
+        )
+        over: Literal["all", "text"] = Field(
+            default="all",
+            description="joint attention only: each pixel's attention as a share of all it attends to, or of the text",
+        )
+        negative: bool = Field(default=False, description="map the negative prompt instead of the prompt")
+        padding: bool = Field(default=False, description="record the padding tokens too")
+        per_head: bool = Field(default=False, description="keep heads apart, to choose among them afterwards")
+        per_step: bool = Field(default=False, description="keep steps apart; memory then grows with them")
+        reference: bool = Field(
+            default=False,
+            description="the original's conventions: sums over steps, no middle block, heads clamped alone",
+        )
+
+    role = "observer"
+
+    def __init__(self, **given: Any):
+        self.params = self.Params(**given)
+        start, end = self.window = self.params.window
+        if not 0 <= start < end <= 1:
+            raise BadInput(f"window of daam is {self.window}: it must be a start below an end, both from 0 to 1.")
+        if any(head < 0 for head in self.params.heads):
+            raise BadInput(f"heads of daam are {self.params.heads}: they count from 0.")
+        self.maps: list[HeatMaps] = []
+        self.activity = Coverage()
+
+    # -- what the loop calls -------------------------------------------------------------------------------------------
+
+    def start(self, run: Run) -> None:
+        """Chooses sites and columns. Raises NoMatch for words that no prompt has and layers that the model has not."""
+        if run.samples.start == 0:
+            self.maps = []
+        self._branch, prompts = self._read_branch(run)
+        words = Words(run.model)
+        self._readings = [words.read(prompt) for prompt in prompts]
+        self._labels = [self._asked(reading) for reading in self._readings]
+        for word in self.params.words:
+            self._require(word)
+        self._told = list(dict.fromkeys(label for labels in self._labels for label in labels))
+        self._positions = sorted({p for reading in self._readings for p in self._recorded(reading)})
+        self._sites = {site.path for site in self._chosen(run.sites, run.model.name)}
+        self._store = MapStore(heads=self.params.per_head or self.params.reference, steps=self.params.per_step)
+
+    def taps(self) -> Sequence[Tap]:
+        return [Tap(lambda site: site.path in self._sites, observe=self._look, stop_after=True, name="daam")]
+
+    def finish(self, run: Run) -> None:
+        if not len(self._store):
+            return
+        for i, reading in enumerate(self._readings):
+            facts = {
+                "model": run.model.name,
+                "seed": run.seeds[i],
+                "steps": run.total,
+                "timesteps": [float(t) for t in run.timesteps],
+                "window": list(self.window),
+                "over": self.params.over,
+                "negative": self.params.negative,
+            }
+            self.maps.append(
+                HeatMaps(
+                    reading=reading,
+                    layers=tuple(self._store.take(i)),
+                    positions=tuple(self._positions),
+                    size=(run.size[1], run.size[0]),
+                    words=tuple(self._labels[i]),
+                    reference=self.params.reference,
+                    facts=facts,
+                )
+            )
+        del self._store
+
+    def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
+        """A sheet of overlays for one picture of a result, by file suffix."""
+        return {"heat": self.maps[index].grid(result.images[index])} if self.maps[index].words else {}
+
+    # -- inside attention ----------------------------------------------------------------------------------------------
+
+    def _look(self, call: Call) -> None:
+        if self._branch not in call.rows:
+            return
+        assert call.site.text is not None
+        first = call.site.text[0]
+        within = call.site.text if self.params.over == "text" else None
+        with torch.no_grad():
+            part = call.branch(self._branch)
+            maps = part.word_probs([first + p for p in self._positions], within=within)
+            if self.params.heads:
+                maps = maps[:, self.params.heads]
+            self._store.add(call.site, maps, call.step.i)
+        self.mark(call.step, sites=[call.site.path], tokens=self._told)
+
+    # -- choices -------------------------------------------------------------------------------------------------------
+
+    def _read_branch(self, run: Run) -> tuple[str, list[str]]:
+        if not self.params.negative:
+            return "cond", run.prompts
+        if not run.negatives or not run.guidance.on:
+            raise BadInput("negative of daam is set, but there is no negative prompt; give one, and guidance above 1.")
+        return "uncond", run.negatives
+
+    def _asked(self, reading: Reading) -> list[str]:
+        """Labels of the words to show of one prompt: those asked for that it has, or all."""
+        if not self.params.words:
+            return [span.label for span in reading.all()]
+        found: dict[str, None] = {}
+        for word in self.params.words:
+            try:
+                found.update(dict.fromkeys(span.label for span in reading.find(word)))
+            except NoMatch:
+                continue
+        return list(found)
+
+    def _require(self, word: str) -> None:
+        """Raise NoMatch, as told by the first prompt, if no prompt has this word."""
+        complaint = None
+        for reading in self._readings:
+            try:
+                reading.find(word)
+                return
+            except NoMatch as error:
+                complaint = complaint or error
+        if complaint is not None:
+            raise complaint
+
+    def _recorded(self, reading: Reading) -> set[int]:
+        """All real tokens, so that any word can be looked up later, with start and end; padding only if asked for."""
+        special = reading.special()
+        if not self.params.padding and "<pad>" not in self.params.words:
+            special.pop("<pad>", None)
+        tokens = {p for positions in reading.tokens().values() for p in positions}
+        return tokens | {p for span in special.values() for p in span.positions}
+
+    def _chosen(self, sites: Sequence[Site], model: str) -> list[Site]:
+        candidates = [s for s in sites if s.kind in ("cross", "joint") and s.text is not None and s.grid is not None]
+        if not candidates:
+            raise NotSupported(f"daam reads attention from picture to text, and {model} has none.")
+        p = self.params
+        if p.reference:
+            if any(site.kind == "joint" for site in candidates):
+                raise NotSupported(f"reference=True is the original's U-Net convention; {model} has joint attention.")
+            candidates = [site for site in candidates if site.block != "mid"]
+        chosen = [site for site in candidates if not p.layers or matches_place(site, p.layers)]
+        if not chosen:
+            places = ", ".join(dict.fromkeys(site.block for site in candidates))
+            raise NoMatch(f"layers={p.layers} of daam match none of {model}'s: {places}.")
+        if not p.layers:
+            finest = max(_cells(site) for site in chosen)
+            chosen = [site for site in chosen if _cells(site) * p.coarsest**2 >= finest]
+        few = min(chosen, key=lambda site: site.heads)
+        if p.heads and max(p.heads) >= few.heads:
+            raise BadInput(f"heads={p.heads} of daam: {few.path} has {few.heads} heads, numbered from 0.")
+        return chosen
+
+
+def explain_images(
+    model: Model,
+    images: Any,
+    prompts: str | Sequence[str],
+    words: Sequence[str] = (),
+    *,
+    steps: int = 20,
+    seed: int | Sequence[int] = 0,
+    scheduler: Any = None,
+    size: tuple[int, int] | None = None,
+    **params: Any,
+) -> list[HeatMaps]:
+    """Word maps of pictures that exist already: each is encoded, noised to the level of every step of a schedule, with
+    fresh noise each time, and shown once per step to the denoiser together with its prompt.
+
+    Args:
+        images: a PIL picture, several, or a tensor (b 3 H W) in [-1, 1].
+        prompts: what the pictures show: one text for all, or one each.
+        words: words or phrases to map; none: every word.
+        steps: how many noise levels, spread as ``scheduler`` spreads them (by default DDIM or flow Euler).
+        seed: picture i draws its noise from ``seed`` + i, or from the i-th of several seeds.
+        size: (width, height) to resize pictures to; by default their own.
+        params: further parameters of :class:`DAAM`.
+
+    Costs one forward per step and picture, which ends after the last layer that is read. Raises BadInput, NoMatch.
+    """
+    daam = DAAM(words=[words] if isinstance(words, str) else list(words), **params)
+    pixels = as_pixels(images, None if size is None else checked_size(model, size))
+    checked_size(model, (pixels.shape[-1], pixels.shape[-2]))
+    texts = [prompts] * len(pixels) if isinstance(prompts, str) else list(prompts)
+    if len(texts) != len(pixels):
+        raise BadInput(f"there are {len(texts)} prompts for {len(pixels)} images; give one for all or one each.")
+    with torch.no_grad():  # one by one, so that the maps of a picture do not depend on its neighbours
+        clean = torch.cat([model.encode_image(picture) for picture in pixels.split(1)])
+    schedule = scheduler or ("flow_euler" if model.flow else "ddim")
+    guidance = {} if model.embeds_guidance else {"guidance": 1.0}
+    request = checked(model, texts, steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance)
+    with opened(model, request, range(len(request)), (daam,)) as run:
+        taps, sites = daam.taps(), run.sites
+        for i in range(run.total):
+            x = run.path.add_noise(clean, _noise(run, clean), run.timesteps[i]).to(model.dtype)
+            run.scheduler = run.scheduler_at(i)
+            step = Step(run, i, x)
+            if step.covered_by(daam):
+                run.denoise(x, step.t, step.condition, ("cond",), taps, step)
+    refuse_idle([daam], sites)
+    return daam.maps
+
+
+def explain_image(
+    model: Model, image: Any, prompt: str, words: Sequence[str] = (), *, seed: int = 0, **options: Any
+) -> HeatMaps:
+    """Word maps of one picture that exists already; arguments and errors as for :func:`explain_images`."""
+    found = explain_images(model, image, prompt, words, seed=seed, **options)
+    if len(found) != 1:
+        raise BadInput(f"explain_image takes one picture, not {len(found)}; explain_images takes several.")
+    return found[0]
+
+
+def _noise(run: Run, like: Tensor) -> Tensor:
+    """Noise (b c h w) from each sample's own generator."""
+    return randn_tensor(tuple(like.shape), generator=run.generators, device=like.device, dtype=like.dtype)
+
+
+def _cells(site: Site) -> int:
+    assert site.grid is not None
+    return site.grid[0] * site.grid[1]
