@@ -22,9 +22,9 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 class UNetModel(LatentModel):
     """The ``[model]`` section."""
 
-    channels: tuple[int, ...] = (64, 128, 160)
+    channels: tuple[int, ...] = (48, 96, 128)
     layers: int = Field(1, ge=1)
-    head_width: int = Field(32, ge=8)
+    heads: tuple[int, ...] = Field((2, 4, 4), description="attention heads of each level")
     groups: int = 16
     attention: tuple[bool, ...] = Field((True, True, False), description="which levels attend to themselves and the text")
     text_width: int = Field(128, description="features of the text tower")
@@ -56,7 +56,7 @@ class DiffusionObjective(LatentObjective):
             block_out_channels=o.channels,
             layers_per_block=o.layers,
             cross_attention_dim=o.text_width,
-            attention_head_dim=tuple(max(1, width // o.head_width) for width in o.channels),  # diffusers: number of heads
+            attention_head_dim=o.heads,  # by this name diffusers means the number of heads
             norm_num_groups=o.groups,
         )
         # every residual branch starts at zero, as in the original U-Net
@@ -78,8 +78,7 @@ class DiffusionObjective(LatentObjective):
         t = ((torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0) * steps).long().to(x0.device)
         with torch.no_grad():
             context = self.text(batch["tokens"]).last_hidden_state
-        with self.attention():
-            guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
+        guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
         error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
         alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
         snr = alpha / (1 - alpha)
@@ -90,7 +89,7 @@ class DiffusionObjective(LatentObjective):
 
     def pipeline(self) -> StableDiffusionPipeline:
         text = CLIPTextModel(self.text.config)
-        text.load_state_dict({k: v for k, v in self.text.state_dict().items() if not k.startswith("text_projection")})
+        text.load_state_dict(self.text.text_model.state_dict())
         return StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=text.to(self.device).eval(),

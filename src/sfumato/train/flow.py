@@ -75,8 +75,7 @@ class FlowObjective(LatentObjective):
             told = self.text(batch["tokens"], output_hidden_states=True)
             context = torch.cat([told.hidden_states[-2]] * 2, -1)
             pooled = torch.cat([told.text_embeds] * 2, -1)
-        with self.attention():
-            guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
+        guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
         error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
         logs = {"late": error[t >= 0.5].mean().detach(), "early": error[t < 0.5].mean().detach()}
         return error.mean(), logs

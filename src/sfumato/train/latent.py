@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import zoo
 from sfumato.errors import UnknownName
@@ -58,19 +54,6 @@ class LatentLoss(Options):
 
     toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
-    explicit_attention: bool = Field(False, description="softmax spelt out: the fused CPU kernel has a slow backward")
-
-
-class ExplicitAttention(TorchFunctionMode):
-    """Within: unmasked attention is spelt out as two matrix products and a softmax."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask") is not None or len(args) != 3:
-            return func(*args, **kwargs)
-        q, k, v = args
-        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-        return torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
 
 
 def zoo_folder(name: str) -> Path:
@@ -95,7 +78,11 @@ class LatentObjective(Objective):
         super().setup(device)
         vae, text = zoo_folder(self.model_options.vae), zoo_folder(self.model_options.text)
         self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
-        self.text = CLIPTextModelWithProjection.from_pretrained(text).to(device).eval().requires_grad_(False)
+        clip = CLIPModel.from_pretrained(text)
+        self.text = CLIPTextModelWithProjection(clip.config.text_config)
+        self.text.text_model.load_state_dict(clip.text_model.state_dict())
+        self.text.text_projection.load_state_dict(clip.text_projection.state_dict())
+        self.text.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(text)
         self.train_data = data.dataset("train", self.recipe.data)
         self.val_data = data.dataset("val", self.recipe.data)
@@ -138,12 +125,6 @@ class LatentObjective(Objective):
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
         return self.draw_latents(self.train_data, self.train_latents, indices, draw)
-
-    @contextlib.contextmanager
-    def attention(self) -> Iterator[None]:
-        """The attention kernel the recipe asks for."""
-        with ExplicitAttention() if self.loss_options.explicit_attention else contextlib.nullcontext():
-            yield
 
     def evaluate(self, n: int = 256) -> dict[str, float]:
         """The training loss on held-out scenes with fixed noise."""
