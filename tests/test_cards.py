@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import cards
-from sfumato.cards import Card, Field, Params, build, from_recipe, method, methods, parse_with, register, to_recipe
+from sfumato.cards import (
+    Card,
+    Field,
+    Params,
+    build,
+    from_recipe,
+    method,
+    methods,
+    parameter_rows,
+    parse_with,
+    register,
+    to_recipe,
+)
 from sfumato.errors import BadInput, Conflict, UnknownName
 
 
@@ -161,6 +173,12 @@ def test_wrong_parameters_are_one_line(brush, given, kind, says):
     message = str(caught.value)
     assert all(part in message for part in says), message
     assert "\n" not in message and len(message) < 400
+
+
+def test_rows_for_tables_tell_units_and_limits(brush):
+    rows = {name: (default, meaning) for name, default, meaning in parameter_rows(brush.Params)}
+    assert rows["strength"] == ("1.0", "how hard (unit: brush, >= 0.0, <= 2.0)")
+    assert rows["words"] == ("[]", "what to paint")
 
 
 def test_recipe_round_trip(brush):

@@ -138,7 +138,8 @@ def parameter_rows(params: type[Params]) -> list[tuple[str, str, str]]:
     rows = []
     for name, field in params.model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        limits = [str(limit) for limit in field.metadata]
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        limits = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in signs.items() if hasattr(m, key)]
         notes = [*([f"unit: {extra['unit']}"] if "unit" in extra else []), *limits]
         rows.append(
             (name, repr(field.default), (field.description or "") + (f" ({', '.join(notes)})" if notes else ""))

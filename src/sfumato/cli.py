@@ -19,8 +19,6 @@ from typer.core import TyperGroup
 
 from sfumato.errors import BadInput, NotSupported, SfumatoError, WorkInterrupted
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 class _OneLine(TyperGroup):
     """The command group whose errors are one line each."""
@@ -119,7 +117,8 @@ def _global(
     pass
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Built-in name, diffusers folder, .safetensors or hub id.")]
+MODEL_HELP = "Built-in name, diffusers folder, .safetensors file or hub id. Default: toy-sd."
+Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own.")]
 Scale = Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance. Default: the model's own.")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Width x height in pixels. Default: the model's own.")]
@@ -143,9 +142,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 def make(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
     n: Annotated[int | None, typer.Option("-n", help="How many pictures. Default: 1.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="As `sfumato models` lists, or a folder, file, hub id.")
-    ] = None,
+    model: Model = None,
     steps: Steps = None,
     guidance: Scale = None,
     negative: Negative = None,
@@ -194,17 +191,64 @@ def make(
         order.jobs = face.read_prompts(prompts, typed)
     else:
         order.jobs = [face.JobOptions(**typed)]
-    _deliver(face.carry_out, order, out, grid)
+    _deliver(order, out, grid)
 
 
-def _deliver(work: Any, order: Any, out: Path, grid: bool = False) -> None:
+@app.command()
+def explain(
+    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, or a picture file.")],
+    prompt: Annotated[str | None, typer.Option(help="What the picture file shows. Default: the prompt in it.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Option(help="A word or phrase to look for; repeatable. Default: every word.")
+    ] = None,
+    by: Annotated[str, typer.Option(metavar="KEY:name=value,...", help="The system that explains.")] = "daam",
+    maps: Annotated[bool, typer.Option("--maps", help="Also write the maps as numbers (.safetensors).")] = False,
+    n: Annotated[int | None, typer.Option("-n", help="How many pictures to make. Default: 1.")] = None,
+    model: Model = None,
+    steps: Steps = None,
+    guidance: Scale = None,
+    size: Size = None,
+    seed: Seed = None,
+    scheduler: Scheduler = None,
+    out: Out = Path("out"),
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Show where words are: in a picture made from a prompt, or in one that exists."""
+    from sfumato import cards, face
+
+    typed: dict[str, Any] = {
+        "n": n,
+        "steps": steps,
+        "guidance": guidance,
+        "size": None if size is None else _size(size),
+        "seed": seed,
+        "scheduler": scheduler,
+    }
+    typed = {name: value for name, value in typed.items() if value is not None}
+    order = face.Order([], model, [], dtype, device, maps=maps)
+    words = [word for text in words or [] for word in text.split("|")]
+    if prompt is None and not face.is_picture(what):
+        key, params = cards.parse_with(by)
+        order.with_ = [{"method": key, "params": {**params, **({"words": words} if words else {})}}]
+        order.jobs = [face.JobOptions(prompt=what, **typed)]
+        _deliver(order, out)
+        return
+    unused = [f"--{name}" if len(name) > 1 else f"-{name}" for name in ("n", "guidance") if name in typed]
+    if unused:
+        raise BadInput(f"{' and '.join(unused)} cannot be given for a picture that exists; it is not made anew.")
+    for path in face.explain_file(Path(what), prompt, by, words, order, out, typed):
+        typer.echo(path)
+
+
+def _deliver(order: Any, out: Path, grid: bool = False) -> None:
     """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
-    from sfumato import files
+    from sfumato import face, files
 
     finished: list[Path] = []
     try:
         with _bar("pictures") as show:
-            for paths in work(order, out, show):
+            for paths in face.carry_out(order, out, show):
                 finished.append(paths[0])
                 for path in paths:
                     typer.echo(path)
@@ -298,10 +342,13 @@ def methods(
     if json_:
         _print_json({name: dataclasses.asdict(card) for name, card in found.items()})
     else:
-        _print_table(
-            ("key", "verb", "what it does", "paper"),
-            [(name, card.verb, card.summary, f"{card.authors} {card.year}") for name, card in found.items()],
-        )
+        rows = [(name, card.verb, card.summary, f"{_brief(card.authors)} {card.year}") for name, card in found.items()]
+        _print_table(("key", "verb", "what it does", "paper"), rows)
+
+
+def _brief(authors: str) -> str:
+    names = authors.split(", ")
+    return authors if len(names) < 3 else f"{names[0]} et al."
 
 
 def _print_json(value: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +16,18 @@ from pydantic import field_validator
 
 from sfumato import cards, files
 from sfumato.cards import Field, Params
-from sfumato.errors import BadInput, SfumatoError
+from sfumato.errors import BadInput, NotSupported, SfumatoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from PIL.Image import Image
 
     from sfumato.models import Model
     from sfumato.sampling import Result
 
 DEFAULT_MODEL = "toy-sd"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
 
 
@@ -166,6 +171,85 @@ def make(
     return generate(loaded, **checked.arguments(), image=image, interventions=systems, on_step=on_step)
 
 
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What :func:`explain` found: per picture, the picture and what the system says about it (heat maps, for DAAM).
+
+    ``result`` is the generation it was found in, None for pictures that existed already.
+    """
+
+    images: list[Image]
+    maps: list[Any]
+    result: Result | None = None
+
+
+def explain(
+    what: str | Path | Image,
+    prompt: str | None = None,
+    *,
+    words: str | Sequence[str] = (),
+    model: str | Path | Model = DEFAULT_MODEL,
+    by: str = "daam",
+    **options: Any,
+) -> Explanation:
+    """Where words of a prompt are in a picture.
+
+    Args:
+        what: a prompt, to make pictures from and explain these; or a picture that exists (PIL, or a path together with
+            ``prompt``; a picture that carries a recipe brings its own prompt).
+        prompt: what the existing picture shows.
+        words: words or phrases to look for; none: every word of the prompt.
+        by: the system, as for ``--with`` (``"daam:heads=[0|1]"``).
+        options: when making pictures those of :func:`make`; for an existing picture ``steps`` (noise levels to look
+            at), ``seed``, ``scheduler`` and ``size`` (width, height; by default about the model's own area).
+
+    Raises:
+        NoMatch: a word is not in the prompt. BadInput, UnknownName, NotSupported: as :func:`make` and :func:`load`.
+    """
+    key, params = cards.parse_with(by)
+    if words:
+        params["words"] = [words] if isinstance(words, str) else list(words)
+    system = cards.method(key)(**params)
+    if isinstance(what, str) and prompt is None and not is_picture(what):
+        result = make(what, model=model, with_=[system], **options)
+        return Explanation(result.images, system.maps, result)
+    image, prompt = _picture_and_prompt(what, prompt)
+    # the function beside the class, because there is no generation that the object could take part in
+    look = getattr(importlib.import_module(type(system).__module__), "explain_image", None)
+    if look is None:
+        raise NotSupported(f"{key} explains pictures while they are made only; give a prompt instead of a picture.")
+    loaded = load(model) if isinstance(model, str | Path) else model
+    size = options.pop("size", None) or fitting_size(loaded, image.size)
+    return Explanation([image], [look(loaded, image, prompt, size=size, **system.params.model_dump(), **options)])
+
+
+def is_picture(what: str) -> bool:
+    """Whether a text names a picture file rather than being a prompt."""
+    return Path(what).suffix.lower() in PICTURES and (" " not in what or Path(what).is_file())
+
+
+def _picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[Image, str]:
+    if not isinstance(what, str | Path):
+        if prompt is None:
+            raise BadInput("explaining a picture needs the prompt: what does it show?")
+        return what, JobOptions(prompt=prompt).prompt
+    image = files.read_picture(what)
+    if prompt is None:
+        try:
+            prompt = str(files.read_recipe(what)[0].get("prompt", ""))
+        except BadInput:
+            raise BadInput(f"{what} carries no recipe, so say what it shows: --prompt, or prompt=.") from None
+    return image, JobOptions(prompt=prompt).prompt
+
+
+def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of about the model's own area in the shape of ``size``, in the steps the model can make."""
+    h, w = model.default_size
+    scale, step = math.sqrt(w * h / (size[0] * size[1])), model.size_multiple
+    width, height = (max(step, round(side * scale / step) * step) for side in size)
+    return width, height
+
+
 def build_all(with_: Any) -> list[Any]:
     """Systems from systems, ``--with`` texts and recipes of systems; a single one is taken as a list of one."""
     given = with_ if isinstance(with_, list | tuple) else [with_]
@@ -217,6 +301,7 @@ class Order:
     """Pictures to make and write: one entry of ``jobs`` per prompt, with one model and the same systems for all.
 
     ``expected`` is the recipe that a picture to be repeated carries, to warn where model or versions differ from it.
+    ``maps``: also write the numbers behind the pictures that systems draw.
     """
 
     jobs: list[JobOptions]
@@ -226,6 +311,7 @@ class Order:
     device: str = "cpu"
     image: Path | None = None
     expected: dict[str, Any] = field(default_factory=dict)
+    maps: bool = False
 
     def pictures(self) -> list[JobOptions]:
         """The jobs spelt out: one entry, with one seed, per picture."""
@@ -299,11 +385,14 @@ def carry_out(
 
             systems = build_all(order.with_)
             result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
-            yield write(result, out)
+            yield write(result, out, order.maps)
 
 
-def write(result: Result, out: Path) -> list[Path]:
-    """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew."""
+def write(result: Result, out: Path, maps: bool = False) -> list[Path]:
+    """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew.
+
+    ``maps``: also the numbers behind these, as ``.safetensors``.
+    """
     written = []
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
@@ -313,7 +402,30 @@ def write(result: Result, out: Path) -> list[Path]:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
             for name, picture in drawn.items():
                 written.append(files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), picture, recipe))
+            if maps and hasattr(part, "maps"):
+                written.append(part.maps[index].save(path.with_name(f"{path.stem}.{part.name}.safetensors")))
     return written
+
+
+def explain_file(
+    picture: Path, prompt: str | None, by: str, words: Sequence[str], order: Order, out: Path, options: dict[str, Any]
+) -> list[Path]:
+    """Explain a picture that exists and write the heat maps into folder ``out``; returns the files.
+
+    Raises:
+        Everything that :func:`explain` raises, and OSError.
+    """
+    image, prompt = _picture_and_prompt(picture, prompt)
+    build_all([by])
+    with files.output_folder(out):
+        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        [maps] = explain(image, prompt, words=words, by=by, model=model, **options).maps
+        path = files.free_name(out, f"{files.slug(picture.stem)}.heat")
+        recipe = {"prompt": prompt, "picture": picture.name, "model": model.name, "hash": model.weight_hash, "by": by}
+        written = [files.save_png(path, maps.grid(image), recipe)]
+        if order.maps:
+            written.append(maps.save(path.with_suffix(".safetensors")))
+        return written
 
 
 def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
@@ -325,10 +437,10 @@ def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
         told = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
         warnings.warn(RecipeDiffers(f"{told}: the picture will differ."), stacklevel=2)
     versions = expected.get("versions")
-    for name in ("torch", "diffusers", "transformers") if isinstance(versions, dict) else ():
-        version = versions.get(name)
-        if version != metadata.version(name):
-            told = f"{name} is {metadata.version(name)} here and was {str(version)[:20]} then"
+    for name in ("torch", "diffusers", "transformers"):
+        then = str(versions.get(name))[:20] if isinstance(versions, dict) else "unknown"
+        if then != metadata.version(name):
+            told = f"{name} is {metadata.version(name)} here and was {then} then"
             warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)
 
 
