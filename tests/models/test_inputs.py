@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sfumato.models import quiet
-from tests.tiny import KINDS, tiny_model
+from sfumato.models import Model, quiet
+from tests.tiny import KINDS, tiny_model, tiny_pipeline
 
 SIZE = (32, 48)  # height, width
 PROMPTS = ["a red cube", "a photo of the small green ball on the left"]
@@ -77,12 +77,24 @@ def pipeline_call(kind: str, guided: bool, steps: int) -> dict[str, Any]:
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_denoiser_inputs(kind: str, guided: bool) -> None:
-    model = tiny_model(kind)
+    check_inputs(tiny_model(kind), kind, guided, embedded=3.0 if kind in ("flux", "schnell") else None)
+
+
+def test_guidance_distilled_unet() -> None:
+    """A latent-consistency U-Net takes the guidance scale as an input, through an embedding."""
+    pipe = tiny_pipeline("sd", fresh=True)
+    with torch.random.fork_rng(devices=[]):
+        pipe.unet = type(pipe.unet).from_config(pipe.unet.config, time_cond_proj_dim=8).eval()
+    model = Model(pipe)
+    assert model.embeds_guidance
+    check_inputs(model, "sd", guided=False, embedded=1.0)
+
+
+def check_inputs(model: Model, kind: str, guided: bool, embedded: float | None) -> None:
     with Recorder(model.denoiser) as theirs, quiet():
         model.pipe(**pipeline_call(kind, guided, steps=2))
     expected_timesteps = model.pipe.scheduler.timesteps
 
-    embedded = 3.0 if kind in ("flux", "schnell") else None
     condition = model.encode_text(PROMPTS, NEGATIVES if guided else None, guided, embedded)
     scheduler = model.make_scheduler()
     timesteps = model.timesteps(scheduler, 2, *SIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -88,12 +89,12 @@ class Condition:
         def join(name: str) -> Rows:
             return {key: torch.cat([c.branch(name)[key] for c in conditions]) for key in first.branch(name)}
 
-        negatives = None if any(c.negatives is None for c in conditions) else sum((c.negatives for c in conditions), ())  # type: ignore[misc]
+        negatives = [c.negatives for c in conditions if c.negatives is not None]
         return Condition(
             cond=join(COND),
             uncond=None if first.uncond is None else join(UNCOND),
-            prompts=sum((c.prompts for c in conditions), ()),
-            negatives=negatives,
+            prompts=tuple(chain.from_iterable(c.prompts for c in conditions)),
+            negatives=tuple(chain.from_iterable(negatives)) if len(negatives) == len(conditions) else None,
             guidance=first.guidance,
         )
 

@@ -147,13 +147,15 @@ def _load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any,
     """One component: a network with its checked weight files, or a tokenizer or scheduler."""
     import diffusers
     import transformers
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     library, class_name = (str(entry[0]), str(entry[1])) if len(entry) == 2 else ("", str(entry))
     with quiet():
         source = {"diffusers": diffusers, "transformers": transformers}.get(library)
         kind = getattr(source, class_name, None)
-        models = (diffusers.ModelMixin, transformers.PreTrainedModel)
-        others = (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase)
+        models = (ModelMixin, transformers.PreTrainedModel)
+        others = (SchedulerMixin, transformers.PreTrainedTokenizerBase)
     if not (isinstance(kind, type) and issubclass(kind, models + others)):
         raise NotSupported(
             f"{folder} is declared as {library}.{class_name}, which is no model, scheduler or tokenizer"
@@ -177,7 +179,7 @@ def _load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any,
         settings["torch_dtype" if library == "diffusers" else "dtype"] = dtype
     try:
         with quiet():
-            part = kind.from_pretrained(str(folder), **settings)
+            part: Any = getattr(kind, "from_pretrained")(str(folder), **settings)  # noqa: B009
     except Exception as error:  # both libraries raise whatever the broken file made them stumble over
         kind_of_error = BadWeights if weighted else BadInput
         raise kind_of_error(f"cannot load {folder} as {class_name}: {first_line(error)}.") from error
@@ -190,14 +192,14 @@ def _load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any,
 def _refuse_misfit(folder: Path, report: Any) -> None:
     """Both libraries fill what does not fit with random numbers and say so in a log line; here it is an error."""
     for problem, remark in (
-        ("mismatched_keys", "has shape"),
+        ("mismatched_keys", ""),
         ("missing_keys", "is missing from the weights"),
         ("unexpected_keys", "is in the weights but not in the architecture"),
     ):
         keys = [key for key in report.get(problem) or () if not _LEGACY_TENSORS.search(str(key))]
         if not keys:
             continue
-        first = sorted(keys, key=str)[0]
+        first = min(keys, key=str)
         if problem == "mismatched_keys":
             key, given, expected = first
             remark = f"has shape {tuple(given)}, but config.json asks for {tuple(expected)}"
@@ -248,13 +250,10 @@ def _load_file(path: Path, dtype: torch.dtype | None, device: torch.device, conf
 def _config_folder(path: Path, config: str | Path | None) -> Path:
     """The folder whose configuration describes a single file: the one given, or the standard one if it is cached."""
     if config is not None:
-        folder = Path(config).expanduser()
-        folder = folder if folder.is_dir() else zoo.find(str(config))
-        if folder is None or not (Path(folder) / "model_index.json").is_file():
-            raise BadInput(
-                f"config={str(config)!r} is not the folder of a diffusers model: it has no model_index.json."
-            )
-        return Path(folder)
+        folder = zoo.find(str(config)) or Path(config).expanduser()
+        if not (folder / "model_index.json").is_file():
+            raise BadInput(f"config={str(config)!r} is not the folder of a diffusers model: no model_index.json there.")
+        return folder
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

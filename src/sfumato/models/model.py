@@ -214,18 +214,16 @@ class Model:
         ``scheduler.timesteps``, or one per sample. Returns (branches * b, c, h, w), branch after branch; by default for
         all branches of the condition. ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
         """
-        names = (
-            condition.branches if branches is None else (branches,) if isinstance(branches, str) else tuple(branches)
-        )
+        names = (branches,) if isinstance(branches, str) else tuple(branches or condition.branches)
         samples, rows = len(condition), len(names) * len(condition)
         if x.ndim != 4 or x.shape[0] not in (samples, rows):
             raise BadInput(f"x has shape {tuple(x.shape)}; expected (b c h w) with {samples} or {rows} rows.")
         if x.shape[0] != rows:
             x = torch.cat([x] * len(names))
-        t = torch.as_tensor(t, device=x.device)
-        if t.ndim and t.shape[0] not in (1, rows):
-            t = t.repeat(len(names))
-        return self.family.predict(x, t, condition.batch(names), condition.guidance, extra)
+        time = torch.as_tensor(t, device=x.device)
+        if time.ndim and time.shape[0] not in (1, rows):
+            time = time.repeat(len(names))
+        return self.family.predict(x, time, condition.batch(names), condition.guidance, extra)
 
     # --- schedule ----------------------------------------------------------------------------------------------------
 

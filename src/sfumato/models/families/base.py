@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.errors import NotSupported
 from sfumato.models.condition import Rows
@@ -65,7 +65,8 @@ class Family:
     # --- facts -------------------------------------------------------------------------------------------------------
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
+        """The U-Net or transformer."""
         return getattr(self.pipe, self.denoiser_name)
 
     @property

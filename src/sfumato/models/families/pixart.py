@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
-from sfumato.models.site import Site, SiteList, is_attention
+from sfumato.models.site import Site, SiteList
 
 
 class PixArtSigma(Family):
@@ -72,17 +72,16 @@ class PixArtSigma(Family):
         found = SiteList()
         for i, block in enumerate(self.denoiser.transformer_blocks):
             for name in ("attn1", "attn2"):
-                module = getattr(block, name, None)
-                if is_attention(module):
-                    cross = bool(module.is_cross_attention)
-                    found.put(
-                        f"transformer_blocks.{i}.{name}",
-                        module,
-                        kind="cross" if cross else "self",
-                        grid=grid,
-                        block=f"block.{i}",
-                        text=(0, text) if cross else None,
-                    )
+                module = getattr(block, name)
+                cross = bool(module.is_cross_attention)
+                found.put(
+                    f"transformer_blocks.{i}.{name}",
+                    module,
+                    kind="cross" if cross else "self",
+                    grid=grid,
+                    block=f"block.{i}",
+                    text=(0, text) if cross else None,
+                )
         return found
 
 
@@ -102,15 +101,14 @@ class PixArtAlpha(PixArtSigma):
         if self.config.sample_size != 128:
             return super()._added(x, rows)
         b, height, width = x.shape[0], x.shape[-2] * self.scale, x.shape[-1] * self.scale
-        like = dict(dtype=rows["embeds"].dtype, device=x.device)
         return {
-            "resolution": torch.tensor([height, width]).repeat(b, 1).to(**like),
-            "aspect_ratio": torch.tensor([float(height / width)]).repeat(b, 1).to(**like),
+            "resolution": torch.tensor([height, width]).repeat(b, 1).to(rows["embeds"]),
+            "aspect_ratio": torch.tensor([float(height / width)]).repeat(b, 1).to(rows["embeds"]),
         }
 
 
 def _can_clean() -> bool:
     """Whether the pipeline's caption cleaning is at hand; without its two libraries it only lower-cases."""
-    from diffusers.utils import is_bs4_available, is_ftfy_available
+    from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
 
     return is_bs4_available() and is_ftfy_available()
