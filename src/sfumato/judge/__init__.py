@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfumato.judge.accuracy import Accuracy, measure
-from sfumato.judge.presence import Check, Rates, Wanted, check, rates, related, wanted
+from sfumato.judge.presence import Check, Rates, Wanted, check, find, rates, related, wanted
 from sfumato.judge.toy_judge import ObjectReading, Reading, ToyJudge, load_judge, read
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ToyJudge",
     "Wanted",
     "check",
+    "find",
     "load_judge",
     "measure",
     "rates",

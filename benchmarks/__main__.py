@@ -1,0 +1,61 @@
+"""``python -m benchmarks [KEY...]``: measures, writes ``results/*.json`` and the table ``README.md``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+
+from benchmarks import core
+from sfumato.errors import BadInput, SfumatoError, UnknownName
+
+# key -> (module, title); imported only when asked for
+BENCHMARKS = {
+    "toybox": ("benchmarks.toybox", "rendering"),
+    "loop": ("benchmarks.loop", "our sampling loop against the diffusers pipeline, same weights"),
+    "daam": ("benchmarks.daam", "word maps on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents"),
+    "memory": ("benchmarks.memory", "peak memory with word maps"),
+    "imports": ("benchmarks.imports", "start-up"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 on bad input, 130 when interrupted (finished keys are kept)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("keys", nargs="*", metavar="KEY", help=f"which: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    asked = parser.parse_args(arguments)
+    try:
+        for key in asked.keys:
+            if key not in BENCHMARKS:
+                raise UnknownName("benchmark", key, BENCHMARKS)
+        if asked.threads is not None:
+            if asked.threads < 1:
+                raise BadInput(f"--threads must be at least 1, got {asked.threads}.")
+            import torch
+
+            torch.set_num_threads(asked.threads)
+        for key in asked.keys or BENCHMARKS:
+            module, title = BENCHMARKS[key]
+            start = time.perf_counter()
+            figures = importlib.import_module(module).run()
+            core.store(key, title, figures, time.perf_counter() - start)
+            for figure in figures:
+                print(
+                    f"{key}: {figure.name}: {figure.value} (aim: {figure.aim}) {figure.detail}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        print(core.write_table(BENCHMARKS))
+    except SfumatoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; finished benchmarks are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

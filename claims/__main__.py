@@ -1,0 +1,61 @@
+"""``python -m claims [KEY...]``: runs experiments, writes ``results/*.json`` and the table ``README.md``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from claims import core
+from sfumato.errors import SfumatoError
+
+# key -> module with EXPERIMENT; imported only when asked for
+EXPERIMENTS = {"zoo": "claims.zoo", "daam": "claims.daam"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 whatever the verdicts are, 2 on bad input, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m claims", description=__doc__)
+    parser.add_argument("keys", nargs="*", metavar="KEY", help=f"which claims: {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small samples, into results/quick; shows that it runs")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is still valid")
+    parser.add_argument(
+        "--weights", type=Path, help="folder whose subfolders replace the zoo's models of the same name"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    asked = parser.parse_args(arguments)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        keys = core.choose(asked.keys, list(EXPERIMENTS))
+        if asked.threads is not None:
+            import torch
+
+            torch.set_num_threads(core.positive("--threads", asked.threads))
+        context = core.Context(asked.quick, asked.weights, report)
+        for key in keys:
+            core.run(importlib.import_module(EXPERIMENTS[key]).EXPERIMENT, context, asked.fresh)
+        print(write_table(asked.quick))
+    except SfumatoError as error:
+        report(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        report("interrupted; finished parts are kept, run the same command to go on")
+        return 130
+    return 0
+
+
+def write_table(quick: bool) -> Path:
+    """Writes the table of every record there is and returns its path."""
+    folder = core.results_folder(quick)
+    records = [core.read_record(folder / f"{key}.json") for key in EXPERIMENTS]
+    target = folder / "README.md" if quick else core.HERE / "README.md"
+    core.write(target, core.table([r for r in records if r], "../../pictures/quick" if quick else "pictures"))
+    return target
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

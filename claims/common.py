@@ -1,0 +1,134 @@
+"""Prompts with known wishes, generation in batches, and sheets of pictures, for the experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from claims.core import Context
+from sfumato import judge, models, sampling
+from sfumato.judge import stats
+from sfumato.judge.accuracy import MIN_PIXELS, Accuracy
+from sfumato.toybox import Caption, Scene, ToyboxDataset, caption, to_uint8
+from sfumato.toybox.dataset import draw_scene
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption of an unseen scene and what a picture of it must show."""
+
+    text: str
+    told: Caption
+    scene: Scene
+    wishes: tuple[judge.Wanted, ...]
+
+
+def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list[Prompt]:
+    """``n`` captions of scenes of a split; disjoint seeds give disjoint scenes."""
+    out = []
+    for index in range(n):
+        scene = draw_scene(split, seed, index, toys)
+        told = caption(scene, np.random.default_rng((seed, index, 9)), style)
+        out.append(Prompt(told.text, told, scene, judge.wanted(told)))
+    return out
+
+
+def load(context: Context, name: str) -> Any:
+    """A model of the zoo (or its replacement), once per run."""
+    return context.once(f"model {name}", lambda: models.load(str(context.folder(name))))
+
+
+def judge_of(context: Context) -> judge.ToyJudge:
+    """The toy-judge, once per run."""
+    return context.once("judge", lambda: judge.load_judge(str(context.folder("toy-judge"))))
+
+
+def pictures_of(dataset: ToyboxDataset, n: int | None = None) -> Tensor:
+    """The pictures of a dataset as float (n, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.array(dataset.images[:n])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def masks_of(dataset: ToyboxDataset, n: int | None = None) -> Tensor:
+    """The masks of a dataset as int64 (n, h, w)."""
+    return torch.from_numpy(np.array(dataset.masks[:n])).long()
+
+
+def generate(
+    context: Context,
+    model: Any,
+    texts: Sequence[str],
+    seed: int,
+    label: str,
+    guidance: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Pictures (n, 3, h, w) of ``texts``; sample i is drawn from seed ``seed + i``."""
+    out = []
+    for start, chunk in context.batches(texts, BATCH, label):
+        seeds = list(range(seed + start, seed + start + len(chunk)))
+        out.append(sampling.generate(model, list(chunk), seed=seeds, guidance=guidance, **options).pixels.clamp(-1, 1))
+    return torch.cat(out)
+
+
+def trust(context: Context) -> Accuracy:
+    """The judge's own accuracy on renders it has not seen, once per run; printed wherever a figure leans on it."""
+
+    def measured() -> Accuracy:
+        dataset = ToyboxDataset("test", context.count(1000, 100), 64)
+        return judge.measure(judge_of(context).read(pictures_of(dataset)), dataset.scenes, masks_of(dataset))
+
+    return context.once("trust", measured)
+
+
+def trust_text(context: Context, *names: str) -> str:
+    """The judge's accuracy in the named attributes (all when none is named), in words."""
+    got = trust(context)
+    if not names:
+        return f"toy-judge {got.attributes.text(percent=True)} of attributes"
+    each = ", ".join(f"{name} {100 * got.single[name].value:.1f} %" for name in names)
+    return f"toy-judge {each} (toys of {MIN_PIXELS}+ pixels)"
+
+
+def as_image(picture: Tensor, scale: int = 2) -> Image.Image:
+    """A picture (3, h, w) in [-1, 1] as a PIL image, enlarged without smoothing."""
+    image = Image.fromarray(to_uint8(picture[None])[0].permute(1, 2, 0).numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def heat(level: Tensor, picture: Tensor | None = None) -> Tensor:
+    """A map (h, w) in [0, 1] as a picture (3, h, w) in [-1, 1]; over ``picture`` when given."""
+    level = level.clamp(0, 1)
+    color = torch.stack([(3 * level).clamp(0, 1), (3 * level - 1).clamp(0, 1), (3 * level - 2).clamp(0, 1)]) * 2 - 1
+    if picture is None:
+        return color
+    gray = picture.mean(0, keepdim=True) * 0.5 - 0.3
+    return torch.lerp(gray.expand(3, -1, -1), color, level.sqrt() * 0.85)
+
+
+def sheet(rows: Sequence[Sequence[Tensor]], scale: int = 2, gap: int = 4) -> Image.Image:
+    """Pictures (3, h, w) in rows as one image on white."""
+    images = [[as_image(picture, scale) for picture in row] for row in rows]
+    width = max(sum(i.width + gap for i in row) for row in images) - gap
+    height = sum(max(i.height for i in row) + gap for row in images) - gap
+    canvas = Image.new("RGB", (width, height), "white")
+    top = 0
+    for row in images:
+        left = 0
+        for image in row:
+            canvas.paste(image, (left, top))
+            left += image.width + gap
+        top += max(i.height for i in row) + gap
+    return canvas
+
+
+def percent(interval: stats.Interval) -> str:
+    """An interval in percent."""
+    return interval.text(percent=True)

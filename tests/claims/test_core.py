@@ -1,0 +1,132 @@
+"""The claims runner: kept parts, interruption, the table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from claims import core
+from claims.__main__ import EXPERIMENTS, main
+from claims.core import Context, Experiment, Part, Row
+from sfumato.errors import UnknownName
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(core, "PICTURES", tmp_path / "pictures")
+    core._weights_hash.cache_clear()
+
+
+def row(text="it works"):
+    return Row(claim=text, source="us", measured="0.9 [0.8, 1.0]", baseline="0.1", holds=True, n=10)
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "weights" / "toy-x"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"one")
+    return folder
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    source = tmp_path / "experiment.py"
+    source.write_text("first")
+    calls: list[str] = []
+
+    def part(name):
+        def run(context):
+            calls.append(name)
+            return [row(name)]
+
+        return run
+
+    made = Experiment(
+        "demo", "a demo", "For tests.", str(source), (Part("a", ("toy-x",), part("a")), Part("b", (), part("b")))
+    )
+    return made, calls, source
+
+
+def context(tmp_path, **options):
+    return Context(weights=tmp_path / "weights", **options)
+
+
+def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, model):
+    made, calls, source = experiment
+    core.run(made, context(tmp_path))
+    core.run(made, context(tmp_path))
+    assert calls == ["a", "b"]
+    (model / "model.safetensors").write_bytes(b"two")
+    core._weights_hash.cache_clear()
+    core.run(made, context(tmp_path))
+    assert calls == ["a", "b", "a"]
+    (model / "sfumato.json").write_text("{}")  # a card is not the model
+    core._weights_hash.cache_clear()
+    core.run(made, context(tmp_path))
+    assert len(calls) == 3
+    source.write_text("second")
+    core.run(made, context(tmp_path))
+    core.run(made, context(tmp_path), fresh=True)
+    assert calls[3:] == ["a", "b", "a", "b"]
+
+
+def test_an_interruption_keeps_finished_parts(tmp_path, experiment, model):
+    made, calls, source = experiment
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    broken = Experiment("demo", "", "", str(source), (made.parts[0], Part("b", (), stop)))
+    with pytest.raises(KeyboardInterrupt):
+        core.run(broken, context(tmp_path))
+    assert list(json.loads((tmp_path / "results" / "demo.json").read_text())["parts"]) == ["a"]
+    record = core.run(made, context(tmp_path))
+    assert calls == ["a", "b"] and list(record["parts"]) == ["a", "b"]
+
+
+def test_missing_weights_are_said_and_left_out(tmp_path, experiment):
+    made, calls, _ = experiment
+    lines: list[str] = []
+    record = core.run(made, context(tmp_path, report=lines.append))
+    assert calls == ["b"] and list(record["parts"]) == ["b"]
+    assert any("toy-x" in line for line in lines)
+
+
+def test_quick_results_stay_apart(tmp_path, experiment, model):
+    made, calls, _ = experiment
+    core.run(made, context(tmp_path, quick=True))
+    assert not (tmp_path / "results" / "demo.json").exists() and (tmp_path / "results" / "quick" / "demo.json").exists()
+    assert context(tmp_path, quick=True).count(500, 7) == 7 and context(tmp_path).count(500, 7) == 500
+
+
+def test_table(tmp_path, experiment, model):
+    made, *_ = experiment
+    text = core.table([core.run(made, context(tmp_path))])
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 4 and lines[0].count("|") == lines[2].count("|") == 10
+    assert "**holds**" in lines[2] and "a demo" in text
+    assert core.verdict(False) == "does not hold"
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    assert main(["nonsense"]) == 2
+    assert "unknown claim 'nonsense'" in capsys.readouterr().err
+    assert main(["zoo", "--threads", "0"]) == 2
+    monkeypatch.setattr(core, "HERE", tmp_path)
+    monkeypatch.setattr(core, "run", lambda *_: None)
+    assert main(["zoo"]) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "README.md")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(core, "run", interrupted)
+    assert main(["zoo"]) == 130 and "kept" in capsys.readouterr().err
+
+
+def test_choose():
+    assert core.choose([], ["a", "b"]) == ["a", "b"] and core.choose(["b"], ["a", "b"]) == ["b"]
+    with pytest.raises(UnknownName):
+        core.choose(["c"], list(EXPERIMENTS))
