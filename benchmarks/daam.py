@@ -28,15 +28,16 @@ LATENT = 64
 
 
 class Original:
-    """Accumulates maps the way the original does."""
+    """Accumulates maps the way the original does; ``side`` is that of the latents."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int):
+        self.side = side
         self.sums: dict[tuple[int, int, int], Tensor] = {}
 
     def add(self, layer: int, probs: Tensor) -> None:
         """``probs`` (branches * k, n, t): splits tokens, keeps the second half (conditional), sums over steps."""
         side = int(probs.shape[1] ** 0.5)
-        factor = LATENT // side
+        factor = self.side // side
         if factor == 8:
             return
         maps = torch.stack(
@@ -48,7 +49,7 @@ class Original:
 
     def heat(self) -> Tensor:
         """The global heat map (t, h, w)."""
-        size = (LATENT, LATENT)
+        size = (self.side, self.side)
         large = [
             functional.interpolate(each[:, None], size, mode="bicubic").clamp(min=0) for each in self.sums.values()
         ]
@@ -72,9 +73,9 @@ class FullProcessor:
 
 
 @contextmanager
-def traced_like_the_original(unet: UNet2DConditionModel):
+def traced_like_the_original(unet: UNet2DConditionModel, side: int = LATENT):
     """Within: the original's hooks on the cross-attention of up and down blocks."""
-    before, original = dict(unet.attn_processors), Original()
+    before, original = dict(unet.attn_processors), Original(side)
     chosen = [
         name for block in ("up_blocks", "down_blocks") for name in before if name.startswith(block) and "attn2" in name
     ]
