@@ -16,7 +16,9 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes with a resumable checkpoint")
     parser.add_argument("--out", type=Path, help="folder of the exported model")
-    parser.add_argument("--snapshots", type=Path, help="folder replaced now and then by an export of the averaged weights")
+    parser.add_argument(
+        "--snapshots", type=Path, help="folder replaced now and then by an export of the averaged weights"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads")
     asked = parser.parse_args()
 

@@ -12,7 +12,7 @@ from sfumato.train.recipe import Recipe
 def write_card(
     folder: Path, recipe: Recipe, step: int, seconds: float, quality: dict[str, float], extra: dict[str, Any]
 ) -> None:
-    """Writes both cards into ``folder``. ``extra`` (from the objective) and ``recipe.card`` (which wins) are merged in."""
+    """Writes both cards into ``folder``; ``extra`` (from the objective) and ``recipe.card`` (which wins) are merged in."""
     card = {
         "name": recipe.name,
         "objective": recipe.objective,
@@ -37,8 +37,8 @@ def markdown(card: dict[str, Any]) -> str:
         f"# {card['name']}\n\n{card['summary']}",
         f"- Objective: `{card['objective']}`; {training['steps']} steps of {training['batch']}, "
         f"{training['seconds'] / 60:.0f} minutes of training.\n"
-        f"- Data: {data['train']} toybox scenes at {data['size']} x {data['size']}, rendered by this library (seed {data['seed']});"
-        " nothing else, no photographs, no people.\n"
+        f"- Data: {data['train']} toybox scenes at {data['size']} x {data['size']}, rendered by this library"
+        f" (seed {data['seed']}); nothing else, no photographs, no people.\n"
         f"- Reproduce: `sfumato train {card['name']}`.",
     ]
     if sampling:
@@ -46,7 +46,7 @@ def markdown(card: dict[str, Any]) -> str:
     if quality:
         parts.append("## Quality, measured on held-out scenes\n\n| figure | value |\n|---|---|\n" + quality)
     parts.append(
-        "## Use and limits\n\nA tiny model for research, teaching and tests. It knows toys on plain grounds and nothing else; words"
-        " outside the toybox vocabulary are accepted and mean nothing to it. Licence: Apache-2.0."
+        "## Use and limits\n\nA tiny model for research, teaching and tests. It knows toys on plain grounds and nothing"
+        " else; words outside the toybox vocabulary are accepted and mean nothing to it. Licence: Apache-2.0."
     )
     return "\n\n".join(parts) + "\n"

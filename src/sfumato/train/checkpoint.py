@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: safetensors and JSON, written beside and renamed, verified before they are believed."""
+"""Checkpoints of a training run: safetensors and JSON, written beside and renamed, verified before they are used."""
 
 from __future__ import annotations
 

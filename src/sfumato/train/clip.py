@@ -2,7 +2,8 @@
 
 Pictures and captions of a batch must find each other; beside the captions of the other pictures every picture also sees
 *hard negatives*, captions of its own scene with one thing changed (another colour, shape or pattern of one toy, or the
-colours of two toys swapped), so that the text tower learns which adjective belongs to which noun (Yuksekgonul et al. 2022).
+colours of two toys swapped), so that the text tower learns which adjective belongs to which noun (Yuksekgonul et al.
+2022).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
 def different_negatives(
     text: str, scene: Scene, n: int, rng: np.random.Generator, say: Callable[[Scene], str], tries: int = 8
 ) -> list[str]:
-    """``n`` captions of changed scenes, in the words and order of ``text``; one that reads like ``text`` is drawn again.
+    """``n`` captions of changed scenes, in the words and order of ``text``; one that reads like it is drawn again.
 
     A change that the style leaves unsaid cannot be told apart; after ``tries`` the caption is kept as it is and must be
     masked by the caller.
@@ -121,7 +122,7 @@ class CLIPObjective(Objective):
         self.val_data = data.dataset("val", self.recipe.data)
 
     def tokens(self, texts: list[str]) -> Tensor:
-        """Token ids (b, t) int64, padded to the longest (attention is causal: what comes after the end does not matter)."""
+        """Token ids (b, t) int64, padded to the longest: attention is causal, what follows the end does not matter."""
         return self.tokenizer(
             texts, max_length=self.model_options.length, padding="longest", truncation=True, return_tensors="pt"
         ).input_ids

@@ -26,7 +26,9 @@ class UNetModel(LatentModel):
     layers: int = Field(1, ge=1)
     heads: tuple[int, ...] = Field((2, 4, 4), description="attention heads of each level")
     groups: int = 16
-    attention: tuple[bool, ...] = Field((True, True, False), description="which levels attend to themselves and the text")
+    attention: tuple[bool, ...] = Field(
+        (True, True, False), description="which levels attend to themselves and the text"
+    )
     text_width: int = Field(128, description="features of the text tower")
 
 
@@ -68,7 +70,9 @@ class DiffusionObjective(LatentObjective):
         return {"unet": self.unet}
 
     def hidden(self, name: str, parameter: Tensor) -> bool:
-        return parameter.ndim in (2, 4) and not any(end in name for end in ("conv_in", "conv_out", "time_embedding", "norm"))
+        return parameter.ndim in (2, 4) and not any(
+            end in name for end in ("conv_in", "conv_out", "time_embedding", "norm")
+        )
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         x0, noise = batch["x0"], batch["noise"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -108,7 +108,9 @@ class LatentObjective(Objective):
             beside.rename(path)
         return np.load(path, mmap_mode="r")
 
-    def draw_latents(self, source: ToyboxDataset, latents: np.ndarray, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
+    def draw_latents(
+        self, source: ToyboxDataset, latents: np.ndarray, indices: Tensor, draw: Draw
+    ) -> dict[str, Tensor]:
         """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
         x0 = torch.from_numpy(latents[indices.numpy()]).float()
         noise = torch.randn(x0.shape, generator=draw.generator("noise"))

@@ -1,7 +1,7 @@
 """What the trainer needs to know about a model in training: the :class:`Objective` protocol.
 
-An objective owns its modules and its data. The trainer owns optimiser, schedule, averaging, checkpoints and logs. To add
-one: subclass :class:`Objective`, name it in ``OBJECTIVES`` below, write a recipe.
+An objective owns its modules and its data. The trainer owns optimiser, schedule, averaging, checkpoints and logs. To
+add one: subclass :class:`Objective`, name it in ``OBJECTIVES`` below, write a recipe.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Draw:
 class Objective:
     """A model in training. Subclasses set ``Model`` and ``Loss`` (their sections of the recipe) and the methods below.
 
-    Life: ``__init__`` builds the modules from the recipe (seeded; no data touched); ``setup(device)`` opens the data and moves
-    the modules; then for every step ``loss(batch(draw), draw)``; now and then ``evaluate()``, ``grid()``, ``export(folder)``,
-    the last three with the averaged weights in place and the modules in eval mode.
+    Life: ``__init__`` builds the modules from the recipe (seeded; no data touched); ``setup(device)`` opens the data and
+    moves the modules; then for every step ``loss(batch(draw), draw)``; now and then ``evaluate()``, ``grid()`` and
+    ``export(folder)``, these three with the averaged weights in place and the modules in eval mode.
     """
 
     Model: ClassVar[type[Options]] = Options
@@ -113,7 +113,7 @@ class Objective:
         return {}
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """Writes the model in its library's standard folder format; returns entries for the card (sampling defaults)."""
+        """Writes the model in its library's standard folder format; returns entries of the card (sampling defaults)."""
         raise NotImplementedError
 
     def load(self, folder: Path) -> None:

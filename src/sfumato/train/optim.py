@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.optim.adamw import adamw
 
 from sfumato.train.objective import Objective
 from sfumato.train.recipe import TrainOptions
@@ -16,8 +15,8 @@ from sfumato.train.recipe import TrainOptions
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: all singular values of (rows, columns) pulled to about 1.
 
-    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024), in the precision of the input: on a CPU
-    without fast bfloat16 the usual bfloat16 iteration is far slower.
+    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024), in the precision of the input: on a
+    CPU without fast bfloat16 the usual bfloat16 iteration is far slower.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
@@ -32,12 +31,14 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """AdamW groups and Muon groups in one optimiser; a group says ``muon=True`` to be orthogonalised.
 
-    Convolution kernels are seen as (out, in * kh * kw). The update is scaled by sqrt(max(1, rows / columns)), as in Jordan's
-    original. A group ``lr`` is absolute, the trainer sets it at each step.
+    Convolution kernels are seen as (out, in * kh * kw). The update is scaled by sqrt(max(1, rows / columns)), as in
+    Jordan's original. A group ``lr`` is absolute, the trainer sets it at each step.
     """
 
     def __init__(self, groups: Iterable[dict], momentum: float = 0.95):
-        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0})
+        super().__init__(
+            groups, {"lr": 0.0, "momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):  # noqa: ANN001, ANN201 - the signature of torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""The autoencoder: a small ``diffusers.AutoencoderKL`` (Rombach et al. 2021, stage 1) without adversary or learnt metric."""
+"""The autoencoder: a small ``diffusers.AutoencoderKL`` (Rombach et al. 2021, stage 1), no adversary, no learnt metric."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL.Image import Image
 from pydantic import Field
@@ -20,7 +19,9 @@ from sfumato.train.recipe import Options
 class VAEModel(Options):
     """The ``[model]`` section."""
 
-    channels: tuple[int, ...] = Field((32, 64, 96), description="width of each level; each level after the first halves")
+    channels: tuple[int, ...] = Field(
+        (32, 64, 96), description="width of each level; each level after the first halves"
+    )
     layers: int = Field(1, ge=1)
     latent_channels: int = Field(4, ge=1)
     groups: int = Field(8, ge=1, description="groups of the normalisations")
@@ -91,7 +92,9 @@ class VAEObjective(Objective):
         y = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample.float()
         error = y - x
         l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
-        edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean() + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
+        edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean() + (
+            weight[..., 1:, :] * error.diff(dim=-2).abs()
+        ).mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = o.l1 * l1 + o.l2 * l2 + o.edge * edge + o.kl * kl
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)

@@ -1,0 +1,276 @@
+"""The objectives against slow references, and their exports through plain diffusers and transformers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from transformers import CLIPModel, CLIPProcessor
+
+from sfumato.errors import UnknownName
+from sfumato.toybox import sample_scene
+from sfumato.train import data
+from sfumato.train.clip import hard_negative
+from sfumato.train.latent import LatentObjective
+from sfumato.train.objective import Draw, Objective, build_objective
+from sfumato.train.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFUMATO_CACHE", str(folder))
+        yield folder
+
+
+def build(objective: str, batch: int = 4, loss: dict | None = None, **model) -> Objective:
+    values = {"name": "x", "objective": objective, "model": model, "loss": loss or {}}
+    made = build_objective(Recipe(**values, data={"train": 24, "val": 8}, train={"steps": 1, "batch": batch}))
+    made.setup(CPU)
+    return made
+
+
+@pytest.fixture(scope="module")
+def parts(home: Path) -> dict[str, str]:
+    """A tiny untrained autoencoder and CLIP, exported."""
+    vae, clip = (
+        build("vae", channels=[8, 8, 16]),
+        build("clip", text_width=32, text_layers=2, vision_layers=1, projection=32),
+    )
+    for name, objective in {"vae": vae, "clip": clip}.items():
+        with torch.no_grad():
+            (home / name).mkdir()
+            objective.export(home / name)
+    return {"vae": str(home / "vae"), "text": str(home / "clip")}
+
+
+def latent(kind: str, parts: dict[str, str], **loss) -> LatentObjective:
+    shape = (
+        {"channels": [16, 16], "heads": [2, 2], "attention": [True, False]}
+        if kind == "diffusion"
+        else {"layers": 2, "heads": 2}
+    )
+    made = build(kind, 6, loss, **shape, text_width=32, **parts)
+    with torch.no_grad():  # training starts from zero outputs, which would hide mistakes
+        for n, p in enumerate(next(iter(made.modules.values())).parameters()):
+            if not p.any():
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(n))
+    return made
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+def test_pictures_and_weights_are_those_of_the_dataset() -> None:
+    source = build("vae", channels=[8, 8, 16]).train_data
+    x, weight = data.pictures(source, torch.tensor([3])), data.toy_weights(source, torch.tensor([3]), 4.0)
+    np.testing.assert_allclose(x[0].permute(1, 2, 0).numpy(), source.images[3] / 127.5 - 1, atol=1e-6)
+    toys = source.masks[3] >= 0
+    ratio = weight[0, 0].numpy() / weight[0, 0].numpy()[~toys][0]
+    assert (
+        (ratio[toys] == pytest.approx(4.0))
+        and (ratio[~toys] == pytest.approx(1.0))
+        and float(weight.mean()) == pytest.approx(1)
+    )
+    coarse = data.toy_weights(source, torch.tensor([3]), 4.0, 16)[0, 0]
+    touched = toys.reshape(16, 4, 16, 4).any((1, 3))
+    assert ((coarse > coarse.min()).numpy() == touched).all()
+
+
+# autoencoder ----------------------------------------------------------------------------------------------------------
+def test_vae_batch_crops_pictures_and_weights_together_and_loss_is_its_formula() -> None:
+    vae = build("vae", loss={"crop": 32, "l1": 0.7, "l2": 0.3, "edge": 0.2, "kl": 0.1}, channels=[8, 8, 16])
+    batch = vae.batch(Draw(0, 1))
+    assert (
+        batch["x"].shape == (4, 3, 32, 32)
+        and batch["weight"].shape == (4, 1, 32, 32)
+        and batch["noise"].shape == (4, 4, 8, 8)
+    )
+    loss, _ = vae.loss(batch, Draw(0, 1))
+    posterior = vae.vae.encode(batch["x"]).latent_dist
+    y = vae.vae.decode(posterior.mean + (0.5 * posterior.logvar).exp() * batch["noise"]).sample
+    e, w = (y - batch["x"]).double(), batch["weight"].double()
+    edge = (w[..., 1:] * (e[..., 1:] - e[..., :-1]).abs()).mean() + (
+        w[:, :, 1:] * (e[:, :, 1:] - e[:, :, :-1]).abs()
+    ).mean()
+    mean, logvar = posterior.mean.double(), posterior.logvar.double()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    expected = 0.7 * (w * e.abs()).mean() + 0.3 * (w * e**2).mean() + 0.2 * edge + 0.1 * kl
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+def test_exported_vae_has_standard_latents_and_the_same_reconstructions(tmp_path: Path) -> None:
+    vae = build("vae", channels=[8, 8, 16])
+    x = data.pictures(vae.train_data, torch.arange(24))
+    before, kept = vae.reconstruct(x), vae.vae.quant_conv.weight.clone()
+    vae.export(tmp_path)
+    assert torch.equal(kept, vae.vae.quant_conv.weight)  # training goes on as if nothing had been exported
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    posterior = loaded.encode(x).latent_dist
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(loaded.decode(posterior.mean).sample.clamp(-1, 1), before, atol=2e-4, rtol=0)
+    scale = posterior.std / vae.vae.encode(x).latent_dist.std
+    torch.testing.assert_close(scale, scale[:1, :, :1, :1].expand_as(scale), rtol=1e-3, atol=1e-5)
+    val = data.pictures(vae.val_data, torch.arange(8))
+    error = (vae.reconstruct(val) - val).square().mean((1, 2, 3)) / 4
+    assert vae.evaluate()["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)
+
+
+# CLIP -----------------------------------------------------------------------------------------------------------------
+def test_hard_negatives_change_one_thing() -> None:
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(60):
+        scene = sample_scene(rng, 2)
+        changed = hard_negative(scene, rng)
+        edits = [
+            (i, field)
+            for i, (a, b) in enumerate(zip(scene.toys, changed.toys, strict=True))
+            for field in ("shape", "color", "pattern", "size", "x", "z", "yaw", "gloss")
+            if getattr(a, field) != getattr(b, field)
+        ]
+        swapped = {field for _, field in edits} == {"color"} and len(edits) == 2
+        if swapped:
+            assert [t.color for t in changed.toys] == [t.color for t in reversed(scene.toys)]
+        assert swapped or (len(edits) == 1 and edits[0][1] in ("shape", "color", "pattern"))
+        assert changed.replace(ground=scene.ground) == changed and changed.sky == scene.sky
+        kinds.add("swap" if swapped else edits[0][1])
+    assert kinds == {"swap", "shape", "color", "pattern"}
+
+
+def test_clip_loss_is_the_two_way_cross_entropy_with_extra_captions() -> None:
+    clip = build("clip", text_width=32, text_layers=1, vision_layers=1, projection=16, loss={"negatives": 2})
+    batch = clip.batch(Draw(0, 3))
+    assert batch["tokens"].shape[0] == 12 and batch["same"].shape == (4, 12)
+    loss, _ = clip.loss(batch, Draw(0, 3))
+    image = clip.clip.get_image_features(pixel_values=batch["pixels"]).pooler_output.double()
+    text = clip.clip.get_text_features(input_ids=batch["tokens"]).pooler_output.double()
+    total, scale = 0.0, float(clip.clip.logit_scale.exp())
+
+    def score(i: int, j: int) -> float:
+        return math.exp(scale * float(torch.cosine_similarity(image[i], text[j], dim=0)))
+
+    for i in range(4):
+        texts = [j for j in range(12) if j == i or not batch["same"][i, j]]
+        images = [k for k in range(4) if k == i or not batch["same"][k, i]]
+        total -= math.log(score(i, i) / sum(score(i, j) for j in texts))
+        total -= math.log(score(i, i) / sum(score(k, i) for k in images))
+    assert float(loss) == pytest.approx(total / 8, rel=1e-4)
+
+
+@torch.no_grad()
+def test_exported_clip_is_read_by_transformers(parts: dict[str, str], tmp_path: Path) -> None:
+    clip = build("clip", text_width=32, text_layers=2, vision_layers=1, projection=32)
+    loaded, processor = CLIPModel.from_pretrained(parts["text"]), CLIPProcessor.from_pretrained(parts["text"])
+    clip.load(Path(parts["text"]))
+    from PIL import Image
+
+    pictures = [Image.fromarray(np.asarray(clip.val_data.images[i])) for i in range(3)]
+    texts = [clip.val_data.caption(i).text for i in range(3)]
+    out = loaded(**processor(images=pictures, text=texts, return_tensors="pt", padding=True))
+    ours = (
+        clip.features(pixels=data.pictures(clip.val_data, torch.arange(3))) @ clip.features(tokens=clip.tokens(texts)).T
+    )
+    torch.testing.assert_close(out.logits_per_image, loaded.logit_scale.exp() * ours, atol=2e-4, rtol=1e-4)
+
+
+# latent models --------------------------------------------------------------------------------------------------------
+def test_diffusion_loss_is_the_weighted_noise_error(parts: dict[str, str]) -> None:
+    made = latent("diffusion", parts, min_snr=5.0, empty=0.5)
+    batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
+    loss, _ = made.loss(batch, draw)
+    u = torch.rand(6, generator=draw.generator("time"))
+    t = ((torch.randperm(6, generator=draw.generator("order")) + u) / 6 * 1000).long()
+    assert (t // (1000 / 6)).unique().numel() == 6  # one of each sixth
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    total = 0.0
+    for i in range(6):
+        alpha = float((1 - beta)[: t[i] + 1].prod())
+        x = alpha**0.5 * batch["x0"][i : i + 1] + (1 - alpha) ** 0.5 * batch["noise"][i : i + 1]
+        context = made.text.text_model(batch["tokens"][i : i + 1]).last_hidden_state
+        guess = made.unet(x, t[i : i + 1], context).sample
+        snr = alpha / (1 - alpha)
+        total += min(1, 5 / snr) * float((batch["weight"][i] * (guess[0] - batch["noise"][i]) ** 2).mean())
+    assert float(loss) == pytest.approx(total / 6, rel=1e-4)
+    assert set(made.unet.state_dict()) == set(dict(made.unet.named_parameters()))
+
+
+def test_flow_loss_is_the_weighted_velocity_error(parts: dict[str, str]) -> None:
+    made = latent("flow", parts)
+    batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
+    loss, _ = made.loss(batch, draw)
+    u = (torch.randperm(6, generator=(draw.generator("order"))) + torch.rand(6, generator=draw.generator("time"))) / 6
+    normal = torch.distributions.Normal(0.0, 1.0)
+    total = 0.0
+    for i in range(6):
+        t = float(torch.sigmoid(normal.icdf(u[i])))
+        told = made.text(batch["tokens"][i : i + 1], output_hidden_states=True)
+        context, pooled = told.hidden_states[-2].repeat(1, 1, 2), told.text_embeds.repeat(1, 2)
+        x = (1 - t) * batch["x0"][i : i + 1] + t * batch["noise"][i : i + 1]
+        guess = made.transformer(x, context, pooled, torch.tensor([1000 * t])).sample
+        total += float((batch["weight"][i] * (guess[0] - (batch["noise"] - batch["x0"])[i]) ** 2).mean())
+    assert float(loss) == pytest.approx(total / 6, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "pipeline"), [("diffusion", StableDiffusionPipeline), ("flow", StableDiffusion3Pipeline)]
+)
+def test_exported_pipeline_is_loaded_by_plain_diffusers_and_draws_the_same(
+    kind: str, pipeline: type, parts: dict[str, str], tmp_path: Path
+) -> None:
+    made = latent(kind, parts)
+    next(iter(made.modules.values())).half().float()  # the export rounds the denoiser to half precision
+    expected = made.sample(["a red ball on the grass", ""], 3, 2.0)
+    made.export(tmp_path)
+    # without its T5, diffusers wants to hear so
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "flow" else {}
+    pipe = pipeline.from_pretrained(tmp_path, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    extra = {"max_sequence_length": 0} if kind == "flow" else {}
+    images = pipe(
+        ["a red ball on the grass", ""],
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        generator=generators,
+        output_type="pt",
+        **extra,
+    ).images
+    assert torch.equal(images * 2 - 1, expected)
+    if kind == "diffusion":
+        assert isinstance(pipe.scheduler, DDIMScheduler) and not pipe.scheduler.config.clip_sample
+        assert pipe.scheduler.config.steps_offset == 1 and not pipe.scheduler.config.set_alpha_to_one
+    again = latent(kind, parts)
+    again.load(tmp_path)
+    ours, theirs = (next(iter(one.modules.values())).parameters() for one in (made, again))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@torch.no_grad()
+def test_latents_are_encoded_once_and_read_back(parts: dict[str, str], home: Path) -> None:
+    made = latent("flow", parts)
+    x = data.pictures(made.val_data, torch.arange(8))
+    expected = made.vae.encode(x).latent_dist.mean.half().numpy()
+    assert (made.val_latents == expected).all() and made.val_latents.dtype == np.float16
+    stored = sorted((home / "latents").glob("*val*.npy"))
+    assert len(stored) == 1
+    before = stored[0].stat().st_mtime_ns
+    latent("flow", parts)
+    assert stored[0].stat().st_mtime_ns == before
+
+
+def test_empty_prompts_have_their_share_and_unknown_parts_are_refused(parts: dict[str, str]) -> None:
+    never, always = latent("flow", parts, empty=0.0), latent("flow", parts, empty=1.0)
+    nothing = never.tokens([""])
+    assert (always.batch(Draw(0, 0))["tokens"] == nothing).all()
+    assert not (never.batch(Draw(0, 0))["tokens"] == nothing).all(1).any()
+    with pytest.raises(UnknownName, match="built-in model or folder 'toy-vea'"):
+        latent("flow", {**parts, "vae": "toy-vea"})

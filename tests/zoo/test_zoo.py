@@ -1,0 +1,106 @@
+"""The built-in models as shipped, their recipes and their tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfumato import zoo
+from sfumato.errors import UnknownName
+from sfumato.toybox import VOCABULARY, caption, sample_scene
+from sfumato.train.objective import build_objective
+from sfumato.train.recipe import load_recipe
+from sfumato.zoo.tokenizer import build_tokenizer
+
+
+def test_registry_finds_models_and_refuses_unknown_ones() -> None:
+    for name in zoo.names():
+        assert zoo.find(name) == zoo.folder() / name and zoo.card(name)["name"] == name
+    assert zoo.find("toy-nothing") is None and zoo.find("../weights") is None and zoo.find("") is None
+    with pytest.raises(UnknownName, match="Did you mean"):
+        zoo.card("toy-vaee")
+
+
+def test_registry_is_light() -> None:
+    code = "import sys, sfumato.zoo; sfumato.zoo.names(); print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_shipped_weights_are_small_safetensors_with_cards() -> None:
+    total = 0
+    for path in zoo.folder().rglob("*"):
+        if path.is_file():
+            total += path.stat().st_size
+            assert path.stat().st_size <= 15 * 2**20, path
+            assert path.suffix in (".json", ".safetensors", ".md", ".txt"), path
+    assert total <= 60 * 2**20
+    for name in zoo.names():
+        card = json.loads((zoo.folder() / name / "sfumato.json").read_text())
+        assert card["quality"] and card["recipe"]["name"] == name
+        assert name in (zoo.folder() / name / "MODEL_CARD.md").read_text()
+
+
+def test_every_shipped_recipe_is_valid_and_builds_its_modules() -> None:
+    assert set(zoo.names()) <= set(zoo.recipes())
+    for name in zoo.recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        if recipe.objective != "judge":
+            assert build_objective(recipe).modules
+
+
+# tokenizer ------------------------------------------------------------------------------------------------------------
+def bare(text: str) -> str:
+    """What a CLIP tokenizer keeps: normal form, lower case, no white space."""
+    return "".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def test_every_toybox_word_is_one_token_and_captions_fit() -> None:
+    tokenizer = build_tokenizer()
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in VOCABULARY]
+    assert all(len(one) == 1 for one in ids) and len({one[0] for one in ids}) == len(VOCABULARY)
+    rng = np.random.default_rng(0)
+    for style in ("full", "random"):
+        for _ in range(200):
+            text = caption(sample_scene(rng, 3), rng, style).text
+            words = text.replace(",", " ,").split()
+            assert len(tokenizer(text).input_ids) == len(words) + 2 <= tokenizer.model_max_length
+
+
+def test_any_text_tokenizes_and_comes_back() -> None:
+    tokenizer = build_tokenizer()
+    rng = np.random.default_rng(1)
+    texts = [
+        "",
+        "zebra's 42 Äpfel",
+        "中文 и русский",
+        "🦊🎨 e\u0301",
+        "a\tred\ncube",
+        "<|endoftext|>x",
+        "tortoise!!! (no)",
+        "reds greener",
+    ]
+    texts += [
+        "".join(chr(c) for c in rng.integers(33, 0x2FFF, 20) if unicodedata.category(chr(c))[0] in "LNPS")
+        for _ in range(40)
+    ]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert all(0 <= i < len(tokenizer) for i in ids)
+        assert bare(tokenizer.decode(ids)) == bare(text), text
+
+
+def test_tokenizer_survives_saving(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    for text in ("a red cube", "Größe 7", ""):
+        assert again(text).input_ids == tokenizer(text).input_ids
+    row = again("a red cube", padding="max_length").input_ids
+    assert len(row) == again.model_max_length == 32 and row[5:] == [again.eos_token_id] * 27
