@@ -119,6 +119,29 @@ def test_good_systems_pass_the_rest(model):
     checks.check_half_precision(Watcher, model.to(dtype=torch.bfloat16))
 
 
+def test_a_file_that_loses_something_is_caught(model, tmp_path):
+    class Kept:
+        def __init__(self, value):
+            self.value = value
+
+        def grid(self, image):
+            return Image.new("L", (1, 1), self.value)
+
+        def save(self, path):
+            path.write_bytes(bytes(40))
+            return path
+
+        @classmethod
+        def load(cls, path):
+            return cls(path.read_bytes()[0])
+
+    class Saves(Watcher):
+        def finish(self, run):
+            self.maps = [Kept(7)]
+
+    _fails(checks.check_saves, Saves, model, tmp_path)
+
+
 def _fails(check, *args):
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check(*args)

@@ -86,6 +86,11 @@ def test_recipe(key, kind):
     checks.check_recipe(maker(key), tiny_model(kind))
 
 
+@pytest.mark.parametrize(("key", "kind"), SOME)
+def test_saves(key, kind, tmp_path):
+    checks.check_saves(maker(key), tiny_model(kind), tmp_path)
+
+
 @pytest.mark.parametrize(("key", "kind"), [(k, kind) for k, kind in PAIRS if "words" in method(k).Params.model_fields])
 def test_unknown_words(key, kind):
     checks.check_unknown_words(lambda words: method(key)(words=words), tiny_model(kind))
