@@ -274,3 +274,14 @@ def test_empty_prompts_have_their_share_and_unknown_parts_are_refused(parts: dic
     assert not (never.batch(Draw(0, 0))["tokens"] == nothing).all(1).any()
     with pytest.raises(UnknownName, match="built-in model or folder 'toy-vea'"):
         latent("flow", {**parts, "vae": "toy-vea"})
+
+
+def test_training_the_decoder_alone_leaves_the_latents(tmp_path: Path) -> None:
+    vae = build("vae", loss={"decoder_only": True}, channels=[8, 8, 16])
+    loss, _ = vae.loss(vae.batch(Draw(0, 0)), Draw(0, 0))
+    loss.backward()
+    moved = {name.split(".")[0] for name, p in vae.vae.named_parameters() if p.grad is not None}
+    assert moved == {"decoder", "post_quant_conv"}
+    vae.export(tmp_path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), vae.vae.parameters(), strict=True))

@@ -12,7 +12,7 @@ from sfumato.train.recipe import Recipe
 def write_card(
     folder: Path, recipe: Recipe, step: int, seconds: float, quality: dict[str, float], extra: dict[str, Any]
 ) -> None:
-    """Writes both cards into ``folder``; ``extra`` (from the objective) and ``recipe.card`` (which wins) are merged in."""
+    """Writes both cards into ``folder``; ``extra`` (of the objective) and ``recipe.card`` (which wins) are merged."""
     card = {
         "name": recipe.name,
         "objective": recipe.objective,

@@ -62,9 +62,9 @@ class Draw:
 
 
 class Objective:
-    """A model in training. Subclasses set ``Model`` and ``Loss`` (their sections of the recipe) and the methods below.
+    """A model in training. Subclasses set ``Model`` and ``Loss`` (their recipe sections) and the methods below.
 
-    Life: ``__init__`` builds the modules from the recipe (seeded; no data touched); ``setup(device)`` opens the data and
+    Life: ``__init__`` builds the modules from the recipe, seeded; ``setup(device)`` opens the data and
     moves the modules; then for every step ``loss(batch(draw), draw)``; now and then ``evaluate()``, ``grid()`` and
     ``export(folder)``, these three with the averaged weights in place and the modules in eval mode.
     """

@@ -1,4 +1,4 @@
-"""The autoencoder: a small ``diffusers.AutoencoderKL`` (Rombach et al. 2021, stage 1), no adversary, no learnt metric."""
+"""The autoencoder: a small ``diffusers.AutoencoderKL`` (Rombach et al. 2021, stage 1) without an adversary."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class VAELoss(Options):
     edge: float = Field(0.5, ge=0, description="L1 of the differences between neighbouring pixels")
     kl: float = Field(1e-4, ge=0, description="KL to the unit normal, per latent element")
     toy_weight: float = Field(3.0, gt=0, description="weight of toy pixels beside background pixels")
+    decoder_only: bool = Field(False, description="leave the latents as they are and train only what reads them")
     crop: int = Field(0, ge=0, description="train on random crops of this side, 0 = whole pictures")
 
 
@@ -60,6 +61,9 @@ class VAEObjective(Objective):
             scaling_factor=1.0,
             shift_factor=0.0,
         )
+        if self.loss_options.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         return {"vae": self.vae}
 
     def setup(self, device: torch.device) -> None:
@@ -145,10 +149,10 @@ class VAEObjective(Objective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         kept = {key: value.clone() for key, value in self.vae.state_dict().items()}
-        before = self.standardise()
+        before = {} if self.loss_options.decoder_only else {"latents_before_standardising": self.standardise()}
         self.vae.save_pretrained(folder)
         self.vae.load_state_dict(kept)
-        return {"latent_channels_before_standardising": before}
+        return before
 
     def load(self, folder: Path) -> None:
         self.vae.load_state_dict(AutoencoderKL.from_pretrained(folder).state_dict())

@@ -13,8 +13,8 @@ LENGTH = 32
 def build_tokenizer(length: int = LENGTH) -> CLIPTokenizer:
     """A ``CLIPTokenizer`` whose vocabulary is the 256 bytes (inside and at the end of a word) and the toybox words.
 
-    Each toybox word is one token; any other text falls back to smaller pieces down to bytes, so that everything tokenizes
-    and decodes. The merges are learnt from no corpus: each word in turn is put together from left to right.
+    Each toybox word is one token; any other text falls back to smaller pieces down to bytes: everything tokenizes and
+    decodes. The merges are learnt from no corpus: each word in turn is put together from left to right.
     """
     alphabet = sorted(_byte_characters())
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet)]
