@@ -72,9 +72,9 @@ def tiny_pipeline(kind: str, seed: int = 0, fresh: bool = False) -> DiffusionPip
 
 def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
     """The same as a `sfumato.models.Model`."""
-    card = {"defaults": {"size": [32, 32]}}
+    card = {"sampling": {"size": [32, 32]}}
     if kind == "sd3clip":
-        card["defaults"]["max_sequence_length"] = 0
+        card["sampling"]["max_sequence_length"] = 0
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
 
 

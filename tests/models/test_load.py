@@ -93,7 +93,7 @@ def test_sharded_weights_and_variants(saved: Saved, broken: Path) -> None:
 
 
 def test_card(broken: Path) -> None:
-    card = {"defaults": {"steps": 20, "guidance": 4.0, "scheduler": "ddim", "size": [32, 64]}}
+    card = {"sampling": {"steps": 20, "guidance": 4.0, "scheduler": "ddim", "size": [32, 64]}}
     (broken / "sfumato.json").write_text(json.dumps(card))
     model = load(broken)
     assert model.card == card and model.default_size == (32, 64)

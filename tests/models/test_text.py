@@ -47,7 +47,7 @@ def test_streams_name_the_positions_that_a_word_moves(kind: str) -> None:
 def test_sd3_without_t5_pads_with_as_many_zeros_as_its_card_says() -> None:
     pipe = tiny_model("sd3clip").pipe
     for length in (None, 0, 8):
-        card = {} if length is None else {"defaults": {"max_sequence_length": length}}
+        card = {} if length is None else {"sampling": {"max_sequence_length": length}}
         model = Model(pipe, card=card)
         embeds = model.encode_text("a red cube", guidance=False).cond["embeds"]
         assert embeds.shape[1] == model.text_length == 77 + (256 if length is None else length)

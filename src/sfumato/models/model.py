@@ -45,7 +45,7 @@ class Model:
         self.name = name or type(pipe).__name__
         self.revision = revision
         self._files = tuple(files)
-        own = self.card.get("defaults", {})
+        own = self.card.get("sampling", {})
         self.family: Family = family_of(type(pipe).__name__)(pipe, own.get("max_sequence_length"))
 
     def __repr__(self) -> str:
@@ -61,11 +61,11 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype  # type: ignore[return-value]
+        return self.family.denoiser.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device  # type: ignore[return-value]
+        return self.family.denoiser.device
 
     @property
     def flow(self) -> bool:
@@ -80,12 +80,12 @@ class Model:
     @property
     def defaults(self) -> dict[str, Any]:
         """``steps``, ``guidance`` and ``scheduler`` to use when not told: the model card's, else the pipeline's."""
-        return {"scheduler": None, **self.family.defaults, **self.card.get("defaults", {})}
+        return {"scheduler": None, **self.family.defaults, **self.card.get("sampling", {})}
 
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        size = self.card.get("defaults", {}).get("size")
+        size = self.card.get("sampling", {}).get("size")
         return (int(size[0]), int(size[1])) if size else self.family.default_size
 
     @property
