@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 
 @dataclass(frozen=True)
 class Site:
@@ -40,7 +38,7 @@ class SiteList(list[Site]):
     def put(
         self,
         path: str,
-        module: nn.Module,
+        module: Any,
         *,
         kind: str,
         grid: tuple[int, int],
@@ -49,7 +47,7 @@ class SiteList(list[Site]):
         image: tuple[int, int] | None = None,
     ) -> None:
         image = image or (0, grid[0] * grid[1])
-        self.append(Site(path, kind, grid, text, image, int(module.heads), block, len(self)))  # type: ignore[arg-type]
+        self.append(Site(path, kind, grid, text, image, int(module.heads), block, len(self)))
 
 
 def is_attention(module: Any) -> bool:
