@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.core import Figure, interleaved, ratio
-from sfumato import models, zoo
+from sfumato import zoo
+from sfumato.models import load
 from sfumato.sampling import Intervention, generate
 
 PROMPTS = [
@@ -37,7 +38,7 @@ def run() -> list[Figure]:
 
 def compare(name: str) -> list[Figure]:
     """Times whole generations, text encoding and decoding included."""
-    model = models.load(name)
+    model = load(name)
     pipe = model.pipe
     pipe.set_progress_bar_config(disable=True)
     latents: dict[str, torch.Tensor] = {}

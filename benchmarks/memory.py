@@ -10,12 +10,13 @@ SIDE, ROUNDS = 256, 3
 CODE = """
 import json, resource, sys
 import torch
-from sfumato import models
+
 from sfumato.explain.daam import DAAM
+from sfumato.models import load
 from sfumato.sampling import generate
 
 name, steps, on, side = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "on", int(sys.argv[4])
-model = models.load(name)
+model = load(name)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
     generate(model, "a red cube and a blue ball on the grass", steps=steps, size=(side, side), decode=False,

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from claims.core import Context
-from sfumato import judge, models, sampling
+from sfumato import judge, sampling
 from sfumato.judge import stats
 from sfumato.judge.accuracy import MIN_PIXELS, Accuracy
+from sfumato.models import load as load_model
 from sfumato.toybox import Caption, Scene, ToyboxDataset, caption, to_uint8
 from sfumato.toybox.dataset import draw_scene
 
@@ -43,7 +44,7 @@ def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list
 
 def load(context: Context, name: str) -> Any:
     """A model of the zoo (or its replacement), once per run."""
-    return context.once(f"model {name}", lambda: models.load(str(context.folder(name))))
+    return context.once(f"model {name}", lambda: load_model(str(context.folder(name))))
 
 
 def judge_of(context: Context) -> judge.ToyJudge:
