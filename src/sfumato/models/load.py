@@ -82,7 +82,11 @@ def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
         return _download(name, revision)
     if "/" in name or "\\" in name or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         raise BadInput(f"no file or folder {name!r}.")
-    raise UnknownName("model", name, zoo.names())
+    raise UnknownName("model", name, [known for known in zoo.names() if _is_pipeline(zoo.find(known))])
+
+
+def _is_pipeline(folder: Path | None) -> bool:
+    return folder is not None and (folder / "model_index.json").is_file()
 
 
 def _download(repo: str, revision: str | None) -> tuple[Path, str]:
@@ -118,7 +122,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
-    if not (folder / "model_index.json").is_file():
+    if not _is_pipeline(folder):
         raise BadInput(f"{folder} is not a diffusers model: it has no model_index.json.")
     index = read_json(folder / "model_index.json")
     pipeline, family = _pipeline(index, folder)
@@ -251,7 +255,7 @@ def _config_folder(path: Path, config: str | Path | None) -> Path:
     """The folder whose configuration describes a single file: the one given, or the standard one if it is cached."""
     if config is not None:
         folder = zoo.find(str(config)) or Path(config).expanduser()
-        if not (folder / "model_index.json").is_file():
+        if not _is_pipeline(folder):
             raise BadInput(f"config={str(config)!r} is not the folder of a diffusers model: no model_index.json there.")
         return folder
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
