@@ -70,7 +70,7 @@ def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
 
 def checked_compose(compose: Sequence[tuple[str, float]] | None) -> list[tuple[str, float]]:
     """The further conditions of a composed prompt as (text, weight) pairs; raises BadInput on anything else."""
-    pairs = []
+    pairs: list[tuple[str, float]] = []
     for entry in compose or ():
         if not (isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[0], str)):
             raise BadInput(f"compose has {entry!r}; each entry must be a pair (text, weight), such as ('a dog', 3.0).")

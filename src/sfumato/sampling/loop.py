@@ -7,7 +7,7 @@ answers what a family is like, diffusers' schedulers make the step, intervention
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,7 +105,7 @@ def generate(
         size: (width, height) in pixels.
         scheduler: a short name such as "ddim", or a diffusers scheduler. ``eta``: share of fresh noise in DDIM steps.
         guidance: scale of classifier-free guidance (1 or below: none), or a :class:`Guidance` with an interval. A
-            guidance-distilled denoiser (Flux-dev) is told it; ``true_guidance`` then is classifier-free guidance on top.
+            guidance-distilled denoiser (Flux-dev) is told it; ``true_guidance`` then is the classifier-free scale.
         rescale: share by which the guided output's spread is pulled back (Lin et al. 2023).
         compose: further (text, weight) conditions added to every sample (Liu et al. 2022).
         seed: sample i uses ``seed + i``; or one per sample; None draws one, told in the result. A sample's noise, also
@@ -186,7 +186,13 @@ def opened(
         trained = scheduler.config.get("num_train_timesteps", 1000)
         if request.steps > trained:
             raise BadInput(f"steps is {request.steps}; this scheduler has {trained} timesteps at most.")
-        model.timesteps(scheduler, request.steps, request.height, request.width)
+        try:
+            model.timesteps(scheduler, request.steps, request.height, request.width)
+        except SfumatoError:
+            raise
+        except ValueError as error:  # a limit of this scheduler's own
+            name = type(scheduler).__name__
+            raise BadInput(f"steps is {request.steps}, which {name} refuses: {' '.join(str(error).split())}") from error
         return scheduler
 
     scheduler = make_scheduler()
@@ -277,9 +283,7 @@ def _initial(run: Run, source: Source) -> Tensor:
     if source.pixels is None:
         return model.prepare(randn_tensor(shape, generator=run.generators, **like), run.scheduler)
     pixels = source.pixels[rows] if len(source.pixels) > 1 else source.pixels.expand(len(run), -1, -1, -1)
-    # one by one: a batched convolution may round differently, and a sample must not depend on its neighbours
-    pairs = zip(pixels.split(1), run.generators, strict=True)
-    clean = torch.cat([model.encode_image(picture, [generator]) for picture, generator in pairs])
+    clean = model.encode_image(pixels, run.generators)
     noise = randn_tensor(shape, generator=run.generators, **like)
     if run.begin >= run.total:  # strength 0
         return clean
@@ -291,12 +295,12 @@ def _initial(run: Run, source: Source) -> Tensor:
 
 def _encode(run: Run, request: Request) -> None:
     """Encode the batch's texts, each once however many samples share it, and spread them over the samples."""
-    pairs = list(zip(run.prompts, run.negatives or [None] * len(run), strict=True))
+    pairs = list(zip(run.prompts, run.negatives or [""] * len(run), strict=True))
     known = list(dict.fromkeys(pairs))
     guided = request.guidance.on or bool(request.compose)
     encoded = run.model.encode_text(
         [prompt for prompt, _ in known],
-        None if run.negatives is None else [negative or "" for _, negative in known],
+        None if run.negatives is None else [negative for _, negative in known],
         guidance=guided,
         embedded_guidance=request.embedded,
     )
@@ -317,7 +321,7 @@ def _step_options(run: Run, eta: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False

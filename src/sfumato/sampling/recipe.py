@@ -40,9 +40,11 @@ def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: 
         "negative": request.negatives[i] if request.negatives else None,
         "seed": request.seeds[i],
         "steps": request.steps,
-        "guidance": request.embedded if request.embedded is not None else request.guidance.scale,
-        "true_guidance": request.guidance.scale if request.embedded is not None and request.guidance.on else None,
-        "rescale": request.guidance.rescale,
+        "guidance": float(request.guidance.scale if request.embedded is None else request.embedded),
+        "true_guidance": float(request.guidance.scale)
+        if request.embedded is not None and request.guidance.on
+        else None,
+        "rescale": float(request.guidance.rescale),
         "guidance_interval": list(request.guidance.interval),
         "compose": [list(pair) for pair in request.compose],
         "size": [request.width, request.height],

@@ -209,7 +209,7 @@ def whole(value: Any, name: str, low: int, high: int | None = None) -> int:
 
 def fraction(value: Any, name: str) -> float:
     """``value`` as a number in [0, 1], or BadInput."""
-    if not isinstance(value, Real) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise BadInput(f"{name} is {value!r}; it must lie between 0 and 1.")
     return float(value)
 

@@ -314,10 +314,10 @@ class Step:
             else:
                 x = self.x.detach().requires_grad_(True)
                 prediction = self.predict(x, branches=branches, condition=condition, taps=taps)
-            value = loss(prediction)
+            value = loss(prediction).sum()
         if not value.requires_grad:
             raise BadInput("the loss given to step.grad does not depend on the latents.")
-        (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=reuse)
+        (gradient,) = torch.autograd.grad(value, x, retain_graph=reuse)
         self.run.spend(len(self.branches if reuse else branches), self)
         return gradient
 
