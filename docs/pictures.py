@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from sfumato.toybox import Scene, Toy, render, sample_scene, to_uint8
+import sfumato
+from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
+from sfumato.toybox.dataset import draw_scene
 
 HERE = Path(__file__).parent / "images"
 
@@ -56,10 +59,48 @@ def toybox_edits() -> Image.Image:
     return sheet(render(edits, size=144, supersample=3).image, 6)
 
 
+def demo() -> Image.Image:
+    """What ``make demo`` makes: a picture and where each word of its prompt went."""
+    found = sfumato.explain("a red cube and a blue ball on the grass", seed=3)
+    return found.maps[0].grid(found.images[0])
+
+
+def _held_out(n: int) -> list[str]:
+    return [caption(draw_scene("test", 99, i)).text for i in range(n)]
+
+
+def zoo() -> Image.Image:
+    """toy-sd above, toy-sd3 below: the same 10 captions of scenes that neither has seen, first try, nothing chosen."""
+    rows = [sfumato.make(_held_out(10), model=name, seed=0).pixels for name in ("toy-sd", "toy-sd3")]
+    return sheet(torch.cat([row.detach() for row in rows]), 10, scale=2)
+
+
+def _heat(what: Any, prompt: str | None, words: list[str], model: str, **options: Any) -> Image.Image:
+    found = sfumato.explain(what, prompt, words=words, model=model, **options)
+    return found.maps[0].grid(found.images[0])
+
+
+def daam_sd3() -> Image.Image:
+    return _heat(
+        "a yellow cone and a red ring on the snow", None, ["yellow cone", "red ring", "snow"], "toy-sd3", seed=1
+    )
+
+
+def daam_existing() -> Image.Image:
+    """A render, which no model made, and where the words of its caption are in it."""
+    scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
+    words = ["red striped ball", "green cube", "sand", "day"]
+    return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
     "toybox-edits": toybox_edits,
+    "demo": demo,
+    "zoo": zoo,
+    "daam-sd3": daam_sd3,
+    "daam-existing": daam_existing,
 }
 
 
