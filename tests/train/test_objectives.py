@@ -183,7 +183,7 @@ def test_exported_clip_is_read_by_transformers(parts: dict[str, str], tmp_path: 
 
 # latent models --------------------------------------------------------------------------------------------------------
 def test_diffusion_loss_is_the_weighted_noise_error(parts: dict[str, str]) -> None:
-    made = latent("diffusion", parts, min_snr=5.0, empty=0.5)
+    made = latent("diffusion", parts, min_snr=5.0, structure=0.5, empty=0.5)
     batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
     loss, _ = made.loss(batch, draw)
     u = torch.rand(6, generator=draw.generator("time"))
@@ -197,7 +197,8 @@ def test_diffusion_loss_is_the_weighted_noise_error(parts: dict[str, str]) -> No
         context = made.text.text_model(batch["tokens"][i : i + 1]).last_hidden_state
         guess = made.unet(x, t[i : i + 1], context).sample
         snr = alpha / (1 - alpha)
-        total += min(1, 5 / snr) * float((batch["weight"][i] * (guess[0] - batch["noise"][i]) ** 2).mean())
+        weight = min(1, 5 / snr) + 0.5 / max(snr, 0.05)
+        total += weight * float((batch["weight"][i] * (guess[0] - batch["noise"][i]) ** 2).mean())
     assert float(loss) == pytest.approx(total / 6, rel=1e-4)
     assert set(made.unet.state_dict()) == set(dict(made.unet.named_parameters()))
 

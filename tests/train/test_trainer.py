@@ -106,8 +106,11 @@ def test_a_second_run_needs_resume_and_resume_needs_the_same_recipe(home: Path) 
         run(write(home, steps=2))
     with pytest.raises(Conflict, match="another model"):
         run(write(home, steps=2, model="layers = 2"), resume=True)
-    longer = run(write(home, steps=3), resume=True)  # the schedule may be re-planned
+    longer = run(write(home, steps=3), resume=True)  # the schedule may be planned anew, and the card says so
     assert longer.finished and longer.step == 3
+    plans = json.loads((longer.exported / "sfumato.json").read_text())["training"]["plans"]
+    assert [(plan["from_step"], plan["train"]["steps"]) for plan in plans] == [(0, 2), (2, 3)]
+    assert "planned anew at step 2" in (longer.exported / "MODEL_CARD.md").read_text()
 
 
 def test_damaged_checkpoint_is_refused_and_the_previous_one_used(home: Path) -> None:

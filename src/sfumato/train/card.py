@@ -10,7 +10,13 @@ from sfumato.train.recipe import Recipe
 
 
 def write_card(
-    folder: Path, recipe: Recipe, step: int, seconds: float, quality: dict[str, float], extra: dict[str, Any]
+    folder: Path,
+    recipe: Recipe,
+    step: int,
+    seconds: float,
+    plans: list[dict[str, Any]],
+    quality: dict[str, float],
+    extra: dict[str, Any],
 ) -> None:
     """Writes both cards into ``folder``; ``extra`` (of the objective) and ``recipe.card`` (which wins) are merged."""
     card = {
@@ -20,7 +26,7 @@ def write_card(
         **extra,
         **recipe.card,
         "quality": quality,
-        "training": {"steps": step, "batch": recipe.train.batch, "seconds": round(seconds)},
+        "training": {"steps": step, "batch": recipe.train.batch, "seconds": round(seconds), "plans": plans},
         "data": {"toybox": recipe.data.model_dump()},
         "recipe": recipe.model_dump(),
     }
@@ -33,6 +39,7 @@ def markdown(card: dict[str, Any]) -> str:
     data, training = card["data"]["toybox"], card["training"]
     quality = "\n".join(f"| {key} | {value:.4g} |" for key, value in card["quality"].items())
     sampling = card.get("sampling")
+    replanned = [str(plan["from_step"]) for plan in training["plans"][1:]]
     parts = [
         f"# {card['name']}\n\n{card['summary']}",
         f"- Objective: `{card['objective']}`; {training['steps']} steps of {training['batch']}, "
@@ -41,6 +48,11 @@ def markdown(card: dict[str, Any]) -> str:
         f" (seed {data['seed']}); nothing else, no photographs, no people.\n"
         f"- Reproduce: `sfumato train {card['name']}`.",
     ]
+    if replanned:
+        parts.append(
+            f"- The schedule was planned anew at step {', '.join(replanned)} (`training.plans` in `sfumato.json`); the"
+            " recipe holds the last plan."
+        )
     if sampling:
         parts.append("- Sampling defaults: " + ", ".join(f"{key} {value}" for key, value in sampling.items()) + ".")
     if quality:

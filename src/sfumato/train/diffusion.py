@@ -35,7 +35,12 @@ class UNetModel(LatentModel):
 class DiffusionLoss(LatentLoss):
     """The ``[loss]`` section."""
 
-    min_snr: float = Field(5.0, ge=0, description="cap of the signal-to-noise weight (Hang et al. 2023), 0 = none")
+    min_snr: float = Field(5.0, gt=0, description="cap of the signal-to-noise weight (Hang et al. 2023)")
+    structure: float = Field(
+        0.0,
+        ge=0,
+        description="added to it over the ratio: noisy steps, where shapes are decided, count as for a velocity",
+    )
 
 
 class DiffusionObjective(LatentObjective):
@@ -86,8 +91,8 @@ class DiffusionObjective(LatentObjective):
         error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
         alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
         snr = alpha / (1 - alpha)
-        cap = self.loss_options.min_snr
-        weight = snr.clamp(max=cap) / snr if cap else torch.ones_like(snr)
+        # pure noise has nothing to say, hence the floor
+        weight = snr.clamp(max=self.loss_options.min_snr) / snr + self.loss_options.structure / snr.clamp(min=0.05)
         logs = {"late": error[t >= steps // 2].mean().detach(), "early": error[t < steps // 2].mean().detach()}
         return (weight * error).mean(), logs
 

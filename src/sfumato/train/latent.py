@@ -17,7 +17,10 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import zoo
 from sfumato.errors import UnknownName
-from sfumato.toybox import ToyboxDataset
+from sfumato.judge.presence import check, wanted
+from sfumato.judge.toy_judge import load_judge
+from sfumato.toybox import ToyboxDataset, sample_scene
+from sfumato.toybox import caption as describe
 from sfumato.train import data
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.recipe import Options
@@ -138,6 +141,27 @@ class LatentObjective(Objective):
             loss, _ = self.loss({key: value.to(self.device) for key, value in batch.items()}, draw)
             total += float(loss) * len(part)
         return {"held_out_loss": total / min(n, len(self.val_data))}
+
+    def measure(self, n: int = 200) -> dict[str, float]:
+        """Beside the loss: the share of pictures whose toys have the shape and colour asked for, by the toy-judge.
+
+        ``n`` one-toy and ``n`` two-toy captions of unseen scenes, with the card's sampling defaults; nothing is added
+        when no toy-judge is there yet.
+        """
+        quality = self.evaluate()
+        if zoo.find("toy-judge") is None:
+            return quality
+        judge = load_judge()
+        for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
+            scenes = [sample_scene(np.random.default_rng((3, toys, i)), toys) for i in range(n)]
+            told = [describe(scene, np.random.default_rng((4, toys, i)), "random") for i, scene in enumerate(scenes)]
+            hits = []
+            for start in range(0, n, 40):
+                part = told[start : start + 40]
+                pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
+                hits += [check(r, wanted(one)).all_bound for r, one in zip(judge.read(pixels), part, strict=True)]
+            quality[name] = float(np.mean(hits))
+        return quality
 
     def pipeline(self) -> DiffusionPipeline:
         """The genuine pipeline around the modules in training."""

@@ -112,6 +112,10 @@ class Objective:
         """Quality on held-out scenes, by name, for the log and the card."""
         return {}
 
+    def measure(self) -> dict[str, float]:
+        """Quality for the card, measured once at the end: :meth:`evaluate` and what is too slow for the log."""
+        return self.evaluate()
+
     def export(self, folder: Path) -> dict[str, Any]:
         """Writes the model in its library's standard folder format; returns entries of the card (sampling defaults)."""
         raise NotImplementedError

@@ -137,7 +137,12 @@ class Trainer:
         self.model = self.accelerator.prepare_model(_Loss(self.objective))
         self.average = {key: value.detach().clone() for key, value in self._parameters()} if self.options.ema else {}
         self.step, self.seconds = 0, 0.0
+        self.plans = [self._plan()]
         self._stop = threading.Event()
+
+    def _plan(self) -> dict[str, Any]:
+        """What a resumed run may change, and from which step on it holds."""
+        return {"from_step": self.step, "train": self.options.model_dump(), "loss": self.recipe.loss}
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, module in self.objective.modules.items():
@@ -197,7 +202,7 @@ class Trainer:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"moments.{index}.{key}": value for key, value in state.items()}
         tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}  # tied weights may share memory
-        state = {"recipe": self.recipe.model_dump(), "seconds": self.seconds}
+        state = {"recipe": self.recipe.model_dump(), "seconds": self.seconds, "plans": self.plans}
         checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
 
     def restore(self) -> list[str]:
@@ -234,6 +239,12 @@ class Trainer:
                 packed["state"].setdefault(int(index), {})[entry] = value
         self.optimizer.load_state_dict(packed)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.plans = state.get("plans") or [
+            {"from_step": 0, "train": state["recipe"]["train"], "loss": state["recipe"]["loss"]}
+        ]
+        now_planned = self._plan()
+        if {**self.plans[-1], "from_step": self.step} != now_planned:
+            self.plans.append(now_planned)
         return complaints
 
     # the run ----------------------------------------------------------------------------------------------------------
@@ -295,7 +306,7 @@ class Trainer:
         try:
             with self.averaged():
                 extra = self.objective.export(beside)
-            write_card(beside, self.recipe, step=self.step, seconds=self.seconds, quality=quality, extra=extra)
+            write_card(beside, self.recipe, self.step, self.seconds, self.plans, quality, extra)
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
         finally:
@@ -357,7 +368,7 @@ def run(
         result.complaints = complaints
         if result.finished:
             with trainer.averaged():
-                result.quality = trainer.objective.evaluate() if trainer.accelerator.is_main_process else {}
+                result.quality = trainer.objective.measure() if trainer.accelerator.is_main_process else {}
             result.exported = trainer.export(out or folder / "export", result.quality)
         record = {**asdict(result), "folder": str(folder), "exported": str(result.exported or "")}
         (folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
