@@ -18,8 +18,8 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"cards", "files", "zoo"},
     {"toybox"},
+    {"cards", "files", "zoo"},
     {"models"},
     {"attention"},
     {"sampling"},
@@ -105,8 +105,8 @@ def test_no_cycles_between_files():
 def _run(code: str) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # the library prints nothing; transformers may, on stderr, when it is imported
 
 
 LIGHT = ["sfumato", "sfumato.errors", "sfumato.cards", "sfumato.files", "sfumato.face", "sfumato.cli", "sfumato.zoo"]

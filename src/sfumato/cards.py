@@ -344,5 +344,8 @@ def to_recipe(system: Any) -> dict[str, Any]:
 
 
 def from_recipe(recipe: dict[str, Any]) -> Any:
-    """The system that :func:`to_recipe` described."""
-    return method(str(recipe.get("method", "")))(**recipe.get("params", {}))
+    """The system that :func:`to_recipe` described. Raises BadInput, UnknownName for anything else."""
+    key, params = recipe.get("method"), recipe.get("params", {})
+    if not (isinstance(key, str) and isinstance(params, dict)):
+        raise BadInput(f"{_brief(recipe)} describes no system; it must be {{'method': key, 'params': {{...}}}}.")
+    return method(key)(**params)

@@ -29,18 +29,17 @@ class _OneLine(TyperGroup):
         debug = "--debug" in options
         if debug:  # accepted before and after the command
             args.remove("--debug")
-        before = warnings.showwarning
-        warnings.showwarning = _show_warning
         try:
-            code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.showwarning = _teller()
+                code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
             if code == 130:  # some versions of typer turn Ctrl-C into this
                 code = _report(KeyboardInterrupt())
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 raise
             code = _report(error)
-        finally:
-            warnings.showwarning = before
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -81,10 +80,17 @@ def _os_error(error: OSError) -> str:
     return f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}."
 
 
-def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
-    """Our own warnings are one line each; those of the libraries below are not the user's to act on."""
-    if getattr(category, "__module__", "").startswith("sfumato"):
-        typer.echo("warning: " + " ".join(str(message).split()), err=True)
+def _teller() -> Any:
+    """Tells each of our own warnings once, in one line; those of the libraries below are not the user's to act on."""
+    told = set()
+
+    def tell(message: Any, category: Any, *_: Any, **__: Any) -> None:
+        line = " ".join(str(message).split())
+        if category.__module__.startswith("sfumato.") and line not in told:
+            told.add(line)
+            typer.echo(f"warning: {line}", err=True)
+
+    return tell
 
 
 app = typer.Typer(

@@ -47,10 +47,8 @@ def test_a_picture_that_exists(sfumato, tiny_sd):
     assert done.lines == ["out/photo.heat.png", "out/photo.heat.safetensors"]
     maps = HeatMaps.load(done.lines[1])
     width, height = face.fitting_size(load(tiny_sd), (80, 40))
-    assert (
-        maps.size == (height, width)
-        and maps.words == tuple(PROMPT.split()[:1] + ["red", "cube", "and"]) + maps.words[4:]
-    )
+    assert maps.size == (height, width)
+    assert [label.split("#")[0] for label in maps.words] == PROMPT.split()
     found = package.explain(files.read_picture("photo.jpg"), PROMPT, model=tiny_sd, steps=3, seed=4).maps[0]
     assert torch.equal(found.map("cube"), maps.map("cube"))
 
