@@ -171,14 +171,17 @@ def test_colours_follow_the_table():
         heat.colour(ramp, "nope")
 
 
-def test_an_overlay_is_hot_where_the_map_is_and_shows_the_picture_where_it_is_not():
+def test_an_overlay_glows_where_the_map_is_hot_and_keeps_the_shapes_of_the_picture():
     image = Image.new("RGB", (32, 48), (0, 200, 0))
+    image.paste((0, 40, 0), (0, 0, 16, 48))  # left half darker
     warm = torch.zeros(48, 32)
     warm[:24] = 1
     shown = np.asarray(heat.overlay(image, warm), dtype=float)
     assert shown.shape == (48, 32, 3)
-    plain = np.array([0, 200, 0])
-    assert np.abs(shown[40] - plain).mean() < 0.35 * np.abs(shown[5] - plain).mean()
+    for x in (5, 25):
+        assert shown[5, x].sum() > 2 * shown[40, x].sum()  # hot is bright whatever lies below
+    for y in (5, 40):
+        assert shown[y, 25].sum() > shown[y, 5].sum() + 30  # and the picture shows through everywhere
     maps = heatmaps()
     assert maps.overlay(image, "red").size == (160, 240)
 

@@ -56,7 +56,7 @@ class MapStore:
     """Sums maps (b k n c) call by call.
 
     ``heads`` and ``steps``: keep each head, or each step, apart instead of summing over it; the latter lets memory grow
-    with the steps. Sums live in float32 where the maps do; nothing else is held.
+    with the steps. Sums (b k n c) live in float32 where the maps do; nothing else is held.
     """
 
     def __init__(self, heads: bool = False, steps: bool = False):
@@ -72,15 +72,14 @@ class MapStore:
     def add(self, site: Site, maps: Tensor, step: int = 0) -> None:
         """Add the maps (b k n c) of one call; n must be the cells of the site's grid. Raises BadInput otherwise."""
         h, w = site.grid or (0, 0)
-        b, k, n, c = maps.shape
-        if n != h * w:
-            raise BadInput(f"maps of {n} queries do not fit the grid {site.grid} of attention site {site.path}.")
-        maps = maps.detach().float()
-        maps = maps if self.heads else maps.mean(1, keepdim=True)
-        maps = maps.transpose(2, 3).reshape(b, -1, c, h, w)
+        if maps.shape[2] != h * w:
+            told = f"maps of {maps.shape[2]} queries do not fit the grid {site.grid} of attention site {site.path}."
+            raise BadInput(told)
         slot = step if self.steps else 0
         sums, calls = self._sums.setdefault(site.path, {}), self._calls.setdefault(site.path, {})
-        self._sites[site.path], self._head_count[site.path] = site, k
+        self._sites[site.path], self._head_count[site.path] = site, maps.shape[1]
+        maps = maps.detach().float()
+        maps = maps if self.heads else maps.mean(1, keepdim=True)
         if slot in sums:
             sums[slot] += maps
         else:
@@ -94,6 +93,7 @@ class MapStore:
             slots = sorted(sums)
             calls = tuple(self._calls[path][slot] for slot in slots)
             maps = torch.stack([sums[slot][sample].cpu() / n for slot, n in zip(slots, calls, strict=True)])
+            maps = maps.transpose(-1, -2).unflatten(-1, self._sites[path].grid).contiguous()  # (s k n c) -> (s k c h w)
             steps = tuple(slots) if self.steps else ()
             layers.append(LayerMaps(self._sites[path], maps, self._head_count[path], calls, steps))
         return layers

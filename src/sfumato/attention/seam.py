@@ -160,8 +160,11 @@ class Call:
         if self._scores is not None:
             return self._scores[:, :, queries][..., keys]
         with _full_precision(self.q):
-            k = _repeat_heads(self.k, self.q.shape[1])[:, :, keys]
-            return (_wide(self.q[:, :, queries]) * self.scale) @ _wide(k).transpose(-1, -2)
+            q, k = self.q[:, :, queries], _repeat_heads(self.k, self.q.shape[1])[:, :, keys]
+            q, k = _wide(q), _wide(k)
+            if q.shape[2] > k.shape[2]:  # scale the smaller one
+                return q @ (k * self.scale).transpose(-1, -2)
+            return (q * self.scale) @ k.transpose(-1, -2)
 
     def probs(self, queries: slice = slice(None)) -> Tensor:
         """softmax over all keys (b k n t), edits included; a query that may look nowhere gets zeros."""
@@ -188,11 +191,11 @@ class Call:
         if within is None and self._scores is None:
             if (lse := self._log_sum_exp()) is not None:
                 scores = self._masked(self.scores(queries, index), queries, index)
-                return (scores - lse[:, :, queries, None]).exp()
+                return scores.sub_(lse[:, :, queries, None]).exp_()  # no gradients here, and the scores are fresh
             if self.k.shape[2] > FEW_KEYS:
                 return self._by_value_substitution(index, queries)
         keys = slice(*within) if within else slice(None)
-        inside = index if within is None else index - within[0]
+        inside = index if within is None else self._index(columns, within[0])
         chunks = []
         for part in _chunks(queries, self.q.shape[2]):
             chunks.append(self._softmax(self._masked(self.scores(part, keys), part, keys))[..., inside])
@@ -215,13 +218,17 @@ class Call:
         with _full_precision(self.q):
             return (probs @ _wide(_repeat_heads(self.v, self.q.shape[1]))).to(self.q.dtype)
 
-    def _index(self, columns: Sequence[int] | slice) -> Tensor:
+    def _index(self, columns: Sequence[int] | slice, origin: int = 0) -> slice | Tensor:
+        """The columns, counted from ``origin``, as a slice where they follow each other (a view costs nothing), else as
+        an index."""
         n = self.k.shape[2]
         chosen = range(*columns.indices(n)) if isinstance(columns, slice) else columns
-        index = torch.as_tensor(chosen, dtype=torch.long, device=self.q.device)
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
+        if len(chosen) and (min(chosen) < 0 or max(chosen) >= n):
             raise BadInput(f"columns {list(chosen)} reach outside the {n} keys of attention site {self.site.path}.")
-        return index
+        first = chosen[0] - origin if len(chosen) else 0
+        if all(column == chosen[0] + i for i, column in enumerate(chosen)):
+            return slice(first, first + len(chosen))
+        return torch.tensor([column - origin for column in chosen], device=self.q.device)
 
     def _masked(self, scores: Tensor, queries: slice, keys: slice | Tensor = slice(None)) -> Tensor:
         """Scores of some queries and keys with the mask and the causal rule applied."""
@@ -274,7 +281,7 @@ class Call:
             and torch._fused_sdp_choice(q, k, v, mask, 0.0, self.is_causal, scale=self._given_scale) == 1  # 1: flash
         )
 
-    def _by_value_substitution(self, index: Tensor, queries: slice) -> Tensor:
+    def _by_value_substitution(self, index: slice | Tensor, queries: slice) -> Tensor:
         """Fused attention with one-hot values: its output *is* the wanted columns of the probabilities."""
         d = self.v.shape[-1]
         q, k = _wide(self.q[:, :, queries]), _wide(_repeat_heads(self.k, self.q.shape[1]))
@@ -288,7 +295,7 @@ class Call:
             mask = _wide(mask)
         out = []
         with _full_precision(q):
-            for columns in index.split(d):
+            for columns in torch.arange(k.shape[2], device=q.device)[index].split(d):
                 onehot = torch.zeros(k.shape[2], d, dtype=q.dtype, device=q.device)
                 onehot[columns, torch.arange(len(columns), device=q.device)] = 1.0
                 values = onehot.expand(*k.shape[:2], -1, -1)
@@ -539,8 +546,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -578,7 +586,7 @@ def _refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> No
         processor = getattr(target, "processor", None)
         if getattr(processor, "_parallel_config", None) is not None:
             raise NotSupported(f"context-parallel attention at {path} bypasses attention taps; run it on one device.")
-        if hasattr(processor, "_attention_backend"):
+        if processor is not None and hasattr(processor, "_attention_backend"):
             backend = processor._attention_backend or _default_backend()
             name = str(getattr(backend, "value", backend))
             if name not in _SEEN_BACKENDS:

@@ -116,7 +116,7 @@ class DAAM(Intervention):
         self._labels = [self._asked(reading) for reading in self._readings]
         for word in self.params.words:
             self._require(word)
-        self._told = list(dict.fromkeys(label for labels in self._labels for label in labels))
+        self.activity.tokens.update({label: 1 for labels in self._labels for label in labels})
         self._positions = sorted({p for reading in self._readings for p in self._recorded(reading)})
         self._sites = {site.path for site in self._chosen(run.sites, run.model.name)}
         self._store = MapStore(heads=self.params.per_head or self.params.reference, steps=self.params.per_step)
@@ -161,14 +161,15 @@ class DAAM(Intervention):
             return
         assert call.site.text is not None
         first = call.site.text[0]
-        within = call.site.text if self.params.over == "text" else None
+        joint = call.site.kind == "joint"  # elsewhere the text is all there is
+        within = call.site.text if joint and self.params.over == "text" else None
         with torch.no_grad():
             part = call.branch(self._branch)
             maps = part.word_probs([first + p for p in self._positions], within=within)
             if self.params.heads:
                 maps = maps[:, self.params.heads]
             self._store.add(call.site, maps, call.step.i)
-        self.mark(call.step, sites=[call.site.path], tokens=self._told)
+        self.mark(call.step, sites=[call.site.path])
 
     # -- choices -------------------------------------------------------------------------------------------------------
 

@@ -18,14 +18,16 @@ __all__ = ["colour", "enlarged_size", "overlay", "sheet"]
 
 #: Pictures are enlarged by whole factors until their longer side has about this many pixels.
 LEGIBLE = 256
+#: Perceptually uniform, from black over red to a light yellow.
+COLOURS = "inferno"
 
 
-def colour(heat: Tensor, colours: str = "turbo") -> np.ndarray:
+def colour(heat: Tensor, colours: str = COLOURS) -> np.ndarray:
     """Heat (h w) in [0, 1] as RGB bytes (h w 3) by a matplotlib colour map. Raises BadInput for an unknown map."""
     from matplotlib import colormaps
 
     if colours not in colormaps:
-        raise BadInput(f"colours={colours!r} is not a matplotlib colour map; try 'turbo', 'magma' or 'viridis'.")
+        raise BadInput(f"colours={colours!r} is not a matplotlib colour map; try 'inferno', 'magma' or 'turbo'.")
     return colormaps[colours](heat.clamp(0, 1).cpu().numpy(), bytes=True)[..., :3]
 
 
@@ -35,14 +37,18 @@ def enlarged_size(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] * factor, size[1] * factor
 
 
-def overlay(image: Image.Image, heat: Tensor, colours: str = "turbo", opacity: float = 0.65) -> Image.Image:
+def overlay(image: Image.Image, heat: Tensor, colours: str = COLOURS) -> Image.Image:
     """A picture with heat (H W) in [0, 1] over it, at the size of the heat.
 
-    The picture shows through where it is cold; ``opacity`` is the share of colour where it is hottest.
+    The picture is dimmed and loses half of its own colour, so that what glows is heat and not the thing's own paint;
+    its shapes stay visible under the hottest spot.
     """
     h, w = heat.shape
-    picture = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32)
-    share = (0.15 + (opacity - 0.15) * heat.clamp(0, 1)).cpu().numpy()[..., None]
+    resized = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
+    picture = np.asarray(resized, dtype=np.float32)
+    grey = np.asarray(resized.convert("L"), dtype=np.float32)[..., None]
+    picture = grey + (picture - grey) * 0.5
+    share = (0.35 + 0.5 * heat.clamp(0, 1)).cpu().numpy()[..., None]
     mixed = picture * (1 - share) + colour(heat, colours).astype(np.float32) * share
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 

@@ -172,12 +172,12 @@ class HeatMaps:
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
-    def overlay(self, image: Image.Image, word: str | WordSpan, colours: str = "turbo") -> Image.Image:
+    def overlay(self, image: Image.Image, word: str | WordSpan, colours: str = heat.COLOURS) -> Image.Image:
         """The picture, enlarged if it is small, with the word's map over it."""
         found = self.map(word, size=heat.enlarged_size(self.size))
         return heat.overlay(image, heat.unit(found), colours)
 
-    def grid(self, image: Image.Image, words: Sequence[str] | None = None, colours: str = "turbo") -> Image.Image:
+    def grid(self, image: Image.Image, words: Sequence[str] | None = None, colours: str = heat.COLOURS) -> Image.Image:
         """One labelled picture: the image, then an overlay for every word (by default :attr:`words`)."""
         labels = list(self.words if words is None else _strings(words))
         h, w = heat.enlarged_size(self.size)
