@@ -17,7 +17,8 @@ from sfumato.train import data
 from sfumato.train.clip import hard_negative
 from sfumato.train.latent import LatentObjective
 from sfumato.train.objective import Draw, Objective, build_objective
-from sfumato.train.recipe import Recipe
+from sfumato.train.optim import build_optimizer
+from sfumato.train.recipe import Recipe, TrainOptions
 
 CPU = torch.device("cpu")
 
@@ -51,13 +52,13 @@ def parts(home: Path) -> dict[str, str]:
     return {"vae": str(home / "vae"), "text": str(home / "clip")}
 
 
-def latent(kind: str, parts: dict[str, str], **loss) -> LatentObjective:
+def latent(kind: str, parts: dict[str, str], text_rate: float = 0.0, **loss) -> LatentObjective:
     shape = (
         {"channels": [16, 16], "heads": [2, 2], "attention": [True, False]}
         if kind == "diffusion"
         else {"layers": 2, "heads": 2}
     )
-    made = build(kind, 6, loss, **shape, text_width=32, **parts)
+    made = build(kind, 6, loss, **shape, text_width=32, text_rate=text_rate, **parts)
     with torch.no_grad():  # training starts from zero outputs, which would hide mistakes
         for n, p in enumerate(next(iter(made.modules.values())).parameters()):
             if not p.any():
@@ -286,3 +287,24 @@ def test_training_the_decoder_alone_leaves_the_latents(tmp_path: Path) -> None:
     vae.export(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), vae.vae.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_text_tower_learns_at_its_own_rate_and_is_exported(kind: str, parts: dict[str, str], tmp_path: Path) -> None:
+    frozen, made = latent(kind, parts), latent(kind, parts, text_rate=0.5)
+    assert not any(p.requires_grad for p in frozen.text.parameters()) and "text" not in frozen.modules
+    optimizer = build_optimizer(made, TrainOptions(steps=1, batch=1, optimizer="muon", lr=0.01, muon_lr=0.1))
+    peaks = {id(p): (group["muon"], group["peak"]) for group in optimizer.param_groups for p in group["params"]}
+    text = made.text.text_model
+    assert peaks[id(text.embeddings.token_embedding.weight)] == (False, 0.005)
+    assert peaks[id(text.encoder.layers[0].mlp.fc1.weight)] == (True, 0.05)
+    assert {peak for muon, peak in peaks.values() if not muon} == {0.005, 0.01}
+    loss, _ = made.loss(made.batch(Draw(0, 0)), Draw(0, 0))
+    loss.backward()
+    assert all(p.grad is not None for module in made.modules.values() for p in module.parameters())
+    with torch.no_grad():
+        text.embeddings.token_embedding.weight.add_(1.0)
+        made.export(tmp_path)
+    again = latent(kind, parts)
+    again.load(tmp_path)
+    assert torch.equal(again.text.text_model.embeddings.token_embedding.weight, text.embeddings.token_embedding.weight)

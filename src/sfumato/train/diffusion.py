@@ -72,12 +72,13 @@ class DiffusionObjective(LatentObjective):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
         self.noise_schedule = DDPMScheduler(**SCHEDULE)
-        return {"unet": self.unet}
+        self.build_text()
+        # the pipeline has no use for the projection
+        return {"unet": self.unet, "text": self.text.text_model} if o.text_rate else {"unet": self.unet}
 
     def hidden(self, name: str, parameter: Tensor) -> bool:
-        return parameter.ndim in (2, 4) and not any(
-            end in name for end in ("conv_in", "conv_out", "time_embedding", "norm")
-        )
+        ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings")
+        return parameter.ndim in (2, 4) and not any(end in name for end in ends)
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         x0, noise = batch["x0"], batch["noise"]
@@ -85,8 +86,7 @@ class DiffusionObjective(LatentObjective):
         # stratified: one timestep from each of b equal parts
         u = torch.rand(len(x0), generator=draw.generator("time"))
         t = ((torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0) * steps).long().to(x0.device)
-        with torch.no_grad():
-            context = self.text(batch["tokens"]).last_hidden_state
+        context = self.text.text_model(batch["tokens"]).last_hidden_state
         guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
         error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
         alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
@@ -119,3 +119,5 @@ class DiffusionObjective(LatentObjective):
 
     def load(self, folder: Path) -> None:
         self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+        text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.text.text_model.load_state_dict(text.state_dict())

@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
 
 from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
 from sfumato.train.objective import Draw
@@ -61,7 +62,10 @@ class FlowObjective(LatentObjective):
             if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
-        return {"transformer": self.transformer}
+        self.build_text()
+        return (
+            {"transformer": self.transformer, "text": self.text} if o.text_rate else {"transformer": self.transformer}
+        )
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: FlowLoss = self.loss_options
@@ -71,10 +75,9 @@ class FlowObjective(LatentObjective):
         u = (torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0)
         t = torch.sigmoid(o.mean + o.deviation * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))).to(x0.device)
         s = t[:, None, None, None]
-        with torch.no_grad():
-            told = self.text(batch["tokens"], output_hidden_states=True)
-            context = torch.cat([told.hidden_states[-2]] * 2, -1)
-            pooled = torch.cat([told.text_embeds] * 2, -1)
+        told = self.text(batch["tokens"], output_hidden_states=True)
+        context = torch.cat([told.hidden_states[-2]] * 2, -1)
+        pooled = torch.cat([told.text_embeds] * 2, -1)
         guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
         error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
         logs = {"late": error[t >= 0.5].mean().detach(), "early": error[t < 0.5].mean().detach()}
@@ -103,3 +106,5 @@ class FlowObjective(LatentObjective):
     def load(self, folder: Path) -> None:
         loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
         self.transformer.load_state_dict(loaded.state_dict())
+        text = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder")
+        self.text.load_state_dict(text.state_dict())

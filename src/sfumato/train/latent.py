@@ -50,6 +50,7 @@ class LatentModel(Options):
 
     vae: str = Field("toy-vae", description="zoo name or folder of the autoencoder")
     text: str = Field("toy-clip", description="zoo name or folder of the CLIP model whose text tower is used")
+    text_rate: float = Field(0.0, ge=0, description="learning rate of the text tower beside the denoiser's, 0 = frozen")
 
 
 class LatentLoss(Options):
@@ -77,16 +78,22 @@ class LatentObjective(Objective):
     Model: ClassVar[type[Options]] = LatentModel
     Loss: ClassVar[type[Options]] = LatentLoss
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
-        vae, text = zoo_folder(self.model_options.vae), zoo_folder(self.model_options.text)
-        self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
-        clip = CLIPModel.from_pretrained(text)
+    def build_text(self) -> None:
+        """Takes the text tower and the tokenizer from the CLIP model."""
+        folder = zoo_folder(self.model_options.text)
+        clip = CLIPModel.from_pretrained(folder)
         self.text = CLIPTextModelWithProjection(clip.config.text_config)
         self.text.text_model.load_state_dict(clip.text_model.state_dict())
         self.text.text_projection.load_state_dict(clip.text_projection.state_dict())
-        self.text.to(device).eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(text)
+        self.text.eval().requires_grad_(self.model_options.text_rate > 0)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.rates = {"text": self.model_options.text_rate}
+
+    def setup(self, device: torch.device) -> None:
+        super().setup(device)
+        vae = zoo_folder(self.model_options.vae)
+        self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+        self.text.to(device)
         self.train_data = data.dataset("train", self.recipe.data)
         self.val_data = data.dataset("val", self.recipe.data)
         weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()

@@ -74,6 +74,7 @@ class Objective:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.rates: dict[str, float] = {}  # learning rate of a module beside the others', 1 where it is not named
         self.model_options: Any = parse("model", self.Model, recipe.model)
         self.loss_options: Any = parse("loss", self.Loss, recipe.loss)
         self.device = torch.device("cpu")

@@ -89,10 +89,12 @@ def build_optimizer(objective: Objective, options: TrainOptions) -> torch.optim.
 
     Weight decay acts on matrices and kernels only.
     """
-    matrices: list[Tensor] = []
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
+    betas = (options.beta1, options.beta2)
+    groups = []
     for name, module in objective.modules.items():
+        matrices: list[Tensor] = []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for key, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -100,11 +102,10 @@ def build_optimizer(objective: Objective, options: TrainOptions) -> torch.optim.
                 matrices.append(parameter)
             else:
                 (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    betas = (options.beta1, options.beta2)
-    decay = options.weight_decay
-    groups = [
-        {"params": matrices, "muon": True, "peak": options.muon_lr, "weight_decay": decay},
-        {"params": decayed, "muon": False, "peak": options.lr, "weight_decay": decay, "betas": betas},
-        {"params": plain, "muon": False, "peak": options.lr, "weight_decay": 0.0, "betas": betas},
-    ]
+        rate, decay = objective.rates.get(name, 1.0), options.weight_decay
+        groups += [
+            {"params": matrices, "muon": True, "peak": rate * options.muon_lr, "weight_decay": decay},
+            {"params": decayed, "muon": False, "peak": rate * options.lr, "weight_decay": decay, "betas": betas},
+            {"params": plain, "muon": False, "peak": rate * options.lr, "weight_decay": 0.0, "betas": betas},
+        ]
     return Muon([group for group in groups if group["params"]])

@@ -65,7 +65,7 @@ class Recipe(Options):
     objective: str
     summary: str = ""
     seed: int = Field(0, ge=0)
-    init_from: str | None = Field(None, description="zoo name or folder whose weights are the start")
+    init_from: str | None = Field(None, description="zoo name, finished run or folder whose weights are the start")
     data: DataOptions = DataOptions()
     model: dict[str, Any] = {}
     loss: dict[str, Any] = {}

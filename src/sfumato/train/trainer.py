@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sfumato.errors import BadInput, BadWeights, Conflict
+from sfumato import zoo
+from sfumato.errors import BadInput, BadWeights, Conflict, UnknownName
 from sfumato.train import checkpoint
 from sfumato.train.card import write_card
 from sfumato.train.objective import Draw, Objective, build_objective
@@ -97,6 +98,19 @@ def keep_memory() -> None:
             mallopt(option, size)
 
 
+def start_folder(name: str) -> Path:
+    """The weights that ``init_from`` names: a built-in model, the export of a finished run, or a folder.
+
+    Raises:
+        UnknownName: none of them.
+    """
+    exported = cache_folder() / "runs" / name / "export"
+    for folder in (zoo.find(name), exported, Path(name)):
+        if folder is not None and folder.is_dir():
+            return folder
+    raise UnknownName("built-in model, finished run or folder", name, zoo.names())
+
+
 class _Loss(nn.Module):
     """The objective's loss as a module, so that distributed wrappers see parameters and forward."""
 
@@ -126,9 +140,7 @@ class Trainer:
             )
         self.objective = build_objective(recipe)
         if recipe.init_from:
-            from sfumato import zoo
-
-            self.objective.load(zoo.find(recipe.init_from) or Path(recipe.init_from))
+            self.objective.load(start_folder(recipe.init_from))
         self.objective.setup(self.device)
         if self.options.channels_last:
             for module in self.objective.modules.values():
