@@ -99,6 +99,12 @@ def test_guidance_of_distilled_models():
     assert not torch.equal(weak, strong)
     with pytest.raises(NotSupported, match="does not fit a flow model"):
         generate(model, "a dog", steps=1, scheduler="euler")
+    assert generate(tiny_model("schnell"), "a dog", decode=False).cost == 4  # its own choice: few steps, no guidance
+
+
+def test_sides_beyond_the_position_embedding_are_refused():
+    with pytest.raises(BadInput, match="width=256 is too long for tiny-sd3: 128 pixels at most"):
+        generate(tiny_model("sd3"), "a dog", steps=1, size=(256, 32))
 
 
 def test_empty_prompt_and_one_step():
@@ -109,10 +115,9 @@ def test_empty_prompt_and_one_step():
 
 @pytest.mark.parametrize("name", tiny_model("sd").schedulers)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_every_scheduler_survives_one_and_two_steps(name: str):
-    for steps in (1, 2):
-        result = generate(tiny_model("sd"), "a dog", steps=steps, scheduler=name, decode=False)
-        assert torch.isfinite(result.latents).all()
+def test_every_scheduler_survives_a_single_step(name: str):
+    result = generate(tiny_model("sd"), "a dog", steps=1, scheduler=name, decode=False)
+    assert torch.isfinite(result.latents).all()
 
 
 def test_seeds():

@@ -124,6 +124,8 @@ class Model:
                 raise BadInput(
                     f"{side}={value!r} does not fit {self.name}: give a positive multiple of {multiple} pixels."
                 )
+            if self.family.size_limit is not None and value > self.family.size_limit:
+                raise BadInput(f"{side}={value} is too long for {self.name}: {self.family.size_limit} pixels at most.")
         return self.family.channels, height // self.family.scale, width // self.family.scale
 
     def sites(self, height: int | None = None, width: int | None = None, text_length: int | None = None) -> list[Site]:

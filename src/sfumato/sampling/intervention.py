@@ -54,9 +54,9 @@ class Intervention:
     """Base of every system that takes part in generation. All methods are optional.
 
     ``role``: one of :data:`ROLES`. ``window``: fractions of progress [start, end) in which the methods of steps and the
-    taps are active. ``keeps_graph``: record the main prediction with gradients with
-    respect to the latents, so that ``step.grad`` in ``after_predict`` costs a backward pass only.
-    ``couples_samples``: samples of one batch influence each other, so a run must not be cut into several batches.
+    taps are active. ``keeps_graph``: record the main prediction with gradients with respect to the latents, so that
+    ``step.grad`` in ``after_predict`` costs a backward pass only. ``couples_samples``: samples of one batch influence
+    each other, so a run must not be cut into several batches.
     """
 
     role: str = "observer"

@@ -94,8 +94,7 @@ def checked(
     strength: float | None = None,
     batch_size: int | None = None,
 ) -> Request:
-    """A :class:`Request`, or an error naming the argument. Sample order: all n of the first prompt, then of the
-    next."""
+    """A :class:`Request`, or an error naming the argument. Samples: all n of the first prompt, then of the next."""
     own = model.defaults
     steps = whole(own["steps"] if steps is None else steps, "steps", 1, 1000)
     scheduler = own["scheduler"] if scheduler is None else scheduler
@@ -183,11 +182,7 @@ def _source(
     if not torch.isfinite(latents).all():
         raise BadInput("latents holds values that are not finite.")
     _check_rows("latents", len(latents), total)
-    return (
-        width,
-        height,
-        Source(latents=latents if len(latents) == total else latents.expand(total, -1, -1, -1), start=start),
-    )
+    return width, height, Source(latents=latents.expand(total, -1, -1, -1), start=start)
 
 
 def _check_rows(name: str, given: int, total: int) -> None:
@@ -242,6 +237,7 @@ def checked_size(model: Any, size: Any) -> tuple[int, int]:
         nearest = dict.fromkeys((_round(width, step, up), _round(height, step, up)) for up in (False, True))
         options = " or ".join(f"{w}x{h}" for w, h in nearest)
         raise BadInput(f"size is {width}x{height}; sides must be multiples of {step}. Nearest: {options}.")
+    model.latent_shape(height, width)  # refuses what the family cannot make
     return width, height
 
 

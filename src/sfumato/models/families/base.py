@@ -47,7 +47,7 @@ class Family:
     #: attribute of the pipeline that holds the denoiser
     denoiser_name: ClassVar[str]
     #: steps and guidance of the pipeline's own ``__call__``
-    defaults: ClassVar[dict[str, Any]]
+    defaults: dict[str, Any]
     #: text positions of T5-like encoders when the model's card says nothing
     max_sequence_length: int | None = None
     #: whether the pipeline feeds both guidance branches in one denoiser call
@@ -93,6 +93,11 @@ class Family:
     def size_multiple(self) -> int:
         """Picture sides must be divisible by this."""
         raise NotImplementedError
+
+    @property
+    def size_limit(self) -> int | None:
+        """Longest picture side that the position embedding reaches; ``None`` where any length will do."""
+        return None
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -21,10 +21,15 @@ class Flux(Family):
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
     denoiser_name = "transformer"
-    defaults = {"steps": 28, "guidance": 3.5}
+    defaults: dict[str, Any] = {"steps": 28, "guidance": 3.5}
     max_sequence_length = 512
     joint_branches = False
     half = torch.bfloat16
+
+    def __init__(self, pipe: Any, max_sequence_length: int | None = None):
+        super().__init__(pipe, max_sequence_length)
+        if not self.embeds_guidance:  # schnell is distilled to few steps and takes no guidance
+            self.defaults = {"steps": 4, "guidance": 1.0}
 
     @property
     def channels(self) -> int:

@@ -27,6 +27,10 @@ class StableDiffusion3(Family):
         return self.scale * int(self.config.patch_size)
 
     @property
+    def size_limit(self) -> int:
+        return self.size_multiple * int(self.config.pos_embed_max_size)
+
+    @property
     def default_size(self) -> tuple[int, int]:
         side = self.config.sample_size * self.scale
         return side, side
