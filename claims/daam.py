@@ -284,7 +284,7 @@ def syntax(name: str, context: Context) -> list[Row]:
 
 def cohyponyms(name: str, context: Context) -> list[Row]:
     """Two toys of one family of shapes against two of different families."""
-    n = context.count(200, 12)
+    n = context.count(150, 12)
     eye = common.judge_of(context)
     arms: dict[str, tuple[list[bool], list[float]]] = {}
     shown = []
@@ -391,7 +391,7 @@ class Frozen(Intervention):
 def frozen_swap(name: str, context: Context) -> list[Row]:
     """One colour word changed while all attention is held as it was: does anything but the toy change?"""
     model, eye = common.load(context, name), common.judge_of(context)
-    asked = common.prompts("test", REPORT + 5, context.count(60, 10), 1, "short")
+    asked = common.prompts("test", REPORT + 5, context.count(40, 10), 1, "short")
     changes: dict[str, list[float]] = {key: [] for key in ("again", "frozen", "frozen inside", "free", "free inside")}
     recolored: list[bool] = []
     shown: list[list[Tensor]] = []

@@ -192,7 +192,7 @@ def choose_guidance(context: Context, name: str) -> float:
 
     def chosen() -> float:
         model, eye = common.load(context, name), common.judge_of(context)
-        n = context.count(60, 10)
+        n = context.count(25, 10)
         asked = common.prompts("val", TUNE, n, 1, "random") + common.prompts("val", TUNE + 1, n, 2, "random")
         candidates = GUIDANCES if not context.quick else GUIDANCES[1:4:2]
         rights = []
@@ -216,8 +216,8 @@ def generator(name: str, context: Context) -> list[Row]:
     rows = []
     for toys, size, seed, split in (
         (1, context.count(500, 20), REPORT, "test"),
-        (1, context.count(200, 20), REPORT, "heldout"),
-        (2, context.count(300, 20), REPORT + 1, "test"),
+        (1, context.count(100, 20), REPORT, "heldout"),
+        (2, context.count(200, 20), REPORT + 1, "test"),
     ):
         asked = common.prompts(split, seed, size, toys, "random")
         texts = [prompt.text for prompt in asked]

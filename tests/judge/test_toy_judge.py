@@ -11,13 +11,25 @@ from PIL import Image
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.judge import accuracy
-from sfumato.judge.toy_judge import Dense, JudgeConfig, JudgeNet, ObjectReading, Reading, ToyJudge, group, load_judge
+from sfumato.judge.toy_judge import (
+    LOOK,
+    Dense,
+    JudgeConfig,
+    JudgeNet,
+    ObjectReading,
+    Reading,
+    ToyJudge,
+    _cut_out,
+    _geometry,
+    group,
+    load_judge,
+)
 from sfumato.toybox import render, sample_scene
 from sfumato.train.judge import JudgeLoss, JudgeObjective, augment, compress, labels, middle_loss, truth
 from sfumato.train.objective import Draw
 from sfumato.train.recipe import Recipe
 
-SMALL = JudgeConfig(widths=(8, 8, 8, 8), blocks=(1, 1, 1), embedding=8)
+SMALL = JudgeConfig(widths=(8, 8, 8, 8), blocks=(1, 1, 1), embedding=8, close=(16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +47,7 @@ def ideal(masks):
     """What a perfect network would say, as :class:`Dense`."""
     want = truth(masks.long(), 10)
     empty = torch.zeros(len(masks), 1)
-    return Dense(want.toys.sum(1) * 20 - 10, want.offset, want.middle * 20 - 19.5, empty, {}, empty)
+    return Dense(want.toys.sum(1) * 20 - 10, want.offset, want.middle * 20 - 19.5, empty, empty, {}, empty)
 
 
 def test_targets_against_loops(frames):
@@ -60,6 +72,24 @@ def test_ideal_output_is_grouped_into_the_true_masks(frames):
         got = {mask.numpy().tobytes() for mask in masks[rows == i]}
         assert got == {(frames.mask[i] == k).numpy().tobytes() for k in range(len(scene.toys))}
     assert (sure > 0.5).all()
+
+
+def test_the_close_look_is_cut_out_around_the_toy(frames):
+    mask = (frames.mask[0] == 0).float()
+    geometry = _geometry(mask[None])
+    look = _cut_out(frames.image[:1], mask[None], geometry, None)[0]
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    side = 1.25 * max(int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1)
+    assert (look[3] > 0).float().mean() == pytest.approx(float(mask.sum()) / side**2, rel=0.1)
+    place = int(rows.float().mean().round()), int(columns.float().mean().round())
+    centre = LOOK // 2
+    assert torch.allclose(
+        look[:3, centre - 2 : centre + 2, centre - 2 : centre + 2].mean((1, 2)),
+        frames.image[0, :, place[0] - 1 : place[0] + 2, place[1] - 1 : place[1] + 2].mean((1, 2)),
+        atol=0.15,
+    )
+    moved = _cut_out(frames.image[:1], mask[None], geometry, torch.tensor([[0.5, 0.0, 0.0]]))[0]
+    assert (moved[3, :, :centre] > 0).sum() > (look[3, :, :centre] > 0).sum()
 
 
 def test_nothing_is_found_in_nothing():
@@ -200,7 +230,7 @@ def test_objective_learns_and_is_a_function_of_the_draw(tmp_path, monkeypatch):
         name="tiny-judge",
         objective="judge",
         data={"train": 12, "val": 4},
-        model={"widths": (8, 8, 8, 8), "blocks": (1, 1, 1), "embedding": 8},
+        model={"widths": (8, 8, 8, 8), "blocks": (1, 1, 1), "embedding": 8, "close": (16, 16)},
         loss={"heldout": 4},
         train={"steps": 10, "batch": 8},
     )

@@ -2,9 +2,10 @@
 
 A small U-shaped convolutional network says for every pixel whether it belongs to a toy, how far away the middle of that
 toy is, and where middles are (Cheng et al. 2020, Panoptic-DeepLab, https://arxiv.org/abs/1911.10194, in miniature).
-Foreground pixels vote for the nearest middle, which gives one mask per toy; features pooled over each mask, together
-with the mask's box, are read into words. It is trained on renders only, never on what a generator made, and it never
-guides one.
+Foreground pixels vote for the nearest middle, which gives one mask per toy. A second, smaller network takes a close
+look at each toy - its surroundings cut out and enlarged, with its mask - and reads it into words, told also what the
+first one saw inside the mask and where the mask lies. Both are trained on renders and their codec round trips, never on
+what a generator made, and guide none.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sfumato.errors import BadInput, BadWeights, NotSupported
 from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES
 
 SIDE = 64
+LOOK = 28  # side of the close look
 ATTRIBUTES = ("shape", "color", "pattern", "size")
 SCENERY = ("ground", "sky")
 
@@ -64,6 +66,7 @@ class JudgeConfig:
     widths: tuple[int, int, int, int] = (16, 32, 64, 96)
     blocks: tuple[int, int, int] = (1, 2, 2)
     embedding: int = 96
+    close: tuple[int, int] = (32, 64)
     vocabulary: Mapping[str, tuple[str, ...]] | None = None
 
     def words(self) -> dict[str, tuple[str, ...]]:
@@ -83,6 +86,7 @@ class Dense:
         offset: (b, 2, h, w), from each pixel to its toy's middle as (dx, dy) in pixels.
         middle: logits (b, h/2, w/2) of being a toy's middle.
         features: (b, c, h/2, w/2), to be pooled over masks.
+        images: (b, 3, h, w), what was looked at.
         scenery: logits per scenery name (b, words).
         context: (b, c') the whole picture at a glance.
     """
@@ -91,6 +95,7 @@ class Dense:
     offset: Tensor
     middle: Tensor
     features: Tensor
+    images: Tensor
     scenery: dict[str, Tensor]
     context: Tensor
 
@@ -135,11 +140,14 @@ class JudgeNet(nn.Module):
         self.lift1, self.up0 = nn.Conv2d(b, a, 1), nn.Sequential(_Block(a))
         self.pixel = nn.Conv2d(a, 3, 1)
         self.middle = nn.Conv2d(b, 1, 1)
-        # what describes a toy: fine detail and the wider view, both at half resolution
+        # what describes a toy: detail and the wider view at half resolution, and the close look
         self.embed = nn.Sequential(nn.Conv2d(b + c, self.config.embedding, 1), nn.ReLU())
-        self.toy = nn.Sequential(
-            nn.Linear(self.config.embedding + d + 6, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()
+        e, f = self.config.close
+        self.close = nn.Sequential(
+            _Scale(4, e // 2), _Scale(e // 2, e, stride=2), _Block(e), _Scale(e, f, stride=2), _Block(f), _Block(f)
         )
+        seen = self.config.embedding + 2 * f + d + 6
+        self.toy = nn.Sequential(nn.Linear(seen, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(self.words[name])) for name in ATTRIBUTES})
         self.scenery = nn.ModuleDict({name: nn.Linear(a + b + c + d, len(self.words[name])) for name in SCENERY})
         nn.init.constant_(self.middle.bias, -4.0)
@@ -166,16 +174,23 @@ class JudgeNet(nn.Module):
             offset=pixel[:, 1:] * 8.0,
             middle=self.middle(y1)[:, 0].float(),
             features=features,
+            images=images,
             scenery={name: head(glance) for name, head in self.scenery.items()},
             context=context,
         )
 
-    def describe(self, dense: Dense, masks: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        """Attribute logits (m, words) of m toys given as masks (m, h, w) in [0, 1] in pictures ``rows`` (m,)."""
+    def describe(self, dense: Dense, masks: Tensor, rows: Tensor, jitter: Tensor | None = None) -> dict[str, Tensor]:
+        """Attribute logits (m, words) of m toys given as masks (m, h, w) in [0, 1] in pictures ``rows`` (m,).
+
+        ``jitter`` (m, 3) moves (x, y) and scales the close look, in shares of its side; for training.
+        """
         small = functional.avg_pool2d(masks[:, None].to(dense.features.dtype), 2)[:, 0]
         weights = (small / small.sum((1, 2), keepdim=True).clamp_min(1e-4)).flatten(1)
         pooled = torch.einsum("mn,mcn->mc", weights, dense.features.flatten(2)[rows])
-        toys = self.toy(torch.cat([pooled, dense.context[rows], _geometry(masks).to(pooled.dtype)], 1))
+        geometry = _geometry(masks)
+        near = self.close(_cut_out(dense.images[rows], masks, geometry, jitter))
+        seen = [pooled, near.mean((2, 3)), near.amax((2, 3)), dense.context[rows], geometry.to(pooled.dtype)]
+        toys = self.toy(torch.cat(seen, 1))
         return {name: head(toys) for name, head in self.heads.items()}
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -188,6 +203,7 @@ class JudgeNet(nn.Module):
             "widths": list(self.config.widths),
             "blocks": list(self.config.blocks),
             "embedding": self.config.embedding,
+            "close": list(self.config.close),
             "vocabulary": {name: list(words) for name, words in self.words.items()},
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -204,6 +220,7 @@ class JudgeNet(nn.Module):
                     widths=tuple(config["widths"]),
                     blocks=tuple(config["blocks"]),
                     embedding=config["embedding"],
+                    close=tuple(config["close"]),
                     vocabulary={name: tuple(words) for name, words in config["vocabulary"].items()},
                 )
             )
@@ -335,6 +352,22 @@ def read(images: Tensor | Sequence[Tensor], judge: ToyJudge | None = None) -> li
 
 def _double(x: Tensor) -> Tensor:
     return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _cut_out(images: Tensor, masks: Tensor, geometry: Tensor, jitter: Tensor | None) -> Tensor:
+    """The square around each mask (m, h, w), a quarter larger than its box, with the mask: (m, 4, LOOK, LOOK)."""
+    x0, y0, x1, y1 = geometry[:, :4].unbind(1)
+    middle = torch.stack([x0 + x1, y0 + y1], 1) - 1  # in [-1, 1]
+    half = 1.25 * torch.maximum(x1 - x0, y1 - y0)
+    if jitter is not None:
+        middle = middle + jitter[:, :2] * half[:, None]
+        half = half * (1 + jitter[:, 2])
+    place = torch.linspace(-1, 1, LOOK, dtype=half.dtype, device=half.device) * half[:, None]  # (m, LOOK)
+    grid_x = (middle[:, :1] + place)[:, None].expand(-1, LOOK, -1)
+    grid_y = (middle[:, 1:] + place)[:, :, None].expand(-1, -1, LOOK)
+    pictures = torch.cat([images, 2 * masks[:, None].to(images.dtype) - 1], 1)
+    grid = torch.stack([grid_x, grid_y], 3).to(images.dtype)
+    return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
 def _geometry(masks: Tensor) -> Tensor:

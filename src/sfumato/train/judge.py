@@ -31,6 +31,7 @@ class JudgeModel(Options):
     widths: tuple[int, int, int, int] = JudgeConfig.widths
     blocks: tuple[int, int, int] = JudgeConfig.blocks
     embedding: int = JudgeConfig.embedding
+    close: tuple[int, int] = JudgeConfig.close
 
 
 class JudgeLoss(Options):
@@ -40,7 +41,7 @@ class JudgeLoss(Options):
     roundtrip: str = Field("", description="zoo name or folder of an autoencoder whose round trips are trained on too")
     roundtrips: int = Field(4000, ge=1, description="how many training pictures make the round trip")
     min_pixels: int = Field(12, ge=1, description="toys with fewer visible pixels are not asked for")
-    foreground: float = Field(2.0, gt=0)
+    foreground: float = Field(8.0, gt=0)
     offset: float = Field(0.2, gt=0)
     middle: float = Field(1.0, gt=0)
     attribute: float = Field(1.0, gt=0)
@@ -209,7 +210,8 @@ class JudgeObjective(Objective):
         }
         rows, which = want.asked.nonzero(as_tuple=True)
         shown = self._as_seen(want.toys[rows, which], dense, rows, draw)
-        said = self.net.describe(dense, shown, rows)
+        jitter = 0.2 * torch.rand(len(rows), 3, generator=draw.generator("jitter")) - 0.1
+        said = self.net.describe(dense, shown, rows, jitter.to(self.device))
         words = batch["words"]
         single = [
             functional.cross_entropy(said[name].float(), words[rows, 2 + 4 * which + i])
