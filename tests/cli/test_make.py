@@ -73,6 +73,20 @@ def test_like_gives_the_identical_picture(sfumato, tiny_sd, options):
     assert Path(again.lines[0]).read_bytes() == Path(made.lines[-1]).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["toy-sd", "toy-sd3"])
+def test_built_in_models_need_no_option(sfumato, name):
+    model = () if name == "toy-sd" else ("--model", name)
+    made = sfumato("make", "a red cube and a blue ball", *model, "--steps", 3, "--with", "daam")
+    assert made.code == 0 and made.err == "", made.err
+    assert [Path(line).name for line in made.lines] == [
+        "a-red-cube-and-a-blue-ball-0.png",
+        "a-red-cube-and-a-blue-ball-0.heat.png",
+    ]
+    again = sfumato("make", "--like", made.lines[0])
+    assert again.code == 0 and again.err == "", again.err
+    assert [Path(line).read_bytes() for line in again.lines] == [Path(line).read_bytes() for line in made.lines]
+
+
 def test_like_begins_from_the_same_picture_again(sfumato, tiny_sd):
     Image.new("RGB", (32, 32), "red").save("red.png")
     made = sfumato("make", "a cube", "--model", tiny_sd, *FAST, "--image", "red.png", "--strength", 0.7)
