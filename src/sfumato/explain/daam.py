@@ -269,7 +269,7 @@ def explain_images(
     with torch.no_grad():  # one by one, so that the maps of a picture do not depend on its neighbours
         clean = torch.cat([model.encode_image(picture) for picture in pixels.split(1)])
     schedule = scheduler or ("flow_euler" if model.flow else "ddim")
-    guidance = {} if model.embeds_guidance else {"guidance": 1.0}
+    guidance: dict[str, Any] = {} if model.embeds_guidance else {"guidance": 1.0}
     request = checked(model, texts, steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance)
     with opened(model, request, range(len(request)), (daam,)) as run:
         taps, sites = daam.taps(), run.sites

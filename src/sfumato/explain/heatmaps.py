@@ -216,7 +216,9 @@ class HeatMaps:
                 told = json.loads(metadata["heatmaps"])
                 layers = []
                 for i, layer in enumerate(told["layers"]):
-                    facts = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["site"].items()}
+                    facts: dict[str, Any] = {
+                        k: tuple(v) if isinstance(v, list) else v for k, v in layer["site"].items()
+                    }
                     maps, site = file.get_tensor(str(i)).float(), Site(**facts)
                     calls, steps = tuple(layer["calls"]), tuple(layer["steps"])
                     if maps.dim() != 5 or len(maps) != len(calls) or maps.shape[2] != len(told["positions"]):
