@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,9 @@ def test_claims_need_the_repository(refused, monkeypatch):
     refused("claims", says=["clone it"])
 
 
-def test_claims_run_from_the_repository(sfumato, tmp_path):
+def test_claims_run_from_the_repository(sfumato, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "claims"]:
+        monkeypatch.delitem(sys.modules, name)  # another test may have imported the real ones
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
     (tmp_path / "claims" / "__init__.py").write_text("")

@@ -261,7 +261,7 @@ sys.exit(make("interrupted", 100000))
     for _ in range(2):
         assert process.stdout.readline().startswith("interrupted/a-cube-")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     limited, interrupted = err.splitlines()
     assert limited.startswith("error: limited/a-cube-0.png: File too large; ")
     assert process.returncode == 130 and interrupted.startswith("error: interrupted; ")
