@@ -308,3 +308,22 @@ def test_text_tower_learns_at_its_own_rate_and_is_exported(kind: str, parts: dic
     again = latent(kind, parts)
     again.load(tmp_path)
     assert torch.equal(again.text.text_model.embeddings.token_embedding.weight, text.embeddings.token_embedding.weight)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_alignment_adds_to_the_loss_and_leaves_no_trace_in_the_export(
+    kind: str, parts: dict[str, str], tmp_path: Path
+) -> None:
+    plain, aligned = latent(kind, parts), latent(kind, parts, align=0.5)
+    assert "readout" in aligned.modules and "readout" not in plain.modules
+    loss, logs = aligned.loss(aligned.batch(Draw(0, 1)), Draw(0, 1))
+    bare, _ = plain.loss(plain.batch(Draw(0, 1)), Draw(0, 1))
+    assert float(logs["denoise"]) == pytest.approx(float(bare), rel=1e-6)
+    assert float(loss) == pytest.approx(float(logs["denoise"] + 0.5 * logs["align"]), rel=1e-6)
+    loss.backward()
+    assert aligned.modules["readout"].weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        aligned.export(tmp_path / "a")
+    assert not [path for path in (tmp_path / "a").rglob("*") if "readout" in path.name]
+    net = "unet" if kind == "diffusion" else "transformer"
+    assert not any(module._forward_hooks for module in aligned.modules[net].modules())

@@ -3,7 +3,8 @@
 Pictures and captions of a batch must find each other; beside the captions of the other pictures every picture also sees
 *hard negatives*, captions of its own scene with one thing changed (another colour, shape or pattern of one toy, or the
 colours of two toys swapped), so that the text tower learns which adjective belongs to which noun (Yuksekgonul et al.
-2022).
+2022). Two auxiliary losses keep the towers from resting on colours alone, which tell most scenes of a batch apart: a
+toy's noun must carry the toy's attributes, and the patches of a picture must tell which toy they show.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, Scene, ToyboxDataset
 from sfumato.toybox import caption as describe
-from sfumato.train import data
+from sfumato.toybox.captions import Caption
+from sfumato.train import data, labels
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.recipe import Options
 from sfumato.zoo.tokenizer import build_tokenizer
@@ -45,6 +47,9 @@ class CLIPLoss(Options):
     """The ``[loss]`` section."""
 
     negatives: int = Field(2, ge=0, description="hard negative captions per picture")
+    hard: float = Field(0.0, ge=0, description="weight of the contrast with one's own hard negatives alone")
+    words: float = Field(0.0, ge=0, description="weight of reading a toy's attributes off its noun")
+    places: float = Field(0.0, ge=0, description="weight of reading what lies where off the picture's patches")
 
 
 def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -52,7 +57,7 @@ def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
     toys = scene.toys
     i = int(rng.integers(len(toys)))
     others = [k for k, toy in enumerate(toys) if toy.color != toys[i].color]
-    kind = rng.choice(("swap", "color", "shape", "pattern"), p=(0.4, 0.25, 0.2, 0.15))
+    kind = rng.choice(("swap", "color", "shape", "pattern"), p=(0.3, 0.2, 0.3, 0.2))
     if kind == "swap" and others:
         j = int(rng.choice(others))
         return scene.replace(i, color=toys[j].color).replace(j, color=toys[i].color)
@@ -63,9 +68,9 @@ def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def different_negatives(
-    text: str, scene: Scene, n: int, rng: np.random.Generator, say: Callable[[Scene], str], tries: int = 8
-) -> list[str]:
-    """``n`` captions of changed scenes, in the words and order of ``text``; one that reads like it is drawn again.
+    text: str, scene: Scene, n: int, rng: np.random.Generator, say: Callable[[Scene], Caption], tries: int = 8
+) -> list[tuple[Caption, Scene]]:
+    """``n`` changed scenes and their captions, in the words and order of ``text``; one that reads like it is drawn again.
 
     A change that the style leaves unsaid cannot be told apart; after ``tries`` the caption is kept as it is and must be
     masked by the caller.
@@ -73,10 +78,11 @@ def different_negatives(
     out = []
     for _ in range(n):
         for _ in range(tries):
-            changed = say(hard_negative(scene, rng))
-            if changed != text:
+            changed = hard_negative(scene, rng)
+            told = say(changed)
+            if told.text != text:
                 break
-        out.append(changed)
+        out.append((told, changed))
     return out
 
 
@@ -114,10 +120,13 @@ class CLIPObjective(Objective):
         )
         config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=o.projection)
         self.clip = CLIPModel(config)
-        return {"clip": self.clip}
+        if not self.loss_options.places:
+            return {"clip": self.clip}
+        return {"clip": self.clip, "readout": nn.Linear(o.vision_width, labels.PLACE_CLASSES)}
 
     def setup(self, device: torch.device) -> None:
         super().setup(device)
+        self.directions = labels.fixed_readout(self.model_options.text_width).to(device)
         self.train_data = data.dataset("train", self.recipe.data)
         self.val_data = data.dataset("val", self.recipe.data)
 
@@ -127,27 +136,36 @@ class CLIPObjective(Objective):
             texts, max_length=self.model_options.length, padding="longest", truncation=True, return_tensors="pt"
         ).input_ids
 
-    def _texts(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> tuple[list[str], list[str]]:
-        texts, negatives = [], []
+    def _texts(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[tuple[Caption, Scene]]:
+        """A caption of each scene, then the hard negatives of the first, of the second ..."""
+        own, negatives = [], []
         for i in indices.tolist():
             seed = draw.number("caption", i)
 
-            def say(scene: Scene, seed: int = seed) -> str:  # the same draw gives the same style and order
-                return describe(scene, np.random.default_rng(seed), "random").text
+            def say(scene: Scene, seed: int = seed) -> Caption:  # the same draw gives the same style and order
+                return describe(scene, np.random.default_rng(seed), "random")
 
             scene = source.scenes[i]
-            texts.append(say(scene))
+            own.append((say(scene), scene))
             rng = np.random.default_rng(draw.number("negative", i))
-            negatives += different_negatives(texts[-1], scene, self.loss_options.negatives, rng, say)
-        return texts, negatives
+            negatives += different_negatives(own[-1][0].text, scene, self.loss_options.negatives, rng, say)
+        return own + negatives
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
+        o: CLIPLoss = self.loss_options
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
-        texts, negatives = self._texts(self.train_data, indices, draw)
+        told, scenes = zip(*self._texts(self.train_data, indices, draw), strict=True)
+        texts = [one.text for one in told]
         # two scenes of a batch may share a caption: not each other's negatives
-        same = torch.tensor([[a == b for b in texts + negatives] for a in texts])
-        pixels = data.pictures(self.train_data, indices)
-        return {"pixels": pixels, "tokens": self.tokens(texts + negatives), "same": same}
+        same = torch.tensor([[a == b for b in texts] for a in texts[: len(indices)]])
+        batch = {"pixels": data.pictures(self.train_data, indices), "tokens": self.tokens(texts), "same": same}
+        if o.words:
+            spans = self.tokenizer(texts, return_offsets_mapping=True, padding="longest", return_tensors="pt")
+            batch["nouns"], batch["attributes"] = labels.word_targets(told, scenes, spans.offset_mapping)
+        if o.places:
+            cells = self.recipe.data.size // self.model_options.patch
+            batch["places"] = labels.place_labels(self.train_data, indices, cells)
+        return batch
 
     def features(self, pixels: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         """Unit vectors (b, d) of pictures (b, 3, h, w) in [-1, 1] or of token ids (b, t)."""
@@ -158,7 +176,11 @@ class CLIPObjective(Objective):
         return F.normalize(out.float(), dim=-1)
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        image, text = self.features(pixels=batch["pixels"]), self.features(tokens=batch["tokens"])
+        o: CLIPLoss = self.loss_options
+        seen = self.clip.vision_model(pixel_values=batch["pixels"])
+        read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
+        image = F.normalize(self.clip.visual_projection(seen.pooler_output).float(), dim=-1)
+        text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
         logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
         b = len(image)
         own = torch.arange(b, device=logits.device)
@@ -166,7 +188,24 @@ class CLIPObjective(Objective):
         twins[own, own] = False
         logits = logits.masked_fill(twins, -1e4)
         loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :b].T, own))
-        return loss, {"right": (logits.detach().argmax(1) == own).float().mean()}
+        logs = {"right": (logits.detach().argmax(1) == own).float().mean()}
+        if o.hard and o.negatives:
+            rivals = logits[:, b:].unflatten(1, (b, -1))[own, own]
+            duel = torch.cat([logits[own, own, None], rivals], 1)
+            loss = loss + o.hard * F.cross_entropy(duel, torch.zeros_like(own))
+            logs["duel"] = (duel.detach().argmax(1) == 0).float().mean()
+        if o.words:
+            # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
+            for hidden in (read.last_hidden_state, read.hidden_states[-2]):
+                part = labels.word_loss(hidden, self.directions, batch["nouns"], batch["attributes"])
+                loss = loss + 0.5 * o.words * part
+            logs["words"] = part.detach()
+        if o.places:
+            patches = self.modules["readout"](seen.last_hidden_state[:, 1:]).transpose(1, 2)
+            part = labels.place_loss(patches.unflatten(2, batch["places"].shape[-2:]), batch["places"]).mean()
+            loss = loss + o.places * part
+            logs["places"] = part.detach()
+        return loss, logs
 
     def evaluate(self) -> dict[str, float]:
         """Retrieval among the captions of 64 pictures, and one caption against its own hard negatives."""

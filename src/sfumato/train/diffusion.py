@@ -73,11 +73,12 @@ class DiffusionObjective(LatentObjective):
                 nn.init.zeros_(module.bias)
         self.noise_schedule = DDPMScheduler(**SCHEDULE)
         self.build_text()
+        parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[min(1, len(o.channels) - 1)])}
         # the pipeline has no use for the projection
-        return {"unet": self.unet, "text": self.text.text_model} if o.text_rate else {"unet": self.unet}
+        return {**parts, "text": self.text.text_model} if o.text_rate else parts
 
     def hidden(self, name: str, parameter: Tensor) -> bool:
-        ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings")
+        ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings", "readout")
         return parameter.ndim in (2, 4) and not any(end in name for end in ends)
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,14 +88,21 @@ class DiffusionObjective(LatentObjective):
         u = torch.rand(len(x0), generator=draw.generator("time"))
         t = ((torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0) * steps).long().to(x0.device)
         context = self.text.text_model(batch["tokens"]).last_hidden_state
-        guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
+        # the features that the last block starts from, at the size of the latents
+        middle = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
+        with self.watching(middle) as kept:
+            guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
         error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
         alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
         snr = alpha / (1 - alpha)
         # pure noise has nothing to say, hence the floor
         weight = snr.clamp(max=self.loss_options.min_snr) / snr + self.loss_options.structure / snr.clamp(min=0.05)
         logs = {"late": error[t >= steps // 2].mean().detach(), "early": error[t < steps // 2].mean().detach()}
-        return (weight * error).mean(), logs
+        loss = logs["denoise"] = (weight * error).mean()
+        if self.loss_options.align:
+            logs["align"] = self.alignment(kept[0].permute(0, 2, 3, 1), batch["places"]).mean()
+            loss = loss + self.loss_options.align * logs["align"]
+        return loss, {key: value.detach() for key, value in logs.items()}
 
     def pipeline(self) -> StableDiffusionPipeline:
         text = CLIPTextModel(self.text.config)

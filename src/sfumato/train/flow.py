@@ -63,9 +63,9 @@ class FlowObjective(LatentObjective):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
         self.build_text()
-        return (
-            {"transformer": self.transformer, "text": self.text} if o.text_rate else {"transformer": self.transformer}
-        )
+        self.align_cell = o.patch
+        parts: dict[str, nn.Module] = {"transformer": self.transformer, **self.build_readout(o.heads * o.head_width)}
+        return {**parts, "text": self.text} if o.text_rate else parts
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: FlowLoss = self.loss_options
@@ -78,10 +78,17 @@ class FlowObjective(LatentObjective):
         told = self.text(batch["tokens"], output_hidden_states=True)
         context = torch.cat([told.hidden_states[-2]] * 2, -1)
         pooled = torch.cat([told.text_embeds] * 2, -1)
-        guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
+        middle = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
+        with self.watching(middle) as kept:
+            guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
         error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
         logs = {"late": error[t >= 0.5].mean().detach(), "early": error[t < 0.5].mean().detach()}
-        return error.mean(), logs
+        loss = logs["denoise"] = error.mean()
+        if o.align:
+            features = kept[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
+            logs["align"] = self.alignment(features, batch["places"]).mean()
+            loss = loss + o.align * logs["align"]
+        return loss, {key: value.detach() for key, value in logs.items()}
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL.Image import Image
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import zoo
@@ -21,7 +23,7 @@ from sfumato.judge.presence import check, wanted
 from sfumato.judge.toy_judge import load_judge
 from sfumato.toybox import ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
-from sfumato.train import data
+from sfumato.train import data, labels
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.recipe import Options
 
@@ -58,6 +60,12 @@ class LatentLoss(Options):
 
     toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
+    align: float = Field(
+        0.0,
+        ge=0,
+        description="weight of telling from features in the middle of the network what lies where: representation"
+        " alignment (Yu et al. 2024) with the truth in the place of another network's features",
+    )
 
 
 def zoo_folder(name: str) -> Path:
@@ -77,6 +85,7 @@ class LatentObjective(Objective):
 
     Model: ClassVar[type[Options]] = LatentModel
     Loss: ClassVar[type[Options]] = LatentLoss
+    align_cell = 1  # side in latents of the places that the aligned features stand for
 
     def build_text(self) -> None:
         """Takes the text tower and the tokenizer from the CLIP model."""
@@ -88,6 +97,24 @@ class LatentObjective(Objective):
         self.text.eval().requires_grad_(self.model_options.text_rate > 0)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.rates = {"text": self.model_options.text_rate}
+
+    def build_readout(self, width: int) -> dict[str, nn.Module]:
+        """The linear read-out of the alignment loss, if the recipe asks for one; it trains along and is not exported."""
+        return {"readout": nn.Linear(width, labels.PLACE_CLASSES)} if self.loss_options.align else {}
+
+    @contextlib.contextmanager
+    def watching(self, layer: nn.Module) -> Iterator[list[Any]]:
+        """Within: what ``layer`` returned, one entry a call."""
+        kept: list[Any] = []
+        handle = layer.register_forward_hook(lambda _, __, out: kept.append(out))
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+    def alignment(self, features: Tensor, places: Tensor) -> Tensor:
+        """Loss (b,) of the read-out of ``features`` (b, h, w, width) against labels (b, classes, h, w)."""
+        return labels.place_loss(self.modules["readout"](features).permute(0, 3, 1, 2), places)
 
     def setup(self, device: torch.device) -> None:
         super().setup(device)
@@ -128,7 +155,10 @@ class LatentObjective(Objective):
         empty = torch.rand(len(texts), generator=draw.generator("empty")) < self.loss_options.empty
         texts = ["" if gone else text for text, gone in zip(texts, empty.tolist(), strict=True)]
         weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
-        return {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
+        batch = {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
+        if self.loss_options.align:
+            batch["places"] = labels.place_labels(source, indices, x0.shape[-1] // self.align_cell)
+        return batch
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids (b, t) int64, padded to the full length as the pipelines do."""
@@ -139,14 +169,14 @@ class LatentObjective(Objective):
         return self.draw_latents(self.train_data, self.train_latents, indices, draw)
 
     def evaluate(self, n: int = 256) -> dict[str, float]:
-        """The training loss on held-out scenes with fixed noise."""
+        """The denoising loss on held-out scenes with fixed noise."""
         total = 0.0
         parts = torch.arange(min(n, len(self.val_data))).split(64)
         for number, part in enumerate(parts):
             draw = Draw(2, number)
             batch = self.draw_latents(self.val_data, self.val_latents, part, draw)
-            loss, _ = self.loss({key: value.to(self.device) for key, value in batch.items()}, draw)
-            total += float(loss) * len(part)
+            _, logs = self.loss({key: value.to(self.device) for key, value in batch.items()}, draw)
+            total += float(logs["denoise"]) * len(part)
         return {"held_out_loss": total / min(n, len(self.val_data))}
 
     def measure(self, n: int = 200) -> dict[str, float]:

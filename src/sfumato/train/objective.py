@@ -102,7 +102,7 @@ class Objective:
 
     def hidden(self, name: str, parameter: Tensor) -> bool:
         """Whether Muon may orthogonalise this parameter: matrices inside the network, not its ends."""
-        ends = ("embed", "conv_in", "conv_out", "proj_out", "norm", "projection")
+        ends = ("embed", "conv_in", "conv_out", "proj_out", "norm", "projection", "readout")
         return parameter.ndim in (2, 4) and not any(end in name for end in ends)
 
     def grid(self) -> Image | None:
