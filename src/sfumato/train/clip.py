@@ -70,7 +70,7 @@ def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
 def different_negatives(
     text: str, scene: Scene, n: int, rng: np.random.Generator, say: Callable[[Scene], Caption], tries: int = 8
 ) -> list[tuple[Caption, Scene]]:
-    """``n`` changed scenes and their captions, in the words and order of ``text``; one that reads like it is drawn again.
+    """``n`` changed scenes with captions in the words and order of ``text``; one that reads like it is drawn again.
 
     A change that the style leaves unsaid cannot be told apart; after ``tries`` the caption is kept as it is and must be
     masked by the caller.

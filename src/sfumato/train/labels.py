@@ -79,9 +79,7 @@ def word_targets(captions: Sequence[Caption], scenes: Sequence[Scene], offsets: 
             said = {phrase.head.text, *(word.text for word in phrase.modifiers)}
             values = [getattr(toy, name) for name in WORDS]
             places.append((row, ends[phrase.head.end]))
-            targets.append(
-                [w.index(v) if v in said else UNSAID for w, v in zip(WORDS.values(), values, strict=True)]
-            )
+            targets.append([w.index(v) if v in said else UNSAID for w, v in zip(WORDS.values(), values, strict=True)])
     return torch.tensor(places).reshape(-1, 2), torch.tensor(targets).reshape(-1, len(WORDS))
 
 

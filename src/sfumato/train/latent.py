@@ -99,7 +99,7 @@ class LatentObjective(Objective):
         self.rates = {"text": self.model_options.text_rate}
 
     def build_readout(self, width: int) -> dict[str, nn.Module]:
-        """The linear read-out of the alignment loss, if the recipe asks for one; it trains along and is not exported."""
+        """The linear read-out of the alignment loss, if asked for; it trains along and is not exported."""
         return {"readout": nn.Linear(width, labels.PLACE_CLASSES)} if self.loss_options.align else {}
 
     @contextlib.contextmanager
