@@ -93,6 +93,13 @@ def daam_existing() -> Image.Image:
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
 
 
+def attend_excite() -> Image.Image:
+    """Above plain, below with Attend-and-Excite: the same prompts and seeds, nothing chosen."""
+    prompts = ["a red ball and a blue cone", "a green cube and a yellow ring", "a white cylinder and a purple cross"]
+    rows = [sfumato.make(prompts, n=4, seed=0, with_=with_).pixels for with_ in ([], ["attend_excite"])]
+    return sheet(torch.cat([row.detach() for row in rows]), 12, scale=2)
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -101,6 +108,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "attend-excite": attend_excite,
 }
 
 
