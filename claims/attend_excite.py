@@ -68,7 +68,7 @@ class Arm:
 def drawn(
     context: Context, name: str, asked: Sequence[Prompt], seed: int, label: str, make: Any = None, shift: int = 0
 ) -> Arm:
-    """Every prompt drawn from the seed of its place, moved by ``shift``; ``make()`` gives the system that takes part."""
+    """Every prompt drawn from the seed of its place plus ``shift``; ``make()`` gives the system that takes part."""
     model, eye = common.load(context, name), common.judge_of(context)
     pixels, cost = [], 0.0
     for start, chunk in context.batches(asked, common.BATCH, f"{name}, {label}"):

@@ -54,11 +54,11 @@ class Prediction:
 class Run:
     """One batch on its way from noise to picture; interventions read it.
 
-    ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives``, ``seeds``,
-    ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents. ``timesteps``:
-    all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with ``direction``
-    -1. ``condition`` is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through
-    the denoiser, a backward pass counts as one more).
+    ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives`` (plain, without weights),
+    ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents.
+    ``timesteps``: all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with
+    ``direction`` -1. ``condition`` is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one
+    row through the denoiser, a backward pass counts as one more).
     """
 
     model: Model
