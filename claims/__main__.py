@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "zoo": "claims.zoo",
     "daam": "claims.daam",
     "attend_excite": "claims.attend_excite",
+    "structured_guidance": "claims.structured_guidance",
 }
 
 
