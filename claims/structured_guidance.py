@@ -119,7 +119,7 @@ def binding(name: str, context: Context) -> list[Row]:
     fall = -less["ours"].value / max(leak["plain"].value, 1e-9)
     return [
         Row(
-            claim=f"{name}, two toys: colours leak onto the other toy 15 % less often than in plain sampling (p < 0.05)",
+            claim=f"{name}, two toys: colours leak onto the other toy 15 % less often than in plain ones (p < 0.05)",
             source=SOURCE,
             measured=f"{percent(leak['ours'])}, {100 * fall:.0f} % less; {told(less['ours'])}",
             baseline=listed(("plain", "random", "turned"), leak),

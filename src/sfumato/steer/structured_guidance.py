@@ -48,8 +48,8 @@ class StructuredGuidance(Intervention):
         families=("sd", "sdxl"),
         defaults_from="the paper and its code: noun phrases of all depths, values averaged evenly, all steps",
         cost="none per step; one text encoding per noun phrase; conjunction: k + 1 maps per cross-attention",
-        not_reproduced="scene-graph parses, the user study, GLIP metrics; joint attention and PixArt are refused: there "
-        "values are no linear function of the encoder's output, so neither the averaging nor its identity holds",
+        not_reproduced="scene-graph parses, user study, GLIP; joint attention and PixArt are refused: there values "
+        "are no linear function of the encoder's output, so neither the averaging nor its identity holds",
         summary="lets each noun phrase bring its own values, so that colours land on the right thing",
     )
 
