@@ -360,6 +360,8 @@ def test_refusals():
         run(thresholds=[(10, 0.5)])
     with pytest.raises(BadInput, match="scale_range of attend_excite"):
         run(scale_range=(1, -1))
+    with pytest.raises(BadInput, match="special tokens are no things"):
+        run(words=["cube", "<end>"])
     with pytest.raises(BadInput, match="strength of attend_excite is -1"):
         run(strength=-1)
     sites = [Site("s", "self", (8, 8), None, (0, 64), 8, "down.0", 0)]

@@ -261,6 +261,8 @@ def test_refusals():
         run(window=(0.5, 0.5))
     with pytest.raises(BadInput, match="differs in mode=conjunction only"):
         run(reference=True)
+    with pytest.raises(BadInput, match="special tokens are no phrases"):
+        run(phrases=["<start>"])
     with pytest.raises(BadInput, match="strength of structured_guidance is 2"):
         run(strength=2)
 

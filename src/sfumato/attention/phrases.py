@@ -145,9 +145,8 @@ def nested_phrases(text: str, parser: Callable[[str], Any] | None = None) -> lis
             joints.append([])
     spans: list[tuple[int, int]] = []
     for conjuncts, between in zip(groups, joints, strict=True):
-        joined = max(
-            (i + 2 for i, joint in enumerate(between) if joint == "and"), default=0
-        )  # commas alone join nothing
+        # commas alone join nothing
+        joined = max((i + 2 for i, joint in enumerate(between) if joint == "and"), default=0)
         together = [conjuncts[:joined]] if joined else []
         for chains in together + [[chain] for chain in conjuncts[joined:]]:
             end = chains[-1][-1].end

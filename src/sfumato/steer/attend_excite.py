@@ -170,10 +170,8 @@ class AttendExcite(Intervention):
         for row, (spans, others) in enumerate(zip(subjects, rivals, strict=True)):
             self._rivals[row, [index[position] for position in others]] = True
             for s, span in enumerate(spans):
-                for positions in {
-                    tokens for tokens in span.tokens.values() if tokens
-                }:  # streams add up, tokens average
-                    self._weights[row, s, [index[position] for position in positions]] += 1 / len(positions)
+                for tokens in set(span.tokens.values()) - {()}:  # encoders add up, the tokens of one average
+                    self._weights[row, s, [index[position] for position in tokens]] += 1 / len(tokens)
         self._rivals, self._weights = self._rivals.to(run.model.device), self._weights.to(run.model.device)
         self._kernel = smoothing_kernel(self.params.sigma, self.params.true_gaussian).to(run.model.device)
         self._levels: dict[int, float] = {}
@@ -235,9 +233,8 @@ class AttendExcite(Intervention):
         gradient = step.grad(loss, taps=[self._tap], samples=None if together or len(rows) == len(step.run) else rows)
         maps, each = found
         self._remember(step, looked, rows, maps, each)
-        moving = torch.tensor([row in set(rows) for row in looked], device=each.device) & (
-            each > 1 - self.params.enough
-        )
+        meant = torch.tensor([row in rows for row in looked], device=each.device)
+        moving = meant & (each > 1 - self.params.enough)
         x = step.x.clone()
         x[looked] = x[looked] + (moving.view(-1, 1, 1, 1) * self._shift(step, x[looked], gradient)).to(x.dtype)
         step.x = x
@@ -297,6 +294,8 @@ class AttendExcite(Intervention):
         else:
             subjects = [_nouns(reading) for reading in readings]
         for reading, spans in zip(readings, subjects, strict=True):
+            if any(span.start < 0 for span in spans):
+                raise BadInput(f"words={self.params.words} of attend_excite: special tokens are no things to be drawn.")
             if not spans:
                 there = ", ".join(span.label for span in reading.all())
                 asked = f"none of {self.params.words}" if self.params.words else "no noun that is recognised"

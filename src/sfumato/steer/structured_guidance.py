@@ -191,6 +191,8 @@ class StructuredGuidance(Intervention):
     def _chosen(self, readings: Sequence[Reading]) -> list[list[WordSpan]]:
         found = asked_for(readings, self.params.phrases) if self.params.phrases else list(map(self._parsed, readings))
         for reading, spans in zip(readings, found, strict=True):
+            if any(span.start < 0 for span in spans):
+                raise BadInput(f"phrases={self.params.phrases} of structured_guidance: special tokens are no phrases.")
             if not spans:
                 asked = f"none of {self.params.phrases}" if self.params.phrases else "no noun phrase of several words"
                 there = ", ".join(span.label for span in reading.all())
