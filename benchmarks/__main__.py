@@ -15,6 +15,10 @@ BENCHMARKS = {
     "toybox": ("benchmarks.toybox", "rendering"),
     "loop": ("benchmarks.loop", "our sampling loop against the diffusers pipeline, same weights"),
     "daam": ("benchmarks.daam", "word maps on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents"),
+    "attend_excite": (
+        "benchmarks.attend_excite",
+        "a step altered by Attend-and-Excite on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents",
+    ),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),
 }

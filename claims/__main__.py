@@ -11,7 +11,12 @@ from claims import core
 from sfumato.errors import SfumatoError
 
 # key -> module with EXPERIMENT; imported only when asked for
-EXPERIMENTS = {"zoo": "claims.zoo", "daam": "claims.daam"}
+EXPERIMENTS = {
+    "zoo": "claims.zoo",
+    "daam": "claims.daam",
+    "attend_excite": "claims.attend_excite",
+    "structured_guidance": "claims.structured_guidance",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

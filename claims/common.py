@@ -16,7 +16,7 @@ from sfumato import judge, sampling
 from sfumato.judge import stats
 from sfumato.judge.accuracy import MIN_PIXELS, Accuracy
 from sfumato.models import load as load_model
-from sfumato.toybox import Caption, Scene, ToyboxDataset, caption, to_uint8
+from sfumato.toybox import COLORS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, to_uint8
 from sfumato.toybox.dataset import draw_scene
 
 BATCH = 50
@@ -38,6 +38,18 @@ def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list
     for index in range(n):
         scene = draw_scene(split, seed, index, toys)
         told = caption(scene, np.random.default_rng((seed, index, 9)), style)
+        out.append(Prompt(told.text, told, scene, judge.wanted(told)))
+    return out
+
+
+def pair_prompts(seed: int, n: int) -> list[Prompt]:
+    """Such as "a red ball and a blue cone": two shapes and two colours, all different."""
+    out = []
+    for index in range(n):
+        rng = np.random.default_rng((seed, index, 11))
+        shapes, colors = rng.permutation(SHAPES)[:2], rng.permutation(COLORS)[:2]
+        scene = Scene(tuple(Toy(str(s), str(c)) for s, c in zip(shapes, colors, strict=True)))
+        told = caption(scene, None, "short")
         out.append(Prompt(told.text, told, scene, judge.wanted(told)))
     return out
 
@@ -77,6 +89,21 @@ def generate(
         seeds = list(range(seed + start, seed + start + len(chunk)))
         out.append(sampling.generate(model, list(chunk), seed=seeds, guidance=guidance, **options).pixels.clamp(-1, 1))
     return torch.cat(out)
+
+
+def clip_scores(context: Context, pixels: Tensor, texts: Sequence[str]) -> list[float]:
+    """toy-clip's cosine of each picture (n, 3, h, w) in [-1, 1] with its own text."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    from claims.zoo import clip_pixels
+
+    folder = context.folder("toy-clip")
+    clip = context.once("toy-clip", lambda: CLIPModel.from_pretrained(folder).eval())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+        out = clip(pixel_values=clip_pixels((pixels + 1) / 2, folder), **tokens)
+    return (out.image_embeds * out.text_embeds).sum(-1).tolist()
 
 
 def trust(context: Context) -> Accuracy:

@@ -93,6 +93,26 @@ def daam_existing() -> Image.Image:
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
 
 
+def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
+    """Above plain, below with a system: the same prompts and seeds, nothing chosen."""
+    rows = [sfumato.make(prompts, n=4, seed=0, with_=with_).pixels for with_ in ([], [system])]
+    return sheet(torch.cat([row.detach() for row in rows]), 4 * len(prompts), scale=2)
+
+
+def attend_excite() -> Image.Image:
+    return _with_and_without(
+        "attend_excite",
+        ["a red ball and a blue cone", "a green cube and a yellow ring", "a white cylinder and a purple cross"],
+    )
+
+
+def structured_guidance() -> Image.Image:
+    return _with_and_without(
+        "structured_guidance",
+        ["a red cube and a blue ball", "a yellow cone and a green cylinder", "a purple ring and an orange cube"],
+    )
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -101,6 +121,8 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "attend-excite": attend_excite,
+    "structured-guidance": structured_guidance,
 }
 
 

@@ -6,11 +6,15 @@ import unicodedata
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from sfumato.attention.phrases import nested_phrases
 from sfumato.attention.words import Reading, Words, _align, noun_phrases
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models.condition import TruncatedPrompt
+from sfumato.toybox import caption
+from sfumato.toybox.dataset import draw_scene
 from tests.tiny import clip_tokenizer, t5_tokenizer, tiny_model
 
 
@@ -288,3 +292,54 @@ def test_a_reading_is_plain_data(both):
     reading = both.read("a red cube and a red café")
     again = Reading.from_json(json.loads(json.dumps(reading.to_json())))
     assert again == reading and again.find("red") == reading.find("red") and again.special() == reading.special()
+
+
+NESTED = {
+    "a red cube": [("a red cube", None)],
+    "a red cube and a blue ball": [("a red cube and a blue ball", None), ("a red cube", 0), ("a blue ball", 0)],
+    "a red ball on a blue cube next to a green cone": [
+        ("a red ball on a blue cube next to a green cone", None),
+        ("a red ball", 0),
+        ("a blue cube next to a green cone", 0),
+        ("a blue cube", 2),
+        ("a green cone", 2),
+    ],
+    "a cone, a cube and a ball on the grass": [
+        ("a cone, a cube and a ball on the grass", None),
+        ("a cone", 0),
+        ("a cube", 0),
+        ("a ball on the grass", 0),
+        ("a ball", 3),
+        ("the grass", 3),
+    ],
+    "a cat, a dog, highly detailed, 4k": [("a cat", None), ("a dog", None), ("4k", None)],
+    "a man wearing a red hat rides a horse": [
+        ("a man wearing a red hat", None),
+        ("a man", 0),
+        ("a red hat", 0),
+        ("a horse", None),
+    ],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("text", NESTED)
+def test_nested_phrases(text):
+    found = nested_phrases(text)
+    assert [(phrase.text, phrase.parent) for phrase in found] == NESTED[text]
+    assert all(text[phrase.start : phrase.end] == phrase.text for phrase in found)
+
+
+def test_nested_phrases_hold_the_flat_ones_and_nest_properly():
+    rng = np.random.default_rng(3)
+    for i in range(60):
+        told = caption(draw_scene("test", 1, i), rng, "random")
+        found = nested_phrases(told.text)
+        spans = {(phrase.start, phrase.end) for phrase in found}
+        assert {(phrase.start, phrase.end) for phrase in told.phrases} <= spans  # the toybox's own parse
+        assert {(phrase.start, phrase.end) for phrase in noun_phrases(told.text)} <= spans and len(spans) == len(found)
+        for j, phrase in enumerate(found):
+            around = [k for k, other in enumerate(found) if other.start <= phrase.start and phrase.end <= other.end]
+            around.remove(j)
+            smallest = min(around, key=lambda k: found[k].end - found[k].start, default=None)
+            assert phrase.parent == smallest

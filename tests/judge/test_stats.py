@@ -96,3 +96,14 @@ def test_bad_samples():
 def test_text():
     assert stats.wilson(1, 2).text(percent=True) == "50.0 % [9.5, 90.5]"
     assert stats.spread([3.0, 1.0, 2.0]) == (2.0, 1.5, 2.5)
+
+
+def test_mcnemar_by_enumeration():
+    # of 8 pairs that disagree 1 goes the other way: 2 (1 + 8) / 2^8
+    first, second = [True] * 7 + [False] + [True] * 20, [False] * 7 + [True] + [True] * 20
+    assert stats.mcnemar(first, second) == stats.mcnemar(second, first) == pytest.approx(18 / 256)
+    assert stats.mcnemar([True, False], [True, False]) == 1.0
+    ways = [sum(signs) for signs in itertools.product((0, 1), repeat=5)]  # 0 of 5: as extreme are 0 and 5
+    assert stats.mcnemar([True] * 5, [False] * 5) == sum(k in (0, 5) for k in ways) / len(ways)
+    with pytest.raises(BadInput, match="pairs are needed"):
+        stats.mcnemar([True], [])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["NounPhrase", "Part", "noun_phrases"]
+__all__ = ["NestedPhrase", "NounPhrase", "Part", "nested_phrases", "noun_phrases"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,17 @@ class NounPhrase:
     end: int
     head: Part
     modifiers: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class NestedPhrase:
+    """A noun phrase that may hold others: ``text`` at characters [``start``, ``end``); ``parent`` is the index, in the
+    list it came in, of the smallest phrase around it, None for an outermost one."""
+
+    text: str
+    start: int
+    end: int
+    parent: int | None
 
 
 def _words(text: str) -> frozenset[str]:
@@ -70,6 +81,11 @@ _VERBS = _words(  # verbs of picture captions in the forms that no ending gives 
     "follows catches throws kicks hits pulls pushes climbs crosses fills surrounds overlooks casts meets becomes "
     "seems appears remains stays keeps smiles"
 )
+_LINKS = _words(  # prepositions that hang a noun phrase on the one before it
+    "of in on at by for with without from to into onto over under above below behind beside besides between among "
+    "amongst near through across along around against inside outside within beyond toward towards upon off via atop "
+    "beneath underneath alongside amid amidst"
+)
 _CLOSED = _DETERMINERS | _BREAKS | _ADVERBS | _VERBS
 _POSITIONS = re.compile(  # places that look like noun phrases but only relate two others
     r"\b(?:in front of|on top of"
@@ -105,6 +121,53 @@ def noun_phrases(text: str, parser: Callable[[str], Any] | None = None) -> list[
             phrases += _close(text, chunk)
             chunk = []
     return phrases + _close(text, chunk)
+
+
+def nested_phrases(text: str, parser: Callable[[str], Any] | None = None) -> list[NestedPhrase]:
+    """All noun phrases of an English text at all depths, outer before inner, from left to right.
+
+    On the flat ones (:func:`noun_phrases`) two rules build. A phrase that follows a preposition, a place such as "to
+    the left of" or a participle hangs on the phrase before it, always the nearest: "a ball on [a cube next to [a
+    cone]]". Phrases joined by "and" or "or", with commas between more than two, make one phrase together.
+    """
+    flat = noun_phrases(text, parser)
+    groups: list[list[list[NounPhrase]]] = []  # of conjuncts, of phrases that hang on each other
+    joints: list[list[str]] = []  # of each group, what stands between its conjuncts
+    for i, phrase in enumerate(flat):
+        link = _link(text[flat[i - 1].end : phrase.start]) if i else ""
+        if link == "hangs":
+            groups[-1][-1].append(phrase)
+        elif link in (",", "and"):
+            groups[-1].append([phrase])
+            joints[-1].append(link)
+        else:
+            groups.append([[phrase]])
+            joints.append([])
+    spans: list[tuple[int, int]] = []
+    for conjuncts, between in zip(groups, joints, strict=True):
+        # commas alone join nothing
+        joined = max((i + 2 for i, joint in enumerate(between) if joint == "and"), default=0)
+        together = [conjuncts[:joined]] if joined else []
+        for chains in together + [[chain] for chain in conjuncts[joined:]]:
+            end = chains[-1][-1].end
+            spans += [(chains[0][0].start, end)] if len(chains) > 1 else []
+            for chain in chains:
+                spans += [(phrase.start, chain[-1].end) for phrase in chain[:-1]]
+                spans += [(phrase.start, phrase.end) for phrase in chain]
+    spans.sort(key=lambda span: (span[0], -span[1]))
+    found: list[NestedPhrase] = []
+    for start, end in spans:
+        around = [i for i, other in enumerate(found) if other.start <= start and end <= other.end]
+        found.append(NestedPhrase(text[start:end], start, end, around[-1] if around else None))
+    return found
+
+
+def _link(between: str) -> str:
+    """What the words between two flat noun phrases make of them: "hangs", "and", "," or "" (nothing)."""
+    words = re.findall(r"[\w'\u2019-]+|[^\w\s]", _POSITIONS.sub(" of ", between).lower())
+    if words and all(word in _LINKS or word == "," or (word.endswith("ing") and len(word) > 4) for word in words):
+        return "," if set(words) == {","} else "hangs"
+    return "and" if words and set(words) <= {"and", "or", ","} else ""
 
 
 def _belongs(word: str, follows: str, chunk: list[str]) -> bool:

@@ -20,7 +20,7 @@ from sfumato.attention.phrases import NounPhrase, noun_phrases
 from sfumato.errors import BadInput, NoMatch, NotSupported, nearest
 from sfumato.models.condition import TruncatedPrompt
 
-__all__ = ["NounPhrase", "Reading", "SPECIAL", "StreamReading", "WordSpan", "Words", "noun_phrases"]
+__all__ = ["NounPhrase", "Reading", "SPECIAL", "StreamReading", "WordSpan", "Words", "asked_for", "noun_phrases"]
 
 #: Names of tokens that stand for no word: where the text starts, where it ends, and what fills the rest of the axis.
 SPECIAL = ("<start>", "<end>", "<pad>")
@@ -277,6 +277,24 @@ class Words:
     def dropped(self, prompt: str) -> dict[str, str]:
         """See :meth:`Reading.dropped`."""
         return self.read(prompt).dropped()
+
+
+def asked_for(readings: Sequence[Reading], phrases: Sequence[str]) -> list[list[WordSpan]]:
+    """Per prompt, every occurrence of those of ``phrases`` that it has, each once. Raises NoMatch, as told by the first
+    prompt, for a phrase that no prompt has."""
+    found: list[dict[tuple[int, int, str], WordSpan]] = [{} for _ in readings]
+    for phrase in phrases:
+        complaint: NoMatch | None = None
+        known = False
+        for spans, reading in zip(found, readings, strict=True):
+            try:
+                spans.update({(span.start, span.end, span.text): span for span in reading.find(phrase)})
+                known = True
+            except NoMatch as error:
+                complaint = complaint or error
+        if complaint is not None and not known:
+            raise complaint
+    return [list(spans.values()) for spans in found]
 
 
 def _read_stream(stream: Any, prompt: str) -> StreamReading:

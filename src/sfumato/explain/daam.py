@@ -28,7 +28,7 @@ from sfumato import cards
 from sfumato.attention.accumulate import MapStore
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, Words
+from sfumato.attention.words import Reading, Words, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
@@ -113,9 +113,9 @@ class DAAM(Intervention):
         self._branch, prompts = self._read_branch(run)
         words = Words(run.model)
         self._readings = [words.read(prompt) for prompt in prompts]
-        self._labels = [self._asked(reading) for reading in self._readings]
-        for word in self.params.words:
-            self._require(word)
+        asked = asked_for(self._readings, self.params.words)
+        shown = asked if self.params.words else [reading.all() for reading in self._readings]
+        self._labels = [list(dict.fromkeys(span.label for span in spans)) for spans in shown]
         self.activity.tokens.update({label: 1 for labels in self._labels for label in labels})
         self._positions = sorted({p for reading in self._readings for p in self._recorded(reading)})
         self._sites = {site.path for site in self._chosen(run.sites, run.model.name)}
@@ -179,30 +179,6 @@ class DAAM(Intervention):
         if not run.negatives or not run.guidance.on:
             raise BadInput("negative of daam is set, but there is no negative prompt; give one, and guidance above 1.")
         return "uncond", run.negatives
-
-    def _asked(self, reading: Reading) -> list[str]:
-        """Labels of the words to show of one prompt: those asked for that it has, or all."""
-        if not self.params.words:
-            return [span.label for span in reading.all()]
-        found: dict[str, None] = {}
-        for word in self.params.words:
-            try:
-                found.update(dict.fromkeys(span.label for span in reading.find(word)))
-            except NoMatch:
-                continue
-        return list(found)
-
-    def _require(self, word: str) -> None:
-        """Raise NoMatch, as told by the first prompt, if no prompt has this word."""
-        complaint = None
-        for reading in self._readings:
-            try:
-                reading.find(word)
-                return
-            except NoMatch as error:
-                complaint = complaint or error
-        if complaint is not None:
-            raise complaint
 
     def _recorded(self, reading: Reading) -> set[int]:
         """All real tokens, so that any word can be looked up later, with start and end; padding only if asked for."""

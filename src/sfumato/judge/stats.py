@@ -159,6 +159,17 @@ def permutation(
     return (extreme + 1) / (draws + 1)
 
 
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p-value of equal shares in pairs, exact: of the pairs that disagree, each way is as likely (McNemar
+    1947, with the binomial distribution for chi squared)."""
+    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if one.size == 0 or one.size != two.size:
+        raise BadInput(f"mcnemar: got samples of {one.size} and {two.size} values; pairs are needed.")
+    gained, lost = int((one & ~two).sum()), int((two & ~one).sum())
+    n = gained + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
+
+
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median with the first and third quartile, for timings."""
     low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75])

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from sfumato.attention.emphasis import encode_weighted, read_weights
 from sfumato.errors import BadInput, Conflict, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
@@ -100,6 +101,7 @@ def generate(
     """Make pictures of prompts: ``n`` of each, all n of the first prompt first.
 
     Args:
+        prompt: may hold weights, as may all other texts: see :mod:`sfumato.attention.emphasis`.
         negative: what to steer away from; one text for all prompts or one each.
         steps, guidance, size, scheduler: None is the model's own choice.
         size: (width, height) in pixels.
@@ -201,8 +203,8 @@ def opened(
         model=model,
         parts=parts,
         samples=samples,
-        prompts=request.prompts[rows],
-        negatives=request.negatives and request.negatives[rows],
+        prompts=[read_weights(text).text for text in request.prompts[rows]],
+        negatives=request.negatives and [read_weights(text).text for text in request.negatives[rows]],
         seeds=request.seeds[rows],
         generators=[torch.Generator().manual_seed(seed) for seed in request.seeds[rows]],
         size=(request.width, request.height),
@@ -295,10 +297,13 @@ def _initial(run: Run, source: Source) -> Tensor:
 
 def _encode(run: Run, request: Request) -> None:
     """Encode the batch's texts, each once however many samples share it, and spread them over the samples."""
-    pairs = list(zip(run.prompts, run.negatives or [""] * len(run), strict=True))
+    rows = slice(run.samples.start, run.samples.stop)  # with the weights that run.prompts lack
+    negatives = request.negatives[rows] if request.negatives else [""] * len(run)
+    pairs = list(zip(request.prompts[rows], negatives, strict=True))
     known = list(dict.fromkeys(pairs))
     guided = request.guidance.on or bool(request.compose)
-    encoded = run.model.encode_text(
+    encoded = encode_weighted(
+        run.model,
         [prompt for prompt, _ in known],
         None if run.negatives is None else [negative for _, negative in known],
         guidance=guided,
@@ -306,7 +311,7 @@ def _encode(run: Run, request: Request) -> None:
     )
     run.condition = encoded.rows([known.index(pair) for pair in pairs])
     for k, (text, weight) in enumerate(request.compose, 1):
-        extra = run.model.encode_text([text], None, guidance=False, embedded_guidance=request.embedded)
+        extra = encode_weighted(run.model, [text], None, guidance=False, embedded_guidance=request.embedded)
         run.compose[f"compose {k}"] = extra.rows([0] * len(run)), weight
 
 

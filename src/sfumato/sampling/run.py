@@ -54,11 +54,11 @@ class Prediction:
 class Run:
     """One batch on its way from noise to picture; interventions read it.
 
-    ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives``, ``seeds``,
-    ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents. ``timesteps``:
-    all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with ``direction``
-    -1. ``condition`` is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through
-    the denoiser, a backward pass counts as one more).
+    ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives`` (plain, without weights),
+    ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents.
+    ``timesteps``: all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with
+    ``direction`` -1. ``condition`` is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one
+    row through the denoiser, a backward pass counts as one more).
     """
 
     model: Model
@@ -170,13 +170,13 @@ class Run:
             if not taps:
                 share, out = 1.0, self.model.predict(scaled, t, condition, names)
             else:
-                seam, rows, out = self._seam(tuple(taps)), self.rows(names), None
+                seam, rows, out = self._seam(tuple(taps)), self.rows(names, len(condition)), None
                 with seam.forward(step=step, rows=rows) as forward:
                     out = self.model.predict(scaled, t, condition, names)
                 share = self._share(forward.calls) if forward.stopped else 1.0
             if out is not None:
                 outputs.update(zip(names, out.chunk(len(names)), strict=True))
-            self.spend(share * len(names), step)
+            self.spend(share * len(names) * len(condition) / len(self), step)
         return outputs
 
     def combined(self, outputs: dict[str, Tensor]) -> Tensor:
@@ -187,9 +187,9 @@ class Run:
         held = [name for name in weights if name in outputs]
         return combine(outputs["uncond"], [outputs[n] for n in held], [weights[n] for n in held], self.guidance.rescale)
 
-    def rows(self, names: Sequence[str]) -> dict[str, slice]:
-        """Where the rows of each branch lie in a denoiser call that holds these branches."""
-        b = len(self)
+    def rows(self, names: Sequence[str], samples: int | None = None) -> dict[str, slice]:
+        """Where the rows of each branch lie in a denoiser call that holds these branches of so many samples (all)."""
+        b = len(self) if samples is None else samples
         return {name: slice(k * b, (k + 1) * b) for k, name in enumerate(names)}
 
     def spend(self, cost: float, step: Step | None) -> None:
@@ -300,25 +300,31 @@ class Step:
         branches: Sequence[str] = ("cond",),
         condition: Condition | None = None,
         taps: Sequence[Tap] = (),
+        samples: Sequence[int] | None = None,
     ) -> Tensor:
         """Gradient (b c h w) with respect to ``x`` of ``loss(prediction)``, a number or one per sample (b), by an extra
         pass with frozen weights. In ``after_predict`` of an intervention with ``keeps_graph`` and without own
         ``taps`` it reuses the step's prediction instead. A loss per sample must use no other sample, or samples will
-        mix."""
-        recorded = self._predicted_at
-        reuse = bool(self.outputs) and recorded.requires_grad and not taps and not self.run.grad
+        mix. ``samples``: only these rows of the batch, as b; not while others edit attention, which is made for whole
+        batches (Conflict)."""
+        recorded, spent = self._predicted_at, self.run.cost
+        if samples is not None and self.active_taps(editors=True):
+            raise Conflict("step.grad of some samples is not possible while others edit attention; take all of them.")
+        reuse = bool(self.outputs) and recorded.requires_grad and not taps and not self.run.grad and samples is None
         self.run.freeze()
         with torch.enable_grad():
             if reuse:
                 x, prediction = recorded, Prediction(self.run, recorded, self.t, self.outputs)
             else:
-                x = self.x.detach().requires_grad_(True)
+                condition = condition or self.condition
+                x, condition = (self.x, condition) if samples is None else (self.x[samples], condition.rows(samples))
+                x = x.detach().requires_grad_(True)
                 prediction = self.predict(x, branches=branches, condition=condition, taps=taps)
             value = loss(prediction).sum()
         if not value.requires_grad:
             raise BadInput("the loss given to step.grad does not depend on the latents.")
         (gradient,) = torch.autograd.grad(value, x, retain_graph=reuse)
-        self.run.spend(len(self.branches if reuse else branches), self)
+        self.run.spend(len(self.branches) if reuse else self.run.cost - spent, self)  # back as far as forward
         return gradient
 
     def goto(self, i: int) -> None:
