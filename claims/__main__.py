@@ -11,7 +11,7 @@ from claims import core
 from sfumato.errors import SfumatoError
 
 # key -> module with EXPERIMENT; imported only when asked for
-EXPERIMENTS = {"zoo": "claims.zoo", "daam": "claims.daam"}
+EXPERIMENTS = {"zoo": "claims.zoo", "daam": "claims.daam", "prompt_to_prompt": "claims.prompt_to_prompt"}
 
 
 def main(arguments: list[str] | None = None) -> int:
