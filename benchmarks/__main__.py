@@ -15,6 +15,7 @@ BENCHMARKS = {
     "toybox": ("benchmarks.toybox", "rendering"),
     "loop": ("benchmarks.loop", "our sampling loop against the diffusers pipeline, same weights"),
     "daam": ("benchmarks.daam", "word maps on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents"),
+    "prompt_to_prompt": ("benchmarks.prompt_to_prompt", "editing against drawing anew"),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),
 }

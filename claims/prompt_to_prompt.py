@@ -472,8 +472,8 @@ def renders(name: str, context: Context) -> list[Row]:
         Row(
             claim=(
                 f"{name}, renders: null-text inversion with Prompt-to-Prompt comes nearer to the scene rendered with "
-                "the change, where it changed, than every baseline and than no edit at all, and keeps the rest at 24 dB "
-                "or more"
+                "the change, where it changed, than every baseline and than no edit at all, and keeps the rest at "
+                "24 dB or more"
             ),
             source=f"{P2P}; {NULL}",
             measured=f"{ours.text(digits=2)} dB to the re-render where it changed, the rest {kept.text(digits=2)} dB",

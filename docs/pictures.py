@@ -93,6 +93,20 @@ def daam_existing() -> Image.Image:
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
 
 
+def prompt_to_prompt() -> Image.Image:
+    """Above: a picture, another prompt from the same seed, and the edit. Below: one word turned down and up."""
+    old, new = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
+
+    def made(prompt: str, **params: Any) -> torch.Tensor:
+        with_ = [{"method": "prompt_to_prompt", "params": {"source": old, **params}}] if params else []
+        return sfumato.make(prompt, seed=3, with_=with_).pixels.detach()
+
+    window = {"cross_replace": [0.8], "self_replace": [0.4]}
+    above = [made(old), made(new), made(new, **window)]
+    below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (-2, 1, 4)]
+    return sheet(torch.cat([*above, *below]), 3, scale=3)
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -101,6 +115,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "prompt-to-prompt": prompt_to_prompt,
 }
 
 
