@@ -444,6 +444,9 @@ def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
     if not isinstance(options, dict) or not isinstance(with_, list):
         raise BadInput(f"{picture} carries a damaged recipe; give the prompt and settings yourself.")
     known = {name: value for name, value in options.items() if name in EditOptions.model_fields}
+    for each in with_:  # what the picture showed is known from "from", or from its own recipe
+        if isinstance(each, dict) and isinstance(each.get("params"), dict):
+            each["params"].pop("source", None)
     return {
         **known,
         "prompt": str(recipe.get("prompt")),

@@ -373,6 +373,7 @@ def test_bad_parameters(given, says):
         ({"windows": {"cube": (0, 1)}}, NoMatch, "'cube' is not in the prompt"),
         ({"blend": ["dogs"]}, NoMatch, "Did you mean 'dog'"),
         ({"substruct": ["dog"]}, BadInput, "blend names none"),
+        ({"reweight": {"ball": 2}, "cross_replace": [0.0]}, BadInput, "reweight of 'ball' never acts"),
         ({"layers": ["nowhere"]}, NoMatch, "match none of: down.0"),
         ({"self_cells": 1}, NoMatch, "below every grid"),
     ],

@@ -225,6 +225,9 @@ class PromptToPrompt(Intervention):
         targets = [target for _, target in self._readings]
         for word in (*self.factors, *self.windows):
             _require(word, targets)
+        shut = [word for word in self.factors if not any(a < b for a, b in [self.windows.get(word, self.cross)])]
+        if shut and self.params.strength:
+            raise BadInput(f"reweight of {shut[0]!r} never acts: cross_replace, or its own window, must be open.")
         for word in (*self.params.blend, *self.params.substruct):
             _require(word, [reading for both in self._readings for reading in both])
         self._alignments: list[Alignment] = []
@@ -325,10 +328,17 @@ class PromptToPrompt(Intervention):
         deal = matrix * (alpha * factor * taken)[:, None]
         keep = alpha * factor * (1 - taken) + (1 - alpha)
         diagonal = torch.diag_embed(torch.diagonal(deal, dim1=1, dim2=2))
-        identity = torch.equal(deal, diagonal) and torch.equal(deal.sum(1) + keep, torch.ones_like(keep))
-        share = self.params.strength if _inside(progress, self.self) else 0.0
-        device = like.device
-        return _Deal(i, deal.to(device), keep.to(device), share, bool((alpha > 0).any()), identity)
+        one = torch.ones_like(keep)
+        return _Deal(
+            i,
+            deal.to(like.device),
+            keep.to(like.device),
+            share=self.params.strength if _inside(progress, self.self) else 0.0,
+            words=bool((alpha > 0).any()),
+            keeps=bool(keep.any()),
+            sums_to_one=torch.equal(deal.abs().sum(2), one),
+            identity=torch.equal(deal, diagonal) and torch.equal(deal.sum(1) + keep, one),
+        )
 
     # -- local blend ---------------------------------------------------------------------------------------------------
 
@@ -436,13 +446,16 @@ class _Plan:
 @dataclass(frozen=True, eq=False)
 class _Deal:
     """One step's edit: ``matrix`` (b s t) and ``keep`` (b t) of M A + M* diag(b), and the ``share`` of attention among
-    pixels that is the source's. ``words``: whether any word's gate is open; ``identity``: M A + M diag(b) is M."""
+    pixels that is the source's. ``words``: whether any word's gate is open; ``keeps``: whether b is not all zero;
+    ``sums_to_one``: whether rows of A do; ``identity``: whether M A + M diag(b) is M."""
 
     i: int
     matrix: Tensor
     keep: Tensor
     share: float
     words: bool
+    keeps: bool
+    sums_to_one: bool
     identity: bool
 
 
@@ -460,11 +473,10 @@ class _Mix:
         self.image = slice(*site.image) if site.kind != "cross" else None
         self.text = slice(*site.text) if site.text is not None else None
         whole = share == 1 or self.image is None
-        self.keeps = not whole or (self.text is not None and (deal is None or bool(deal.keep.any())))
-        sums_to_one = not self.keeps and (
-            deal is None or torch.equal(deal.matrix.abs().sum(2), torch.ones_like(deal.matrix[:, 0]))
-        )
-        self.shares_out = site.kind == "joint" and not sums_to_one
+        self.keeps = not whole or (self.text is not None and (deal is None or deal.keeps))
+        # every key's attention goes where it went in the source
+        self.as_it_is = not self.keeps and (deal is None or deal.identity)
+        self.shares_out = site.kind == "joint" and (self.keeps or (deal is not None and not deal.sums_to_one))
 
     def attend(self, own: Call) -> Tensor:
         """The output (b k n d)."""
@@ -508,6 +520,8 @@ class _Mix:
 
     def _dealt(self, values: Tensor, absolute: bool = False) -> Tensor:
         """A V: the values (b k t d) as the source's keys find them."""
+        if self.as_it_is:
+            return values
         out = torch.zeros_like(values)
         if self.image is not None:
             out[:, :, self.image] = self.share * values[:, :, self.image]
