@@ -337,7 +337,7 @@ def test_forms_of_parameters():
         "prompt-to-prompt:source=a cube,reweight=[cube=1.5|a=-2],windows=a=0.2-0.6,cross_replace=[0.1|0.9]"
     )
     assert system.factors == {"cube": 1.5, "a": -2.0} and system.windows == {"a": (0.2, 0.6)}
-    assert system.cross == (0.1, 0.9) and system.self == (0.0, 0.4)
+    assert system.cross == (0.1, 0.9) and system.own == (0.0, 0.4)
     same = PromptToPrompt(
         source="a cube", reweight={"cube": 1.5, "a": -2}, windows={"a": (0.2, 0.6)}, cross_replace=[0.1, 0.9]
     )

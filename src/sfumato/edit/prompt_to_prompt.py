@@ -177,7 +177,7 @@ class PromptToPrompt(Intervention):
                 self.params = self.params.model_copy(update={"source": recording.prompts[0]})
         self._given = recording
         self.recording = recording
-        self.cross, self.self = _window(self.params.cross_replace), _window(self.params.self_replace)
+        self.cross, self.own = _window(self.params.cross_replace), _window(self.params.self_replace)
         self.factors = _factors_of(self.params.reweight)
         self.windows = _windows_of(self.params.windows)
         self.mask: Tensor | None = None  # (b h w) where the last blend let the edit through
@@ -186,7 +186,7 @@ class PromptToPrompt(Intervention):
     @property
     def strength(self) -> float:
         """0 also where every window is empty and nothing is blended, which is the plain run by agreement."""
-        windows = [self.cross, self.self, *self.windows.values()]
+        windows = [self.cross, self.own, *self.windows.values()]
         asked = any(start < end for start, end in windows) or self.params.blend
         return self.params.strength if asked else 0.0
 
@@ -199,7 +199,7 @@ class PromptToPrompt(Intervention):
         def wanted(site: Site, progress: float) -> bool:
             return self.strength > 0 and (
                 (site.path in plan.text and any(_inside(progress, w) for w in (self.cross, *self.windows.values())))
-                or (site.path in plan.image and _inside(progress, self.self))
+                or (site.path in plan.image and _inside(progress, self.own))
                 or site.path in plan.blend
             )
 
@@ -333,7 +333,7 @@ class PromptToPrompt(Intervention):
             i,
             deal.to(like.device),
             keep.to(like.device),
-            share=self.params.strength if _inside(progress, self.self) else 0.0,
+            share=self.params.strength if _inside(progress, self.own) else 0.0,
             words=bool((alpha > 0).any()),
             keeps=bool(keep.any()),
             sums_to_one=torch.equal(deal.abs().sum(2), one),

@@ -73,7 +73,7 @@ class Recording:
         if not self.holds(i, site):
             steps = sorted({int(name.split("|")[0]) for name in self.tensors if f"|{site.path}|" in name})
             told = f"steps {steps[0]} to {steps[-1]} of it are" if steps else "nothing of it is"
-            raise NoMatch(f"attention {site.path} at step {i} is not recorded; {told}.")
+            raise NoMatch(f"attention {site.path} at step {i} is not recorded; {told}. Record it over a wider window.")
         q, k = (self.tensors[f"{i}|{site.path}|{what}"] for what in "qk")
         like = {} if values is None else {"device": values.device}
         mask = self.tensors[f"{i}|{site.path}|mask"].to(**like) if f"{i}|{site.path}|mask" in self.tensors else None
@@ -83,18 +83,19 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the tensors take."""
-        own = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self.tensors.values()}
-        return sum(own.values()) + self.latents.numel() * self.latents.element_size()
+        """Memory that the tensors take, or would take if they were not on disk."""
+        own = {id(tensor): tensor for tensor in [*dict(self.tensors).values(), self.latents]}
+        return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
     def save(self, path: Path | str) -> Path:
         """Write everything to one safetensors file, whole or not at all."""
+        held = dict(self.tensors)
         first: dict[int, str] = {}
         same = {}
-        for name, tensor in self.tensors.items():
+        for name, tensor in held.items():
             if first.setdefault(id(tensor), name) != name:
                 same[name] = first[id(tensor)]
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items() if name not in same}
+        tensors = {name: tensor.contiguous() for name, tensor in held.items() if name not in same}
         told = {
             "begin": self.begin, "prompts": self.prompts, "size": self.size, "model": self.model, "facts": self.facts,
             "same": same,
