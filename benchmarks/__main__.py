@@ -19,6 +19,7 @@ BENCHMARKS = {
         "benchmarks.attend_excite",
         "a step altered by Attend-and-Excite on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents",
     ),
+    "prompt_to_prompt": ("benchmarks.prompt_to_prompt", "editing against drawing anew"),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),
 }

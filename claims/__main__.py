@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "daam": "claims.daam",
     "attend_excite": "claims.attend_excite",
     "structured_guidance": "claims.structured_guidance",
+    "prompt_to_prompt": "claims.prompt_to_prompt",
 }
 
 

@@ -111,6 +111,18 @@ def structured_guidance() -> Image.Image:
         "structured_guidance",
         ["a red cube and a blue ball", "a yellow cone and a green cylinder", "a purple ring and an orange cube"],
     )
+def prompt_to_prompt() -> Image.Image:
+    """Above: a picture, another prompt from the same seed, and the edit. Below: one word turned down and up."""
+    old, new = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
+
+    def made(prompt: str, **params: Any) -> torch.Tensor:
+        with_ = [{"method": "prompt_to_prompt", "params": {"source": old, **params}}] if params else []
+        return sfumato.make(prompt, seed=3, with_=with_).pixels.detach()
+
+    window = {"cross_replace": [0.8], "self_replace": [0.4]}
+    above = [made(old), made(new), made(new, **window)]
+    below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (-2, 1, 4)]
+    return sheet(torch.cat([*above, *below]), 3, scale=3)
 
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
@@ -123,6 +135,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "daam-existing": daam_existing,
     "attend-excite": attend_excite,
     "structured-guidance": structured_guidance,
+    "prompt-to-prompt": prompt_to_prompt,
 }
 
 

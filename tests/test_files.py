@@ -9,12 +9,14 @@ import random
 import resource
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.files import free_name, output_folder, parse_a1111, read_picture, read_recipe, replacing, save_png, slug
 
@@ -224,3 +226,42 @@ def test_names(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "a-2.png").touch()
     assert free_name(tmp_path, "a").name == "a-3.png"
+
+
+# -- strangers' pictures -----------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_every_kind_become_upright_rgb(tmp_path):
+    def read(image, name="x.png", **options):
+        image.save(tmp_path / name, **options)
+        return np.asarray(files.read_picture(tmp_path / name)).astype(int)
+
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    deep = read(Image.fromarray(ramp))
+    assert deep.shape == (8, 8, 3) and np.abs(deep[..., 0] - ramp / 257).max() <= 0.5 + 1e-6  # not cut off at 255
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 0, 0, 255))
+    clear.putpixel((1, 0), (0, 0, 0, 128))
+    seen = read(clear)
+    assert tuple(seen[0, 0]) == (255, 0, 0) and tuple(seen[3, 3]) == (255, 255, 255) and abs(seen[0, 1, 0] - 127) <= 1
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 99, 199])
+    assert tuple(read(palette, transparency=0)[0, 0]) == (9, 99, 199)
+    cyan = read(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "x.jpg", quality=100)
+    assert cyan[0, 0, 0] < 60 and cyan[0, 0, 1] > 150
+    turned = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees
+    assert read(turned, exif=exif).shape == (6, 4, 3)
+    half = read(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "x.tiff")
+    assert set(half.flatten()) == {128}
+
+
+def test_pictures_are_cut_at_equal_parts_and_never_distorted():
+    columns = np.repeat(np.arange(90, dtype=np.uint8)[None], 30, 0)
+    cut = np.asarray(files.fitted(Image.fromarray(columns), (30, 30)))
+    assert cut.shape == (30, 30) and abs(int(cut[0, 0]) - 30) <= 1 and abs(int(cut[0, -1]) - 59) <= 1
+    same = Image.fromarray(columns)
+    assert files.fitted(same, (90, 30)) is same
+    mask = Image.fromarray(((columns > 44) * 255).astype(np.uint8))
+    assert set(np.asarray(files.fitted(mask, (40, 24), smooth=False)).flatten()) == {0, 255}

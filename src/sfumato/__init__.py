@@ -20,14 +20,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sfumato.cards import build, method, methods
-    from sfumato.face import explain, load, make, models, train
+    from sfumato.face import edit, explain, load, make, models, train
 
-__all__ = ["load", "make", "explain", "models", "methods", "method", "build", "train", "__version__"]
+__all__ = ["load", "make", "explain", "edit", "models", "methods", "method", "build", "train", "__version__"]
 
 _HOME = {
     "load": "face",
     "make": "face",
     "explain": "face",
+    "edit": "face",
     "models": "face",
     "train": "face",
     "methods": "cards",

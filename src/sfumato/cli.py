@@ -248,6 +248,76 @@ def explain(
         typer.echo(path)
 
 
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(help="A PNG made by sfumato, or any other picture together with --from.")],
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What it shall show; several make several pictures.")
+    ] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="What it shows now. Default: the prompt in it.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture that is white where this one may change.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="replace (word for word) or refine (words added). Default: by the prompts.")
+    ] = None,
+    reweight: Annotated[
+        list[str] | None, typer.Option(metavar="WORD=FACTOR", help="Turn a word up or down; repeatable.")
+    ] = None,
+    blend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD", help="Change the picture only where these words act; repeatable."),
+    ] = None,
+    with_: With = None,
+    model: Model = None,
+    steps: Steps = None,
+    guidance: Scale = None,
+    size: Size = None,
+    inner: Annotated[
+        int | None, typer.Option(help="Null-text iterations per step for an inverted picture, 0 none. Default: 10.")
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(help="Fixed-point iterations per step of inversion. Default: 0.")
+    ] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="Invert the picture even if it carries its recipe.")] = False,
+    like: Annotated[Path | None, typer.Option(help="Repeat this edit of IMAGE by its recipe.")] = None,
+    out: Out = Path("out"),
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Change a picture by its words and keep the rest of it. The PNG carries its recipe."""
+    from sfumato import face
+
+    typed: dict[str, Any] = {
+        "prompt": prompt or None,
+        "from_": from_,
+        "mode": mode,
+        "reweight": reweight,
+        "blend": [word for text in blend or [] for word in text.split("|")] or None,
+        "steps": steps,
+        "guidance": guidance,
+        "size": None if size is None else _size(size),
+        "inner": inner,
+        "refine": refine,
+        "invert": invert or None,
+    }
+    typed = {name: value for name, value in typed.items() if value is not None}
+    with_ = with_ or []
+    if like is not None:
+        if typed or with_:
+            raise BadInput("--like repeats an edit as it was; give only IMAGE, --mask, --model and -o with it.")
+        typed = face.edit_like(like, image, mask)
+        with_ = typed.pop("with_")
+    elif not prompt:
+        raise BadInput('nothing to do: say what the picture shall show, such as sfumato edit toys.png "a blue cube".')
+    order = face.Order([], model, with_, dtype, device)
+    with _bar("steps") as show:
+
+        def heard(step: Any) -> None:
+            show(step.i + 1, step.total)
+
+        for path in face.edit_file(image, mask, typed, order, out, heard):
+            typer.echo(path)
+
+
 def _deliver(order: Any, out: Path, grid: bool = False) -> None:
     """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
     from sfumato import face, files

@@ -223,6 +223,269 @@ def explain(
     return Explanation([image], [look(loaded, image, prompt, size=size, **system.params.model_dump(), **options)])
 
 
+class EditOptions(Params):
+    """What can be said about an edit, besides the model and the parameters of the systems."""
+
+    SYSTEM = "edit"
+
+    prompt: list[str] = Field(min_length=1, description="what the edited pictures show")
+    from_: str | None = Field(default=None, description="what the picture shows now")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="how many denoising steps")
+    guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance")
+    size: tuple[int, int] | None = Field(
+        default=None, description="width and height to cut the picture to", json_schema_extra={"unit": "pixel"}
+    )
+    inner: int | None = Field(
+        default=None, ge=0, le=100, description="iterations of null-text optimisation per step, 0 none, 10 if not said"
+    )
+    refine: int | None = Field(default=None, ge=0, le=20, description="fixed-point iterations per step of inversion")
+    invert: bool = Field(default=False, description="invert the picture even if it carries its recipe")
+
+    @field_validator("prompt", "from_")
+    @classmethod
+    def _readable(cls, given: Any) -> Any:
+        for text in given if isinstance(given, list) else [given]:
+            if text is not None:
+                JobOptions(prompt=text)
+        return given
+
+    def told(self) -> dict[str, Any]:
+        """How to open the picture, as far as it was said."""
+        names = ("steps", "guidance", "size", "inner", "refine")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """What :func:`edit` made: one result per new prompt, and the opened ``original``, which further edits can be given
+    in place of the picture."""
+
+    original: Any
+    results: list[Result]
+    recipes: list[dict[str, Any]]
+
+    @property
+    def images(self) -> list[Image]:
+        """The edited pictures."""
+        return [result.images[0] for result in self.results]
+
+
+def edit(
+    image: str | Path | Image | Any,
+    prompt: str | Sequence[str],
+    *,
+    from_: str | None = None,
+    mask: str | Path | Image | None = None,
+    model: str | Path | Model | None = None,
+    with_: Any = (),
+    on_step: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Edits:
+    """Change what a picture shows by its prompt, and keep the rest of it (Prompt-to-Prompt).
+
+    Args:
+        image: a PNG made by sfumato, which is drawn again from its own noise; any other picture (path or PIL), which is
+            inverted and needs ``from_``; or the ``original`` of earlier edits, whose further edits cost their own rows.
+        prompt: what the edited picture shows; several make several pictures.
+        from_: what the picture shows now.
+        mask: white where the picture may change; everything else is kept.
+        model: by default the one in the recipe, else toy-sd.
+        with_: systems that take part; ``prompt_to_prompt`` among them sets the edit's own parameters.
+        options: parameters of ``prompt_to_prompt`` (``mode``, ``reweight={"ball": 2.0}``, ``blend="ball"`` ...), and
+            for pictures that are inverted those of :class:`EditOptions`: ``steps``, ``guidance``, ``size``, ``inner``,
+            ``refine``, ``invert``.
+
+    Raises:
+        BadInput: no recipe and no ``from_``, or an option is out of its range. NoMatch: a word is in neither prompt.
+    """
+    from sfumato.edit.original import Original
+
+    named = cards.method("prompt_to_prompt").Params.model_fields  # type: ignore[attr-defined]
+    params: dict[str, Any] = {name: options.pop(name) for name in list(options) if name in named}
+    others = []
+    for each in with_ if isinstance(with_, list | tuple) else [with_]:
+        key, given = _named(each)
+        if key == "prompt_to_prompt":
+            params = {**given, **params}
+        else:
+            others.append(each)
+    params = {name: value for name, value in params.items() if value is not None}
+    if params.get("source") is not None:
+        from_ = from_ or params["source"]
+    params.pop("source", None)
+    checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), from_=from_, **options)
+    cards.method("prompt_to_prompt")(source="x", **params)  # told before anything heavy is loaded
+    build_all(others)
+    whole_mask = files.read_picture(mask) if isinstance(mask, str | Path) else mask
+    if isinstance(image, Original):
+        if checked.told() or from_ is not None:
+            raise BadInput(
+                "an opened original is edited as it was opened; only its prompt, mask and systems can be set."
+            )
+        original, about = image, dict(image.facts.get("about", {}))
+    else:
+        original, about = _open(image, checked, params, model, on_step)
+        original.facts["about"] = about
+        size = files.read_picture(image).size if isinstance(image, str | Path) else image.size
+        if whole_mask is not None and whole_mask.size != size:
+            told = f"{whole_mask.width}x{whole_mask.height}"
+            raise BadInput(f"the mask is {told}, but the picture is {size[0]}x{size[1]}; they must agree.")
+    results, recipes = [], []
+    for text in checked.prompt:
+        result = original.edit(text, mask=whole_mask, with_=build_all(others), on_step=on_step, **params)
+        edited = next(part for part in result.parts if part.name == "prompt_to_prompt")
+        block = {
+            **about,
+            "mask": None if whole_mask is None else files.pixel_hash(whole_mask),
+            "with": [cards.to_recipe(edited), *[_recipe_of_system(each) for each in build_all(others)]],
+        }
+        results.append(result)
+        recipes.append({**result.recipe, "edit": block})
+    return Edits(original, results, recipes)
+
+
+def _open(
+    image: Any, options: EditOptions, params: dict[str, Any], model: str | Path | Model | None, on_step: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A picture opened for editing, and what a recipe says about that."""
+    from sfumato.edit.original import Original
+
+    path = Path(image) if isinstance(image, str | Path) else None
+    picture = files.read_picture(path) if path is not None else image
+    about = {
+        "picture": path.name if path is not None else None,
+        "pixels": files.pixel_hash(picture),
+        "from": options.from_,
+        "invert": options.invert,
+        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.told().items()},
+    }
+    recipe: dict[str, Any] = {}
+    if path is not None:
+        try:
+            recipe, exact = files.read_recipe(path)
+        except BadInput:
+            exact = False
+        fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents"))
+        if exact and fresh and not options.invert:
+            return _replayed(path, picture, options, params, model, on_step), about
+    prompt = options.from_ or (str(recipe["prompt"]) if recipe.get("prompt") else None)
+    if prompt is None:
+        what = f"{path} carries" if path is not None else "the picture carries"
+        raise BadInput(f"{what} no recipe, so say what it shows now: --from, or from_=.")
+    prompt = JobOptions(prompt=prompt).prompt
+    loaded = load(DEFAULT_MODEL if model is None else model) if isinstance(model, str | Path | None) else model
+    told = {"size": fitting_size(loaded, picture.size), **options.told()}
+    return Original.inverted(loaded, picture, prompt, edit=params, on_step=on_step, **told), about
+
+
+def _replayed(
+    path: Path, picture: Image, options: EditOptions, params: dict[str, Any], model: Any, on_step: Any
+) -> Any:
+    from sfumato.edit.original import Original
+
+    if options.told():
+        names = " and ".join(options.told())
+        raise BadInput(f"{names} cannot be given for {path}, which is drawn again by its recipe; or add invert.")
+    named = str(model) if isinstance(model, str | Path) else getattr(model, "name", None)
+    order = like(path, {}, Order([], named))
+    if options.from_ is not None and options.from_ != order.jobs[0].prompt:
+        raise BadInput(
+            f"from is {options.from_!r}, but {path} says that it shows {order.jobs[0].prompt!r}; or add invert."
+        )
+    loaded = load(order.model or DEFAULT_MODEL, dtype=order.dtype) if isinstance(model, str | Path | None) else model
+    _warn_if_different(order.expected, loaded)
+    original = Original.replayed(
+        loaded,
+        picture,
+        order.jobs[0].arguments() | {"n": 1},
+        parts=build_all(order.with_),
+        edit=params,
+        on_step=on_step,
+    )
+    if original.fidelity < 60:  # rounding to 8 bits alone leaves equal pictures
+        told = "its recipe makes another picture here" if original.fidelity else "it was cut or resized"
+        warnings.warn(
+            RecipeDiffers(f"{path}: {told}, and that one is edited; --invert edits the picture in the file."),
+            stacklevel=3,
+        )
+    return original
+
+
+def _named(system: Any) -> tuple[str, dict[str, Any]]:
+    """Key and parameters of a system given in any form."""
+    if isinstance(system, str):
+        key, given = cards.parse_with(system)
+        return key.strip().replace("-", "_"), given
+    if isinstance(system, dict):
+        params = system.get("params", {})
+        return str(system.get("method")), dict(params) if isinstance(params, dict) else {}
+    return (system.CARD.key, system.params.model_dump()) if hasattr(system, "CARD") else ("", {})
+
+
+def _recipe_of_system(system: Any) -> dict[str, Any]:
+    return cards.to_recipe(system) if hasattr(system, "CARD") else {"method": system.name, "params": {}}
+
+
+def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
+    """Arguments of :func:`edit` that make the edit ``picture`` again from its original ``image`` (and ``mask``).
+
+    Raises:
+        BadInput: it is no edit, its recipe is damaged, or image or mask are not those it was made from.
+    """
+    recipe, exact = files.read_recipe(picture)
+    block = recipe.get("edit")
+    if not exact or not isinstance(block, dict):
+        raise BadInput(f"{picture} is no edit made by sfumato; repeat it with: sfumato make --like {picture}.")
+    for name, given, then in (("picture", image, block.get("pixels")), ("mask", mask, block.get("mask"))):
+        if (files.pixel_hash(files.read_picture(given)) if given is not None else None) != then:
+            raise BadInput(f"{given or 'no mask'} is not the {name} that {picture} was edited from.")
+    options = block.get("options")
+    with_ = block.get("with")
+    if not isinstance(options, dict) or not isinstance(with_, list):
+        raise BadInput(f"{picture} carries a damaged recipe; give the prompt and settings yourself.")
+    known = {name: value for name, value in options.items() if name in EditOptions.model_fields}
+    for each in with_:  # what the picture showed is known from "from", or from its own recipe
+        if isinstance(each, dict) and isinstance(each.get("params"), dict):
+            each["params"].pop("source", None)
+    return {
+        **known,
+        "prompt": str(recipe.get("prompt")),
+        "from_": block.get("from"),
+        "invert": bool(block.get("invert")),
+        "with_": with_,
+        "expected": recipe,
+    }
+
+
+def edit_file(
+    picture: Path, mask: Path | None, arguments: dict[str, Any], order: Order, out: Path, on_step: Any = None
+) -> Iterator[Path]:
+    """Edit a picture and write each result with its recipe into folder ``out``, yielding the files.
+
+    Raises:
+        Everything that :func:`edit` raises, and OSError.
+    """
+    given = dict(arguments)
+    prompts, expected = given.pop("prompt"), given.pop("expected", {})
+    model: Any = order.model
+    if model is None and expected:
+        from sfumato import zoo
+
+        model = expected.get("model")
+        if model not in zoo.names():
+            raise BadInput(
+                f"the edit was made with the model {str(model)[:200]!r}, which is not built in; say --model."
+            )
+    with files.output_folder(out):
+        if model is not None and (order.dtype or order.device != "cpu"):
+            model = load(model, dtype=order.dtype, device=order.device)
+        done = edit(picture, prompts, mask=mask, model=model, with_=order.with_, on_step=on_step, **given)
+        _warn_if_different(expected, done.original.model)
+        for result, recipe in zip(done.results, done.recipes, strict=True):
+            path = files.free_name(out, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}")
+            yield files.save_png(path, result.images[0], recipe)
+
+
 def is_picture(what: str) -> bool:
     """Whether a text names a picture file rather than being a prompt."""
     return Path(what).suffix.lower() in PICTURES and (" " not in what or Path(what).is_file())
@@ -326,6 +589,8 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
     from sfumato import zoo
 
     recipe, exact = files.read_recipe(picture)
+    if recipe.get("edit") is not None:
+        raise BadInput(f"{picture} is an edit; repeat it from its original: sfumato edit ORIGINAL --like {picture}.")
     known = {name: recipe[name] for name in JobOptions.model_fields if recipe.get(name) is not None and name != "n"}
     if recipe.get("latents") is not None:
         raise BadInput(f"{picture} was made from latents that a program gave; only that program can repeat it.")

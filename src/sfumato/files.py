@@ -8,6 +8,7 @@ nothing is executed, and every value passes the same checks as one typed by hand
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -141,7 +142,8 @@ def save_grid(path: Path, pictures: list[Path]) -> Path:
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """A picture from a file, upright and in RGB.
+    """A picture from a file, upright and in RGB: turned as its EXIF says, transparent parts on white, deep greys
+    (16 bit and more) brought to 8 bit by their range.
 
     Raises:
         BadInput: the file is no picture, is damaged or too large. OSError: it cannot be opened.
@@ -151,7 +153,36 @@ def read_picture(path: Path | str) -> Image.Image:
     with _opened(Path(path)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _as_rgb(ImageOps.exif_transpose(image))
+
+
+def fitted(image: Image.Image, size: tuple[int, int], smooth: bool = True) -> Image.Image:
+    """``image`` at exactly ``size`` (width, height) without distortion: scaled until it covers it, then cut at equal
+    parts from both sides. ``smooth=False`` takes the nearest pixel, for masks."""
+    from PIL import Image, ImageOps
+
+    method = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    return image if image.size == size else ImageOps.fit(image, size, method)
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """SHA-256 (hex) of a picture's size and RGB pixels."""
+    rgb = image.convert("RGB")
+    return hashlib.sha256(f"{rgb.width}x{rgb.height}".encode() + rgb.tobytes()).hexdigest()
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow itself would cut these off at 255
+        grey = np.nan_to_num(np.asarray(image).astype(np.float64))
+        full = 65535.0 if image.mode != "F" else (255.0 if grey.max() > 1 else 1.0)
+        image = Image.fromarray((grey / full * 255).round().clip(0, 255).astype(np.uint8), "L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:

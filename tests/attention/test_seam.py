@@ -22,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from sfumato.attention.seam import FEW_KEYS, AttentionSeam, Call, Tap
+from sfumato.attention.seam import FEW_KEYS, AttentionSeam, Call, OtherMap, Tap
 from sfumato.attention.sites import Where, find_sites
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.site import Site
@@ -271,6 +271,62 @@ def test_edits_compose_in_the_order_of_the_taps_and_observers_see_the_result():
     torch.testing.assert_close(seen["first"], final)
     torch.testing.assert_close(seen["words"], final[..., [4]])
     torch.testing.assert_close(out, final @ (v + 1), rtol=1e-5, atol=1e-5)
+
+
+def test_another_map_in_place_of_some_rows():
+    (q, k, v), _ = arguments("plain")
+    one = torch.randn(1, K, N, T).softmax(-1)
+    seen = {}
+
+    def swap(call):
+        return OtherMap(
+            slice(1, 2),
+            attend=lambda own: (own.probs() * 0.5 + one * 0.5) @ own.v,
+            probs=lambda own, queries: own.probs(queries) * 0.5 + one[:, :, queries] * 0.5,
+        )
+
+    def look(call):
+        seen["all"], seen["words"] = call.probs(), call.word_probs([4, 2])
+        seen["within"] = call.word_probs([4], within=(2, 6))
+        seen["row"], seen["rest"] = call.branch("a").probs(), call.branch("b").word_probs([4])
+
+    taps = [Tap(edit_map=swap), Tap(observe=look), Tap(edit_scores=lambda c: c.scores() * 2)]
+    where = [site("")]
+    rows = {"a": slice(1, 2), "b": slice(2, B)}
+    net = Bare()
+    with AttentionSeam(net, where, taps) as seam, seam.forward(rows=rows):
+        out = net(q, k, v)
+    probs = (2 * torch.einsum("bknd,bktd->bknt", q, k) / D**0.5).softmax(-1)
+    probs[1:2] = probs[1:2] * 0.5 + one * 0.5
+    for name, expected in {
+        "all": probs,
+        "words": probs[..., [4, 2]],
+        "within": probs[..., [4]] / probs[..., 2:6].sum(-1, keepdim=True),
+        "row": probs[1:2],
+        "rest": probs[2:, ..., [4]],
+    }.items():
+        torch.testing.assert_close(seen[name], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, probs @ v, rtol=1e-5, atol=1e-5)
+    with pytest.raises(Conflict, match="two editors"):
+        through_seam(Bare(), [Tap(edit_map=swap), Tap(edit_map=swap)], (q, k, v), {}, where)
+
+
+def test_rows_around_another_map_keep_every_bit():
+    args, _ = arguments("plain")
+    plain = Bare()(*args)
+    seen = []
+
+    def swap(call):
+        return OtherMap(slice(1, 2), attend=lambda own: own.attend(), probs=lambda own, queries: own.probs(queries))
+
+    taps = [Tap(edit_map=swap), Tap(observe=lambda c: seen.append(c.branch("b").word_probs([4])))]
+    with AttentionSeam(net := Bare(), [site("")], taps) as seam:
+        with seam.forward(rows={"a": slice(1, 2), "b": slice(2, B)}):
+            out = net(*args)
+    assert torch.equal(out, plain)
+    q, k, _ = args
+    probs = (torch.einsum("bknd,bktd->bknt", q, k) / D**0.5).softmax(-1)
+    torch.testing.assert_close(seen[0], probs[2:, ..., [4]])
 
 
 def test_an_edit_of_scores_never_revives_a_masked_key():

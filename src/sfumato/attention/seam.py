@@ -46,6 +46,9 @@ QUERY_CHUNK = 512
 
 Callback = Callable[["Call"], Any]
 
+#: Editors of a tap, in the order in which they act.
+STAGES = ("edit_values", "edit_scores", "edit_probs", "edit_map")
+
 
 class StopForward(BaseException):
     """Leaves a forward pass whose remainder nobody needs. Not an Exception, so that no library code swallows it."""
@@ -61,9 +64,10 @@ class Tap:
 
     ``where`` selects sites (a predicate on :class:`~sfumato.models.site.Site`; None for all). Every callback takes a
     :class:`Call`. ``observe`` returns nothing and sees the map after all edits (``raw=True``: before). Editors return
-    the new tensor, in the shape of ``call.v`` / ``call.scores()`` / ``call.probs()``, or None to leave the call alone.
-    Several taps on one site compose: first all ``edit_values`` in the order of the taps, then all ``edit_scores``, then
-    all ``edit_probs``; each sees what those before it made. ``stop_after=True`` says that this tap needs nothing of the
+    the new tensor, in the shape of ``call.v`` / ``call.scores()`` / ``call.probs()``, or for ``edit_map`` an
+    :class:`OtherMap`; or None to leave the call alone. Several taps on one site compose: first all ``edit_values`` in
+    the order of the taps, then all ``edit_scores``, then all ``edit_probs``, at last ``edit_map``; each sees what those
+    before it made. ``stop_after=True`` says that this tap needs nothing of the
     forward pass beyond its sites; the pass ends early once that is true of all taps.
     """
 
@@ -72,17 +76,36 @@ class Tap:
     edit_values: Callback | None = None
     edit_scores: Callback | None = None
     edit_probs: Callback | None = None
+    edit_map: Callback | None = None
     raw: bool = False
     stop_after: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not (self.observe or self.edit_values or self.edit_scores or self.edit_probs):
-            raise BadInput(f"Tap {self.name!r} does nothing: give observe, edit_values, edit_scores or edit_probs.")
-        if self.stop_after and (self.edit_values or self.edit_scores or self.edit_probs):
+        if not (self.observe or self.edits):
+            raise BadInput(f"Tap {self.name!r} does nothing: give observe, {', '.join(STAGES[:-1])} or {STAGES[-1]}.")
+        if self.stop_after and self.edits:
             raise BadInput(
                 f"Tap {self.name!r} edits attention, so the rest of the forward pass is needed: drop stop_after."
             )
+
+    @property
+    def edits(self) -> bool:
+        """Whether this tap may change attention."""
+        return any(getattr(self, stage) is not None for stage in STAGES)
+
+
+@dataclass(eq=False)
+class OtherMap:
+    """A map in place of a call's own, in some ``rows`` of its batch, without materialising it.
+
+    ``attend(own)`` gives the output (b k n d) of those rows, ``probs(own, queries)`` their map (b k n t) for some
+    queries, asked only by those who look; ``own`` is the call of those rows as edited so far.
+    """
+
+    rows: slice
+    attend: Callable[[Call], Tensor]
+    probs: Callable[[Call, slice], Tensor]
 
 
 class Call:
@@ -119,6 +142,7 @@ class Call:
         self._records_grad = torch.is_grad_enabled()
         self._scores: Tensor | None = None  # set by editors
         self._probs: Tensor | None = None
+        self._other: OtherMap | None = None
         self._fused: tuple[Tensor, Tensor] | None = None  # (output, log-sum-exp) of the fused kernel, whole batch
         self._whole, self._part = self, slice(None)
 
@@ -140,7 +164,10 @@ class Call:
         """The same call for the rows of one branch only, such as "cond"; shares the work already done."""
         if name not in self.rows:
             raise NoMatch(f"no rows of branch {name!r} in this forward pass; it has: {', '.join(self.rows) or 'none'}.")
-        part = self.rows[name]
+        return self._view(self.rows[name])
+
+    def _view(self, part: slice, plain: bool = False) -> Call:
+        """The call of some rows; ``plain``: as it is without the map that stands in for its own."""
         mask = self.mask
         if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
             mask = mask[part]
@@ -150,8 +177,22 @@ class Call:
         )  # fmt: skip
         view._scores = None if self._scores is None else self._scores[part]
         view._probs = None if self._probs is None else self._probs[part]
-        view._whole, view._part = self._whole, part
+        first = self._part.start or 0  # a view of a view
+        view._whole, view._part = self._whole, slice(first + part.start, first + part.stop)
+        other = None if plain else self._other
+        if other is not None and other.rows.start < part.stop and part.start < other.rows.stop:
+            if other.rows != part:
+                raise NotSupported(f"rows {part} of {self.site.path} are partly those of another map, {other.rows}.")
+            view._other = OtherMap(slice(0, part.stop - part.start), other.attend, other.probs)
         return view
+
+    def _around(self, other: OtherMap, of: Callable[[Call], Tensor], instead: Callable[[Call], Tensor]) -> Tensor:
+        """``instead`` of the rows that have another map, ``of`` the rows before and behind them, as one tensor."""
+        start, stop, b = other.rows.start, other.rows.stop, self.q.shape[0]
+        parts = [of(self._view(slice(0, start), plain=True))] if start else []
+        parts.append(instead(self._view(other.rows, plain=True)))
+        parts += [of(self._view(slice(stop, b), plain=True))] if stop < b else []
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # -- maps ----------------------------------------------------------------------------------------------------------
 
@@ -168,6 +209,8 @@ class Call:
 
     def probs(self, queries: slice = slice(None)) -> Tensor:
         """softmax over all keys (b k n t), edits included; a query that may look nowhere gets zeros."""
+        if (other := self._other) is not None:
+            return self._around(other, lambda call: call.probs(queries), lambda own: other.probs(own, queries))
         if self._probs is not None:
             return self._probs[:, :, queries]
         return self._softmax(self._masked(self.scores(queries), queries))
@@ -184,6 +227,14 @@ class Call:
         """
         queries = self.image if queries is None else queries
         index = self._index(columns)
+        if self._other is not None:
+            chunks = []
+            for part in _chunks(queries, self.q.shape[2]):
+                probs = self.probs(part)
+                total = probs[..., slice(*within)].sum(-1, keepdim=True) if within else None
+                chunk = probs[..., index]
+                chunks.append(chunk if total is None else chunk / total.clamp_min(torch.finfo(chunk.dtype).tiny))
+            return torch.cat(chunks, 2)
         if self._probs is not None:
             total = self._probs[:, :, queries, slice(*within)].sum(-1, keepdim=True) if within else None
             part = self._probs[:, :, queries][..., index]
@@ -205,6 +256,8 @@ class Call:
 
     def attend(self) -> Tensor:
         """The output (b k n d) in the dtype of ``q``: the fused kernel's own unless the map was edited."""
+        if self._other is not None:
+            return self._around(self._other, Call.attend, self._other.attend).to(self.q.dtype)
         if self._scores is None and self._probs is None:
             if self._fused is not None:
                 return self._fused[0]
@@ -462,7 +515,7 @@ class AttentionSeam:
         for tap in taps:
             if tap.observe and tap.raw:
                 tap.observe(call)
-        for stage in ("edit_values", "edit_scores", "edit_probs"):
+        for stage in STAGES:
             for tap in taps:
                 if (edit := getattr(tap, stage)) and (new := edit(call)) is not None:
                     _apply(call, stage, new)
@@ -495,8 +548,13 @@ class AttentionSeam:
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
-def _apply(call: Call, stage: str, new: Tensor) -> None:
+def _apply(call: Call, stage: str, new: Any) -> None:
     """Store what an editor returned. Edits of scores come before edits of probabilities, so none is ever lost."""
+    if stage == "edit_map":
+        if call._other is not None:
+            raise Conflict(f"two editors put another map in place of the one at {call.site.path}; only one can.")
+        call._other = new
+        return
     if stage == "edit_values":
         shape = call.v.shape
     else:

@@ -107,14 +107,14 @@ def invert(
 
 def _one_back(run: Run, step: Step, refine: int) -> Tensor:
     """The latents (b c h w) from which the scheduler's step ``step.i`` leads to ``step.x``."""
-    a, b = _coefficients(run, step)
+    a, b = step_coefficients(run, step)
     x = (step.x - b * step.output) / a
     for _ in range(refine):
         x = (step.x - b * step.predict(x, branches=step.branches).output("guided")) / a
     return x
 
 
-def _coefficients(run: Run, step: Step) -> tuple[float, float]:
+def step_coefficients(run: Run, step: Step) -> tuple[float, float]:
     """(A, B) of the scheduler's own step ``x' = A x + B out``, measured on unit inputs: whatever its spacing of
     timesteps, its final level or its rounding, the inverse is that of the step which sampling will take."""
     units = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=step.x.device)

@@ -347,7 +347,7 @@ class Step:
     def active_taps(self, editors: bool = False) -> list[Tap]:
         """Taps of the interventions active in this step; ``editors``: only those that change attention."""
         taps = [tap for part, taps in self.run._taps if self.covered_by(part) for tap in taps]
-        return [tap for tap in taps if tap.edit_values or tap.edit_scores or tap.edit_probs] if editors else taps
+        return [tap for tap in taps if tap.edits] if editors else taps
 
     def evaluate(self) -> None:
         """The step's own prediction: fills ``outputs``."""

@@ -1,0 +1,1 @@
+"""Edit: systems that change a picture and keep the rest of it."""

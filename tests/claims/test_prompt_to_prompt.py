@@ -1,0 +1,100 @@
+"""The pieces of the Prompt-to-Prompt claims: changes, judgements, choices, and a run through on a tiny model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from claims import prompt_to_prompt as claim
+from claims.core import Context
+from sfumato.judge.toy_judge import ObjectReading, Reading
+from tests.tiny import tiny_model
+
+
+def test_changes_change_one_word_and_the_scene_alike():
+    asked = claim.changes("test", 3, 24)
+    assert [each.kind for each in asked] == list(claim.KINDS) * 6
+    for each in asked:
+        old, new = each.prompt.text.split(), each.text.split()
+        differing = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
+        assert differing == [(each.old, each.new)]
+        if each.toy is None:
+            assert each.scene.ground == each.new and each.scene.toys == each.prompt.scene.toys
+            assert each.wishes == each.prompt.wishes
+        else:
+            assert getattr(each.scene.toys[each.toy], each.kind) == each.new
+            assert getattr(each.wishes[claim._at(each)], each.kind) == each.new
+            others = [i for i in range(len(each.wishes)) if i != claim._at(each)]
+            assert all(each.wishes[i] == each.prompt.wishes[i] for i in others)
+
+
+def toy(wish, mask):
+    return ObjectReading(wish.shape, wish.color, wish.pattern or "plain", "large", mask, (0, 0, 1, 1), 1.0)
+
+
+def test_judgement_of_an_edit():
+    each = next(c for c in claim.changes("test", 3, 8) if c.kind == "color")
+    at = claim._at(each)
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 10:20, 10:20] = masks[1, 40:50, 40:50] = True
+    source = Reading(tuple(toy(w, m) for w, m in zip(each.prompt.wishes, masks, strict=True)), "grass", "day")
+    edited = Reading(tuple(toy(w, m) for w, m in zip(each.wishes, masks, strict=True)), "grass", "day")
+    before = torch.zeros(3, 64, 64)
+    after = before + 0.02  # one hundredth of the range: 40 dB
+    after[:, masks[at]] = 1.0  # the toy itself does not count
+    success, kept, background = claim.judged(each, source, edited, before, after)
+    assert success and kept == 1.0 and background == pytest.approx(40, abs=1e-3)
+    assert claim.judged(each, source, source, before, after)[0] is False
+    gone = Reading(tuple(o for i, o in enumerate(edited.objects) if i == at), "grass", "day")
+    assert claim.judged(each, source, gone, before, after)[1] == 0.0
+    assert claim.judged(each, gone, edited, before, after) is None  # the source is not what it should be
+
+
+def test_choice_of_windows():
+    def outcome(success, kept):
+        return claim.Outcome([success] * 4 + [not success], [kept] * 5, [1.0] * 5, [])
+
+    tuned = {f"p2p {c:g}/{s:g}": outcome(True, 0.5) for c, s in claim.WINDOWS} | {"no injection": outcome(True, 0.1)}
+    tuned["p2p 0.6/0.4"] = outcome(True, 0.7)
+    tuned["p2p 0.8/0.6"] = outcome(False, 0.9)  # keeps more, but the change is not made
+    assert claim.choose(tuned) == (0.6, 0.4)
+
+
+def test_measures():
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 4, 4)
+    everywhere = torch.ones(4, 4, dtype=torch.bool)
+    assert claim.saturation(red, everywhere) == 1 and claim.saturation(torch.zeros(3, 4, 4), everywhere) == 0
+    half = everywhere.clone()
+    half[:2] = False
+    assert claim.iou(everywhere, half) == 0.5
+    assert claim.psnr_where(red, red, half) > 100
+    assert claim.by_chance(5) == pytest.approx(5 / 120)
+
+
+class Stub:
+    """A judge that reads every picture as its prompt's wishes, whatever it shows."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def read(self, pictures):
+        masks = torch.zeros(2, *pictures.shape[-2:], dtype=torch.bool)
+        masks[0, :8, :8] = masks[1, 20:28, 20:28] = True
+        return [
+            Reading(tuple(toy(w, m) for w, m in zip(c.prompt.wishes, masks, strict=True)), c.prompt.scene.ground, "day")
+            for c, _ in zip(self.asked, pictures, strict=True)
+        ]
+
+
+def test_edits_run_through_on_a_tiny_model(monkeypatch):
+    monkeypatch.setattr(claim, "STEPS", 2)
+    monkeypatch.setattr(claim, "STRENGTHS", (0.6, 0.8))  # of two steps, 0.4 leaves none
+    asked = claim.changes("test", 3, 2)
+    context = Context(quick=True)
+    context.cache["model tiny"], context.cache["judge"] = tiny_model("sd"), Stub(asked)
+    found = claim.edit_all(context, "tiny", asked, 0, claim.WINDOWS[:2], "x")
+    methods = ["no injection", "p2p 0.4/0.2", "p2p 0.6/0.4", "SDEdit 0.6", "SDEdit 0.8"]
+    assert set(found) == {"source", *methods}
+    counts = {len(each.success) for method, each in found.items() if method != "source"}
+    assert counts == {2} and all(np.isfinite(each.background).all() for each in found.values())
