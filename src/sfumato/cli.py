@@ -248,6 +248,77 @@ def explain(
         typer.echo(path)
 
 
+@app.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(help="The pictures; or the real ones, when a second folder follows.")],
+    fake: Annotated[Path | None, typer.Argument(help="The pictures to judge against the first folder.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A folder of real pictures to compare with.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="What the pictures show: JSONL, one object per line.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option(help="A file with an attribute per line, or 'captions': the captions' own.")
+    ] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="One attribute; repeatable.")] = None,
+    oracle: Annotated[bool, typer.Option("--oracle", help="The toy-judge, not CLIP, says what is shown.")] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="presence, clip_score, frechet, kernel, manifold, attributes; repeatable. Default: all."),
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Net of the distances: a CLIP, or inception. Default: toy-clip.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of scores and attributes. Default: toy-clip.")] = None,
+    template: Annotated[str | None, typer.Option(help="Sentence for attributes. Default: 'a photo of {}'.")] = None,
+    captions: Annotated[bool, typer.Option("--captions/--no-captions", help="Whether captions are read.")] = True,
+    pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="Whether pairs of attributes are compared.")] = True,
+    draws: Annotated[int | None, typer.Option(help="Permutations behind attribute densities. Default: 100.")] = None,
+    cap: Annotated[int | None, typer.Option(help="Most pictures a side where pairs count. Default: 10000.")] = None,
+    seed: Seed = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures looked at together. Default: 32.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and its state.")] = Path("judged"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure a folder of pictures: against its captions, and against real pictures. Goes on where it was stopped."""
+    from sfumato import face
+
+    if fake is not None:
+        if reference is not None:
+            raise BadInput("give the reference once: as the first of two folders, or as --reference.")
+        folder, reference = fake, folder
+    given = {"metrics": metric, "net": net, "clip": clip, "template": template, "draws": draws, "cap": cap,
+             "seed": seed, "batch": batch, "dtype": dtype}  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    if attributes is not None and attribute:
+        raise BadInput("give --attributes or --attribute, not both.")
+    if attributes == "captions":
+        options["attributes"] = ["captions"]
+    elif attributes is not None:
+        from sfumato.judge.judging import read_attributes
+
+        options["attributes"] = read_attributes(Path(attributes))
+    elif attribute:
+        options["attributes"] = attribute
+    options |= {"oracle": oracle, "captions": captions, "pairs": pairs, "device": device}
+    try:
+        with _bar("pictures") as show:
+            report = face.judge(folder, reference, prompts=prompts, out=out, on_progress=show, **options)
+    except KeyboardInterrupt:
+        raise WorkInterrupted(f"interrupted; the state is in {out}, the same command goes on from it.") from None
+    _tell(report, json_)
+
+
+def _tell(report: Any, json_: bool) -> None:
+    """A report on stdout, and where its files are."""
+    if json_:
+        _print_json(report.to_json())
+        return
+    for line in report.lines():
+        typer.echo(line)
+    for path in report.files:
+        typer.echo(path)
+
+
 def _deliver(order: Any, out: Path, grid: bool = False) -> None:
     """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
     from sfumato import face, files
@@ -419,6 +490,24 @@ def toybox_sample(
 
     with _bar("scenes") as show:
         typer.echo(export_imagefolder(out, n=n, size=size, seed=seed, split=split, on_progress=show))
+
+
+@toybox_app.command("prompts")
+def toybox_prompts(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="one, two, colors, counting, position, color_attribution; repeatable. Default: all."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many prompts of each task.")] = 20,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("prompts.jsonl"),
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other prompts.")] = 0,
+    scenery: Annotated[bool, typer.Option("--scenery/--no-scenery", help="Whether the ground is named.")] = True,
+    bare: Annotated[bool, typer.Option("--bare", help="No colours where colour is not the point.")] = False,
+) -> None:
+    """Write a prompt set in the manner of GenEval, for make --prompts and compare --prompts."""
+    from sfumato.judge.prompts import TASKS, prompt_set, write_prompts
+
+    typer.echo(write_prompts(out, prompt_set(task or TASKS, n, seed, scenery, bare)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -223,6 +223,17 @@ def explain(
     return Explanation([image], [look(loaded, image, prompt, size=size, **system.params.model_dump(), **options)])
 
 
+def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:
+    """Measures a folder of pictures, against its captions and against a reference folder.
+
+    Returns a :class:`sfumato.judge.report.Report`; arguments, options and errors are those of
+    :func:`sfumato.judge.judging.judge_folder` (``prompts``, ``out``, ``metrics``, ``attributes``, ``net``, ...).
+    """
+    from sfumato.judge.judging import judge_folder
+
+    return judge_folder(folder, reference, **options)
+
+
 def is_picture(what: str) -> bool:
     """Whether a text names a picture file rather than being a prompt."""
     return Path(what).suffix.lower() in PICTURES and (" " not in what or Path(what).is_file())

@@ -109,9 +109,9 @@ class ClipNet:
 
             told = f"{self.name} reads {longest} tokens: {cut} of {len(texts)} texts are longer and are cut off"
             warnings.warn(TruncatedPrompt(f"{told}."), stacklevel=2)
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
-        ).to(self.device)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
+            self.device
+        )
         seen = self.model.text_model(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).pooler_output
@@ -122,7 +122,12 @@ class InceptionNet:
     """Inception v3 of torch-fidelity, when the package is installed and its weights are on this machine already."""
 
     def __init__(self, dtype: str = "float32", device: str = "cpu"):
-        self.name, self.rule, self.distance, self.device = INCEPTION, "bilinear to 299x299, as TensorFlow 1", "FID", device
+        self.name, self.rule, self.distance, self.device = (
+            INCEPTION,
+            "bilinear to 299x299, as TensorFlow 1",
+            "FID",
+            device,
+        )
         if _dtype(dtype) is not torch.float32:
             raise BadInput(f"dtype={dtype!r}; the standard FID is defined in float32.")
         if importlib.util.find_spec("torch_fidelity") is None:
@@ -166,7 +171,7 @@ def feature_net(name: str = DEFAULT_NET, dtype: str = "float32", device: str = "
 def clip_net(name: str = DEFAULT_NET, dtype: str = "float32", device: str = "cpu") -> ClipNet:
     """A CLIP model by built-in name or folder. Raises as :func:`feature_net`."""
     folder = net_folder(name, "feature net", "clip", [INCEPTION])
-    return ClipNet(folder, name if folder.name == name else folder.name, dtype, device)
+    return ClipNet(folder, folder.name, dtype, device)
 
 
 def net_folder(name: str, kind: str, built_in: str, more: Sequence[str] = ()) -> Path:

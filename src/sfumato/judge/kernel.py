@@ -33,7 +33,9 @@ class Kernel:
         return (gamma * (x @ y.T) + self.offset) ** self.degree
 
 
-def kernel_distance(first: np.ndarray, second: np.ndarray, kernel: Kernel | None = None, level: float = 0.95) -> Interval:
+def kernel_distance(
+    first: np.ndarray, second: np.ndarray, kernel: Kernel | None = None, level: float = 0.95
+) -> Interval:
     """Unbiased squared MMD of all pairs of features (m, d) and (n, d), with its interval.
 
     Computed block against block: memory grows with the block, not with m n. The interval is normal, with the variance

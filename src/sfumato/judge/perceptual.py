@@ -1,8 +1,8 @@
 """A perceptual distance between two pictures, in the form of LPIPS, on the encoder of an autoencoder; nothing fitted.
 
-Zhang et al. 2018 (https://arxiv.org/abs/1801.03924), equation 1 with every weight 1: at each layer the channels of every
-place are scaled to length 1, and the squared differences are averaged over places and summed over layers. Each layer
-adds a number in [0, 4], 0 for equal directions.
+Zhang et al. 2018 (https://arxiv.org/abs/1801.03924), equation 1 with every weight 1: at each layer the channels of
+every place are scaled to length 1, and the squared differences are averaged over places and summed over layers. Each
+layer adds a number in [0, 4], 0 for equal directions.
 
 Why an autoencoder's encoder and not toy-clip's vision tower. (1) An encoder E with decoder D gives
 |x - y| <= |x - D(E(x))| + L |E(x) - E(y)| + |y - D(E(y))|, L the decoder's Lipschitz constant: what it sees as equal
@@ -51,7 +51,9 @@ class Perceptual:
     def distances(self, first: Tensor, second: Tensor) -> Tensor:
         """Distance (b,) of pictures (b, 3, h, w) in [-1, 1] to their partners. Raises BadInput on unequal shapes."""
         if first.shape != second.shape or first.ndim != 4 or first.shape[1] != 3:
-            raise BadInput(f"pictures must share one shape (b, 3, h, w); got {tuple(first.shape)}, {tuple(second.shape)}.")
+            raise BadInput(
+                f"pictures must share one shape (b, 3, h, w); got {tuple(first.shape)}, {tuple(second.shape)}."
+            )
         total = torch.zeros(len(first), dtype=torch.float64)
         for a, b in zip(self.layers(first), self.layers(second), strict=True):
             gap = _directions(a) - _directions(b)
