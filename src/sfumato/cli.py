@@ -162,7 +162,8 @@ def make(
         Path | None, typer.Option(help="Repeat this picture by its recipe; other options override it.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line.")
+        Path | None,
+        typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line. Goes on where it was stopped."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1.")] = None,
@@ -195,7 +196,8 @@ def make(
     if like is not None:
         order = face.like(like, typed, order)
     elif prompts is not None:
-        order.jobs = face.read_prompts(prompts, typed)
+        _deliver_lines(prompts, typed, order, out, grid)
+        return
     else:
         order.jobs = [face.JobOptions(**typed)]
     _deliver(order, out, grid)
@@ -333,6 +335,33 @@ def _deliver(order: Any, out: Path, grid: bool = False) -> None:
     except (KeyboardInterrupt, WorkInterrupted):
         kept = f"{len(finished)} finished pictures are in {out}" if finished else "no picture was finished"
         raise WorkInterrupted(f"interrupted; {kept}, nothing half-written is left.") from None
+    if grid and finished:
+        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
+
+
+def _deliver_lines(prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool) -> None:
+    """The same for a prompts file: what is there already is not made again, bad lines are told at the end."""
+    from sfumato import face, files
+
+    total = sum(1 for line in prompts.open("rb") if line.strip())
+    finished: list[Path] = []
+    made = there = 0
+    try:
+        with _bar("lines") as show:
+            for picture in face.carry_out_lines(face.read_prompts(prompts, typed), order, out, show, total):
+                there += picture.there
+                if grid:
+                    finished.append(picture.paths[0])
+                if not picture.there:
+                    made += 1
+                    for path in picture.paths:
+                        typer.echo(path)
+    except (KeyboardInterrupt, WorkInterrupted):
+        told = f"{made + there} finished pictures are in {out}, the same command goes on from there"
+        raise WorkInterrupted(f"interrupted; {told}.") from None
+    finally:
+        if there:
+            typer.echo(f"{there} pictures were there already.", err=True)
     if grid and finished:
         typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +18,7 @@ from pydantic import field_validator
 
 from sfumato import cards, files
 from sfumato.cards import Field, Params
-from sfumato.errors import BadInput, NotSupported, SfumatoError
+from sfumato.errors import BadInput, NotSupported, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -399,15 +401,15 @@ def carry_out(
             yield write(result, out, order.maps)
 
 
-def write(result: Result, out: Path, maps: bool = False) -> list[Path]:
+def write(result: Result, out: Path, maps: bool = False, at: Path | None = None) -> list[Path]:
     """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew.
 
-    ``maps``: also the numbers behind these, as ``.safetensors``.
+    ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes.
     """
     written = []
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
-        path = files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
+        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
         written.append(files.save_png(path, image, recipe))
         for part in result.parts:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
@@ -455,30 +457,144 @@ def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
             warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)
 
 
-def read_prompts(path: Path, typed: dict[str, Any]) -> list[JobOptions]:
-    """Jobs from a JSONL file: a JSON object per line with the keys of :class:`JobOptions`; what was ``typed`` wins.
+ANNOTATIONS = ("task", "tag", "include", "exclude", "id")  # what a prompt set says besides how to make the picture
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a prompts file: its number, what to make, and what else it says; or what is wrong with it."""
+
+    number: int
+    job: JobOptions | None
+    about: dict[str, Any] = field(default_factory=dict)
+    wrong: str = ""
+
+
+def read_prompts(path: Path, typed: dict[str, Any]) -> Iterator[Line]:
+    """The lines of a JSONL file, one by one: a JSON object each with the keys of :class:`JobOptions` (and
+    :data:`ANNOTATIONS`); what was ``typed`` wins.
 
     Raises:
-        BadInput: a line is not such an object; the message names the line. OSError: the file cannot be read.
+        BadInput: the file is not text, or has no line. OSError: it cannot be read.
     """
+    any_line = False
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    any_line = True
+                    yield _line(number, line, typed)
     except UnicodeDecodeError:
         raise BadInput(f"{path} is not UTF-8 text.") from None
-    jobs = [_job(f"{path}, line {number}", line, typed) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not jobs:
+    if not any_line:
         raise BadInput(f"{path} holds no prompts.")
-    return jobs
 
 
-def _job(place: str, line: str, typed: dict[str, Any]) -> JobOptions:
+def _line(number: int, text: str, typed: dict[str, Any]) -> Line:
     try:
-        given = json.loads(line)
+        given = json.loads(text)
         if not isinstance(given, dict):
             raise ValueError("not an object")
-        return JobOptions(**{**given, **typed})
+        about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
+        return Line(number, JobOptions(**{**given, **typed}), about)
     except SfumatoError as error:
-        raise BadInput(f"{place}: {error}") from None
+        return Line(number, None, wrong=str(error))
     except (ValueError, RecursionError):
         example = '{"prompt": "a red cube", "seed": 1}'
-        raise BadInput(f"{place}: not a JSON object; write lines such as {example}.") from None
+        return Line(number, None, wrong=f"not a JSON object; write lines such as {example}.")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture of a long list: its files, and whether it was there already. ``seconds`` and ``cost`` when made now."""
+
+    paths: list[Path]
+    there: bool = False
+    seconds: float = 0.0
+    cost: float = 0.0
+
+
+class BadLines(BadInput):
+    """Some lines of a prompts file could not be followed; all others were."""
+
+
+def carry_out_lines(
+    lines: Iterable[Line],
+    order: Order,
+    out: Path,
+    on_step: Callable[[int, int, float], None] | None = None,
+    total: int = 0,
+    model: Model | None = None,
+) -> Iterator[Made]:
+    """Make the pictures of a prompts file one by one in folder ``out``, which keeps ``metadata.jsonl`` of them.
+
+    What that file says is done is not made again; so the same call goes on after a kill. Lines that cannot be followed
+    are told at the end, when all others are done.
+
+    Raises:
+        BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
+    """
+    from sfumato.judge.journal import Journal
+
+    build_all(order.with_)
+    image = None if order.image is None else files.read_picture(order.image)
+    wrong: list[str] = []
+    count = done = 0
+    with files.output_folder(out):
+        journal: Journal | None = None
+        for index, line in enumerate(lines):
+            count += 1
+            if line.job is None:
+                wrong.append(f"line {line.number}: {line.wrong}")
+                continue
+            if model is None:  # only now: a file of nothing but damage needs none
+                model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+            journal = journal or Journal(out)
+            for i in range(line.job.n):
+                options = line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
+
+                def heard(step: Any, index: int = index) -> None:
+                    if on_step is not None:
+                        on_step(index, max(total, index + 1), (step.i + 1) / step.total)
+
+                try:
+                    yield _make_line(model, options, line.about, order, image, journal, out, heard)
+                    done += 1
+                except SfumatoError as error:
+                    if isinstance(error, WorkInterrupted):
+                        raise
+                    wrong.append(f"line {line.number}: {error}")
+                    break
+    if wrong:
+        named = " ".join(wrong[:3]) + (f" And {len(wrong) - 3} more." if len(wrong) > 3 else "")
+        kept = f" The {done} pictures of the others are in {out}." if done else ""
+        raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{kept}")
+
+
+def _make_line(
+    model: Model,
+    options: JobOptions,
+    about: dict[str, Any],
+    order: Order,
+    image: Image | None,
+    journal: Any,
+    out: Path,
+    heard: Callable[[Any], None],
+) -> Made:
+    """One picture, or the one that is there."""
+    from sfumato.sampling import generate
+
+    systems = build_all(order.with_)
+    what = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in systems], model.weight_hash]
+    what += [str(model.dtype), None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    there = journal.take(key)
+    if there is not None:
+        return Made([there], there=True)
+    start = time.perf_counter()
+    result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+    result.images  # noqa: B018 - decoded within the time that is told
+    seconds = time.perf_counter() - start
+    row = {"text": options.prompt, "seed": options.seed, "seconds": round(seconds, 4), "cost": result.cost, **about}
+    path = journal.begin(key, f"{files.slug(options.prompt)}-{options.seed}", row)
+    return Made(write(result, out, order.maps, path), False, seconds, result.cost)

@@ -68,7 +68,7 @@ def test_square_pictures_are_prepared_as_clip_prepares_them(clip_folder):
         processor = CLIPImageProcessorPil.from_pretrained(clip_folder)
     large = pictures(1, size=(80, 80))[0]
     theirs = processor(large, return_tensors="pt")["pixel_values"][0]
-    ours = (features.as_tensor([features.square(large, 32)])[0] / 2 + 0.5 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+    ours = features.as_tensor([features.square(large, 32)])[0] / 2 + 0.5 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     assert torch.allclose(ours / torch.tensor(processor.image_std).view(3, 1, 1), theirs, atol=1e-5)
 
 
@@ -170,7 +170,9 @@ def test_perceptual_against_loops(perceptual):
         for x, y in zip(perceptual.layers(a), perceptual.layers(b), strict=True):
             x, y = x[row].double(), y[row].double()
             places = [
-                float((functional.normalize(x[:, i, j], dim=0) - functional.normalize(y[:, i, j], dim=0)).square().sum())
+                float(
+                    (functional.normalize(x[:, i, j], dim=0) - functional.normalize(y[:, i, j], dim=0)).square().sum()
+                )
                 for i in range(x.shape[1])
                 for j in range(x.shape[2])
             ]
