@@ -10,38 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.judge import features
 from sfumato.judge.clip_score import clip_scores
 from sfumato.judge.perceptual import Perceptual, load_perceptual
 from sfumato.models import TruncatedPrompt, quiet
-from sfumato.zoo.tokenizer import build_tokenizer
 from tests.tiny import tiny_pipeline
 
 
 def pictures(n, seed=0, size=(32, 32)):
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nets") / "tiny-clip"
-    tokenizer = build_tokenizer(16)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = tower | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    vision = tower | {"image_size": 32, "patch_size": 8}
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(0)
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        CLIPImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6]
-        ).save_pretrained(folder)
-    return folder
 
 
 def test_clip_features_are_the_models_own(clip_folder):

@@ -12,7 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.judge.folder import METADATA
 
@@ -57,11 +56,10 @@ class Journal:
         """Where to write the next picture of this job; says so in the file first. ``row`` is told beside it."""
         if self._lost[key]:
             return self.folder / self._lost[key].pop(0)  # its line is there, the picture is not
-        path = files.free_name(self.folder, stem)
-        count = 1
-        while path.name in self._names:  # promised to another job that was stopped
+        path, count = self.folder / f"{stem}.png", 1
+        while path.exists() or path.name in self._names:  # there, or promised to a job that was stopped
             count += 1
-            path = files.free_name(self.folder, f"{stem}-{count}")
+            path = self.folder / f"{stem}-{count}.png"
         line = json.dumps({"file_name": path.name, **row, "key": key}, ensure_ascii=False) + "\n"
         with self.path.open("ab") as file:
             file.write(line.encode())
