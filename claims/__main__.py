@@ -11,7 +11,12 @@ from claims import core
 from sfumato.errors import SfumatoError
 
 # key -> module with EXPERIMENT; imported only when asked for
-EXPERIMENTS = {"zoo": "claims.zoo", "daam": "claims.daam"}
+EXPERIMENTS = {
+    "zoo": "claims.zoo",
+    "daam": "claims.daam",
+    "bench": "claims.bench",
+    "sad_pad": "claims.sad_pad",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

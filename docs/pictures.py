@@ -93,6 +93,29 @@ def daam_existing() -> Image.Image:
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
 
 
+def sad_pad() -> Image.Image:
+    """Toys with too many red ones among them: what SaD says, attribute by attribute."""
+    from sfumato.judge.features import clip_net
+    from sfumato.judge.sad_pad import SadPad, plots
+
+    clip, rng = clip_net(), np.random.default_rng(21)
+    names = ["red", "green", "blue", "cube", "ball", "ring"]
+
+    def features(n: int, red: float) -> np.ndarray:
+        scenes = []
+        for _ in range(n):
+            color = rng.choice(["red", "green", "blue"], p=(red, (1 - red) / 2, (1 - red) / 2))
+            shape = rng.choice(["cube", "ball", "ring"])
+            scene = sample_scene(rng, 1, "any")
+            scenes.append(scene.replace(object=0, color=str(color), shape=str(shape), pattern="plain", size="large"))
+        frames = [render(scenes[start : start + 64]) for start in range(0, n, 64)]
+        return np.concatenate([clip.features([part.pil(i) for i in range(len(part))]) for part in frames])
+
+    system = SadPad(template="a {}")
+    scores = system.scores(clip, names, features(400, 1 / 3), features(400, 0.6))
+    return plots(system.compare(names, *scores))["attributes"]
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -101,6 +124,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "sad-pad": sad_pad,
 }
 
 
