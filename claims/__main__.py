@@ -17,6 +17,8 @@ EXPERIMENTS = {
     "attend_excite": "claims.attend_excite",
     "structured_guidance": "claims.structured_guidance",
     "prompt_to_prompt": "claims.prompt_to_prompt",
+    "bench": "claims.bench",
+    "sad_pad": "claims.sad_pad",
 }
 
 

@@ -111,14 +111,6 @@ def best_of(context: Context, arms: Sequence[Arm], texts: Sequence[str]) -> Arm:
     return Arm(pixels, [arms[k].checks[i] for i, k in enumerate(best)], sum(arm.cost for arm in arms))
 
 
-def lift(ours: Sequence[bool], theirs: Sequence[bool]) -> stats.Interval:
-    """Difference of two shares over the same prompts and seeds, with McNemar's exact p."""
-    interval = stats.paired_difference([float(hit) for hit in ours], [float(hit) for hit in theirs])
-    return stats.Interval(
-        interval.value, interval.low, interval.high, interval.n, interval.level, stats.mcnemar(ours, theirs)
-    )
-
-
 def told(interval: stats.Interval) -> str:
     """A lift in words."""
     return f"{percent(interval)} (McNemar p {interval.p:.2g})"
@@ -140,8 +132,11 @@ def two_toys(name: str, context: Context) -> list[Row]:
     n = math.ceil(ours.cost / plain.cost)
     tries = [plain] + [drawn(context, name, asked, REPORT, f"try {k + 1}", shift=k * 100_000) for k in range(1, n)]
     arms["best"] = best_of(context, tries, texts)
-    lifts = {label: (lift(ours.there, arm.there), lift(ours.bound, arm.bound)) for label, arm in arms.items()}
-    random = lift(arms["random"].there, plain.there)
+    lifts = {
+        label: (stats.mcnemar(ours.there, arm.there), stats.mcnemar(ours.bound, arm.bound))
+        for label, arm in arms.items()
+    }
+    random = stats.mcnemar(arms["random"].there, plain.there)
     shares = {label: (stats.share(arm.there), stats.share(arm.bound)) for label, arm in arms.items()}
     void = not 0.35 <= shares["plain"][0].value <= 0.85
     rows = [list(arms[label].pixels[:: max(1, len(asked) // 10)][:10]) for label in ("plain", "ours", "random", "best")]
@@ -219,7 +214,7 @@ def one_toy(name: str, context: Context) -> list[Row]:
     asked = repeated(common.prompts("test", REPORT + 1, context.count(100, 4), 1, "short"), context.count(4, 2))
     plain = drawn(context, name, asked, REPORT, "one toy, plain")
     ours = drawn(context, name, asked, REPORT, "one toy, ours", lambda: AttendExcite(**params))
-    difference, bound = lift(ours.there, plain.there), lift(ours.bound, plain.bound)
+    difference, bound = stats.mcnemar(ours.there, plain.there), stats.mcnemar(ours.bound, plain.bound)
     return [
         Row(
             claim=f"{name}, one toy: it is there as often as in plain sampling, within 1 point",

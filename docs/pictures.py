@@ -111,6 +111,8 @@ def structured_guidance() -> Image.Image:
         "structured_guidance",
         ["a red cube and a blue ball", "a yellow cone and a green cylinder", "a purple ring and an orange cube"],
     )
+
+
 def prompt_to_prompt() -> Image.Image:
     """Above: a picture, another prompt from the same seed, and the edit. Below: one word turned down and up."""
     old, new = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
@@ -125,6 +127,29 @@ def prompt_to_prompt() -> Image.Image:
     return sheet(torch.cat([*above, *below]), 3, scale=3)
 
 
+def sad_pad() -> Image.Image:
+    """Toys with too many red ones among them: what SaD says, attribute by attribute."""
+    from sfumato.judge.features import clip_net
+    from sfumato.judge.sad_pad import SadPad, plots
+
+    clip, rng = clip_net(), np.random.default_rng(21)
+    names = ["red", "green", "blue", "cube", "ball", "ring"]
+
+    def features(n: int, red: float) -> np.ndarray:
+        scenes = []
+        for _ in range(n):
+            color = rng.choice(["red", "green", "blue"], p=(red, (1 - red) / 2, (1 - red) / 2))
+            shape = rng.choice(["cube", "ball", "ring"])
+            scene = sample_scene(rng, 1, "any")
+            scenes.append(scene.replace(object=0, color=str(color), shape=str(shape), pattern="plain", size="large"))
+        frames = [render(scenes[start : start + 64]) for start in range(0, n, 64)]
+        return np.concatenate([clip.features([part.pil(i) for i in range(len(part))]) for part in frames])
+
+    system = SadPad(template="a {}")
+    scores = system.scores(clip, names, features(400, 1 / 3), features(400, 0.6))
+    return plots(system.compare(names, *scores))["attributes"]
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -136,6 +161,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "attend-excite": attend_excite,
     "structured-guidance": structured_guidance,
     "prompt-to-prompt": prompt_to_prompt,
+    "sad-pad": sad_pad,
 }
 
 

@@ -20,15 +20,30 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sfumato.cards import build, method, methods
-    from sfumato.face import edit, explain, load, make, models, train
+    from sfumato.face import compare, edit, explain, load, make, models, train
 
-__all__ = ["load", "make", "explain", "edit", "models", "methods", "method", "build", "train", "__version__"]
+__all__ = [
+    "load",
+    "make",
+    "explain",
+    "edit",
+    "judge",
+    "compare",
+    "models",
+    "methods",
+    "method",
+    "build",
+    "train",
+    "__version__",
+]
 
 _HOME = {
     "load": "face",
     "make": "face",
     "explain": "face",
     "edit": "face",
+    "judge": "face",
+    "compare": "face",
     "models": "face",
     "train": "face",
     "methods": "cards",
@@ -58,6 +73,8 @@ def _public(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "judge":  # ``from sfumato import judge`` means the room, which is the verb as well
+        return importlib.import_module("sfumato.judge")
     if name in _HOME:
         return _public(name)
     raise AttributeError(f"module 'sfumato' has no attribute {name!r}")

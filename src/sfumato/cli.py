@@ -162,7 +162,8 @@ def make(
         Path | None, typer.Option(help="Repeat this picture by its recipe; other options override it.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line.")
+        Path | None,
+        typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line. Goes on where it was stopped."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1.")] = None,
@@ -195,7 +196,8 @@ def make(
     if like is not None:
         order = face.like(like, typed, order)
     elif prompts is not None:
-        order.jobs = face.read_prompts(prompts, typed)
+        _deliver_lines(prompts, typed, order, out, grid)
+        return
     else:
         order.jobs = [face.JobOptions(**typed)]
     _deliver(order, out, grid)
@@ -318,6 +320,129 @@ def edit(
             typer.echo(path)
 
 
+@app.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(help="The pictures; or the real ones, when a second folder follows.")],
+    fake: Annotated[Path | None, typer.Argument(help="The pictures to judge against the first folder.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A folder of real pictures to compare with.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="What the pictures show: JSONL, one object per line.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option(help="A file with an attribute per line, or 'captions': the captions' own.")
+    ] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="One attribute; repeatable.")] = None,
+    oracle: Annotated[bool, typer.Option("--oracle", help="The toy-judge, not CLIP, says what is shown.")] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="presence, clip_score, frechet, kernel, manifold, attributes; repeatable. Default: all."),
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Net of the distances: a CLIP, or inception. Default: toy-clip.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of scores and attributes. Default: toy-clip.")] = None,
+    template: Annotated[str | None, typer.Option(help="Sentence for attributes. Default: 'a photo of {}'.")] = None,
+    captions: Annotated[bool, typer.Option("--captions/--no-captions", help="Whether captions are read.")] = True,
+    pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="Whether pairs of attributes are compared.")] = True,
+    draws: Annotated[int | None, typer.Option(help="Permutations behind attribute densities. Default: 100.")] = None,
+    cap: Annotated[int | None, typer.Option(help="Most pictures a side where pairs count. Default: 10000.")] = None,
+    seed: Seed = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures looked at together. Default: 32.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and its state.")] = Path("judged"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure a folder of pictures: against its captions, and against real pictures. Goes on where it was stopped."""
+    from sfumato import face
+
+    if fake is not None:
+        if reference is not None:
+            raise BadInput("give the reference once: as the first of two folders, or as --reference.")
+        folder, reference = fake, folder
+    given = {"metrics": metric, "net": net, "clip": clip, "template": template, "draws": draws, "cap": cap,
+             "seed": seed, "batch": batch, "dtype": dtype}  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    if attributes is not None and attribute:
+        raise BadInput("give --attributes or --attribute, not both.")
+    if attributes == "captions":
+        options["attributes"] = ["captions"]
+    elif attributes is not None:
+        from sfumato.judge.judging import read_attributes
+
+        options["attributes"] = read_attributes(Path(attributes))
+    elif attribute:
+        options["attributes"] = attribute
+    options |= {"oracle": oracle, "captions": captions, "pairs": pairs, "device": device}
+    try:
+        with _bar("pictures") as show:
+            report = face.judge(folder, reference, prompts=prompts, out=out, on_progress=show, **options)
+    except KeyboardInterrupt:
+        raise WorkInterrupted(f"interrupted; the state is in {out}, the same command goes on from it.") from None
+    _tell(report, json_)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A folder of pictures, or MODEL or MODEL:steps=10,guidance=3,...")],
+    second: Annotated[str, typer.Argument(help="The other one, of the same kind.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL as for make --prompts; for folders: what the pictures show.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="One prompt; repeatable.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Prompts of a task (`sfumato toybox prompts --help`); repeatable.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Pictures of each prompt; prompts of each --task.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Real pictures; each side's distance to them.")] = None,
+    steps: Steps = None,
+    guidance: Scale = None,
+    size: Size = None,
+    seed: Seed = None,
+    scheduler: Scheduler = None,
+    net: Annotated[str | None, typer.Option(help="Net of the distances. Default: toy-clip.")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of the scores. Default: toy-clip.")] = None,
+    shown: Annotated[int | None, typer.Option(help="Pairs on the page. Default: 40.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and pictures.")] = Path("compared"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Compare two models, settings or folders on the same prompts and seeds. Goes on where it was stopped."""
+    from sfumato import face
+
+    if sum(bool(source) for source in (prompts, prompt, task)) > 1:
+        raise BadInput("give one of --prompts, --prompt and --task.")
+    source: Any = prompts or prompt
+    if task:
+        from sfumato.judge.prompts import prompt_set, write_prompts
+
+        out.mkdir(parents=True, exist_ok=True)
+        source, n = write_prompts(out / "prompts.jsonl", prompt_set(task, n or 20, seed or 0)), None
+        seed = None  # every prompt of the set has its own
+    settings = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "size": size and _size(size)}
+    measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}
+    try:
+        with _bar("pairs") as show:
+            report = face.compare(
+                first, second, prompts=source, n=n, seed=seed, out=out, dtype=dtype, device=device, on_progress=show,
+                options={name: value for name, value in settings.items() if value is not None},
+                **{name: value for name, value in measuring.items() if value is not None},
+            )  # fmt: skip
+    except (KeyboardInterrupt, WorkInterrupted):
+        raise WorkInterrupted(f"interrupted; what is made is in {out}, the same command goes on from it.") from None
+    _tell(report, json_)
+
+
+def _tell(report: Any, json_: bool) -> None:
+    """A report on stdout, and where its files are."""
+    if json_:
+        _print_json(report.to_json())
+        return
+    for line in report.lines():
+        typer.echo(line)
+    for path in report.files:
+        typer.echo(path)
+
+
 def _deliver(order: Any, out: Path, grid: bool = False) -> None:
     """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
     from sfumato import face, files
@@ -332,6 +457,33 @@ def _deliver(order: Any, out: Path, grid: bool = False) -> None:
     except (KeyboardInterrupt, WorkInterrupted):
         kept = f"{len(finished)} finished pictures are in {out}" if finished else "no picture was finished"
         raise WorkInterrupted(f"interrupted; {kept}, nothing half-written is left.") from None
+    if grid and finished:
+        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
+
+
+def _deliver_lines(prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool) -> None:
+    """The same for a prompts file: what is there already is not made again, bad lines are told at the end."""
+    from sfumato import face, files
+
+    total = sum(1 for line in prompts.open("rb") if line.strip())
+    finished: list[Path] = []
+    made = there = 0
+    try:
+        with _bar("lines") as show:
+            for picture in face.carry_out_lines(face.read_prompts(prompts, typed), order, out, show, total):
+                there += picture.there
+                if grid:
+                    finished.append(picture.paths[0])
+                if not picture.there:
+                    made += 1
+                    for path in picture.paths:
+                        typer.echo(path)
+    except (KeyboardInterrupt, WorkInterrupted):
+        told = f"{made + there} finished pictures are in {out}, the same command goes on from there"
+        raise WorkInterrupted(f"interrupted; {told}.") from None
+    finally:
+        if there:
+            typer.echo(f"{there} pictures were there already.", err=True)
     if grid and finished:
         typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
 
@@ -489,6 +641,24 @@ def toybox_sample(
 
     with _bar("scenes") as show:
         typer.echo(export_imagefolder(out, n=n, size=size, seed=seed, split=split, on_progress=show))
+
+
+@toybox_app.command("prompts")
+def toybox_prompts(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="one, two, colors, counting, position, color_attribution; repeatable. Default: all."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many prompts of each task.")] = 20,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("prompts.jsonl"),
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other prompts.")] = 0,
+    scenery: Annotated[bool, typer.Option("--scenery/--no-scenery", help="Whether the ground is named.")] = True,
+    bare: Annotated[bool, typer.Option("--bare", help="No colours where colour is not the point.")] = False,
+) -> None:
+    """Write a prompt set in the manner of GenEval, for make --prompts and compare --prompts."""
+    from sfumato.judge.prompts import TASKS, prompt_set, write_prompts
+
+    typer.echo(write_prompts(out, prompt_set(task or TASKS, n, seed, scenery, bare)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

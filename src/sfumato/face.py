@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import itertools
 import json
 import math
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +19,7 @@ from pydantic import field_validator
 
 from sfumato import cards, files
 from sfumato.cards import Field, Params
-from sfumato.errors import BadInput, NotSupported, SfumatoError
+from sfumato.errors import BadInput, NotSupported, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -486,6 +489,176 @@ def edit_file(
             yield files.save_png(path, result.images[0], recipe)
 
 
+def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:
+    """Measures a folder of pictures, against its captions and against a reference folder.
+
+    Returns a :class:`sfumato.judge.report.Report`; arguments, options and errors are those of
+    :func:`sfumato.judge.judging.judge_folder` (``prompts``, ``out``, ``metrics``, ``attributes``, ``net``, ...).
+    """
+    from sfumato.judge.judging import judge_folder
+
+    return judge_folder(folder, reference, **options)
+
+
+@dataclass
+class Side:
+    """One side of a comparison: a folder of pictures, or a model with settings to make them with."""
+
+    name: str
+    folder: Path | None = None
+    model: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    with_: list[Any] = field(default_factory=list)
+
+
+def side(given: Any) -> Side:
+    """A side from a folder, a loaded model, ``dict(model=..., with_=[...], steps=...)``, or text as on the command
+    line: a folder of pictures, or ``MODEL`` or ``MODEL:steps=10,guidance=3,with='daam:words=cube'``.
+
+    Raises BadInput for anything else.
+    """
+    if isinstance(given, Side):
+        return given
+    if isinstance(given, dict):
+        options = dict(given)
+        model, with_ = options.pop("model", DEFAULT_MODEL), options.pop("with_", [])
+        name = model if isinstance(model, str | Path) else getattr(model, "name", "model")
+        settings = ",".join(f"{key}={value}" for key, value in options.items())
+        return Side(f"{name}:{settings}" if settings else str(name), None, model, options, _as_list(with_))
+    if not isinstance(given, str | Path):
+        return Side(getattr(given, "name", "model"), None, given)
+    path = Path(given)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return Side(path.name or str(path), path)
+    if path.exists() or ":" not in str(given):
+        return Side(path.name, None, str(given))
+    model, options = cards.parse_with(str(given))
+    with_ = _as_list(options.pop("with", []))
+    if isinstance(options.get("size"), str):
+        options["size"] = options["size"].lower().split("x")
+    return Side(str(given), None, model, options, with_)
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def compare(
+    first: Any,
+    second: Any,
+    *,
+    prompts: str | Path | Sequence[str] | None = None,
+    n: int | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[int, int, float, str], None] | None = None,
+    options: dict[str, Any] | None = None,
+    **measuring: Any,
+) -> Any:
+    """Compares two models, two settings of one model, or two folders, on the same prompts and seeds.
+
+    Args:
+        first, second: see :func:`side`. Both folders, or both models.
+        prompts: for models: a JSONL file as for ``make --prompts``, or texts. For folders: what the pictures show.
+        n, seed: pictures of each prompt and the first one's seed, over what the file says.
+        out: folder for the report and, for models, the pictures (``pictures-a``, ``pictures-b``); what is there of them
+            is not made again. For models it is needed.
+        options: settings for both models, as for :func:`make`; those of a side win.
+        on_progress: called with (done, of how many, share of the next, note).
+        measuring: ``reference`` and the options of :class:`sfumato.judge.compare.CompareOptions`.
+
+    Returns:
+        A :class:`sfumato.judge.report.Report`.
+
+    Raises:
+        BadInput: one folder and one model, models without prompts or ``out``, two equal sides, or as
+        :func:`sfumato.judge.compare.compare_folders`. Everything that :func:`make` raises.
+    """
+    from sfumato.judge.compare import compare_folders
+
+    one, two = side(first), side(second)
+    names = (one.name, two.name) if one.name != two.name else (f"{one.name} (A)", f"{two.name} (B)")
+    measuring = {"names": names, **measuring}
+
+    def measured(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(done, total, 0.0, f"{done}/{total} pairs measured")
+
+    if one.folder and two.folder:
+        if n is not None or seed is not None or options:
+            raise BadInput("two folders are compared as they are: n, seed and settings of models cannot be given.")
+        return compare_folders(one.folder, two.folder, prompts=prompts, out=out, on_progress=measured, **measuring)  # type: ignore[arg-type]
+    if one.folder or two.folder:
+        raise BadInput(f"{one.name!r} and {two.name!r}: one is a folder and one a model; compare two of a kind.")
+    if prompts is None:
+        raise BadInput("comparing models needs prompts: a JSONL file, or texts. `sfumato toybox prompts` writes some.")
+    if out is None:
+        raise BadInput("comparing models needs out, a folder for their pictures.")
+    if (str(one.model), one.options, one.with_) == (str(two.model), two.options, two.with_):
+        raise BadInput(f"both sides are {one.name!r} with the same settings; change one.")
+    out = Path(out)
+    sources = [out / "pictures-a", out / "pictures-b"]
+    _make_sides([one, two], sources, prompts, {"n": n, "seed": seed, **(options or {})}, dtype, device, on_progress)
+    return compare_folders(*sources, out=out, on_progress=measured, **measuring)
+
+
+def _make_sides(
+    sides: list[Side],
+    folders: list[Path],
+    prompts: str | Path | Sequence[str],
+    options: dict[str, Any],
+    dtype: str | None,
+    device: str,
+    on_progress: Callable[[int, int, float, str], None] | None,
+) -> None:
+    """The pictures of both sides, in turns, so that whatever else the machine does slows both alike."""
+    shared = {name: value for name, value in options.items() if value is not None}
+    source = Path(prompts) if isinstance(prompts, str | Path) else None
+    texts = [] if source else list(prompts)
+    if not source and not texts:
+        raise BadInput("prompts is empty; give at least one.")
+    total = sum(1 for line in source.open("rb") if line.strip()) if source else len(texts)
+    loaded: dict[str, Any] = {}
+    runs = []
+    for one, folder in zip(sides, folders, strict=True):
+        typed = {**shared, **one.options}
+        if source:
+            lines: Iterable[Line] = read_prompts(source, typed)
+        else:
+            lines = [Line(i, JobOptions(**{"prompt": text, **typed})) for i, text in enumerate(texts, start=1)]
+        build_all(one.with_)
+        key = str(one.model)
+        if key not in loaded:
+            named = isinstance(one.model, str | Path)
+            loaded[key] = load(one.model, dtype=dtype, device=device) if named else one.model
+        order = Order([], str(one.model), one.with_, dtype, device)
+        runs.append(carry_out_lines(lines, order, folder, None, total, loaded[key]))
+    wrong: BadLines | None = None
+    for done in itertools.count():
+        left = len(runs)
+        for run in runs if done % 2 == 0 else runs[::-1]:
+            try:
+                next(run)
+            except StopIteration:
+                left -= 1
+            except BadLines as error:
+                wrong, left = error, left - 1
+        if not left:
+            break
+        if on_progress is not None:
+            on_progress(done + 1, max(total, done + 1), 0.0, f"{done + 1} pairs made")
+    if wrong is not None and not all((folder / "metadata.jsonl").is_file() for folder in folders):
+        raise wrong
+    if wrong is not None:
+        warnings.warn(LinesLeftOut(str(wrong)), stacklevel=3)
+
+
+class LinesLeftOut(UserWarning):
+    """Some lines of a prompts file could not be followed; the comparison goes on with the others."""
+
+
 def is_picture(what: str) -> bool:
     """Whether a text names a picture file rather than being a prompt."""
     return Path(what).suffix.lower() in PICTURES and (" " not in what or Path(what).is_file())
@@ -653,15 +826,15 @@ def carry_out(
             yield write(result, out, order.maps)
 
 
-def write(result: Result, out: Path, maps: bool = False) -> list[Path]:
+def write(result: Result, out: Path, maps: bool = False, at: Path | None = None) -> list[Path]:
     """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew.
 
-    ``maps``: also the numbers behind these, as ``.safetensors``.
+    ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes.
     """
     written = []
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
-        path = files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
+        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
         written.append(files.save_png(path, image, recipe))
         for part in result.parts:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
@@ -709,30 +882,144 @@ def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
             warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)
 
 
-def read_prompts(path: Path, typed: dict[str, Any]) -> list[JobOptions]:
-    """Jobs from a JSONL file: a JSON object per line with the keys of :class:`JobOptions`; what was ``typed`` wins.
+ANNOTATIONS = ("task", "tag", "include", "exclude", "id")  # what a prompt set says besides how to make the picture
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a prompts file: its number, what to make, and what else it says; or what is wrong with it."""
+
+    number: int
+    job: JobOptions | None
+    about: dict[str, Any] = field(default_factory=dict)
+    wrong: str = ""
+
+
+def read_prompts(path: Path, typed: dict[str, Any]) -> Iterator[Line]:
+    """The lines of a JSONL file, one by one: a JSON object each with the keys of :class:`JobOptions` (and
+    :data:`ANNOTATIONS`); what was ``typed`` wins.
 
     Raises:
-        BadInput: a line is not such an object; the message names the line. OSError: the file cannot be read.
+        BadInput: the file is not text, or has no line. OSError: it cannot be read.
     """
+    any_line = False
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    any_line = True
+                    yield _line(number, line, typed)
     except UnicodeDecodeError:
         raise BadInput(f"{path} is not UTF-8 text.") from None
-    jobs = [_job(f"{path}, line {number}", line, typed) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not jobs:
+    if not any_line:
         raise BadInput(f"{path} holds no prompts.")
-    return jobs
 
 
-def _job(place: str, line: str, typed: dict[str, Any]) -> JobOptions:
+def _line(number: int, text: str, typed: dict[str, Any]) -> Line:
     try:
-        given = json.loads(line)
+        given = json.loads(text)
         if not isinstance(given, dict):
             raise ValueError("not an object")
-        return JobOptions(**{**given, **typed})
+        about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
+        return Line(number, JobOptions(**{**given, **typed}), about)
     except SfumatoError as error:
-        raise BadInput(f"{place}: {error}") from None
+        return Line(number, None, wrong=str(error))
     except (ValueError, RecursionError):
         example = '{"prompt": "a red cube", "seed": 1}'
-        raise BadInput(f"{place}: not a JSON object; write lines such as {example}.") from None
+        return Line(number, None, wrong=f"not a JSON object; write lines such as {example}.")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture of a long list: its files, and whether it was there already. ``seconds`` and ``cost`` when made now."""
+
+    paths: list[Path]
+    there: bool = False
+    seconds: float = 0.0
+    cost: float = 0.0
+
+
+class BadLines(BadInput):
+    """Some lines of a prompts file could not be followed; all others were."""
+
+
+def carry_out_lines(
+    lines: Iterable[Line],
+    order: Order,
+    out: Path,
+    on_step: Callable[[int, int, float], None] | None = None,
+    total: int = 0,
+    model: Model | None = None,
+) -> Iterator[Made]:
+    """Make the pictures of a prompts file one by one in folder ``out``, which keeps ``metadata.jsonl`` of them.
+
+    What that file says is done is not made again; so the same call goes on after a kill. Lines that cannot be followed
+    are told at the end, when all others are done.
+
+    Raises:
+        BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
+    """
+    from sfumato.judge.journal import Journal
+
+    build_all(order.with_)
+    image = None if order.image is None else files.read_picture(order.image)
+    wrong: list[str] = []
+    count = done = 0
+    with files.output_folder(out):
+        journal: Journal | None = None
+        for index, line in enumerate(lines):
+            count += 1
+            if line.job is None:
+                wrong.append(f"line {line.number}: {line.wrong}")
+                continue
+            if model is None:  # only now: a file of nothing but damage needs none
+                model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+            journal = journal or Journal(out)
+            for i in range(line.job.n):
+                options = line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
+
+                def heard(step: Any, index: int = index) -> None:
+                    if on_step is not None:
+                        on_step(index, max(total, index + 1), (step.i + 1) / step.total)
+
+                try:
+                    yield _make_line(model, options, line.about, order, image, journal, out, heard)
+                    done += 1
+                except SfumatoError as error:
+                    if isinstance(error, WorkInterrupted):
+                        raise
+                    wrong.append(f"line {line.number}: {error}")
+                    break
+    if wrong:
+        named = " ".join(wrong[:3]) + (f" And {len(wrong) - 3} more." if len(wrong) > 3 else "")
+        kept = f" The {done} pictures of the others are in {out}." if done else ""
+        raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{kept}")
+
+
+def _make_line(
+    model: Model,
+    options: JobOptions,
+    about: dict[str, Any],
+    order: Order,
+    image: Image | None,
+    journal: Any,
+    out: Path,
+    heard: Callable[[Any], None],
+) -> Made:
+    """One picture, or the one that is there."""
+    from sfumato.sampling import generate
+
+    systems = build_all(order.with_)
+    what = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in systems], model.weight_hash]
+    what += [str(model.dtype), None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    there = journal.take(key)
+    if there is not None:
+        return Made([there], there=True)
+    start = time.perf_counter()
+    result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+    result.images  # noqa: B018 - decoded within the time that is told
+    seconds = time.perf_counter() - start
+    row = {"text": options.prompt, "seed": options.seed, "seconds": round(seconds, 4), "cost": result.cost, **about}
+    path = journal.begin(key, f"{files.slug(options.prompt)}-{options.seed}", row)
+    return Made(write(result, out, order.maps, path), False, seconds, result.cost)

@@ -112,9 +112,23 @@ def test_places_that_cannot_be_written(refused, tmp_path, tiny_sd):
         ("[" * 100_000, ["line 2", "not a JSON object"]),
     ],
 )
-def test_a_damaged_line_of_prompts_is_named(refused, tmp_path, line, says):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a cube"}\n' + line + "\n")
-    refused("make", "--prompts", "p.jsonl", says=says)
+def test_a_damaged_line_of_prompts_is_named_and_loses_no_other(sfumato, tmp_path, tiny_sd, line, says):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cube"}\n' + line + '\n{"prompt": "a ball"}\n')
+    done = sfumato("make", "--prompts", "p.jsonl", "--model", tiny_sd, "--steps", 1)
+    assert done.code == 2 and done.lines == ["out/a-cube-0.png", "out/a-ball-0.png"]
+    assert done.err.count("\n") == 1 and len(done.err) < 700
+    for part in [*says, "1 of 3 lines could not be followed", "The 2 pictures of the others are in out"]:
+        assert part in done.err
+
+
+def test_prompts_that_are_all_damaged_need_no_model(refused, tmp_path):
+    (tmp_path / "p.jsonl").write_text("damaged\n" * 5)
+    refused("make", "--prompts", "p.jsonl", "--model", "no-such", says=["5 of 5 lines", "line 1:", "And 2 more"])
+
+
+def test_a_model_that_is_not_there_is_not_the_fault_of_the_lines(refused, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cube"}\n' * 2)
+    refused("make", "--prompts", "p.jsonl", "--model", "no-such", says=["unknown model 'no-such'"])
 
 
 def test_empty_and_binary_files_of_prompts(refused, tmp_path):

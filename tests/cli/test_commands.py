@@ -27,6 +27,9 @@ def test_version_and_help(sfumato):
         ("train",),
         ("toybox", "sample"),
         ("claims",),
+        ("judge",),
+        ("compare",),
+        ("toybox", "prompts"),
     ):
         done = sfumato(*command, "--help")
         assert done.code == 0 and "Usage" in done.out

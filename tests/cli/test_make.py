@@ -170,6 +170,64 @@ def test_prompts_from_a_file(sfumato, tiny_sd):
     assert grid.shape == (66, 66, 3) and (grid[:32, 34:] == pixels("out/a-ball-0.png")).all()
 
 
+MANY = """{"prompt": "a cube", "seed": 4, "task": "one"}
+{"prompt": "a ball", "n": 3}
+{"prompt": "a cube", "seed": 4}
+{"prompt": "a cube", "seed": 4}
+"""
+
+
+def _many(sfumato, tiny_sd, out):
+    Path("many.jsonl").write_text(MANY, encoding="utf-8")
+    return sfumato("make", "--prompts", "many.jsonl", "--model", tiny_sd, "--steps", 1, "-o", out)
+
+
+def test_prompts_leave_an_imagefolder(sfumato, tiny_sd):
+    done = _many(sfumato, tiny_sd, "out")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in Path("out/metadata.jsonl").read_text().splitlines()]
+    assert [f"out/{row['file_name']}" for row in rows] == done.lines and len(rows) == 6
+    assert [row["text"] for row in rows[:2]] == ["a cube", "a ball"] and rows[0]["task"] == "one"
+    assert all(row["cost"] > 0 and row["seconds"] > 0 for row in rows)
+    assert (pixels("out/a-cube-4.png") == pixels("out/a-cube-4-3.png")).all()
+
+
+@pytest.mark.parametrize(("stop", "torn"), [(1, False), (4, True)])
+def test_prompts_go_on_after_a_kill(sfumato, tiny_sd, monkeypatch, stop, torn):
+    whole = _many(sfumato, tiny_sd, "whole")
+    with monkeypatch.context() as patched:
+        _fail_at_picture(patched, stop, KeyboardInterrupt())
+        outcome = _many(sfumato, tiny_sd, "out")
+        assert outcome.code == 130 and f"{stop - 1} finished pictures are in out" in outcome.err
+        assert len(outcome.lines) == stop - 1
+    if torn:  # a kill in the middle of a line
+        with open("out/metadata.jsonl", "a") as file:
+            file.write('{"file_name": "x.p')
+    again = _many(sfumato, tiny_sd, "out")
+    assert again.code == 0 and len(again.lines) == 7 - stop
+    assert again.err == (f"{stop - 1} pictures were there already.\n" if stop > 1 else "")
+    kept = sorted(os.listdir("out"))
+    assert kept == sorted(os.listdir("whole")) and len(whole.lines) == 6
+    for name in kept:
+        if name.endswith(".png"):
+            assert (pixels(f"out/{name}") == pixels(f"whole/{name}")).all()
+    assert not _many(sfumato, tiny_sd, "out").lines  # now all is there
+
+
+def test_other_settings_are_other_pictures(sfumato, tiny_sd):
+    Path("one.jsonl").write_text('{"prompt": "a cube"}\n')
+    make = ("make", "--prompts", "one.jsonl", "--model", tiny_sd)
+    assert sfumato(*make, "--steps", 1).lines == ["out/a-cube-0.png"]
+    assert sfumato(*make, "--steps", 2).lines == ["out/a-cube-0-2.png"]
+    assert sfumato(*make, "--steps", 2, "--with", "daam:words=cube").lines[0] == "out/a-cube-0-3.png"
+    assert sfumato(*make, "--steps", 1).lines == []
+    Path("out/a-cube-0.png").unlink()  # taken away: made again in its place
+    assert sfumato(*make, "--steps", 1).lines == ["out/a-cube-0.png"]
+    Path("out/metadata.jsonl").write_text("damage\n")
+    damaged = sfumato(*make, "--steps", 1)
+    assert damaged.code == 2 and "metadata.jsonl, line 1 is damaged" in damaged.err
+
+
 def test_pictures_are_never_overwritten(sfumato, tiny_sd):
     first = sfumato("make", "a cube", "--model", tiny_sd, *FAST).lines
     second = sfumato("make", "a cube", "--model", tiny_sd, "--steps", 2).lines

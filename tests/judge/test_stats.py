@@ -101,9 +101,51 @@ def test_text():
 def test_mcnemar_by_enumeration():
     # of 8 pairs that disagree 1 goes the other way: 2 (1 + 8) / 2^8
     first, second = [True] * 7 + [False] + [True] * 20, [False] * 7 + [True] + [True] * 20
-    assert stats.mcnemar(first, second) == stats.mcnemar(second, first) == pytest.approx(18 / 256)
-    assert stats.mcnemar([True, False], [True, False]) == 1.0
+    assert stats.mcnemar(first, second).p == stats.mcnemar(second, first).p == pytest.approx(18 / 256)
+    assert stats.mcnemar([True, False], [True, False]).p == 1.0
     ways = [sum(signs) for signs in itertools.product((0, 1), repeat=5)]  # 0 of 5: as extreme are 0 and 5
-    assert stats.mcnemar([True] * 5, [False] * 5) == sum(k in (0, 5) for k in ways) / len(ways)
-    with pytest.raises(BadInput, match="pairs are needed"):
-        stats.mcnemar([True], [])
+    assert stats.mcnemar([True] * 5, [False] * 5).p == sum(k in (0, 5) for k in ways) / len(ways)
+
+
+def test_mcnemar():
+    from scipy.stats import binomtest
+
+    one = [True] * 14 + [True] * 5 + [False] * 22 + [False] * 2
+    two = [True] * 14 + [False] * 5 + [True] * 22 + [False] * 2
+    got = stats.mcnemar(one, two)
+    assert got.value == pytest.approx((5 - 22) / 43) and got.n == 43
+    assert got.p == pytest.approx(binomtest(5, 27).pvalue)
+    assert got.low < got.value < got.high < 0
+    back = stats.mcnemar(two, one)
+    assert (back.low, back.high, back.p) == (pytest.approx(-got.high), pytest.approx(-got.low), got.p)
+    same = stats.mcnemar(one, one)
+    assert (same.value, same.p) == (0, 1) and same.low <= 0 <= same.high
+    with pytest.raises(BadInput, match="mcnemar"):
+        stats.mcnemar([True], [True, False])
+
+
+def test_mcnemar_covers():
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        skill = rng.random(40)  # hard and easy items: the two columns agree more than chance
+        one, two = rng.random(40) < 0.3 + 0.6 * skill, rng.random(40) < 0.1 + 0.6 * skill
+        got = stats.mcnemar(one, two)
+        held.append(got.low <= 0.2 <= got.high)
+    assert 0.92 <= np.mean(held) <= 0.99
+
+
+def test_t_intervals_against_scipy():
+    from scipy import stats as reference
+
+    x, y = np.random.default_rng(1).normal(size=12), np.random.default_rng(2).normal(1, 3, size=20)
+    low, high = reference.t.interval(0.95, 11, x.mean(), reference.sem(x))
+    got = stats.mean(x)
+    assert (got.low, got.high) == (pytest.approx(low), pytest.approx(high))
+    theirs = reference.ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+    ours = stats.welch(x, y)
+    assert (ours.low, ours.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
+    alone = stats.mean([3.0])
+    assert alone.value == 3 and alone.to_json()["low"] is None
+    with pytest.raises(BadInput, match="welch"):
+        stats.welch([1.0], [1.0, 2.0])

@@ -1,4 +1,4 @@
-"""Judging: read a picture back into a scene, check it against a prompt, and put intervals on every figure."""
+"""Judging: read a picture back into a scene, check it against a prompt, compare sets, put intervals on every figure."""
 
 from __future__ import annotations
 

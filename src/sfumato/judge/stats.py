@@ -1,6 +1,6 @@
-"""Intervals and tests that stand beside every measured number: Wilson, Newcombe, bootstrap, permutation.
+"""Intervals and tests that stand beside every measured number: Wilson, Newcombe, McNemar, t, bootstrap, permutation.
 
-Everything takes plain sequences of numbers, is deterministic given ``seed`` and needs only numpy.
+Everything takes plain sequences of numbers and is deterministic given ``seed``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Interval:
         return not self.low <= value <= self.high
 
     def to_json(self) -> dict[str, float | int | None]:
-        """Plain numbers, for a results file."""
-        record = {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "level": self.level}
+        """Plain numbers, for a results file; a bound that does not exist is None."""
+        low, high = (bound if math.isfinite(bound) else None for bound in (self.low, self.high))
+        record = {"value": self.value, "low": low, "high": high, "n": self.n, "level": self.level}
         return record | ({} if self.p is None else {"p": self.p})
 
     def text(self, percent: bool = False, digits: int | None = None) -> str:
@@ -74,6 +75,66 @@ def newcombe(first: Interval, second: Interval) -> Interval:
     low = value - math.hypot(first.value - first.low, second.high - second.value)
     high = value + math.hypot(first.high - first.value, second.value - second.low)
     return Interval(value, low, high, min(first.n, second.n), first.level)
+
+
+def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray, level: float = 0.95) -> Interval:
+    """Difference ``first - second`` of two proportions measured on the same n items, with McNemar's exact p-value.
+
+    The interval is Newcombe's for paired proportions (Newcombe 1998, Statistics in Medicine 17:2635, method 10); the
+    p-value is the two-sided binomial test of the pairs that differ (McNemar 1947). Raises BadInput unless both have
+    the same n > 0 entries.
+    """
+    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if one.ndim != 1 or one.shape != two.shape or not one.size:
+        raise BadInput(f"mcnemar: got {one.size} and {two.size} values; both need the same number, above 0.")
+    n = one.size
+    both, only_one = int((one & two).sum()), int((one & ~two).sum())
+    only_two, none = int((~one & two).sum()), int((~one & ~two).sum())
+    a, b = share(one, level), share(two, level)
+    # correlation of the pair, with Newcombe's continuity correction
+    product = both * none - only_one * only_two
+    product = max(product - n / 2, 0.0) if product > 0 else float(product)
+    margins = (both + only_one) * (only_two + none) * (both + only_two) * (only_one + none)
+    correlation = product / math.sqrt(margins) if margins else 0.0
+
+    def joined(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    value = a.value - b.value
+    low = value - joined(a.value - a.low, b.high - b.value)
+    high = value + joined(a.high - a.value, b.value - b.low)
+    differ = only_one + only_two
+    tail = sum(math.comb(differ, k) for k in range(min(only_one, only_two) + 1))
+    p = min(1.0, 2 * tail / 2**differ) if differ else 1.0
+    return Interval(value, low, high, n, level, p)
+
+
+def mean(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Mean with Student's t interval."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not array.size:
+        raise BadInput("mean: needs a non-empty one-dimensional sequence of numbers.")
+    return mean_of(array.size, float(array.mean()), float(array.var(ddof=1)) if array.size > 1 else 0.0, level)
+
+
+def mean_of(n: int, value: float, variance: float, level: float = 0.95) -> Interval:
+    """Student's t interval of a mean from the ``n``, mean and unbiased variance of a sample; a single one has none."""
+    if n < 1:
+        raise BadInput("mean_of: n must be at least 1.")
+    half = _t(level, n - 1) * math.sqrt(max(variance, 0.0) / n) if n > 1 else math.inf
+    return Interval(value, value - half, value + half, n, level)
+
+
+def welch(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Difference of the means of two independent samples (Welch 1947), each of two values or more."""
+    one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if min(one.size, two.size) < 2:
+        raise BadInput(f"welch: got {one.size} and {two.size} values; both need at least 2.")
+    u, v = one.var(ddof=1) / one.size, two.var(ddof=1) / two.size
+    value = float(one.mean() - two.mean())
+    freedom = (u + v) ** 2 / (u * u / (one.size - 1) + v * v / (two.size - 1)) if u + v > 0 else 1.0
+    half = _t(level, freedom) * math.sqrt(u + v)
+    return Interval(value, value - half, value + half, min(one.size, two.size), level)
 
 
 def bootstrap(
@@ -159,17 +220,6 @@ def permutation(
     return (extreme + 1) / (draws + 1)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided p-value of equal shares in pairs, exact: of the pairs that disagree, each way is as likely (McNemar
-    1947, with the binomial distribution for chi squared)."""
-    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if one.size == 0 or one.size != two.size:
-        raise BadInput(f"mcnemar: got samples of {one.size} and {two.size} values; pairs are needed.")
-    gained, lost = int((one & ~two).sum()), int((two & ~one).sum())
-    n = gained + lost
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
-
-
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median with the first and third quartile, for timings."""
     low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75])
@@ -180,6 +230,14 @@ def _z(level: float) -> float:
     if not 0 < level < 1:
         raise BadInput(f"level={level} is not between 0 and 1.")
     return NormalDist().inv_cdf(0.5 + level / 2)
+
+
+def _t(level: float, freedom: float) -> float:
+    from scipy.special import stdtrit
+
+    if not 0 < level < 1:
+        raise BadInput(f"level={level} is not between 0 and 1.")
+    return float(stdtrit(freedom, 0.5 + level / 2))
 
 
 def _mean(sample: np.ndarray) -> np.ndarray:
