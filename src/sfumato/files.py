@@ -154,6 +154,17 @@ def read_picture(path: Path | str) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def read_upright(path: Path | str) -> Image.Image:
+    """A picture from a file, upright, in its own mode (masks and label maps); errors as for :func:`read_picture`."""
+    from PIL import ImageOps
+
+    with _opened(Path(path)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
     """The recipe in a picture, and whether it is our exact one (otherwise it was read from ``parameters``).
 
