@@ -3,7 +3,7 @@
 A mask is a float tensor (H W) in [0, 1], 1 where the named region is. :func:`read_mask` takes files, PIL pictures,
 arrays and tensors of any size and depth. A mask need not have the picture's size: it is stretched to the picture, and
 to each grid inside the network, by exact averages over the area of every cell (:func:`area`). Where a method needs
-yes or no, a cell belongs to the region from a coverage of ``level`` on. """
+yes or no, a cell belongs to the region from a coverage of ``level`` on."""
 
 from __future__ import annotations
 
@@ -239,9 +239,12 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> Tensor:
     """A box (x0, y0, x1, y1), ends exclusive, as a mask (H W) of a picture of ``size`` (width, height); pixels that it
     cuts count by their covered share.
 
-    Numbers that are all at most 1 are fractions of the picture, others pixels. Raises BadInput for a box without area
-    or beyond the picture. """ x0, y0, x1, y1 = (float(n) for n in box) width, height = size if max(x0, y0, x1, y1) <=
-    1:
+    Numbers that are all at most 1 are fractions of the picture, others pixels. Raises BadInput for a box without
+    area or beyond the picture.
+    """
+    x0, y0, x1, y1 = (float(n) for n in box)
+    width, height = size
+    if max(x0, y0, x1, y1) <= 1:
         x0, x1, y0, y1 = x0 * width, x1 * width, y0 * height, y1 * height
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise BadInput(
@@ -266,8 +269,11 @@ def label_regions(labels: Tensor, colors: Sequence[str], tolerance: int = TOLERA
     """One mask per colour (r H W) of a painted label map (H W 3): the pixels within ``tolerance`` of it.
 
     Colours are names or hex codes ("red", "#ff8000"). Raises BadInput for a text that is no colour, NoMatch, listing
-    the map's own colours, for one that the map has not. """ flat = labels.to(torch.int16) layers = [] for color in
-    colors:
+    the map's own colours, for one that the map has not.
+    """
+    flat = labels.to(torch.int16)
+    layers = []
+    for color in colors:
         try:
             rgb = ImageColor.getrgb(color if not color.isalnum() or color.isalpha() else f"#{color}")[:3]
         except ValueError:
