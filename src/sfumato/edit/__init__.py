@@ -1,0 +1,1 @@
+"""Edit: systems that change pictures that exist."""

@@ -1,0 +1,1 @@
+"""Steer: systems that move generation towards what the prompt says while it runs."""
