@@ -11,7 +11,13 @@ from claims import core
 from sfumato.errors import SfumatoError
 
 # key -> module with EXPERIMENT; imported only when asked for
-EXPERIMENTS = {"zoo": "claims.zoo", "daam": "claims.daam"}
+EXPERIMENTS = {
+    "zoo": "claims.zoo",
+    "daam": "claims.daam",
+    "blend": "claims.blend",
+    "shape_guided": "claims.shape_guided",
+    "paint_with_words": "claims.paint_with_words",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Blending (Avrahami et al. 2022, https://arxiv.org/abs/2206.02779): a region is redrawn, the rest of the picture stays.
+"""Blending (Avrahami et al. 2022, https://arxiv.org/abs/2206.02779): a region is redrawn, the rest stays.
 
 One toy of a rendered scene is to take another colour. The region is the toy's exact mask, two pixels wider; what the
 picture should look like is known exactly: the same scene rendered with that colour.
@@ -229,10 +229,9 @@ def edits(name: str, context: Context) -> list[Row]:
     ]
 
 
-def _parts() -> tuple[Part, ...]:
-    from functools import partial
-
-    return tuple(Part(f"{name} edits", (name, "toy-judge"), partial(edits, name)) for name in ("toy-sd", "toy-sd3"))
+def parts(name: str) -> tuple[Part, ...]:
+    """The parts of one model."""
+    return (Part(f"{name}: edits", (name, "toy-judge"), lambda context: edits(name, context)),)
 
 
 EXPERIMENT = Experiment(
@@ -244,5 +243,5 @@ EXPERIMENT = Experiment(
         "codec included, two pixels away from the toy."
     ),
     file=__file__,
-    parts=_parts(),
+    parts=(*parts("toy-sd"), *parts("toy-sd3")),
 )

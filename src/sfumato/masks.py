@@ -30,7 +30,6 @@ from sfumato.errors import BadInput, NoMatch
 
 __all__ = [
     "Boxes",
-    "Layers",
     "MaskTexts",
     "MaskWarning",
     "area",
@@ -52,9 +51,6 @@ __all__ = [
 EMBEDDED = "data:image/png;base64,"
 SAME_COLOR = 8 / 255  # colours closer than this are one: what JPEG and antialiasing leave of a flat colour
 TOLERANCE = 24  # of 255, in each channel, between a label map's pixel and the colour named
-
-Layers = Tensor
-"""Several masks (r H W), or one mask on several grids."""
 
 
 class MaskWarning(UserWarning):
@@ -259,13 +255,13 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> Tensor:
     return torch.outer(covered(y0, y1, height), covered(x0, x1, width)).float()
 
 
-def regions(masks: Sequence[Tensor], boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Layers:
+def regions(masks: Sequence[Tensor], boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
     """Masks (each H' W') and then boxes as layers (r H W) of a picture of ``size`` (width, height)."""
     layers = [area(mask, (size[1], size[0])) for mask in masks] + [box_mask(box, size) for box in boxes]
     return torch.stack(layers) if layers else torch.zeros(0, size[1], size[0])
 
 
-def label_regions(labels: Tensor, colors: Sequence[str], tolerance: int = TOLERANCE) -> Layers:
+def label_regions(labels: Tensor, colors: Sequence[str], tolerance: int = TOLERANCE) -> Tensor:
     """One mask per colour (r H W) of a painted label map (H W 3): the pixels within ``tolerance`` of it.
 
     Colours are names or hex codes ("red", "#ff8000"). Raises BadInput for a text that is no colour, NoMatch, listing
