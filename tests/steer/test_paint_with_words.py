@@ -193,6 +193,29 @@ def test_the_softer_rule_and_windows():
         torch.testing.assert_close(gain, torch.full_like(gain, expected), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_regions_may_have_seeds_of_their_own(kind):
+    model = tiny_model(kind)
+    starts = []
+
+    class Start(Intervention):
+        def before_predict(self, step):
+            starts.append(step.x)
+            self.mark(step)
+
+    given = options(model, steps=1)
+    left = {"phrases": ["red cube"], "box": [[0, 0, 0.5, 1]]}
+    for seeds, seed in (([7], 1), ([7], 2), ([], 1), ([8], 1)):
+        generate(model, PROMPT, interventions=[PaintWithWords(**left, seeds=seeds), Start()], **{**given, "seed": seed})
+    assert torch.equal(starts[0][..., :8], starts[1][..., :8]) and not torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0][..., 8:], starts[2][..., 8:]) and not torch.equal(starts[0], starts[2])
+    assert not torch.equal(starts[0][..., :8], starts[3][..., :8])
+    assert 0.8 < starts[0][..., :8].std() / starts[2].std() < 1.25
+    with pytest.raises(BadInput, match="begins from a picture"):
+        image = Image.new("RGB", (32, 32))
+        generate(model, PROMPT, image=image, interventions=PaintWithWords(**left, seeds=[7]), **given)
+
+
 def test_refusals_are_one_line(tmp_path):
     paint = np.zeros((8, 8, 3), np.uint8)
     for given, said in (
@@ -202,6 +225,8 @@ def test_refusals_are_one_line(tmp_path):
         ({"phrases": ["cube"], "map": paint}, "go together"),
         ({"phrases": ["cube"], "colors": ["red"]}, "go together"),
         ({"phrases": ["cube"], "box": [BOXES[0]], "weights": [1, 2]}, "2 numbers for 1 phrases"),
+        ({"phrases": ["cube"], "box": [BOXES[0]], "seeds": [1, 2]}, "2 numbers for 1 phrases"),
+        ({"phrases": ["cube"], "box": [BOXES[0]], "seeds": [-1]}, "0 or above"),
         ({"phrases": ["cube"], "box": [BOXES[0]], "window": (0.5, 0.5)}, "window"),
         ({"phrases": ["cube"], "mask": tmp_path / "none.png"}, "is no file"),
     ):

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from pydantic import BeforeValidator
 from torch import Tensor
 
@@ -73,6 +74,9 @@ class PaintWithWords(Intervention):
             default=[], description="the colour of each phrase in the map: a name, or a code such as #ff8000"
         )
         weights: list[float] = Field(default=[], description="factor on the strength, per phrase; none: 1 each")
+        seeds: list[int] = Field(
+            default=[], description="a seed per region, from which its own initial noise comes; none: the run's"
+        )
         strength: float = Field(default=0.1, ge=0, description="w' of the paper; 0: nothing is changed")
         scale: Literal["max", "std"] = Field(
             default="max",
@@ -104,8 +108,11 @@ class PaintWithWords(Intervention):
                 f"paint_with_words has {len(p.phrases)} phrases for {owned} regions; give each region (masks, then map "
                 f"colours, then boxes) its phrase."
             )
-        if p.weights and len(p.weights) != owned:
-            raise BadInput(f"weights of paint_with_words has {len(p.weights)} numbers for {owned} phrases.")
+        for name, given_numbers in (("weights", p.weights), ("seeds", p.seeds)):
+            if given_numbers and len(given_numbers) != owned:
+                raise BadInput(f"{name} of paint_with_words has {len(given_numbers)} numbers for {owned} phrases.")
+        if any(seed < 0 for seed in p.seeds):
+            raise BadInput(f"seeds of paint_with_words are {p.seeds}; each must be 0 or above.")
 
     def start(self, run: Run) -> None:
         """Finds the phrases in every prompt and lays out the regions. Raises NoMatch, BadInput, NotSupported."""
@@ -125,6 +132,18 @@ class PaintWithWords(Intervention):
         if run.compose:
             raise Conflict("paint_with_words places the words of one prompt; it cannot serve composed ones as well.")
         return condition
+
+    def on_noise(self, run: Run, x: Tensor) -> Tensor:
+        """The noise of each region from its own seed, so that an object stays while the others are drawn again."""
+        if not self.params.seeds or self.strength == 0:
+            return x
+        if run.begin or (run.request is not None and run.request.source.pixels is not None):
+            raise BadInput("seeds of paint_with_words set the noise a run begins from; this one begins from a picture.")
+        for seed, region in zip(self.params.seeds, self._regions, strict=True):
+            noise = randn_tensor(tuple(x.shape[1:]), generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+            inside = masks.on_grid(region, run.grid).to(x)
+            x = torch.where(inside > 0, run.model.prepare(noise.to(x), run.scheduler), x)
+        return x
 
     def taps(self) -> Sequence[Tap]:
         if self.strength == 0:

@@ -155,7 +155,15 @@ class InsideOutside(Intervention):
                 self.columns[i] = torch.where(kept, self.own.sum(0), self.columns[i])
         self._at: dict[tuple[int, int], Tensor] = {}
         self.mark()
-        return Condition(rows, condition.uncond, condition.prompts, condition.negatives, condition.guidance)
+        uncond = condition.uncond
+        if uncond is not None and (condition.negatives or "mask" in uncond):
+            # a negative prompt, or the few tokens that a mask leaves, must be there for every side
+            uncond = {**uncond, **{name: uncond[name].clone() for name in ("embeds", "mask") if name in uncond}}
+            for stream, (first, part) in sides.stretches.items():
+                for group in range(1, sides.groups):
+                    for name in {"embeds", "mask"} & set(uncond):
+                        uncond[name][:, sides.part(stream, group)] = uncond[name][:, first : first + part]
+        return Condition(rows, uncond, condition.prompts, condition.negatives, condition.guidance)
 
     def taps(self) -> Sequence[Tap]:
         wanted = {"cross", "joint"} if self.options.cross else set()
@@ -359,12 +367,11 @@ class ShapeGuided(InsideOutside):
     def _without_region(self, run: Run) -> Tensor:
         if self._pixels is None:
             raise BadInput("shape_guided needs a silhouette: give mask (a picture, white there) or box=x0|y0|x1|y1.")
-        pixels = self._pixels[run.samples.start : run.samples.stop][:1]
         if len(self._pixels) > 1:
             raise BadInput("shape_guided finds the region of one picture only; give mask or box for several.")
         found, cost = [], 0.0
         for source in self.params.source:
-            region, spent = infer_region(run.model, pixels, source)
+            region, spent = infer_region(run.model, self._pixels, source)
             found.append(masks.area(region, run.size[::-1]))
             cost += spent
         self._spend(run, cost / len(run))
