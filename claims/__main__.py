@@ -19,6 +19,9 @@ EXPERIMENTS = {
     "prompt_to_prompt": "claims.prompt_to_prompt",
     "bench": "claims.bench",
     "sad_pad": "claims.sad_pad",
+    "blend": "claims.blend",
+    "shape_guided": "claims.shape_guided",
+    "paint_with_words": "claims.paint_with_words",
 }
 
 

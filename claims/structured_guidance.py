@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from claims import common
-from claims.attend_excite import Arm, drawn, lift, repeated, told
+from claims.attend_excite import Arm, drawn, repeated, told
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.attention.words import Reading, WordSpan
@@ -95,9 +95,9 @@ def binding(name: str, context: Context) -> list[Row]:
     leak = {label: stats.share(leaks(arm)) for label, arm in arms.items()}
     bound = {label: stats.share(arm.bound) for label, arm in arms.items()}
     there = {label: stats.share(arm.there) for label, arm in arms.items()}
-    less = {label: lift(leaks(arm), leaks(plain)) for label, arm in arms.items() if label != "plain"}
-    more = {label: lift(arm.bound, plain.bound) for label, arm in arms.items() if label != "plain"}
-    present = lift(ours.there, plain.there)
+    less = {label: stats.mcnemar(leaks(arm), leaks(plain)) for label, arm in arms.items() if label != "plain"}
+    more = {label: stats.mcnemar(arm.bound, plain.bound) for label, arm in arms.items() if label != "plain"}
+    present = stats.mcnemar(ours.there, plain.there)
     rows = [list(arms[label].pixels[:: max(1, len(asked) // 10)][:10]) for label in ("plain", "ours", "random")]
     shown: dict[str, Any] = {
         "n": len(asked),

@@ -12,6 +12,10 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato import masks
+from sfumato.edit.blend import Blend
+from sfumato.steer.paint_with_words import PaintWithWords
+from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
 from sfumato.toybox.dataset import draw_scene
 
@@ -150,6 +154,53 @@ def sad_pad() -> Image.Image:
     return plots(system.compare(names, *scores))["attributes"]
 
 
+def _toy() -> tuple[Scene, torch.Tensor, torch.Tensor]:
+    """A scene of one toy, its picture (1, 3, h, w) and the toy's mask (h, w)."""
+    scene = Scene((Toy("ball", "red", x=0.1, yaw=20),), "grass")
+    frames = render(scene, 64)
+    return scene, frames.image, (frames.mask[0] == 0).float()
+
+
+def _masked(mask: torch.Tensor) -> torch.Tensor:
+    return (mask * 2 - 1).expand(1, 3, -1, -1)
+
+
+def blend() -> Image.Image:
+    """A render, the region, and four pictures in which only the region was drawn anew."""
+    _, image, mask = _toy()
+    region = masks.dilate(mask, 2)
+    made = sfumato.make(
+        "a blue cube on the grass", image=image, strength=1.0, n=4, scheduler="ddim", with_=[Blend(mask=region)]
+    )
+    return sheet(torch.cat([image, _masked(region), made.pixels]), 6, scale=2)
+
+
+def shape_guided() -> Image.Image:
+    """A render, a silhouette, toys drawn inside it from noise, and the render's toy in other colours."""
+    _, image, mask = _toy()
+    prompts = [f"a {color} ball on the grass" for color in ("blue", "yellow")]
+    drawn = [
+        sfumato.make(text, seed=1, guidance=4.5, with_=[ShapeGuided(words=["ball"], mask=mask)]).pixels
+        for text in prompts
+    ]
+    edit = {"source": ["a red ball"], "words": ["ball"], "mask": mask}
+    given = {"image": image, "strength": 1.0, "guidance": 4.5, "scheduler": "ddim"}
+    edited = [sfumato.make(text, with_=[ShapeGuided(**edit)], **given).pixels for text in prompts]
+    return sheet(torch.cat([_masked(mask), *drawn, image, *edited]), 6, scale=2)
+
+
+def paint_with_words() -> Image.Image:
+    """Left the painting, then the prompt alone and painted; below with the colours exchanged."""
+    left, right = [0.03, 0.35, 0.45, 0.9], [0.55, 0.35, 0.97, 0.9]
+    rows = []
+    for red, blue in ((left, right), (right, left)):
+        paint = torch.stack([masks.box_mask(red, (64, 64)), torch.zeros(64, 64), masks.box_mask(blue, (64, 64))])
+        given = {"prompt": "a red cube and a blue ball", "n": 3, "seed": 0}
+        painted = PaintWithWords(phrases=["red cube", "blue ball"], box=[red, blue], strength=0.4)
+        rows += [paint[None] * 2 - 1, sfumato.make(**given).pixels, sfumato.make(**given, with_=[painted]).pixels]
+    return sheet(torch.cat(rows), 7, scale=2)
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -162,6 +213,9 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "structured-guidance": structured_guidance,
     "prompt-to-prompt": prompt_to_prompt,
     "sad-pad": sad_pad,
+    "blend": blend,
+    "shape-guided": shape_guided,
+    "paint-with-words": paint_with_words,
 }
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"errors"},
     {"toybox"},
     {"cards", "files", "zoo"},
-    {"models"},
+    {"models", "masks"},
     {"attention"},
     {"sampling"},
     {"judge"},

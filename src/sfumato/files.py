@@ -148,12 +148,7 @@ def read_picture(path: Path | str) -> Image.Image:
     Raises:
         BadInput: the file is no picture, is damaged or too large. OSError: it cannot be opened.
     """
-    from PIL import ImageOps
-
-    with _opened(Path(path)) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
-        return _as_rgb(ImageOps.exif_transpose(image))
+    return _as_rgb(read_upright(path))
 
 
 def fitted(image: Image.Image, size: tuple[int, int], smooth: bool = True) -> Image.Image:
@@ -183,6 +178,17 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_upright(path: Path | str) -> Image.Image:
+    """A picture from a file, upright, in its own mode (masks and label maps); errors as for :func:`read_picture`."""
+    from PIL import ImageOps
+
+    with _opened(Path(path)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:

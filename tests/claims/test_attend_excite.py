@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks.attend_excite import contestants
@@ -62,11 +61,6 @@ def test_the_best_of_several_is_taken_picture_by_picture(monkeypatch):
     monkeypatch.setattr(common, "clip_scores", scores)
     best = claim.best_of(None, [arm(0), arm(1)], ["a", "b"])
     assert best.pixels[:, 0, 0, 0].tolist() == [1, 0] and best.there == [True, False] and best.cost == 20
-
-
-def test_lifts_count_pairs():
-    got = claim.lift([True] * 7 + [False], [False] * 8)
-    assert got.value == 7 / 8 and got.p == pytest.approx(2 / 2**7)
 
 
 def test_both_contestants_of_the_benchmark_take_the_same_step():

@@ -217,6 +217,7 @@ def opened(
         begin=total - 1 if backward else request.begin(scheduler, model.flow),
         grad=grad,
         direction=-1 if backward else 1,
+        request=request,
     )
     run.step_options = _step_options(run, request.eta)
     if run.begin and hasattr(scheduler, "set_begin_index"):

@@ -18,6 +18,7 @@ from sfumato.sampling.path import Path
 
 if TYPE_CHECKING:
     from sfumato.attention.seam import AttentionSeam, Tap
+    from sfumato.sampling.request import Request
 
 Branches = tuple[str, ...]
 
@@ -57,8 +58,9 @@ class Run:
     ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives`` (plain, without weights),
     ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents.
     ``timesteps``: all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with
-    ``direction`` -1. ``condition`` is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one
-    row through the denoiser, a backward pass counts as one more).
+    ``direction`` -1. ``request``: all that was asked for, of which this is a batch. ``condition`` is set after
+    ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through the denoiser, a backward pass
+    counts as one more).
     """
 
     model: Model
@@ -82,6 +84,7 @@ class Run:
     condition: Condition | None = None
     cost: float = 0.0
     direction: int = 1
+    request: Request | None = None
     stepper: Callable[[Step], Tensor] | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
     _taps: list[tuple[Intervention, list[Tap]]] = field(default_factory=list)

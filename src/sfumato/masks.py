@@ -1,0 +1,392 @@
+"""Masks: where in a picture something shall happen, read from whatever people have and brought to any grid.
+
+A mask is a float tensor (H W) in [0, 1], 1 where the named region is. :func:`read_mask` takes files, PIL pictures,
+arrays and tensors of any size and depth. A mask need not have the picture's size: it is stretched to the picture, and
+to each grid inside the network, by exact averages over the area of every cell (:func:`area`). Where a method needs
+yes or no, a cell belongs to the region from a coverage of ``level`` on."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from pydantic import BeforeValidator
+from scipy import ndimage
+from torch import Tensor
+
+from sfumato import files
+from sfumato.errors import BadInput, NoMatch
+
+__all__ = [
+    "Boxes",
+    "MaskTexts",
+    "MaskWarning",
+    "area",
+    "as_text",
+    "box_mask",
+    "close",
+    "dilate",
+    "feather",
+    "fill_holes",
+    "label_regions",
+    "mixture_threshold",
+    "on_grid",
+    "otsu_threshold",
+    "read_labels",
+    "read_mask",
+    "regions",
+]
+
+EMBEDDED = "data:image/png;base64,"
+SAME_COLOR = 8 / 255  # colours closer than this are one: what JPEG and antialiasing leave of a flat colour
+TOLERANCE = 24  # of 255, in each channel, between a label map's pixel and the colour named
+
+
+class MaskWarning(UserWarning):
+    """A mask is allowed, but probably not what was meant: it is empty, or covers the whole picture."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_mask(given: Any, what: str = "mask") -> Tensor:
+    """A mask (H W), float32 in [0, 1], grey levels kept.
+
+    ``given``: a path, the text of :func:`as_text`, a PIL picture, an array or a tensor (H W), also with axes of
+    length 1, or (H W 3) and (H W 4) in colour. Pictures are turned upright (EXIF). The level of a pixel is its
+    brightest channel, so that red paint on black counts as paint; 16-bit pictures are read in full depth; integer
+    pictures that hold only 0 and 1 mean just that; floats must lie in [0, 1]. Transparency is the mask where the
+    visible colours are all the same.
+
+    Raises:
+        BadInput: no such file, no picture, damaged, too large, values out of range, or a picture with transparency that
+            does not say which of the two is the mask.
+    """
+    if isinstance(given, str | Path):
+        what = f"{what} {str(given)[:60]!r}"
+    with _one_line(what):
+        if isinstance(given, Image.Image):
+            return _from_picture(_upright(given), what)
+        if isinstance(given, str | Path):
+            return _from_picture(_opened(given, what), what)
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = (given.float() if given.is_floating_point() else given).numpy()
+        if isinstance(given, np.ndarray):
+            return _from_array(given, what)
+    raise BadInput(f"{what} is {type(given).__name__}; it must be a file, a PIL picture, an array or a tensor.")
+
+
+def read_labels(given: Any, what: str = "map") -> Tensor:
+    """A painted label map (H W 3), uint8, from what :func:`read_mask` takes; transparent pixels become black."""
+    if isinstance(given, str | Path):
+        what = f"{what} {str(given)[:60]!r}"
+    with _one_line(what):
+        if isinstance(given, Tensor):
+            given = given.detach().cpu().numpy()
+        if isinstance(given, np.ndarray):
+            if (
+                given.dtype != np.uint8
+                or given.ndim not in (2, 3)
+                or (given.ndim == 3 and given.shape[2] not in (3, 4))
+            ):
+                raise BadInput(f"{what} is an array {given.dtype} {given.shape}; it must be uint8 (H, W) or (H, W, 3).")
+            given = Image.fromarray(given)
+        elif isinstance(given, str | Path):
+            given = _opened(given, what)
+        if isinstance(given, Image.Image):
+            layered = _upright(given).convert("RGBA")
+            flat = Image.alpha_composite(Image.new("RGBA", layered.size, (0, 0, 0, 255)), layered)
+            return torch.from_numpy(np.array(flat.convert("RGB")))
+    raise BadInput(f"{what} is {type(given).__name__}; it must be a file, a PIL picture or an array.")
+
+
+def as_text(given: Any, labels: bool = False) -> str:
+    """A mask (or a label map) as one line of text, so that a recipe can hold it: a path stays a path, anything else
+    becomes a PNG of 8 bits in base64. :func:`read_mask` and :func:`read_labels` read both."""
+    if isinstance(given, str | Path):
+        return str(given)
+    if labels:
+        image = Image.fromarray(read_labels(given).numpy())
+    else:
+        image = Image.fromarray((read_mask(given) * 255).round().to(torch.uint8).numpy())
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", optimize=True)
+    return EMBEDDED + base64.b64encode(encoded.getvalue()).decode()
+
+
+def _opened(given: str | Path, what: str) -> Image.Image:
+    if isinstance(given, str) and given.startswith("data:"):
+        if not given.startswith(EMBEDDED):
+            raise BadInput(f"{what} is not understood; embedded pictures begin with {EMBEDDED!r}.")
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(given[len(EMBEDDED) :], validate=True))) as image:
+                return _upright(image)
+        except (UnidentifiedImageError, binascii.Error):
+            raise BadInput(f"{what} cannot be read as a picture: it is damaged.") from None
+    if not Path(given).is_file():
+        raise BadInput(f"{what} is no file; give the path of a picture.")
+    return files.read_upright(given)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.width * image.height > files.MOST_PIXELS:
+        raise BadInput(f"a mask of {image.width}x{image.height} pixels is too large; the most is {files.MOST_PIXELS}.")
+    return ImageOps.exif_transpose(image)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Whatever Pillow finds wrong with a picture, told in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except BadInput:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        said = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
+        raise BadInput(f"{what} cannot be read as a picture: {said}.") from None
+
+
+def _from_picture(image: Image.Image, what: str) -> Tensor:
+    if image.mode == "F" or image.mode.startswith("I"):
+        levels = np.array(image)
+        return _from_array(levels / 255 if image.mode == "F" and levels.max() > 1 else levels, what, deep=True)
+    if image.has_transparency_data:
+        layers = np.array(image.convert("RGBA"))
+        alpha, colors = layers[..., 3], layers[..., :3]
+        if alpha.min() != alpha.max():
+            visible = colors[alpha > 0].astype(np.float32) / 255
+            if (np.ptp(visible, axis=0) <= SAME_COLOR).all():
+                return torch.from_numpy(alpha.astype(np.float32) / 255)
+            raise BadInput(
+                f"{what} has colours and transparency, and does not say which of them is the mask; save it in black "
+                f"and white without transparency, or in a single colour on a transparent layer."
+            )
+        return _from_array(colors.max(-1), what)
+    return _from_array(np.array(image.convert("L" if image.mode in ("1", "L") else "RGB")), what)
+
+
+def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim == 3 and array.shape[-1] == 4 and array.dtype == np.uint8:
+        return _from_picture(Image.fromarray(array), what)
+    if array.ndim == 3 and array.shape[-1] in (3, 4):
+        array = array[..., :3].max(-1)
+    if array.ndim != 2 or 0 in array.shape:
+        raise BadInput(f"{what} has shape {array.shape}; it must be (height, width), one mask at a time.")
+    if array.dtype == bool:
+        return torch.from_numpy(array.astype(np.float32))
+    if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
+        raise BadInput(f"{what} holds values that are not finite numbers.")
+    low, high = array.min(), array.max()
+    if np.issubdtype(array.dtype, np.floating):
+        top = 1.0
+    elif high <= 1:
+        top = 1.0
+    else:
+        top = 65535.0 if deep or array.dtype == np.uint16 or high > 255 else 255.0
+    if low < 0 or high > top:
+        allowed = "in [0, 1]" if top == 1 else f"whole numbers up to {top:.0f}"
+        raise BadInput(f"{what} holds values from {low:g} to {high:g}; they must be {allowed}.")
+    return torch.from_numpy((array / top).astype(np.float32))
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def _as_texts(given: Any) -> Any:
+    listed = given if isinstance(given, list | tuple) else [given]
+    return [as_text(each) for each in listed]
+
+
+def _as_boxes(given: Any) -> Any:
+    if isinstance(given, list | tuple) and len(given) == 4 and not any(isinstance(n, list | tuple) for n in given):
+        return [given]
+    return given
+
+
+MaskTexts = Annotated[list[str], BeforeValidator(_as_texts)]
+"""A parameter that takes one mask or several, in any form of :func:`read_mask`; kept as text."""
+
+Boxes = Annotated[list[tuple[float, float, float, float]], BeforeValidator(_as_boxes)]
+"""A parameter that takes one box ``x0|y0|x1|y1`` or a list of them; see :func:`box_mask`."""
+
+
+# --- regions ---------------------------------------------------------------------------------------------------------
+
+
+def box_mask(box: Sequence[float], size: tuple[int, int]) -> Tensor:
+    """A box (x0, y0, x1, y1), ends exclusive, as a mask (H W) of a picture of ``size`` (width, height); pixels that it
+    cuts count by their covered share.
+
+    Numbers that are all at most 1 are fractions of the picture, others pixels. Raises BadInput for a box without
+    area or beyond the picture.
+    """
+    x0, y0, x1, y1 = (float(n) for n in box)
+    width, height = size
+    if max(x0, y0, x1, y1) <= 1:
+        x0, x1, y0, y1 = x0 * width, x1 * width, y0 * height, y1 * height
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise BadInput(
+            f"box is {'|'.join(f'{n:g}' for n in box)}; it must be x0|y0|x1|y1 with x0 < x1 and y0 < y1, as fractions "
+            f"of the picture (0 to 1) or in pixels of its {width}x{height}."
+        )
+
+    def covered(start: float, end: float, n: int) -> Tensor:
+        cells = torch.arange(n, dtype=torch.float64)
+        return ((cells + 1).clamp(max=end) - cells.clamp(min=start)).clamp(0, 1)
+
+    return torch.outer(covered(y0, y1, height), covered(x0, x1, width)).float()
+
+
+def regions(masks: Sequence[Tensor], boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
+    """Masks (each H' W') and then boxes as layers (r H W) of a picture of ``size`` (width, height)."""
+    layers = [area(mask, (size[1], size[0])) for mask in masks] + [box_mask(box, size) for box in boxes]
+    return torch.stack(layers) if layers else torch.zeros(0, size[1], size[0])
+
+
+def label_regions(labels: Tensor, colors: Sequence[str], tolerance: int = TOLERANCE) -> Tensor:
+    """One mask per colour (r H W) of a painted label map (H W 3): the pixels within ``tolerance`` of it.
+
+    Colours are names or hex codes ("red", "#ff8000"). Raises BadInput for a text that is no colour, NoMatch, listing
+    the map's own colours, for one that the map has not.
+    """
+    flat = labels.to(torch.int16)
+    layers = []
+    for color in colors:
+        try:
+            rgb = ImageColor.getrgb(color if not color.isalnum() or color.isalpha() else f"#{color}")[:3]
+        except ValueError:
+            raise BadInput(
+                f"color {color!r} is unknown; give a name such as red or a hex code such as #ff8000."
+            ) from None
+        layer = ((flat - torch.tensor(rgb, dtype=torch.int16)).abs().amax(-1) <= tolerance).float()
+        if not layer.any():
+            raise NoMatch(f"color {color!r} is nowhere in the map; it is painted in {_most_common(labels)}.")
+        layers.append(layer)
+    return torch.stack(layers)
+
+
+def _most_common(labels: Tensor, n: int = 8) -> str:
+    colors, counts = labels.reshape(-1, 3).unique(dim=0, return_counts=True)
+    order = counts.argsort(descending=True)[:n].tolist()
+    listed = ", ".join("#{:02x}{:02x}{:02x}".format(*colors[i].tolist()) for i in order)
+    return listed + (", ..." if len(counts) > n else "")
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def area(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A mask (... H W) on another ``grid`` (h, w): each cell gets the mean of the mask over its area, exactly, whether
+    the grid is finer or coarser."""
+    rows, columns = (_overlap(a, b).to(mask.device) for a, b in zip(mask.shape[-2:], grid, strict=True))
+    return (rows @ mask.double() @ columns.T).float()
+
+
+def _overlap(n: int, m: int) -> Tensor:
+    """(m n): which share of each of m equal cells lies in each of n equal cells of the same length."""
+    cells, finer = torch.arange(m, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
+    # in units of 1 / (n m) all borders are whole numbers, so that nothing is rounded
+    ends = torch.minimum((cells + 1) * n, (finer + 1) * m) - torch.maximum(cells * n, finer * m)
+    return ends.clamp_min(0) / n
+
+
+def on_grid(mask: Tensor, grid: tuple[int, int], level: float = 0.5, soft: bool = False) -> Tensor:
+    """A mask (... H W) on a ``grid`` (h, w): cells covered to ``level`` or more are 1, others 0; ``soft`` keeps the
+    coverage itself. A mask too thin to cover any cell so far keeps the cells it covers most (at least half as much as
+    the best one)."""
+    covered = area(mask, grid)
+    if soft:
+        return covered
+    best = covered.amax((-2, -1), keepdim=True)
+    bar = torch.where(best >= level, torch.full_like(best, level), best / 2)
+    return ((covered >= bar) & (covered > 0)).float()
+
+
+def dilate(mask: Tensor, cells: int) -> Tensor:
+    """The mask (... H W) grown by ``cells`` in every direction (a square), or shrunk where negative; grey levels too.
+    Beyond the border lies what lies at the border."""
+    if not cells:
+        return mask
+    size, flat = 2 * abs(cells) + 1, mask.reshape(-1, 1, *mask.shape[-2:])
+    sign = 1 if cells > 0 else -1
+    return (sign * F.max_pool2d(sign * flat, size, 1, abs(cells))).reshape(mask.shape)
+
+
+def close(mask: Tensor, cells: int = 1) -> Tensor:
+    """Gaps of up to 2 ``cells`` in a mask (... H W) closed: grown, then shrunk."""
+    return dilate(dilate(mask, cells), -cells)
+
+
+def fill_holes(mask: Tensor) -> Tensor:
+    """A mask (H W) of 0 and 1 with everything filled that it encloses (cells touch at their sides)."""
+    return torch.from_numpy(ndimage.binary_fill_holes(mask.cpu().numpy() > 0.5).astype(np.float32))
+
+
+def feather(mask: Tensor, width: float) -> Tensor:
+    """1 on a mask (H W) of 0 and 1, falling in a straight line to 0 at a distance of ``width`` cells outside it."""
+    if width <= 0 or not mask.any():
+        return (mask > 0.5).float()
+    away = torch.from_numpy(ndimage.distance_transform_edt(mask.cpu().numpy() <= 0.5))
+    return (1 - away / width).clamp(0, 1).float()
+
+
+# --- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def otsu_threshold(values: Tensor, bins: int = 256) -> float:
+    """The threshold that best parts the values in two (Otsu 1979): largest variance between the parts. Raises NoMatch
+    where all values are equal."""
+    flat = values.double().flatten().cpu()
+    low, high = flat.min().item(), flat.max().item()
+    if not high > low:
+        raise NoMatch(f"the map is {low:g} everywhere, so no threshold parts it in two.")
+    counts = torch.histc(flat, bins, low, high)
+    centres = low + (torch.arange(bins, dtype=torch.float64) + 0.5) * (high - low) / bins
+    below = counts.cumsum(0)[:-1]
+    above, mass = counts.sum() - below, (counts * centres).cumsum(0)
+    apart = mass[:-1] / below.clamp_min(1) - (mass[-1] - mass[:-1]) / above.clamp_min(1)
+    best = int((below * above * apart**2).argmax())
+    return low + (best + 1) * (high - low) / bins
+
+
+def mixture_threshold(values: Tensor, iterations: int = 200) -> float:
+    """The middle between the means of two Gaussians fitted to the values by expectation maximisation (Dombrowski et al.
+    2023); Otsu's threshold where the two fall together. Raises NoMatch where all values are equal."""
+    x = values.double().flatten().cpu()
+    split = otsu_threshold(values)
+    # start from the two sides of Otsu's threshold
+    near = torch.stack([(x < split).double(), (x >= split).double()])
+    floor = 1e-6 * x.var(unbiased=False)
+    means = torch.zeros(2, dtype=torch.float64)
+    for _ in range(iterations):
+        mass = near.sum(1).clamp_min(1e-12)
+        before, means = means, near @ x / mass
+        spread = (near * (x - means[:, None]) ** 2).sum(1) / mass + floor
+        likely = (mass / len(x)).log()[:, None] - 0.5 * (
+            spread.log()[:, None] + (x - means[:, None]) ** 2 / spread[:, None]
+        )
+        near = likely.softmax(0)
+        if (means - before).abs().max() <= 1e-9 * x.std(unbiased=False):
+            break
+    apart = (means[1] - means[0]).abs().item()
+    if not math.isfinite(apart) or apart < 1e-3 * (x.max() - x.min()).item():
+        return split
+    return means.mean().item()
