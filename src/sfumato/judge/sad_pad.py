@@ -98,7 +98,7 @@ class Lattice:
 
     def counts(self, rows: Any) -> np.ndarray:
         """How many of the chosen points fall to each node."""
-        found = np.zeros(int(np.prod(self.shape)))
+        found: np.ndarray = np.zeros(int(np.prod(self.shape)))
         for at, weight in self.corners:
             found += np.bincount(at[rows], weight[rows], len(found))
         return found.reshape(self.shape)
