@@ -87,7 +87,7 @@ class Lattice:
         place = (points - self.low) / self.step
         base = np.clip(np.floor(place).astype(np.int64), 0, nodes - 2)
         part = place - base
-        self.corners = []
+        self.corners: list[tuple[Any, Any]] = []
         for corner in itertools.product((0, 1), repeat=d):
             weight = np.prod([part[:, k] if up else 1 - part[:, k] for k, up in enumerate(corner)], axis=0)
             self.corners.append((np.ravel_multi_index(tuple((base + corner).T), self.shape), weight))
