@@ -616,7 +616,7 @@ def _make_sides(
     """The pictures of both sides, in turns, so that whatever else the machine does slows both alike."""
     shared = {name: value for name, value in options.items() if value is not None}
     source = Path(prompts) if isinstance(prompts, str | Path) else None
-    texts = [] if source else list(prompts)
+    texts = [] if isinstance(prompts, str | Path) else list(prompts)
     if not source and not texts:
         raise BadInput("prompts is empty; give at least one.")
     total = sum(1 for line in source.open("rb") if line.strip()) if source else len(texts)
@@ -1010,7 +1010,7 @@ def _make_line(
     from sfumato.sampling import generate
 
     systems = build_all(order.with_)
-    what = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in systems], model.weight_hash]
+    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in systems], model.weight_hash]
     what += [str(model.dtype), None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     there = journal.take(key)

@@ -47,16 +47,16 @@ class Reservoir:
 
     def __init__(self, d: int, cap: int, seed: int = 0):
         self.cap, self.seed = cap, seed
-        self.indices, self.rows = np.zeros(0, np.int64), np.zeros((0, d), np.float32)
+        self.indices: np.ndarray = np.zeros(0, np.int64)
+        self.rows: np.ndarray = np.zeros((0, d), np.float32)
 
     def add(self, indices: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
         """Offers rows (b, d) with their indices in the folder."""
-        indices = np.concatenate([self.indices, np.asarray(indices, np.int64)])
-        rows = np.concatenate([self.rows, np.asarray(rows, np.float32)])
-        if len(indices) > self.cap:
-            keep = np.sort(np.argsort(_hashed(indices, self.seed), kind="stable")[: self.cap])
-            indices, rows = indices[keep], rows[keep]
-        self.indices, self.rows = indices, rows
+        self.indices = np.concatenate([self.indices, np.asarray(indices, np.int64)])
+        self.rows = np.concatenate([self.rows, np.asarray(rows, np.float32)])
+        if len(self.indices) > self.cap:
+            keep = np.sort(np.argsort(_hashed(self.indices, self.seed), kind="stable")[: self.cap])
+            self.indices, self.rows = self.indices[keep], self.rows[keep]
 
 
 def _hashed(indices: np.ndarray, seed: int) -> np.ndarray:
@@ -284,8 +284,8 @@ def _look(
     tally.no_text += texts.count(None)
     clip_features = tools.clip.features(pictures) if tools.clip else None
     if tools.net is not None:
-        same = clip_features is not None and tools.net is tools.clip
-        seen = clip_features if same else tools.net.features(pictures)
+        shared = clip_features if tools.net is tools.clip else None
+        seen = tools.net.features(pictures) if shared is None else shared
         tally.moments = (tally.moments or Moments(seen.shape[1])).add(seen)
         tally.sample = tally.sample or Reservoir(seen.shape[1], cap, seed)
         tally.sample.add(indices, seen)

@@ -82,12 +82,16 @@ class Pairs:
         """(mean of first - second with its interval and p-value, the test it comes from)."""
         rows = self.values[name]
         first, second = self.columns(name)
-        if name in BINARY and len(first) == len(rows):
+        if _is_binary(name) and len(first) == len(rows):
             return stats.mcnemar(first > 0.5, second > 0.5), "McNemar"
         if len(first) < 2:
             return Interval(float((first - second).mean()), -np.inf, np.inf, len(first)), "one prompt only"
         draws = max(200, min(4000, MOST_DRAWS // len(first)))
         return stats.paired_difference(first, second, draws=draws, seed=seed), "paired bootstrap"  # type: ignore[arg-type]
+
+
+def _is_binary(name: str) -> bool:
+    return name in BINARY or name.startswith("task ")
 
 
 def compare_folders(
@@ -125,7 +129,7 @@ def compare_folders(
     moments: list[Moments | None] = [None, None]
     samples: list[Reservoir | None] = [None, None]
     for start in range(0, len(matched), told.batch):
-        opened = []
+        opened: list[Any] = []
         for a, b in matched[start : start + told.batch]:
             try:
                 opened.append(((a, one.picture(a)), (b, two.picture(b)), one.about(a), two.about(b)))
@@ -141,7 +145,7 @@ def compare_folders(
             for i, row in enumerate(opened):
                 key = texts[i] or row[0][0]
                 solved = _note(pairs, key, row[2:], [side[i] for side in answers], [side[i] for side in scores])
-                pairs.add(eye.name, key, gaps[i], 0.0)
+                pairs.add(eye.name, key, float(gaps[i]), 0.0)
                 gallery.offer(key, row[0][1], row[1][1], solved, float(gaps[i]), told.names)
             if net is not None:
                 for side, pictures in enumerate(sides):
@@ -278,7 +282,7 @@ def _figures(report: Report, pairs: Pairs, told: CompareOptions, distance: str) 
             continue
         difference, test = pairs.difference(name, told.seed)
         first, second = pairs.columns(name)
-        percent = name in BINARY or name in PARTIAL or name.startswith("task ")
+        percent = _is_binary(name) or name in PARTIAL
         shown = f"CLIPScore({told.clip})" if name == "clip_score" else name
         about = ABOUT.get(name, "solved")
         figure = Figure(f"{shown}: {told.names[0]} - {told.names[1]}", difference, about, percent)

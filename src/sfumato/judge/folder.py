@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ def _original(name: str) -> str:
     return base + suffix if dot else ""
 
 
-def _lines(path: Path):
+def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(number, byte offset, object) of every line that is not blank."""
     try:
         with path.open("rb") as file:
@@ -162,5 +162,4 @@ def _lines(path: Path):
 
 
 def _text(row: Mapping[str, Any]) -> str | None:
-    found = next((row[key] for key in _TEXTS if isinstance(row.get(key), str) and row[key].strip()), None)
-    return found
+    return next((row[key] for key in _TEXTS if isinstance(row.get(key), str) and row[key].strip()), None)

@@ -173,7 +173,7 @@ def _attributes(asked: JudgeOptions, real: Folder | None, fake: Folder) -> list[
 
 def _applicable(asked: JudgeOptions, fake: Folder, real: Folder | None, attributes: list[str]) -> set[str]:
     """The metrics to measure: those asked for, if they can be, else all that can."""
-    captioned = asked.captions and any(fake.about(name)["text"] for name in fake.names[:200])
+    captioned = asked.captions and any(fake.about(name)["text"] for name in fake.names[:: max(1, len(fake) // 200)])
     lacking = {
         "presence": None if captioned else f"captions, and {fake.path} has none (--prompts gives them)",
         "clip_score": None if captioned else f"captions, and {fake.path} has none (--prompts gives them)",
@@ -298,8 +298,8 @@ def _distances(
     if "kernel" in wanted:
         if min(n, m) < 2:
             raise BadInput(f"a kernel distance needs at least 2 pictures on each side; got {n} and {m}.")
-        value = kernel_distance(truth.sample.rows, tally.sample.rows)
-        report.figures.append(Figure(f"KD({name})", value, "squared MMD, cubic kernel, unbiased"))
+        apart = kernel_distance(truth.sample.rows, tally.sample.rows)
+        report.figures.append(Figure(f"KD({name})", apart, "squared MMD, cubic kernel, unbiased"))
     if "manifold" in wanted:
         if min(n, m) <= max(asked.k, asked.k_density):
             if asked.metrics:

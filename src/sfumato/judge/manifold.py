@@ -49,9 +49,9 @@ def manifold(real: np.ndarray, fake: np.ndarray, k: int = 3, k_density: int = 5)
     x, y = pair(real, fake, most + 1), finite(fake)
     near_x, near_y = _radii(x, most), _radii(y, k)
     ball, wide, fake_ball = near_x[:, k - 1], near_x[:, k_density - 1], near_y[:, k - 1]
-    inside = np.zeros(len(y), dtype=bool)
-    recalled = np.zeros(len(x), dtype=bool)
-    covered = np.zeros(len(x), dtype=bool)
+    inside: np.ndarray = np.zeros(len(y), dtype=bool)
+    recalled: np.ndarray = np.zeros(len(x), dtype=bool)
+    covered: np.ndarray = np.zeros(len(x), dtype=bool)
     density = np.zeros(len(y))
     for rows in blocks(len(x)):
         for columns in blocks(len(y)):

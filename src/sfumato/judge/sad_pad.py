@@ -87,24 +87,21 @@ class Lattice:
         place = (points - self.low) / self.step
         base = np.clip(np.floor(place).astype(np.int64), 0, nodes - 2)
         part = place - base
-        self.corners = []
+        self.corners: list[tuple[Any, Any]] = []
         for corner in itertools.product((0, 1), repeat=d):
             weight = np.prod([part[:, k] if up else 1 - part[:, k] for k, up in enumerate(corner)], axis=0)
             self.corners.append((np.ravel_multi_index(tuple((base + corner).T), self.shape), weight))
         self.total = self.counts(slice(None))
-        self.waves = np.stack(
-            np.meshgrid(
-                *[2 * np.pi * np.fft.fftfreq(2 * nodes)] * (d - 1),
-                2 * np.pi * np.fft.rfftfreq(2 * nodes),
-                indexing="ij",
-            ),
-            -1,
-        )
+        waves = [2 * np.pi * np.fft.fftfreq(2 * nodes)] * (d - 1) + [2 * np.pi * np.fft.rfftfreq(2 * nodes)]
+        grid = np.stack(np.meshgrid(*waves, indexing="ij"), -1)
+        self.squares = grid[..., :, None] * grid[..., None, :]  # w w^T of every wave vector w
 
     def counts(self, rows: Any) -> np.ndarray:
         """How many of the chosen points fall to each node."""
-        cells = int(np.prod(self.shape))
-        return sum(np.bincount(at[rows], weight[rows], cells) for at, weight in self.corners).reshape(self.shape)
+        found: np.ndarray = np.zeros(int(np.prod(self.shape)))
+        for at, weight in self.corners:
+            found += np.bincount(at[rows], weight[rows], len(found))
+        return found.reshape(self.shape)
 
     def density(self, counts: np.ndarray, covariance: np.ndarray) -> np.ndarray:
         """Probabilities of the nodes, summing to 1, of points with these counts and this covariance (d, d)."""
@@ -112,7 +109,7 @@ class Lattice:
         values, vectors = np.linalg.eigh(inside)
         # sharing points out among nodes has blurred them by a triangle of variance 1/6 cell already
         inside = (vectors * (np.maximum(values, 0.25) - 1 / 6)) @ vectors.T
-        damping = np.exp(-0.5 * np.einsum("...i,ij,...j->...", self.waves, inside, self.waves))
+        damping = np.exp(-0.5 * np.tensordot(self.squares, inside, 2))
         padded = [2 * size for size in self.shape]  # so that nothing comes round the other side
         axes = tuple(range(len(padded)))
         smooth = np.fft.irfftn(np.fft.rfftn(counts, padded, axes) * damping, padded, axes)
@@ -212,7 +209,7 @@ def divergence(
     pairs: bool = True,
     draws: int = 100,
     nodes: int = 512,
-    pair_nodes: int = 96,
+    pair_nodes: int = 64,
     seed: int = 0,
     mentions: np.ndarray | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -247,7 +244,7 @@ def divergence(
 
         def densities(lattice: Lattice, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
             counts = lattice.counts(rows)
-            at = np.ix_(which, which)
+            at: Any = np.ix_(which, which)
             return lattice.density(counts, one[at]), lattice.density((lattice.total - counts).clip(0), two[at])
 
         alone = [densities(lattice, [k]) for k, lattice in enumerate(single)]
@@ -280,18 +277,20 @@ def divergence(
     shifts = []
     for k, name in enumerate(names):
         p, q = curves[k]
-        null, chance = judged(alone[k], by_attribute[:, k] if draws else np.zeros(0))
+        null, by_chance = judged(float(alone[k]), by_attribute[:, k] if draws else np.zeros(0))
         truth = None if mentions is None else auroc(x[:, k], mentions[:, k])
         gap = stats.welch(y[:, k], x[:, k])
         shifts.append(
-            AttributeShift(name, SCALE * float(alone[k]), SCALE * (kl(p, q) + kl(q, p)) / 2, gap, null, chance, truth)
+            AttributeShift(
+                name, SCALE * float(alone[k]), SCALE * (kl(p, q) + kl(q, p)) / 2, gap, null, by_chance, truth
+            )
         )
     extra = excess(alone, joint) if both else np.zeros(0)
     pair_shifts = []
     for index, (i, j) in enumerate(both):
-        null, chance = judged(extra[index], by_pair[:, index] if draws else np.zeros(0))
+        null, by_chance = judged(float(extra[index]), by_pair[:, index] if draws else np.zeros(0))
         pair_shifts.append(
-            PairShift(names[i], names[j], SCALE * float(joint[index]), SCALE * float(extra[index]), null, chance)
+            PairShift(names[i], names[j], SCALE * float(joint[index]), SCALE * float(extra[index]), null, by_chance)
         )
     return Divergences(
         sad=SCALE * float(alone.mean()),

@@ -92,8 +92,8 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
     only_two, none = int((~one & two).sum()), int((~one & ~two).sum())
     a, b = share(one, level), share(two, level)
     # correlation of the pair, with Newcombe's continuity correction
-    product = both * none - only_one * only_two
-    product = max(product - n / 2, 0.0) if product > 0 else float(product)
+    product = float(both * none - only_one * only_two)
+    product = max(product - n / 2, 0.0) if product > 0 else product
     margins = (both + only_one) * (only_two + none) * (both + only_two) * (only_one + none)
     correlation = product / math.sqrt(margins) if margins else 0.0
 
@@ -170,7 +170,7 @@ def bootstrap(
         resampled.append(array[rows])
     values = statistic(*resampled)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    tail = min(np.mean(values <= 0), np.mean(values >= 0))
+    tail = min(float(np.mean(values <= 0)), float(np.mean(values >= 0)))
     p = float(min(1.0, max(2 * tail, 2 / draws)))
     return Interval(estimate, float(low), float(high), int(arrays[0].size), level, p)
 
