@@ -120,6 +120,7 @@ class LatentObjective(Objective):
         super().setup(device)
         vae = zoo_folder(self.model_options.vae)
         self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+        self.vae.register_to_config(_name_or_path=vae.name)  # exports name no folder of this machine
         self.text.to(device)
         self.train_data = data.dataset("train", self.recipe.data)
         self.val_data = data.dataset("val", self.recipe.data)
