@@ -294,8 +294,9 @@ def test_ctrl_c_keeps_finished_pictures(sfumato, tiny_sd, monkeypatch):
 def test_a_real_disk_limit_and_a_real_interrupt(tmp_path, tiny_sd):
     """In a process of its own: files may not grow beyond 2 kB; then, without that limit, Ctrl-C while it works."""
     start = f"""
-import resource, sys
+import resource, signal, sys
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 torch.set_num_threads(1)
 from sfumato.cli import app
 def make(out, n):

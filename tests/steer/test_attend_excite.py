@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from sfumato.attention import Site, Tap, Words
+from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, generate
@@ -367,3 +368,10 @@ def test_refusals():
     sites = [Site("s", "self", (8, 8), None, (0, 64), 8, "down.0", 0)]
     with pytest.raises(NotSupported, match="m has none"):
         AttendExcite()._chosen(sites, "m")
+
+
+def test_attention_that_another_system_holds_is_a_conflict_that_names_it():
+    model = tiny_model("sd")
+    held = PromptToPrompt(source="a red cube", cross_replace=[1.0])
+    with pytest.raises(Conflict, match="prompt_to_prompt replaces that attention"):
+        generate(model, "a red ball", steps=2, interventions=[AttendExcite(words=["ball"]), held], decode=False)

@@ -31,7 +31,7 @@ from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
 from sfumato.attention.words import Reading, Words, WordSpan, asked_for
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NoMatch, NotSupported
+from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 
@@ -224,6 +224,12 @@ class AttendExcite(Intervention):
 
         def loss(_: Any) -> Tensor:
             maps = self._word_maps(torch.cat(list(self._seen.values()), 1).mean(1), looked)
+            if not maps.requires_grad:
+                held = ", ".join(dict.fromkeys(tap.name for tap in step.active_taps(editors=True) if tap.name))
+                raise Conflict(
+                    f"attend_excite moves latents by their attention, but {held or 'another system'} replaces that "
+                    f"attention at progress {step.progress:g}; leave one of them out or give them different windows."
+                )
             peaks = maps.flatten(2).amax(-1)  # (b s)
             named = self._weights[looked].any(-1)
             each = torch.where(named, 1 - peaks, 0).clamp_min(0).amax(1)
