@@ -278,7 +278,7 @@ def edit(
     prompt: str | Sequence[str],
     *,
     from_: str | None = None,
-    mask: str | Path | Image | None = None,
+    mask: Any = None,
     model: str | Path | Model | None = None,
     with_: Any = (),
     on_step: Callable[..., Any] | None = None,
@@ -291,7 +291,7 @@ def edit(
             inverted and needs ``from_``; or the ``original`` of earlier edits, whose further edits cost their own rows.
         prompt: what the edited picture shows; several make several pictures.
         from_: what the picture shows now.
-        mask: white where the picture may change; everything else is kept.
+        mask: white where the picture may change, as a file, picture, array or tensor; everything else is kept.
         model: by default the one in the recipe, else toy-sd.
         with_: systems that take part; ``prompt_to_prompt`` among them sets the edit's own parameters.
         options: parameters of ``prompt_to_prompt`` (``mode``, ``reweight={"ball": 2.0}``, ``blend="ball"`` ...), and
@@ -319,7 +319,7 @@ def edit(
     checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), from_=from_, **options)
     cards.method("prompt_to_prompt")(source="x", **params)  # told before anything heavy is loaded
     build_all(others)
-    whole_mask = files.read_picture(mask) if isinstance(mask, str | Path) else mask
+    whole_mask = None if mask is None else _mask(mask)
     if isinstance(image, Original):
         if checked.told() or from_ is not None:
             raise BadInput(
@@ -425,6 +425,15 @@ def _named(system: Any) -> tuple[str, dict[str, Any]]:
     return (system.CARD.key, system.params.model_dump()) if hasattr(system, "CARD") else ("", {})
 
 
+def _mask(given: Any) -> Image:
+    """A mask in any form as grey levels."""
+    from PIL import Image as pictures
+
+    from sfumato import masks
+
+    return pictures.fromarray((masks.read_mask(given) * 255).round().byte().numpy())
+
+
 def _recipe_of_system(system: Any) -> dict[str, Any]:
     return cards.to_recipe(system) if hasattr(system, "CARD") else {"method": system.name, "params": {}}
 
@@ -439,9 +448,10 @@ def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
     block = recipe.get("edit")
     if not exact or not isinstance(block, dict):
         raise BadInput(f"{picture} is no edit made by sfumato; repeat it with: sfumato make --like {picture}.")
-    for name, given, then in (("picture", image, block.get("pixels")), ("mask", mask, block.get("mask"))):
-        if (files.pixel_hash(files.read_picture(given)) if given is not None else None) != then:
-            raise BadInput(f"{given or 'no mask'} is not the {name} that {picture} was edited from.")
+    if files.pixel_hash(files.read_picture(image)) != block.get("pixels"):
+        raise BadInput(f"{image} is not the picture that {picture} was edited from.")
+    if (files.pixel_hash(_mask(mask)) if mask is not None else None) != block.get("mask"):
+        raise BadInput(f"{mask or 'no mask'} is not the mask that {picture} was edited from.")
     options = block.get("options")
     with_ = block.get("with")
     if not isinstance(options, dict) or not isinstance(with_, list):

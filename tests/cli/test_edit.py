@@ -83,6 +83,20 @@ def test_a_mask_keeps_what_lies_outside(sfumato, tiny_sd, made):
     assert Path(again).read_bytes() == Path(kept).read_bytes()
 
 
+def test_a_mask_may_lie_in_the_transparency(sfumato, tiny_sd, made):
+    level = np.zeros((32, 32), np.uint8)
+    level[5:19, 8:30] = 255
+    Image.fromarray(level).save("grey.png")
+    clear = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    clear.putalpha(Image.fromarray(level))
+    clear.save("clear.png")
+    one, two = (
+        edited(sfumato, made, TARGET, "--mask", name, "--model", tiny_sd, "-o", name[:-4]).lines[0]
+        for name in ("grey.png", "clear.png")
+    )
+    assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
+
+
 def test_a_mask_that_is_all_white_changes_nothing(sfumato, tiny_sd, made):
     Image.new("L", (32, 32), 255).save("mask.png")
     free = edited(sfumato, made, TARGET, "--model", tiny_sd).lines[0]
