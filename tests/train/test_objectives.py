@@ -114,11 +114,12 @@ def test_exported_vae_has_standard_latents_and_the_same_reconstructions(tmp_path
     assert torch.equal(kept, vae.vae.quant_conv.weight)  # training goes on as if nothing had been exported
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     posterior = loaded.encode(x).latent_dist
-    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(loaded.decode(posterior.mean).sample.clamp(-1, 1), before, atol=2e-4, rtol=0)
+    # the file holds float16, whose steps are a two-thousandth
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=5e-3, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=5e-3, rtol=0)
+    assert float((loaded.decode(posterior.mean).sample.clamp(-1, 1) - before).abs().mean()) < 2e-3
     scale = posterior.std / vae.vae.encode(x).latent_dist.std
-    torch.testing.assert_close(scale, scale[:1, :, :1, :1].expand_as(scale), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scale, scale[:1, :, :1, :1].expand_as(scale), rtol=1e-2, atol=1e-5)
     val = data.pictures(vae.val_data, torch.arange(8))
     error = (vae.reconstruct(val) - val).square().mean((1, 2, 3)) / 4
     assert vae.evaluate()["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)
@@ -286,7 +287,7 @@ def test_training_the_decoder_alone_leaves_the_latents(tmp_path: Path) -> None:
     assert moved == {"decoder", "post_quant_conv"}
     vae.export(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), vae.vae.parameters(), strict=True))
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(loaded.parameters(), vae.vae.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])

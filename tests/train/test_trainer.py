@@ -16,7 +16,7 @@ from sfumato.train import checkpoint, run
 from sfumato.train.objective import Draw
 from sfumato.train.optim import Muon, orthogonalise
 from sfumato.train.recipe import TrainOptions, load_recipe
-from sfumato.train.trainer import Trainer, rate
+from sfumato.train.trainer import ExplicitAttention, Trainer, rate
 
 RECIPE = """
 name = "tiny"
@@ -210,6 +210,20 @@ def test_draws_visit_every_sample_once_an_epoch_and_ranks_share_a_batch() -> Non
     assert sorted(torch.cat(shares).tolist()) == sorted(Draw(3, 2).indices(10, 4).tolist())
     noise = [torch.randn(3, generator=Draw(3, 2).generator(name)) for name in ("a", "a", "b")]
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+
+
+def test_explicit_attention_is_attention_and_leaves_masked_calls_alone() -> None:
+    query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[:, 0] = True
+    attend = torch.nn.functional.scaled_dot_product_attention
+    calls = ({}, {"scale": 0.3}, {"attn_mask": mask}, {"is_causal": True})
+    fused = [attend(query, key, value, **call) for call in calls]
+    with ExplicitAttention():
+        explicit = [attend(query, key, value, **call) for call in calls]
+    for one, other in zip(explicit, fused, strict=True):
+        torch.testing.assert_close(one, other)
+    assert [torch.equal(one, other) for one, other in zip(explicit, fused, strict=True)][2:] == [True, True]
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])

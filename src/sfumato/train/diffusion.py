@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
-from sfumato.train.objective import Draw
+from sfumato.train.objective import Draw, save_half
 from sfumato.train.recipe import Options
 
 # Stable Diffusion's noise schedule
@@ -120,9 +120,8 @@ class DiffusionObjective(LatentObjective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         self.pipeline().save_pretrained(folder)
-        half = UNet2DConditionModel.from_config(self.unet.config).half()
-        half.load_state_dict(self.unet.state_dict())
-        half.save_pretrained(folder / "unet")
+        save_half(self.unet, folder / "unet")
+        save_half(self.vae, folder / "vae")
         return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}}
 
     def load(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
-from sfumato.train.objective import Draw
+from sfumato.train.objective import Draw, save_half
 from sfumato.train.recipe import Options
 
 
@@ -105,9 +105,8 @@ class FlowObjective(LatentObjective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         self.pipeline().save_pretrained(folder)
-        half = SD3Transformer2DModel.from_config(self.transformer.config).half()
-        half.load_state_dict(self.transformer.state_dict())
-        half.save_pretrained(folder / "transformer")
+        save_half(self.transformer, folder / "transformer")
+        save_half(self.vae, folder / "vae")
         return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0}}
 
     def load(self, folder: Path) -> None:

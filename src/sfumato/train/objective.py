@@ -19,6 +19,7 @@ from sfumato.errors import UnknownName
 from sfumato.train.recipe import Options, Recipe, parse
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from PIL.Image import Image
 
 # key -> "module:class"; imported only when a recipe asks for it
@@ -29,6 +30,13 @@ OBJECTIVES: dict[str, str] = {
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
 }
+
+
+def save_half(module: ModelMixin, folder: Path) -> None:
+    """Writes a diffusers model to ``folder`` in float16; ``module`` itself stays as it is."""
+    half = type(module).from_config(module.config).half()
+    half.load_state_dict(module.state_dict())
+    half.save_pretrained(folder)
 
 
 @dataclass(frozen=True)

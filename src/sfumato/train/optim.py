@@ -15,8 +15,7 @@ from sfumato.train.recipe import TrainOptions
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: all singular values of (rows, columns) pulled to about 1.
 
-    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024), in the precision of the input: on a
-    CPU without fast bfloat16 the usual bfloat16 iteration is far slower.
+    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024), in the precision of the input.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
@@ -35,7 +34,8 @@ class Muon(torch.optim.Optimizer):
     Jordan's original. A group ``lr`` is absolute, the trainer sets it at each step.
     """
 
-    def __init__(self, groups: Iterable[dict], momentum: float = 0.95):
+    def __init__(self, groups: Iterable[dict], momentum: float = 0.95, precision: torch.dtype = torch.float32):
+        self.precision = precision  # of the orthogonalisation: bfloat16 will do, where that is fast
         super().__init__(
             groups, {"lr": 0.0, "momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
         )
@@ -59,7 +59,10 @@ class Muon(torch.optim.Optimizer):
             flat = p.grad.lerp(momentum, group["momentum"]).flatten(1)
             rows, columns = flat.shape
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(orthogonalise(flat).view_as(p), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            p.add_(
+                orthogonalise(flat.to(self.precision)).view_as(p).to(p.dtype),
+                alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5,
+            )
 
     def _adamw(self, group: dict, live: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -84,7 +87,9 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def build_optimizer(objective: Objective, options: TrainOptions) -> torch.optim.Optimizer:
+def build_optimizer(
+    objective: Objective, options: TrainOptions, precision: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """AdamW or Muon + AdamW over the objective's trainable parameters; ``peak`` of a group is its peak learning rate.
 
     Weight decay acts on matrices and kernels only.
@@ -108,4 +113,4 @@ def build_optimizer(objective: Objective, options: TrainOptions) -> torch.optim.
             {"params": decayed, "muon": False, "peak": rate * options.lr, "weight_decay": decay, "betas": betas},
             {"params": plain, "muon": False, "peak": rate * options.lr, "weight_decay": 0.0, "betas": betas},
         ]
-    return Muon([group for group in groups if group["params"]])
+    return Muon([group for group in groups if group["params"]], precision=precision)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfumato.train import data
-from sfumato.train.objective import Draw, Objective
+from sfumato.train.objective import Draw, Objective, save_half
 from sfumato.train.recipe import Options
 
 
@@ -150,7 +150,7 @@ class VAEObjective(Objective):
     def export(self, folder: Path) -> dict[str, Any]:
         kept = {key: value.clone() for key, value in self.vae.state_dict().items()}
         before = {} if self.loss_options.decoder_only else {"latents_before_standardising": self.standardise()}
-        self.vae.save_pretrained(folder)
+        save_half(self.vae, folder)
         self.vae.load_state_dict(kept)
         return before
 
