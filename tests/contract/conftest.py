@@ -1,4 +1,4 @@
-"""What systems need besides a model, for the tiny ones: a cache that holds an expert of each."""
+"""What systems need besides a model, for the tiny ones: a cache that holds experts of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.experts import write_expert
 @functools.cache
 def _filled(cache: Path) -> Path:
     for kind in KINDS:
-        write_expert(cache, kind, f"tiny-{kind}-expert", (400, 1000))
+        for i, ends in enumerate(((0, 500), (500, 1000))):
+            write_expert(cache, kind, f"tiny-{kind}-expert-1-{i}", ends, i)
     return cache
 
 

@@ -111,7 +111,7 @@ class DAAM(Intervention):
         if run.samples.start == 0:
             self.maps = []
         self._branch, prompts = self._read_branch(run)
-        words = Words(run.model)
+        words = run.words
         self._readings = [words.read(prompt) for prompt in prompts]
         asked = asked_for(self._readings, self.params.words)
         shown = asked if self.params.words else [reading.all() for reading in self._readings]

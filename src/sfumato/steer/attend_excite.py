@@ -154,7 +154,7 @@ class AttendExcite(Intervention):
         """Chooses words and sites. Raises NoMatch for words that no prompt has, and prompts that name nothing."""
         if run.samples.start == 0:
             self.attended = []
-        words = Words(run.model)
+        words = run.words
         readings = [words.read(prompt) for prompt in run.prompts]
         subjects = self._subjects(readings)
         self.activity.tokens.update({span.label: 1 for spans in subjects for span in spans})
