@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 from sfumato.errors import Conflict
-from sfumato.sampling import Intervention
 
 PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
 START, END = "<!-- written by python -m tests.contract.matrix -->", "<!-- end -->"
@@ -68,11 +67,12 @@ def table() -> str:
     keys = list(SYSTEMS)
     for i, one in enumerate(keys):
         for other in [*keys[i:], *checks.GUIDANCE]:
-            kinds = [k for k in ("sd", "sd3") if (one, k) in PAIRS and (other in checks.GUIDANCE or (other, k) in PAIRS)]
+            both = [one] if other in checks.GUIDANCE else [one, other]
+            kinds = [kind for kind in ("sd", "sd3") if all((key, kind) in PAIRS for key in both)]
             said = {kind: _outcome(one, other, kind) for kind in kinds}
             refused = [reason for reason in said.values() if reason]
             mark = TOGETHER if not refused else REFUSED if len(refused) == len(said) else UNETS
-            assert mark != UNETS or said["sd3"], f"{one} and {other} refuse on U-Nets only: the page has no mark for that"
+            assert mark != UNETS or said["sd3"], f"{one} and {other} refuse on U-Nets only, for which there is no mark"
             found[one, other] = found[other, one] = mark
             for reason in dict.fromkeys(refused):
                 reasons.setdefault(reason, []).append(f"`{one}`" if one == other else f"`{one}` and `{other}`")

@@ -28,7 +28,7 @@ from sfumato import cards
 from sfumato.attention.accumulate import MapStore
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, Words, asked_for
+from sfumato.attention.words import Reading, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps

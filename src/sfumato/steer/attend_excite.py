@@ -29,7 +29,7 @@ from sfumato.attention.accumulate import upscale
 from sfumato.attention.phrases import noun_phrases
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, Words, WordSpan, asked_for
+from sfumato.attention.words import Reading, WordSpan, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step

@@ -95,8 +95,9 @@ class Experts(Intervention):
         self.experts: list[Expert] = []
 
     def start(self, run: Run) -> None:
-        """Reads the experts and attaches them. Raises NoMatch where there are none, UnknownName, BadInput and BadWeights
-        for those that do not fit, Conflict where two share noise levels and neither lies within the other."""
+        """Reads the experts and attaches them. Raises NoMatch where there are none, UnknownName, BadInput and
+        BadWeights for those that do not fit, Conflict where two share noise levels and neither lies within the other.
+        """
         if sum(isinstance(part, Experts) for part in run.parts) > 1:
             raise Conflict("experts is given twice; name all models in one.")
         found = self._found(run.model.name)

@@ -56,8 +56,8 @@ DECAYS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A text that takes the place of a part of the prompt: of each of its characters the one in the prompt, -1 for those
-    that are not from there; an empty ``home``: none is."""
+    """A text in the place of a part of the prompt. ``home``: where in the prompt each of its characters comes from, -1
+    for those that do not; empty: none does."""
 
     text: str
     home: tuple[int, ...] = ()
