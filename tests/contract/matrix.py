@@ -23,7 +23,7 @@ def page() -> str:
 def _cells() -> dict[tuple[str, str], str]:
     """The table as the page has it: (row, column) -> cell."""
     table = [
-        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        [cell.replace("`", "").strip() for cell in line.strip("|").split("|")]
         for line in PAGE.read_text(encoding="utf-8").partition(START)[2].partition(END)[0].splitlines()
         if line.startswith("|") and "---" not in line
     ]

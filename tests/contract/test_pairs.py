@@ -126,9 +126,9 @@ def test_the_trace_of_an_edit_shows_the_maps_of_its_source(kind):
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "pixart"])
 def test_the_trace_of_a_painting_shows_the_paint(kind):
     model = tiny_model(kind)
-    boxes = {"phrases": ["red cube", "blue ball"], "box": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], "strength": 2.0}
+    boxes = {"phrases": ["red cube", "blue ball"], "box": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], "strength": 100.0}
     painted, plain = DAAM(words=["red cube", "blue ball"]), DAAM(words=["red cube", "blue ball"])
-    more = {"steps": 1, **({"guidance": None} if model.embeds_guidance else {})}
+    more = {"guidance": None} if model.embeds_guidance else {}
     run(model, [PaintWithWords(**boxes), painted], **more)
     run(model, [plain], **more)
     for word, side in (("red cube", slice(0, 16)), ("blue ball", slice(16, 32))):

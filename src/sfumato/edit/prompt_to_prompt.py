@@ -235,6 +235,8 @@ class PromptToPrompt(Intervention):
         for (one, other), a, b in zip(self._readings, sources, run.prompts, strict=True):
             mode = best_mode(one, other) if self.params.mode == "auto" else self.params.mode
             self._alignments.append(align(words, a, b, mode, length))
+        for name, asked in (("reweight", self.factors), ("windows", self.windows)):
+            _refuse_overlaps(name, asked, targets)
         self._equalisers = [equaliser(r, _known(self.factors, r), length) for r in targets]
         self._gates = [gate(r, self.cross, _known(self.windows, r), length) for r in targets]
         self._now: _Deal | None = None
@@ -603,6 +605,19 @@ def _require(word: str, readings: Sequence[Reading]) -> None:
         readings[-1].find(word)
 
 
+def _refuse_overlaps(name: str, asked: Mapping[str, Any], readings: Sequence[Reading]) -> None:
+    """Raise BadInput where two phrases share a word of a prompt and ask for different things."""
+    for reading in readings:
+        known = [(word, span) for word in _known(asked, reading) for span in reading.find(word)]
+        for i, (one, first) in enumerate(known):
+            for other, second in known[i + 1 :]:
+                if asked[one] != asked[other] and first.start < second.end and second.start < first.end:
+                    raise BadInput(
+                        f"{name} of prompt_to_prompt asks for two things at once: {one!r} and {other!r} overlap in "
+                        f"{reading.prompt!r}."
+                    )
+
+
 def _factors_of(given: Sequence[str]) -> dict[str, float]:
     found = {}
     for text in given:
@@ -611,7 +626,7 @@ def _factors_of(given: Sequence[str]) -> dict[str, float]:
             found[word.strip()] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not word.strip() or abs(found[word.strip()]) > 1e4:
+        if not equals or not word.strip() or not abs(found[word.strip()]) <= 1e4:
             raise ValueError(f"{text!r} is not word=factor, such as ball=1.5")
     return found
 

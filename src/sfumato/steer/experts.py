@@ -162,7 +162,7 @@ class Experts(Intervention):
         for name in self.params.models:
             folder = known.get(name, Path(name))
             if not folder.is_dir():
-                raise UnknownName("expert", name, known)
+                raise UnknownName("expert", name, [each for each in known if _card(known[each])])
             if name in found:
                 raise BadInput(f"models of experts names {name} twice.")
             found[name] = folder

@@ -55,7 +55,7 @@ class PaintWithWords(Intervention):
         families=("sd", "sdxl", "sd3", "flux", "pixart"),
         defaults_from="the paper's rule; its weight 0.1 and conditional branch only from the common re-implementation",
         cost="explicit attention at the sites that see text",
-        not_reproduced="the expert denoisers and the style image of the same paper",
+        not_reproduced="the style image of the same paper; its expert denoisers are the system experts",
         summary="phrases go where they were painted, by boxes, masks or a map of colours",
         example="paint_with_words:phrases=[red cube|blue ball],box=[[0|0.3|0.4|1]|[0.6|0.3|1|1]]",
     )

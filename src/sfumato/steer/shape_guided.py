@@ -354,6 +354,9 @@ class ShapeGuided(InsideOutside):
             self.regions = self._without_region(run)
         self._check(run)
         r = len(self.regions)
+        if r > 1:
+            for prompt, (phrases, _) in zip(run.prompts, told, strict=True):
+                _refuse_overlaps(prompt, p.words, phrases)
         inside = [phrases if r > 1 else [_joined(phrases)] for phrases, _ in told]
         around = [Piece(p.outside) if p.outside else rest if rest.text else Piece(NOTHING_ELSE) for _, rest in told]
         pieces = [[*parts, outside] for parts, outside in zip(inside, around, strict=True)]
@@ -512,10 +515,13 @@ def _split(words: Words, prompt: str, asked: Sequence[str]) -> tuple[list[Piece]
     if not asked:
         return [Piece(prompt, tuple(range(len(prompt))))], Piece("")
     chunks = noun_phrases(prompt)
-    inside, cut = [], []
+    inside: list[Piece] = []
+    cut: list[tuple[int, int]] = []
     for word in asked:
-        spans = []
+        spans: list[tuple[int, int]] = []
         for found in words.find(prompt, word):
+            if found.start < 0:
+                raise BadInput(f"words of shape_guided has {word}: special tokens are nothing to draw.")
             chunk = next((c for c in chunks if c.start <= found.start and found.end <= c.end), found)
             spans.append((chunk.start, chunk.end))
         inside.append(_joined([Piece(prompt[a:b], tuple(range(a, b))) for a, b in dict.fromkeys(spans)]))
@@ -529,6 +535,17 @@ def _split(words: Words, prompt: str, asked: Sequence[str]) -> tuple[list[Piece]
         r"^(?:(?:and|or|with|of)\b[\s,]*)+|[\s,]*\b(?:and|or|with|of|to|on|in|at|by|next)$", "", text.strip(" ,.;")
     ).strip(" ,.;")
     return inside, Piece(text, tuple(homes(left, text)))
+
+
+def _refuse_overlaps(prompt: str, asked: Sequence[str], phrases: Sequence[Piece]) -> None:
+    """Raise BadInput where two regions would show the same words."""
+    for i, one in enumerate(phrases):
+        for j in range(i):
+            if {place for place in one.home if place >= 0} & set(phrases[j].home):
+                raise BadInput(
+                    f"words of shape_guided overlap: {asked[j]!r} and {asked[i]!r} both stand in {one.text!r} of "
+                    f"{prompt!r}; give each region words of its own."
+                )
 
 
 def _plain(text: str) -> Weighted:
