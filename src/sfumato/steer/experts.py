@@ -112,7 +112,8 @@ class Experts(Intervention):
         _refuse_overlaps(self.experts)
         if self.strength:
             self._own = {path: module._parameters[name] for path, (module, name) in own.items()}
-            self._slots, self._now = own, None
+            self._slots = own
+            self._now: Expert | None = None
             run.defer(self._exchange, None)
             run.enter(run.model.listening(self._heard))
 
@@ -150,7 +151,7 @@ class Experts(Intervention):
 
     def _found(self, model: str) -> dict[str, Path]:
         """Names and folders of the experts."""
-        known = {**zoo.trained(), **{name: zoo.folder() / name for name in zoo.names()}}
+        known: dict[str, Path] = {**zoo.trained(), **{name: zoo.folder() / name for name in zoo.names()}}
         if not self.params.models:
             found = {name: folder for name, folder in known.items() if _card(folder).get("of") == model}
             if not found:
@@ -175,9 +176,9 @@ class Experts(Intervention):
         if not (folder / component).is_dir():
             raise BadInput(f"expert {name} has no {component}, so it is no expert of {run.model.name}.")
         state: dict[str, Tensor] = {}
-        for path in find_weights(folder / component)[0]:
-            read_header(path)
-            state.update(load_file(path))
+        for file in find_weights(folder / component)[0]:
+            read_header(file)
+            state.update(load_file(file))
         weights = {}
         for path, (module, key) in own.items():
             base, other = module._parameters[key], state.get(path)
