@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato import masks
+from sfumato import files, masks
 from sfumato.edit.blend import Blend
+from sfumato.explain.daam import DAAM
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
@@ -201,6 +203,57 @@ def paint_with_words() -> Image.Image:
     return sheet(torch.cat(rows), 7, scale=2)
 
 
+def _beside(tiles: list[torch.Tensor], trace: Image.Image, scale: int = 3) -> Image.Image:
+    """Pictures (1, 3, h, w) in a row, and a sheet of traces below them."""
+    row = sheet(torch.cat([tile.detach() for tile in tiles]), len(tiles), scale=scale)
+    out = Image.new("RGB", (max(row.width, trace.width), row.height + trace.height + 4), "white")
+    out.paste(row, (0, 0))
+    out.paste(trace, (0, row.height + 4))
+    return out
+
+
+def composition_trace() -> Image.Image:
+    """A silhouette, what shape_guided draws in it, and the trace of both sides."""
+    _, _, mask = _toy()
+    look = DAAM(words=["cube", "ball"])
+    guided = ShapeGuided(words=["cube"], mask=mask)
+    made = sfumato.make("a red cube and a blue ball", seed=3, guidance=4.5, with_=[guided, look])
+    return _beside([_masked(mask), made.pixels], look.maps[0].grid(made.images[0]))
+
+
+def composition_place() -> Image.Image:
+    """The prompt alone, painted, with Attend-and-Excite, and both, from the same seeds."""
+    boxes = [[0, 0.35, 0.45, 0.9], [0.55, 0.35, 1, 0.9]]
+
+    def paint() -> PaintWithWords:
+        return PaintWithWords(phrases=["red cube", "blue ball"], box=boxes, strength=0.3)
+
+    rows = [[], [paint()], ["attend_excite"], [paint(), "attend_excite"]]
+    made = [sfumato.make("a red cube and a blue ball", n=4, seed=0, with_=with_).pixels.detach() for with_ in rows]
+    return sheet(torch.cat(made), 4, scale=2)
+
+
+def composition_edit() -> Image.Image:
+    """A picture of ours, its edit, the edit inside a mask, and the trace of what is new."""
+    old, new = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
+    where = DAAM(words=["red cube"])
+    made = sfumato.make(old, seed=3, with_=[where])
+    found = where.maps[0].mask("red cube", 0.5).float()
+    mask = Image.fromarray((masks.dilate(found, 2) * 255).byte().numpy())
+    look = DAAM(words=["green cube"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = files.save_png(Path(folder) / "toys.png", made.images[0], made.recipe)
+        free = sfumato.edit(path, new)
+        kept = sfumato.edit(path, new, mask=mask, with_=[look])
+    tiles = [
+        made.pixels,
+        free.results[0].pixels,
+        _masked((masks.read_mask(mask) > 0.5).float()),
+        kept.results[0].pixels,
+    ]
+    return _beside(tiles, look.maps[0].grid(kept.images[0]), scale=2)
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -216,6 +269,9 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "blend": blend,
     "shape-guided": shape_guided,
     "paint-with-words": paint_with_words,
+    "composition-trace": composition_trace,
+    "composition-place": composition_place,
+    "composition-edit": composition_edit,
 }
 
 

@@ -17,9 +17,11 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 class SfumatoError(Exception):
-    """Base of all deliberate errors. ``exit_code`` is what the command line returns."""
+    """Base of all deliberate errors. ``exit_code`` is what the command line returns; ``result``, where there is one,
+    holds what was finished before."""
 
     exit_code = 2
+    result: object = None
 
 
 class BadInput(SfumatoError, ValueError):
@@ -58,4 +60,3 @@ class WorkInterrupted(SfumatoError):
     """Work was stopped from outside; finished parts are kept and the message says where and how to go on."""
 
     exit_code = 130
-    result: object = None  # the finished parts, where the caller can use them

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sfumato.attention.phrases import nested_phrases
-from sfumato.attention.words import Reading, Words, _align, noun_phrases
+from sfumato.attention.words import Reading, Words, homes, noun_phrases
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models.condition import TruncatedPrompt
 from sfumato.toybox import caption
@@ -211,9 +211,9 @@ def test_texts_that_the_pipeline_changes_before_tokenizing():
 
 
 def test_alignment_of_unchanged_and_changed_text():
-    assert list(_align("abc", "abc")) == [0, 1, 2]
-    assert _align("  Ab c ", "ab c") == [2, 3, 4, 5]
-    assert _align("a <c> b", "a <c> <c>_1 b")[6:11] == [4] * 5
+    assert list(homes("abc", "abc")) == [0, 1, 2]
+    assert homes("  Ab c ", "ab c") == [2, 3, 4, 5]
+    assert homes("a <c> b", "a <c> <c>_1 b")[6:11] == [4] * 5
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from sfumato.cards import from_recipe, to_recipe
 from sfumato.errors import Conflict, NoMatch, SfumatoError, WorkInterrupted
 from sfumato.models import Model
-from sfumato.sampling import Intervention, Result, generate, recipe_args
+from sfumato.sampling import Guidance, Intervention, Result, generate, recipe_args
 from tests.helpers import fingerprint
 
 PROMPT = "a red cube and a blue ball"
@@ -176,20 +176,68 @@ def check_saves(make: Make, model: Model, folder: Path) -> None:
     assert [left.name for left in folder.iterdir()] == ["kept"]
 
 
-def check_composes(make: Make, other: Make, model: Model) -> None:
-    """Two systems run together, in either order the same, or refuse with a Conflict; the model is unharmed."""
+def check_composes(make: Make, other: Make, model: Model) -> str:
+    """Two systems run together, each where and when it acts alone, in either order the same; or they refuse with a
+    Conflict. The model is unharmed. Returns the reason of a refusal, else nothing."""
     before = fingerprint(model)
     try:
         one = run(model, [make(), other()])
-        two = run(model, [other(), make()])
-    except Conflict:
-        pass
-    else:
-        assert len(one.coverage) == 2
-        assert all(told["calls"] > 0 for told in one.coverage.values())
-        if make().role != other().role:
-            assert same(one.latents, two.latents), "roles fix the order, but the order given mattered"
+    except Conflict as refusal:
+        with pytest.raises(Conflict):
+            run(model, [other(), make()])
+        assert fingerprint(model) == before and "\n" not in str(refusal)
+        return str(refusal)
+    two = run(model, [other(), make()])
     assert fingerprint(model) == before
+    if make().role != other().role:
+        assert same(one.latents, two.latents), "roles fix the order, but the order given mattered"
+    alone = [run(model, system()) for system in (make, other)]
+    roles = [system().role for system in (make, other)]
+    parts = (make().name, other().name if make().name != other().name else f"{other().name} 2")
+    for name, single in zip(parts, alone, strict=True):
+        (told,), together = single.coverage.values(), one.coverage[name]
+        assert together["steps"] == told["steps"], f"{name} acts at other steps than alone"
+        assert set(together["sites"]) == set(told["sites"]), f"{name} acts at other sites than alone"
+    if "observer" not in roles:
+        assert not any(same(one.latents, single.latents) for single in alone), "the effect of one of them is gone"
+    elif roles != ["observer", "observer"]:
+        assert same(one.latents, alone[roles[0] == "observer"].latents), "the observer changed the picture"
+    return ""
+
+
+def check_neutral(make: Make, weaken: Make, model: Model) -> None:
+    """Beside a system at strength 0, another one makes what it makes alone, bit for bit."""
+    try:
+        together = run(model, [make(), weaken()])
+    except Conflict:
+        return
+    assert same(together.latents, run(model, make()).latents), "a system of strength 0 changed what another does"
+
+
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "negative": {"negative": "a small cone"},
+    "rescale": {"rescale": 0.7},
+    "interval": {"guidance": Guidance(3.0, interval=(0.0, 0.5))},
+    "compose": {"compose": [("a yellow dog", 1.5)]},
+}
+
+
+def check_guidance(make: Make, variant: str, model: Model) -> str:
+    """A system and a variant of guidance: both act, or they refuse with a Conflict, whose reason is returned."""
+    before = fingerprint(model)
+    try:
+        both = run(model, make(), **GUIDANCE[variant])
+    except Conflict as refusal:
+        assert fingerprint(model) == before and "\n" not in str(refusal)
+        return str(refusal)
+    bare, alone = run(model, **GUIDANCE[variant]), run(model, make())
+    assert torch.isfinite(both.latents).all() and fingerprint(model) == before
+    if make().role == "observer":
+        assert same(both.latents, bare.latents), "the observer changed the picture"
+    else:
+        assert not same(both.latents, alone.latents), f"{variant} has no effect beside the system"
+        assert not same(both.latents, bare.latents), f"the system has no effect beside {variant}"
+    return ""
 
 
 def check_unknown_words(make_with_words: Callable[[list[str]], Intervention], model: Model) -> None:

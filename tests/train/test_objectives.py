@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 
-from sfumato.errors import UnknownName
+from sfumato.errors import BadInput, UnknownName
 from sfumato.toybox import sample_scene
 from sfumato.train import data
 from sfumato.train.clip import hard_negative
@@ -328,3 +328,46 @@ def test_alignment_adds_to_the_loss_and_leaves_no_trace_in_the_export(
     assert not [path for path in (tmp_path / "a").rglob("*") if "readout" in path.name]
     net = "unet" if kind == "diffusion" else "transformer"
     assert not any(module._forward_hooks for module in aligned.modules[net].modules())
+
+
+# experts --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_an_expert_sees_its_share_of_the_noise_and_no_other(kind: str, parts: dict[str, str]) -> None:
+    """Timesteps that reach the network, by hand from the quantiles; the whole interval gives the bits it gave."""
+    seen: list[torch.Tensor] = []
+    low, high = {"diffusion": (250.0, 500.0), "flow": (1000 / (1 + math.exp(0.6744898)), 500.0)}[kind]
+    for interval in ((0.0, 1.0), (0.25, 0.5)):
+        made = latent(kind, parts, interval=interval)
+        net = next(iter(made.modules.values()))
+        place = 1 if kind == "diffusion" else 3
+        handle = net.register_forward_pre_hook(lambda _, args, place=place: seen.append(args[place]))
+        made.loss(made.batch(Draw(0, 0)), Draw(0, 0))
+        handle.remove()
+    whole, part = (times.double() for times in seen)
+    assert whole.min() < low and whole.max() > high
+    assert (part >= low - 1e-3).all() and (part < high + 1e-3).all() and len(set(part.tolist())) == 6
+    if kind == "diffusion":
+        assert (part - (250 + whole * 0.25)).abs().max() <= 1.25  # whole numbers
+    else:
+
+        def quantile(t: torch.Tensor) -> torch.Tensor:
+            return torch.special.ndtr(torch.logit(t / 1000))
+
+        torch.testing.assert_close(quantile(part), 0.25 + 0.25 * quantile(whole), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_the_card_of_an_expert_says_whose_it_is_and_when(kind: str, parts: dict[str, str], tmp_path: Path) -> None:
+    made = latent(kind, parts, interval=(0.25, 1.0))
+    assert made.export(tmp_path / "e")["expert"] == {
+        "of": None, "timesteps": [{"diffusion": 250.0, "flow": 337.508}[kind], 1000.0],
+    }  # fmt: skip
+    assert made.grid() is None and set(made.measure()) == {"held_out_loss"}
+    assert "expert" not in latent(kind, parts).export(tmp_path / "w")
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_that_is_none_is_refused(interval: tuple[float, float], parts: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match="a start below an end"):
+        latent("diffusion", parts, interval=interval)

@@ -48,6 +48,10 @@ class Weighted:
         held = [w for w, char in zip(self.weights[start:end], self.text[start:end], strict=True) if not char.isspace()]
         return sum(held) / len(held) if held else 1.0
 
+    def part(self, text: str, home: Sequence[int]) -> Weighted:
+        """A text made from this one: ``home`` names the character each of its own comes from, -1 for none."""
+        return Weighted(text, tuple(self.weights[i] if i >= 0 else 1.0 for i in home))
+
 
 def read_weights(prompt: str) -> Weighted:
     """Reads the weights out of a prompt. Never fails: what is no weight is text."""
@@ -104,17 +108,20 @@ def read_weights(prompt: str) -> Weighted:
 
 def encode_weighted(
     model: Model,
-    prompts: Sequence[str],
-    negative: Sequence[str] | None = None,
+    prompts: Sequence[str | Weighted],
+    negative: Sequence[str | Weighted] | None = None,
     guidance: bool = True,
     embedded_guidance: float | None = None,
 ) -> Condition:
-    """:meth:`~sfumato.models.Model.encode_text` for prompts with weights; the condition holds the plain texts.
+    """:meth:`~sfumato.models.Model.encode_text` for prompts with weights, read already or not; the condition holds the
+    plain texts.
 
     Prompts whose weights are all 1 are encoded to the very bits of the plain prompt.
     """
-    read = [read_weights(text) for text in prompts]
-    unwanted = None if negative is None else [read_weights(text) for text in negative]
+    read = [text if isinstance(text, Weighted) else read_weights(text) for text in prompts]
+    unwanted = None
+    if negative is not None:
+        unwanted = [text if isinstance(text, Weighted) else read_weights(text) for text in negative]
     condition = model.encode_text(
         [each.text for each in read],
         None if unwanted is None else [each.text for each in unwanted],

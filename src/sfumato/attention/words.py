@@ -20,7 +20,17 @@ from sfumato.attention.phrases import NounPhrase, noun_phrases
 from sfumato.errors import BadInput, NoMatch, NotSupported, nearest
 from sfumato.models.condition import TruncatedPrompt
 
-__all__ = ["NounPhrase", "Reading", "SPECIAL", "StreamReading", "WordSpan", "Words", "asked_for", "noun_phrases"]
+__all__ = [
+    "NounPhrase",
+    "Reading",
+    "SPECIAL",
+    "StreamReading",
+    "WordSpan",
+    "Words",
+    "asked_for",
+    "homes",
+    "noun_phrases",
+]
 
 #: Names of tokens that stand for no word: where the text starts, where it ends, and what fills the rest of the axis.
 SPECIAL = ("<start>", "<end>", "<pad>")
@@ -62,9 +72,9 @@ class WordSpan:
 class StreamReading:
     """How one tokenizer stream reads one prompt.
 
-    ``spans``: prompt characters [start, end) of each real token; token i lies at ``first + i`` on the text axis.
-    ``special``: positions of the special tokens by name. ``seen``: the first character that is not read any more.
-    ``length``: positions of the stream in all.
+    ``spans``: prompt characters [start, end) of each real token; token i lies at ``first + i`` on the text axis, or at
+    ``at[i]`` where a system has laid the text out anew. ``special``: positions of the special tokens by name. ``seen``:
+    the first character that is not read any more. ``length``: positions of the stream in all.
     """
 
     first: int
@@ -72,6 +82,12 @@ class StreamReading:
     special: dict[str, tuple[int, ...]]
     seen: int
     length: int
+    at: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The position of each real token on the text axis."""
+        return self.at or tuple(range(self.first, self.first + len(self.spans)))
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ class Reading:
                 raise NoMatch(f"occurrence={occurrence} of {phrase!r} was asked for, but the prompt has it {times}.")
             found = [found[occurrence - 1]]
         seen = [word for word in found if word.positions]
+        if not seen and any(stream.at for stream in self.streams.values()):
+            raise NoMatch(f"{phrase!r} is in the prompt, but in none of the texts that were put in its place.")
         if not seen:
             raise NoMatch(
                 f"{phrase!r} lies beyond what the text encoders read ({self._lengths()}); shorten the prompt."
@@ -153,7 +171,7 @@ class Reading:
 
     def tokens(self) -> dict[str, tuple[int, ...]]:
         """Positions of all real tokens per stream, special ones left out."""
-        return {name: tuple(range(s.first, s.first + len(s.spans))) for name, s in self.streams.items()}
+        return {name: stream.places for name, stream in self.streams.items()}
 
     def dropped(self) -> dict[str, str]:
         """Per stream, the end of the prompt that its encoder does not see; only streams that drop something."""
@@ -176,6 +194,7 @@ class Reading:
                 special={key: tuple(map(int, given["special"][key])) for key in SPECIAL},
                 seen=int(given["seen"]),
                 length=int(given["length"]),
+                at=tuple(map(int, given.get("at", ()))),
             )
             for name, given in data["streams"].items()
         }
@@ -185,7 +204,7 @@ class Reading:
 
     def _word(self, start: int, end: int, occurrence: int, of: int) -> WordSpan:
         tokens = {
-            name: tuple(stream.first + i for i, (a, b) in enumerate(stream.spans) if a < end and b > start)
+            name: tuple(at for at, (a, b) in zip(stream.places, stream.spans, strict=True) if a < end and b > start)
             for name, stream in self.streams.items()
         }
         return WordSpan(self.prompt[start:end], start, end, occurrence, of, tokens)
@@ -241,9 +260,13 @@ class Words:
                     f"load its fast version."
                 )
         self._readings: dict[str, Reading] = {}
+        #: Prompts in whose place a system has put texts of its own on the text axis, and where their words lie now.
+        self.relaid: dict[str, Reading] = {}
 
     def read(self, prompt: str) -> Reading:
-        """The prompt as the text encoders read it."""
+        """The prompt as the text encoders read it, or as it was laid out anew."""
+        if prompt in self.relaid:
+            return self.relaid[prompt]
         if prompt not in self._readings:
             if len(self._readings) > 256:
                 self._readings.clear()
@@ -299,7 +322,7 @@ def asked_for(readings: Sequence[Reading], phrases: Sequence[str]) -> list[list[
 
 def _read_stream(stream: Any, prompt: str) -> StreamReading:
     text = stream.prepare(prompt)
-    home = _align(prompt, text)
+    home = homes(prompt, text)
     tokenizer, length = stream.tokenizer, stream.length
     full = tokenizer(
         text, truncation=True, max_length=length, return_offsets_mapping=True, return_special_tokens_mask=True,
@@ -324,7 +347,7 @@ def _read_stream(stream: Any, prompt: str) -> StreamReading:
     return StreamReading(base + lead, tuple(spans), special, seen, length)
 
 
-def _align(prompt: str, prepared: str) -> Sequence[int]:
+def homes(prompt: str, prepared: str) -> Sequence[int]:
     """For each character of the text that the tokenizer is given, the character of the prompt it stands for.
 
     Pipelines may lower-case, strip, clean, or write out an added token as several ("<cat>" as "<cat> <cat>_1"); what

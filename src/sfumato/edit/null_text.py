@@ -122,7 +122,7 @@ def null_text(
     if trajectory.latents.shape[1] != 1:
         raise BadInput(f"null-text inversion takes one picture; this trajectory has {trajectory.latents.shape[1]}.")
     scale = model.defaults["guidance"] if guidance is None and not model.embeds_guidance else guidance
-    scales = {"true_guidance": scale} if model.embeds_guidance else {"guidance": scale}
+    scales: dict[str, Any] = {"true_guidance": scale} if model.embeds_guidance else {"guidance": scale}
     request = checked(model, trajectory.prompts, **scales, **trajectory.settings)
     if not request.guidance.on:
         raise BadInput("null-text inversion is for guidance above 1; without it plain inversion leads back already.")

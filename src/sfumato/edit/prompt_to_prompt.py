@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.attention.align import Alignment, align, best_mode, equaliser, gate
+from sfumato.attention.emphasis import read_weights
 from sfumato.attention.seam import Call, OtherMap, Tap
 from sfumato.attention.sites import Site, matches_place
 from sfumato.attention.words import Reading, Words
@@ -171,7 +172,7 @@ class PromptToPrompt(Intervention):
         if recording is None and self.params.source is None:
             raise BadInput("prompt_to_prompt needs source, the prompt of the picture that is edited, or a recording.")
         if recording is not None:
-            if self.params.source not in (None, *recording.prompts):
+            if self.params.source is not None and read_weights(self.params.source).text not in recording.prompts:
                 raise BadInput(f"source is {self.params.source!r}, but the recording shows {recording.prompts[0]!r}.")
             if self.params.source is None and len(set(recording.prompts)) == 1:
                 self.params = self.params.model_copy(update={"source": recording.prompts[0]})
@@ -215,10 +216,10 @@ class PromptToPrompt(Intervention):
         if run.model.family.name not in self.CARD.families:
             raise NotSupported(f"prompt_to_prompt edits {', '.join(self.CARD.families)}; this is {run.model.name}.")
         self.recording = self._given
-        sources = [self.params.source or ""] * len(run)
+        self._told = [self.params.source or ""] * len(run)  # with its weights
+        sources = [read_weights(text).text for text in self._told]
         if self.recording is not None:
             sources = self._rows_of(self.recording, run)
-        self._sources = sources
         self._plan = _Plan.of(self, run.sites, run.grid)
         words, length = Words(run.model), run.model.text_length
         self._readings = [(words.read(a), words.read(b)) for a, b in zip(sources, run.prompts, strict=True)]
@@ -234,6 +235,8 @@ class PromptToPrompt(Intervention):
         for (one, other), a, b in zip(self._readings, sources, run.prompts, strict=True):
             mode = best_mode(one, other) if self.params.mode == "auto" else self.params.mode
             self._alignments.append(align(words, a, b, mode, length))
+        for name, asked in (("reweight", self.factors), ("windows", self.windows)):
+            _refuse_overlaps(name, asked, targets)
         self._equalisers = [equaliser(r, _known(self.factors, r), length) for r in targets]
         self._gates = [gate(r, self.cross, _known(self.windows, r), length) for r in targets]
         self._now: _Deal | None = None
@@ -244,13 +247,20 @@ class PromptToPrompt(Intervention):
     def on_noise(self, run: Run, x: Tensor) -> Tensor:
         """Draws the source from the same noise, or checks that the recording began with it."""
         if run.compose:
-            raise BadInput("prompt_to_prompt edits one prompt; compose cannot be given with it.")
+            raise Conflict("prompt_to_prompt edits one prompt; it cannot serve composed ones as well.")
+        windows = [self.cross, *self.windows.values()]
+        if self.strength and run.words.relaid and (self.params.blend or any(start < end for start, end in windows)):
+            raise Conflict(
+                "prompt_to_prompt follows words by their places in the prompt, but another system (shape_guided) has "
+                "laid the text out anew; with cross_replace=0 and no blend it takes over the attention among pixels "
+                "alone, or leave one of them out."
+            )
         if self.strength == 0:
             return x
         if self.recording is None:
             before = run.cost
             recorder = Recorder(self.wants(run.sites, run.grid))
-            self.recording = record_beside(run, x, self._sources, recorder)
+            self.recording = record_beside(run, x, self._told, recorder)
             self.activity.cost += run.cost - before
         elif not torch.equal(self.recording.latents[0].to(x).expand_as(x), x):
             raise BadInput(
@@ -595,6 +605,19 @@ def _require(word: str, readings: Sequence[Reading]) -> None:
         readings[-1].find(word)
 
 
+def _refuse_overlaps(name: str, asked: Mapping[str, Any], readings: Sequence[Reading]) -> None:
+    """Raise BadInput where two phrases share a word of a prompt and ask for different things."""
+    for reading in readings:
+        known = [(word, span) for word in _known(asked, reading) for span in reading.find(word)]
+        for i, (one, first) in enumerate(known):
+            for other, second in known[i + 1 :]:
+                if asked[one] != asked[other] and first.start < second.end and second.start < first.end:
+                    raise BadInput(
+                        f"{name} of prompt_to_prompt asks for two things at once: {one!r} and {other!r} overlap in "
+                        f"{reading.prompt!r}."
+                    )
+
+
 def _factors_of(given: Sequence[str]) -> dict[str, float]:
     found = {}
     for text in given:
@@ -603,7 +626,7 @@ def _factors_of(given: Sequence[str]) -> dict[str, float]:
             found[word.strip()] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not word.strip() or abs(found[word.strip()]) > 1e4:
+        if not equals or not word.strip() or not abs(found[word.strip()]) <= 1e4:
             raise ValueError(f"{text!r} is not word=factor, such as ball=1.5")
     return found
 

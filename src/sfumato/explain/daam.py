@@ -28,7 +28,7 @@ from sfumato import cards
 from sfumato.attention.accumulate import MapStore
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, Words, asked_for
+from sfumato.attention.words import Reading, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
@@ -111,7 +111,7 @@ class DAAM(Intervention):
         if run.samples.start == 0:
             self.maps = []
         self._branch, prompts = self._read_branch(run)
-        words = Words(run.model)
+        words = run.words
         self._readings = [words.read(prompt) for prompt in prompts]
         asked = asked_for(self._readings, self.params.words)
         shown = asked if self.params.words else [reading.all() for reading in self._readings]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Model:
         self.name = name or type(pipe).__name__
         self.revision = revision
         self._files = tuple(files)
+        self._listeners: list[Callable[[Any], None]] = []
         own = self.card.get("sampling", {})
         self.family: Family = family_of(type(pipe).__name__)(pipe, own.get("max_sequence_length"))
 
@@ -216,6 +218,8 @@ class Model:
         ``scheduler.timesteps``, or one per sample. Returns (branches * b, c, h, w), branch after branch; by default for
         all branches of the condition. ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
         """
+        for heard in self._listeners:
+            heard(t)
         names = (branches,) if isinstance(branches, str) else tuple(branches or condition.branches)
         samples, rows = len(condition), len(names) * len(condition)
         if x.ndim != 4 or x.shape[0] not in (samples, rows):
@@ -226,6 +230,15 @@ class Model:
         if time.ndim and time.shape[0] not in (1, rows):
             time = time.repeat(len(names))
         return self.family.predict(x, time, condition.batch(names), condition.guidance, extra)
+
+    @contextmanager
+    def listening(self, heard: Callable[[Any], None]) -> Iterator[None]:
+        """Within: ``heard(t)`` is called before every denoiser call, with its timestep or timesteps."""
+        self._listeners.append(heard)
+        try:
+            yield
+        finally:
+            self._listeners.remove(heard)
 
     # --- schedule ----------------------------------------------------------------------------------------------------
 

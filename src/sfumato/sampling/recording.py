@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato import files
+from sfumato.attention.emphasis import encode_weighted, read_weights
 from sfumato.attention.seam import Call, Tap
 from sfumato.errors import BadInput, NoMatch
 from sfumato.models import Site
@@ -236,11 +237,15 @@ class Recorder(Intervention):
 
 def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorder) -> Recording:
     """What ``run``, about to walk from latents ``x`` (b c h w), would be with other prompts and without its
-    interventions: walked now, with the same noise, and recorded. Weights that adapters have attached stay attached."""
+    interventions: walked now, with the same noise, and recorded. Weights that adapters have attached stay attached.
+    Prompts may hold weights of words."""
     assert run.condition is not None
     negatives = run.negatives or [""] * len(run)
+    if run.negatives and run.request is not None and run.request.negatives:  # with their weights
+        negatives = run.request.negatives[run.samples.start : run.samples.stop]
     pairs = list(dict.fromkeys(zip(prompts, negatives, strict=True)))
-    encoded = run.model.encode_text(
+    encoded = encode_weighted(
+        run.model,
         [prompt for prompt, _ in pairs],
         None if run.negatives is None else [negative for _, negative in pairs],
         guidance=run.guidance.on or bool(run.compose),
@@ -250,7 +255,7 @@ def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorde
     beside = replace(
         run,
         parts=(recorder,),
-        prompts=list(prompts),
+        prompts=[read_weights(prompt).text for prompt in prompts],
         condition=encoded.rows([pairs.index(pair) for pair in zip(prompts, negatives, strict=True)]),
         scheduler=run.scheduler_at(run.begin),
         generators=[generator.clone_state() for generator in run.generators],
@@ -258,6 +263,7 @@ def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorde
         _stack=ExitStack(),
         _taps=[],
         _seams={},
+        _words=None,
     )
     with beside:
         recorder.start(beside)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sfumato.attention.emphasis import Weighted, read_weights
+from sfumato.attention.words import Words
 from sfumato.errors import BadInput, Conflict
 from sfumato.models import Condition, Model, Site
 from sfumato.sampling.guidance import Guidance, combine
@@ -91,6 +93,7 @@ class Run:
     _seams: dict[tuple[Tap, ...], AttentionSeam] = field(default_factory=dict)
     _sites: tuple[int | None, list[Site]] | None = None
     _frozen: bool = False
+    _words: Words | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -107,6 +110,21 @@ class Run:
         if self._sites is None or self._sites[0] != text:
             self._sites = text, self.model.sites(self.size[1], self.size[0], text)
         return self._sites[1]
+
+    @property
+    def weighted(self) -> list[Weighted]:
+        """The prompts with the weights that the request gave their words."""
+        if self.request is None:
+            return [Weighted(text, (1.0,) * len(text)) for text in self.prompts]
+        return [read_weights(text) for text in self.request.prompts[self.samples.start : self.samples.stop]]
+
+    @property
+    def words(self) -> Words:
+        """Finds words of the prompts on the text axis as it is in this run, other systems' changes included; ask late
+        enough (``on_text``, or ``start`` of a role behind the editors) to see these."""
+        if self._words is None:
+            self._words = Words(self.model)
+        return self._words
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
         """Enter a context that is left when the batch ends, in reverse order, whatever happens."""

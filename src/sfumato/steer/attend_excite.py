@@ -29,7 +29,7 @@ from sfumato.attention.accumulate import upscale
 from sfumato.attention.phrases import noun_phrases
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, Words, WordSpan, asked_for
+from sfumato.attention.words import Reading, WordSpan, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step
@@ -154,7 +154,7 @@ class AttendExcite(Intervention):
         """Chooses words and sites. Raises NoMatch for words that no prompt has, and prompts that name nothing."""
         if run.samples.start == 0:
             self.attended = []
-        words = Words(run.model)
+        words = run.words
         readings = [words.read(prompt) for prompt in run.prompts]
         subjects = self._subjects(readings)
         self.activity.tokens.update({span.label: 1 for spans in subjects for span in spans})

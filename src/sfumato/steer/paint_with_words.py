@@ -30,7 +30,6 @@ from torch import Tensor
 
 from sfumato import cards, masks
 from sfumato.attention.seam import Call, Tap
-from sfumato.attention.words import Words
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Site
@@ -56,7 +55,7 @@ class PaintWithWords(Intervention):
         families=("sd", "sdxl", "sd3", "flux", "pixart"),
         defaults_from="the paper's rule; its weight 0.1 and conditional branch only from the common re-implementation",
         cost="explicit attention at the sites that see text",
-        not_reproduced="the expert denoisers and the style image of the same paper",
+        not_reproduced="the style image of the same paper; its expert denoisers are the system experts",
         summary="phrases go where they were painted, by boxes, masks or a map of colours",
         example="paint_with_words:phrases=[red cube|blue ball],box=[[0|0.3|0.4|1]|[0.6|0.3|1|1]]",
     )
@@ -118,9 +117,8 @@ class PaintWithWords(Intervention):
         """Finds the phrases in every prompt and lays out the regions. Raises NoMatch, BadInput, NotSupported."""
         if not any(_sees_text(site) for site in run.sites):
             raise NotSupported(f"paint_with_words needs attention from picture to text, and {run.model.name} has none.")
-        words = Words(run.model)
+        words = run.words
         found = [[words.find(prompt, phrase) for phrase in self.params.phrases] for prompt in run.prompts]
-        self._positions = [[[p for span in spans for p in span.positions] for spans in each] for each in found]
         self.activity.tokens.update({span.label: 1 for each in found for spans in each for span in spans})
         self._regions = masks.regions(self._read, self.params.box, run.size)
         for phrase, region in zip(self.params.phrases, self._regions, strict=True):
@@ -131,6 +129,10 @@ class PaintWithWords(Intervention):
     def on_text(self, run: Run, condition: Condition) -> Condition:
         if run.compose:
             raise Conflict("paint_with_words places the words of one prompt; it cannot serve composed ones as well.")
+        self._positions = [  # only now: shape_guided may have laid the text out anew
+            [[p for span in run.words.find(prompt, phrase) for p in span.positions] for phrase in self.params.phrases]
+            for prompt in run.prompts
+        ]
         return condition
 
     def on_noise(self, run: Run, x: Tensor) -> Tensor:

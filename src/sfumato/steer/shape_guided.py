@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
@@ -32,8 +33,9 @@ from torch import Tensor
 
 from sfumato import cards, masks
 from sfumato.attention.accumulate import MapStore, upscale
+from sfumato.attention.emphasis import Weighted, encode_weighted
 from sfumato.attention.seam import Call, Tap
-from sfumato.attention.words import Words, noun_phrases
+from sfumato.attention.words import Reading, StreamReading, Words, homes, noun_phrases
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Model, Site
@@ -50,6 +52,15 @@ DECAYS = {
     "exponential": lambda progress: 0.95 ** (50 * progress),
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text in the place of a part of the prompt. ``home``: where in the prompt each of its characters comes from, -1
+    for those that do not; empty: none does."""
+
+    text: str
+    home: tuple[int, ...] = ()
 
 
 class Sides:
@@ -77,6 +88,32 @@ class Sides:
             for group in range(self.groups):
                 own[group, self.part(stream, group)] = 1
         return own
+
+    def reading(self, prompt: str, pieces: Sequence[Piece]) -> Reading:
+        """Where the words of a prompt lie when ``pieces``, one per group, stand side by side in its place."""
+        streams = {}
+        for name, plain in self.words.read(prompt).streams.items():
+            tokens: list[tuple[tuple[int, int], int]] = []
+            special: dict[str, list[int]] = {"<end>": [], "<pad>": []}
+            for group, piece in enumerate(pieces):
+                part, spans = self.part(name, group), self.words.read(piece.text).streams[name].spans
+                for position, (a, b) in zip(range(part.start, part.stop), spans, strict=False):
+                    told = [place for place in piece.home[a:b] if place >= 0]
+                    if told:
+                        tokens.append(((min(told), max(told) + 1), position))
+                end, *padding = [*range(part.start + len(spans), part.stop)] or [part.stop - 1]
+                special["<end>"].append(end)
+                special["<pad>"] += padding
+            tokens.sort()
+            streams[name] = StreamReading(
+                first=plain.first,
+                spans=tuple(span for span, _ in tokens),
+                special={"<start>": plain.special["<start>"], **{key: tuple(each) for key, each in special.items()}},
+                seen=len(prompt),
+                length=plain.length,
+                at=tuple(position for _, position in tokens),
+            )
+        return Reading(prompt, streams)
 
     def check_lengths(self, texts: Sequence[str]) -> None:
         """Raise BadInput for a text that does not fit into its part of the axis."""
@@ -116,6 +153,7 @@ class InsideOutside(Intervention):
 
     role = "editor"
     hard: bool = False
+    weighted: Sequence[Sequence[Weighted]] = ()  # the texts with the prompt's weights, where these are known
 
     def __init__(
         self,
@@ -145,7 +183,8 @@ class InsideOutside(Intervention):
         for group in range(sides.groups):
             told = [texts[group] for texts in self.texts]
             sides.check_lengths(told)
-            alone = run.model.encode_text(told, None, guidance=False, embedded_guidance=condition.guidance).cond
+            said = [each[group] for each in self.weighted] if self.weighted else list(map(_plain, told))
+            alone = encode_weighted(run.model, said, None, guidance=False, embedded_guidance=condition.guidance).cond
             for stream, (first, part) in sides.stretches.items():
                 embeds[:, sides.part(stream, group)] = alone["embeds"][:, first : first + part]
                 if "mask" in rows:
@@ -299,9 +338,12 @@ class ShapeGuided(InsideOutside):
     def start(self, run: Run) -> None:
         """Finds the words, the regions and the texts of either side. Raises NoMatch, BadInput, NotSupported."""
         p = self.params
+        if sum(isinstance(part, ShapeGuided) for part in run.parts) > 1:
+            raise Conflict("shape_guided is given twice; give one all regions, with a word for each.")
         if not any(site.kind in ("cross", "joint") and _takes_part(site) for site in run.sites):
             raise NotSupported(f"shape_guided needs attention from picture to text, and {run.model.name} has none.")
-        told = [_split(Words(run.model), prompt, p.words) for prompt in run.prompts]
+        words = Words(run.model)
+        told = [_split(words, prompt, p.words) for prompt in run.prompts]
         self._pixels = None if run.request is None else run.request.source.pixels
         if p.source and self._pixels is None:
             raise BadInput("source of shape_guided says what a picture shows, but no image is given.")
@@ -312,13 +354,26 @@ class ShapeGuided(InsideOutside):
             self.regions = self._without_region(run)
         self._check(run)
         r = len(self.regions)
-        parts = [phrases if r > 1 else [" and ".join(phrases)] for phrases, _ in told]
-        around = [p.outside or rest or NOTHING_ELSE for _, rest in told]
-        self.texts = [[*inside, outside] for inside, outside in zip(parts, around, strict=True)]
+        if r > 1:
+            for prompt, (phrases, _) in zip(run.prompts, told, strict=True):
+                _refuse_overlaps(prompt, p.words, phrases)
+        inside = [phrases if r > 1 else [_joined(phrases)] for phrases, _ in told]
+        around = [Piece(p.outside) if p.outside else rest if rest.text else Piece(NOTHING_ELSE) for _, rest in told]
+        pieces = [[*parts, outside] for parts, outside in zip(inside, around, strict=True)]
+        self.texts = [[piece.text for piece in each] for each in pieces]
         self.before = None
         if p.source:
-            self.before = [[*p.source, p.source_outside or outside] for outside in around]
+            self.before = [[*p.source, p.source_outside or outside.text] for outside in around]
         self.activity.tokens.update({text: 1 for texts in self.texts for text in texts})
+        self.weighted = [
+            [whole.part(piece.text, piece.home) if piece.home else _plain(piece.text) for piece in each]
+            for whole, each in zip(run.weighted, pieces, strict=True)
+        ]
+        if self.strength:
+            sides = Sides(run.model, r + 1)
+            for prompt, each in zip(run.prompts, pieces, strict=True):
+                sides.check_lengths([piece.text for piece in each])
+                run.words.relaid[prompt] = sides.reading(prompt, each)
 
     def on_text(self, run: Run, condition: Condition) -> Condition:
         if run.compose:
@@ -454,23 +509,53 @@ def _takes_part(site: Site) -> bool:
     return site.grid is not None and site.kind != "temporal"
 
 
-def _split(words: Words, prompt: str, asked: Sequence[str]) -> tuple[list[str], str]:
+def _split(words: Words, prompt: str, asked: Sequence[str]) -> tuple[list[Piece], Piece]:
     """The texts of the regions, a phrase per word asked for, and what the prompt says besides; the whole prompt and
     nothing when no word is asked for. Raises NoMatch."""
     if not asked:
-        return [prompt], ""
+        return [Piece(prompt, tuple(range(len(prompt))))], Piece("")
     chunks = noun_phrases(prompt)
-    inside, cut = [], []
+    inside: list[Piece] = []
+    cut: list[tuple[int, int]] = []
     for word in asked:
-        spans = []
+        spans: list[tuple[int, int]] = []
         for found in words.find(prompt, word):
+            if found.start < 0:
+                raise BadInput(f"words of shape_guided has {word}: special tokens are nothing to draw.")
             chunk = next((c for c in chunks if c.start <= found.start and found.end <= c.end), found)
             spans.append((chunk.start, chunk.end))
-        inside.append(" and ".join(prompt[a:b] for a, b in dict.fromkeys(spans)))
+        inside.append(_joined([Piece(prompt[a:b], tuple(range(a, b))) for a, b in dict.fromkeys(spans)]))
         cut += spans
     rest = list(prompt)
     for a, b in cut:
-        rest[a:b] = [""] * (b - a)
-    text = re.sub(r"\s*,\s*(?=and\b|or\b)", " ", re.sub(r"\s+", " ", "".join(rest))).replace(" ,", ",").strip(" ,.;")
-    text = re.sub(r"^(?:(?:and|or|with|of)\b[\s,]*)+|[\s,]*\b(?:and|or|with|of|to|on|in|at|by|next)$", "", text)
-    return inside, text.strip(" ,.;")
+        rest[a:b] = ["\0"] * (b - a)
+    left = "".join(rest)
+    text = re.sub(r"\s*,\s*(?=and\b|or\b)", " ", re.sub(r"\s+", " ", left.replace("\0", ""))).replace(" ,", ",")
+    text = re.sub(
+        r"^(?:(?:and|or|with|of)\b[\s,]*)+|[\s,]*\b(?:and|or|with|of|to|on|in|at|by|next)$", "", text.strip(" ,.;")
+    ).strip(" ,.;")
+    return inside, Piece(text, tuple(homes(left, text)))
+
+
+def _refuse_overlaps(prompt: str, asked: Sequence[str], phrases: Sequence[Piece]) -> None:
+    """Raise BadInput where two regions would show the same words."""
+    for i, one in enumerate(phrases):
+        for j in range(i):
+            if {place for place in one.home if place >= 0} & set(phrases[j].home):
+                raise BadInput(
+                    f"words of shape_guided overlap: {asked[j]!r} and {asked[i]!r} both stand in {one.text!r} of "
+                    f"{prompt!r}; give each region words of its own."
+                )
+
+
+def _plain(text: str) -> Weighted:
+    return Weighted(text, (1.0,) * len(text))
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """Several texts as one."""
+    between = (" and ", (-1,) * 5)
+    text, home = pieces[0].text, pieces[0].home
+    for piece in pieces[1:]:
+        text, home = text + between[0] + piece.text, home + between[1] + piece.home
+    return Piece(text, home)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sfumato import cards
+from sfumato.attention.emphasis import encode_weighted
 from sfumato.attention.phrases import nested_phrases
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.words import Reading, Words, WordSpan, asked_for
@@ -99,6 +100,8 @@ class StructuredGuidance(Intervention):
 
     def start(self, run: Run) -> None:
         """Finds the phrases. Raises NoMatch for prompts without any, NotSupported where attention is joint."""
+        if sum(isinstance(part, StructuredGuidance) for part in run.parts) > 1:
+            raise Conflict("structured_guidance is given twice; name the phrases of both in one.")
         sites = [site for site in run.sites if site.text is not None]
         if not sites or any(site.kind != "cross" for site in sites):
             raise NotSupported(
@@ -117,23 +120,33 @@ class StructuredGuidance(Intervention):
         """Encodes the phrases and makes the sequences that keys and values are taken from; returns ``condition``."""
         if run.compose:
             raise Conflict("structured_guidance and compose both say what the prompt's attention finds; choose one.")
+        if run.words.relaid:
+            raise Conflict(
+                "structured_guidance puts phrases in their places in the prompt, but another system (shape_guided) has "
+                "laid the text out anew, each side encoded by itself already; leave one of them out."
+            )
         full = condition.cond["embeds"]
         self._refuse_own_projection(run, full.shape[-1])
-        texts = sorted({span.text for spans in self._spans for span in spans})
-        alone = dict(zip(texts, run.model.encode_text(texts, guidance=False).cond["embeds"], strict=True))
+        said = [
+            [prompt.part(span.text, range(span.start, span.end)) for span in spans]
+            for prompt, spans in zip(run.weighted, self._spans, strict=True)
+        ]
+        texts = sorted({each for one in said for each in one}, key=lambda each: (each.text, each.weights))
+        alone = dict(zip(texts, encode_weighted(run.model, texts, guidance=False).cond["embeds"], strict=True))
         k = max(len(spans) for spans in self._spans)
         sequences = full[None].repeat(k + 1, 1, 1, 1)  # (i b t d): W_0 = W_p, then W_p with phrase i in its place
         weights = torch.zeros(k + 1, len(full), 1, 1, device=full.device)
         weights[0] = self.params.full_weight
         together = full.clone()
         for row, (reading, spans) in enumerate(zip(self._readings, self._spans, strict=True)):
-            for i, span in enumerate(spans, 1):
+            each = list(zip(spans, said[row], strict=True))
+            for i, (span, text) in enumerate(each, 1):
                 there, here = self._places(reading, span)
-                sequences[i, row, there] = alone[span.text][here]
+                sequences[i, row, there] = alone[text][here]
                 weights[i, row] = 1.0
-            for span in sorted(spans, key=lambda span: span.start - span.end):  # inner ones over outer ones
+            for span, text in sorted(each, key=lambda one: one[0].start - one[0].end):  # inner ones over outer ones
                 there, here = self._places(reading, span)
-                together[row, there] = alone[span.text][here]
+                together[row, there] = alone[text][here]
         self._weights = weights / weights.sum(0)
         mean = (self._weights * sequences.float()).sum(0).to(full.dtype)
         values = mean if self.params.mode == "values" else together

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
@@ -90,9 +89,7 @@ class DiffusionObjective(LatentObjective):
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         x0, noise = batch["x0"], batch["noise"]
         steps = self.noise_schedule.config.num_train_timesteps
-        # stratified: one timestep from each of b equal parts
-        u = torch.rand(len(x0), generator=draw.generator("time"))
-        t = ((torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0) * steps).long().to(x0.device)
+        t = (self.quantiles(len(x0), draw) * steps).long().to(x0.device)
         context = self.text.text_model(batch["tokens"]).last_hidden_state
         # the features that the last block starts from, at the size of the latents
         middle = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
@@ -103,12 +100,16 @@ class DiffusionObjective(LatentObjective):
         snr = alpha / (1 - alpha)
         # pure noise has nothing to say, hence the floor
         weight = snr.clamp(max=self.loss_options.min_snr) / snr + self.loss_options.structure / snr.clamp(min=0.05)
-        logs = {"late": error[t >= steps // 2].mean().detach(), "early": error[t < steps // 2].mean().detach()}
+        halves = {"late": error[t >= steps // 2], "early": error[t < steps // 2]}
+        logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
         loss = logs["denoise"] = (weight * error).mean()
         if self.loss_options.align:
             logs["align"] = self.alignment(kept[0].permute(0, 2, 3, 1), batch["places"]).mean()
             loss = loss + self.loss_options.align * logs["align"]
         return loss, {key: value.detach() for key, value in logs.items()}
+
+    def timestep(self, quantile: float) -> float:
+        return quantile * self.noise_schedule.config.num_train_timesteps
 
     def pipeline(self) -> StableDiffusionPipeline:
         text = CLIPTextModel(self.text.config)
@@ -128,7 +129,7 @@ class DiffusionObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.unet, folder / "unet")
         save_half(self.vae, folder / "vae")
-        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}, "plain": PLAIN}
+        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}, "plain": PLAIN, **self.expert_card()}
 
     def load(self, folder: Path) -> None:
         self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())

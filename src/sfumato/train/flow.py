@@ -76,10 +76,7 @@ class FlowObjective(LatentObjective):
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: FlowLoss = self.loss_options
         x0, noise = batch["x0"], batch["noise"]
-        # stratified: one quantile from each of b equal parts
-        u = torch.rand(len(x0), generator=draw.generator("time"))
-        u = (torch.randperm(len(x0), generator=draw.generator("order")) + u) / len(x0)
-        t = torch.sigmoid(o.mean + o.deviation * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))).to(x0.device)
+        t = self.times(self.quantiles(len(x0), draw)).to(x0.device)
         s = t[:, None, None, None]
         told = self.text(batch["tokens"], output_hidden_states=True)
         context = torch.cat([told.hidden_states[-2]] * 2, -1)
@@ -88,13 +85,24 @@ class FlowObjective(LatentObjective):
         with self.watching(middle) as kept:
             guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
         error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
-        logs = {"late": error[t >= 0.5].mean().detach(), "early": error[t < 0.5].mean().detach()}
+        halves = {"late": error[t >= 0.5], "early": error[t < 0.5]}
+        logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
         loss = logs["denoise"] = error.mean()
         if o.align:
             features = kept[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
             logs["align"] = self.alignment(features, batch["places"]).mean()
             loss = loss + o.align * logs["align"]
         return loss, {key: value.detach() for key, value in logs.items()}
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        """t in (0, 1) at quantiles of the logit-normal."""
+        o: FlowLoss = self.loss_options
+        return torch.sigmoid(o.mean + o.deviation * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6)))
+
+    def timestep(self, quantile: float) -> float:
+        if quantile in (0.0, 1.0):
+            return 1000 * quantile
+        return 1000 * float(self.times(torch.tensor(quantile, dtype=torch.float64)))
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(
@@ -113,10 +121,8 @@ class FlowObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.transformer, folder / "transformer")
         save_half(self.vae, folder / "vae")
-        return {
-            "sampling": {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0},
-            "plain": PLAIN,
-        }
+        sampling = {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0}
+        return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
 
     def load(self, folder: Path) -> None:
         loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL.Image import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -60,12 +60,24 @@ class LatentLoss(Options):
 
     toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
+    interval: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="share of the noise distribution to train on, from none (0) to pure noise (1); less than all of it"
+        " makes an expert (Balaji et al. 2022)",
+    )
     align: float = Field(
         0.0,
         ge=0,
         description="weight of telling from features in the middle of the network what lies where: representation"
         " alignment (Yu et al. 2024) with the truth in the place of another network's features",
     )
+
+    @field_validator("interval")
+    @classmethod
+    def _ordered(cls, given: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= given[0] < given[1] <= 1:
+            raise ValueError("an interval is a start below an end, both from 0 to 1")
+        return given
 
 
 def zoo_folder(name: str) -> Path:
@@ -131,9 +143,7 @@ class LatentObjective(Objective):
 
     def cached_latents(self, source: ToyboxDataset) -> np.ndarray:
         """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; encoded once and kept on disk."""
-        from sfumato.train.trainer import cache_folder
-
-        path = cache_folder() / "latents" / f"{source.folder.name}-{self.key}.npy"
+        path = zoo.cache_folder() / "latents" / f"{source.folder.name}-{self.key}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = []
@@ -161,6 +171,28 @@ class LatentObjective(Objective):
             batch["places"] = labels.place_labels(source, indices, x0.shape[-1] // self.align_cell)
         return batch
 
+    def quantiles(self, n: int, draw: Draw) -> Tensor:
+        """Places (n,) in the noise distribution: one from each of n equal parts of the interval, in random order."""
+        low, high = self.loss_options.interval
+        u = torch.rand(n, generator=draw.generator("time"))
+        return low + (high - low) * ((torch.randperm(n, generator=draw.generator("order")) + u) / n)
+
+    def timestep(self, quantile: float) -> float:
+        """The timestep, 0 to 1000, below which this share of the noise distribution lies."""
+        raise NotImplementedError
+
+    @property
+    def expert(self) -> bool:
+        """Whether only a part of the noise distribution is trained on."""
+        return tuple(self.loss_options.interval) != (0.0, 1.0)
+
+    def expert_card(self) -> dict[str, Any]:
+        """What the card of an expert says: whose it is, and its timesteps from the first to below the last."""
+        if not self.expert:
+            return {}
+        timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
+        return {"expert": {"of": self.recipe.init_from, "timesteps": timesteps}}
+
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids (b, t) int64, padded to the full length as the pipelines do."""
         return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -187,7 +219,7 @@ class LatentObjective(Objective):
         when no toy-judge is there yet.
         """
         quality = self.evaluate()
-        if zoo.find("toy-judge") is None:
+        if self.expert or zoo.find("toy-judge") is None:  # an expert alone draws nothing
             return quality
         judge = load_judge()
         for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
@@ -216,5 +248,7 @@ class LatentObjective(Objective):
         )
         return out.images.cpu() * 2 - 1
 
-    def grid(self) -> Image:
+    def grid(self) -> Image | None:
+        if self.expert:
+            return None
         return data.sheet(self.sample(list(GRID_PROMPTS), 20, 3.0), 8)

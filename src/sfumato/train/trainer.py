@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import json
-import os
 import shutil
 import signal
 import threading
@@ -30,11 +29,6 @@ from sfumato.train.card import write_card
 from sfumato.train.objective import Draw, Objective, build_objective
 from sfumato.train.optim import build_optimizer
 from sfumato.train.recipe import Recipe, TrainOptions, load_recipe
-
-
-def cache_folder() -> Path:
-    """Where runs and caches live: ``$SFUMATO_CACHE`` or ``~/.cache/sfumato``."""
-    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
 
 
 @dataclass(frozen=True)
@@ -125,11 +119,10 @@ def start_folder(name: str) -> Path:
     Raises:
         UnknownName: none of them.
     """
-    exported = cache_folder() / "runs" / name / "export"
-    for folder in (zoo.find(name), exported, Path(name)):
+    for folder in (zoo.find(name), zoo.trained().get(name), Path(name)):
         if folder is not None and folder.is_dir():
             return folder
-    raise UnknownName("built-in model, finished run or folder", name, zoo.names())
+    raise UnknownName("built-in model, finished run or folder", name, [*zoo.names(), *zoo.trained()])
 
 
 class _Loss(nn.Module):
@@ -386,7 +379,7 @@ def run(
     if minutes is not None and not minutes > 0:
         raise BadInput(f"minutes must be above 0, got {minutes}.")
     loaded = load_recipe(recipe)
-    folder = cache_folder() / "runs" / loaded.name
+    folder = zoo.cache_folder() / "runs" / loaded.name
     if not resume and checkpoint.listing(folder / "checkpoints"):
         raise Conflict(
             f"{folder} already holds a run of {loaded.name!r}: resume it, or remove the folder to start anew."

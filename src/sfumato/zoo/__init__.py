@@ -7,6 +7,7 @@ Weights live in ``weights/<name>/`` in the standard folder formats of diffusers 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ def card(name: str) -> dict[str, Any]:
 
         raise UnknownName("built-in model", name, names())
     return json.loads((path / "sfumato.json").read_text(encoding="utf-8"))
+
+
+def cache_folder() -> Path:
+    """Where training runs and caches live: ``$SFUMATO_CACHE`` or ``~/.cache/sfumato``."""
+    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
+
+
+def trained() -> dict[str, Path]:
+    """The exports of finished training runs in the cache: name -> folder."""
+    return {path.parent.parent.name: path.parent for path in sorted(cache_folder().glob("runs/*/export/sfumato.json"))}
 
 
 def recipes() -> dict[str, Path]:

@@ -1,0 +1,241 @@
+"""Expert denoisers: several sets of weights for one network, each for the noise levels it was trained on.
+
+At high noise the layout comes from the words, at low noise the detail comes from what is there already; one set of
+weights has to do both. So the noise levels are halved, a child of the model is trained further on each half, perhaps
+halved again: a binary tree, of which only leaves are used (Balaji et al. 2022, eDiff-I, the section on the ensemble of
+expert denoisers). Each step is taken by one of them, so a picture costs what it cost before.
+
+    >>> generate(model, "a red cube and a blue ball", interventions=Experts())  # all that were trained from this model
+
+An expert is an ordinary model, trained by a recipe that starts from its parent and names its share of the noise
+(``init_from``, ``loss.interval``), such as ``sfumato train toy-sd-expert-1-0``. Where experts lie within each other the
+narrowest acts; where there is none, the model itself does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sfumato import cards, zoo
+from sfumato.cards import Card, Field, register
+from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
+from sfumato.models.weights import find_weights, read_header
+from sfumato.sampling import Intervention, Run, Step
+
+__all__ = ["Expert", "Experts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """Weights of the denoiser for timesteps from the first of ``interval`` to below its second."""
+
+    name: str
+    interval: tuple[float, float]
+    weights: dict[str, nn.Parameter]
+
+    def covers(self, t: float) -> bool:
+        return self.interval[0] <= t < self.interval[1]
+
+
+@register
+class Experts(Intervention):
+    """Exchanges the denoiser's weights by noise level, in every call of the denoiser, other systems' included."""
+
+    CARD = Card(
+        key="experts",
+        title="eDiff-I: an ensemble of expert denoisers",
+        authors="Balaji, Nah, Huang, Vahdat, Song, Zhang, Kreis, Aittala, Aila, Laine, Catanzaro, Karras, Liu",
+        year=2022,
+        arxiv="2211.01324",
+        verb="steer",
+        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        defaults_from="the paper: children of one model, intervals of equal probability, one expert per step",
+        cost="none per step; the memory of each expert's weights",
+        not_reproduced="the image embedding as style reference waits for a model conditioned on one; T5 beside CLIP "
+        "and the two upsamplers are no part of the built-in models",
+        summary="a set of weights for each range of noise levels, at the cost of one",
+    )
+
+    class Params(cards.Params):
+        models: list[str] = Field(
+            default=[],
+            description="the experts: built-in models, finished training runs or folders; none: all that were trained "
+            "from the model in use",
+        )
+        timesteps: list[tuple[float, float]] = Field(
+            default=[],
+            description="first|last timestep of each, the last not included; none: as their cards say",
+            json_schema_extra={"unit": "timestep"},
+        )
+        strength: float = Field(
+            default=1.0, ge=0, le=1, description="share of the way from the model's own weights to the experts'"
+        )
+
+    role = "adapter"
+
+    def __init__(self, **given: Any):
+        self.params = self.Params(**given)
+        p = self.params
+        if p.timesteps and len(p.timesteps) != len(p.models):
+            raise BadInput(
+                f"timesteps of experts has {len(p.timesteps)} intervals for {len(p.models)} models; give one each."
+            )
+        wrong = [each for each in p.timesteps if not 0 <= each[0] < each[1]]
+        if wrong:
+            raise BadInput(f"timesteps of experts has {wrong[0]}; an interval is a start from 0 and an end above it.")
+        self.experts: list[Expert] = []
+
+    def start(self, run: Run) -> None:
+        """Reads the experts and attaches them. Raises NoMatch where there are none, UnknownName, BadInput and
+        BadWeights for those that do not fit, Conflict where two share noise levels and neither lies within the other.
+        """
+        if sum(isinstance(part, Experts) for part in run.parts) > 1:
+            raise Conflict("experts is given twice; name all models in one.")
+        found = self._found(run.model.name)
+        self.params = self.params.model_copy(update={"models": list(found)})  # what a recipe has to name
+        top = float(run.scheduler.config.get("num_train_timesteps", 1000))
+        own = _slots(run.model.denoiser)
+        self.experts = []
+        for i, (name, folder) in enumerate(found.items()):
+            interval = self.params.timesteps[i] if self.params.timesteps else _interval(name, folder)
+            ends = (interval[0], math.inf if interval[1] >= top else interval[1])
+            self.experts.append(Expert(name, ends, self._weights(name, folder, own, run)))
+        _refuse_overlaps(self.experts)
+        if self.strength:
+            self._own = {path: module._parameters[name] for path, (module, name) in own.items()}
+            self._slots = own
+            self._now: Expert | None = None
+            run.defer(self._exchange, None)
+            run.enter(run.model.listening(self._heard))
+
+    def before_predict(self, step: Step) -> None:
+        if self.strength and self.at(step.t) is not None:
+            self.mark(step)
+
+    def at(self, t: Any) -> Expert | None:
+        """The expert of a timestep, or of several that have the same one; None where the model itself acts. Raises
+        Conflict for timesteps of different experts."""
+        times = t.flatten().tolist() if isinstance(t, Tensor) else [t]
+        chosen = {id(one): one for one in (self._at(float(time)) for time in times)}
+        if len(chosen) > 1:
+            raise Conflict("samples of one batch are at noise levels of different experts; run them one by one.")
+        return next(iter(chosen.values()))
+
+    def _at(self, t: float) -> Expert | None:
+        covering = [expert for expert in self.experts if expert.covers(t)]
+        return min(covering, key=lambda expert: expert.interval[1] - expert.interval[0], default=None)
+
+    # -- exchanging weights --------------------------------------------------------------------------------------------
+
+    def _heard(self, t: Any) -> None:
+        self._exchange(self.at(t))
+
+    def _exchange(self, expert: Expert | None) -> None:
+        """Puts whole parameters in the place of others: a graph recorded with these keeps what it was recorded with."""
+        if expert is not self._now:
+            weights = self._own if expert is None else expert.weights
+            for path, (module, name) in self._slots.items():
+                module._parameters[name] = weights[path]
+            self._now = expert
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _found(self, model: str) -> dict[str, Path]:
+        """Names and folders of the experts."""
+        known: dict[str, Path] = {**zoo.trained(), **{name: zoo.folder() / name for name in zoo.names()}}
+        if not self.params.models:
+            found = {name: folder for name, folder in known.items() if _card(folder).get("of") == model}
+            if not found:
+                recipes = [name for name in zoo.recipes() if name.startswith(f"{model}-expert")]
+                told = f"sfumato train {recipes[0]}" if recipes else "init_from and loss.interval in a recipe"
+                raise NoMatch(f"no expert was trained from {model} yet; train some ({told}) or name folders in models.")
+            return found
+        found = {}
+        for name in self.params.models:
+            folder = known.get(name, Path(name))
+            if not folder.is_dir():
+                raise UnknownName("expert", name, [each for each in known if _card(known[each])])
+            if name in found:
+                raise BadInput(f"models of experts names {name} twice.")
+            found[name] = folder
+        return found
+
+    @torch.no_grad()
+    def _weights(self, name: str, folder: Path, own: dict[str, Any], run: Run) -> dict[str, nn.Parameter]:
+        """The parameters of an expert, in the model's precision; ``strength`` of the way to them."""
+        denoiser, component = run.model.denoiser, run.model.family.denoiser_name
+        if not (folder / component).is_dir():
+            raise BadInput(f"expert {name} has no {component}, so it is no expert of {run.model.name}.")
+        state: dict[str, Tensor] = {}
+        for file in find_weights(folder / component)[0]:
+            read_header(file)
+            state.update(load_file(file))
+        weights = {}
+        for path, (module, key) in own.items():
+            base, other = module._parameters[key], state.get(path)
+            assert base is not None
+            if other is None or other.shape != base.shape:
+                told = "lacks" if other is None else f"has {tuple(other.shape)} instead of {tuple(base.shape)} in"
+                raise BadWeights(f"expert {name} {told} {path}: it is no child of {run.model.name}.")
+            if not other.isfinite().all():
+                raise BadWeights(f"expert {name} holds values in {path} that are no finite numbers; it is damaged.")
+            value = other.to(device=base.device, dtype=base.dtype)
+            if self.strength < 1:
+                value = torch.lerp(base.detach(), value, self.strength)
+            # laid out in memory as the model's own, for the same kernels
+            value = torch.empty_like(base).copy_(value)
+            weights[path] = nn.Parameter(value, requires_grad=False)
+        for path, buffer in denoiser.named_buffers():
+            if path in state and not torch.allclose(state[path].to(buffer), buffer, atol=1e-3):
+                raise BadWeights(f"expert {name} has another {path}: it is no child of {run.model.name}.")
+        return weights
+
+
+def _slots(denoiser: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the parameters of a network hang: path -> (module, name in it)."""
+    return {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in denoiser.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """What a model's card says of it as an expert; nothing where it is none."""
+    try:
+        told = json.loads((folder / "sfumato.json").read_text(encoding="utf-8")).get("expert")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _interval(name: str, folder: Path) -> tuple[float, float]:
+    try:
+        low, high = (float(each) for each in _card(folder)["timesteps"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(
+            f"the card of {name} names no timesteps, so it is no expert; give timesteps=[first|last] for each model."
+        ) from None
+    return low, high
+
+
+def _refuse_overlaps(experts: Sequence[Expert]) -> None:
+    for i, one in enumerate(experts):
+        for other in experts[i + 1 :]:
+            (a, b), (c, d) = one.interval, other.interval
+            within = (a <= c and d <= b) or (c <= a and b <= d)
+            if a < d and c < b and ((a, b) == (c, d) or not within):
+                raise Conflict(
+                    f"experts {one.name} and {other.name} both claim timesteps from {max(a, c):g} to "
+                    f"{min(b, d):g}; leave one of them out."
+                )
