@@ -84,6 +84,9 @@ class InjectFusion(Intervention):
         injections: int = Field(
             default=50, ge=1, description="in a schedule of more steps inject in so many of them, evenly spread"
         )
+        mix: Literal["slerp", "lerp"] = Field(
+            default="slerp", description="turn the bottleneck and keep its norm, or mix the two in a straight line"
+        )
         process: Literal["asymmetric", "symmetric"] = Field(
             default="asymmetric",
             description="edit the predicted picture alone (Asyrp), or the direction back to the noise as well",
@@ -269,11 +272,12 @@ class InjectFusion(Intervention):
 
     def _turned(self, h: Tensor, content: Tensor) -> Tensor:
         """The bottleneck (b c h w) turned towards the content's, within the mask."""
+        mix = slerp if self.params.mix == "slerp" else torch.lerp
         if self._region is None:
-            return slerp(h, content, self.strength)
+            return mix(h, content, self.strength)
         cells = masks.on_grid(self._region, (h.shape[-2], h.shape[-1])).bool().to(h.device)
         turned = h.clone()
-        turned[..., cells] = slerp(h[..., cells], content[..., cells], self.strength)
+        turned[..., cells] = mix(h[..., cells], content[..., cells], self.strength)
         return turned
 
 

@@ -7,7 +7,7 @@ the published *x-space guidance*, x <- x + gamma (eps(x + delta v) - eps(x)), re
 Kwon, Jo, Uh 2023, arXiv 2302.12469), x <- x + gamma delta v with v kept in the local basis of every new x.
 
     >>> generate(model, "a red cube", seed=3, interventions=Pullback(direction=1))
-    >>> generate(model, "a red cube", seed=4, interventions=Pullback(direction=1, from_seed=3))  # the same, carried over
+    >>> generate(model, "a red cube", seed=4, interventions=Pullback(direction=1, from_seed=3))  # carried over
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Pullback(Intervention):
         families=("sd", "sdxl", "sd3", "flux", "pixart"),
         defaults_from="the authors' code for Stable Diffusion (at 0.7 T, delta 1, gamma 1, 16 repeats); rank 10 for 50",
         cost="per sample 5 times (rank + 4) per iteration, of the share of the denoiser up to the layer; 2 per repeat",
-        not_reproduced="fresh noise in the last fifth of the steps. Transformers have no bottleneck: their features are "
-        "those of the picture after the middle block, which is our extension",
+        not_reproduced="fresh noise in the last fifth of the steps. Transformers have no bottleneck: their "
+        "features are those of the picture after the middle block, which is our extension",
         summary="editing directions found without labels, in the local geometry of the latents",
         example="pullback:rank=2,iterations=3,repeats=2",
     )
