@@ -22,6 +22,8 @@ EXPERIMENTS = {
     "blend": "claims.blend",
     "shape_guided": "claims.shape_guided",
     "paint_with_words": "claims.paint_with_words",
+    "inject_fusion": "claims.inject_fusion",
+    "pullback": "claims.pullback",
 }
 
 

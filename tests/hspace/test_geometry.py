@@ -30,9 +30,9 @@ def jacobian(encoder, x):
     x = x.clone().requires_grad_(True)
     with torch.enable_grad():
         model.predict(x, encoder.t, encoder.condition, "cond")
+        handle.remove()
         h = seen[0].flatten()
-    handle.remove()
-    return torch.stack([torch.autograd.grad(each, x, retain_graph=True)[0].flatten() for each in h])
+        return torch.stack([torch.autograd.grad(each, x, retain_graph=True)[0].flatten() for each in h])
 
 
 def orthonormal(n, d, seed):
