@@ -41,12 +41,12 @@ def drawn(model: Any, texts: Sequence[str], seed: int, systems: Any = (), **opti
 
 def looked(model: Any, texts: Sequence[str], seed: int, **params: Any) -> Geometry:
     """The geometry along plain sampling without guidance."""
-    look = LatentGeometry(**POWER, **params)
+    look = LatentGeometry(**POWER, samples=1, **params)
     drawn(model, texts, seed, look, guidance=1.0, decode=False)
     return look.maps[0]
 
 
-# -- exactness ----------------------------------------------------------------------------------------------------------
+# -- exactness --------------------------------------------------------------------------------------------------------
 
 
 def exact(name: str, context: Context) -> list[Row]:
@@ -83,7 +83,7 @@ def exact(name: str, context: Context) -> list[Row]:
     ]
 
 
-# -- the three statements -----------------------------------------------------------------------------------------------
+# -- the three statements ---------------------------------------------------------------------------------------------
 
 
 def over_time(name: str, context: Context) -> list[Row]:
@@ -259,7 +259,7 @@ def trained(context: Context, base: Any, kind: str) -> Model:
     return model
 
 
-# -- edits --------------------------------------------------------------------------------------------------------------
+# -- edits ------------------------------------------------------------------------------------------------------------
 
 
 class Random(Pullback):
@@ -356,8 +356,8 @@ EXPERIMENT = Experiment(
     key="pullback",
     title="Pullback and latent geometry: directions without labels, and how the latent space bends",
     intro=(
-        f"Local bases of {RANK} directions (50 in the paper) at toy-sd's bottleneck, along sampling without guidance, and "
-        "without text where prompts are not the point. Complexity: two small U-Nets of one architecture, start and "
+        f"Local bases of {RANK} directions (50 in the paper) at toy-sd's bottleneck, along sampling without guidance "
+        "and without text where prompts are not the point. Complexity: two small U-Nets of one architecture, start and "
         "training, one on a red ball on grass and one on all scenes; one training of each. Random directions: the same "
         "moves along random unit vectors."
     ),

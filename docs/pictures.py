@@ -240,7 +240,7 @@ def latent_geometry() -> Image.Image:
 
     others = ["a red ball", "a blue cube", "a green cone on the snow", "a yellow ring on the sand at night"]
     look = LatentGeometry(prompts=others, at=[0.1, 0.5, 0.9], rank=8, iterations=8)
-    sfumato.make("a red cube", n=4, seed=0, scheduler="ddim", steps=20, with_=[look])
+    sfumato.make("a red cube", seed=0, scheduler="ddim", steps=20, with_=[look])
     return look.maps[0].plots()
 
 

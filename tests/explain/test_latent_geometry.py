@@ -14,7 +14,7 @@ from sfumato.hspace.geometry import frechet_mean, spectrum
 from sfumato.sampling import generate, invert
 from tests.tiny import tiny_model
 
-FEW = {"rank": 2, "iterations": 40, "tolerance": 1e-3}
+FEW = {"rank": 2, "iterations": 40, "tolerance": 1e-3, "samples": 1}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_file_and_plots(looked, tmp_path):
     plots = again.grid(result.images[0])
     assert np.array_equal(np.asarray(plots), np.asarray(found.plots())) and plots.width > 3 * plots.height
     assert torch.equal(Directions.load(path).u, found.directions.u)
-    system = Pullback(directions=str(path), at=0.25, repeats=2, **FEW)
+    system = Pullback(directions=str(path), at=0.25, rank=2, repeats=2)
     moved = generate(model, "a red cube", steps=4, seed=3, interventions=system, decode=False).latents
     assert torch.isfinite(moved).all()
     directions = found.directions.save(tmp_path / "d.safetensors")
@@ -85,6 +85,18 @@ def test_a_picture_that_exists_is_inverted():
         basis = local_basis(Encoder(model, layer_of(model, None), t, told), x, 2, iterations=40, tolerance=1e-3)
     assert geodesic_distance(basis.u, found.u[0, 0]) < 0.02
     assert found.plots().width < 1000  # one sample and one prompt: nothing to compare
+
+
+def test_further_samples_are_drawn_as_the_run_would():
+    model, given = tiny_model("sd"), {"steps": 2, "seed": 7, "guidance": 2.0, "decode": False}
+    look = LatentGeometry(at=[0.5], **FEW | {"samples": 2})
+    result = generate(model, "a red cube", interventions=look, **given)
+    together = LatentGeometry(at=[0.5], **FEW)
+    generate(model, "a red cube", n=2, interventions=together, **given)
+    assert len(look.maps) == 1 and look.maps[0].u.shape == together.maps[0].u.shape
+    for a, b in zip(look.maps[0].u[0], together.maps[0].u[0], strict=True):
+        assert geodesic_distance(a, b) < 0.05
+    assert torch.equal(result.latents, generate(model, "a red cube", **given).latents)
 
 
 def test_refusals():

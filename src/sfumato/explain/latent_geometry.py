@@ -6,7 +6,7 @@ directions lie, how far the tangent spaces of one sample at two times, of two sa
 latents are from each other; and directions that serve many samples, for :class:`sfumato.edit.pullback.Pullback`.
 
     >>> look = LatentGeometry(prompts=["a blue ball", "a red cone"])
-    >>> generate(model, "a red cube", n=4, interventions=look)
+    >>> generate(model, "a red cube", interventions=look)
     >>> look.maps[0].between_prompts(0)
 
 Changes nothing in the pictures.
@@ -17,13 +17,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from pydantic import field_validator
 from safetensors import SafetensorError, safe_open
@@ -44,10 +45,11 @@ from sfumato.hspace.geometry import (
     spectrum,
 )
 from sfumato.hspace.tap import layer_of, slerp
-from sfumato.models import Model
+from sfumato.models import Condition, Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.request import as_pixels, checked_size
+from sfumato.sampling.loop import opened, walk
+from sfumato.sampling.request import Source, as_pixels, checked_size
 
 __all__ = ["Geometry", "LatentGeometry", "explain_image"]
 
@@ -187,7 +189,7 @@ class LatentGeometry(Intervention):
         not_reproduced="the comparison of data sets takes one run per model. Transformers have no bottleneck: their "
         "features are those of the picture after the middle block, which is our extension",
         summary="how the latent space bends over time, between samples and between prompts",
-        example="latent_geometry:at=[0|0.5],rank=2,iterations=3",
+        example="latent_geometry:at=[0|0.5],rank=2,iterations=3,samples=2",
     )
 
     class Params(cards.Params):
@@ -198,6 +200,9 @@ class LatentGeometry(Intervention):
             json_schema_extra={"unit": "progress"},
         )
         rank: int = Field(default=10, ge=1, description="how many directions span a tangent space")
+        samples: int = Field(
+            default=4, ge=1, description="how many samples to compare; those beyond the run's are drawn beside it"
+        )
         prompts: list[str] = Field(
             default=[], description="other texts under which the first sample's latents are looked at as well"
         )
@@ -239,83 +244,117 @@ class LatentGeometry(Intervention):
         self.params = self.Params(**given)
         self.maps: list[Geometry] = []
         self.activity = Coverage()
+        self._beside = False  # only to remember places, for another one
 
     def start(self, run: Run) -> None:
         """Raises UnknownName for a layer that is not there, BadInput for a curve without two samples."""
         p = self.params
         if run.model.family.name not in self.CARD.families:
             raise NotSupported(f"latent_geometry looks at {', '.join(self.CARD.families)}; this is {run.model.name}.")
-        if p.curve and len(run) < 2:
-            raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2).")
+        if p.curve and max(len(run), p.samples) < 2:
+            raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2 or samples=2).")
         self._layer = layer_of(run.model, p.layer)
         self._steps = {min(round(at * run.total), run.total - 1): at for at in reversed(p.at)}
-        self._found: dict[int, list[Basis]] = {}
-        self._told: dict[int, list[Basis]] = {}
-        self._curved: dict[str, float] = {}
+        self._places: dict[int, _Places] = {}
 
     def before_predict(self, step: Step) -> None:
-        if step.i not in self._steps or step.i in self._found:
-            return
-        run, p = step.run, self.params
-        x = (step.x / step.path.scale(step.t)).detach()
-        self._found[step.i] = [self._basis(step, step.condition.rows([i]), one) for i, one in enumerate(x.split(1))]
-        others = [run.model.encode_text([prompt], None, False, step.condition.guidance) for prompt in p.prompts]
-        first = self._found[step.i][0]
-        self._told[step.i] = [first, *(self._basis(step, other, x[:1], first) for other in others)]
-        if not self._curved and p.curve:
-            self._curved = {kind: self._curve(step, x, kind) for kind in ("line", "sphere")}
-        self.mark(step, sites=[self._layer.path])
+        """Remembers where the samples are; everything else waits until they are finished."""
+        if step.i in self._steps:
+            x = (step.x / step.path.scale(step.t)).detach()
+            self._places[step.i] = _Places(step.t, list(x.split(1)), [step.condition.rows([i]) for i in range(len(x))])
+            self.mark(step, sites=[self._layer.path])
 
     def finish(self, run: Run) -> None:
-        if not self._found:
-            self.maps = []
+        self.maps = []
+        steps = sorted(self._places)
+        if not steps or self._beside:
             return
-        steps = sorted(self._found)
-        bases = [self._found[i] for i in steps]
-        texts = list(dict.fromkeys([run.prompts[0], *self.params.prompts]))
-        picked = [0, *(1 + self.params.prompts.index(text) for text in texts[1:])]
-        nearest = min(range(len(steps)), key=lambda i: abs(steps[i] / run.total - self.params.mean_at))
-        common = mean_directions([basis.u for basis in bases[nearest]], self.params.mean)
-        facts = {
-            "model": run.model.name,
-            "at": steps[nearest] / run.total,
-            "mean": self.params.mean,
-            "samples": len(run),
-        }
+        before, p = run.cost, self.params
+        for k in range(p.samples - len(run)):
+            self._draw_beside(run, max(run.seeds) + 1 + k)
+        bases = [self._bases(run, self._places[i]) for i in steps]
+        texts = list(dict.fromkeys([run.prompts[0], *p.prompts]))
+        told = [
+            [row[0].u, *self._told(run, self._places[i], texts[1:], row[0])]
+            for i, row in zip(steps, bases, strict=True)
+        ]
+        nearest = min(range(len(steps)), key=lambda i: abs(steps[i] / run.total - p.mean_at))
+        common = mean_directions([basis.u for basis in bases[nearest]], p.mean)
+        facts = {"model": run.model.name, "at": steps[nearest] / run.total, "mean": p.mean, "samples": len(bases[0])}
         geometry = Geometry(
             points=tuple(self._steps[i] for i in steps),
             u=_stacked([[basis.u for basis in row] for row in bases]),
             s=_stacked([[basis.s for basis in row] for row in bases]),
             power=_stacked([[spectrum(basis.v) for basis in row] for row in bases]),
-            told=_stacked([[self._told[i][q].u for q in picked] for i in steps]),
+            told=_stacked(told),
             alike=_similarity(run.model, texts),
             prompts=tuple(texts),
-            curved=self._curved,
+            curved={kind: self._curve(run, self._places[steps[0]], kind) for kind in ("line", "sphere") if p.curve},
             directions=Directions(common.cpu(), self._layer.name, facts),
         )
         self.maps = [geometry] * len(run)
-        del self._found, self._told
+        self.activity.cost += run.cost - before
+        del self._places
 
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """The plots, beside the first picture."""
         return {"geometry": self.maps[0].plots()} if self.maps and index == 0 else {}
 
-    def _basis(self, step: Step, condition: Any, x: Tensor, begin: Basis | None = None) -> Basis:
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _draw_beside(self, run: Run, seed: int) -> None:
+        """One more sample, of the first one's prompt, as the run would draw it; its places join the others."""
+        assert run.request is not None
+        negatives = run.request.negatives and run.request.negatives[:1]
+        request = replace(
+            run.request, prompts=run.request.prompts[:1], negatives=negatives, seeds=[seed], source=Source()
+        )
+        look = LatentGeometry(**self.params.model_dump() | {"samples": 1, "curve": 0})
+        look._beside = True
+        with opened(run.model, request, range(1), (look,)) as other:
+            shape, like = (1, *run.model.latent_shape(run.size[1], run.size[0])), run.model
+            noise = randn_tensor(shape, generator=other.generators, device=like.device, dtype=like.dtype)
+            walk(other, run.model.prepare(noise, other.scheduler))
+        run.spend(other.cost / len(run), None)
+        for i, places in self._places.items():
+            places.x += look._places[i].x
+            places.conditions += look._places[i].conditions
+
+    def _bases(self, run: Run, places: _Places) -> list[Basis]:
+        rows = zip(places.x, places.conditions, strict=True)
+        return [self._basis(run, places.t, x, condition) for x, condition in rows]
+
+    def _told(self, run: Run, places: _Places, texts: Sequence[str], own: Basis) -> list[Tensor]:
+        """Tangent spaces (n d) at the first sample's latents under other prompts."""
+        guidance = places.conditions[0].guidance
+        others = [run.model.encode_text([text], None, False, guidance) for text in texts]
+        return [self._basis(run, places.t, places.x[0], other, own).u for other in others]
+
+    def _basis(self, run: Run, t: Tensor, x: Tensor, condition: Condition, begin: Basis | None = None) -> Basis:
         p = self.params
-        encoder = Encoder(step.run.model, self._layer, step.t, condition)
+        encoder = Encoder(run.model, self._layer, t, condition)
         found = local_basis(encoder, x, p.rank, iterations=p.iterations, tolerance=p.tolerance, begin=begin)
-        step.run.spend(encoder.cost / len(step.run), step)
+        run.spend(encoder.cost / len(run), None)
         return found
 
-    def _curve(self, step: Step, x: Tensor, kind: str) -> float:
+    def _curve(self, run: Run, places: _Places, kind: str) -> float:
         """How curved the path from the first sample's latents to the second's is, under the first one's prompt."""
         spaces: list[Tensor] = []
-        begin = None
+        begin, (a, b) = None, places.x[:2]
         for share in torch.linspace(0, 1, self.params.curve + 2).tolist():
-            place = torch.lerp(x[:1], x[1:2], share) if kind == "line" else slerp(x[:1], x[1:2], share)
-            begin = self._basis(step, step.condition.rows([0]), place, begin)
+            place = torch.lerp(a, b, share) if kind == "line" else slerp(a, b, share)
+            begin = self._basis(run, places.t, place, places.conditions[0], begin)
             spaces.append(begin.u)
         return curvedness(spaces)
+
+
+@dataclass
+class _Places:
+    """Where samples are at timestep ``t``: latents (1 c h w) in unit scaling and conditions, one each."""
+
+    t: Tensor
+    x: list[Tensor]
+    conditions: list[Condition]
 
 
 def explain_image(
@@ -328,7 +367,8 @@ def explain_image(
     **params: Any,
 ) -> Geometry:
     """The geometry along the way from noise to a picture that exists: it is inverted, then followed forward without
-    guidance. ``params`` are those of :class:`LatentGeometry`. Raises BadInput, UnknownName."""
+    guidance; samples beside it are drawn from noise. ``params`` are those of :class:`LatentGeometry`. Raises BadInput,
+    UnknownName."""
     look = LatentGeometry(**params)
     pixels = as_pixels(image, None if size is None else checked_size(model, size))
     trajectory = invert(model, pixels, prompt, steps=steps, size=(pixels.shape[-1], pixels.shape[-2]))

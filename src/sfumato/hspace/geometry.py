@@ -117,6 +117,7 @@ class Basis:
         return _unit((flat.T @ (flat @ v.flatten().to(flat))).view_as(v), "the direction has no part in the basis here")
 
 
+@torch.no_grad()
 def local_basis(
     encoder: Encoder,
     x: Tensor,
