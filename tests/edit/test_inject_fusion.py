@@ -28,7 +28,7 @@ def by_hand(model, share, calibration=None, symmetric=False, last=2):
     """Two DDIM walks in plain diffusers: the content's h kept at every step, the style's turned towards it in the first
     ``last`` steps."""
     unet, pipe = model.denoiser, model.pipe
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(3)
     start = torch.randn(1, *model.latent_shape(32, 32), generator=torch.Generator().manual_seed(4))
     told = {text: model.encode_text([text], guidance=False).cond["embeds"] for text in (STYLE, CONTENT)}
@@ -166,13 +166,13 @@ def test_windows_and_injections():
 
 def test_boost_draws_noise_at_the_end_only():
     model, seen = tiny_model("sd"), []
-    fresh = InjectFusion(content=CONTENT, boost=0.34)
+    fresh = InjectFusion(content=CONTENT, boost=0.67)
     one = drawn(model, fresh, on_step=lambda step: seen.append(step.x.clone()))
-    two = drawn(model, InjectFusion(content=CONTENT, boost=0.34))
+    two = drawn(model, InjectFusion(content=CONTENT, boost=0.67))
     plain = []
     drawn(model, InjectFusion(content=CONTENT), on_step=lambda step: plain.append(step.x.clone()))
     assert torch.equal(one.latents, two.latents)
-    assert [torch.equal(a, b) for a, b in zip(seen, plain, strict=True)] == [True, True, False]
+    assert [torch.equal(a, b) for a, b in zip(seen, plain, strict=True)] == [True, False, False]
     with pytest.raises(NotSupported, match="use ddim"):
         drawn(model, InjectFusion(content=CONTENT, boost=0.5), scheduler="euler")
 
