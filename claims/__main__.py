@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "shape_guided": "claims.shape_guided",
     "paint_with_words": "claims.paint_with_words",
     "experts": "claims.experts",
+    "inject_fusion": "claims.inject_fusion",
+    "pullback": "claims.pullback",
 }
 
 

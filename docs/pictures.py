@@ -252,6 +252,47 @@ def composition_edit() -> Image.Image:
         kept.results[0].pixels,
     ]
     return _beside(tiles, look.maps[0].grid(kept.images[0]), scale=2)
+def inject_fusion() -> Image.Image:
+    """Looks, contents, and both together: at the bottleneck, and at a later layer at two strengths."""
+    looks = ["a blue ball on the snow", "a red cube on the grass", "a yellow cone on the sand"] * 2
+    contents = ["a red ring on the wood", "a green cylinder on the tiles"]
+
+    def made(**params: Any) -> list[torch.Tensor]:
+        rows = []
+        for i, content in enumerate(contents):
+            system = {"method": "inject_fusion", "params": {"content": content, "content_seed": 50 + i, **params}}
+            rows.append(sfumato.make(looks[:3], seed=3 * i, scheduler="ddim", with_=[system]).pixels.detach())
+        return rows
+
+    drawn = [sfumato.make(text, seed=50 + i, scheduler="ddim").pixels.detach() for i, text in enumerate(contents)]
+    shown = [one.expand(3, -1, -1, -1) for one in drawn]
+    rows = [*made(strength=0.0), *shown, *made(strength=1.0)]
+    rows += [*made(layer="up.1", strength=0.3), *made(layer="up.1", strength=0.7)]
+    return sheet(torch.cat(rows), 6, scale=2)
+
+
+def pullback() -> Image.Image:
+    """Six pictures, then moved along the first and the second direction, both ways."""
+    prompts = ["a red cube on the grass", "a blue ball on the sand", "a yellow cone on the snow"]
+    given: dict[str, Any] = {"n": 2, "seed": 0, "scheduler": "ddim", "steps": 20}
+    rows = [sfumato.make(prompts, **given).pixels.detach()]
+    for direction in (1, 2):
+        for reverse in (False, True):
+            params = {"direction": direction, "reverse": reverse, "rank": 3}
+            rows.append(
+                sfumato.make(prompts, **given, with_=[{"method": "pullback", "params": params}]).pixels.detach()
+            )
+    return sheet(torch.cat(rows), 6, scale=2)
+
+
+def latent_geometry() -> Image.Image:
+    """The plots of one run of four pictures and five more prompts."""
+    from sfumato.explain.latent_geometry import LatentGeometry
+
+    others = ["a red ball", "a blue cube", "a green cone on the snow", "a yellow ring on the sand at night"]
+    look = LatentGeometry(prompts=others, at=[0.1, 0.5, 0.9], rank=8, iterations=8)
+    sfumato.make("a red cube", seed=0, scheduler="ddim", steps=20, with_=[look])
+    return look.maps[0].plots()
 
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
@@ -272,6 +313,9 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "composition-trace": composition_trace,
     "composition-place": composition_place,
     "composition-edit": composition_edit,
+    "inject-fusion": inject_fusion,
+    "pullback": pullback,
+    "latent-geometry": latent_geometry,
 }
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"toybox"},
     {"cards", "files", "zoo"},
     {"models", "masks"},
-    {"attention"},
+    {"attention", "hspace"},
     {"sampling"},
     {"judge"},
     {"explain", "steer", "edit", "teach", "animate"},

@@ -293,7 +293,8 @@ def edit(
         from_: what the picture shows now.
         mask: white where the picture may change, as a file, picture, array or tensor; everything else is kept.
         model: by default the one in the recipe, else toy-sd.
-        with_: systems that take part; ``prompt_to_prompt`` among them sets the edit's own parameters.
+        with_: systems that take part; ``prompt_to_prompt`` among them sets the edit's own parameters. With another
+            system of the verb edit (``inject_fusion``, ``pullback``), and no such parameters, that system edits alone.
         options: parameters of ``prompt_to_prompt`` (``mode``, ``reweight={"ball": 2.0}``, ``blend="ball"`` ...), and
             for pictures that are inverted those of :class:`EditOptions`: ``steps``, ``guidance``, ``size``, ``inner``,
             ``refine``, ``invert``.
@@ -313,6 +314,9 @@ def edit(
         else:
             others.append(each)
     params = {name: value for name, value in params.items() if value is not None}
+    shipped = cards.methods("edit")
+    if not params and any(_named(each)[0] in shipped for each in others):
+        params = {"strength": 0.0}  # another system does the editing
     if params.get("source") is not None:
         from_ = from_ or params["source"]
     params.pop("source", None)

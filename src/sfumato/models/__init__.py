@@ -7,6 +7,6 @@ from sfumato.models.families import Family, TextStream
 from sfumato.models.load import load
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
-from sfumato.models.site import Site
+from sfumato.models.site import Layer, Site
 
-__all__ = ["Condition", "Family", "Model", "Site", "TextStream", "TruncatedPrompt", "load", "quiet"]
+__all__ = ["Condition", "Family", "Layer", "Model", "Site", "TextStream", "TruncatedPrompt", "load", "quiet"]

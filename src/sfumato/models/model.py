@@ -17,7 +17,7 @@ from sfumato.models.condition import COND, UNCOND, Condition, TruncatedPrompt
 from sfumato.models.families import Family, TextStream, family_of
 from sfumato.models.quiet import quiet
 from sfumato.models.schedulers import is_flow, make_scheduler, scheduler_names
-from sfumato.models.site import Site
+from sfumato.models.site import Layer, Site
 from sfumato.models.weights import hash_files, hash_modules
 
 
@@ -104,6 +104,16 @@ class Model:
     def text_length(self) -> int:
         """``t``: length of the text axis in attention."""
         return self.family.text_length
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Blocks of the denoiser whose features can be read, in the order of execution."""
+        return self.family.layers
+
+    @property
+    def bottleneck(self) -> Layer | None:
+        """The block whose output is the h-space of a U-Net; ``None`` where there is none."""
+        return self.family.bottleneck
 
     @property
     def modules(self) -> dict[str, nn.Module]:

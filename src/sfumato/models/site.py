@@ -1,4 +1,5 @@
-"""Where attention happens: one `Site` per attention call of a denoiser's forward pass, in the order of execution."""
+"""Places in a denoiser: one `Site` per attention call of a forward pass and one `Layer` per block, in the order of
+execution."""
 
 from __future__ import annotations
 
@@ -30,6 +31,18 @@ class Site:
     block: str
     #: position in the order of execution, from 0
     index: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of a denoiser whose output can be read and replaced as features of the picture."""
+
+    #: as in `Site.block`: ``"down.0"``, ``"mid"``, ``"up.1"``, ``"joint.3"``, ``"single.2"``, ``"block.5"``
+    name: str
+    #: module path inside the denoiser
+    path: str
+    #: which entry of the block's output holds the picture; ``None`` where the output is that tensor
+    entry: int | None = None
 
 
 class SiteList(list[Site]):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.errors import NotSupported
 from sfumato.models.condition import Rows
-from sfumato.models.site import Site
+from sfumato.models.site import Layer, Site
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,16 @@ class Family:
     def text_length(self) -> int:
         """``t``: positions of the text axis in attention."""
         return max((stream.offset + stream.length for stream in self.streams), default=0)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Blocks whose features can be read, in the order of execution."""
+        return []
+
+    @property
+    def bottleneck(self) -> Layer | None:
+        """The block between the two halves of a U-Net, whose output is the h-space; ``None`` where there is none."""
+        return None
 
     # --- work --------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream, accepted_by
-from sfumato.models.site import Site, SiteList
+from sfumato.models.site import Layer, Site, SiteList
 
 
 class Flux(Family):
@@ -51,6 +51,13 @@ class Flux(Family):
     @property
     def streams(self) -> list[TextStream]:
         return self._stream("tokenizer_2", "t5", 0, self.max_sequence_length)
+
+    @property
+    def layers(self) -> list[Layer]:
+        flux = self.denoiser
+        double = [Layer(f"joint.{i}", f"transformer_blocks.{i}", 1) for i in range(len(flux.transformer_blocks))]
+        single = range(len(flux.single_transformer_blocks))
+        return double + [Layer(f"single.{i}", f"single_transformer_blocks.{i}", 1) for i in single]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         def rows(texts: list[str]) -> Rows:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
-from sfumato.models.site import Site, SiteList
+from sfumato.models.site import Layer, Site, SiteList
 
 
 class PixArtSigma(Family):
@@ -38,6 +38,10 @@ class PixArtSigma(Family):
 
         length = self.max_sequence_length or 0
         return [TextStream(self.pipe.tokenizer, "t5", 0, length, prepare)] if self.pipe.tokenizer else []
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [Layer(f"block.{i}", f"transformer_blocks.{i}") for i in range(len(self.denoiser.transformer_blocks))]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, mask, negative, negative_mask = self.pipe.encode_prompt(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
-from sfumato.models.site import Site, SiteList, is_attention
+from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
 class StableDiffusion3(Family):
@@ -47,6 +47,10 @@ class StableDiffusion3(Family):
     def text_length(self) -> int:
         # without its T5 the pipeline appends as many zero vectors, and attention sees them
         return int(self.pipe.tokenizer_max_length) + (self.max_sequence_length or 0)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [Layer(f"joint.{i}", f"transformer_blocks.{i}", 1) for i in range(len(self.denoiser.transformer_blocks))]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(

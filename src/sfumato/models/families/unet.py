@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
-from sfumato.models.site import Site, SiteList, is_attention
+from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
 class StableDiffusion(Family):
@@ -38,6 +38,17 @@ class StableDiffusion(Family):
     @property
     def streams(self) -> list[TextStream]:
         return self._stream("tokenizer", "clip", 0)
+
+    @property
+    def layers(self) -> list[Layer]:
+        unet = self.denoiser
+        down = [Layer(f"down.{i}", f"down_blocks.{i}", 0) for i in range(len(unet.down_blocks))]
+        up = [Layer(f"up.{i}", f"up_blocks.{i}") for i in range(len(unet.up_blocks))]
+        return down + ([Layer("mid", "mid_block")] if unet.mid_block is not None else []) + up
+
+    @property
+    def bottleneck(self) -> Layer | None:
+        return next((layer for layer in self.layers if layer.name == "mid"), None)
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, negative = self.pipe.encode_prompt(prompts, self.denoiser.device, 1, guidance, negatives)

@@ -1,0 +1,309 @@
+"""The local geometry of latents: which small changes of x_t change a denoiser's features most, and how that bends.
+
+With h = f(x_t) the features of a layer and J = df/dx, the *local basis* at x_t is the singular value decomposition
+J = U S V^T: v_k are directions among the latents, u_k those they cause among the features, s_k by how much (Park, Kwon,
+Choi, Jo, Uh 2023, section 3.2). J is never formed: subspace iteration needs J v (forward mode) and J^T u (reverse
+mode) only. The span of u_1 ... u_n is the *tangent space*; tangent spaces are compared by their principal angles.
+
+Latents are in unit scaling here, ``alpha x0 + sigma eps``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sfumato import files
+from sfumato.errors import BadInput, SfumatoError
+from sfumato.hspace.tap import tapped
+from sfumato.models import Condition, Layer, Model
+
+__all__ = [
+    "Basis",
+    "Directions",
+    "Encoder",
+    "frechet_mean",
+    "geodesic_distance",
+    "hungarian_mean",
+    "local_basis",
+    "spectrum",
+]
+
+FORMAT = "sfumato-directions-1"
+OVERSAMPLING = 4  # further vectors carried along, so that the last ones asked for converge as well
+
+
+class Encoder:
+    """f: latents (b c h w) of one sample, in unit scaling, to the features (b d) of a layer, with its derivatives.
+
+    ``condition`` holds one sample; its conditional branch is used. ``chunk``: rows per denoiser call. Attention runs in
+    the explicit kernel, which alone has a forward derivative. ``cost``: forward-equivalents so far.
+    """
+
+    def __init__(self, model: Model, layer: Layer, t: Any, condition: Condition, chunk: int = 16):
+        self.model, self.layer, self.t, self.condition, self.chunk = model, layer, t, condition, chunk
+        names = [each.name for each in model.layers]
+        self._share = (names.index(layer.name) + 1) / len(names)
+        self.cost = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        with tapped(self.model, self.layer, seen.append, stop=True), sdpa_kernel(SDPBackend.MATH):
+            self.model.predict(x, self.t, self.condition.rows([0] * len(x)), "cond")
+        self.cost += self._share * len(x)
+        return seen[0].flatten(1)
+
+    def jvp(self, x: Tensor, v: Tensor) -> Tensor:
+        """J v_k at ``x`` (1 c h w) for directions ``v`` (n d_x): (n d_h) in float32."""
+        found = []
+        for part in v.split(self.chunk):
+            tangents = part.view(-1, *x.shape[1:]).to(x.dtype)
+            _, changes = torch.func.jvp(self, (x.expand_as(tangents).contiguous(),), (tangents,))
+            self.cost += 2 * self._share * len(part)  # the derivative costs about two passes more
+            found.append(changes.float())
+        return torch.cat(found)
+
+    def vjp(self, x: Tensor, u: Tensor) -> Tensor:
+        """u_k^T J at ``x`` for features ``u`` (n d_h): (n d_x) in float32."""
+        found = []
+        for part in u.split(self.chunk):
+            with torch.enable_grad():
+                rows = x.detach().expand(len(part), *x.shape[1:]).contiguous().requires_grad_(True)
+                value = (self(rows).float() * part).sum()
+            (gradient,) = torch.autograd.grad(value, rows)
+            self.cost += self._share * len(part)
+            found.append(gradient.flatten(1).float())
+        return torch.cat(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The local basis at one x_t: ``v`` (n c h w) and ``u`` (n d) orthonormal, ``s`` (n) singular values from the
+    largest, with J v_k = s_k u_k. ``iterations`` it took; ``settled``: whether they met the tolerance."""
+
+    v: Tensor
+    u: Tensor
+    s: Tensor
+    iterations: int
+    settled: bool
+    cost: float
+
+    def __len__(self) -> int:
+        return len(self.s)
+
+    def carried(self, u: Tensor, exact: bool = False) -> Tensor:
+        """A direction ``u`` (d) among the features, found at another x_t, as a unit direction (c h w) here: parallel
+        transport (section 3.3). V U^T u as published; ``exact``: V S^-1 U^T u, whose image under J is u's part in the
+        tangent space. Raises SfumatoError where u has no part in it."""
+        parts = self.u @ u.to(self.u)
+        if exact:
+            parts = parts / self.s.clamp_min(torch.finfo(self.s.dtype).tiny)
+        return _unit(torch.tensordot(parts, self.v, 1), "the direction has no part in the tangent space here")
+
+    def projected(self, v: Tensor) -> Tensor:
+        """A direction (c h w) among the latents, projected onto this basis and made a unit again."""
+        flat = self.v.flatten(1)
+        return _unit((flat.T @ (flat @ v.flatten().to(flat))).view_as(v), "the direction has no part in the basis here")
+
+
+@torch.no_grad()
+def local_basis(
+    encoder: Encoder,
+    x: Tensor,
+    n: int = 50,
+    *,
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    begin: Basis | None = None,
+) -> Basis:
+    """The ``n`` strongest directions at ``x`` (1 c h w) by subspace iteration (appendix D of the paper).
+
+    Stops when the largest principal angle between the ``n`` leading directions and those of the iteration before is
+    below ``tolerance`` radians; signs and equal singular values do not disturb that. Ends with an exact Rayleigh-Ritz
+    step, so that U, S and V belong together. ``begin``: another basis to start from in place of random directions.
+    The largest entry of each v_k is positive. Raises BadInput for more directions than there are latents or features.
+    """
+    size = x[0].numel()
+    width = encoder(x).shape[1]
+    most = min(size, width)
+    if not 1 <= n <= most:
+        raise BadInput(f"n is {n}; here are {size} latents and {width} features, so it must be from 1 to {most}.")
+    kept = min(most, n + OVERSAMPLING)
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(size, kept, generator=generator).to(x.device)
+    if begin is not None:
+        v = torch.cat([begin.v.flatten(1).T.to(v), v], 1)[:, :kept]
+    v = torch.linalg.qr(v).Q.T
+    settled, done = False, 0
+    while done < iterations and not settled:
+        done += 1
+        w = encoder.vjp(x, encoder.jvp(x, v))
+        if not torch.isfinite(w).all():
+            raise SfumatoError(f"the derivative of {encoder.layer.name} is not finite; use dtype float32.")
+        _, _, turned = torch.linalg.svd(w, full_matrices=False)
+        settled = bool(principal_angles(turned[:n], v).max() < tolerance)
+        v = turned
+    u, s, rotation = torch.linalg.svd(encoder.jvp(x, v).T, full_matrices=False)
+    v = (rotation @ v)[:n]
+    sign = torch.where(v.gather(1, v.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    basis_u = u.T[:n] * sign
+    return Basis((v * sign).view(n, *x.shape[1:]), basis_u, s[:n], done, settled, encoder.cost)
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Angles in radians between the spans of orthonormal rows ``a`` (n d) and ``b`` (m d), n <= m, from the smallest.
+
+    From the sines where angles are small, since arccos loses half the digits there.
+    """
+    a, b = a.double(), b.double()
+    cosines = torch.linalg.svdvals(a @ b.T)[: len(a)].clamp(0, 1)
+    sines = torch.linalg.svdvals(a - a @ b.T @ b).flip(0)[: len(a)].clamp(0, 1)
+    return torch.where(cosines > 0.7, sines.asin(), cosines.acos())
+
+
+def geodesic_distance(a: Tensor, b: Tensor) -> float:
+    """Distance on the Grassmannian between the tangent spaces spanned by orthonormal rows (n d): the root of the sum of
+    squared principal angles. Raises BadInput for spaces of different dimension, which cannot be compared."""
+    if a.shape != b.shape:
+        raise BadInput(
+            f"tangent spaces of {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; use one n and layer."
+        )
+    return float(principal_angles(a, b).square().sum().sqrt())
+
+
+def spectrum(v: Tensor, bins: int | None = None) -> Tensor:
+    """The power (n r) of directions ``v`` (n c h w) by radial frequency, summed over channels, as shares of their sum.
+
+    Ring r holds the frequencies nearest to r cycles along the shorter side; corners beyond its half go to the last.
+    """
+    h, w = v.shape[-2:]
+    side = min(h, w)
+    bins = side // 2 + 1 if bins is None else bins
+    power = torch.fft.fft2(v.double()).abs().square().sum(1)
+    y, x = torch.fft.fftfreq(h)[:, None] * side, torch.fft.fftfreq(w)[None] * side
+    ring = (y.square() + x.square()).sqrt().round().long().clamp_max(bins - 1).flatten().to(v.device)
+    rings = torch.zeros(len(v), bins, dtype=power.dtype, device=v.device)
+    rings.index_add_(1, ring, power.flatten(1))
+    return rings / rings.sum(1, keepdim=True)
+
+
+def curvedness(spaces: Sequence[Tensor]) -> float:
+    """How curved a path is along which these tangent spaces (n d) lie: the length of the way through all of them over
+    the distance of its ends; 1 is flat."""
+    if len(spaces) < 3:
+        raise BadInput(f"curvedness needs at least 3 tangent spaces along a path, not {len(spaces)}.")
+    whole = geodesic_distance(spaces[0], spaces[-1])
+    if whole < 1e-9:
+        raise BadInput("curvedness: the two ends of the path have the same tangent space.")
+    return sum(geodesic_distance(a, b) for a, b in zip(spaces, spaces[1:], strict=False)) / whole
+
+
+# -- directions for many samples ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Directions ``u`` (n d) among the features of ``layer`` that serve many samples; ``facts``: plain JSON values."""
+
+    u: Tensor
+    layer: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path | str) -> Path:
+        """Write one safetensors file, whole or not at all."""
+        told = json.dumps({"layer": self.layer, "facts": self.facts}, ensure_ascii=False)
+        with files.replacing(path) as file:
+            file.write(safetensors.torch.save({"u": self.u.contiguous()}, {"format": FORMAT, "directions": told}))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Directions:
+        """What :meth:`save` wrote. Raises BadInput for any other file."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                told = json.loads(metadata["directions"])
+                u = file.get_tensor("u")
+                if metadata.get("format") != FORMAT or u.dim() != 2:
+                    raise ValueError("format")
+                return cls(u, str(told["layer"]), dict(told["facts"]))
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise BadInput(f"{path} holds no directions of this version ({FORMAT}).") from None
+        except OSError:
+            raise BadInput(f"{path} cannot be read; give a file that latent_geometry wrote.") from None
+
+
+def mean_directions(bases: Sequence[Tensor], by: Literal["frechet", "hungarian"] = "frechet") -> Tensor:
+    """Global directions (n d) of local ones (each n d)."""
+    return frechet_mean(bases) if by == "frechet" else hungarian_mean(bases)
+
+
+def frechet_mean(spaces: Sequence[Tensor], iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The Karcher mean of tangent spaces (n d) on the Grassmannian, as orthonormal rows, turned to agree best with the
+    given bases (Procrustes)."""
+    mean = spaces[0].double().T
+    others = [space.double().T for space in spaces]
+    for _ in range(iterations):
+        step = torch.stack([_log(mean, other) for other in others]).mean(0)
+        mean = _exp(mean, step)
+        if step.norm() < tolerance:
+            break
+    turn = torch.stack([mean.T @ _aligned(other.T, mean.T).T for other in others]).mean(0)
+    left, _, right = torch.linalg.svd(turn)
+    return (mean @ left @ right).T.to(spaces[0])
+
+
+def hungarian_mean(bases: Sequence[Tensor], iterations: int = 20) -> Tensor:
+    """Directions matched one to one across bases (n d) by |cosine|, their signs made equal, averaged, and made
+    orthonormal again in order."""
+    mean = bases[0].double()
+    for _ in range(iterations):
+        before = mean
+        total = torch.stack([_aligned(basis.double(), mean) for basis in bases]).mean(0)
+        q, r = torch.linalg.qr(total.T)
+        mean = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T
+        if (mean - before).norm() < 1e-9 * math.sqrt(len(mean)):
+            break
+    return mean.to(bases[0])
+
+
+def _aligned(basis: Tensor, to: Tensor) -> Tensor:
+    """The rows of ``basis`` (n d) in the order and with the signs in which they fit those of ``to`` best."""
+    cosines = (to @ basis.T).double()
+    _, columns = linear_sum_assignment(-cosines.abs().cpu().numpy())
+    picked = torch.as_tensor(columns, device=basis.device)
+    signs = torch.where(cosines.gather(1, picked[:, None]) < 0, -1.0, 1.0)
+    return basis[picked] * signs.to(basis)
+
+
+def _log(at: Tensor, to: Tensor) -> Tensor:
+    """The tangent (d n) at the space ``at`` (d n) that leads to ``to``."""
+    inner = at.T @ to
+    across = (to - at @ inner) @ torch.linalg.pinv(inner)
+    q, s, r = torch.linalg.svd(across, full_matrices=False)
+    return q * s.atan() @ r
+
+
+def _exp(at: Tensor, tangent: Tensor) -> Tensor:
+    """Where a geodesic ends that leaves the space ``at`` (d n) along ``tangent``."""
+    q, s, r = torch.linalg.svd(tangent, full_matrices=False)
+    return torch.linalg.qr(at @ r.T * s.cos() @ r + q * s.sin() @ r).Q
+
+
+def _unit(v: Tensor, otherwise: str) -> Tensor:
+    length = v.norm()
+    if not length > 0:
+        raise SfumatoError(f"{otherwise}.")
+    return v / length

@@ -1,0 +1,89 @@
+"""The tap: the output of one block of a denoiser, shown to a callback that may put other features in its place.
+
+    >>> layer = bottleneck_of(model, "my system")
+    >>> with tapped(model, layer, lambda h: slerp(h, other, 0.3)):
+    ...     out = model.predict(x, t, condition)  # the skip connections stay as they are
+
+The block itself says what its features look like: (b c h w) in a U-Net, (b n d) in a transformer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import NotSupported, UnknownName
+from sfumato.models import Layer, Model
+
+__all__ = ["bottleneck_of", "layer_of", "slerp", "tapped"]
+
+
+class _Stop(BaseException):
+    """Leaves a forward pass whose remainder nobody needs. Not an Exception, so that no library code swallows it."""
+
+
+def bottleneck_of(model: Model, who: str) -> Layer:
+    """The h-space of a U-Net. Raises NotSupported, in the name of ``who``, for a denoiser without one."""
+    layer = model.bottleneck
+    if layer is None:
+        raise NotSupported(
+            f"{who} needs a U-Net with a middle block, its h-space; {model.name} ({model.family.name}) has none."
+        )
+    return layer
+
+
+def layer_of(model: Model, name: str | None) -> Layer:
+    """A block by name; without one the h-space, or the middle block of a denoiser that has none. Raises UnknownName."""
+    layers = {layer.name: layer for layer in model.layers}
+    if name is None:
+        return model.bottleneck or model.layers[(len(layers) - 1) // 2]
+    if name not in layers:
+        raise UnknownName(f"layer of {model.name}", name, layers)
+    return layers[name]
+
+
+@contextlib.contextmanager
+def tapped(
+    model: Model, layer: Layer, look: Callable[[Tensor], Tensor | None], *, stop: bool = False
+) -> Iterator[None]:
+    """Show the features of ``layer`` to ``look`` in every denoiser call inside; what it returns, if not None, takes
+    their place. ``stop``: the call ends there, and so does the ``with`` block."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        features = output if layer.entry is None else output[layer.entry]
+        new = look(features)
+        if stop:
+            raise _Stop
+        if new is None or layer.entry is None:
+            return new
+        return (*output[: layer.entry], new, *output[layer.entry + 1 :])
+
+    handle = model.denoiser.get_submodule(layer.path).register_forward_hook(hook)
+    try:
+        yield
+    except _Stop:
+        if not stop:
+            raise
+    finally:
+        handle.remove()
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Features ``a`` (b ...) turned towards ``b`` by ``share`` of the angle between them, per sample; norms are kept:
+    ``b`` first takes that of ``a``. In float32; where the two (anti)align a straight line stands in for the arc."""
+    one, other = a.flatten(1).float(), b.flatten(1).float()
+    norm, length = one.norm(dim=1, keepdim=True), other.norm(dim=1, keepdim=True)
+    tiny = torch.finfo(one.dtype).tiny
+    other = other * (norm / length.clamp_min(tiny))
+    cosine = ((one * other).sum(1, keepdim=True) / norm.square().clamp_min(tiny)).clamp(-1, 1)
+    angle = cosine.acos()
+    sine = angle.sin()
+    straight = sine < 1e-4
+    safe = torch.where(straight, torch.ones_like(sine), sine)
+    first = torch.where(straight, torch.full_like(sine, 1 - share), ((1 - share) * angle).sin() / safe)
+    second = torch.where(straight, torch.full_like(sine, share), (share * angle).sin() / safe)
+    return (first * one + second * other).view(a.shape).to(a.dtype)

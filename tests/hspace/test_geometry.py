@@ -1,0 +1,139 @@
+"""Local bases against the singular value decomposition of the whole Jacobian, and distances against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from sfumato.errors import BadInput, SfumatoError
+from sfumato.hspace import Basis, Directions, Encoder, geodesic_distance, layer_of, local_basis
+from sfumato.hspace.geometry import curvedness, frechet_mean, hungarian_mean, principal_angles, spectrum
+from tests.tiny import tiny_model
+
+
+def encoder_of(kind, layer=None):
+    model = tiny_model(kind)
+    told = model.encode_text(["a red cube"], guidance=False, embedded_guidance=3.0)
+    x = torch.randn(1, *model.latent_shape(16, 16), generator=torch.Generator().manual_seed(3))
+    return Encoder(model, layer_of(model, layer), torch.tensor(500.0), told), x
+
+
+def jacobian(encoder, x):
+    """(d_h d_x), row by row, by ordinary backward passes through the fused kernels."""
+    model, layer = encoder.model, encoder.layer
+    seen = []
+    handle = model.denoiser.get_submodule(layer.path).register_forward_hook(
+        lambda m, a, out: seen.append(out if layer.entry is None else out[layer.entry])
+    )
+    x = x.clone().requires_grad_(True)
+    with torch.enable_grad():
+        model.predict(x, encoder.t, encoder.condition, "cond")
+        handle.remove()
+        h = seen[0].flatten()
+        return torch.stack([torch.autograd.grad(each, x, retain_graph=True)[0].flatten() for each in h])
+
+
+def orthonormal(n, d, seed):
+    return torch.linalg.qr(torch.randn(d, n, generator=torch.Generator().manual_seed(seed)).double()).Q.T
+
+
+@pytest.mark.parametrize(("kind", "n"), [("sd", 20), ("sd3", 6)])
+@torch.no_grad()
+def test_the_basis_is_that_of_the_full_jacobian(kind, n):
+    encoder, x = encoder_of(kind)
+    u, s, vt = torch.linalg.svd(jacobian(encoder, x), full_matrices=False)
+    basis = local_basis(encoder, x, n, iterations=60, tolerance=1e-3)
+    assert len(basis) == n and basis.settled and basis.cost > 0
+    assert torch.allclose(basis.s, s[:n], rtol=0.01)
+    gap = max(k for k in range(1, n + 1) if s[k - 1] > 1.02 * s[k])  # spaces are told apart where values differ
+    v = basis.v.flatten(1)
+    assert principal_angles(v[:gap], vt[:gap]).max() < 0.05
+    assert principal_angles(basis.u[:gap], u.T[:gap]).max() < 0.05
+    eye = torch.eye(n)
+    assert torch.allclose(v @ v.T, eye, atol=1e-4) and torch.allclose(basis.u @ basis.u.T, eye, atol=1e-4)
+    assert torch.allclose(encoder.jvp(x, v), basis.s[:, None] * basis.u, atol=1e-2 * float(s[0]) / n)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "pixart"])
+@torch.no_grad()
+def test_the_two_products_are_adjoint(kind):
+    encoder, x = encoder_of(kind)
+    generator = torch.Generator().manual_seed(5)
+    v = torch.randn(2, x.numel(), generator=generator)
+    u = torch.randn(2, encoder(x).shape[1], generator=generator)
+    forward, backward = (encoder.jvp(x, v) * u).sum(1), (encoder.vjp(x, u) * v).sum(1)
+    assert torch.allclose(forward, backward, rtol=1e-3, atol=1e-4 * float(forward.abs().max()))
+
+
+@torch.no_grad()
+def test_a_warm_start_finds_the_same_sooner_and_any_layer_serves():
+    encoder, x = encoder_of("sd")
+    cold = local_basis(encoder, x, 4, tolerance=1e-3)
+    warm = local_basis(encoder, x, 4, tolerance=1e-3, begin=cold, seed=9)
+    assert warm.iterations < cold.iterations and torch.allclose(warm.s, cold.s, rtol=1e-2)
+    other, x = encoder_of("sd", "up.0")
+    assert local_basis(other, x, 2, iterations=3).u.shape == (2, 32 * 4 * 4)
+    for n in (0, 10_000):
+        with pytest.raises(BadInput, match="it must be from 1 to"):
+            local_basis(encoder, x, n)
+
+
+def test_transport():
+    u, v = orthonormal(3, 20, 1).float(), orthonormal(3, 12, 2).float()
+    basis = Basis(v.view(3, 1, 3, 4), u, torch.tensor([3.0, 2.0, 1.0]), 1, True, 0.0)
+    assert torch.allclose(basis.carried(u[1]), basis.v[1], atol=1e-5)  # its own direction comes back
+    mixed = u[0] + 2 * u[2] + 10 * torch.linalg.svd(u).Vh[5]
+    there = basis.carried(mixed, exact=True)
+    jacobian = u.T @ torch.diag(basis.s) @ v
+    image = jacobian @ there.flatten()
+    assert torch.allclose(image / image.norm(), (u[0] + 2 * u[2]) / 5**0.5, atol=1e-5)
+    assert torch.allclose(basis.projected(basis.v[0] + basis.v[1]), (basis.v[0] + basis.v[1]) / 2**0.5, atol=1e-5)
+    with pytest.raises(SfumatoError, match="no part"):
+        basis.carried(torch.zeros(20))
+
+
+def test_distances_are_scipys():
+    for seed in range(3):
+        a, b = orthonormal(4, 30, seed), orthonormal(4, 30, seed + 50)
+        truth = np.sort(scipy.linalg.subspace_angles(a.T.numpy(), b.T.numpy()))
+        assert np.allclose(principal_angles(a, b).numpy(), truth, atol=1e-6)
+        assert geodesic_distance(a, b) == pytest.approx(float(np.sqrt((truth**2).sum())))
+    near = torch.linalg.qr((a + 1e-6 * b).T).Q.T
+    assert 0 < geodesic_distance(a, near) < 5e-6 and geodesic_distance(a, a.flip(0)) < 1e-7
+    with pytest.raises(BadInput, match="cannot be compared"):
+        geodesic_distance(a, b[:2])
+
+
+def test_means_over_samples():
+    a, b = orthonormal(3, 40, 1), orthonormal(3, 40, 2)
+    b = torch.linalg.qr((a + 0.5 * b).T).Q.T
+    mean = frechet_mean([a, b])
+    assert geodesic_distance(mean, a) == pytest.approx(geodesic_distance(a, b) / 2, rel=1e-4)
+    assert geodesic_distance(mean, b) == pytest.approx(geodesic_distance(a, b) / 2, rel=1e-4)
+    shuffled = torch.stack([-a[2], a[0], -a[1]])
+    assert torch.allclose(hungarian_mean([a, shuffled, a]), a, atol=1e-6)
+    assert torch.allclose(frechet_mean([a, a.clone()]), a, atol=1e-6)
+
+
+def test_spectrum_and_curvedness():
+    x = torch.arange(16.0)
+    waves = torch.stack([torch.cos(2 * torch.pi * k * x / 16) for k in (0, 1, 5)])[:, None, None].expand(3, 2, 16, 16)
+    power = spectrum(waves)
+    assert power.shape == (3, 9) and torch.allclose(power[[0, 1, 2], [0, 1, 5]], torch.ones(3).double())
+    turned = [torch.tensor([[np.cos(angle), np.sin(angle), 0.0]]) for angle in (0.0, 0.3, 0.7)]
+    assert curvedness(turned) == pytest.approx(1)
+    assert curvedness([turned[0], torch.tensor([[0.8, 0.0, 0.6]]).double(), turned[2]]) > 1.1
+    with pytest.raises(BadInput, match="at least 3"):
+        curvedness(turned[:2])
+
+
+def test_directions_come_back_and_other_files_are_refused(tmp_path):
+    given = Directions(orthonormal(2, 10, 1).float(), "mid", {"at": 0.3})
+    again = Directions.load(given.save(tmp_path / "d.safetensors"))
+    assert torch.equal(again.u, given.u) and (again.layer, again.facts) == ("mid", {"at": 0.3})
+    (tmp_path / "d.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes()[:-8])
+    for path in (tmp_path / "d.safetensors", tmp_path / "none.safetensors"):
+        with pytest.raises(BadInput):
+            Directions.load(path)

@@ -1,0 +1,83 @@
+"""The tap reads and replaces what it says, leaves nothing behind, and slerp keeps norms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.errors import NotSupported, UnknownName
+from sfumato.hspace import bottleneck_of, layer_of, slerp, tapped
+from tests.helpers import fingerprint
+from tests.tiny import tiny_model
+
+
+def call(model, x):
+    told = model.encode_text(["a red cube"] * len(x), guidance=False, embedded_guidance=3.0)
+    with torch.no_grad():
+        return model.predict(x, torch.tensor(500.0), told, "cond")
+
+
+def noise(model, b=1):
+    return torch.randn(b, *model.latent_shape(32, 32), generator=torch.Generator().manual_seed(b))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "sd35", "flux", "pixart"])
+def test_every_layer_of_every_family_can_be_read_and_replaced(kind):
+    model = tiny_model(kind, fresh=True)
+    before, x = fingerprint(model), noise(model)
+    plain = call(model, x)
+    for layer in model.layers:
+        seen = []
+        with tapped(model, layer, lambda h, seen=seen: seen.append(h) or h.clone()):
+            assert torch.equal(call(model, x), plain)  # its own features in their own place
+        [h] = seen
+        assert h.shape[0] == 1 and h.dim() in (3, 4)
+        with tapped(model, layer, torch.zeros_like):
+            assert not torch.allclose(call(model, x), plain, atol=1e-5)
+        with tapped(model, layer, seen.append, stop=True):
+            call(model, x)
+            raise AssertionError("the call should have ended at the layer")
+        assert len(seen) == 2 and torch.equal(seen[1], h)
+    with pytest.raises(RuntimeError), tapped(model, model.layers[0], lambda h: _boom()):
+        call(model, x)
+    assert fingerprint(model) == before
+
+
+def _boom():
+    raise RuntimeError("boom")
+
+
+def test_names():
+    model = tiny_model("sd")
+    assert layer_of(model, None) == bottleneck_of(model, "x") == layer_of(model, "mid")
+    assert [layer.name for layer in model.layers] == ["down.0", "down.1", "down.2", "mid", "up.0", "up.1", "up.2"]
+    with pytest.raises(UnknownName, match="middle"):
+        layer_of(model, "middle")
+    assert layer_of(tiny_model("sd3"), None).name == "joint.0"
+    with pytest.raises(NotSupported, match="my system needs a U-Net"):
+        bottleneck_of(tiny_model("sd3"), "my system")
+
+
+def test_slerp_is_a_rotation_in_the_plane_of_both():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=24), 3 * rng.normal(size=24)
+    angle = math.acos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    one = a / np.linalg.norm(a)
+    two = b - (b @ one) * one
+    two /= np.linalg.norm(two)
+    for share in (0.0, 0.25, 0.7, 1.0):
+        truth = np.linalg.norm(a) * (math.cos(share * angle) * one + math.sin(share * angle) * two)
+        got = slerp(torch.tensor(a)[None].view(1, 2, 3, 4), torch.tensor(b)[None].view(1, 2, 3, 4), share)
+        assert got.dtype == torch.float64 and np.allclose(got.flatten().numpy(), truth, atol=1e-5)
+
+
+def test_slerp_of_equal_opposite_and_zero_features_is_finite():
+    a = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(slerp(a, a, 0.3), a, atol=1e-6) and torch.allclose(slerp(a, 5 * a, 0.3), a, atol=1e-6)
+    assert torch.isfinite(slerp(a, -a, 0.5)).all() and torch.isfinite(slerp(0 * a, a, 0.5)).all()
+    assert torch.equal(slerp(a, a.flip(1), 0.0), a)
+    together, alone = slerp(a, a.flip(1), 0.4), slerp(a[1:], a[1:].flip(1), 0.4)
+    assert torch.equal(together[1:], alone)
