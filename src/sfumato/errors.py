@@ -59,3 +59,9 @@ class WorkInterrupted(SfumatoError):
 
     exit_code = 130
     result: object = None  # the finished parts, where the caller can use them
+
+
+class NotFinite(SfumatoError):
+    """Numbers overflowed on the way; the message says at which step."""
+
+    result: object = None  # the samples that were finished before, where the caller can use them

@@ -1,10 +1,10 @@
 """How a CLIP reads noised latents: what a genuine ``CLIPModel`` is fed so that it knows how much noise it looks at.
 
-Any noise path is brought to one picture of it: ``x = alpha x0 + sigma eps`` divided by ``sqrt(alpha^2 + sigma^2)``, and
-the *noise level* u, the angle between data and noise as a share of a right angle (0 clean, 1 pure noise). Diffusion and
+All noise paths are brought to one form: ``x = alpha x0 + sigma eps`` divided by ``sqrt(alpha^2 + sigma^2)``, and the
+*noise level* u, the angle between data and noise as a share of a right angle (0 clean, 1 pure noise). Diffusion and
 rectified flow then look the same. The level is told through further input channels that are constant over the picture,
-so that the network needs nothing that transformers does not have; GLIDE has a learned token per timestep instead (Nichol
-et al. 2021, section 3.3 and its code), which knows one schedule only.
+so that the network needs nothing that transformers does not have. GLIDE has a learned token per timestep instead
+(Nichol et al. 2021, its code), which knows one schedule only.
 """
 
 from __future__ import annotations

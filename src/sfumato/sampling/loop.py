@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from sfumato.attention.emphasis import encode_weighted, read_weights
-from sfumato.errors import BadInput, Conflict, SfumatoError, WorkInterrupted
+from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, overridden, refuse_idle
@@ -123,6 +123,7 @@ def generate(
     Raises:
         BadInput, UnknownName, NotSupported: an argument. Conflict: interventions that cannot run together. NoMatch:
         one of them did nothing. WorkInterrupted: Ctrl-C; its ``result`` holds the finished samples, or None.
+        NotFinite: numbers overflowed; its message says at which step, its ``result`` holds the samples finished before.
     """
     parts = arrange(interventions)
     request = checked(
@@ -165,6 +166,13 @@ def generate(
         interrupted = WorkInterrupted(f"generation was interrupted: {kept}.")
         interrupted.result = result() if done else None
         raise interrupted from stop
+    except NotFinite as stop:
+        done = sum(len(each) for each in latents_done)
+        if not done:
+            raise
+        stopped = NotFinite(f"{stop} The first {done} of {len(request)} samples are finished and kept.")
+        stopped.result = result()
+        raise stopped from stop
     assert run is not None
     refuse_idle(parts, run.sites if parts else ())
     return result()
@@ -341,7 +349,7 @@ def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _refuse_non_finite(finite: list[tuple[int, Tensor]], run: Run) -> None:
     for i, fine in finite:
         if not fine:
-            raise SfumatoError(
+            raise NotFinite(
                 f"latents stopped being finite at step {i + 1} of {run.total} (t = {float(run.timesteps[i]):g}); "
                 f"lower the guidance or the strength of interventions, or use dtype float32."
             )

@@ -86,9 +86,7 @@ def different_negatives(
     return out
 
 
-def captions_with_negatives(
-    source: ToyboxDataset, indices: Tensor, draw: Draw, n: int
-) -> list[tuple[Caption, Scene]]:
+def captions_with_negatives(source: ToyboxDataset, indices: Tensor, draw: Draw, n: int) -> list[tuple[Caption, Scene]]:
     """A caption of each scene, then the ``n`` hard negatives of the first, of the second ..."""
     own, negatives = [], []
     for i in indices.tolist():

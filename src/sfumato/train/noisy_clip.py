@@ -150,7 +150,9 @@ class NoisyCLIPObjective(LatentObjective):
         logs = {"right": right.mean(), "right_clearer_half": right[batch["level"] < 0.5].mean()}
         if o.hard and o.negatives:
             rivals = logits[:, b:].unflatten(1, (b, -1))[own, own]
-            loss = loss + o.hard * F.cross_entropy(torch.cat([logits[own, own, None], rivals], 1), torch.zeros_like(own))
+            loss = loss + o.hard * F.cross_entropy(
+                torch.cat([logits[own, own, None], rivals], 1), torch.zeros_like(own)
+            )
         if o.places:
             read = self.modules["readout"](patches).transpose(1, 2).unflatten(2, batch["places"].shape[-2:])
             part = labels.place_loss(read, batch["places"]).mean()
