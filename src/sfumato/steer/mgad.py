@@ -1,8 +1,9 @@
 """MGAD: texts and pictures guide together, each by CLIP and each with its weight.
 
 While a picture is made, what it is going to be is looked at in random square crops; CLIP says how far these are from
-each text and from crops of each reference picture, and the gradient of the weighted distances moves the sample (Huang et al.
-2022, section 3). The crops, drawn anew at every step, are the augmentation, and with the seed the source of diversity.
+each text and from crops of each reference picture, and the gradient of the weighted distances moves the sample (Huang
+et al. 2022, section 3). The crops, drawn anew at every step, are the augmentation, and with the seed the source of
+diversity.
 
     >>> both = MGAD(texts=["a red ball"], images=["sunset.png:0.5"], prompted=False)
     >>> generate(model, "a red ball", guidance=1, interventions=both)
