@@ -153,8 +153,8 @@ def together(name: str, context: Context) -> list[Row]:
             claim=f"{name}: toy and surroundings both as asked for more often than with either target alone",
             source=SOURCE,
             measured=f"{percent(all_of_it['both'])}, {percent(more)} more; {both.seconds:.2f} CPU seconds a picture",
-            baseline=f"{alone} alone {percent(all_of_it[alone])}; nothing {percent(all_of_it['plain'])}; the model told "
-            f"so in words {percent(all_of_it['prompted'])} in {found['prompted'].seconds:.2f} seconds",
+            baseline=f"{alone} alone {percent(all_of_it[alone])}; nothing {percent(all_of_it['plain'])}; the "
+            f"model told so in words {percent(all_of_it['prompted'])} in {found['prompted'].seconds:.2f} seconds",
             holds=more.low > 0,
             n=n,
             leans_on=leans,
@@ -210,8 +210,8 @@ EXPERIMENT = Experiment(
     key="mgad",
     title="MGAD: guided by texts and pictures at once",
     intro=(
-        "The model is unconditional here: toy-clip's view of random crops is all it follows. The reference differs from "
-        "the text's toy in shape and colour. Strength was chosen on other targets and seeds; "
+        "The model is unconditional here: toy-clip's view of random crops is all it follows. The reference differs "
+        "from the text's toy in shape and colour. Strength was chosen on other targets and seeds; "
         f"{STEPS} steps, {CUTOUTS} crops."
     ),
     file=__file__,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
 
-LEAST_DATA = 0.05
+LEAST_DATA = 0.01
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
 
@@ -117,8 +117,8 @@ class Path:
     def with_less_noise(self, out: Tensor, less: Tensor, t: Any) -> Tensor:
         """The network output that implies ``less`` (b c h w) less noise than ``out`` at the same latents.
 
-        Where there is next to no data (alpha below what diffusion schedules end at: the first step of a flow), what a
-        change of the noise means for the data has no bound; alpha is then taken as ``LEAST_DATA``.
+        Where there is no data (the first step of a flow, zero terminal signal-to-noise ratio), what a change of the
+        noise means for the data has no bound; alpha is taken as ``LEAST_DATA`` at least.
         """
         alpha, sigma = self.alpha_sigma(t)
         alpha = alpha.clamp_min(LEAST_DATA) if isinstance(alpha, Tensor) else max(alpha, LEAST_DATA)
