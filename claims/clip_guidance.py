@@ -302,8 +302,8 @@ EXPERIMENT = Experiment(
     title="GLIDE: CLIP guidance and classifier-free guidance",
     intro=(
         f"Plain captions of unseen scenes with one or two toys, {STEPS} steps for every setting; a picture is right "
-        "when all its toys have the shape and colour asked for. The best scale and strength were chosen on other scenes "
-        "and seeds. Compute is told in CPU seconds, since CLIP's passes are no passes of the denoiser."
+        "when all its toys have the shape and colour asked for. Scale and strength were chosen on other scenes and "
+        "seeds. Compute is told in CPU seconds, since CLIP's passes are no passes of the denoiser."
     ),
     file=__file__,
     parts=(*parts("toy-sd"), parts("toy-sd3")[0]),
