@@ -25,6 +25,8 @@ EXPERIMENTS = {
     "experts": "claims.experts",
     "inject_fusion": "claims.inject_fusion",
     "pullback": "claims.pullback",
+    "clip_guidance": "claims.clip_guidance",
+    "mgad": "claims.mgad",
 }
 
 

@@ -160,3 +160,15 @@ def sheet(rows: Sequence[Sequence[Tensor]], scale: int = 2, gap: int = 4) -> Ima
 def percent(interval: stats.Interval) -> str:
     """An interval in percent."""
     return interval.text(percent=True)
+
+
+def judge_features(context: Context, pixels: Tensor) -> np.ndarray:
+    """What the toy-judge sees in pictures (n, 3, h, w) in [-1, 1], before it names anything: (n, d) float32, averaged
+    over the picture. For distances between sets of pictures where toy-clip took part in making them."""
+    net = judge_of(context).net
+    rows = []
+    with torch.no_grad():
+        for part in pixels.split(64):
+            dense = net(part)
+            rows.append(torch.cat([dense.features.mean((2, 3)), dense.context], 1))
+    return torch.cat(rows).numpy()

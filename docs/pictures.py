@@ -16,6 +16,8 @@ import sfumato
 from sfumato import files, masks
 from sfumato.edit.blend import Blend
 from sfumato.explain.daam import DAAM
+from sfumato.steer.clip_guidance import ClipGuidance
+from sfumato.steer.mgad import MGAD
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
@@ -252,6 +254,8 @@ def composition_edit() -> Image.Image:
         kept.results[0].pixels,
     ]
     return _beside(tiles, look.maps[0].grid(kept.images[0]), scale=2)
+
+
 def inject_fusion() -> Image.Image:
     """Looks, contents, and both together: at the bottleneck, and at a later layer at two strengths."""
     looks = ["a blue ball on the snow", "a red cube on the grass", "a yellow cone on the sand"] * 2
@@ -295,6 +299,36 @@ def latent_geometry() -> Image.Image:
     return look.maps[0].plots()
 
 
+def clip_guidance() -> Image.Image:
+    """The same prompts and seeds with no guidance, with CLIP guidance, and with classifier-free guidance."""
+    prompts = _held_out(6)
+    rows = [(1.0, []), (1.0, [ClipGuidance(strength=30)]), (None, [])]
+    made = [
+        sfumato.make(prompt, seed=i, guidance=scale, with_=systems).pixels
+        for scale, systems in rows
+        for i, prompt in enumerate(prompts)
+    ]
+    return sheet(torch.cat(made), len(prompts), scale=2)
+
+
+def mgad() -> Image.Image:
+    """Three references; beside each, pictures guided by the text, by the reference, and twice by both."""
+    tiles = []
+    for text, scene in (
+        ("a red ball", Scene((Toy("cone", "green"),), "sand", "sunset")),
+        ("a blue cube", Scene((Toy("ring", "orange"),), "snow", "night")),
+        ("a yellow cylinder", Scene((Toy("ball", "purple"),), "grass", "day")),
+    ):
+        reference = render(scene, size=64, supersample=3).image
+        shown = Image.fromarray(to_uint8(reference)[0].permute(1, 2, 0).numpy())
+        both = {"texts": [text], "images": [shown]}
+        tiles.append(reference)
+        for targets, seed in (({"texts": [text]}, 0), ({"images": [shown]}, 0), (both, 0), (both, 1)):
+            system = MGAD(**targets, prompted=False, cutouts=8)
+            tiles.append(sfumato.make(text, seed=seed, guidance=1.0, with_=[system]).pixels)
+    return sheet(torch.cat(tiles), 5, scale=2)
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -316,6 +350,8 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "inject-fusion": inject_fusion,
     "pullback": pullback,
     "latent-geometry": latent_geometry,
+    "clip-guidance": clip_guidance,
+    "mgad": mgad,
 }
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"toybox"},
     {"cards", "files", "zoo"},
     {"models", "masks"},
-    {"attention", "hspace"},
+    {"attention", "clip", "hspace"},
     {"sampling"},
     {"judge"},
     {"explain", "steer", "edit", "teach", "animate"},

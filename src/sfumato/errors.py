@@ -60,3 +60,7 @@ class WorkInterrupted(SfumatoError):
     """Work was stopped from outside; finished parts are kept and the message says where and how to go on."""
 
     exit_code = 130
+
+
+class NotFinite(SfumatoError):
+    """Numbers overflowed on the way; the message says at which step."""

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 
+from sfumato.clip import codec_mark, load_clip, noised_input
 from sfumato.errors import BadInput, UnknownName
 from sfumato.toybox import sample_scene
 from sfumato.train import data
@@ -371,3 +373,64 @@ def test_the_card_of_an_expert_says_whose_it_is_and_when(kind: str, parts: dict[
 def test_an_interval_that_is_none_is_refused(interval: tuple[float, float], parts: dict[str, str]) -> None:
     with pytest.raises(BadInput, match="a start below an end"):
         latent("diffusion", parts, interval=interval)
+
+
+def test_noisy_clip_begins_as_the_clip_it_comes_from(parts):
+    """At no noise the fitted patch embedding makes of latents nearly what toy-clip makes of pictures; the text tower
+    is frozen; the export is a plain CLIPModel that names its autoencoder."""
+    objective = build("noisy_clip", vae=parts["vae"], clip=parts["text"])
+    teacher = objective.teacher.vision_model.embeddings.patch_embedding
+    student = objective.clip.vision_model.embeddings.patch_embedding
+    x = torch.from_numpy(objective.train_latents[:].astype(np.float32))
+    level = torch.zeros(len(x))
+    wanted = teacher(data.pictures(objective.train_data, torch.arange(len(x))))
+    got = student(noised_input(x, level))
+    assert (got - wanted).square().mean() < 0.5 * (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().mean()
+    draw = Draw(0, 0)
+    batch = objective.batch(draw)
+    assert (batch["level"].sort().values.diff() - 1 / len(batch["level"])).abs().max() < 1e-6  # evenly spread
+    loss, logs = objective.loss(batch, draw)
+    loss.backward()
+    assert all(p.grad is None for p in objective.clip.text_model.parameters())
+    assert student.weight.grad.abs().max() > 0 and 0 <= float(logs["right"]) <= 1
+
+
+def test_noisy_clip_loss_by_hand(parts):
+    objective = build("noisy_clip", vae=parts["vae"], clip=parts["text"], loss={"places": 0.0, "negatives": 1})
+    batch = objective.batch(Draw(0, 3))
+    b = len(batch["x0"])
+    with torch.no_grad():
+        loss, _ = objective.loss(batch, Draw(0, 3))
+        total = 0.0
+        text = objective.read(batch["tokens"])
+        scale = objective.clip.logit_scale.exp()
+        rows = []
+        for i in range(b):
+            u = float(batch["level"][i]) * math.pi / 2
+            x = math.cos(u) * batch["x0"][i] + math.sin(u) * batch["noise"][i]
+            planes = torch.tensor([math.cos(2 * u * k) for k in range(8)]).view(8, 1, 1).expand(8, *x.shape[1:])
+            out = objective.clip.get_image_features(pixel_values=torch.cat([x, planes])[None])
+            image = getattr(out, "pooler_output", out)[0]
+            rows.append(scale * text @ (image / image.norm()))
+        logits = torch.stack(rows).masked_fill(batch["same"] & ~torch.eye(b, len(text)).bool(), -1e4)
+        for i in range(b):
+            total -= 0.5 * float(logits[i].log_softmax(0)[i] + logits[:, i].log_softmax(0)[i]) / b
+            total -= 0.5 * float(torch.stack([logits[i, i], logits[i, b + i]]).log_softmax(0)[0]) / b
+    assert float(loss) == pytest.approx(total, rel=1e-4)
+
+
+def test_noisy_clip_exports_a_plain_clip(parts, tmp_path):
+    objective = build("noisy_clip", vae=parts["vae"], clip=parts["text"])
+    card = objective.export(tmp_path)
+    clip = load_clip(tmp_path)
+    assert clip.reads_noise and clip.codec == codec_mark(objective.vae) and card["latents_of"] == parts["vae"]
+    x0, noise = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen, _ = objective.seen(x0, noise, torch.full((3,), 0.5))
+        half = math.sqrt(0.5)
+        ours = clip.latents(0.5 * x0 + 0.5 * noise, 0.5, 0.5)  # of a flow, at the same ratio
+        torch.testing.assert_close(clip.latents(half * (x0 + noise), half, half), ours, rtol=1e-3, atol=1e-4)
+        assert F.cosine_similarity(ours, seen).min() > 0.999
+        wide = clip.latents(torch.randn(1, 4, 8, 24), 0.6, 0.8)
+    assert wide.shape == (1, 32) and torch.isfinite(wide).all()
+    assert set(objective.measure()) == set(objective.evaluate()) == set()  # fewer than 64 held-out scenes

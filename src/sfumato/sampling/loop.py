@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from sfumato.attention.emphasis import encode_weighted, read_weights
-from sfumato.errors import BadInput, Conflict, SfumatoError, WorkInterrupted
+from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, overridden, refuse_idle
@@ -122,8 +122,8 @@ def generate(
 
     Raises:
         BadInput, UnknownName, NotSupported: an argument. Conflict: interventions that cannot run together. NoMatch:
-        one of them did nothing. WorkInterrupted: Ctrl-C; its ``result`` holds the finished samples, or None. Whatever
-        stops a later batch (latents that are not finite any more, with the step) carries these samples likewise.
+        one of them did nothing. WorkInterrupted: Ctrl-C. NotFinite: numbers overflowed; the message says at which step.
+        The ``result`` of whatever stops a later batch holds the samples finished before.
     """
     parts = arrange(interventions)
     request = checked(
@@ -161,8 +161,10 @@ def generate(
             pixels_done += [] if pixels is None else [pixels]
             cost += run.cost * len(run) / len(request)
     except SfumatoError as error:
-        if latents_done:
+        done = sum(len(each) for each in latents_done)
+        if done:
             error.result = result()
+            error.args = (f"{error} The first {done} of {len(request)} samples are finished and kept.",)
         raise
     except KeyboardInterrupt as stop:
         done = sum(len(each) for each in latents_done)
@@ -346,7 +348,7 @@ def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _refuse_non_finite(finite: list[tuple[int, Tensor]], run: Run) -> None:
     for i, fine in finite:
         if not fine:
-            raise SfumatoError(
+            raise NotFinite(
                 f"latents stopped being finite at step {i + 1} of {run.total} (t = {float(run.timesteps[i]):g}); "
                 f"lower the guidance or the strength of interventions, or use dtype float32."
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
 
+LEAST_DATA = 0.01
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
 
@@ -112,6 +113,18 @@ class Path:
         if self.kind == "sample":
             return (x - sigma * eps) / alpha
         return (eps - sigma * x) / alpha if self.kind == "v_prediction" else (eps - x) / alpha
+
+    def with_less_noise(self, out: Tensor, less: Tensor, t: Any) -> Tensor:
+        """The network output that implies ``less`` (b c h w) less noise than ``out`` at the same latents.
+
+        Where there is no data (the first step of a flow, zero terminal signal-to-noise ratio), what a change of the
+        noise means for the data has no bound; alpha is taken as ``LEAST_DATA`` at least.
+        """
+        alpha, sigma = self.alpha_sigma(t)
+        alpha = alpha.clamp_min(LEAST_DATA) if isinstance(alpha, Tensor) else max(alpha, LEAST_DATA)
+        if self.kind == "epsilon":
+            return out - less
+        return out + sigma / alpha * less if self.kind == "sample" else out - less / alpha
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
         """Clean latents noised to level ``t``, in the scheduler's scaling (b c h w)."""

@@ -86,6 +86,22 @@ def different_negatives(
     return out
 
 
+def captions_with_negatives(source: ToyboxDataset, indices: Tensor, draw: Draw, n: int) -> list[tuple[Caption, Scene]]:
+    """A caption of each scene, then the ``n`` hard negatives of the first, of the second ..."""
+    own, negatives = [], []
+    for i in indices.tolist():
+        seed = draw.number("caption", i)
+
+        def say(scene: Scene, seed: int = seed) -> Caption:  # the same draw gives the same style and order
+            return describe(scene, np.random.default_rng(seed), "random")
+
+        scene = source.scenes[i]
+        own.append((say(scene), scene))
+        rng = np.random.default_rng(draw.number("negative", i))
+        negatives += different_negatives(own[-1][0].text, scene, n, rng, say)
+    return own + negatives
+
+
 class CLIPObjective(Objective):
     """Symmetric contrastive loss with hard negative captions."""
 
@@ -136,25 +152,10 @@ class CLIPObjective(Objective):
             texts, max_length=self.model_options.length, padding="longest", truncation=True, return_tensors="pt"
         ).input_ids
 
-    def _texts(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[tuple[Caption, Scene]]:
-        """A caption of each scene, then the hard negatives of the first, of the second ..."""
-        own, negatives = [], []
-        for i in indices.tolist():
-            seed = draw.number("caption", i)
-
-            def say(scene: Scene, seed: int = seed) -> Caption:  # the same draw gives the same style and order
-                return describe(scene, np.random.default_rng(seed), "random")
-
-            scene = source.scenes[i]
-            own.append((say(scene), scene))
-            rng = np.random.default_rng(draw.number("negative", i))
-            negatives += different_negatives(own[-1][0].text, scene, self.loss_options.negatives, rng, say)
-        return own + negatives
-
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         o: CLIPLoss = self.loss_options
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
-        told, scenes = zip(*self._texts(self.train_data, indices, draw), strict=True)
+        told, scenes = zip(*captions_with_negatives(self.train_data, indices, draw, o.negatives), strict=True)
         texts = [one.text for one in told]
         # two scenes of a batch may share a caption: not each other's negatives
         same = torch.tensor([[a == b for b in texts] for a in texts[: len(indices)]])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OBJECTIVES: dict[str, str] = {
     "vae": "sfumato.train.vae:VAEObjective",
     "clip": "sfumato.train.clip:CLIPObjective",
+    "noisy_clip": "sfumato.train.noisy_clip:NoisyCLIPObjective",
     "diffusion": "sfumato.train.diffusion:DiffusionObjective",
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
