@@ -205,7 +205,7 @@ def make(
 
 @app.command()
 def explain(
-    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, or a picture file.")],
+    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, a picture file, or a net.")],
     prompt: Annotated[str | None, typer.Option(help="What the picture file shows. Default: the prompt in it.")] = None,
     words: Annotated[
         list[str] | None, typer.Option(help="A word or phrase to look for; repeatable. Default: every word.")
@@ -223,7 +223,7 @@ def explain(
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
-    """Show where words are: in a picture made from a prompt, or in one that exists."""
+    """Show where words are, in a picture made from a prompt or in one that exists; or what a net's layers know."""
     from sfumato import cards, face
 
     typed: dict[str, Any] = {
@@ -237,6 +237,13 @@ def explain(
     typed = {name: value for name, value in typed.items() if value is not None}
     order = face.Order([], model, [], dtype, device, maps=maps)
     words = [word for text in words or [] for word in text.split("|")]
+    if hasattr(cards.method(cards.parse_with(by)[0]), "explain_model"):
+        if typed or words or prompt is not None or maps or model is not None:
+            raise BadInput(f"{by.partition(':')[0]} explains a net: give its name and the parameters of --by, nothing else.")
+        lines, paths = face.explain_net(what, by, order, out)
+        for line in (*lines, *paths):
+            typer.echo(line)
+        return
     if prompt is None and not face.is_picture(what):
         key, params = cards.parse_with(by)
         order.with_ = [{"method": key, "params": {**params, **({"words": words} if words else {})}}]

@@ -194,8 +194,11 @@ def explain(
     model: str | Path | Model = DEFAULT_MODEL,
     by: str = "daam",
     **options: Any,
-) -> Explanation:
-    """Where words of a prompt are in a picture.
+) -> Any:
+    """Where words of a prompt are in a picture; or, with a system that explains nets, what the layers of one know.
+
+    With such a system (``by="shape_texture"``) ``what`` is a net - a built-in name, a folder, a module, a
+    :class:`Model` - and its own table comes back; otherwise an :class:`Explanation`.
 
     Args:
         what: a prompt, to make pictures from and explain these; or a picture that exists (PIL, or a path together with
@@ -213,6 +216,8 @@ def explain(
     if words:
         params["words"] = [words] if isinstance(words, str) else list(words)
     system = cards.method(key)(**params)
+    if hasattr(system, "explain_model"):
+        return system.explain_model(open_net(what), **options)
     if isinstance(what, str) and prompt is None and not is_picture(what):
         result = make(what, model=model, with_=[system], **options)
         return Explanation(result.images, system.maps, result)
@@ -874,6 +879,29 @@ def explain_file(
         if order.maps:
             written.append(maps.save(path.with_suffix(".safetensors")))
         return written
+
+
+def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
+    """A net to look into: a text-to-image model, or a module that is called with pictures; both pass through.
+
+    Raises:
+        UnknownName, BadWeights, NotSupported: nothing of this name, or nothing that looks at pictures.
+    """
+    from sfumato.models.vision import is_vision, load_vision
+
+    if not isinstance(what, str | Path):
+        return what
+    return load_vision(what) if is_vision(what) else load(what, dtype=dtype, device=device)
+
+
+def explain_net(what: str, by: str, order: Order, out: Path) -> tuple[list[str], list[Path]]:
+    """What the layers of a net know, in lines, and written as table and plot into folder ``out``."""
+    key, params = cards.parse_with(by)
+    system: Any = cards.method(key)(**params)
+    with files.output_folder(out):
+        found = system.explain_model(open_net(what, order.dtype, order.device), Path(what).name)
+        stem = files.free_name(out, f"{files.slug(Path(what).name)}.{key}", ".json").stem
+        return found.lines(), found.save(out, stem)
 
 
 def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
