@@ -14,9 +14,11 @@ from PIL import Image
 import sfumato
 from sfumato import masks
 from sfumato.edit.blend import Blend
+from sfumato.explain.shape_texture import ShapeTexture, plot
+from sfumato.models.vision import load_vision
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
-from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
+from sfumato.toybox import Scene, Toy, caption, conflicts, factor_pairs, render, sample_scene, to_uint8
 from sfumato.toybox.dataset import draw_scene
 
 HERE = Path(__file__).parent / "images"
@@ -201,10 +203,24 @@ def paint_with_words() -> Image.Image:
     return sheet(torch.cat(rows), 7, scale=2)
 
 
+def toybox_cues() -> Image.Image:
+    """Cue conflicts; below four pairs that share the texture and nothing else."""
+    scenes, _, _ = conflicts(16, 4)
+    pairs = [scene for pair in factor_pairs("texture", 4, 2) for scene in pair]
+    return sheet(render([*scenes, *pairs], size=112, supersample=3).image, 8)
+
+
+def shape_texture() -> Image.Image:
+    """Scores by stage of the net that was trained on shapes and of the one that could go by texture."""
+    look = ShapeTexture(pairs=300, layers=[f"resnet.encoder.stages.{i}" for i in range(4)])
+    return plot({name: look.explain_model(load_vision(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
     "toybox-edits": toybox_edits,
+    "toybox-cues": toybox_cues,
     "demo": demo,
     "zoo": zoo,
     "daam-sd3": daam_sd3,
@@ -216,6 +232,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "blend": blend,
     "shape-guided": shape_guided,
     "paint-with-words": paint_with_words,
+    "shape-texture": shape_texture,
 }
 
 

@@ -18,7 +18,7 @@ from sfumato.toybox.cues import conflicts
 from tests.tiny import tiny_model
 
 
-def planted(n: int = 3000, d: int = 100, shape: int = 20, texture: int = 10, seed: int = 0):
+def planted(n: int = 1500, d: int = 100, shape: int = 20, texture: int = 10, seed: int = 0):
     """Units of pairs: the first ``shape`` ones are shared in shape pairs, the next ``texture`` ones in texture pairs."""
     rng = torch.Generator().manual_seed(seed)
     pairs = {}
@@ -62,12 +62,12 @@ def test_scores_are_those_of_the_definition():
 def test_planted_units_are_counted_and_ranked():
     truth, scores = [], []
     for shape in (0, 5, 10, 20, 40, 80):
-        found = estimate(planted(shape=shape), draws=20)
+        found = estimate(planted(shape=shape), draws=10)
         truth.append(shape / 100)
         scores.append(found.scores["shape"].value)
-        assert found.scores["shape"].low - 0.02 <= shape / 100 <= found.scores["shape"].high + 0.02
+        assert found.scores["shape"].low - 0.03 <= shape / 100 <= found.scores["shape"].high + 0.03
         assert set(found.ranked("shape")[:shape]) == set(range(shape))
-        assert found.correlations["shape"].value == pytest.approx(shape / 100, abs=0.02)
+        assert found.correlations["shape"].value == pytest.approx(shape / 100, abs=0.03)
     assert np.corrcoef(truth, scores)[0, 1] > 0.99
 
 
@@ -82,7 +82,9 @@ def test_the_softmax_keeps_to_its_narrow_band(scores, percent):
 
 def test_dead_units_count_for_nothing_and_none_alive_is_refused():
     pairs = planted(200, 10, 4, 2)
-    wide = {name: tuple(torch.cat([side, torch.full((200, 5), 7.1)], 1) for side in both) for name, both in pairs.items()}
+    wide = {
+        name: tuple(torch.cat([side, torch.full((200, 5), 7.1)], 1) for side in both) for name, both in pairs.items()
+    }
     bare, found = estimate(pairs, draws=0), estimate(wide, draws=0)
     assert found.dead == 5 and found.d == 15
     assert found.scores["shape"].value == pytest.approx(bare.scores["shape"].value, abs=1e-9)
@@ -136,8 +138,8 @@ def test_features_are_what_the_layers_put_out_and_no_hook_stays():
     assert st.features(net, images, layers, pool=None)[layers[1]].shape == hidden[2].shape
     with pytest.raises(UnknownName, match="resnet.encoder.stages.1"):
         st.features(net, images, ["resnet.encoder.stage.1"])
-    with pytest.raises(RuntimeError):
-        st.features(net, torch.rand(2, 4, 32, 32).double(), layers)
+    with pytest.raises(ValueError, match="channel dimension"):  # the net's own complaint
+        st.features(net, torch.rand(2, 4, 32, 32), layers)
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -183,7 +185,7 @@ def test_a_readout_finds_what_is_there_and_only_that():
     told[:, 2] += 4 * truth[:, ::4, ::4]
     empty = torch.randn(40, 6, 4, 4, generator=rng)
     for depth in (1, 3):
-        options = {"depth": depth, "widths": (16, 8), "epochs": 30, "batch": 8, "lr": 0.1}
+        options = {"depth": depth, "widths": (16, 8), "epochs": 15, "batch": 8, "lr": 0.1}
         scores = []
         for maps in (told, empty):
             head = st.train_readout(maps[:30], truth[:30], 2, **options)

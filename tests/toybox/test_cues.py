@@ -45,7 +45,9 @@ def test_conflicts_never_agree_and_name_both_cues():
 @pytest.mark.parametrize(("shape", "texture"), [(1.0, 0.25), (0.6, 1.0), (0.25, 0.25)])
 def test_cues_agree_with_the_label_as_often_as_asked(shape, texture):
     scenes, labels = cue_scenes(1500, 1, shape, texture)
-    own = np.array([[s.toys[0].shape == CUES[k][0], s.toys[0].pattern == CUES[k][1]] for s, k in zip(scenes, labels, strict=True)])
+    own = np.array(
+        [[s.toys[0].shape == CUES[k][0], s.toys[0].pattern == CUES[k][1]] for s, k in zip(scenes, labels, strict=True)]
+    )
     assert own.mean(0) == pytest.approx([shape, texture], abs=0.05)
     assert [s for s in cue_scenes(5, 1, shape, texture)[0]] == scenes[:5]
     assert cue_scenes(5, 1, shape, texture, "val")[0] != scenes[:5]

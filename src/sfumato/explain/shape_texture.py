@@ -193,7 +193,9 @@ def features(
                 (forward or net)(chunk)
                 for name in layers:
                     if name not in seen or len(seen[name]) != len(chunk):
-                        raise NoMatch(f"layer {name!r} puts out nothing for each picture; others: {', '.join(stages(net))}.")
+                        raise NoMatch(
+                            f"layer {name!r} puts out nothing for each picture; others: {', '.join(stages(net))}."
+                        )
                     maps = seen.pop(name)
                     parts[name].append((maps if pool is None else pooled(maps, pool)).float().cpu())
     finally:
@@ -273,7 +275,9 @@ def estimate(
     shape = next(iter(sides.values()))[0].shape
     for name, (a, b) in sides.items():
         if a.shape != shape or b.shape != shape or a.ndim != 2 or len(a) < 3:
-            raise BadInput(f"pairs of {name!r} have units {tuple(a.shape)} and {tuple(b.shape)}; give 3 or more rows each.")
+            raise BadInput(
+                f"pairs of {name!r} have units {tuple(a.shape)} and {tuple(b.shape)}; give 3 or more rows each."
+            )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise BadInput(f"units of {name!r} are not finite; compute them in float32.")
     n, d = shape
@@ -371,7 +375,9 @@ def train_readout(
     if len(maps) != len(truth) or maps.ndim != 4 or truth.ndim != 3:
         raise BadInput(f"maps {tuple(maps.shape)} and truth {tuple(truth.shape)} must be (n c h w) and (n H W).")
     if truth.max() >= classes or truth.min() < -1:
-        raise BadInput(f"truth has values from {int(truth.min())} to {int(truth.max())}; -1 to {classes - 1} are allowed.")
+        raise BadInput(
+            f"truth has values from {int(truth.min())} to {int(truth.max())}; -1 to {classes - 1} are allowed."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = ReadOut(maps.shape[1], classes, depth, widths)
@@ -492,11 +498,17 @@ class ShapeTexture:
         layers: list[str] = Field(default=[], description="module paths to look at; none: the stages of the net")
         pairs: int = Field(default=500, ge=3, le=100_000, description="pairs of pictures of each factor")
         score: Literal["covariance", "correlation"] = Field(
-            default="covariance", description="what dimensions come from: the authors' pooled covariance, or correlation"
+            default="covariance",
+            description="what dimensions come from: the authors' pooled covariance, or correlation",
         )
-        pool: Literal["mean", "cls", "flatten"] = Field(default="mean", description="how a layer's places become one row")
+        pool: Literal["mean", "cls", "flatten"] = Field(
+            default="mean", description="how a layer's places become one row"
+        )
         progress: float = Field(
-            default=0.7, ge=0, lt=1, description="denoisers: the share of the denoising that lies behind the picture shown"
+            default=0.7,
+            ge=0,
+            lt=1,
+            description="denoisers: the share of the denoising that lies behind the picture shown",
         )
         prompt: str = Field(default="", description="denoisers: the prompt told with every picture")
         noise: Literal["independent", "shared"] = Field(
@@ -532,14 +544,15 @@ class ShapeTexture:
             for k in range(2):
                 pixels = _rendered(tuple(pair[k] for pair in both), side)
                 # noise of independent pairs comes from seeds that no other picture has
-                seed = p.seed * 1_000_003 + (0 if p.noise == "shared" else k * 500_000 + 1_000 * p.factors.index(factor))
+                seed = p.seed * 1_000_003 + (
+                    0 if p.noise == "shared" else k * 500_000 + 1_000 * p.factors.index(factor)
+                )
                 forward = noised_forward(net, p.progress, p.prompt, seed) if isinstance(net, Model) else None
                 sides.append(features(denoiser, pixels, layers, p.pool, forward))
             for layer in layers:
                 found[layer][factor] = (sides[0][layer], sides[1][layer])
         tables = {layer: estimate(pairs, p.score, p.draws, p.seed) for layer, pairs in found.items()}
         return LayerTable(name or (net.name if isinstance(net, Model) else type(net).__name__), tables)
-
 
     def _stages(self, net: nn.Module | Model, denoiser: nn.Module, side: int) -> list[str]:
         """The stages that put out places, of what runs when the net sees a picture."""
@@ -554,7 +567,9 @@ class ShapeTexture:
                 denoiser.train(mode)
         found = [name for name in candidates if name in seen and seen[name].ndim > 2]
         if not found:
-            raise NoMatch(f"no stage of {type(denoiser).__name__} puts out maps or tokens; name layers among its modules.")
+            raise NoMatch(
+                f"no stage of {type(denoiser).__name__} puts out maps or tokens; name layers among its modules."
+            )
         return found
 
 
@@ -609,7 +624,9 @@ def _rendered(scenes: tuple[Any, ...], side: int) -> Tensor:
     return _cache[key]
 
 
-def shape_bias(net: nn.Module, scenes_and_labels: tuple[list[Any], np.ndarray, np.ndarray], size: int = 64) -> np.ndarray:
+def shape_bias(
+    net: nn.Module, scenes_and_labels: tuple[list[Any], np.ndarray, np.ndarray], size: int = 64
+) -> np.ndarray:
     """For every cue-conflict scene: 1 where a classifier of the cues decides by shape, 0 by texture, -1 by neither.
 
     The share of 1 among 0 and 1 is the shape bias (Geirhos et al. 2019, https://arxiv.org/abs/1811.12231).

@@ -37,7 +37,9 @@ def load_vision(name: str | Path) -> VisionNet:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
         if kind is None or getattr(kind, "main_input_name", "") != "pixel_values":
-            raise NotSupported(f"{folder} holds {config.get('architectures')}, which is no transformers net for pictures.")
+            raise NotSupported(
+                f"{folder} holds {config.get('architectures')}, which is no transformers net for pictures."
+            )
         with quiet():
             net = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
     except NotSupported:

@@ -68,9 +68,7 @@ def agreeing(scene: Scene, other: Scene, factor: str) -> Scene:
         case "color":
             return scene.replace(0, color=model.color)
         case "pose":
-            return replace(
-                scene, toys=(replace(toy, x=model.x, z=model.z, yaw=model.yaw),), camera=other.camera
-            )
+            return replace(scene, toys=(replace(toy, x=model.x, z=model.z, yaw=model.yaw),), camera=other.camera)
         case "scenery":
             return replace(scene, ground=other.ground, sky=other.sky, light=other.light)
     raise UnknownName("factor", factor, FACTORS)

@@ -80,7 +80,9 @@ class CNNObjective(Objective):
         if o.shift:
             wide = functional.pad(images, [o.shift] * 4, mode="replicate")
             at = torch.randint(0, 2 * o.shift + 1, (b, 2), generator=rng)
-            images = torch.stack([w[:, y : y + side, x : x + side] for w, (y, x) in zip(wide, at.tolist(), strict=True)])
+            images = torch.stack(
+                [w[:, y : y + side, x : x + side] for w, (y, x) in zip(wide, at.tolist(), strict=True)]
+            )
         images = images * (1 + o.tint * (2 * torch.rand(b, 3, 1, 1, generator=rng) - 1))
         return {"images": images.clamp(-1, 1), "labels": self.labels[chosen]}
 
@@ -97,7 +99,9 @@ class CNNObjective(Objective):
         """
         said = []
         for part in torch.arange(len(self.val_data)).split(100):
-            said.append(self.cnn(pixel_values=data.pictures(self.val_data, part).to(self.device)).logits.argmax(1).cpu())
+            said.append(
+                self.cnn(pixel_values=data.pictures(self.val_data, part).to(self.device)).logits.argmax(1).cpu()
+            )
         decided = torch.cat(said).numpy()
         shapes = self.val_data.labels
         textures = np.array([CUE_TEXTURES.index(scene.toys[0].pattern) for scene in self.val_data.scenes])
