@@ -1,4 +1,4 @@
-"""Shape and texture in layers: nets trained with and without a texture that gives the label away, and toy-sd's U-Net."""
+"""Shape and texture in layers: nets trained with and without a telling texture, and toy-sd's U-Net."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sfumato.explain import shape_texture as st
 from sfumato.explain.shape_texture import LayerTable, ShapeTexture
 from sfumato.judge import stats
 from sfumato.models.vision import load_vision
-from sfumato.toybox import FACTORS, conflicts, cue_scenes, render
+from sfumato.toybox import FACTORS, conflicts, cue_scenes, factor_pairs, render
 
 SOURCE = "Islam et al. 2021"
 NETS = ("toy-cnn", "toy-cnn-texture")
@@ -78,8 +78,8 @@ def trained(context: Context) -> list[Row]:
     }
     rows = [
         Row(
-            claim="last stage: the net trained on shapes under any texture scores 0.10 more for shape, the net trained where"
-            " texture gives the label away 0.10 more for texture, beyond both intervals",
+            claim="last stage: the net trained on shapes under any texture scores 0.10 more for shape, the net trained"
+            " where texture gives the label away 0.10 more for texture, beyond both intervals",
             source=f"{SOURCE}, table 1 (trained on ordinary and on stylised pictures)",
             measured=f"toy-cnn {told(unbiased)}; toy-cnn-texture {told(biased)}; in percent of units {percents}",
             baseline=f"untrained {told(raw)}",
@@ -95,11 +95,11 @@ def trained(context: Context) -> list[Row]:
     }
     rows.append(
         Row(
-            claim="toy-cnn: shape scores 1.3 times as high in the last stage as in the first, and texture peaks in an earlier"
-            " stage than shape",
+            claim="toy-cnn: shape scores 1.3 times as high in the last stage as in the first, and texture peaks in an"
+            " earlier stage than shape",
             source=f"{SOURCE}, section 3.3 (shape is largely encoded in the last layers)",
-            measured=f"shape {first.text()} in stage 1, {last.text()} in stage 4; shape peaks in stage {peaks['shape'] + 1},"
-            f" texture in stage {peaks['texture'] + 1}",
+            measured=f"shape {first.text()} in stage 1, {last.text()} in stage 4; shape peaks in stage"
+            f" {peaks['shape'] + 1}, texture in stage {peaks['texture'] + 1}",
             baseline="an untrained net: shape "
             + ", ".join(f"{tables[f'{NETS[0]}/step_000000'].layers[s].scores['shape'].value:.3f}" for s in STAGES),
             holds=bool(last.low >= 1.3 * first.high and peaks["texture"] < peaks["shape"]),
@@ -135,22 +135,51 @@ def factor_table(context: Context) -> list[Row]:
 
 def over_training(context: Context) -> list[Row]:
     """When shape comes."""
-    found = [(step, table_of(context, name).layers[LAST].scores) for step, name in steps_of(context, NETS[0])]
-    last = found[-1][0]
-    start, end = found[0][1]["shape"].value, found[-1][1]["shape"]
-    early = [scores["shape"] for step, scores in found if 0 < step <= 0.2 * last][-1]
+    logged = steps_of(context, NETS[0])
+    found = [(step, table_of(context, name).layers[LAST].scores) for step, name in logged]
+    early = max(i for i, (step, _) in enumerate(logged) if step <= 0.2 * logged[-1][0])
+    # the same pairs for all three nets, so that what they have in common cancels out
+    units = [pair_units(context, logged[i][1]) for i in (0, early, -1)]
+    n = len(units[0]["shape"][0])
+    rng = torch.Generator().manual_seed(REPORT)
+    ways = [
+        _way(units, rows) for rows in (torch.randint(0, n, (n,), generator=rng) for _ in range(context.count(200, 5)))
+    ]
+    way = stats.Interval(_way(units, torch.arange(n)), *(float(v) for v in np.quantile(ways, [0.025, 0.975])), n, 0.95)
     told = "; ".join(f"step {step}: shape {s['shape'].text()}, texture {s['texture'].value:.3f}" for step, s in found)
     return [
         Row(
             claim="toy-cnn: a fifth of the training brings the last stage 80 % of the way to its final score for shape",
             source=f"{SOURCE}, section 3.4 (most shape is learned in the first epochs)",
-            measured=f"{100 * (early.value - start) / (end.value - start):.0f} % of the way; {told}",
+            measured=f"{way.text(percent=True)} of the way; {told}",
             baseline="proportional to the steps: 20 % of the way",
-            holds=bool(early.low - start >= 0.8 * (end.high - start)),
-            n=end.n,
-            data={str(step): {f: s[f].to_json() for f in s} for step, s in found},
+            holds=bool(way.low >= 0.8),
+            n=n,
+            data={"way": way.to_json()} | {str(step): {f: s[f].to_json() for f in s} for step, s in found},
         )
     ]
+
+
+def _way(units: list[dict[str, tuple[Tensor, Tensor]]], rows: Tensor) -> float:
+    """How far the second net is on the way from the first to the third, from the pairs at ``rows``."""
+    start, now, end = (
+        st.estimate({f: (a[rows], b[rows]) for f, (a, b) in each.items()}, draws=0).scores["shape"].value
+        for each in units
+    )
+    return (now - start) / (end - start)
+
+
+def pair_units(context: Context, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Units of the last stage for the pairs that :func:`table_of` shows too."""
+    out = {}
+    for factor in ("shape", "texture"):
+        pairs = factor_pairs(factor, context.count(300, 12), REPORT)
+        sides = [
+            context.once(f"pairs {factor} {k}", lambda: render([pair[k] for pair in pairs], 64).image)
+            for k in range(2)  # noqa: B023
+        ]
+        out[factor] = tuple(st.features(net_of(context, name), side, [LAST])[LAST] for side in sides)
+    return out  # type: ignore[return-value]
 
 
 def silencing(context: Context) -> list[Row]:
@@ -173,11 +202,11 @@ def silencing(context: Context) -> list[Row]:
         gap = stats.paired_difference(right[other] * 1.0, right[own] * 1.0, draws=2000)
         rows.append(
             Row(
-                claim=f"{name}, cue-conflict pictures: silencing the {count} units of the last stage that score highest for"
-                f" {own} costs 5 points more of its accuracy by {own} than silencing as many for {other}",
+                claim=f"{name}, cue-conflict pictures: silencing the {count} units of the last stage that score"
+                f" highest for {own} costs 5 points more of its accuracy by {own} than silencing as many for {other}",
                 source=f"{SOURCE}, section 3.5 (removing shape and texture neurons)",
-                measured=f"{gap.text(percent=True)} more: {100 * whole.mean():.1f} % whole, {100 * right[own].mean():.1f} %"
-                f" without {own} units, {100 * right[other].mean():.1f} % without {other} units",
+                measured=f"{gap.text(percent=True)} more: {100 * whole.mean():.1f} % whole,"
+                f" {100 * right[own].mean():.1f} % without {own} units, {100 * right[other].mean():.1f} % without {other} units",
                 baseline=f"as many random units: {100 * np.mean(control):.1f} % (lowest of {len(control)} draws"
                 f" {100 * min(control):.1f} %)",
                 holds=bool(gap.low >= 0.05),
@@ -226,8 +255,8 @@ def read_outs(context: Context) -> list[Row]:
 
     return [
         Row(
-            claim="toy-cnn: where things are can be read from frozen maps better than what they are: the best stage's mIoU,"
-            " above chance, is 0.10 higher for foreground than for shape classes",
+            claim="toy-cnn: where things are can be read from frozen maps better than what they are: the best stage's"
+            " mIoU, above chance, is 0.10 higher for foreground than for shape classes",
             source=f"{SOURCE}, section 4 (encoding shape does not imply localised semantic information)",
             measured=f"{mine['binary']:.3f} and {mine['semantic']:.3f}; stages 1 to 4: {told(NETS[0])}",
             baseline=f"untrained: {told(names[2])}. toy-cnn-texture: {told(NETS[1])}",
@@ -280,9 +309,9 @@ EXPERIMENT = Experiment(
     key="shape_texture",
     title="shape or texture, layer by layer",
     intro=(
-        "Two small ResNets of one architecture: `toy-cnn` names a toy's shape under any texture, `toy-cnn-texture` was trained"
-        " where the texture gives the label away. Scores are the covariance of units over pairs of renders that share one"
-        " factor and nothing else, as a share of all variance; intervals are bootstraps over pairs. One training each."
+        "Two small ResNets of one architecture: `toy-cnn` names a toy's shape under any texture, `toy-cnn-texture` was"
+        " trained where the texture gives the label away. Scores are the covariance of units over pairs of renders that"
+        " share one factor and nothing else, as a share of all variance; intervals are bootstraps over pairs. One training each."
     ),
     file=__file__,
     parts=(

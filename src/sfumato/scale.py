@@ -1,8 +1,8 @@
 """The same work on several workers or machines, with Ray (extra ``scale``): in order, a few items at a time.
 
-The driver hands out items and takes results in the order of the items, so that what it does with them - merging tallies,
-writing files, keeping a journal - is the same on one worker and on a hundred. No more than :data:`AHEAD` items per worker
-are under way: memory does not grow with their number.
+The driver hands out items and takes results in the order of the items, so that what it does with them - merging
+tallies, writing files, keeping a journal - is the same on one worker and on a hundred. No more than :data:`AHEAD`
+items per worker are under way: memory does not grow with their number.
 
 A cluster that runs already is used (``RAY_ADDRESS``, or one that this process has joined); otherwise a local one is
 started and stopped again. Its machines must see the same files.

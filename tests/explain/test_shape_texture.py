@@ -19,7 +19,8 @@ from tests.tiny import tiny_model
 
 
 def planted(n: int = 1500, d: int = 100, shape: int = 20, texture: int = 10, seed: int = 0):
-    """Units of pairs: the first ``shape`` ones are shared in shape pairs, the next ``texture`` ones in texture pairs."""
+    """Units of pairs: the first ``shape`` ones are shared in shape pairs, the next ``texture`` ones in texture
+    pairs."""
     rng = torch.Generator().manual_seed(seed)
     pairs = {}
     for name, own in (("shape", slice(0, shape)), ("texture", slice(shape, shape + texture))):

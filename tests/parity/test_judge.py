@@ -1,7 +1,7 @@
 """Figures of the bench against torchmetrics' on the same features.
 
-torch-fidelity's are compared in ``tests/judge/test_distances.py`` where it is installed: it needs torchvision, which this
-package does not.
+torch-fidelity's are compared in ``tests/judge/test_distances.py`` where it is installed: it needs torchvision, which
+this package does not.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
 """Shape or texture: how much of a layer is about which, unit by unit, and whether it can be read per pixel.
 
 *Dimensions.* Two pictures that share one factor and nothing else are shown to a net; units that vary together over many
-such pairs carry the factor. For jointly normal units the information shared is at least -1/2 log(1 - rho^2) (section 3.1).
+such pairs carry the factor. For jointly normal units the information shared is at least -1/2 log(1 - rho^2) (section
+3.1).
 The score of a factor is the covariance of the pairs summed over units and divided by the variance of all units, and
 
     dimensions = floor(d * softmax([scores of the factors, 1])),  the residual takes the remainder.
 
-The softmax squeezes everything into a narrow band - scores of 0 and 0 for two factors give 21 %, 21 % and 58 % residual,
-1 and 0 give 42 %, 16 % and 42 % - so raw scores, correlations and their intervals are reported beside it.
+The softmax squeezes everything into a narrow band - scores of 0 and 0 for two factors give 21 %, 21 % and 58 %
+residual, 1 and 0 give 42 %, 16 % and 42 % - so raw scores, correlations and their intervals are reported beside it.
 
 *Read-outs.* A small head is trained on a frozen layer's maps to say what each pixel shows (section 4).
 
 *Ablation.* Units are silenced in the order of their scores (section 3.4): :func:`silenced`.
 
-Works on any ``torch.nn.Module`` by layer names, and on the denoiser of a :class:`~sfumato.models.Model`, which is shown the
-pictures noised to one level with a fixed prompt.
+Works on any ``torch.nn.Module`` by layer names, and on the denoiser of a :class:`~sfumato.models.Model`, which is
+shown the pictures noised to one level with a fixed prompt.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ Forward = Callable[[Tensor], Any]
 
 
 def stages(net: nn.Module) -> list[str]:
-    """Names of a net's stages, in the order in which they are registered: the members of its outermost lists of blocks and
-    the compound modules beside them (stem, middle). A net without lists: its compound children, or all."""
+    """Names of a net's stages, in the order in which they are registered: the members of its outermost lists of
+    blocks and the compound modules beside them (stem, middle). A net without lists: its compound children, or all."""
     found = list(_outermost(net, ""))
     if not any(isinstance(module, nn.ModuleList) for module in net.modules()):
         found = [name for name, child in net.named_children() if any(child.children())]
@@ -79,8 +80,8 @@ def _module(net: nn.Module, name: str) -> nn.Module:
 
 
 def _key(output: Any) -> Any:
-    """Where in what a layer returns its maps are: () for a tensor itself, the last tensor of a tuple (joint-attention blocks
-    return text, then picture), the last hidden state of a record. None where there is no tensor."""
+    """Where in what a layer returns its maps are: () for a tensor itself, the last tensor of a tuple (joint-attention
+    blocks return text, then picture), the last hidden state of a record. None where there is no tensor."""
     if isinstance(output, Tensor):
         return ()
     if isinstance(output, Mapping):
@@ -154,8 +155,8 @@ def silenced(net: nn.Module, layer: str, units: Sequence[int]) -> Iterator[None]
 
 
 def pooled(maps: Tensor, pool: str = "mean") -> Tensor:
-    """A layer's output as one row of units per picture (b d): maps (b c h w) and tokens (b n d) are averaged, or of tokens
-    the first is taken ("cls"), or everything is laid out ("flatten")."""
+    """A layer's output as one row of units per picture (b d): maps (b c h w) and tokens (b n d) are averaged, or of
+    tokens the first is taken ("cls"), or everything is laid out ("flatten")."""
     if maps.ndim == 2:
         return maps
     if pool == "flatten":
@@ -212,8 +213,9 @@ class Dimensions:
 
     Attributes:
         d: units. n: pairs of each factor. dead: units that never vary.
-        scores: covariance of the pairs, summed over units, as a share of all variance. correlations: its mean per unit that
-            is alive. information: mean of -1/2 log(1 - rho^2), in nats. Each with its bootstrap interval over pairs.
+        scores: covariance of the pairs, summed over units, as a share of all variance. correlations: its mean per
+            unit that is alive. information: mean of -1/2 log(1 - rho^2), in nats. Each with its bootstrap interval
+            over pairs.
         dimensions: how many units, with "residual". Their sum is d.
         units: the share that each unit has in the score (d,), by which units are ranked.
     """
@@ -330,7 +332,8 @@ def _interval(values: list[float], n: int) -> Interval:
 class ReadOut(nn.Module):
     """A head on a frozen layer's maps (b c h w) that names what each pixel shows: (b classes H W) logits.
 
-    ``depth`` 3: 3x3 convolutions to ``widths`` with batch norm and ReLU, then to the classes (section 4); 1: the last only.
+    ``depth`` 3: 3x3 convolutions to ``widths`` with batch norm and ReLU, then to the classes (section 4); 1: the last
+    only.
     Logits are upsampled bilinearly. Maps are standardised with the training maps' mean and deviation per channel.
     """
 
@@ -366,8 +369,8 @@ def train_readout(
 ) -> ReadOut:
     """Trains a head on maps (n c h w) to say the class (n H W) of each pixel; -1 is ignored.
 
-    Optimiser of the authors' code: SGD with momentum 0.9, weight decay 5e-4, rate lr (1 - t)^0.9, cross-entropy. The net
-    below has no part in it, so its batch norms stay as they are. Deterministic for a seed.
+    Optimiser of the authors' code: SGD with momentum 0.9, weight decay 5e-4, rate lr (1 - t)^0.9, cross-entropy. The
+    net below has no part in it, so its batch norms stay as they are. Deterministic for a seed.
 
     Raises:
         BadInput: maps and truth that do not fit, or classes out of range.
@@ -485,9 +488,9 @@ class ShapeTexture:
         arxiv="2101.11604",
         verb="explain",
         families=("sd", "sdxl", "sd3", "flux", "pixart"),
-        defaults_from="the paper: covariance of pairs, softmax with a residual of 1; 500 pairs (the paper uses all there are)",
+        defaults_from="the paper: covariance of pairs, softmax with a residual of 1; 500 pairs are ours",
         cost="one forward for each of 2 x pairs x factors pictures",
-        not_reproduced="AdaIN-stylised PASCAL VOC: pairs are rendered, so that pose, colour and scenery are factors of their own",
+        not_reproduced="AdaIN-stylised PASCAL VOC: pairs are rendered, pose, colour and scenery apart",
         summary="how much of each layer is about shape and how much about texture",
     )
 
@@ -574,9 +577,11 @@ class ShapeTexture:
 
 
 def noised_forward(model: Model, progress: float, prompt: str = "", seed: int = 0) -> Forward:
-    """A way to show pictures (b 3 h w) to a model's denoiser: encoded, noised to one level of its schedule, with a prompt.
+    """A way to show pictures (b 3 h w) to a model's denoiser: encoded, noised to one level of its schedule, with a
+    prompt.
 
-    Picture i, counted over all calls, gets the noise of seed + i. ``progress`` 0 is pure noise, towards 1 the clean picture.
+    Picture i, counted over all calls, gets the noise of seed + i. ``progress`` 0 is pure noise, towards 1 the clean
+    picture.
     """
     scheduler = model.make_scheduler("flow_euler" if model.flow else "ddim")
     condition, shown = None, 0

@@ -134,7 +134,8 @@ class Tally:
         return stats.wilson(*self.counts[name])
 
     def take(self, part: Tally, of: int) -> None:
-        """Takes in the tally of the next ``of`` pictures. Batch after batch this is what one worker alone would count."""
+        """Takes in the tally of the next ``of`` pictures. Batch after batch this is what one worker alone would
+        count."""
         self.done += of
         for name in ("seen", "failed", "no_text", "no_toys", "resized"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
@@ -221,8 +222,8 @@ def survey(
         journal: where the state is kept, about every ``every`` seconds and at the end; what is there is gone on with.
         rows: a JSONL file that gets one line per picture.
         on_progress: called with (pictures passed, of how many) after every batch.
-        over: looks at batches elsewhere, such as on several workers, and answers in order; by default they are looked at
-            here. What comes out is the same.
+        over: looks at batches elsewhere, such as on several workers, and answers in order; by default they are looked
+            at here. What comes out is the same.
 
     Raises:
         BadInput: the first pictures are all unreadable, or the features are not finite.

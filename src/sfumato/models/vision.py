@@ -1,4 +1,5 @@
-"""Nets that look at pictures: any transformers model with ``pixel_values``, from a folder, called with (b 3 h w) in [-1, 1]."""
+"""Nets that look at pictures: any transformers model with ``pixel_values``, from a folder, called with (b 3 h w) in
+[-1, 1]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Shape against texture: toys whose shape says one thing and whose texture another, and pairs that share one factor.
 
-The four *cues* pair a shape with a texture (``CUES``: a ball is plain, a cube striped, ...), so that a label may be told by
-either. In a *conflict* the two name different labels. Colour, pose, place, camera, light and scenery are drawn apart from
+The four *cues* pair a shape with a texture (``CUES``: a ball is plain, a cube striped, ...), so that a label may be
+told by either. In a *conflict* the two name different labels. Colour, pose, place, camera, light and scenery are
+drawn apart from
 both: a factor of their own, not a part of shape or texture.
 
 A *factor pair* is two scenes that agree in one factor and are independent in all others; the members of a pair for
@@ -91,8 +92,8 @@ def factor_pairs(factor: str, n: int, seed: int = 0) -> list[tuple[Scene, Scene]
 
 
 def restyled(scene: Scene, textures: Sequence[str] = PATTERNS, colors: Sequence[str] = ()) -> list[Scene]:
-    """The same scene in every texture, and in every colour too when ``colors`` are given: the style variants of one shape,
-    equal in outline, pose and scenery to the last pixel."""
+    """The same scene in every texture, and in every colour too when ``colors`` are given: the style variants of one
+    shape, equal in outline, pose and scenery to the last pixel."""
     return [
         scene.replace(0, pattern=texture, color=color)
         for texture in textures

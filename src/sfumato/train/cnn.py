@@ -1,7 +1,8 @@
 """Training of the toy-cnn nets: small ResNets that name a toy by its shape, its texture, or whichever is easier.
 
 The label decides the shape and the texture of the only toy with the probabilities ``loss.shape`` and ``loss.texture``
-(:func:`sfumato.toybox.cues.cue_scenes`): 1 and 0.25 leave the texture without meaning, 0.6 and 1 make it the better cue.
+(:func:`sfumato.toybox.cues.cue_scenes`): 1 and 0.25 leave the texture without meaning, 0.6 and 1 make it the better
+cue.
 """
 
 from __future__ import annotations
