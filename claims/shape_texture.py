@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from claims import common
@@ -171,15 +172,14 @@ def _way(units: list[dict[str, tuple[Tensor, Tensor]]], rows: Tensor) -> float:
 
 def pair_units(context: Context, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Units of the last stage for the pairs that :func:`table_of` shows too."""
-    out = {}
-    for factor in ("shape", "texture"):
-        pairs = factor_pairs(factor, context.count(300, 12), REPORT)
-        sides = [
-            context.once(f"pairs {factor} {k}", lambda: render([pair[k] for pair in pairs], 64).image)
-            for k in range(2)  # noqa: B023
-        ]
-        out[factor] = tuple(st.features(net_of(context, name), side, [LAST])[LAST] for side in sides)
-    return out  # type: ignore[return-value]
+
+    def drawn() -> dict[str, list[Tensor]]:
+        pairs = {f: factor_pairs(f, context.count(300, 12), REPORT) for f in ("shape", "texture")}
+        return {f: [render([pair[k] for pair in both], 64).image for k in range(2)] for f, both in pairs.items()}
+
+    sides = context.once("pairs", drawn)
+    net = net_of(context, name)
+    return {f: (st.features(net, a, [LAST])[LAST], st.features(net, b, [LAST])[LAST]) for f, (a, b) in sides.items()}
 
 
 def silencing(context: Context) -> list[Row]:
@@ -206,7 +206,8 @@ def silencing(context: Context) -> list[Row]:
                 f" highest for {own} costs 5 points more of its accuracy by {own} than silencing as many for {other}",
                 source=f"{SOURCE}, section 3.5 (removing shape and texture neurons)",
                 measured=f"{gap.text(percent=True)} more: {100 * whole.mean():.1f} % whole,"
-                f" {100 * right[own].mean():.1f} % without {own} units, {100 * right[other].mean():.1f} % without {other} units",
+                f" {100 * right[own].mean():.1f} % without {own} units, {100 * right[other].mean():.1f} % without"
+                f" {other} units",
                 baseline=f"as many random units: {100 * np.mean(control):.1f} % (lowest of {len(control)} draws"
                 f" {100 * min(control):.1f} %)",
                 holds=bool(gap.low >= 0.05),
@@ -311,7 +312,8 @@ EXPERIMENT = Experiment(
     intro=(
         "Two small ResNets of one architecture: `toy-cnn` names a toy's shape under any texture, `toy-cnn-texture` was"
         " trained where the texture gives the label away. Scores are the covariance of units over pairs of renders that"
-        " share one factor and nothing else, as a share of all variance; intervals are bootstraps over pairs. One training each."
+        " share one factor and nothing else, as a share of all variance; intervals are bootstraps over pairs. One"
+        " training each."
     ),
     file=__file__,
     parts=(
