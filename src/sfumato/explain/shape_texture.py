@@ -545,7 +545,7 @@ class ShapeTexture:
             both = factor_pairs(factor, p.pairs, p.seed)
             sides = []
             for k in range(2):
-                pixels = _rendered(tuple(pair[k] for pair in both), side)
+                pixels = rendered(tuple(pair[k] for pair in both), side)
                 # noise of independent pairs comes from seeds that no other picture has
                 seed = p.seed * 1_000_003 + (
                     0 if p.noise == "shared" else k * 500_000 + 1_000 * p.factors.index(factor)
@@ -617,7 +617,7 @@ def _side(net: nn.Module | Model) -> int:
 _cache: dict[tuple[Any, int], Tensor] = {}
 
 
-def _rendered(scenes: tuple[Any, ...], side: int) -> Tensor:
+def rendered(scenes: tuple[Any, ...], side: int) -> Tensor:
     """Pictures (n 3 side side); the last few sets are kept, so that several nets are shown the same ones at once."""
     from sfumato.toybox import render
 
@@ -637,7 +637,7 @@ def shape_bias(
     The share of 1 among 0 and 1 is the shape bias (Geirhos et al. 2019, https://arxiv.org/abs/1811.12231).
     """
     scenes, shapes, textures = scenes_and_labels
-    said = decisions(net, _rendered(tuple(scenes), size))
+    said = decisions(net, rendered(tuple(scenes), size))
     return np.where(said == shapes, 1, np.where(said == textures, 0, -1))
 
 

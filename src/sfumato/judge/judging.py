@@ -382,6 +382,12 @@ def _divergences(
                 mentions = truth.mentions.rows
     if tools.wishes:
         assert tally.shown and truth.shown
+        seen = truth.shown.rows.sum(0) + tally.shown.rows.sum(0)
+        never = [name for name, hits in zip(attributes, seen, strict=True) if not hits]
+        if never:
+            there = [name for name, hits in zip(attributes, seen, strict=True) if hits]
+            others = f"; seen are {', '.join(there)}" if there else ""
+            raise NoMatch(f"attribute {never[0]!r}: {asked.reader} sees it in no picture of either folder{others}.")
         # zeros and ones have no density: a little noise gives them one, the same noise in every run
         rng = np.random.default_rng(asked.seed)
         rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, tally.shown)]
