@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "structured_guidance": "claims.structured_guidance",
     "prompt_to_prompt": "claims.prompt_to_prompt",
     "bench": "claims.bench",
+    "shape_texture": "claims.shape_texture",
     "sad_pad": "claims.sad_pad",
     "blend": "claims.blend",
     "shape_guided": "claims.shape_guided",

@@ -18,6 +18,7 @@ from sfumato.judge.frechet import Moments, frechet
 from sfumato.judge.kernel import kernel_distance
 from sfumato.judge.manifold import manifold
 from sfumato.judge.perceptual import load_perceptual
+from sfumato.judge.toy_judge import Reading
 from sfumato.toybox import COLORS, caption, render
 from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.scene import Scene
@@ -37,26 +38,25 @@ def recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
 def planted(context: Context) -> list[Row]:
     """Counterfactual re-renders stand in for a generator that fails in a known share of its pictures."""
     n = context.count(500, 40)
-    eye = common.judge_of(context)
     scenes = [draw_scene("test", SEED, i, 2) for i in range(n)]
-    texts = [caption(scene, None, "short").text for scene in scenes]
+    wants = [asked(caption(scene, None, "short").text) for scene in scenes]
+    whole = read(context, scenes, "whole")
     rows = []
     for kind, figure in (("recoloured", "all_bound"), ("removed", "all_present")):
+        rng = np.random.default_rng(SEED)
+        spoilt = [_spoilt(scene, kind, rng) for scene in scenes]
+        # every scene is read once whole and once spoilt; the shares choose among the two
+        broken = read(context, spoilt, kind)
         measured, errors = [], []
         for share in PLANTED:
             rng = np.random.default_rng((SEED, round(100 * share)))
             wrong = set(rng.permutation(n)[: round(share * n)].tolist())
-            shown = [_spoilt(scene, kind, rng) if i in wrong else scene for i, scene in enumerate(scenes)]
             # a lost toy may leave another of its shape behind: truth is read off the scene, not off the plan
             truth = float(
-                np.mean([_fulfils(scene, asked(text), figure) for scene, text in zip(shown, texts, strict=True)])
+                np.mean([_fulfils((spoilt if i in wrong else scenes)[i], wants[i], figure) for i in range(n)])
             )
-            hits = []
-            for start, chunk in context.batches(shown, 64, f"{kind} {share}"):
-                for offset, reading in enumerate(eye.read(render(list(chunk), 64).image)):
-                    found = answer(reading, asked(texts[start + offset])).toys
-                    hits.append(found.all_bound if figure == "all_bound" else found.all_present)
-            got = stats.share(hits)
+            found = [answer((broken if i in wrong else whole)[i], wants[i]).toys for i in range(n)]
+            got = stats.share([each.all_bound if figure == "all_bound" else each.all_present for each in found])
             measured.append(f"planted {100 * truth:.1f} %, read {got.text(percent=True)}")
             errors.append(abs(got.value - truth))
         rows.append(
@@ -66,12 +66,22 @@ def planted(context: Context) -> list[Row]:
                 measured="; ".join(measured),
                 baseline="a judge that calls everything right is off by 10, 30 and 50 points",
                 holds=max(errors) <= 0.03,
-                n=n * len(PLANTED),
+                n=n,
                 leans_on=common.trust_text(context, "shape", "color"),
                 data={"errors": errors},
             )
         )
     return rows
+
+
+def read(context: Context, scenes: list[Scene], label: str) -> list[Reading]:
+    """The toy-judge's readings of renders."""
+    eye = common.judge_of(context)
+    return [
+        reading
+        for _, chunk in context.batches(scenes, 64, label)
+        for reading in eye.read(render(list(chunk), 64).image)
+    ]
 
 
 def _spoilt(scene: Scene, kind: str, rng: np.random.Generator) -> Scene:
@@ -117,7 +127,7 @@ def halves(context: Context) -> tuple[Tensor, Tensor, np.ndarray]:
     """Two disjoint sets of renders, and toy-clip's features of the first."""
 
     def made() -> tuple[Tensor, Tensor, np.ndarray]:
-        n = context.count(1000, 60)
+        n = context.count(800, 60)
         sets = [
             torch.cat([render(list(chunk), 64).image for _, chunk in context.batches(scenes, 64, "renders")])
             for scenes in ([draw_scene("test", SEED + side, i) for i in range(n)] for side in (1, 2))
@@ -125,6 +135,16 @@ def halves(context: Context) -> tuple[Tensor, Tensor, np.ndarray]:
         return sets[0], sets[1], clip_of(context).features(as_pil(sets[0]))
 
     return context.once("halves", made)
+
+
+def seen_of(context: Context, key: str, pictures: Tensor) -> np.ndarray:
+    """toy-clip's features of pictures, once per run."""
+    return context.once(f"features {key}", lambda: clip_of(context).features(as_pil(pictures)))
+
+
+def untouched(context: Context) -> np.ndarray:
+    """toy-clip's features of the second set as it is."""
+    return seen_of(context, "untouched", halves(context)[1])
 
 
 def pooled(pictures: Tensor) -> np.ndarray:
@@ -135,14 +155,14 @@ def pooled(pictures: Tensor) -> np.ndarray:
 def ordering(context: Context) -> list[Row]:
     """Distances grow with the strength of a corruption."""
     first, second, features = halves(context)
-    clip, n = clip_of(context), len(first)
+    n = len(first)
     told, base, steady, zero = [], [], True, None
     for name, corrupt in CORRUPTIONS.items():
         fds, kds, naive = [], [], []
         for strength in STRENGTHS:
             rng = torch.Generator().manual_seed(SEED)
             damaged = corrupt(second, strength, rng)
-            seen = clip.features(as_pil(damaged))
+            seen = seen_of(context, f"{name} {strength}", damaged) if strength else untouched(context)
             fds.append(_fd(features, seen))
             kds.append(kernel_distance(features, seen))
             naive.append(_fd(pooled(first), pooled(damaged)))
@@ -170,15 +190,15 @@ def _fd(first: np.ndarray, second: np.ndarray) -> float:
 
 def holes(context: Context) -> list[Row]:
     """Precision falls when pictures are spoilt, recall and coverage when a part of the world is missing."""
-    first, second, features = halves(context)
-    clip = clip_of(context)
+    _, second, features = halves(context)
     n = len(second)
     few = [i for i in range(n) if {toy.shape for toy in draw_scene("test", SEED + 2, i).toys} <= {"cube", "ball"}]
-    sound = manifold(features, clip.features(as_pil(second)))
-    spoilt = manifold(features, clip.features(as_pil(noisy(second, 1.0, torch.Generator().manual_seed(1)))))
+    own = untouched(context)
+    sound = manifold(features, own)
+    damaged = noisy(second, 1.0, torch.Generator().manual_seed(SEED))
+    spoilt = manifold(features, seen_of(context, "noise 1.0", damaged))
     # the same number of pictures as the poor set has, so that only what they show differs
-    fair = manifold(features, clip.features(as_pil(second[: len(few)])))
-    poor = manifold(features, clip.features(as_pil(second[few])))
+    fair, poor = manifold(features, own[: len(few)]), manifold(features, own[few])
     return [
         Row(
             claim="noise lowers precision; leaving four of six shapes out lowers recall and coverage, beyond their"
@@ -205,7 +225,7 @@ def holes(context: Context) -> list[Row]:
 
 def seeing(context: Context) -> list[Row]:
     """Which is farther: a toy in another colour, or the same picture moved by one pixel."""
-    n = context.count(400, 40)
+    n = context.count(300, 40)
     rng = np.random.default_rng(SEED)
     scenes = [draw_scene("test", SEED + 3, i) for i in range(n)]
     eye = load_perceptual(str(context.folder("toy-vae")))

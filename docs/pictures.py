@@ -18,9 +18,11 @@ from sfumato.edit.blend import Blend
 from sfumato.explain.daam import DAAM
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
+from sfumato.explain.shape_texture import ShapeTexture, plot
+from sfumato.models.vision import load_vision
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
-from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
+from sfumato.toybox import Scene, Toy, caption, conflicts, factor_pairs, render, sample_scene, to_uint8
 from sfumato.toybox.dataset import draw_scene
 
 HERE = Path(__file__).parent / "images"
@@ -327,12 +329,24 @@ def mgad() -> Image.Image:
             system = MGAD(**targets, prompted=False, cutouts=8)
             tiles.append(sfumato.make(text, seed=seed, guidance=1.0, with_=[system]).pixels)
     return sheet(torch.cat(tiles), 5, scale=2)
+def toybox_cues() -> Image.Image:
+    """Cue conflicts; below four pairs that share the texture and nothing else."""
+    scenes, _, _ = conflicts(16, 4)
+    pairs = [scene for pair in factor_pairs("texture", 4, 2) for scene in pair]
+    return sheet(render([*scenes, *pairs], size=112, supersample=3).image, 8)
+
+
+def shape_texture() -> Image.Image:
+    """Scores by stage of the net that was trained on shapes and of the one that could go by texture."""
+    look = ShapeTexture(pairs=300, layers=[f"resnet.encoder.stages.{i}" for i in range(4)])
+    return plot({name: look.explain_model(load_vision(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
 
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
     "toybox-edits": toybox_edits,
+    "toybox-cues": toybox_cues,
     "demo": demo,
     "zoo": zoo,
     "daam-sd3": daam_sd3,
@@ -352,6 +366,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "latent-geometry": latent_geometry,
     "clip-guidance": clip_guidance,
     "mgad": mgad,
+    "shape-texture": shape_texture,
 }
 
 

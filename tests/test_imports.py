@@ -19,7 +19,7 @@ SOURCE = Path(sfumato.__file__).parent
 FLOORS = [
     {"errors"},
     {"toybox"},
-    {"cards", "files", "zoo"},
+    {"cards", "files", "zoo", "scale"},
     {"models", "masks"},
     {"attention", "clip", "hspace"},
     {"sampling"},

@@ -145,6 +145,10 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. D
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 
 
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over Ray workers; the result is the same.")]
+NWorkers = Annotated[int | None, typer.Option("--workers", help="How many with --ray. Default: one per CPU there.")]
+
+
 @app.command()
 def make(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
@@ -168,6 +172,8 @@ def make(
     image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
+    ray: Ray = False,
+    workers: NWorkers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
@@ -178,6 +184,10 @@ def make(
         raise BadInput("--like and --prompts cannot be given together.")
     if prompt is not None and prompts is not None:
         raise BadInput("give the prompt or --prompts, not both.")
+    if ray and prompts is None:
+        raise BadInput("--ray spreads the lines of a prompts file: give --prompts.")
+    if workers is not None and not ray:
+        raise BadInput("--workers are Ray's: give --ray too.")
     if prompt is None and prompts is None and like is None:
         raise BadInput('nothing to make: give a prompt, such as sfumato make "a red cube", or --like or --prompts.')
     typed: dict[str, Any] = {
@@ -196,7 +206,7 @@ def make(
     if like is not None:
         order = face.like(like, typed, order)
     elif prompts is not None:
-        _deliver_lines(prompts, typed, order, out, grid)
+        _deliver_lines(prompts, typed, order, out, grid, ray, workers)
         return
     else:
         order.jobs = [face.JobOptions(**typed)]
@@ -205,7 +215,7 @@ def make(
 
 @app.command()
 def explain(
-    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, or a picture file.")],
+    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, a picture file, or a net.")],
     prompt: Annotated[str | None, typer.Option(help="What the picture file shows. Default: the prompt in it.")] = None,
     words: Annotated[
         list[str] | None, typer.Option(help="A word or phrase to look for; repeatable. Default: every word.")
@@ -223,7 +233,7 @@ def explain(
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
-    """Show where words are: in a picture made from a prompt, or in one that exists."""
+    """Show where words are, in a picture made from a prompt or in one that exists; or what a net's layers know."""
     from sfumato import cards, face
 
     typed: dict[str, Any] = {
@@ -237,6 +247,15 @@ def explain(
     typed = {name: value for name, value in typed.items() if value is not None}
     order = face.Order([], model, [], dtype, device, maps=maps)
     words = [word for text in words or [] for word in text.split("|")]
+    if hasattr(cards.method(cards.parse_with(by)[0]), "explain_model"):
+        if typed or words or prompt is not None or maps or model is not None:
+            raise BadInput(
+                f"{by.partition(':')[0]} explains a net: give its name and the parameters of --by, nothing else."
+            )
+        lines, paths = face.explain_net(what, by, order, out)
+        for line in (*lines, *paths):
+            typer.echo(line)
+        return
     if prompt is None and not face.is_picture(what):
         key, params = cards.parse_with(by)
         order.with_ = [{"method": key, "params": {**params, **({"words": words} if words else {})}}]
@@ -346,6 +365,8 @@ def judge(
     cap: Annotated[int | None, typer.Option(help="Most pictures a side where pairs count. Default: 10000.")] = None,
     seed: Seed = None,
     batch: Annotated[int | None, typer.Option(help="Pictures looked at together. Default: 32.")] = None,
+    ray: Ray = False,
+    workers: NWorkers = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and its state.")] = Path("judged"),
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     dtype: Dtype = None,
@@ -359,7 +380,7 @@ def judge(
             raise BadInput("give the reference once: as the first of two folders, or as --reference.")
         folder, reference = fake, folder
     given = {"metrics": metric, "net": net, "clip": clip, "template": template, "draws": draws, "cap": cap,
-             "seed": seed, "batch": batch, "dtype": dtype}  # fmt: skip
+             "seed": seed, "batch": batch, "dtype": dtype, "ray": ray or None, "workers": workers}  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     if attributes is not None and attribute:
         raise BadInput("give --attributes or --attribute, not both.")
@@ -461,16 +482,19 @@ def _deliver(order: Any, out: Path, grid: bool = False) -> None:
         typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
 
 
-def _deliver_lines(prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool) -> None:
+def _deliver_lines(
+    prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
+) -> None:
     """The same for a prompts file: what is there already is not made again, bad lines are told at the end."""
     from sfumato import face, files
 
     total = sum(1 for line in prompts.open("rb") if line.strip())
+    spread = {"ray": True, "workers": workers} if ray else {}
     finished: list[Path] = []
     made = there = 0
     try:
         with _bar("lines") as show:
-            for picture in face.carry_out_lines(face.read_prompts(prompts, typed), order, out, show, total):
+            for picture in face.carry_out_lines(face.read_prompts(prompts, typed), order, out, show, total, **spread):
                 there += picture.there
                 if grid:
                     finished.append(picture.paths[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib
 import itertools
@@ -194,8 +196,11 @@ def explain(
     model: str | Path | Model = DEFAULT_MODEL,
     by: str = "daam",
     **options: Any,
-) -> Explanation:
-    """Where words of a prompt are in a picture.
+) -> Any:
+    """Where words of a prompt are in a picture; or, with a system that explains nets, what the layers of one know.
+
+    With such a system (``by="shape_texture"``) ``what`` is a net - a built-in name, a folder, a module, a
+    :class:`Model` - and its own table comes back; otherwise an :class:`Explanation`.
 
     Args:
         what: a prompt, to make pictures from and explain these; or a picture that exists (PIL, or a path together with
@@ -213,6 +218,8 @@ def explain(
     if words:
         params["words"] = [words] if isinstance(words, str) else list(words)
     system = cards.method(key)(**params)
+    if hasattr(system, "explain_model"):
+        return system.explain_model(open_net(what), **options)
     if isinstance(what, str) and prompt is None and not is_picture(what):
         result = make(what, model=model, with_=[system], **options)
         return Explanation(result.images, system.maps, result)
@@ -880,6 +887,29 @@ def explain_file(
         return written
 
 
+def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
+    """A net to look into: a text-to-image model, or a module that is called with pictures; both pass through.
+
+    Raises:
+        UnknownName, BadWeights, NotSupported: nothing of this name, or nothing that looks at pictures.
+    """
+    from sfumato.models.vision import is_vision, load_vision
+
+    if not isinstance(what, str | Path):
+        return what
+    return load_vision(what) if is_vision(what) else load(what, dtype=dtype, device=device)
+
+
+def explain_net(what: str, by: str, order: Order, out: Path) -> tuple[list[str], list[Path]]:
+    """What the layers of a net know, in lines, and written as table and plot into folder ``out``."""
+    key, params = cards.parse_with(by)
+    system: Any = cards.method(key)(**params)
+    with files.output_folder(out):
+        found = system.explain_model(open_net(what, order.dtype, order.device), Path(what).name)
+        stem = files.free_name(out, f"{files.slug(Path(what).name)}.{key}", ".json").stem
+        return found.lines(), found.save(out, stem)
+
+
 def _warn_if_different(expected: dict[str, Any], model: Model) -> None:
     """Say so when the picture to be repeated was made by other weights or versions than are here."""
     if not expected:
@@ -964,76 +994,191 @@ def carry_out_lines(
     on_step: Callable[[int, int, float], None] | None = None,
     total: int = 0,
     model: Model | None = None,
+    ray: bool = False,
+    workers: int | None = None,
 ) -> Iterator[Made]:
     """Make the pictures of a prompts file one by one in folder ``out``, which keeps ``metadata.jsonl`` of them.
 
     What that file says is done is not made again; so the same call goes on after a kill. Lines that cannot be followed
-    are told at the end, when all others are done.
+    are told at the end, when all others are done. ``ray``: pictures are made on so many ``workers``
+    (:mod:`sfumato.scale`); files, their order and their content are the same.
 
     Raises:
         BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
     """
-    from sfumato.judge.journal import Journal
-
     build_all(order.with_)
     image = None if order.image is None else files.read_picture(order.image)
     wrong: list[str] = []
-    count = done = 0
-    with files.output_folder(out):
-        journal: Journal | None = None
+    tally = {"lines": 0, "done": 0}
+
+    def jobs() -> Iterator[tuple[int, Line, JobOptions]]:
+        """(index, line, one picture of it), for every line that can be followed."""
         for index, line in enumerate(lines):
-            count += 1
+            tally["lines"] += 1
             if line.job is None:
                 wrong.append(f"line {line.number}: {line.wrong}")
                 continue
-            if model is None:  # only now: a file of nothing but damage needs none
-                model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
-            journal = journal or Journal(out)
             for i in range(line.job.n):
-                options = line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
+                yield index, line, line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
 
-                def heard(step: Any, index: int = index) -> None:
-                    if on_step is not None:
-                        on_step(index, max(total, index + 1), (step.i + 1) / step.total)
-
-                try:
-                    yield _make_line(model, options, line.about, order, image, journal, out, heard)
-                    done += 1
-                except SfumatoError as error:
-                    if isinstance(error, WorkInterrupted):
-                        raise
-                    wrong.append(f"line {line.number}: {error}")
-                    break
+    with files.output_folder(out), contextlib.ExitStack() as stack:
+        made = (
+            _spread_lines(jobs(), order, image, out, workers, stack)
+            if ray
+            else _make_lines(jobs(), order, image, out, model, on_step, total)
+        )
+        failed = -1
+        for index, line, answer in made:
+            if isinstance(answer, str):
+                if line.number != failed:
+                    wrong.append(f"line {line.number}: {answer}")
+                failed = line.number
+            elif line.number != failed:
+                tally["done"] += 1
+                if ray and on_step is not None:
+                    on_step(index, max(total, index + 1), 1.0)
+                yield answer() if callable(answer) else answer
+    count, done = tally["lines"], tally["done"]
     if wrong:
         named = " ".join(wrong[:3]) + (f" And {len(wrong) - 3} more." if len(wrong) > 3 else "")
         kept = f" The {done} pictures of the others are in {out}." if done else ""
         raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{kept}")
 
 
-def _make_line(
-    model: Model,
-    options: JobOptions,
-    about: dict[str, Any],
+Answer = tuple[int, Line, Any]
+"""Index, line, and the :class:`Made` (or a call that writes it), or in words why it could not be."""
+
+
+def _make_lines(
+    jobs: Iterator[tuple[int, Line, JobOptions]],
     order: Order,
     image: Image | None,
-    journal: Any,
     out: Path,
-    heard: Callable[[Any], None],
-) -> Made:
-    """One picture, or the one that is there."""
+    model: Model | None,
+    on_step: Callable[[int, int, float], None] | None,
+    total: int,
+) -> Iterator[Answer]:
+    """Pictures one after the other, in this process."""
+    from sfumato.judge.journal import Journal
+
+    journal: Journal | None = None
+    failed = -1
+    for index, line, options in jobs:
+        if line.number == failed:
+            continue
+        if model is None:  # only now: a file of nothing but damage needs none
+            model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        journal = journal or Journal(out)
+
+        def heard(step: Any, index: int = index) -> None:
+            if on_step is not None:
+                on_step(index, max(total, index + 1), (step.i + 1) / step.total)
+
+        try:
+            key = _job_key(options, order, image, model.weight_hash, str(model.dtype))
+            there = journal.take(key)
+            if there is not None:
+                yield index, line, Made([there], there=True)
+                continue
+            result, seconds = _timed(model, options, order, image, heard)
+            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, result.cost))
+            made = Made(write(result, out, order.maps, path), False, seconds, result.cost)
+        except SfumatoError as error:
+            if isinstance(error, WorkInterrupted):
+                raise
+            failed = line.number
+            yield index, line, str(error)
+            continue
+        yield index, line, made
+
+
+def _spread_lines(
+    jobs: Iterator[tuple[int, Line, JobOptions]],
+    order: Order,
+    image: Image | None,
+    out: Path,
+    workers: int | None,
+    stack: contextlib.ExitStack,
+) -> Iterator[Answer]:
+    """The same on Ray workers. They make pictures; names, journal and files are this process's alone."""
+    from sfumato.judge.journal import Journal
+    from sfumato.scale import Workers
+
+    first = next(jobs, None)
+    if first is None:
+        return
+    journal = Journal(out)
+    pool = stack.enter_context(Workers(functools.partial(_Maker, order, image), workers))
+    weight_hash, dtype = pool.ask(None)
+
+    def items() -> Iterator[tuple[Any, Any]]:
+        for index, line, options in itertools.chain([first], jobs):
+            key = _job_key(options, order, image, weight_hash, dtype)
+            there = journal.take(key)
+            yield (index, line, options, key, there), None if there is not None else options
+
+    for (index, line, options, key, there), answer in pool.map(items()):
+        if there is not None or isinstance(answer, str):
+            yield index, line, Made([there], there=True) if there is not None else answer
+            continue
+
+        def put(options: JobOptions = options, line: Line = line, key: str = key, answer: Any = answer) -> Made:
+            parts, seconds, cost = answer
+            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, cost))
+            written = []
+            for suffix, content in parts:  # what is drawn beside a picture carries its name
+                written.append(path.with_name(path.stem + suffix))
+                with files.replacing(written[-1]) as file:
+                    file.write(content)
+            return Made(written, False, seconds, cost)
+
+        yield index, line, put
+
+
+class _Maker:
+    """On a worker: options of one picture -> its files as (end of the name, bytes), seconds, cost; or what is wrong."""
+
+    def __init__(self, order: Order, image: Image | None):
+        self.order, self.image = order, image
+        self.model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+
+    def __call__(self, options: JobOptions | None) -> Any:
+        import tempfile
+
+        if options is None:
+            return self.model.weight_hash, str(self.model.dtype)
+        try:
+            result, seconds = _timed(self.model, options, self.order, self.image, None)
+        except SfumatoError as error:
+            return str(error)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write(result, Path(folder), self.order.maps, Path(folder) / "picture.png")
+            return [(path.name[len("picture") :], path.read_bytes()) for path in paths], seconds, result.cost
+
+
+def _timed(
+    model: Model, options: JobOptions, order: Order, image: Image | None, heard: Callable[[Any], None] | None
+) -> tuple[Result, float]:
+    """One picture, decoded within the seconds that are told."""
     from sfumato.sampling import generate
 
-    systems = build_all(order.with_)
-    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in systems], model.weight_hash]
-    what += [str(model.dtype), None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-    there = journal.take(key)
-    if there is not None:
-        return Made([there], there=True)
     start = time.perf_counter()
+    systems = build_all(order.with_)
     result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
-    result.images  # noqa: B018 - decoded within the time that is told
-    seconds = time.perf_counter() - start
-    row = {"text": options.prompt, "seed": options.seed, "seconds": round(seconds, 4), "cost": result.cost, **about}
-    path = journal.begin(key, f"{files.slug(options.prompt)}-{options.seed}", row)
-    return Made(write(result, out, order.maps, path), False, seconds, result.cost)
+    result.images  # noqa: B018
+    return result, time.perf_counter() - start
+
+
+def _job_key(options: JobOptions, order: Order, image: Image | None, weight_hash: str, dtype: str) -> str:
+    """By what a picture that is there already is known."""
+    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in build_all(order.with_)]]
+    what += [weight_hash, dtype, None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _stem(options: JobOptions) -> str:
+    return f"{files.slug(options.prompt)}-{options.seed}"
+
+
+def _row(options: JobOptions, about: dict[str, Any], seconds: float, cost: float) -> dict[str, Any]:
+    return {"text": options.prompt, "seed": options.seed, "seconds": round(seconds, 4), "cost": cost, **about}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,28 @@ def test_what_cannot_be_explained(refused, tmp_path, tiny_sd, args, says):
     (tmp_path / "text.png").write_text("no picture")
     steps = () if "--steps" in args else ("--steps", 2)
     refused("explain", *args, *steps, "--model", tiny_sd, says=says)
+
+
+def test_a_net_is_explained(sfumato, tiny_sd):
+    done = sfumato("explain", tiny_sd, "--by", "shape_texture:pairs=4,draws=3,layers=[mid_block|down_blocks.0]")
+    assert done.code == 0, done.err
+    assert done.lines[0].startswith("mid_block: ") and done.lines[1].startswith("down_blocks.0: ")
+    assert done.lines[2:] == ["out/tiny-sd.shape-texture.json", "out/tiny-sd.shape-texture.png"]
+    told = json.loads(Path(done.lines[2]).read_text())
+    assert list(told["layers"]) == ["mid_block", "down_blocks.0"]
+    assert Image.open(done.lines[3]).width > 200
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("{net}", "--by", "shape_texture:pairs=2"), ["pairs of shape_texture is '2'"]),
+        (("{net}", "--by", "shape_texture:factors=[shapes]"), ["unknown factor of shape_texture 'shapes'", "'shape'"]),
+        (("{net}", "--by", "shape_texture:pairs=3,layers=[mid]"), ["unknown layer 'mid'", "'mid_block'"]),
+        (("no-net", "--by", "shape_texture"), ["no-net"]),
+        (("{net}", "--by", "shape_texture", "--words", "cube"), ["explains a net"]),
+        (("{net}", "--by", "shape_texture", "--steps", 3), ["explains a net"]),
+    ],
+)
+def test_a_net_cannot_be_explained(refused, tiny_sd, args, says):
+    refused("explain", *[str(arg).format(net=tiny_sd) for arg in args], says=says)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,29 @@ class Tally:
         """The share under ``name`` with its Wilson interval."""
         return stats.wilson(*self.counts[name])
 
+    def take(self, part: Tally, of: int) -> None:
+        """Takes in the tally of the next ``of`` pictures. Batch after batch this is what one worker alone would
+        count."""
+        self.done += of
+        for name in ("seen", "failed", "no_text", "no_toys", "resized"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for mine, theirs in ((self.counts, part.counts), (self.tasks, part.tasks)):
+            for name, (hits, asked_for) in theirs.items():
+                before = mine.get(name, [0, 0])
+                mine[name] = [before[0] + hits, before[1] + asked_for]
+        self.named = [*self.named, *part.named][:NAMED]
+        self.right, self.wrong = [*self.right, *part.right][:EXAMPLES], [*self.wrong, *part.wrong][:EXAMPLES]
+        for name in self._MOMENTS:
+            theirs = getattr(part, name)
+            if theirs is not None:
+                setattr(self, name, (getattr(self, name) or Moments(len(theirs.mean))).merge(theirs))
+        for name in self._SAMPLES:
+            theirs = getattr(part, name)
+            if theirs is not None:
+                mine = getattr(self, name) or Reservoir(theirs.rows.shape[1], theirs.cap, theirs.seed)
+                mine.add(theirs.indices, theirs.rows)
+                setattr(self, name, mine)
+
     # -- on disk ------------------------------------------------------------------------------------------------------
     _PLAIN = "done seen counts tasks failed named no_text no_toys resized seconds right wrong rows_end".split()
     _MOMENTS = ("scores", "moments")
@@ -190,6 +213,7 @@ def survey(
     rows: Path | None = None,
     every: float = 20.0,
     on_progress: Callable[[int, int], None] | None = None,
+    over: Spread | None = None,
 ) -> Tally:
     """Looks at every picture of a folder once.
 
@@ -198,6 +222,8 @@ def survey(
         journal: where the state is kept, about every ``every`` seconds and at the end; what is there is gone on with.
         rows: a JSONL file that gets one line per picture.
         on_progress: called with (pictures passed, of how many) after every batch.
+        over: looks at batches elsewhere, such as on several workers, and answers in order; by default they are looked
+            at here. What comes out is the same.
 
     Raises:
         BadInput: the first pictures are all unreadable, or the features are not finite.
@@ -208,11 +234,11 @@ def survey(
     tally = (Tally.load(journal, key, cap, seed) if journal else None) or Tally()
     told = _Rows(rows, tally.rows_end) if rows else None
     kept, start = time.monotonic(), time.monotonic() - tally.seconds
+    starts = range(tally.done, len(folder), batch)
+    batches = ((start, folder.names[start : start + batch]) for start in starts)
     try:
-        while tally.done < len(folder):
-            names = folder.names[tally.done : tally.done + batch]
-            lines = _look(folder, names, tools, tally, cap, seed)
-            tally.done += len(names)
+        for names, (part, lines) in (over or look_here(folder, tools, cap, seed))(batches):
+            tally.take(part, len(names))
             tally.seconds = time.monotonic() - start
             if told:
                 tally.rows_end = told.write(lines)
@@ -230,6 +256,25 @@ def survey(
         first = tally.named[0]
         raise BadInput(f"none of the {tally.done} pictures in {folder.path} can be read; {first[0]}: {first[1]}")
     return tally
+
+
+Batch = tuple[int, list[str]]
+"""Index of the first picture, and the names."""
+Seen = tuple[Tally, list[dict[str, Any]]]
+"""What a batch adds to the tally, and a row per picture."""
+Spread = Callable[[Iterable[Batch]], Iterator[tuple[list[str], Seen]]]
+
+
+def look(folder: Folder, tools: Instruments, cap: int, seed: int, batch: Batch) -> Seen:
+    """Looks at one batch of a folder, whatever came before it."""
+    start, names = batch
+    part = Tally(done=start)
+    return part, _look(folder, names, tools, part, cap, seed)
+
+
+def look_here(folder: Folder, tools: Instruments, cap: int, seed: int) -> Spread:
+    """Batches one after the other, in this process."""
+    return lambda batches: ((batch[1], look(folder, tools, cap, seed, batch)) for batch in batches)
 
 
 class _Rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sfumato import cards, files
 from sfumato.cards import Field
 from sfumato.errors import BadInput, NoMatch, SfumatoError, UnknownName
 from sfumato.judge import stats
-from sfumato.judge.bench import CAP, EXAMPLES, Instruments, Tally, survey
+from sfumato.judge.bench import CAP, EXAMPLES, Instruments, Tally, look, survey
 from sfumato.judge.features import DEFAULT_NET, clip_net, feature_net
 from sfumato.judge.folder import Folder
 from sfumato.judge.frechet import frechet
@@ -24,6 +24,7 @@ from sfumato.judge.presence import Wanted
 from sfumato.judge.report import Figure, Report, Table
 from sfumato.judge.sad_pad import Divergences, SadPad, find_attributes, plots
 from sfumato.judge.toy_judge import load_judge
+from sfumato.scale import Workers, check
 
 METRICS = ("presence", "clip_score", "frechet", "kernel", "manifold", "attributes")
 RATES = {
@@ -60,6 +61,8 @@ class JudgeOptions(cards.Params):
     template: str = Field(default="a photo of {}", description="sentence an attribute is put into")
     pairs: bool = Field(default=True, description="whether pairs of attributes are compared")
     draws: int = Field(default=100, ge=0, le=10_000, description="permutations behind attribute densities")
+    ray: bool = Field(default=False, description="look at pictures on Ray workers")
+    workers: int | None = Field(default=None, ge=1, description="how many; none: as many as the cluster has CPUs")
 
     @field_validator("metrics")
     @classmethod
@@ -95,6 +98,10 @@ def judge_folder(
         names. UnknownName, BadWeights, NotSupported: nets.
     """
     asked = JudgeOptions(**options)
+    if asked.ray:
+        check(asked.workers)
+    elif asked.workers is not None:
+        raise BadInput("workers are Ray's: give --ray too.")
     system = SadPad(template=asked.template, pairs=asked.pairs, draws=asked.draws, seed=asked.seed)
     fake = Folder(folder, prompts)
     real = None if reference is None else Folder(reference)
@@ -102,13 +109,7 @@ def judge_folder(
         raise BadInput(f"{str(folder)!r} is both the folder and its reference; name two folders.")
     attributes = _attributes(asked, real, fake)
     wanted = _applicable(asked, fake, real, attributes)
-    same = asked.net == asked.clip
-    clip = clip_net(asked.clip, asked.dtype, asked.device) if wanted & {"clip_score", "attributes"} else None
-    distances = bool(wanted & {"frechet", "kernel", "manifold"})
-    net = (clip if same and clip else feature_net(asked.net, asked.dtype, asked.device)) if distances else None
-    wishes = tuple(Wanted.parse(name) for name in attributes) if asked.oracle else ()
-    reader = load_judge(asked.reader) if "presence" in wanted or wishes else None
-    looked = Instruments(reader, net, clip, tuple(attributes), wishes, asked.captions)
+    looked = _instruments(asked, wanted, attributes)
     total = len(fake) + (len(real) if real else 0)
     folder_out = None if out is None else Path(out)
     shared: dict[str, Any] = {"cap": asked.cap, "seed": asked.seed, "batch": asked.batch}
@@ -116,18 +117,34 @@ def judge_folder(
     def heard(before: int) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, _: on_progress(before + done, total)
 
+    @contextlib.contextmanager
+    def spread(which: Path, told: Any, reference: bool) -> Iterator[dict[str, Any]]:
+        """How batches reach the workers, when there shall be some."""
+        if not asked.ray:
+            yield {}
+            return
+
+        def make() -> Callable[[Any], Any]:  # on each worker, which loads folder and nets for itself
+            tools = _instruments(asked, wanted, attributes, reference)
+            own = Folder(which, told)
+            return lambda batch: look(own, tools, asked.cap, asked.seed, batch)
+
+        with Workers(make, asked.workers) as pool:
+            yield {"over": lambda batches: pool.map((names, (start, names)) for start, names in batches)}
+
     def run() -> Report:
         truth = None
         if real is not None:
-            part = Instruments(
-                reader if wishes else None, net, clip if attributes else None, tuple(attributes), wishes,
-                asked.captions and bool(attributes),
+            part = _instruments(asked, wanted, attributes, reference=True)
+            with spread(real.path, None, True) as over:
+                truth = survey(
+                    real, part, journal=_at(folder_out, "reference.state"), on_progress=heard(0), **shared, **over
+                )
+        with spread(fake.path, prompts, False) as over:
+            tally = survey(
+                fake, looked, journal=_at(folder_out, "pictures.state"), rows=_at(folder_out, "pictures.jsonl"),
+                on_progress=heard(len(real) if real else 0), **shared, **over,
             )  # fmt: skip
-            truth = survey(real, part, journal=_at(folder_out, "reference.state"), on_progress=heard(0), **shared)
-        tally = survey(
-            fake, looked, journal=_at(folder_out, "pictures.state"), rows=_at(folder_out, "pictures.jsonl"),
-            on_progress=heard(len(real) if real else 0), **shared,
-        )  # fmt: skip
         return _report(asked, system, fake, tally, real, truth, wanted, attributes, looked)
 
     if folder_out is None:
@@ -150,6 +167,23 @@ def _nothing_left(folder: Path) -> Iterator[None]:
             if name not in before:
                 (folder / name).unlink(missing_ok=True)
         raise
+
+
+def _instruments(
+    asked: JudgeOptions, wanted: set[str], attributes: Sequence[str], reference: bool = False
+) -> Instruments:
+    """What looks at the pictures to judge, or at those of the reference."""
+    wishes = tuple(Wanted.parse(name) for name in attributes) if asked.oracle else ()
+    # nets are loaded once per process: the same name is the same object
+    clip = clip_net(asked.clip, asked.dtype, asked.device) if wanted & {"clip_score", "attributes"} else None
+    net = feature_net(asked.net, asked.dtype, asked.device) if wanted & {"frechet", "kernel", "manifold"} else None
+    if not reference:
+        reader = load_judge(asked.reader) if "presence" in wanted or wishes else None
+        return Instruments(reader, net, clip, tuple(attributes), wishes, asked.captions)
+    reader = load_judge(asked.reader) if wishes else None
+    return Instruments(
+        reader, net, clip if attributes else None, tuple(attributes), wishes, asked.captions and bool(attributes)
+    )
 
 
 def _at(folder: Path | None, name: str) -> Path | None:
@@ -228,7 +262,7 @@ def _report(
     if "presence" in wanted:
         _gallery(report, fake, tally)
     report.data |= {
-        "options": asked.model_dump(mode="json"),
+        "options": asked.model_dump(mode="json", exclude={"ray", "workers"}),  # they change no figure
         "folder": str(fake.path),
         "reference": str(real.path) if real else None,
         "pictures": {"seen": tally.seen, "failed": tally.failed, "named": tally.named, "no_text": tally.no_text,
@@ -348,6 +382,12 @@ def _divergences(
                 mentions = truth.mentions.rows
     if tools.wishes:
         assert tally.shown and truth.shown
+        seen = truth.shown.rows.sum(0) + tally.shown.rows.sum(0)
+        never = [name for name, hits in zip(attributes, seen, strict=True) if not hits]
+        if never:
+            there = [name for name, hits in zip(attributes, seen, strict=True) if hits]
+            others = f"; seen are {', '.join(there)}" if there else ""
+            raise NoMatch(f"attribute {never[0]!r}: {asked.reader} sees it in no picture of either folder{others}.")
         # zeros and ones have no density: a little noise gives them one, the same noise in every run
         rng = np.random.default_rng(asked.seed)
         rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, tally.shown)]

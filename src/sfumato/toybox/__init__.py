@@ -11,6 +11,7 @@ _HOME = {
     "captions": "Caption Phrase Dependency caption VOCABULARY".split(),
     "rendering": "Frames render to_uint8".split(),
     "dataset": "ToyboxDataset export_imagefolder".split(),
+    "cues": "CUES FACTORS CueDataset conflicts cue_scenes factor_pairs restyled".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -30,6 +30,7 @@ OBJECTIVES: dict[str, str] = {
     "diffusion": "sfumato.train.diffusion:DiffusionObjective",
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
+    "cnn": "sfumato.train.cnn:CNNObjective",
 }
 
 

@@ -55,6 +55,9 @@ class TrainOptions(Options):
     grid_every: int = Field(500, ge=1, description="steps between sample grids")
     evaluate_every: int = Field(1_000, ge=1, description="steps between measurements on held-out scenes")
     checkpoint_every: int = Field(500, ge=1)
+    stages: tuple[float, ...] = Field(
+        (), description="shares of the steps after which the weights are kept and exported"
+    )
     snapshot_minutes: float = Field(10.0, gt=0, description="minutes between exports of the averaged weights")
 
 

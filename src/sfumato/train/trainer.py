@@ -280,8 +280,10 @@ class Trainer:
         start, before = time.monotonic(), self.seconds
         snapshot = start
         main = self.accelerator.is_main_process
+        self._keep_stage()
         while self.step < self.options.steps and not self._over(start, minutes):
             logs = self.train_step()
+            self._keep_stage()
             self.seconds = before + time.monotonic() - start
             last = self.step == self.options.steps
             if last or self.step % self.options.log_every == 0:
@@ -312,6 +314,20 @@ class Trainer:
             self.save()
         return RunResult(self.recipe.name, self.folder, self.step, finished, self._stop.is_set(), self.seconds)
 
+    def _keep_stage(self) -> None:
+        """Keeps the averaged weights as they are now, if the recipe wants a stage here (``train.stages``)."""
+        wanted = {round(share * self.options.steps) for share in self.options.stages}
+        if self.step not in wanted or not self.accelerator.is_main_process:
+            return
+        target = self.folder / "stages" / f"step_{self.step:06d}"
+        beside = target.with_name(f".writing_{target.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        with self.averaged():
+            self.objective.export(beside)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+
     def _over(self, start: float, minutes: float | None) -> bool:
         over = self._stop.is_set() or (minutes is not None and time.monotonic() - start > 60 * minutes)
         if self.accelerator.num_processes > 1:  # all ranks leave at the same step
@@ -333,6 +349,8 @@ class Trainer:
         try:
             with self.averaged():
                 extra = self.objective.export(beside)
+            for stage in sorted((self.folder / "stages").glob("step_*")):
+                shutil.copytree(stage, beside / "stages" / stage.name)
             write_card(beside, self.recipe, self.step, self.seconds, self.plans, quality, extra)
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)

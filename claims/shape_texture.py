@@ -1,0 +1,326 @@
+"""Shape and texture in layers: nets trained with and without a telling texture, and toy-sd's U-Net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from claims import common
+from claims.core import Context, Experiment, Part, Row
+from sfumato.explain import shape_texture as st
+from sfumato.explain.shape_texture import LayerTable, ShapeTexture
+from sfumato.judge import stats
+from sfumato.models.vision import load_vision
+from sfumato.toybox import FACTORS, conflicts, cue_scenes, factor_pairs, render
+
+SOURCE = "Islam et al. 2021"
+NETS = ("toy-cnn", "toy-cnn-texture")
+REPORT = 6000  # seed of pairs and scenes
+STAGES = [f"resnet.encoder.stages.{i}" for i in range(4)]
+LAST = STAGES[-1]
+SHARE = 0.10  # of the units that are silenced
+DRAWS = 20  # of random units, the control
+WIDTHS, EPOCHS = (64, 32), 12
+
+
+def net_of(context: Context, name: str) -> Any:
+    """A net of the zoo, or one of its stages as ``name/step``, once per run."""
+    where, _, step = name.partition("/")
+    folder = context.folder(where) / "stages" / step if step else context.folder(where)
+    return context.once(f"net {name}", lambda: load_vision(folder))
+
+
+def steps_of(context: Context, name: str) -> list[tuple[int, str]]:
+    """(step, name) of the logged stages and of the finished net."""
+    folder = context.folder(name) / "stages"
+    found = sorted((int(path.name.rpartition("_")[2]), f"{name}/{path.name}") for path in folder.glob("step_*"))
+    return [*found, (_last_step(context.folder(name)), name)]
+
+
+def _last_step(folder: Path) -> int:
+    import json
+
+    return int(json.loads((folder / "sfumato.json").read_text(encoding="utf-8"))["training"]["steps"])
+
+
+def table_of(context: Context, name: str, factors: tuple[str, ...] = ("shape", "texture")) -> LayerTable:
+    """Dimensions by layer, once per run."""
+
+    def made() -> LayerTable:
+        pairs = context.count(300, 12)
+        system = ShapeTexture(factors=list(factors), layers=STAGES, pairs=pairs, seed=REPORT, draws=200)
+        return system.explain_model(net_of(context, name), name)
+
+    return context.once(f"table {name} {factors}", made)
+
+
+def trained(context: Context) -> list[Row]:
+    """What training rewards is what the last stage is about."""
+    tables = {name: table_of(context, name) for name in (*NETS, f"{NETS[0]}/step_000000")}
+    score = {name: {f: table.layers[LAST].scores[f] for f in ("shape", "texture")} for name, table in tables.items()}
+    unbiased, biased, raw = (score[name] for name in tables)
+    gaps = unbiased["shape"].low - biased["shape"].high, biased["texture"].low - unbiased["texture"].high
+    picture = context.save(
+        "shape-texture-layers.png",
+        st.plot({**dict(list(tables.items())[:2]), "untrained": tables[f"{NETS[0]}/step_000000"]}),
+    )
+
+    def told(each: dict[str, stats.Interval]) -> str:
+        return f"shape {each['shape'].text()}, texture {each['texture'].text()}"
+
+    n = tables[NETS[0]].layers[LAST].n
+    percents = {
+        name: {f: round(tables[name].layers[LAST].percent(f), 1) for f in ("shape", "texture", "residual")}
+        for name in NETS
+    }
+    rows = [
+        Row(
+            claim="last stage: the net trained on shapes under any texture scores 0.10 more for shape, the net trained"
+            " where texture gives the label away 0.10 more for texture, beyond both intervals",
+            source=f"{SOURCE}, table 1 (trained on ordinary and on stylised pictures)",
+            measured=f"toy-cnn {told(unbiased)}; toy-cnn-texture {told(biased)}; in percent of units {percents}",
+            baseline=f"untrained {told(raw)}",
+            holds=min(gaps) >= 0.10,
+            n=n,
+            picture=picture,
+            data={name: table.to_json()["layers"][LAST] | {"units": None} for name, table in tables.items()},
+        )
+    ]
+    first, last = (tables[NETS[0]].layers[each].scores["shape"] for each in (STAGES[0], LAST))
+    by_stage = {
+        name: {f: ", ".join(f"{table.layers[s].scores[f].value:.2f}" for s in STAGES) for f in ("shape", "texture")}
+        for name, table in tables.items()
+    }
+    told_by = {name: f"shape {each['shape']}; texture {each['texture']}" for name, each in by_stage.items()}
+    rows.append(
+        Row(
+            claim="toy-cnn: shape scores 1.3 times as high in the last stage as in the first, beyond both intervals",
+            source=f"{SOURCE}, section 3.3 (shape is largely encoded in the last layers)",
+            measured=f"{first.text()} in stage 1, {last.text()} in stage 4; stages 1 to 4: {told_by[NETS[0]]}",
+            baseline=f"untrained: {told_by[f'{NETS[0]}/step_000000']}. toy-cnn-texture: {told_by[NETS[1]]}",
+            holds=bool(last.low >= 1.3 * first.high),
+            n=n,
+        )
+    )
+    return rows
+
+
+def factor_table(context: Context) -> list[Row]:
+    """Five factors instead of two: what "shape" pairs of restyled pictures lump together stands apart here."""
+    tables = {name: table_of(context, name, FACTORS) for name in NETS}
+    told = {
+        name: "; ".join(f"{f} " + ", ".join(f"{table.layers[s].scores[f].value:.2f}" for s in STAGES) for f in FACTORS)
+        for name, table in tables.items()
+    }
+    return [
+        Row(
+            claim="scores of five factors, stage 1 to 4 (pose: place, turn and camera; scenery: ground, sky and light)",
+            source="this repository",
+            measured=f"toy-cnn {told['toy-cnn']}",
+            baseline=f"toy-cnn-texture {told['toy-cnn-texture']}",
+            holds=None,
+            n=tables[NETS[0]].layers[LAST].n,
+            picture=context.save("shape-texture-factors.png", st.plot(tables)),
+            data={
+                name: {s: {f: table.layers[s].scores[f].to_json() for f in FACTORS} for s in STAGES}
+                for name, table in tables.items()
+            },
+        )
+    ]
+
+
+def over_training(context: Context) -> list[Row]:
+    """When shape comes."""
+    logged = steps_of(context, NETS[0])
+    found = [(step, table_of(context, name).layers[LAST].scores) for step, name in logged]
+    early = max(i for i, (step, _) in enumerate(logged) if step <= 0.2 * logged[-1][0])
+    # the same pairs for all three nets, so that what they have in common cancels out
+    units = [pair_units(context, logged[i][1]) for i in (0, early, -1)]
+    n = len(units[0]["shape"][0])
+    rng = torch.Generator().manual_seed(REPORT)
+    ways = [
+        _way(units, rows) for rows in (torch.randint(0, n, (n,), generator=rng) for _ in range(context.count(200, 5)))
+    ]
+    way = stats.Interval(_way(units, torch.arange(n)), *(float(v) for v in np.quantile(ways, [0.025, 0.975])), n, 0.95)
+    told = "; ".join(f"step {step}: shape {s['shape'].text()}, texture {s['texture'].value:.3f}" for step, s in found)
+    return [
+        Row(
+            claim="toy-cnn: a fifth of the training brings the last stage 80 % of the way to its final score for shape",
+            source=f"{SOURCE}, section 3.4 (most shape is learned in the first epochs)",
+            measured=f"{way.text(percent=True)} of the way; {told}",
+            baseline="proportional to the steps: 20 % of the way",
+            holds=bool(way.low >= 0.8),
+            n=n,
+            data={"way": way.to_json()} | {str(step): {f: s[f].to_json() for f in s} for step, s in found},
+        )
+    ]
+
+
+def _way(units: list[dict[str, tuple[Tensor, Tensor]]], rows: Tensor) -> float:
+    """How far the second net is on the way from the first to the third, from the pairs at ``rows``."""
+    start, now, end = (
+        st.estimate({f: (a[rows], b[rows]) for f, (a, b) in each.items()}, draws=0).scores["shape"].value
+        for each in units
+    )
+    return (now - start) / (end - start)
+
+
+def pair_units(context: Context, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Units of the last stage for the pairs that :func:`table_of` shows too."""
+
+    count = context.count(300, 12)
+    sides = {
+        f: [st.rendered(tuple(pair[k] for pair in factor_pairs(f, count, REPORT)), 64) for k in range(2)]
+        for f in ("shape", "texture")
+    }
+    net = net_of(context, name)
+    return {f: (st.features(net, a, [LAST])[LAST], st.features(net, b, [LAST])[LAST]) for f, (a, b) in sides.items()}
+
+
+def silencing(context: Context) -> list[Row]:
+    """Units ranked high for what a net decides by are those it needs."""
+    n = context.count(300, 24)
+    scenes, shapes, textures = conflicts(n, REPORT)
+    pixels = context.once("conflicts", lambda: render(scenes, 64).image)
+    rows = []
+    for name, own, other, truth in ((NETS[0], "shape", "texture", shapes), (NETS[1], "texture", "shape", textures)):
+        net = net_of(context, name)
+        ranks = table_of(context, name).layers[LAST]
+        count = max(1, round(SHARE * ranks.d))
+        whole = st.decisions(net, pixels) == truth
+        right = {f: _without(net, ranks.ranked(f)[:count], pixels) == truth for f in (own, other)}
+        rng = np.random.default_rng(REPORT)
+        control = [
+            (_without(net, rng.permutation(ranks.d)[:count].tolist(), pixels) == truth).mean()
+            for _ in range(context.count(DRAWS, 3))
+        ]
+        gap = stats.paired_difference(right[other] * 1.0, right[own] * 1.0, draws=2000)
+        rows.append(
+            Row(
+                claim=f"{name}, cue-conflict pictures: silencing the {count} units of the last stage that score"
+                f" highest for {own} costs 5 points more of its accuracy by {own} than silencing as many for {other}",
+                source=f"{SOURCE}, section 3.5 (removing shape and texture neurons)",
+                measured=f"{gap.text(percent=True)} more: {100 * whole.mean():.1f} % whole,"
+                f" {100 * right[own].mean():.1f} % without {own} units, {100 * right[other].mean():.1f} % without"
+                f" {other} units",
+                baseline=f"as many random units: {100 * np.mean(control):.1f} % (lowest of {len(control)} draws"
+                f" {100 * min(control):.1f} %)",
+                holds=bool(gap.low >= 0.05),
+                n=n,
+                data={"gap": gap.to_json(), "whole": float(whole.mean()), "control": [float(v) for v in control]},
+            )
+        )
+    return rows
+
+
+def _without(net: Any, units: list[int], pixels: Tensor) -> np.ndarray:
+    with st.silenced(net, LAST, units):
+        return st.decisions(net, pixels)
+
+
+def read_outs(context: Context) -> list[Row]:
+    """What a head can tell of each pixel from frozen maps."""
+    learn, held = context.count(300, 20), context.count(150, 10)
+
+    def drawn() -> tuple[Tensor, Tensor, Tensor]:
+        scenes, _ = cue_scenes(learn + held, REPORT, split="test")
+        frames = render(scenes, 64)
+        return frames.image, (frames.mask >= 0).long(), st.semantic(frames.mask, scenes)
+
+    pixels, binary, semantic = context.once("readout scenes", drawn)
+    names = (NETS[0], NETS[1], f"{NETS[0]}/step_000000")
+    got: dict[str, dict[str, list[float]]] = {}
+    for name in names:
+        maps = st.features(net_of(context, name), pixels, STAGES, pool=None)
+        got[name] = {"binary": [], "semantic": []}
+        for stage in STAGES:
+            for task, truth, classes in (("binary", binary, 2), ("semantic", semantic, 5)):
+                head = st.train_readout(
+                    maps[stage][:learn], truth[:learn], classes, widths=WIDTHS, epochs=context.count(EPOCHS, 2), lr=0.05
+                )
+                value = st.mean_iou(head, maps[stage][learn:], truth[learn:], classes)
+                # always background: its share of the pixels for that class, nothing for the others
+                chance = float((truth[learn:] == 0).float().mean()) / classes
+                got[name][task].append((value - chance) / (1 - chance))
+        context.report(f"  read-outs of {name}: {got[name]}")
+    best = {name: {task: max(values) for task, values in each.items()} for name, each in got.items()}
+    mine = best[NETS[0]]
+
+    def told(name: str) -> str:
+        return "; ".join(f"{task} {', '.join(f'{v:.2f}' for v in got[name][task])}" for task in ("binary", "semantic"))
+
+    return [
+        Row(
+            claim="toy-cnn: where things are can be read from frozen maps better than what they are: the best stage's"
+            " mIoU, above chance, is 0.10 higher for foreground than for shape classes",
+            source=f"{SOURCE}, section 4 (encoding shape does not imply localised semantic information)",
+            measured=f"{mine['binary']:.3f} and {mine['semantic']:.3f}; stages 1 to 4: {told(NETS[0])}",
+            baseline=f"untrained: {told(names[2])}. toy-cnn-texture: {told(NETS[1])}",
+            holds=bool(mine["binary"] - mine["semantic"] >= 0.10),
+            n=held,
+            leans_on="exact masks; three-layer heads of 64 and 32 channels; (mIoU - chance) / (1 - chance)",
+            data=got,
+        )
+    ]
+
+
+def unet(context: Context) -> list[Row]:
+    """The same for the U-Net of toy-sd, stage by stage, at two noise levels."""
+    model = common.load(context, "toy-sd")
+    pairs = context.count(100, 4)
+    tables = {
+        f"toy-sd, {round(100 * at)} % denoised": ShapeTexture(
+            factors=["shape", "texture", "color"], pairs=pairs, progress=at, seed=REPORT, draws=200
+        ).explain_model(model, f"toy-sd at {at}")
+        for at in (0.5, 0.8)
+    }
+    clean = tables["toy-sd, 80 % denoised"].layers
+    first, middle = next(iter(clean.values())), clean.get("mid_block")
+    gap = None if middle is None else middle.scores["shape"].low > first.scores["shape"].high
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{f} {each.scores[f].value:.2f}" for f in each.scores) for name, each in clean.items()
+    )
+    return [
+        Row(
+            claim="toy-sd's U-Net: the middle block scores higher for shape than the first, beyond both intervals",
+            source="this repository",
+            measured=f"80 % denoised, empty prompt, independent noise: {told}",
+            baseline="50 % denoised: "
+            + "; ".join(
+                f"{name} shape {each.scores['shape'].value:.2f}"
+                for name, each in tables["toy-sd, 50 % denoised"].layers.items()
+            ),
+            holds=gap,
+            n=pairs,
+            picture=context.save("shape-texture-unet.png", st.plot(tables)),
+            data={
+                title: {name: each.to_json() | {"units": None} for name, each in table.layers.items()}
+                for title, table in tables.items()
+            },
+        )
+    ]
+
+
+EXPERIMENT = Experiment(
+    key="shape_texture",
+    title="shape or texture, layer by layer",
+    intro=(
+        "Two small ResNets of one architecture: `toy-cnn` names a toy's shape under any texture, `toy-cnn-texture` was"
+        " trained where the texture gives the label away. Scores are the covariance of units over pairs of renders that"
+        " share one factor and nothing else, as a share of all variance; intervals are bootstraps over pairs. One"
+        " training each."
+    ),
+    file=__file__,
+    parts=(
+        Part("training", NETS, trained),
+        Part("over training", NETS[:1], over_training),
+        Part("silencing", NETS, silencing),
+        Part("read-outs", NETS, read_outs),
+        Part("factors", NETS, factor_table),
+        Part("U-Net", ("toy-sd",), unet),
+    ),
+)

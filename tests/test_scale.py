@@ -1,0 +1,138 @@
+"""Work on several Ray workers gives what one process gives. Needs ray (extra ``scale``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'sfumato[scale]'")
+
+from sfumato import scale  # noqa: E402
+from sfumato.errors import BadInput, UnknownName  # noqa: E402
+from sfumato.scale import Workers  # noqa: E402
+from tests.cli.conftest import refused, sfumato, tiny_sd  # noqa: E402, F401
+from tests.judge.conftest import write_renders  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One local cluster for all of these."""
+    with scale._quietly():
+        scale._start_local(2)
+    yield
+    ray.shutdown()
+
+
+def make_worker():
+    """Runs on the workers: made once each, counts its items."""
+    import os
+
+    count = 0
+
+    def work(item):
+        nonlocal count
+        count += 1
+        if item == "wrong":
+            raise UnknownName("thing", "wrong", ["right"])
+        return item, os.getpid(), count
+
+    return work
+
+
+def test_results_come_in_order_and_each_worker_is_made_once():
+    asked = [(tag, None if tag % 5 == 0 else tag) for tag in range(12)]
+    pulled = []
+
+    def items():
+        for pair in asked:
+            pulled.append(pair)
+            yield pair
+
+    with Workers(make_worker, 2) as pool:
+        got, most = [], 0
+        for tag, answer in pool.map(items()):
+            got.append((tag, answer and answer[0]))
+            most = max(most, len(pulled) - len(got))
+        counts = {}
+        for _, answer in pool.map([(0, "a"), (1, "b")]):
+            counts[answer[1]] = answer[2]
+        with pytest.raises(UnknownName) as caught:
+            list(pool.map([(0, "a"), (1, "wrong")]))
+    assert got == asked and most <= 2 * scale.AHEAD + 1
+    assert sum(counts.values()) == 11 and len(counts) == 2  # 9 items and these two, on two workers
+    assert "unknown thing 'wrong'" in str(caught.value) and "'right'" in str(caught.value)
+    with pytest.raises(BadInput, match="at least 1"):
+        Workers(make_worker, 0)
+
+
+def told(folder: str) -> dict:
+    report = json.loads(Path(folder, "report.json").read_text())
+    return {name: value for name, value in report.items() if name != "seconds"}
+
+
+def test_judge_is_the_same_on_one_and_on_two_workers(sfumato, tmp_path):  # noqa: F811
+    real, fake = write_renders(tmp_path / "real", 14), write_renders(tmp_path / "fake", 12, seed=1)
+    (fake / "003.png").write_bytes(b"not a picture")
+    command = (
+        "judge",
+        real,
+        fake,
+        "--batch",
+        4,
+        "--metric",
+        "presence",
+        "--metric",
+        "clip_score",
+        "--metric",
+        "frechet",
+    )
+    for name, more in (("alone", ()), ("one", ("--ray", "--workers", 1)), ("two", ("--ray", "--workers", 2))):
+        done = sfumato(*command, "-o", name, *more)
+        assert done.code == 0, done.err
+    assert told("alone") == told("one") == told("two")
+    assert told("two")["pictures"]["failed"] == 1 and told("two")["pictures"]["named"][0][0] == "003.png"
+    rows = [Path(name, "pictures.jsonl").read_bytes() for name in ("alone", "one", "two")]
+    assert rows[0] == rows[1] == rows[2] and rows[0].count(b"\n") == 11
+
+
+def test_make_is_the_same_on_one_and_on_two_workers_and_goes_on(sfumato, tiny_sd, tmp_path):  # noqa: F811
+    lines = ['{"prompt": "a red cube", "n": 2}', "broken", '{"prompt": "a blue ball", "seed": 5, "task": "one"}']
+    lines += ['{"prompt": "a red cube"}', '{"prompt": "a cone", "size": [33, 33], "n": 2}']
+    Path("p.jsonl").write_text("\n".join(lines) + "\n")
+    command = ("make", "--prompts", "p.jsonl", "-m", tiny_sd, "--steps", 1, "--with", "daam")
+    for name, more in (("alone", ()), ("one", ("--ray", "--workers", 1)), ("two", ("--ray", "--workers", 2))):
+        done = sfumato(*command, "-o", name, *more)
+        assert done.code == 2 and "2 of 5 lines could not be followed: line 2" in done.err and "line 5" in done.err
+    there = {name: sorted(path.name for path in Path(name).iterdir()) for name in ("alone", "one", "two")}
+    assert (
+        there["alone"] == there["one"] == there["two"] and len(there["two"]) == 9
+    )  # 4 pictures, 4 heat maps, the journal
+    for path in Path("alone").glob("*.png"):
+        assert path.read_bytes() == Path("one", path.name).read_bytes() == Path("two", path.name).read_bytes()
+    journals = [
+        [{**json.loads(line), "seconds": 0} for line in Path(name, "metadata.jsonl").read_text().splitlines()]
+        for name in there
+    ]
+    assert journals[0] == journals[1] == journals[2]
+    # a picture that was lost is made again under its name, the others are not
+    Path("two/a-blue-ball-5.png").unlink()
+    before = {path: path.stat().st_mtime_ns for path in Path("two").glob("a-red*.png")}
+    again = sfumato(*command, "-o", "two", "--ray", "--workers", 2)
+    assert "3 pictures were there already" in again.err and again.lines[0] == "two/a-blue-ball-5.png"
+    assert before == {path: path.stat().st_mtime_ns for path in Path("two").glob("a-red*.png")}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("make", "a cube", "--ray"), ["give --prompts"]),
+        (("make", "--prompts", "p.jsonl", "--workers", 2), ["give --ray too"]),
+        (("judge", "{toys}", "--workers", 2), ["give --ray too"]),
+        (("judge", "{toys}", "--ray", "--workers", 0), ["workers of judge is 0"]),
+    ],
+)
+def test_what_makes_no_sense_is_refused(refused, tmp_path, args, says):  # noqa: F811
+    write_renders(tmp_path / "toys", 1)
+    refused(*[str(arg).format(toys=tmp_path / "toys") for arg in args], says=says)
