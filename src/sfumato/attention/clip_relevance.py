@@ -113,12 +113,13 @@ class ClipLens:
         """Look at pictures (b 3 H W) in [-1, 1] and as many texts (or their :meth:`tokens`), each with its own.
 
         ``text`` and ``image``: whose relevance is wanted, from the layers ``text_start`` and ``image_start`` on (-1:
-        the last alone). ``second_order``: gradients flow through it. Raises BadInput for unequal numbers.
+        the last alone). Where gradients are recorded it can be differentiated: with ``second_order`` rightly, else with
+        the gradients inside it held fixed. Raises BadInput for unequal numbers.
         """
         told = texts if isinstance(texts, dict) else self.tokens(texts)
         if len(told["input_ids"]) != len(images):
             raise BadInput(f"{len(images)} pictures and {len(told['input_ids'])} texts: there must be one each.")
-        model = self.model
+        model, recording = self.model, torch.is_grad_enabled()
         with torch.enable_grad() if text or image else torch.set_grad_enabled(torch.is_grad_enabled()):
             pixels = self.prepare(images)
             text_sites = self._text_sites[text_start:] if text else []
@@ -137,10 +138,24 @@ class ClipLens:
                 self_relevance(of, by) if of else None
                 for of, by in ((text_maps, gradients[:k]), (image_maps, gradients[k:]))
             ]
-            if not second_order:
+            if not recording:
                 found = [None if each is None else each.detach() for each in found]
         end = told["attention_mask"].sum(-1) - 1
         return Looked(similarity, found[0], found[1], end, self.grid, image_embeds, text_embeds)
+
+    def explain_text(
+        self, told: dict[str, Tensor], image_embeds: Tensor, second_order: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines (b) of texts (ids and mask) with unit picture embeddings (b d) that exist already, and the relevance
+        (b t t) among the tokens of each text; as :meth:`look` with respect to gradients."""
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            written, maps = recorded(
+                self.model.text_model, self._text_sites, lambda: self.model.text_model(**told).pooler_output
+            )
+            cosines = (F.normalize(self.model.text_projection(written).float(), dim=-1) * image_embeds).sum(-1)
+            relevance = self_relevance(maps, map_gradients(cosines, maps, second_order))
+        return (cosines, relevance) if recording else (cosines.detach(), relevance.detach())
 
     def _run(self, tower: Any, sites: list[Site], call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         return recorded(tower, sites, call) if sites else (call(), [])
