@@ -11,9 +11,9 @@ loss wants the N largest of them to make the same direction as all (section 3).
     [('ring', 0.31), ('small', 0.22), ('cylinder', 0.17)]
     >>> generate(model, "a cube on the grass", interventions=Conceptor(word="cube", mixture=found.mixture(10)))
 
-:func:`explain_seed` reduces a decomposition to what one picture needs (section 4.2), :meth:`Decomposition.changed` turns
-an ingredient up or down, :func:`balance` looks for the factor at which a measured share is what it should be (section 5).
-Beyond the original: any number of text encoders (a dictionary of the words that all of them have as one token, one
+:func:`explain_seed` reduces a decomposition to what one picture needs (section 4.2), :meth:`Decomposition.changed`
+turns an ingredient up or down, :func:`balance` looks for the factor at which a measured share is what it should be
+(section 5). Beyond the original: any number of text encoders (a dictionary of the words that all of them have as one token, one
 coefficient each), flow models, and sets of given pictures.
 """
 
@@ -285,8 +285,8 @@ class Decomposition:
     """What a concept is made of.
 
     ``names`` (m) and ``alphas`` (m), at least 0, in no particular scale; ``keep`` is N. ``history``: (iteration, loss,
-    sparsity loss, effective number of words); ``checks``: (iteration, CLIP similarity of checked pictures). ``pictures``
-    of the concept and ``drawn`` by the N words from the same seeds, a few.
+    sparsity loss, effective number of words); ``checks``: (iteration, CLIP similarity of checked pictures).
+    ``pictures`` of the concept and ``drawn`` by the N words from the same seeds, a few.
     """
 
     concept: str
@@ -376,17 +376,9 @@ class Decomposition:
         if self.checks:
             best = max(similarity for _, similarity in self.checks)
             figures.append(Figure("similarity", best, "CLIP, mean over pairs of pictures, best check"))
-        rows = [(name, f"{share:.3f}") for name, share in self.shares(20)]
+        tables = [Table("words", ("word", "share"), [(name, f"{share:.3f}") for name, share in self.shares(20)])]
         gallery = [(f"pictures of {self.concept or 'the concept'}", [("", image) for image in self.pictures])]
         gallery.append((f"drawn by the {min(self.keep, len(self.names))} words", [("", image) for image in self.drawn]))
-        if "references" in self.facts:
-            rows_ = [(str(k), f"{v:.3f}") for k, v in self.facts["references"].items()]
-            tables = [
-                Table("words", ("word", "share"), rows),
-                Table("similarity of others", ("drawn by", "CLIP"), rows_),
-            ]
-        else:
-            tables = [Table("words", ("word", "share"), rows)]
         notes = [f'to draw with it: --with "conceptor:word=WORD,mixture=[{"|".join(self.mixture(10))}]"']
         return Report(
             title=f"What {self.model} makes {self.concept or 'these pictures'} of",
@@ -546,7 +538,7 @@ def decompose(
             with pseudo_word(model, slot, vectors):
                 condition = model.encode_text(template.format(slot), guidance=False).rows([0] * batch)
             x = path.add_noise(x0, noise, t)
-            guess = model.predict(x.to(model.dtype), _told(t, x0), condition, "cond").float()
+            guess = model.predict(x.to(model.dtype), t, condition, "cond").float()
             loss = F.mse_loss(guess, path.from_x0(x, x0, t))
             few = _top(alphas, keep)
             parts = known.vectors(few, norms)
@@ -636,10 +628,6 @@ def _top(alphas: Tensor, n: int) -> Tensor:
         return alphas
     floor = alphas.topk(n).indices
     return alphas * torch.zeros_like(alphas).index_fill(0, floor, 1.0)
-
-
-def _told(t: Tensor, x0: Tensor) -> Tensor:
-    return t.to(x0.device)
 
 
 def _pixels(pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
