@@ -1,0 +1,105 @@
+"""A slot in a prompt: vectors in place of the embeddings of some of its tokens, in every text encoder of a model.
+
+Nothing is added to tokenizers and no weight changes: a hook on the table of token embeddings answers otherwise while
+the context lasts, and gradients flow to the vectors.
+
+    >>> with pseudo_word(model, "cube", vectors):  # {"text_encoder": (d)}
+    ...     condition = model.encode_text("a cube on the grass")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import BadInput, NotSupported
+
+__all__ = ["TextTower", "frozen", "in_place", "pseudo_word", "text_towers", "token_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class TextTower:
+    """One text encoder of a pipeline with its tokenizer. ``name``: the component's, such as ``text_encoder_2``."""
+
+    name: str
+    encoder: nn.Module
+    tokenizer: Any
+
+    @property
+    def table(self) -> Tensor:
+        """Embeddings (v d) of all tokens."""
+        return self.encoder.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def text_towers(model: Any) -> list[TextTower]:
+    """The text encoders of a model in the pipeline's order. Raises NotSupported where there is none."""
+    parts, found = model.pipe.components, []
+    for suffix in ("", "_2", "_3"):
+        encoder, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
+        if encoder is not None and tokenizer is not None:
+            found.append(TextTower(f"text_encoder{suffix}", encoder, tokenizer))
+    if not found:
+        raise NotSupported(f"{model.name} has no text encoder whose tokens could be replaced.")
+    return found
+
+
+def token_of(tower: TextTower, word: str) -> int:
+    """The id of a word that is a single token of this tower. Raises BadInput for others."""
+    ids = tower.tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tower.tokenizer.unk_token_id:
+        raise BadInput(f"{word!r} is {len(ids)} tokens in {tower.name}; only a word of one token can be a slot.")
+    return int(ids[0])
+
+
+@contextmanager
+def in_place(encoder: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts, ``change(ids (b t), embeddings (b t d))`` says what the encoder reads in place of its tokens."""
+
+    def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return change(args[0], output)
+
+    handle = encoder.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def pseudo_word(model: Any, word: str, vectors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, ``word`` means ``vectors``: per text encoder (by :class:`TextTower` name) a vector (d), wherever
+    the word's token occurs. Encoders without a vector keep the word. Raises BadInput for a word of several tokens."""
+    with ExitStack() as stack:
+        seen: set[int] = set()
+        for tower in text_towers(model):
+            vector = vectors.get(tower.name)
+            if vector is None or id(tower.encoder) in seen:
+                continue
+            seen.add(id(tower.encoder))
+            stack.enter_context(in_place(tower.encoder, _putting(token_of(tower, word), vector)))
+        yield
+
+
+def _putting(token: int, vector: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def change(ids: Tensor, embeds: Tensor) -> Tensor:
+        return torch.where((ids == token)[..., None], vector.to(embeds), embeds)
+
+    return change
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """While it lasts, no weight of the model receives gradients; vectors and latents may."""
+    weights = [p for module in model.modules.values() for p in module.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
