@@ -473,7 +473,8 @@ def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
 def edit_file(
     picture: Path, mask: Path | None, arguments: dict[str, Any], order: Order, out: Path, on_step: Any = None
 ) -> Iterator[Path]:
-    """Edit a picture and write each result with its recipe into folder ``out``, yielding the files.
+    """Edit a picture and write each result with its recipe into folder ``out``, and beside it whatever pictures its
+    systems drew, yielding the files.
 
     Raises:
         Everything that :func:`edit` raises, and OSError.
@@ -497,6 +498,9 @@ def edit_file(
         for result, recipe in zip(done.results, done.recipes, strict=True):
             path = files.free_name(out, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}")
             yield files.save_png(path, result.images[0], recipe)
+            for part in result.parts:
+                for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():
+                    yield files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe)
 
 
 def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:
