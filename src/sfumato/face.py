@@ -34,6 +34,20 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
 
 
+def _readable(prompt: Any) -> Any:
+    """A prompt or several, if each says something that can be read; else ValueError."""
+    for text in [prompt] if isinstance(prompt, str) else prompt:
+        if not text.strip():
+            raise ValueError("a prompt must say something")
+        if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
+            raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is not valid text (a character cannot be encoded)") from None
+    return prompt
+
+
 class JobOptions(Params):
     """What can be said about pictures of one prompt, besides the model. Checked before anything heavy is loaded."""
 
@@ -65,16 +79,7 @@ class JobOptions(Params):
     @field_validator("prompt")
     @classmethod
     def _readable(cls, prompt: Any) -> Any:
-        for text in [prompt] if isinstance(prompt, str) else prompt:
-            if not text.strip():
-                raise ValueError("a prompt must say something")
-            if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
-                raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("it is not valid text (a character cannot be encoded)") from None
-        return prompt
+        return _readable(prompt)
 
     @field_validator("size")
     @classmethod
@@ -247,10 +252,7 @@ class EditOptions(Params):
     @field_validator("prompt", "from_")
     @classmethod
     def _readable(cls, given: Any) -> Any:
-        for text in given if isinstance(given, list) else [given]:
-            if text is not None:
-                JobOptions(prompt=text)
-        return given
+        return given if given is None else _readable(given)
 
     def told(self) -> dict[str, Any]:
         """How to open the picture, as far as it was said."""
@@ -310,6 +312,11 @@ def edit(
         key, given = _named(each)
         if key == "prompt_to_prompt":
             params = {**given, **params}
+        elif key == "blend" and given.get("source") is None:
+            raise BadInput(
+                "blend redraws a region of a picture to begin from; in an edit --mask (mask=) says what may change, or "
+                "begin from the picture: sfumato make PROMPT --image PICTURE --strength 1 --with blend:mask=MASK."
+            )
         else:
             others.append(each)
     params = {name: value for name, value in params.items() if value is not None}
