@@ -17,11 +17,9 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 class SfumatoError(Exception):
-    """Base of all deliberate errors. ``exit_code`` is what the command line returns; ``result``, where there is one,
-    holds what was finished before."""
+    """Base of all deliberate errors. ``exit_code`` is what the command line returns."""
 
     exit_code = 2
-    result: object = None
 
 
 class BadInput(SfumatoError, ValueError):
@@ -60,3 +58,4 @@ class WorkInterrupted(SfumatoError):
     """Work was stopped from outside; finished parts are kept and the message says where and how to go on."""
 
     exit_code = 130
+    result: object = None  # the finished parts, where the caller can use them

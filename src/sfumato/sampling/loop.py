@@ -122,8 +122,7 @@ def generate(
 
     Raises:
         BadInput, UnknownName, NotSupported: an argument. Conflict: interventions that cannot run together. NoMatch:
-        one of them did nothing. WorkInterrupted: Ctrl-C; its ``result`` holds the finished samples, or None. Whatever
-        stops a later batch (latents that are not finite any more, with the step) carries these samples likewise.
+        one of them did nothing. WorkInterrupted: Ctrl-C; its ``result`` holds the finished samples, or None.
     """
     parts = arrange(interventions)
     request = checked(
@@ -160,10 +159,6 @@ def generate(
             latents_done.append(x)
             pixels_done += [] if pixels is None else [pixels]
             cost += run.cost * len(run) / len(request)
-    except SfumatoError as error:
-        if latents_done:
-            error.result = result()
-        raise
     except KeyboardInterrupt as stop:
         done = sum(len(each) for each in latents_done)
         kept = f"the first {done} of {len(request)} samples are finished and kept" if done else "nothing was finished"
