@@ -36,6 +36,20 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
 
 
+def _readable(prompt: Any) -> Any:
+    """A prompt or several, if each says something that can be read; else ValueError."""
+    for text in [prompt] if isinstance(prompt, str) else prompt:
+        if not text.strip():
+            raise ValueError("a prompt must say something")
+        if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
+            raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is not valid text (a character cannot be encoded)") from None
+    return prompt
+
+
 class JobOptions(Params):
     """What can be said about pictures of one prompt, besides the model. Checked before anything heavy is loaded."""
 
@@ -67,16 +81,7 @@ class JobOptions(Params):
     @field_validator("prompt")
     @classmethod
     def _readable(cls, prompt: Any) -> Any:
-        for text in [prompt] if isinstance(prompt, str) else prompt:
-            if not text.strip():
-                raise ValueError("a prompt must say something")
-            if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
-                raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("it is not valid text (a character cannot be encoded)") from None
-        return prompt
+        return _readable(prompt)
 
     @field_validator("size")
     @classmethod
@@ -254,10 +259,7 @@ class EditOptions(Params):
     @field_validator("prompt", "from_")
     @classmethod
     def _readable(cls, given: Any) -> Any:
-        for text in given if isinstance(given, list) else [given]:
-            if text is not None:
-                JobOptions(prompt=text)
-        return given
+        return given if given is None else _readable(given)
 
     def told(self) -> dict[str, Any]:
         """How to open the picture, as far as it was said."""
@@ -318,6 +320,11 @@ def edit(
         key, given = _named(each)
         if key == "prompt_to_prompt":
             params = {**given, **params}
+        elif key == "blend" and given.get("source") is None:
+            raise BadInput(
+                "blend redraws a region of a picture to begin from; in an edit --mask (mask=) says what may change, or "
+                "begin from the picture: sfumato make PROMPT --image PICTURE --strength 1 --with blend:mask=MASK."
+            )
         else:
             others.append(each)
     params = {name: value for name, value in params.items() if value is not None}
@@ -484,7 +491,8 @@ def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
 def edit_file(
     picture: Path, mask: Path | None, arguments: dict[str, Any], order: Order, out: Path, on_step: Any = None
 ) -> Iterator[Path]:
-    """Edit a picture and write each result with its recipe into folder ``out``, yielding the files.
+    """Edit a picture and write each result with its recipe into folder ``out``, and beside it whatever pictures its
+    systems drew, yielding the files.
 
     Raises:
         Everything that :func:`edit` raises, and OSError.
@@ -508,6 +516,9 @@ def edit_file(
         for result, recipe in zip(done.results, done.recipes, strict=True):
             path = files.free_name(out, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}")
             yield files.save_png(path, result.images[0], recipe)
+            for part in result.parts:
+                for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():
+                    yield files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe)
 
 
 def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:

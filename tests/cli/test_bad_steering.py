@@ -157,7 +157,7 @@ def test_masks_that_hold_nothing_or_everything(sfumato, refused, make):
 @pytest.mark.parametrize(
     ("picture", "says"),
     [
-        ("odd.png", ["41x29", "multiples of 8", "Nearest: 40x24 or 48x32"]),
+        ("odd.png", ["the picture, without size, is 41x29", "multiples of 8", "Nearest: 40x24 or 48x32"]),
         ("one.png", ["1x1", "Nearest: 8x8"]),
         ("cut.jpg", ["cut.jpg cannot be read as a picture", "truncated"]),
         ("text.png", ["text.png cannot be read as a picture"]),

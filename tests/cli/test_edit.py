@@ -69,6 +69,16 @@ def test_words_and_parameters_reach_the_edit(sfumato, tiny_sd, made):
     }  # fmt: skip
 
 
+def test_the_pictures_of_a_trace_are_written_beside_the_edit(sfumato, tiny_sd, made):
+    plain = edited(sfumato, made, TARGET, "--model", tiny_sd, "-o", "plain").lines
+    traced = edited(sfumato, made, TARGET, "--with", "daam:words=[ball]", "--model", tiny_sd, "-o", "traced").lines
+    picture, heat = map(Path, traced)
+    assert heat.name == f"{picture.stem}.heat.png" and (pixels(picture) == pixels(plain[0])).all()
+    assert files.read_recipe(heat)[0]["edit"]["with"][1]["method"] == "daam"
+    again = edited(sfumato, made, "--like", picture, "--model", tiny_sd, "-o", "again").lines
+    assert [Path(line).read_bytes() for line in again] == [picture.read_bytes(), heat.read_bytes()]
+
+
 def test_a_mask_keeps_what_lies_outside(sfumato, tiny_sd, made):
     mask = np.zeros((32, 32), np.uint8)
     mask[5:19, 8:30] = 255
@@ -163,6 +173,8 @@ def test_a_changed_picture_of_ours_is_told(sfumato, tiny_sd, made):
         ),
         (("photo.jpg", TARGET, "--from", SOURCE, "--inner", 200), ["inner"]),
         (("photo.jpg", " ", "--from", SOURCE), ["must say something"]),
+        (("photo.jpg", TARGET, "--from", ""), ["from_ of edit is '': a prompt must say something"]),
+        (("photo.jpg", TARGET, "--from", SOURCE, "--with", "blend:mask=dark.png"), ["--mask", "sfumato make PROMPT"]),
         (("photo.jpg", "--like", "photo.jpg"), ["carries no recipe"]),
         (("cut.jpg", TARGET, "--from", SOURCE), ["cut.jpg cannot be read as a picture", "truncated"]),
         (("text.png", TARGET, "--from", SOURCE), ["text.png cannot be read as a picture"]),

@@ -114,7 +114,9 @@ def test_good_systems_pass(make, check, model):
 def test_good_systems_pass_the_rest(model):
     checks.check_identity(Nudge, model, lambda: Nudge(strength=0))
     checks.check_identity(Watcher, model, None)
-    checks.check_composes(Nudge, Watcher, model)
+    assert checks.check_composes(Nudge, Watcher, model) == "" == checks.check_composes(Nudge, Nudge, model)
+    checks.check_neutral(Watcher, lambda: Nudge(strength=0), model)
+    assert checks.check_guidance(Nudge, "negative", model) == "" == checks.check_guidance(Watcher, "compose", model)
     checks.check_unknown_words(lambda words: Watcher(words=words), model)
     checks.check_half_precision(Watcher, model.to(dtype=torch.bfloat16))
 
@@ -253,3 +255,37 @@ def test_a_system_that_forgets_a_parameter_is_caught(model):
 
     register(Forgets)
     _fails(checks.check_recipe, Forgets, model)
+
+
+def test_an_effect_that_gets_lost_beside_another_system_is_caught(model):
+    class Overrules(Nudge):
+        role = "guider"  # behind the steerers
+
+        def after_predict(self, step):
+            self.mark(step)
+
+        def after_step(self, step):
+            step.x = torch.ones_like(step.x)
+
+    class GivesUp(Nudge):
+        def start(self, run):
+            self.alone = len(run.parts) == 1
+
+        def after_step(self, step):
+            if self.alone or step.i == 0:
+                super().after_step(step)
+
+    _fails(checks.check_composes, Overrules, Nudge, model)
+    _fails(checks.check_composes, GivesUp, Watcher, model)
+    _fails(checks.check_guidance, Overrules, "negative", model)
+
+
+def test_a_system_of_strength_0_that_meddles_is_caught(model):
+    class Meddles(Nudge):
+        def on_text(self, run, condition):
+            run.generators[0].manual_seed(0)
+            run.parts[0].params = run.parts[0].params.model_copy(update={"strength": 0.2})
+            return condition
+
+    checks.check_neutral(Nudge, lambda: Nudge(strength=0), model)
+    _fails(checks.check_neutral, Nudge, lambda: Meddles(strength=0), model)

@@ -162,7 +162,7 @@ def _source(
         raise BadInput(f"start is {start}, but no latents are given to start from.")
     if image is not None:
         pixels = as_pixels(image, None if size is None else checked_size(model, size))
-        width, height = checked_size(model, (pixels.shape[-1], pixels.shape[-2]))
+        width, height = checked_size(model, (pixels.shape[-1], pixels.shape[-2]), "the picture, without size,")
         _check_rows("image", len(pixels), total)
         strength = fraction(DEFAULT_STRENGTH if strength is None else strength, "strength")
         return width, height, Source(pixels=pixels, strength=strength)
@@ -227,7 +227,7 @@ def _seeds(seed: Any, total: int) -> list[int]:
     return list(range(first, first + total))
 
 
-def checked_size(model: Any, size: Any) -> tuple[int, int]:
+def checked_size(model: Any, size: Any, what: str = "size") -> tuple[int, int]:
     """(width, height) in pixels that the model can make, or BadInput naming the nearest ones that it can."""
     if not (isinstance(size, list | tuple) and len(size) == 2):
         raise BadInput(f"size is {size!r}; it must be (width, height) in pixels, such as (512, 768).")
@@ -236,7 +236,7 @@ def checked_size(model: Any, size: Any) -> tuple[int, int]:
     if width % step or height % step:
         nearest = dict.fromkeys((_round(width, step, up), _round(height, step, up)) for up in (False, True))
         options = " or ".join(f"{w}x{h}" for w, h in nearest)
-        raise BadInput(f"size is {width}x{height}; sides must be multiples of {step}. Nearest: {options}.")
+        raise BadInput(f"{what} is {width}x{height}; sides must be multiples of {step}. Nearest: {options}.")
     model.latent_shape(height, width)  # refuses what the family cannot make
     return width, height
 
