@@ -22,7 +22,8 @@ NETS = ("toy-cnn", "toy-cnn-texture")
 REPORT = 6000  # seed of pairs and scenes
 STAGES = [f"resnet.encoder.stages.{i}" for i in range(4)]
 LAST = STAGES[-1]
-SHARE = 0.10  # of the units that are silenced
+# chosen on other scenes and pairs (seed 6500): fewer units, or those of a later stage, can be lost without harm
+SILENCED, SHARE = STAGES[1], 0.5
 DRAWS = 20  # of random units, the control
 WIDTHS, EPOCHS = (64, 32), 12
 
@@ -189,7 +190,7 @@ def silencing(context: Context) -> list[Row]:
     rows = []
     for name, own, other, truth in ((NETS[0], "shape", "texture", shapes), (NETS[1], "texture", "shape", textures)):
         net = net_of(context, name)
-        ranks = table_of(context, name).layers[LAST]
+        ranks = table_of(context, name).layers[SILENCED]
         count = max(1, round(SHARE * ranks.d))
         whole = st.decisions(net, pixels) == truth
         right = {f: _without(net, ranks.ranked(f)[:count], pixels) == truth for f in (own, other)}
@@ -201,7 +202,7 @@ def silencing(context: Context) -> list[Row]:
         gap = stats.paired_difference(right[other] * 1.0, right[own] * 1.0, draws=2000)
         rows.append(
             Row(
-                claim=f"{name}, cue-conflict pictures: silencing the {count} units of the last stage that score"
+                claim=f"{name}, cue-conflict pictures: silencing the {count} units of 32 in the second stage that score"
                 f" highest for {own} costs 5 points more of its accuracy by {own} than silencing as many for {other}",
                 source=f"{SOURCE}, section 3.5 (removing shape and texture neurons)",
                 measured=f"{gap.text(percent=True)} more: {100 * whole.mean():.1f} % whole,"
@@ -218,7 +219,7 @@ def silencing(context: Context) -> list[Row]:
 
 
 def _without(net: Any, units: list[int], pixels: Tensor) -> np.ndarray:
-    with st.silenced(net, LAST, units):
+    with st.silenced(net, SILENCED, units):
         return st.decisions(net, pixels)
 
 

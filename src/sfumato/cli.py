@@ -489,7 +489,7 @@ def _deliver_lines(
     from sfumato import face, files
 
     total = sum(1 for line in prompts.open("rb") if line.strip())
-    spread = {"ray": True, "workers": workers} if ray else {}
+    spread: dict[str, Any] = {"ray": True, "workers": workers} if ray else {}
     finished: list[Path] = []
     made = there = 0
     try:

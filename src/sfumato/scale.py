@@ -113,7 +113,8 @@ class _Actor:
     """One worker. What goes wrong on purpose travels as its name and message: not every exception can be pickled."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]):
-        self._make, self._work = make, None
+        self._make = make
+        self._work: Callable[[Any], Any] | None = None
 
     def work(self, item: Any) -> tuple[str, Any]:
         try:

@@ -105,7 +105,7 @@ def test_a_net_is_explained(sfumato, tiny_sd):
     done = sfumato("explain", tiny_sd, "--by", "shape_texture:pairs=4,draws=3,layers=[mid_block|down_blocks.0]")
     assert done.code == 0, done.err
     assert done.lines[0].startswith("mid_block: ") and done.lines[1].startswith("down_blocks.0: ")
-    assert done.lines[2:] == ["out/tiny-sd.shape-texture.json", "out/tiny-sd.shape-texture.png"]
+    assert done.lines[2:] == ["out/tiny-sd.shape_texture.json", "out/tiny-sd.shape_texture.png"]
     told = json.loads(Path(done.lines[2]).read_text())
     assert list(told["layers"]) == ["mid_block", "down_blocks.0"]
     assert Image.open(done.lines[3]).width > 200

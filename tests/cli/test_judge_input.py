@@ -97,3 +97,11 @@ def test_half_precision_is_near(sfumato, folders, dtype):
         assert sfumato(*command, *more).code == 0
         figures.append(json.loads(Path(name, "report.json").read_text())["figures"]["FD(toy-clip)"])
     assert figures[1] == pytest.approx(figures[0], rel=0.1)
+
+
+def test_one_picture_against_others_is_judged_without_distances(sfumato, folders):
+    done = sfumato("judge", folders / "real", folders / "one")
+    assert done.code == 0, done.err
+    told = json.loads(Path("judged/report.json").read_text())
+    assert "counted" in told["figures"] and not any(name.startswith(("FD", "KD")) for name in told["figures"])
+    assert any("at least 2 pictures on each side" in note for note in told["notes"])

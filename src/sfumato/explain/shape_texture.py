@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from sfumato import cards
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
+from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName, nearest
 from sfumato.judge.stats import Interval
 from sfumato.models import Model
 from sfumato.sampling.path import Path as NoisePath
@@ -75,7 +75,8 @@ def _outermost(module: nn.Module, prefix: str) -> Iterator[str]:
 def _module(net: nn.Module, name: str) -> nn.Module:
     known = dict(net.named_modules())
     if name not in known or not name:
-        raise UnknownName("layer", name, stages(net) + [path for path in known if path])
+        # the stages, and of the hundreds of other modules those that look alike
+        raise UnknownName("layer", name, dict.fromkeys([*stages(net), *nearest(name, known)]))
     return known[name]
 
 

@@ -315,6 +315,9 @@ def _distances(
     assert tools.net is not None and tally.moments and truth.moments and tally.sample and truth.sample
     name, d = asked.net, len(tally.moments.mean)
     n, m = tally.moments.n, truth.moments.n
+    if min(n, m) < 2 and not asked.metrics:
+        report.notes.append("distances need at least 2 pictures on each side; they are left out")
+        return
     if "frechet" in wanted:
         value = frechet(truth.moments, tally.moments)
         report.figures.append(
