@@ -135,7 +135,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
         if name in _UNUSED or entry == [None, None]:
             parts[name] = None
         elif isinstance(entry, list):
-            parts[name], own = _load_part(folder / name, entry, dtype)
+            parts[name], own = _load_part(zoo.part(folder, name), entry, dtype)
             files += [(name, path) for path in own]
         elif entry is not None:  # a setting of the pipeline rather than a part
             parts.setdefault(name, entry)

@@ -27,6 +27,7 @@ OBJECTIVES: dict[str, str] = {
     "vae": "sfumato.train.vae:VAEObjective",
     "clip": "sfumato.train.clip:CLIPObjective",
     "diffusion": "sfumato.train.diffusion:DiffusionObjective",
+    "inpaint": "sfumato.train.inpaint:InpaintObjective",
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
 }
