@@ -63,6 +63,12 @@ def load(
     return model
 
 
+def family_at(name_or_path: str | Path) -> type[Family] | None:
+    """The family of a built-in model or a local folder, read from its index; None where only loading will tell."""
+    folder = zoo.find(str(name_or_path)) or Path(name_or_path).expanduser()
+    return _pipeline(read_json(folder / "model_index.json"), folder)[1] if _is_pipeline(folder) else None
+
+
 # --- where ----------------------------------------------------------------------------------------------------------
 
 

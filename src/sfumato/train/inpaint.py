@@ -2,9 +2,9 @@
 
 The U-Net gets five more input channels, the mask and the latents of the picture with the region erased, whose weights
 start at zero: before the first step it is the model that it starts from. It is trained on with random regions erased
-and every fifth prompt empty. Two answers to what users of inpainting models complain about: holes have the shape of things,
-and of things elsewhere, so that neither shape nor place of a hole says what belongs into it; and half of the captions
-tell only what lies in the hole, so that the prompt is worth listening to.
+and every fifth prompt empty. Two answers to what users of inpainting models complain about: holes have the shape of
+things, and of things elsewhere, so that neither shape nor place of a hole says what belongs into it; and half of the
+captions tell only what lies in the hole, so that the prompt is worth listening to.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Family:
     max_sequence_length: int | None = None
     #: whether the pipeline feeds both guidance branches in one denoiser call
     joint_branches: ClassVar[bool] = True
+    #: whether checkpoints of this family are made for redrawing regions of pictures
+    inpaints: ClassVar[bool] = False
     #: half-precision in which checkpoints of this family are customarily run
     half: ClassVar[torch.dtype] = torch.float16
     #: whether the pipeline lifts a float16 autoencoder with ``force_upcast`` to float32

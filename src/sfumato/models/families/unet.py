@@ -103,6 +103,7 @@ class StableDiffusionInpaint(StableDiffusion):
 
     name = "sd_inpaint"
     kin = ("sd",)
+    inpaints = True
     pipeline_classes = ("StableDiffusionInpaintPipeline",)
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
