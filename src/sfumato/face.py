@@ -638,8 +638,8 @@ def segment_files(
     on_progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> list[Path]:
-    """:func:`segment` with everything written into the new folder ``out``; or, where ``what`` is a segmenter's file, the
-    masks of ``pictures`` by it. Returns the files: masks, and the segmenter.
+    """:func:`segment` with everything written into the new folder ``out``; or, where ``what`` is a segmenter's file,
+    the masks of ``pictures`` by it. Returns the files: masks, and the segmenter.
 
     Raises:
         BadInput: ``out`` is not empty, or no pictures. Everything that :func:`segment` raises, and OSError.

@@ -34,6 +34,7 @@ from sfumato.edit.inpaint import Inpaint
 from sfumato.errors import BadInput, NoMatch
 from sfumato.explain.daam import explain_images
 from sfumato.models import Model
+from sfumato.models.precision import fast_bf16
 from sfumato.sampling import Intervention, generate
 from sfumato.sampling.request import as_pictures
 
@@ -69,7 +70,7 @@ class TextToSegmentation:
         families=("sd", "sdxl", "sd3", "flux", "pixart"),
         defaults_from="the released code (noise levels, threshold, filter, Adam 2e-3); 20 noise levels instead of 50",
         cost="per picture 16 forwards for its map and two per step for the removal; then the training of a small U-Net",
-        not_reproduced="the fine-tune on background rectangles; where there is one, an inpainting model removes the object",
+        not_reproduced="the fine-tune on background rectangles: an inpainting model removes the object instead",
         summary="a segmentation network from the name of an object, with no mask drawn",
     )
 
@@ -312,11 +313,15 @@ def train_segmenter(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         net = Segmenter(SegmenterConfig(width=width, size=(pictures.shape[-1], pictures.shape[-2]))).train()
+        net.to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(net.parameters(), lr=rate)
+        half = fast_bf16(images.device.type)
         for step in range(iterations):
             chosen = torch.randint(len(images), (min(batch, len(images)),), generator=generator)
             x, y = _cropped(images[chosen], truths[chosen], crop, generator)
-            loss = F.binary_cross_entropy_with_logits(net(x), y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+                logits = net(x.contiguous(memory_format=torch.channels_last))
+            loss = F.binary_cross_entropy_with_logits(logits.float(), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
