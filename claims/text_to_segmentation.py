@@ -162,8 +162,8 @@ def stages(context: Context) -> list[Row]:
             data=data,
         ),
         Row(
-            claim="the segmenter reaches 85 % of one trained on true masks, and 0.75 in the mean of object and background "
-            "IoU",
+            claim="the segmenter reaches 85 % of one trained on true masks, and 0.75 as the mean of object and "
+            "background IoU",
             source=SOURCE,
             measured=f"IoU {means['final'].text()}, with background {wide['final'].text()}; "
             f"{100 * means['final'].value / means['supervised'].value:.0f} % of the bound, {100 * closed:.0f} % of the "
