@@ -21,6 +21,8 @@ EXPERIMENTS = {
     "shape_texture": "claims.shape_texture",
     "sad_pad": "claims.sad_pad",
     "blend": "claims.blend",
+    "inpaint": "claims.inpaint",
+    "text_to_segmentation": "claims.text_to_segmentation",
     "shape_guided": "claims.shape_guided",
     "paint_with_words": "claims.paint_with_words",
     "experts": "claims.experts",

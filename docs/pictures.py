@@ -15,11 +15,14 @@ from PIL import Image
 import sfumato
 from sfumato import files, masks
 from sfumato.edit.blend import Blend
+from sfumato.edit.inpaint import Inpaint
 from sfumato.explain.daam import DAAM
+from sfumato.explain.shape_texture import ShapeTexture, plot
+from sfumato.judge.segmentation import normalise
+from sfumato.models.vision import load_vision
+from sfumato.sampling.request import as_pictures
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
-from sfumato.explain.shape_texture import ShapeTexture, plot
-from sfumato.models.vision import load_vision
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, conflicts, factor_pairs, render, sample_scene, to_uint8
@@ -181,6 +184,41 @@ def blend() -> Image.Image:
     return sheet(torch.cat([image, _masked(region), made.pixels]), 6, scale=2)
 
 
+def inpaint() -> Image.Image:
+    """A render, the hole, the hole filled with three other toys and with the ground alone."""
+    _, image, mask = _toy()
+    hole = torch.zeros_like(mask)
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    hole[rows[0] - 2 : rows[-1] + 7, columns[0] - 7 : columns[-1] + 4] = 1  # the shadow too
+    prompts = [
+        "a blue cube on the grass",
+        "a yellow cone on the grass",
+        "a white striped ball on the grass",
+        "the grass",
+    ]
+    filled = sfumato.make(
+        prompts, model="toy-sd-inpaint", image=image, strength=1.0, seed=1, with_=[Inpaint(mask=hole)]
+    ).pixels
+    return sheet(torch.cat([image, image * (1 - hole), filled]), 6, scale=2)
+
+
+def text_to_segmentation() -> Image.Image:
+    """From above: pictures that show a ball, raw attention, the ball removed, refined masks, the segmenter's."""
+    scenes = (draw_scene("test", 31, i) for i in range(1000))
+    told = [scene for scene in scenes if [toy.shape for toy in scene.toys].count("ball") == 1][:72]
+    images = torch.cat([render(told[i : i + 36], 64).image for i in (0, 36)])
+    found = sfumato.segment("ball", as_pictures(images), steps=15, iterations=300)
+    level = normalise(found.maps)
+    rows = [images, _grey(level), found.removed]
+    rows += [_grey(each.float()) for each in (found.refined, found.final())]
+    return sheet(torch.cat([row[:10] for row in rows]), 10, scale=2)
+
+
+def _grey(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (n, h, w) in [0, 1] as pictures."""
+    return (maps * 2 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
 def shape_guided() -> Image.Image:
     """A render, a silhouette, toys drawn inside it from noise, and the render's toy in other colours."""
     _, image, mask = _toy()
@@ -329,6 +367,8 @@ def mgad() -> Image.Image:
             system = MGAD(**targets, prompted=False, cutouts=8)
             tiles.append(sfumato.make(text, seed=seed, guidance=1.0, with_=[system]).pixels)
     return sheet(torch.cat(tiles), 5, scale=2)
+
+
 def toybox_cues() -> Image.Image:
     """Cue conflicts; below four pairs that share the texture and nothing else."""
     scenes, _, _ = conflicts(16, 4)
@@ -356,6 +396,8 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "prompt-to-prompt": prompt_to_prompt,
     "sad-pad": sad_pad,
     "blend": blend,
+    "inpaint": inpaint,
+    "text-to-segmentation": text_to_segmentation,
     "shape-guided": shape_guided,
     "paint-with-words": paint_with_words,
     "composition-trace": composition_trace,

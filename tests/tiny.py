@@ -16,6 +16,7 @@ sd3clip         as sd3 without T5 and with max_sequence_length 0 (only the 77 CL
 flux            guidance-distilled, text tokens first, double and single blocks
 schnell         as flux without guidance embedding
 pixart          PixArt-Sigma: T5 with a mask, learned sigma, DPM-Solver++
+inpaint         Stable Diffusion's inpainting pipeline: as sd, mask and masked latents beside the latents (9 channels)
 pixart_alpha    PixArt-Alpha with resolution and aspect-ratio conditions
 ==============  =====================================================================================================
 """
@@ -41,6 +42,7 @@ from diffusers import (
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -58,7 +60,7 @@ from transformers import (
 
 from sfumato.models import Model
 
-KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "schnell", "pixart", "pixart_alpha")
+KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "schnell", "pixart", "pixart_alpha", "inpaint")
 
 # One token each in both tokenizers; every other word falls into several pieces ("green" -> g, re, e, n).
 WHOLE_WORDS = "a an and the of on in to left right small big red blue yellow black white cube ball cone dog cat".split()
@@ -171,10 +173,11 @@ def _vae(scaling: float, shift: float | None = None, quant: bool = True) -> Auto
 _SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
 
-def _stable_diffusion(version: int) -> StableDiffusionPipeline:
+def _stable_diffusion(version: int, inpaint: bool = False) -> StableDiffusionPipeline | StableDiffusionInpaintPipeline:
     text_encoder, tokenizer = _clip(pad_token="!" if version == 2 else "<|endoftext|>")
     unet = UNet2DConditionModel(
         sample_size=16,
+        in_channels=9 if inpaint else 4,
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -190,7 +193,7 @@ def _stable_diffusion(version: int) -> StableDiffusionPipeline:
         scheduler = DDIMScheduler(
             **_SD_BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False
         )
-    return StableDiffusionPipeline(
+    return (StableDiffusionInpaintPipeline if inpaint else StableDiffusionPipeline)(
         vae=_vae(0.18215),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -325,4 +328,5 @@ _BUILDERS = {
     "schnell": lambda: _flux(False),
     "pixart": lambda: _pixart(False),
     "pixart_alpha": lambda: _pixart(True),
+    "inpaint": lambda: _stable_diffusion(1, inpaint=True),
 }

@@ -277,6 +277,7 @@ def edit(
     ] = None,
     from_: Annotated[str | None, typer.Option("--from", help="What it shows now. Default: the prompt in it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="A picture that is white where this one may change.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --with inpaint: where the noise comes from.")] = None,
     mode: Annotated[
         str | None, typer.Option(help="replace (word for word) or refine (words added). Default: by the prompts.")
     ] = None,
@@ -304,7 +305,10 @@ def edit(
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
-    """Change a picture by its words and keep the rest of it. The PNG carries its recipe."""
+    """Change a picture by its words and keep the rest of it. The PNG carries its recipe.
+
+    With --mask and an inpainting model (--with inpaint: toy-sd-inpaint) the region is drawn anew from the prompt alone.
+    """
     from sfumato import face
 
     typed: dict[str, Any] = {
@@ -319,6 +323,7 @@ def edit(
         "inner": inner,
         "refine": refine,
         "invert": invert or None,
+        "seed": seed,
     }
     typed = {name: value for name, value in typed.items() if value is not None}
     with_ = with_ or []
@@ -336,6 +341,57 @@ def edit(
             show(step.i + 1, step.total)
 
         for path in face.edit_file(image, mask, typed, order, out, heard):
+            typer.echo(path)
+
+
+@app.command()
+def segment(
+    what: Annotated[str, typer.Argument(help="The name of an object; or a segmenter.safetensors made before.")],
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures or a folder of them. None: pictures are made.")
+    ] = None,
+    model: Model = None,
+    remover: Annotated[
+        str | None, typer.Option(help="The model that redraws pictures without it. Default: toy-sd-inpaint.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the pictures show, {} for the name. Default: a {}")] = None,
+    background: Annotated[
+        list[str] | None, typer.Option(help="What is there without the object; repeatable. Default: an empty prompt.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", help="How many pictures to make. Default: 200.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Training steps of the segmenter. Default: 400.")] = None,
+    steps: Steps = None,
+    guidance: Scale = None,
+    size: Size = None,
+    seed: Seed = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is empty or not there yet.")] = Path(
+        "segmented"
+    ),
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Type the name of an object, get masks of it and a network that segments it. No mask is drawn by anybody."""
+    from sfumato import face
+
+    if n is not None and pictures:
+        raise BadInput("-n is how many pictures to make; it cannot be given with pictures.")
+    typed: dict[str, Any] = {
+        "prompt": prompt,
+        "background": background,
+        "n": n,
+        "iterations": iterations,
+        "steps": steps,
+        "guidance": guidance,
+        "size": None if size is None else _size(size),
+        "seed": seed,
+    }
+    typed = {name: value for name, value in typed.items() if value is not None}
+    with _bar("steps") as show:
+
+        def told(stage: str, done: int, total: int) -> None:
+            show(done, total, 0.0, f"{done}/{total} {stage}")
+
+        for path in face.segment_files(what, pictures or [], out, model, remover, dtype, device, told, **typed):
             typer.echo(path)
 
 
@@ -550,12 +606,19 @@ def _size(text: str) -> tuple[int, int]:
 @app.command()
 def models(
     name: Annotated[str | None, typer.Argument(help="Show one model in full.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the model NAME as a whole folder for diffusers or transformers.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the cards as JSON.")] = False,
 ) -> None:
-    """List the built-in models."""
+    """List the built-in models, show one, or write one as a folder that other programs load."""
     from sfumato import face, zoo
 
-    if name is not None:
+    if export is not None:
+        if name is None:
+            raise BadInput("--export needs the name of a model, such as sfumato models toy-sd --export toy-sd.")
+        typer.echo(zoo.export(name, export))
+    elif name is not None:
         _print_json(zoo.card(name))
     elif json_:
         _print_json(face.models())

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sfumato.sampling import Result
 
 DEFAULT_MODEL = "toy-sd"
+INPAINT_MODEL = "toy-sd-inpaint"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
 
@@ -255,6 +256,7 @@ class EditOptions(Params):
     )
     refine: int | None = Field(default=None, ge=0, le=20, description="fixed-point iterations per step of inversion")
     invert: bool = Field(default=False, description="invert the picture even if it carries its recipe")
+    seed: int | None = Field(default=None, ge=0, lt=2**62, description="inpainting: where the noise comes from, 0")
 
     @field_validator("prompt", "from_")
     @classmethod
@@ -263,14 +265,14 @@ class EditOptions(Params):
 
     def told(self) -> dict[str, Any]:
         """How to open the picture, as far as it was said."""
-        names = ("steps", "guidance", "size", "inner", "refine")
+        names = ("steps", "guidance", "size", "inner", "refine", "seed")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class Edits:
     """What :func:`edit` made: one result per new prompt, and the opened ``original``, which further edits can be given
-    in place of the picture."""
+    in place of the picture (inpainting: the picture itself, as it was cut)."""
 
     original: Any
     results: list[Result]
@@ -293,7 +295,10 @@ def edit(
     on_step: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Edits:
-    """Change what a picture shows by its prompt, and keep the rest of it (Prompt-to-Prompt).
+    """Change what a picture shows by its prompt, and keep the rest of it.
+
+    By Prompt-to-Prompt; or by inpainting, where ``inpaint`` is among the systems or the model is an inpainting one and
+    there is a mask: the region is then drawn anew without regard to what was there, and nothing is inverted.
 
     Args:
         image: a PNG made by sfumato, which is drawn again from its own noise; any other picture (path or PIL), which is
@@ -301,22 +306,29 @@ def edit(
         prompt: what the edited picture shows; several make several pictures.
         from_: what the picture shows now.
         mask: white where the picture may change, as a file, picture, array or tensor; everything else is kept.
-        model: by default the one in the recipe, else toy-sd.
-        with_: systems that take part; ``prompt_to_prompt`` among them sets the edit's own parameters. With another
-            system of the verb edit (``inject_fusion``, ``pullback``), and no such parameters, that system edits alone.
+        model: by default the one in the recipe, else toy-sd; for inpainting toy-sd-inpaint.
+        with_: systems that take part; ``prompt_to_prompt`` or ``inpaint`` among them sets the edit's own parameters.
+            With another system of the verb edit (``inject_fusion``, ``pullback``), and no such parameters, that one
+            edits alone.
         options: parameters of ``prompt_to_prompt`` (``mode``, ``reweight={"ball": 2.0}``, ``blend="ball"`` ...), and
             for pictures that are inverted those of :class:`EditOptions`: ``steps``, ``guidance``, ``size``, ``inner``,
-            ``refine``, ``invert``.
+            ``refine``, ``invert``. For inpainting ``steps``, ``guidance``, ``size`` and ``seed``.
 
     Raises:
         BadInput: no recipe and no ``from_``, or an option is out of its range. NoMatch: a word is in neither prompt.
     """
     from sfumato.edit.original import Original
 
+    systems = with_ if isinstance(with_, list | tuple) else [with_]
+    asked = any(_named(each)[0] == "inpaint" for each in systems)
+    if asked or (mask is not None and _inpaints(model)):
+        return _inpainted(
+            image, prompt, from_, mask, INPAINT_MODEL if model is None else model, systems, on_step, options
+        )
     named = cards.method("prompt_to_prompt").Params.model_fields  # type: ignore[attr-defined]
     params: dict[str, Any] = {name: options.pop(name) for name in list(options) if name in named}
     others = []
-    for each in with_ if isinstance(with_, list | tuple) else [with_]:
+    for each in systems:
         key, given = _named(each)
         if key == "prompt_to_prompt":
             params = {**given, **params}
@@ -335,6 +347,8 @@ def edit(
         from_ = from_ or params["source"]
     params.pop("source", None)
     checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), from_=from_, **options)
+    if checked.seed is not None:
+        raise BadInput("seed is for inpainting (--with inpaint); Prompt-to-Prompt begins from the picture's own noise.")
     cards.method("prompt_to_prompt")(source="x", **params)  # told before anything heavy is loaded
     build_all(others)
     whole_mask = None if mask is None else _mask(mask)
@@ -363,6 +377,82 @@ def edit(
         results.append(result)
         recipes.append({**result.recipe, "edit": block})
     return Edits(original, results, recipes)
+
+
+def _inpaints(model: Any) -> bool:
+    """Whether this model, loaded or not, is made for redrawing regions."""
+    if model is None:
+        return False
+    if isinstance(model, str | Path):
+        from sfumato.models import family_at
+
+        family = family_at(model)
+        return family is not None and family.inpaints
+    return model.family.inpaints
+
+
+def _inpainted(
+    image: Any,
+    prompt: str | Sequence[str],
+    from_: str | None,
+    mask: Any,
+    model: str | Path | Model,
+    with_: Sequence[Any],
+    on_step: Any,
+    options: dict[str, Any],
+) -> Edits:
+    """Edits by an inpainting model: the region is drawn anew, the pixels around it are kept."""
+    params: dict[str, Any] = {}
+    others = []
+    for each in with_:
+        key, given = _named(each)
+        params, others = ({**params, **given}, others) if key == "inpaint" else (params, [*others, each])
+    foreign = [name for name in ("inner", "refine", "invert") if options.get(name)]
+    foreign += [name for name in cards.method("prompt_to_prompt").Params.model_fields if options.get(name)]  # type: ignore[attr-defined]
+    foreign += ["from"] if from_ is not None else []
+    if foreign:
+        raise BadInput(f"{foreign[0]} is for edits by Prompt-to-Prompt; inpainting takes a prompt and a region only.")
+    if not (isinstance(image, str | Path) or hasattr(image, "convert")):
+        raise BadInput("inpainting takes a picture (a path or PIL), not one opened for Prompt-to-Prompt.")
+    checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), **options)
+    picture = files.read_picture(image) if isinstance(image, str | Path) else image
+    whole = None if mask is None else _mask(mask)
+    if whole is not None:
+        if params.get("mask"):
+            raise BadInput("the mask is given twice: as mask and within inpaint.")
+        if whole.size != picture.size:
+            told = f"{whole.width}x{whole.height}"
+            raise BadInput(f"the mask is {told}, but the picture is {picture.width}x{picture.height}; they must agree.")
+    system = cards.method("inpaint")
+    system(**params)  # told before anything heavy is loaded
+    build_all(others)
+
+    from sfumato.sampling import generate
+
+    loaded = load(model) if isinstance(model, str | Path) else model
+    size = checked.size or fitting_size(loaded, picture.size)
+    fitted = files.fitted(picture.convert("RGB"), size)
+    region = {} if whole is None else {"mask": files.fitted(whole, size, smooth=False)}
+    about = {
+        "picture": Path(image).name if isinstance(image, str | Path) else None,
+        "pixels": files.pixel_hash(picture),
+        "from": None,
+        "invert": False,
+        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in checked.told().items()},
+        "mask": None if whole is None else files.pixel_hash(whole),
+        "with": [cards.to_recipe(system(**params)), *[_recipe_of_system(each) for each in build_all(others)]],
+    }
+    settings = {name: v for name, v in (("steps", checked.steps), ("guidance", checked.guidance)) if v is not None}
+    results, recipes = [], []
+    for text in checked.prompt:
+        parts = [system(**{**params, **region}), *build_all(others)]
+        result = generate(
+            loaded, text, image=fitted, strength=1.0, seed=checked.seed or 0, interventions=parts, on_step=on_step,
+            **settings,
+        )  # fmt: skip
+        results.append(result)
+        recipes.append({**result.recipe, "edit": about})
+    return Edits(fitted, results, recipes)
 
 
 def _open(
@@ -512,13 +602,130 @@ def edit_file(
         if model is not None and (order.dtype or order.device != "cpu"):
             model = load(model, dtype=order.dtype, device=order.device)
         done = edit(picture, prompts, mask=mask, model=model, with_=order.with_, on_step=on_step, **given)
-        _warn_if_different(expected, done.original.model)
+        _warn_if_different(expected, done.results[0].model)
         for result, recipe in zip(done.results, done.recipes, strict=True):
             path = files.free_name(out, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}")
             yield files.save_png(path, result.images[0], recipe)
             for part in result.parts:
                 for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():
                     yield files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe)
+
+
+def segment(
+    concept: str,
+    pictures: Any = None,
+    *,
+    model: str | Path | Model = DEFAULT_MODEL,
+    remover: str | Path | Model | None = None,
+    size: tuple[int, int] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Any:
+    """From the name of an object to a network that segments it, with no mask drawn.
+
+    Args:
+        concept: the object's name, such as ``"ball"``.
+        pictures: a folder, files or PIL pictures that show it; None makes ``n`` of them.
+        model: knows the object and says roughly where it is.
+        remover: redraws pictures without it: an inpainting model; toy-sd-inpaint for toy-sd, else ``model`` itself.
+        size: (width, height) to which pictures are cut; by default about the model's own area.
+        on_progress: told (stage, done, of how many).
+        options: parameters of ``text_to_segmentation`` (``prompt``, ``background``, ``n``, ``iterations`` ...).
+
+    Returns:
+        A :class:`sfumato.edit.text_to_segmentation.Segmented`: masks of every stage, ``segmenter``, ``save(folder)``.
+    """
+    system: Any = cards.method("text_to_segmentation")(**options)
+    shown = None if pictures is None else [image for _, image in _listed(pictures)]
+    if remover is None:
+        remover = INPAINT_MODEL if str(model) == DEFAULT_MODEL else model
+    loaded = load(model) if isinstance(model, str | Path) else model
+    other = loaded if remover is model else load(remover) if isinstance(remover, str | Path) else remover
+    pixels = None
+    if shown is not None:
+        from sfumato.sampling.request import as_pixels
+
+        size = size or fitting_size(loaded, shown[0].size)
+        pixels = as_pixels([files.fitted(image.convert("RGB"), size) for image in shown], None)
+    return system.run(loaded, other, concept, pixels, on_progress)
+
+
+def segment_files(
+    what: str,
+    pictures: Sequence[Path],
+    out: Path,
+    model: str | None = None,
+    remover: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> list[Path]:
+    """:func:`segment` with everything written into the new folder ``out``; or, where ``what`` is a segmenter's file,
+    the masks of ``pictures`` by it. Returns the files: masks, and the segmenter.
+
+    Raises:
+        BadInput: ``out`` is not empty, or no pictures. Everything that :func:`segment` raises, and OSError.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"output folder {str(out)!r} is not empty; name a new one with -o.")
+    listed = _listed(list(pictures)) if pictures else []
+    names = [name for name, _ in listed]
+    if Path(what).suffix == ".safetensors":
+        if not listed:
+            raise BadInput(f"{what} is a segmenter; name the pictures to segment.")
+        if options or model or remover:
+            raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
+        return _segmented_by(Path(what), listed, out)
+    cards.method("text_to_segmentation")(**{k: v for k, v in options.items() if k != "size"})
+    named = {"model": model or DEFAULT_MODEL, "remover": remover or (None if model else INPAINT_MODEL)}
+    with files.output_folder(out):
+        loaded = {key: load(name, dtype=dtype, device=device) for key, name in named.items() if name is not None}
+        images = [image for _, image in listed] or None
+        found = segment(what, images, on_progress=on_progress, **loaded, **options)
+        return found.save(out, names or None)
+
+
+def _segmented_by(weights: Path, listed: list[tuple[str, Image]], out: Path) -> list[Path]:
+    from PIL import Image as pictures
+
+    from sfumato.edit.text_to_segmentation import Segmenter, as_masks
+    from sfumato.sampling.request import as_pixels
+
+    net = Segmenter.load(weights)
+    written = []
+    with files.output_folder(out):
+        for name, image in listed:
+            size = net.config.size or image.size
+            scale = math.sqrt(size[0] * size[1] / (image.width * image.height))
+            pixels = as_pixels(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            [mask] = as_masks(net.masks(pixels))
+            mask = mask.resize(image.size, pictures.Resampling.NEAREST)
+            written.append(files.save_png(out / f"{name}.png", mask, {"segmenter": weights.name}))
+    return written
+
+
+def _listed(given: Any) -> list[tuple[str, Image]]:
+    """(name, picture) of pictures given as a folder, files or PIL pictures; names are distinct.
+
+    Raises BadInput where there is none.
+    """
+    found: list[tuple[str, Image]] = []
+    for each in given if isinstance(given, list | tuple) else [given]:
+        if not isinstance(each, str | Path):
+            found.append((f"{len(found):05d}", each))
+            continue
+        path = Path(each)
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        found += [(p.stem, files.read_picture(p)) for p in inside]
+    if not found:
+        raise BadInput(f"there is no picture in {given}; PNG, JPEG, WebP, BMP, GIF and TIFF are read.")
+    seen: dict[str, int] = {}
+    named = []
+    for name, image in found:
+        seen[name] = seen.get(name, 0) + 1
+        named.append((name if seen[name] == 1 else f"{name}-{seen[name]}", image))
+    return named
 
 
 def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:

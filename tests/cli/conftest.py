@@ -23,6 +23,15 @@ def tiny_sd(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_inpaint(tmp_path_factory) -> Path:
+    """The same as an inpainting pipeline."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-inpaint"
+    with quiet():
+        tiny_pipeline("inpaint").save_pretrained(folder)
+    return folder
+
+
 @dataclass
 class Outcome:
     code: int

@@ -29,6 +29,8 @@ def test_version_and_help(sfumato):
         ("claims",),
         ("judge",),
         ("compare",),
+        ("edit",),
+        ("segment",),
         ("toybox", "prompts"),
     ):
         done = sfumato(*command, "--help")
@@ -49,6 +51,16 @@ def test_models_and_methods_are_listed(sfumato):
         assert all(name in page for name in cards.method(key).Params.model_fields)
         schema = json.loads(sfumato("methods", key, "--json").out)
         assert sorted(schema["parameters"]) == sorted(cards.method(key).Params.model_fields)
+
+
+def test_a_model_is_written_as_a_whole_folder(sfumato, refused):
+    done = sfumato("models", "toy-vae", "--export", "vae")
+    assert done.code == 0 and done.lines == ["vae"], done.err
+    copied = {path.name: path.read_bytes() for path in Path("vae").iterdir()}
+    assert copied == {path.name: path.read_bytes() for path in zoo.find("toy-vae").iterdir()}
+    refused("models", "toy-vae", "--export", "vae", says=["vae", "not empty"])
+    refused("models", "--export", "all", says=["needs the name"])
+    refused("models", "toy-va", "--export", "all", says=["Did you mean 'toy-vae'"])
 
 
 def test_toybox_sample_is_an_imagefolder(sfumato):

@@ -6,19 +6,38 @@ import pytest
 
 from sfumato import cards
 from sfumato.cards import build, method, methods
+from sfumato.models.families import FAMILIES
 from sfumato.sampling import Intervention
 from tests.contract import checks
 from tests.tiny import tiny_model
 
-KINDS = {"sd": "sd", "sd2": "sd", "sdxl": "sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux", "pixart": "pixart"}
+KINDS = {
+    "sd": "sd",
+    "inpaint": "sd_inpaint",
+    "sd2": "sd",
+    "sdxl": "sdxl",
+    "sd3": "sd3",
+    "sd35": "sd3",
+    "flux": "flux",
+    "pixart": "pixart",
+}
 """Tiny model -> the family it belongs to."""
+SERVED = {name: {name, *family.kin} for family in FAMILIES for name in [family.name]}
+"""Family -> itself and the families whose systems run on it unchanged."""
 
 SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
-PAIRS = [(key, kind) for key, card in SYSTEMS.items() for kind, family in KINDS.items() if family in card.families]
+PAIRS = [
+    (key, kind) for key, card in SYSTEMS.items() for kind, family in KINDS.items() if SERVED[family] & {*card.families}
+]
 # properties that do not depend on the family are checked on one U-Net and one joint-attention model per system
-SOME = [(key, kind) for key, kind in PAIRS if kind in ("sd", "sd3", "flux")]
+SOME = [
+    (key, kind) for key, kind in PAIRS if kind in ("sd", "sd3", "flux") or method(key).CARD.families == (KINDS[kind],)
+]
 ELSEWHERE = [
-    (key, kind) for key, card in SYSTEMS.items() for kind, family in KINDS.items() if family not in card.families
+    (key, kind)
+    for key, card in SYSTEMS.items()
+    for kind, family in KINDS.items()
+    if not SERVED[family] & {*card.families}
 ]
 
 

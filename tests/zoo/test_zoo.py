@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sfumato import zoo
-from sfumato.errors import UnknownName
+from sfumato.errors import BadInput, BadWeights, UnknownName
 from sfumato.toybox import VOCABULARY, caption, sample_scene
 from sfumato.train.objective import build_objective
 from sfumato.train.recipe import load_recipe
@@ -104,3 +104,59 @@ def test_tokenizer_survives_saving(tmp_path: Path) -> None:
         assert again(text).input_ids == tokenizer(text).input_ids
     row = again("a red cube", padding="max_length").input_ids
     assert len(row) == again.model_max_length == 32 and row[5:] == [again.eos_token_id] * 27
+
+
+# parts shared with another model --------------------------------------------------------------------------------------
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A zoo of two models in folders: both share ``vae``, each has a ``unet`` of its own."""
+    root = tmp_path / "weights"
+    for name in ("first", "second"):
+        for part, content in (("vae", "same"), ("unet", name)):
+            (root / name / part).mkdir(parents=True)
+            (root / name / part / "weights").write_text(content)
+        (root / name / "sfumato.json").write_text(json.dumps({"name": name}))
+    monkeypatch.setattr(zoo, "folder", lambda: root)
+    return root
+
+
+def test_shared_parts_are_taken_from_the_base_and_exported_whole(weights: Path, tmp_path: Path) -> None:
+    assert zoo.share(weights / "second", "first") == ["vae"]
+    assert not (weights / "second" / "vae").exists() and (weights / "second" / "unet").is_dir()
+    assert zoo.part(weights / "second", "vae") == weights / "first" / "vae"
+    assert zoo.part(weights / "second", "unet") == weights / "second" / "unet"
+    assert zoo.part(weights / "second", "nothing") == weights / "second" / "nothing"
+    whole = zoo.export("second", tmp_path / "whole")
+    assert (whole / "vae" / "weights").read_text() == "same" and (whole / "unet" / "weights").read_text() == "second"
+    assert json.loads((whole / "sfumato.json").read_text()) == {"name": "second"}
+    with pytest.raises(BadInput, match="not empty"):
+        zoo.export("second", whole)
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_base_that_changed_is_refused(weights: Path, tmp_path: Path) -> None:
+    zoo.share(weights / "second", "first")
+    (weights / "first" / "vae" / "weights").write_text("new!")
+    for action in (lambda: zoo.part(weights / "second", "vae"), lambda: zoo.export("second", tmp_path / "whole")):
+        with pytest.raises(BadWeights, match="another vae than first has now.*sfumato train second"):
+            action()
+    assert not (tmp_path / "whole").exists() and not list(tmp_path.glob("*.part*"))
+    (weights / "first" / "sfumato.json").unlink()
+    with pytest.raises(BadWeights, match="not among the built-in models"):
+        zoo.part(weights / "second", "vae")
+
+
+def test_every_built_in_pipeline_exports_to_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
+    for name in zoo.names():
+        whole = zoo.export(name, tmp_path / name)
+        index = whole / "model_index.json"
+        if index.is_file():
+            parts = [
+                key for key, value in json.loads(index.read_text()).items() if isinstance(value, list) and value[0]
+            ]
+            assert all((whole / part).is_dir() for part in parts)
+            if "base" in zoo.card(name):
+                from diffusers import DiffusionPipeline
+
+                pipe = DiffusionPipeline.from_pretrained(whole)
+                assert type(pipe).__name__ == zoo.card(name)["pipeline"]

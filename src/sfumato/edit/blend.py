@@ -14,19 +14,17 @@ what the same seed draws for it.
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import cards, masks
+from sfumato import masks
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NotSupported
+from sfumato.edit.region import RegionParams, kept_picture, region_of
+from sfumato.errors import NotSupported
 from sfumato.sampling import Intervention, Path, Run, Step
-from sfumato.sampling.loop import opened, walk
 
 __all__ = ["Blend", "renoised"]
 
@@ -52,17 +50,7 @@ class Blend(Intervention):
         example="blend:source=a green ball,box=[0.2|0.3|0.8|0.9]",
     )
 
-    class Params(cards.Params):
-        mask: masks.MaskTexts = Field(
-            default=[], description="picture that is white where to draw anew, of any size; several are joined"
-        )
-        box: masks.Boxes = Field(
-            default=[], description="box x0|y0|x1|y1 to draw anew, as fractions or in pixels; several are joined"
-        )
-        invert: bool = Field(default=False, description="draw anew outside of mask and box instead")
-        source: str | None = Field(
-            default=None, description="without a picture: the prompt whose picture, from the same seed, is kept"
-        )
+    class Params(RegionParams):
         level: float = Field(
             default=0.5, gt=0, le=1, description="share of a latent cell in the region from which on it is drawn anew"
         )
@@ -97,21 +85,7 @@ class Blend(Intervention):
         """Lays the region over the picture. Raises BadInput without a region or a picture, NotSupported for resampling
         with a scheduler that cannot go back."""
         p = self.params
-        layers = masks.regions(self._read, p.box, run.size)
-        if not len(layers):
-            raise BadInput("blend needs a region to draw anew: give mask (a picture, white there) or box=x0|y0|x1|y1.")
-        region = layers.amax(0)
-        self._region = 1 - region if p.invert else region
-        drawn = "nothing is drawn anew" if not self._region.any() else None
-        if drawn or bool((self._region >= p.level).all()):
-            told = drawn or "nothing of the picture is kept"
-            warnings.warn(masks.MaskWarning(f"the region of blend makes no difference: {told}."), stacklevel=2)
-        held = run.request is not None and run.request.source.pixels is not None
-        if held == (p.source is not None):
-            raise BadInput(
-                "blend keeps a picture: give the run an image to begin from, or source, the prompt of one"
-                + (", not both." if held else ".")
-            )
+        [self._region] = region_of(run, self.name, p, self._read, p.level)
         if p.resample > 1 and (run.scheduler.order > 1 or len(set(run.timesteps.tolist())) < run.total):
             raise NotSupported(
                 f"resample of blend goes back by whole steps, which {type(run.scheduler).__name__} cannot; use ddim, "
@@ -124,7 +98,7 @@ class Blend(Intervention):
         """Fetches the clean latents of the picture and noises them to the level of ``x``."""
         if self.strength == 0:
             return x
-        self._pixels, self._clean = self._picture(run, x)
+        self._pixels, self._clean = kept_picture(run, x, self.params, self)
         self._noise = self._draw(run, x)
         t = run.timesteps[run.begin] if run.begin < run.total else None
         return self._blended(run, x, t, 0.0)
@@ -145,21 +119,6 @@ class Blend(Intervention):
         return share * pixels + (1 - share) * original
 
     # -- parts ---------------------------------------------------------------------------------------------------------
-
-    def _picture(self, run: Run, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Pixels (b 3 H W), if there are any, and clean latents (b c h w) of the picture to keep."""
-        assert run.request is not None
-        pixels = run.request.source.pixels
-        if pixels is None:  # draw it from the same noise
-            told = [self.params.source or ""] * len(run.request)
-            with opened(run.model, replace(run.request, prompts=told), run.samples, ()) as other:
-                clean = walk(other, x)
-            run.spend(other.cost, None)
-            self.activity.cost += other.cost
-            return None, clean
-        if len(pixels) > 1:
-            pixels = pixels[run.samples.start : run.samples.stop]
-        return pixels, run.model.encode_image(pixels).expand(len(run), -1, -1, -1)
 
     def _draw(self, run: Run, x: Tensor) -> Tensor:
         return randn_tensor(tuple(x.shape), generator=self._generators, device=x.device, dtype=x.dtype)

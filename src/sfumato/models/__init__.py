@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from sfumato.models.condition import Condition, TruncatedPrompt
 from sfumato.models.families import Family, TextStream
-from sfumato.models.load import load
+from sfumato.models.load import family_at, load
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.site import Layer, Site
 
-__all__ = ["Condition", "Family", "Layer", "Model", "Site", "TextStream", "TruncatedPrompt", "load", "quiet"]
+__all__ = [
+    "Condition",
+    "Family",
+    "Layer",
+    "Model",
+    "Site",
+    "TextStream",
+    "TruncatedPrompt",
+    "family_at",
+    "load",
+    "quiet",
+]

@@ -27,7 +27,8 @@ class Condition:
     """The condition of ``b`` samples. Rows of the two guidance branches are kept apart so that either can be edited.
 
     Keys of the rows depend on the family: ``embeds`` (b t d) always; ``pooled`` (b d) for SDXL, SD3 and Flux; ``mask``
-    (b t) for PixArt. SDXL also honours ``time_ids`` (b 6) where given, else it derives them from the picture size.
+    (b t) for PixArt; ``hole`` (b 1+c h w), mask and picture outside it, for inpainting checkpoints. SDXL also
+    honours ``time_ids`` (b 6) where given, else it derives them from the picture size.
     """
 
     cond: Rows

@@ -63,6 +63,12 @@ def load(
     return model
 
 
+def family_at(name_or_path: str | Path) -> type[Family] | None:
+    """The family of a built-in model or a local folder, read from its index; None where only loading will tell."""
+    folder = zoo.find(str(name_or_path)) or Path(name_or_path).expanduser()
+    return _pipeline(read_json(folder / "model_index.json"), folder)[1] if _is_pipeline(folder) else None
+
+
 # --- where ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +141,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
         if name in _UNUSED or entry == [None, None]:
             parts[name] = None
         elif isinstance(entry, list):
-            parts[name], own = _load_part(folder / name, entry, dtype)
+            parts[name], own = _load_part(zoo.part(folder, name), entry, dtype)
             files += [(name, path) for path in own]
         elif entry is not None:  # a setting of the pipeline rather than a part
             parts.setdefault(name, entry)

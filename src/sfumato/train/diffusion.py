@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from sfumato import zoo
 from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
 from sfumato.train.objective import Draw, save_half
 from sfumato.train.recipe import Options
@@ -86,6 +87,10 @@ class DiffusionObjective(LatentObjective):
         ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings", "readout")
         return parameter.ndim in (2, 4) and not any(end in name for end in ends)
 
+    def seen(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What the network is shown (b, c', h, w) of a batch whose noisy latents are ``noisy`` (b, c, h, w)."""
+        return noisy
+
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         x0, noise = batch["x0"], batch["noise"]
         steps = self.noise_schedule.config.num_train_timesteps
@@ -94,7 +99,7 @@ class DiffusionObjective(LatentObjective):
         # the features that the last block starts from, at the size of the latents
         middle = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
         with self.watching(middle) as kept:
-            guess = self.unet(self.noise_schedule.add_noise(x0, noise, t), t, context).sample.float()
+            guess = self.unet(self.seen(self.noise_schedule.add_noise(x0, noise, t), batch), t, context).sample.float()
         error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
         alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
         snr = alpha / (1 - alpha)
@@ -132,6 +137,10 @@ class DiffusionObjective(LatentObjective):
         return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}, "plain": PLAIN, **self.expert_card()}
 
     def load(self, folder: Path) -> None:
-        self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
-        text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        self.take(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+        text = CLIPTextModel.from_pretrained(zoo.part(folder, "text_encoder"))
         self.text.text_model.load_state_dict(text.state_dict())
+
+    def take(self, weights: dict[str, Tensor]) -> None:
+        """Starts the U-Net from these weights."""
+        self.unet.load_state_dict(weights)

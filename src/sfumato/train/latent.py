@@ -162,7 +162,7 @@ class LatentObjective(Objective):
         """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
         x0 = torch.from_numpy(latents[indices.numpy()]).float()
         noise = torch.randn(x0.shape, generator=draw.generator("noise"))
-        texts = data.captions(source, indices, draw)
+        texts = self.captions(source, indices, draw)
         empty = torch.rand(len(texts), generator=draw.generator("empty")) < self.loss_options.empty
         texts = ["" if gone else text for text, gone in zip(texts, empty.tolist(), strict=True)]
         weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
@@ -192,6 +192,10 @@ class LatentObjective(Objective):
             return {}
         timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
         return {"expert": {"of": self.recipe.init_from, "timesteps": timesteps}}
+
+    def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
+        """What the pictures of a batch are said to show."""
+        return data.captions(source, indices, draw)
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids (b, t) int64, padded to the full length as the pipelines do."""

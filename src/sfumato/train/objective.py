@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, str] = {
     "clip": "sfumato.train.clip:CLIPObjective",
     "noisy_clip": "sfumato.train.noisy_clip:NoisyCLIPObjective",
     "diffusion": "sfumato.train.diffusion:DiffusionObjective",
+    "inpaint": "sfumato.train.inpaint:InpaintObjective",
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
     "cnn": "sfumato.train.cnn:CNNObjective",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import json
 import shutil
 import signal
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfumato import zoo
 from sfumato.errors import BadInput, BadWeights, Conflict, UnknownName
+from sfumato.models.precision import fast_bf16
 from sfumato.train import checkpoint
 from sfumato.train.card import write_card
 from sfumato.train.objective import Draw, Objective, build_objective
@@ -67,23 +67,6 @@ def rate(step: int, options: TrainOptions) -> float:
         "wsd": min(1.0, (1 - done) / options.decay_fraction),
     }[options.decay]
     return up * down
-
-
-@functools.cache
-def fast_bf16(device_type: str) -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones on this device, by a short measurement."""
-    device = torch.device(device_type)
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, device=device, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ a
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 class ExplicitAttention(TorchFunctionMode):

@@ -7,10 +7,11 @@ from sfumato.models.families.base import Family, TextStream
 from sfumato.models.families.flux import Flux
 from sfumato.models.families.pixart import PixArtAlpha, PixArtSigma
 from sfumato.models.families.sd3 import StableDiffusion3
-from sfumato.models.families.unet import StableDiffusion, StableDiffusionXL
+from sfumato.models.families.unet import StableDiffusion, StableDiffusionInpaint, StableDiffusionXL
 
 FAMILIES: tuple[type[Family], ...] = (
     StableDiffusion,
+    StableDiffusionInpaint,
     StableDiffusionXL,
     StableDiffusion3,
     Flux,

@@ -42,6 +42,8 @@ class Family:
     """Base class. A family is bound to one pipeline and holds no other state."""
 
     name: ClassVar[str]
+    #: other families whose systems run on this one unchanged
+    kin: ClassVar[tuple[str, ...]] = ()
     #: diffusers pipeline classes it serves
     pipeline_classes: ClassVar[tuple[str, ...]]
     #: attribute of the pipeline that holds the denoiser
@@ -52,6 +54,8 @@ class Family:
     max_sequence_length: int | None = None
     #: whether the pipeline feeds both guidance branches in one denoiser call
     joint_branches: ClassVar[bool] = True
+    #: whether checkpoints of this family are made for redrawing regions of pictures
+    inpaints: ClassVar[bool] = False
     #: half-precision in which checkpoints of this family are customarily run
     half: ClassVar[torch.dtype] = torch.float16
     #: whether the pipeline lifts a float16 autoencoder with ``force_upcast`` to float32
@@ -87,6 +91,11 @@ class Family:
     @property
     def embeds_guidance(self) -> bool:
         """Whether the guidance scale is an input of the denoiser (guidance distillation)."""
+        return False
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the denoiser also sees a mask and the picture outside it (inpainting checkpoints)."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2, and SDXL: a U-Net with separate self and cross attention."""
+"""Stable Diffusion 1 and 2, their inpainting variants, and SDXL: a U-Net with separate self and cross attention."""
 
 from __future__ import annotations
 
@@ -102,6 +102,50 @@ class StableDiffusion(Family):
         for i, (block, grid) in enumerate(zip(unet.up_blocks, reversed(grids), strict=True)):
             walk(block, f"up_blocks.{i}", f"up.{i}", grid)
         return found
+
+
+class StableDiffusionInpaint(StableDiffusion):
+    """Stable Diffusion with a mask for input (GLIDE's fine-tune, Nichol et al. 2021, section 3.2, on latents).
+
+    The U-Net sees the noisy latents, the mask (1: draw anew) and the latents of the picture with the hole in grey. The
+    last two travel in the condition, as ``hole`` (b 1+c h w); where a condition has none everything is drawn anew, so
+    that the model makes pictures from prompts like any other. A pipeline with an ordinary U-Net takes no mask.
+    """
+
+    name = "sd_inpaint"
+    kin = ("sd",)
+    inpaints = True
+    pipeline_classes = ("StableDiffusionInpaintPipeline",)
+
+    def __init__(self, pipe: Any, max_sequence_length: int | None = None):
+        super().__init__(pipe, max_sequence_length)
+        self._empty: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def channels(self) -> int:
+        return int(self.pipe.vae.config.latent_channels)
+
+    @property
+    def takes_mask(self) -> bool:
+        return int(self.config.in_channels) == 2 * self.channels + 1
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
+        if self.takes_mask:
+            hole = rows["hole"] if "hole" in rows else self._all(x).expand(len(x), -1, -1, -1)
+            x = torch.cat([x, hole.to(x)], 1)
+        return super().predict(x, t, rows, guidance, extra)
+
+    def _all(self, x: Tensor) -> Tensor:
+        """(1 1+c h w): a hole as large as the picture, for latents like ``x``."""
+        key = (*x.shape[-2:], x.dtype, x.device)
+        if key not in self._empty:
+            vae = self.pipe.vae
+            size = (x.shape[-2] * self.scale, x.shape[-1] * self.scale)
+            with torch.no_grad():
+                grey = torch.zeros(1, 3, *size, device=vae.device, dtype=vae.dtype)
+                latents = vae.encode(grey).latent_dist.mode() * vae.config.scaling_factor
+            self._empty[key] = torch.cat([torch.ones_like(latents[:, :1]), latents], 1).to(x)
+        return self._empty[key]
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -1,0 +1,134 @@
+"""Inpainting by text: redraw a region of a picture with a model that was fine-tuned to see the hole.
+
+GLIDE (Nichol et al. 2021, section 3.2) gives the denoiser more input channels - the picture with the region erased, and
+the mask - with weights that start at zero, and fine-tunes it on pictures with random regions erased. Stable Diffusion's
+inpainting checkpoints are the same idea on latents. Unlike :mod:`sfumato.edit.blend`, which pastes noised surroundings
+into an ordinary model's trajectory, such a model knows from the first step what surrounds the hole and where it ends.
+
+    >>> model = sfumato.load("toy-sd-inpaint")
+    >>> generate(model, "a blue ball on the grass", image=photo, strength=1.0, interventions=Inpaint(mask=mask))
+
+The picture is the one that the run begins from (``image``); without one, ``source`` names a prompt, and the picture is
+what the same seed draws for it. At ``strength`` 1 the walk begins from pure noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from sfumato import masks
+from sfumato.cards import Card, Field, register
+from sfumato.edit.region import RegionParams, kept_picture, region_of
+from sfumato.errors import NotSupported
+from sfumato.models import Condition
+from sfumato.sampling import Intervention, Run, Step
+
+__all__ = ["Inpaint", "hole_of"]
+
+
+@register
+class Inpaint(Intervention):
+    """Tells an inpainting model the hole, and holds what is known."""
+
+    CARD = Card(
+        key="inpaint",
+        title="GLIDE: text-guided inpainting with a masked-input denoiser",
+        authors="Nichol, Dhariwal, Ramesh, Shyam, Mishkin, McGrew, Sutskever, Chen",
+        year=2021,
+        arxiv="2112.10741",
+        verb="edit",
+        families=("sd_inpaint",),
+        defaults_from="the paper and its notebook: known part of the predicted x0 replaced at every step",
+        cost="none; with source, one more generation",
+        not_reproduced="the pixel-space model and its upsampler: ours works on latents, as Stable Diffusion's does",
+        summary="redraws a region of a picture with a model fine-tuned to see the hole",
+        example="inpaint:source=a green ball,box=[0.2|0.3|0.8|0.9]",
+    )
+
+    class Params(RegionParams):
+        each: bool = Field(default=False, description="the i-th mask is for the i-th sample, instead of all for all")
+        level: float = Field(
+            default=0.5, gt=0, le=1, description="share of a latent cell in the region from which on it is drawn anew"
+        )
+        hold: bool = Field(
+            default=True, description="replace the known part of the predicted x0 at every step (GLIDE's sampler)"
+        )
+        paste: float | None = Field(
+            default=0.0,
+            ge=0,
+            description="put the original pixels back outside the region; the edge fades over so much; none: off",
+            json_schema_extra={"unit": "pixel"},
+        )
+
+    role = "path"
+
+    def __init__(self, **given: Any):
+        self.params = self.Params(**given)
+        self._read = [masks.read_mask(mask) for mask in self.params.mask]
+
+    def start(self, run: Run) -> None:
+        """Lays the region over the picture. Raises NotSupported for a model without a mask input, BadInput without a
+        region or a picture."""
+        if not run.model.family.takes_mask:
+            raise NotSupported(
+                f"inpaint needs a denoiser that sees a mask, such as that of toy-sd-inpaint or Stable Diffusion's "
+                f"inpainting checkpoints; {run.model.name} sees none. blend redraws regions with any model."
+            )
+        self._region = region_of(run, self.name, self.params, self._read, self.params.level, self.params.each)
+        self._share = masks.on_grid(self._region, run.grid, self.params.level)[:, None]
+
+    def on_noise(self, run: Run, x: Tensor) -> Tensor:
+        """Fetches the picture and tells the hole to every condition of the run; at strength 1 returns pure noise."""
+        self._pixels, self._clean = kept_picture(run, x, self.params, self)
+        pixels = run.model.decode(self._clean) if self._pixels is None else self._pixels
+        self._share = self._share.to(x)
+        erased = (self._region >= self.params.level).to(pixels)[:, None]
+        hole = hole_of(run.model, pixels, erased, self._share).expand(len(run), -1, -1, -1)
+        assert run.condition is not None
+        run.condition = _told(run.condition, hole)
+        for name, (condition, weight) in run.compose.items():
+            run.compose[name] = _told(condition, hole), weight
+        if run.begin or self._pixels is None:
+            return x
+        # as the diffusers pipeline: the picture's own noised latents would give away what the hole hides
+        seeds = [torch.Generator().manual_seed(seed) for seed in run.seeds]
+        noise = randn_tensor(tuple(x.shape), generator=seeds, device=x.device, dtype=x.dtype)
+        return run.model.prepare(noise, run.scheduler)
+
+    def after_predict(self, step: Step) -> None:
+        """The known part of the predicted clean latents is the picture's."""
+        self.mark(step)
+        if self.params.hold:
+            x0 = self._share * step.x0 + (1 - self._share) * self._clean
+            step.output = step.path.from_x0(step.x, x0, step.t).to(step.x.dtype)
+
+    def on_decode(self, run: Run, pixels: Tensor) -> Tensor:
+        if self.params.paste is None:
+            return pixels
+        original = run.model.decode(self._clean) if self._pixels is None else self._pixels.to(pixels)
+        erased = (self._region >= self.params.level).float()
+        share = torch.stack([masks.feather(each, self.params.paste) for each in erased])[:, None].to(pixels)
+        return share * pixels + (1 - share) * original
+
+
+def hole_of(model: Any, pixels: Tensor, erased: Tensor, share: Tensor) -> Tensor:
+    """What an inpainting denoiser is told (b 1+c h w): the mask on the grid of the latents, and the latents of the
+    picture with the hole in grey.
+
+    ``pixels`` (b or 1, 3 H W) in [-1, 1]; ``erased`` (b or 1, 1 H W) and ``share`` (b or 1, 1 h w) are 1 where to draw
+    anew.
+    """
+    n = max(len(pixels), len(erased))
+    known = model.encode_image((pixels * (1 - erased)).expand(n, -1, -1, -1))
+    return torch.cat([share.expand(n, -1, -1, -1).to(known), known], 1)
+
+
+def _told(condition: Condition, hole: Tensor) -> Condition:
+    rows = {**condition.cond, "hole": hole}
+    uncond = None if condition.uncond is None else {**condition.uncond, "hole": hole}
+    return replace(condition, cond=rows, uncond=uncond)
