@@ -30,7 +30,7 @@ SOURCE = "Huang et al. 2022"
 STEPS = 25
 REPORT, TUNE = 6300, 6400
 CUTOUTS = 4
-STRENGTHS = (10.0, 30.0, 100.0)
+STRENGTHS = (30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)

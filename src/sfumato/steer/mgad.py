@@ -63,7 +63,7 @@ class MGAD(GradientGuidance):
     )
 
     class Params(GradientParams):
-        strength: float = Field(default=30.0, ge=0, description="weight of the distances; 0 off; see step")
+        strength: float = Field(default=100.0, ge=0, description="weight of the distances; 0 off; see step")
         texts: list[str] = Field(
             default=[],
             description="what to pull towards, each with a weight after a colon if it is not 1; negative ones push "
