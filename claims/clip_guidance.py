@@ -31,7 +31,7 @@ SOURCE = "Nichol et al. 2021"
 STEPS = 25
 REPORT, TUNE = 6100, 6200
 FREE = (1.0, 2.0, 4.0, 8.0)  # classifier-free scales; 1 is no guidance
-CLIP = (3.0, 10.0, 30.0, 100.0)  # strengths of CLIP guidance; the first is the paper's
+CLIP = (1.0, 3.0, 10.0, 30.0)  # strengths of CLIP guidance; the paper has 3
 
 
 @dataclass(frozen=True)

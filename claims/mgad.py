@@ -30,7 +30,7 @@ SOURCE = "Huang et al. 2022"
 STEPS = 25
 REPORT, TUNE = 6300, 6400
 CUTOUTS = 4
-STRENGTHS = (100.0, 300.0, 1000.0)
+STRENGTHS = (30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def cases(seed: int, n: int) -> list[Case]:
         rng = np.random.default_rng((seed, index, 13))
         shapes, colors = rng.permutation(SHAPES)[:2], rng.permutation(COLORS)[:2]
         scene = Scene((Toy(str(shapes[1]), str(colors[1])),), str(rng.choice(GROUNDS)), str(rng.choice(SKIES)))
-        toy = f"a {colors[0]} {shapes[0]}"
+        toy = f"{'an' if colors[0] == 'orange' else 'a'} {colors[0]} {shapes[0]}"
         picture = to_uint8(render(scene, 64).image)[0].permute(1, 2, 0).numpy()
         told = f"{toy} on the {scene.ground}"
         found.append(Case(toy, judge.Wanted(str(shapes[0]), str(colors[0])), scene, picture, told))
@@ -106,7 +106,7 @@ def spread(features: np.ndarray) -> float:
 
 def together(name: str, context: Context) -> list[Row]:
     """Both targets against either alone."""
-    asked, seeds = cases(REPORT, context.count(10, 2)), range(REPORT, REPORT + context.count(6, 2))
+    asked, seeds = cases(REPORT, context.count(8, 2)), range(REPORT, REPORT + context.count(4, 2))
     strength = tuned(context, name)
     options = {"cutouts": CUTOUTS, "strength": strength}
     found = {how: guided(context, name, asked, seeds, how, **options) for how in ("text", "image", "both")}

@@ -170,7 +170,8 @@ class NoisyCLIPObjective(LatentObjective):
 
     def _retrieval(self, n: int, plain: bool) -> dict[str, float]:
         hits: dict[str, list[bool]] = {}
-        for number, part in enumerate(torch.arange(min(n, len(self.val_data)) // 64 * 64).split(64)):
+        for number in range(min(n, len(self.val_data)) // 64):
+            part = torch.arange(64 * number, 64 * number + 64)
             draw = Draw(1, number)
             scenes = [self.val_data.scenes[i] for i in part.tolist()]
             told = [self.val_data.caption(i, style="full").text for i in part.tolist()]
