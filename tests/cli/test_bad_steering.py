@@ -174,7 +174,7 @@ def test_pictures_to_begin_from_in_every_form(sfumato, make):
     keep = "blend:box=[0|0|0.25|0.25],paste=0"
     plain = np.asarray(Image.open("photo.png")).astype(int)
     for name in ("photo.png", "photo.jpg", "cmyk.jpg", "turned.jpg", "palette.png"):
-        done = sfumato(*make(keep), "--image", name, "--strength", 1, "-o", name)
+        done = sfumato(*make(keep), "--image", name, "--strength", 1, "-o", "drawn")
         assert done.code == 0, done.err
         made = np.asarray(Image.open(done.lines[0])).astype(int)
         assert made.shape == plain.shape and np.abs(made[8:, 12:] - plain[8:, 12:]).mean() < 25, name
