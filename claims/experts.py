@@ -46,7 +46,8 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
     weights = hash_files([("unet", path) for path in find_weights(base / "unet")[0]])
     run_name = f"{name}-{weights[:8]}" + ("-quick" if context.quick else "")
     if run_name not in zoo.trained():
-        from sfumato.train import run
+        from sfumato.train.recipe import load_recipe
+        from sfumato.train.trainer import Trainer
 
         text = zoo.recipes()[min(HALVES)].read_text(encoding="utf-8")
         steps = 2 if context.quick else times * int(re.search(r"^steps = (\d+)", text, re.M)[1])  # type: ignore[index]
@@ -59,7 +60,11 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.toml"
             recipe.write_text(text, encoding="utf-8")
-            run(recipe, resume=True, on_progress=lambda p: context.report(f"  {run_name}: step {p.step} of {p.steps}"))
+            trainer = Trainer(load_recipe(recipe), zoo.cache_folder() / "runs" / run_name)
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        trainer.restore()
+        trainer.fit(None, lambda p: context.report(f"  {run_name}: step {p.step} of {p.steps}"))
+        trainer.export(trainer.folder / "export", {})  # what it is worth is measured here, not by the trainer
     return zoo.trained()[run_name]
 
 

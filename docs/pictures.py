@@ -281,7 +281,7 @@ def composition_edit() -> Image.Image:
     where = DAAM(words=["red cube"])
     made = sfumato.make(old, seed=3, with_=[where])
     found = where.maps[0].mask("red cube", 0.5).float()
-    mask = Image.fromarray((masks.dilate(found, 2) * 255).byte().numpy())
+    mask = Image.fromarray((masks.dilate(found, 4) * 255).byte().numpy())
     look = DAAM(words=["green cube"])
     with tempfile.TemporaryDirectory() as folder:
         path = files.save_png(Path(folder) / "toys.png", made.images[0], made.recipe)

@@ -30,7 +30,8 @@ def tiny_sd3(tmp_path_factory) -> Path:
 def pictures(sfumato, monkeypatch, tmp_path):
     """Pictures and masks of every kind in the working folder; no experts."""
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
-    colors = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    y, x = np.mgrid[0:32, 0:48]
+    colors = np.stack([5 * x, 7 * y, 250 - 5 * x], -1).astype(np.uint8)
     photo = Image.fromarray(colors)
     photo.save("photo.png")
     photo.save("photo.jpg", quality=95)
@@ -173,10 +174,10 @@ def test_pictures_to_begin_from_in_every_form(sfumato, make):
     keep = "blend:box=[0|0|0.25|0.25],paste=0"
     plain = np.asarray(Image.open("photo.png")).astype(int)
     for name in ("photo.png", "photo.jpg", "cmyk.jpg", "turned.jpg", "palette.png"):
-        done = sfumato(*make(keep), "--image", name, "--strength", 1, "-o", name)
+        done = sfumato(*make(keep), "--image", name, "--strength", 1, "-o", "drawn")
         assert done.code == 0, done.err
         made = np.asarray(Image.open(done.lines[0])).astype(int)
-        assert made.shape == plain.shape and np.abs(made[8:, 12:] - plain[8:, 12:]).mean() < 40, name
+        assert made.shape == plain.shape and np.abs(made[8:, 12:] - plain[8:, 12:]).mean() < 25, name
     done = sfumato(*make(keep), "--image", "odd.png", "--strength", 1, "--size", "40x24")
     assert done.code == 0 and Image.open(done.lines[0]).size == (40, 24)
 

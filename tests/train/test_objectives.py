@@ -363,7 +363,7 @@ def test_an_expert_sees_its_share_of_the_noise_and_no_other(kind: str, parts: di
 def test_the_card_of_an_expert_says_whose_it_is_and_when(kind: str, parts: dict[str, str], tmp_path: Path) -> None:
     made = latent(kind, parts, interval=(0.25, 1.0))
     assert made.export(tmp_path / "e")["expert"] == {
-        "of": None, "timesteps": [{"diffusion": 250.0, "flow": 337.508}[kind], 1000.0],
+        "of": None, "timesteps": [{"diffusion": 250.0, "flow": 337.492}[kind], 1000.0],
     }  # fmt: skip
     assert made.grid() is None and set(made.measure()) == {"held_out_loss"}
     assert "expert" not in latent(kind, parts).export(tmp_path / "w")

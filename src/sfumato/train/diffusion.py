@@ -134,7 +134,8 @@ class DiffusionObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.unet, folder / "unet")
         save_half(self.vae, folder / "vae")
-        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}, "plain": PLAIN, **self.expert_card()}
+        sampling = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
+        return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
 
     def load(self, folder: Path) -> None:
         self.take(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
