@@ -29,8 +29,8 @@ from sfumato.toybox.dataset import draw_scene
 SOURCE = "Park, Kwon, Choi, Jo, Uh 2023"
 STEPS = 20
 REPORT = 8300
-RANK = 8
-POWER = {"rank": RANK, "iterations": 10, "tolerance": 0.05}
+RANK = 6
+POWER = {"rank": RANK, "iterations": 8, "tolerance": 0.05}
 EARLY, LATE = 0.1, 0.8
 
 
@@ -130,7 +130,7 @@ def over_time(name: str, context: Context) -> list[Row]:
 def between_prompts(name: str, context: Context) -> list[Row]:
     """Similar prompts, similar tangent spaces; and less of it late."""
     model = common.load(context, name)
-    count, seeds = context.count(12, 3), context.count(2, 1)
+    count, seeds = context.count(10, 3), context.count(2, 1)
     texts = [caption(draw_scene("test", REPORT, i, 1 + i % 2), None, "plain").text for i in range(count)]
     texts = list(dict.fromkeys(texts))
     similar = text_similarity(context, texts)
@@ -187,7 +187,7 @@ def text_similarity(context: Context, texts: Sequence[str]) -> Tensor:
 def complexity(name: str, context: Context) -> list[Row]:
     """Two U-Nets of one architecture and training, one on simple scenes and one on all kinds."""
     base = common.load(context, name)
-    n = context.count(8, 2)
+    n = context.count(6, 2)
     means = {}
     for kind in ("simple", "complex"):
         context.report(f"  training on {kind} scenes")
@@ -275,7 +275,7 @@ class Random(Pullback):
 def edits(name: str, context: Context) -> list[Row]:
     """Moves along the first directions against random ones, and early against late."""
     model = common.load(context, name)
-    texts = [prompt.text for prompt in common.prompts("test", REPORT + 40, context.count(16, 2), 1, "plain")]
+    texts = [prompt.text for prompt in common.prompts("test", REPORT + 40, context.count(12, 2), 1, "plain")]
     power = {"rank": 3, "iterations": 8, "tolerance": 0.05}
     made: dict[str, Tensor] = {"plain": drawn(model, texts, REPORT).pixels.clamp(-1, 1)}
     for k in (1, 2, 3):

@@ -39,10 +39,10 @@ def orthonormal(n, d, seed):
     return torch.linalg.qr(torch.randn(d, n, generator=torch.Generator().manual_seed(seed)).double()).Q.T
 
 
-@pytest.mark.parametrize(("kind", "n"), [("sd", 20), ("sd3", 6)])
 @torch.no_grad()
-def test_the_basis_is_that_of_the_full_jacobian(kind, n):
-    encoder, x = encoder_of(kind)
+def test_the_basis_is_that_of_the_full_jacobian():
+    encoder, x = encoder_of("sd")
+    n = 20
     u, s, vt = torch.linalg.svd(jacobian(encoder, x), full_matrices=False)
     basis = local_basis(encoder, x, n, iterations=60, tolerance=1e-3)
     assert len(basis) == n and basis.settled and basis.cost > 0
@@ -53,7 +53,16 @@ def test_the_basis_is_that_of_the_full_jacobian(kind, n):
     assert principal_angles(basis.u[:gap], u.T[:gap]).max() < 0.05
     eye = torch.eye(n)
     assert torch.allclose(v @ v.T, eye, atol=1e-4) and torch.allclose(basis.u @ basis.u.T, eye, atol=1e-4)
-    assert torch.allclose(encoder.jvp(x, v), basis.s[:, None] * basis.u, atol=1e-2 * float(s[0]) / n)
+    assert torch.allclose(encoder.jvp(x, v), basis.s[:, None] * basis.u, atol=1e-3 * float(s[0]))
+
+
+@torch.no_grad()
+def test_values_are_right_even_where_they_lie_too_close_for_the_directions_to_settle():
+    encoder, x = encoder_of("sd3")  # an untrained transformer passes everything on: its values are all but equal
+    s = torch.linalg.svdvals(jacobian(encoder, x))
+    basis = local_basis(encoder, x, 3, iterations=5, tolerance=1e-4)
+    assert not basis.settled and basis.iterations == 5 and s[2] > 0.95 * s[0]
+    assert torch.allclose(basis.s, s[:3], rtol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "pixart"])

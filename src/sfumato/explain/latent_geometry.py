@@ -386,7 +386,7 @@ def _similarity(model: Model, texts: Sequence[str]) -> Tensor:
     """Cosines (q q) between texts as the model's own encoder reads them, mean over tokens and less the mean text."""
     with torch.no_grad():
         read = model.encode_text(list(texts), None, False).cond["embeds"].float().mean(1).cpu()
-    if len(texts) > 1:
+    if len(texts) > 2:  # two would always be opposites
         read = read - read.mean(0)
     read = read / read.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return read @ read.T
