@@ -117,13 +117,16 @@ def judge_folder(
     def heard(before: int) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, _: on_progress(before + done, total)
 
+    places = fake.path.resolve(), None if real is None else real.path.resolve()  # workers may stand elsewhere
+    told = Path(prompts).resolve() if isinstance(prompts, str | Path) else prompts
+
     def make() -> Callable[[Any], Any]:  # on each worker, which opens folders and loads nets for itself
         sides: dict[bool, tuple[Folder, Instruments]] = {}
 
         def work(item: tuple[bool, Any]) -> Any:
             reference, batch = item
             if reference not in sides:
-                own = Folder(real.path) if reference and real else Folder(folder, prompts)
+                own = Folder(places[1]) if reference and places[1] else Folder(places[0], told)
                 sides[reference] = own, _instruments(asked, wanted, attributes, reference)
             return look(*sides[reference], asked.cap, asked.seed, batch)
 
