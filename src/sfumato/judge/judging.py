@@ -117,40 +117,50 @@ def judge_folder(
     def heard(before: int) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, _: on_progress(before + done, total)
 
-    @contextlib.contextmanager
-    def spread(which: Path, told: Any, reference: bool) -> Iterator[dict[str, Any]]:
-        """How batches reach the workers, when there shall be some."""
-        if not asked.ray:
-            yield {}
-            return
+    places = fake.path.resolve(), None if real is None else real.path.resolve()  # workers may stand elsewhere
+    told = Path(prompts).resolve() if isinstance(prompts, str | Path) else prompts
 
-        def make() -> Callable[[Any], Any]:  # on each worker, which loads folder and nets for itself
-            tools = _instruments(asked, wanted, attributes, reference)
-            own = Folder(which, told)
-            return lambda batch: look(own, tools, asked.cap, asked.seed, batch)
+    def make() -> Callable[[Any], Any]:  # on each worker, which opens folders and loads nets for itself
+        sides: dict[bool, tuple[Folder, Instruments]] = {}
 
-        with Workers(make, asked.workers) as pool:
-            yield {"over": lambda batches: pool.map((names, (start, names)) for start, names in batches)}
+        def work(item: tuple[bool, Any]) -> Any:
+            reference, batch = item
+            if reference not in sides:
+                own = Folder(places[1]) if reference and places[1] else Folder(places[0], told)
+                sides[reference] = own, _instruments(asked, wanted, attributes, reference)
+            return look(*sides[reference], asked.cap, asked.seed, batch)
 
-    def run() -> Report:
+        return work
+
+    def run(pool: Workers | None = None) -> Report:
+        def over(reference: bool) -> dict[str, Any]:
+            """How batches of one side reach the workers, if there are some."""
+            if pool is None:
+                return {}
+            return {"over": lambda batches: pool.map((each[1], (reference, each)) for each in batches)}
+
         truth = None
         if real is not None:
             part = _instruments(asked, wanted, attributes, reference=True)
-            with spread(real.path, None, True) as over:
-                truth = survey(
-                    real, part, journal=_at(folder_out, "reference.state"), on_progress=heard(0), **shared, **over
-                )
-        with spread(fake.path, prompts, False) as over:
-            tally = survey(
-                fake, looked, journal=_at(folder_out, "pictures.state"), rows=_at(folder_out, "pictures.jsonl"),
-                on_progress=heard(len(real) if real else 0), **shared, **over,
-            )  # fmt: skip
+            truth = survey(
+                real, part, journal=_at(folder_out, "reference.state"), on_progress=heard(0), **shared, **over(True)
+            )
+        tally = survey(
+            fake, looked, journal=_at(folder_out, "pictures.state"), rows=_at(folder_out, "pictures.jsonl"),
+            on_progress=heard(len(real) if real else 0), **shared, **over(False),
+        )  # fmt: skip
         return _report(asked, system, fake, tally, real, truth, wanted, attributes, looked)
 
+    def everywhere() -> Report:
+        if not asked.ray:
+            return run()
+        with Workers(make, asked.workers) as pool:
+            return run(pool)
+
     if folder_out is None:
-        return run()
+        return everywhere()
     with files.output_folder(folder_out), _nothing_left(folder_out):
-        report = run()
+        report = everywhere()
         report.save(folder_out)
         return report
 
