@@ -205,7 +205,9 @@ def make(
 
 @app.command()
 def explain(
-    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, or a picture file.")],
+    what: Annotated[
+        str, typer.Argument(help="A prompt to make a picture from, or a picture file; for conceptor also a folder.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="What the picture file shows. Default: the prompt in it.")] = None,
     words: Annotated[
         list[str] | None, typer.Option(help="A word or phrase to look for; repeatable. Default: every word.")
@@ -223,7 +225,8 @@ def explain(
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
-    """Show where words are: in a picture made from a prompt, or in one that exists."""
+    """Show where words are: in a picture made from a prompt, or in one that exists. With --by conceptor: what words a
+    concept is made of."""
     from sfumato import cards, face
 
     typed: dict[str, Any] = {
@@ -237,6 +240,15 @@ def explain(
     typed = {name: value for name, value in typed.items() if value is not None}
     order = face.Order([], model, [], dtype, device, maps=maps)
     words = [word for text in words or [] for word in text.split("|")]
+    if face.examines(by):
+        unused = [f"--{name}" if len(name) > 1 else f"-{name}" for name in ("n", "size") if name in typed]
+        if unused or words or maps:
+            named = " and ".join(unused + ["--words"] * bool(words) + ["--maps"] * maps)
+            raise BadInput(f"{named} cannot be given with --by {by.partition(':')[0]}; see: sfumato methods {by}.")
+        with _bar("steps") as show:
+            for path in face.examine_into(what, prompt, by, order, out, typed, show):
+                typer.echo(path)
+        return
     if prompt is None and not face.is_picture(what):
         key, params = cards.parse_with(by)
         order.with_ = [{"method": key, "params": {**params, **({"words": words} if words else {})}}]
