@@ -22,6 +22,8 @@ EXPERIMENTS = {
     "blend": "claims.blend",
     "shape_guided": "claims.shape_guided",
     "paint_with_words": "claims.paint_with_words",
+    "no_token_left_behind": "claims.no_token_left_behind",
+    "conceptor": "claims.conceptor",
 }
 
 
