@@ -286,8 +286,8 @@ EXPERIMENT = Experiment(
     title="Conceptor: what a concept is made of",
     intro=(
         "Secrets are pseudo-words with a known recipe: a mixture of the embeddings of three words. Only their pictures"
-        " are decomposed, into all words of toy-sd's vocabulary but the slot's own. toy-clip finds the nearest words, the"
-        " toy-judge reads the pictures."
+        " are decomposed, into all words of toy-sd's vocabulary but the slot's own. toy-clip finds the nearest words,"
+        " the toy-judge reads the pictures."
     ),
     file=__file__,
     parts=(

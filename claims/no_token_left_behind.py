@@ -258,9 +258,7 @@ def boxes(name: str, context: Context) -> list[Row]:
             holds=min(each.value for each in more.values()) >= 0.15 and min(each.low for each in more.values()) > 0,
             n=len(asked),
             leans_on=common.trust_text(context, "shape", "color"),
-            picture=context.save(
-                f"no-token-left-behind-boxes-{name}.png", common.sheet(list(map(list, zip(*shown, strict=True))))
-            ),
+            picture=context.save(f"no-token-left-behind-boxes-{name}.png", picture),
             data={
                 "inside": {arm: each.to_json() for arm, each in inside.items()},
                 "iou": {arm: each.to_json() for arm, each in iou.items()},
@@ -298,9 +296,7 @@ def latents(context: Context) -> list[Row]:
             holds=None,
             n=2 * len(asked),
             leans_on=common.trust_text(context, "shape"),
-            picture=context.save(
-                "no-token-left-behind-latents.png", common.sheet([list(p[:10]) for p in arms.values()])
-            ),
+            picture=context.save("no-token-left-behind-latents.png", picture),
             data={arm: each.to_json() for arm, each in present.items()},
         )
     ]

@@ -92,7 +92,10 @@ def dictionary(model: Model, pieces: bool = False) -> Dictionary:
         tokens = [_names(tower, pieces) for tower in towers]
         shared = [name for name in tokens[0] if all(name in other for other in tokens[1:])]
         each = zip(towers, tokens, strict=True)
-        known[pieces] = tuple(shared), {t.name: torch.tensor([named[n] for n in shared]) for t, named in each}
+        known[pieces] = (
+            tuple(shared),
+            {t.name: torch.tensor([named[n] for n in shared], dtype=torch.long) for t, named in each},
+        )
     names, ids = known[pieces]
     return Dictionary(names, ids, {tower.name: tower.table.detach()[ids[tower.name]].float() for tower in towers})
 
@@ -105,7 +108,7 @@ def _names(tower: TextTower, pieces: bool) -> dict[str, int]:
     """Name -> token id of one encoder."""
     special = set(tower.tokenizer.all_special_ids)
     ids = [i for i in range(min(len(tower.tokenizer), len(tower.table))) if i not in special]
-    texts = [tower.tokenizer.decode([i]).strip() for i in ids]
+    texts = [tower.tokenizer.decode([i]).strip().removesuffix("</w>") for i in ids]
     again = tower.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     names: dict[str, int] = {}
     for i, text, back in zip(ids, texts, again, strict=True):
