@@ -30,6 +30,8 @@ EXPERIMENTS = {
     "pullback": "claims.pullback",
     "clip_guidance": "claims.clip_guidance",
     "mgad": "claims.mgad",
+    "no_token_left_behind": "claims.no_token_left_behind",
+    "conceptor": "claims.conceptor",
 }
 
 

@@ -23,6 +23,8 @@ from sfumato.models.vision import load_vision
 from sfumato.sampling.request import as_pictures
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
+from sfumato.explain.conceptor import decompose, word_cloud
+from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, conflicts, factor_pairs, render, sample_scene, to_uint8
@@ -382,6 +384,36 @@ def shape_texture() -> Image.Image:
     return plot({name: look.explain_model(load_vision(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
 
 
+def no_token_left_behind() -> Image.Image:
+    """Per row plain, CLIP guidance, with the words' relevance, and with a box (the last column) for the first toy."""
+    rows = []
+    for text, first in (
+        ("a red ball and a blue cone", "red ball"),
+        ("a white cylinder and a purple cross", "white cylinder"),
+    ):
+        box = [0.05, 0.4, 0.45, 0.9]
+        arms: list[dict[str, Any]] = [{"explain": 0.0}, {}, {"phrases": [first], "box": box, "template": "a {}"}]
+        rows.append(sfumato.make(text, seed=4).pixels)
+        for given in arms:
+            guide = NoTokenLeftBehind(cutouts=4, augment=0.3, strength=0.2, window=(0.0, 0.6), **given)
+            rows.append(sfumato.make(text, seed=4, with_=[guide]).pixels)
+        rows.append(masks.box_mask(box, (64, 64)).mul(2).sub(1).expand(1, 3, -1, -1))
+    return sheet(torch.cat([row.detach() for row in rows]), 5, scale=2)
+
+
+def conceptor() -> Image.Image:
+    """The cloud of what "cone" is made of; below, pictures of it above what its words draw from the same seeds."""
+    model = sfumato.load("toy-sd")
+    found = decompose(model, "cone", images=40, checked=8, iterations=250, rate=5e-3, batch=8, keep=10, steps=12)
+    cloud = word_cloud(found.shares(), (8 * 68 - 4, 220))
+    tiles = [torch.from_numpy(np.array(image)) for image in (*found.pictures, *found.drawn)]
+    below = sheet(torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1, 8)
+    out = Image.new("RGB", (below.width, cloud.height + below.height), "white")
+    out.paste(cloud, (0, 0))
+    out.paste(below, (0, cloud.height))
+    return out
+
+
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox": toybox,
     "toybox-truth": toybox_truth,
@@ -409,6 +441,8 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "clip-guidance": clip_guidance,
     "mgad": mgad,
     "shape-texture": shape_texture,
+    "no-token-left-behind": no_token_left_behind,
+    "conceptor": conceptor,
 }
 
 

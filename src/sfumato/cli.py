@@ -215,7 +215,10 @@ def make(
 
 @app.command()
 def explain(
-    what: Annotated[str, typer.Argument(help="A prompt to make a picture from, a picture file, or a net.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="A prompt to make a picture from, a picture file, or a net; for conceptor also a folder."),
+    ],
     prompt: Annotated[str | None, typer.Option(help="What the picture file shows. Default: the prompt in it.")] = None,
     words: Annotated[
         list[str] | None, typer.Option(help="A word or phrase to look for; repeatable. Default: every word.")
@@ -233,7 +236,8 @@ def explain(
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
-    """Show where words are, in a picture made from a prompt or in one that exists; or what a net's layers know."""
+    """Show where words are: in a picture made from a prompt, or in one that exists. Or what a net's layers know
+    (--by shape_texture), or what words a concept is made of (--by conceptor)."""
     from sfumato import cards, face
 
     typed: dict[str, Any] = {
@@ -255,6 +259,15 @@ def explain(
         lines, paths = face.explain_net(what, by, order, out)
         for line in (*lines, *paths):
             typer.echo(line)
+        return
+    if face.examines(by):
+        unused = [f"--{name}" if len(name) > 1 else f"-{name}" for name in ("n", "size") if name in typed]
+        if unused or words or maps:
+            named = " and ".join(unused + ["--words"] * bool(words) + ["--maps"] * maps)
+            raise BadInput(f"{named} cannot be given with --by {by.partition(':')[0]}; see: sfumato methods {by}.")
+        with _bar("steps") as show:
+            for path in face.examine_into(what, prompt, by, order, out, typed, show):
+                typer.echo(path)
         return
     if prompt is None and not face.is_picture(what):
         key, params = cards.parse_with(by)

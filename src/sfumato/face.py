@@ -186,7 +186,8 @@ def make(
 class Explanation:
     """What :func:`explain` found: per picture, the picture and what the system says about it (heat maps, for DAAM).
 
-    ``result`` is the generation it was found in, None for pictures that existed already.
+    ``result`` is the generation it was found in, None for pictures that existed already and for what is not about one
+    picture (conceptor: ``maps`` holds the decomposition, ``images`` pictures of the concept).
     """
 
     images: list[Image]
@@ -210,7 +211,8 @@ def explain(
 
     Args:
         what: a prompt, to make pictures from and explain these; or a picture that exists (PIL, or a path together with
-            ``prompt``; a picture that carries a recipe brings its own prompt).
+            ``prompt``; a picture that carries a recipe brings its own prompt). For ``conceptor`` a concept in words, a
+            picture, or a folder of pictures.
         prompt: what the existing picture shows.
         words: words or phrases to look for; none: every word of the prompt.
         by: the system, as for ``--with`` (``"daam:heads=[0|1]"``).
@@ -226,6 +228,9 @@ def explain(
     system = cards.method(key)(**params)
     if hasattr(system, "explain_model"):
         return system.explain_model(open_net(what), **options)
+    if hasattr(system, "examine"):  # it looks at the model rather than at one picture
+        finding = system.examine(load(model) if isinstance(model, str | Path) else model, what, prompt, **options)
+        return Explanation(finding.pictures, [finding])
     if isinstance(what, str) and prompt is None and not is_picture(what):
         result = make(what, model=model, with_=[system], **options)
         return Explanation(result.images, system.maps, result)
@@ -1126,6 +1131,26 @@ def explain_net(what: str, by: str, order: Order, out: Path) -> tuple[list[str],
         found = system.explain_model(open_net(what, order.dtype, order.device), Path(what).name)
         stem = files.free_name(out, f"{files.slug(Path(what).name)}.{key}", ".json").stem
         return found.lines(), found.save(out, stem)
+
+
+def examines(by: str) -> bool:
+    """Whether a system explains a model's idea of something, and writes a report, rather than single pictures."""
+    return hasattr(cards.method(cards.parse_with(by)[0]), "examine")
+
+
+def examine_into(
+    what: str, prompt: str | None, by: str, order: Order, out: Path, options: dict[str, Any], on_step: Any = None
+) -> list[Path]:
+    """Explain a model's idea of ``what`` and write the report into folder ``out``; returns the files.
+
+    Raises:
+        Everything that :func:`explain` raises, and OSError.
+    """
+    build_all([by])
+    with files.output_folder(out):
+        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        [found] = explain(what, prompt, by=by, model=model, on_step=on_step, **options).maps
+        return found.save(out)
 
 
 def _warn_if_different(expected: dict[str, Any], model: Model) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +75,7 @@ class ClipLens:
         self.length = int(self.model.config.text_config.max_position_embeddings)
         patches = clip.side // int(self.model.config.vision_config.patch_size)
         self.grid = (patches, patches)
+        self._text_sites, self._image_sites = self._find_sites()
         self.words = Words([TextStream(self.tokenizer, "clip", 0, self.length, str)])
 
     def read(self, text: str) -> Reading:
@@ -160,14 +160,10 @@ class ClipLens:
     def _run(self, tower: Any, sites: list[Site], call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         return recorded(tower, sites, call) if sites else (call(), [])
 
-    @cached_property
-    def _text_sites(self) -> list[Site]:
-        once = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
+    def _find_sites(self) -> tuple[list[Site], list[Site]]:
+        """The attention layers of the text tower and of the image tower, in order."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
+        pixels = torch.zeros(1, 3, self.clip.side, self.clip.side, device=self.model.device, dtype=self.model.dtype)
+        text, image = self.model.text_model, self.model.vision_model
         with torch.no_grad():
-            return find_sites(self.model.text_model, lambda: self.model.text_model(input_ids=once))
-
-    @cached_property
-    def _image_sites(self) -> list[Site]:
-        once = torch.zeros(1, 3, self.clip.side, self.clip.side, device=self.model.device, dtype=self.model.dtype)
-        with torch.no_grad():
-            return find_sites(self.model.vision_model, lambda: self.model.vision_model(pixel_values=once))
+            return find_sites(text, lambda: text(input_ids=ids)), find_sites(image, lambda: image(pixel_values=pixels))

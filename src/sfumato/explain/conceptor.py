@@ -13,8 +13,8 @@ loss wants the N largest of them to make the same direction as all (section 3).
 
 :func:`explain_seed` reduces a decomposition to what one picture needs (section 4.2), :meth:`Decomposition.changed`
 turns an ingredient up or down, :func:`balance` looks for the factor at which a measured share is what it should be
-(section 5). Beyond the original: any number of text encoders (a dictionary of the words that all of them have as one token, one
-coefficient each), flow models, and sets of given pictures.
+(section 5). Beyond the original: any number of text encoders (a dictionary of the words that all of them have as one
+token, one coefficient each), flow models, and sets of given pictures.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import safetensors.torch
 import torch
@@ -42,7 +43,7 @@ from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
 from sfumato.judge.features import DEFAULT_NET, clip_net
 from sfumato.judge.report import Figure, Report, Table
 from sfumato.models import Model
-from sfumato.models.slot import frozen, pseudo_word, text_towers, token_of
+from sfumato.models.slot import TextTower, frozen, pseudo_word, text_towers, token_of
 from sfumato.sampling import Intervention, Run, generate
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling.intervention import Coverage
@@ -86,32 +87,45 @@ class Dictionary:
 def dictionary(model: Model, pieces: bool = False) -> Dictionary:
     """The words that every text encoder of a model has as one token; ``pieces``: also tokens that only begin words, as
     in the paper, whose dictionary is the whole vocabulary. Raises NotSupported without a text encoder."""
-    towers = text_towers(model)
-    found: list[dict[str, int]] = []
-    for tower in towers:
-        special = set(tower.tokenizer.all_special_ids)
-        ids = [i for i in range(min(len(tower.tokenizer), len(tower.table))) if i not in special]
-        texts = [tower.tokenizer.decode([i]).strip() for i in ids]
-        again = tower.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        names: dict[str, int] = {}
-        for i, text, back in zip(ids, texts, again, strict=True):
-            if not text.isprintable() or not text or any(char.isspace() or char in "=+,|[]\"'\ufffd" for char in text):
-                continue
-            if back == [i]:
-                if pieces or (text.isalpha() and len(text) > 1):
-                    names.setdefault(text.lower(), i)
-            elif pieces:
-                names.setdefault(text + PIECE, i)
-        found.append(names)
-    shared = [name for name in found[0] if all(name in other for other in found[1:])]
-    ids = {tower.name: torch.tensor([names[n] for n in shared]) for tower, names in zip(towers, found, strict=True)}
-    tables = {tower.name: tower.table.detach()[ids[tower.name]].float() for tower in towers}
-    return Dictionary(tuple(shared), ids, tables)
+    towers, known = text_towers(model), _found.setdefault(model, {})
+    if pieces not in known:
+        tokens = [_names(tower, pieces) for tower in towers]
+        shared = [name for name in tokens[0] if all(name in other for other in tokens[1:])]
+        each = zip(towers, tokens, strict=True)
+        known[pieces] = (
+            tuple(shared),
+            {t.name: torch.tensor([named[n] for n in shared], dtype=torch.long) for t, named in each},
+        )
+    names, ids = known[pieces]
+    return Dictionary(names, ids, {tower.name: tower.table.detach()[ids[tower.name]].float() for tower in towers})
+
+
+# names and ids by model, for asking a tokenizer of 50,000 tokens takes a second
+_found: WeakKeyDictionary[Model, dict[bool, tuple[tuple[str, ...], dict[str, Tensor]]]] = WeakKeyDictionary()
+
+
+def _names(tower: TextTower, pieces: bool) -> dict[str, int]:
+    """Name -> token id of one encoder."""
+    special = set(tower.tokenizer.all_special_ids)
+    ids = [i for i in range(min(len(tower.tokenizer), len(tower.table))) if i not in special]
+    texts = [tower.tokenizer.decode([i]).strip().removesuffix("</w>") for i in ids]
+    again = tower.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    names: dict[str, int] = {}
+    for i, text, back in zip(ids, texts, again, strict=True):
+        if not text or not text.isprintable() or any(char.isspace() or char in "=+,|[]\"'\ufffd" for char in text):
+            continue
+        if back == [i]:
+            if pieces or (text.isalpha() and len(text) > 1):
+                names.setdefault(text.lower(), i)
+        elif pieces:
+            names.setdefault(text + PIECE, i)
+    return names
 
 
 def usual_norms(model: Model) -> dict[str, float]:
-    """The mean length of all token embeddings, per text encoder."""
-    return {tower.name: float(tower.table.detach().float().norm(dim=1).mean()) for tower in text_towers(model)}
+    """The mean length of the words' embeddings, per text encoder. (The paper averages over all tokens, pieces of words
+    included; where most of these were never seen in training they are short, and so would be the pseudo-word.)"""
+    return {name: float(table.norm(dim=1).mean()) for name, table in dictionary(model).tables.items()}
 
 
 def read_mixture(given: Sequence[str]) -> dict[str, float]:

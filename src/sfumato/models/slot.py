@@ -63,11 +63,15 @@ def in_place(encoder: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> 
     def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return change(args[0], output)
 
-    handle = encoder.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
+    table = encoder.get_input_embeddings().weight  # type: ignore[operator]
+    # T5 has the same weight in two modules, and not the one that is told is the one that runs
+    holders = [part for part in encoder.modules() if getattr(part, "weight", None) is table]
+    handles = [part.register_forward_hook(hook) for part in holders]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -669,14 +669,14 @@ def learn_prompt(
                     cosines, relevance = slots.relevance(vectors, pictures)
                     right = F.one_hot(target[rows], len(classes)).to(relevance)
                     own, rest = (relevance * right).sum(1).mean(), (relevance * (1 - right)).mean()
-                    share += float(own) * len(rows)
+                    share += float(own.detach()) * len(rows)
                     extra = explain * (rest * others - own)
                 else:
                     cosines, extra = pictures @ slots.embeds(vectors).T, 0.0
                 loss = F.cross_entropy(_scale(lens) * cosines, target[rows]) + extra
                 (vectors.grad,) = torch.autograd.grad(loss, vectors)
             optimizer.step()
-            seen += float(loss) * len(rows)
+            seen += float(loss.detach()) * len(rows)
         losses.append(seen / len(images))
         shares.append(share / len(images))
         if on_epoch is not None:
