@@ -11,6 +11,7 @@ _HOME = {
     "captions": "Caption Phrase Dependency caption VOCABULARY".split(),
     "rendering": "Frames render to_uint8".split(),
     "dataset": "ToyboxDataset export_imagefolder".split(),
+    "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

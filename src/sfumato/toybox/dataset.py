@@ -68,11 +68,15 @@ class ToyboxDataset:
         self.scenes = [draw_scene(split, seed, i, toys) for i in range(n)]
         folder = Path(cache) if cache else cache_root() / "toybox"
         crowd = "" if toys is None else f"-toys{toys}"
-        self.folder = folder / f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}"
-        if not (self.folder / "masks.npy").exists():
+        self._attach(folder / f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}", on_progress)
+
+    def _attach(self, folder: Path, on_progress: Callable[[int, int], None] | None) -> None:
+        """Opens the pictures of ``scenes`` in ``folder``, rendering them first where they are not there."""
+        self.folder = folder
+        if not (folder / "masks.npy").exists():
             self._render(on_progress)
-        self.images = np.load(self.folder / "images.npy", mmap_mode="r")
-        self.masks = np.load(self.folder / "masks.npy", mmap_mode="r")
+        self.images = np.load(folder / "images.npy", mmap_mode="r")
+        self.masks = np.load(folder / "masks.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return self.n

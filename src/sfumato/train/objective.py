@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, str] = {
     "diffusion": "sfumato.train.diffusion:DiffusionObjective",
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
+    "vit": "sfumato.train.vit:VitObjective",
 }
 
 
