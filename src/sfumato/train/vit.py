@@ -39,7 +39,9 @@ class VitModel(Options):
 class VitLoss(Options):
     """The ``[loss]`` section."""
 
-    scenery: float = Field(0.0, ge=0, le=1, description="share of scenes whose backdrop is the shape's own; 0: several toys")
+    scenery: float = Field(
+        0.0, ge=0, le=1, description="share of scenes whose backdrop is the shape's own; 0: several toys"
+    )
     shift: int = Field(4, ge=0, description="pictures are moved by up to so many pixels")
 
 
