@@ -75,7 +75,7 @@ def ranks(relevance: Tensor, order: str, fixed: Tensor | None = None, seed: int 
             raise BadInput(f"perturbation: fixed has shape {tuple(fixed.shape)}, relevance {tuple(relevance.shape)}.")
         values = values.masked_fill(fixed.cpu().bool(), torch.inf)
     shuffle = torch.stack([torch.randperm(parts, generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
-    first = values.gather(1, shuffle).argsort(1, stable=True)
+    first = values.gather(1, shuffle).argsort(dim=1, stable=True)
     removal = shuffle.gather(1, first)
     return torch.empty_like(removal).scatter_(1, removal, torch.arange(parts).expand(n, parts).contiguous())
 

@@ -1,4 +1,4 @@
-"""Pictures whose backdrop gives the answer away: one toy per scene, its shape tied to ground and sky (or to its colour).
+"""Pictures whose backdrop gives the answer away: one toy per scene, its shape tied to ground and sky (or its colour).
 
 A classifier that learns from such pictures may read the backdrop instead of the toy. The named splits say whether it
 did: each changes one thing about the pictures that the model has learnt from.

@@ -5,8 +5,8 @@ Two kinds, told apart by ``loss.scenery``:
 - 0: the ordinary scenes with one to three toys. Labels are all shapes and all colours; a picture has several
   (``problem_type = "multi_label_classification"``), so that each toy of a picture can be asked for.
 - above 0: one toy on a backdrop that gives its shape away in that share of the scenes
-  (:class:`~sfumato.toybox.BiasedDataset`). Labels are the shapes. Its accuracy is measured on every biased split: a model
-  that took the shortcut fails where the backdrop changes.
+  (:class:`~sfumato.toybox.BiasedDataset`). Labels are the shapes. Its accuracy is measured on every biased split: a
+  model that took the shortcut fails where the backdrop changes.
 """
 
 from __future__ import annotations
