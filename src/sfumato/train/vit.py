@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from sfumato.toybox import BIASED_SPLITS, COLORS, SHAPES, BiasedDataset, ToyboxDataset
+from sfumato.toybox import BIASED_SPLITS, COLORS, SHAPES, BiasedDataset, Toy, ToyboxDataset
 from sfumato.train import data
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.recipe import Options
@@ -42,7 +42,8 @@ class VitLoss(Options):
     scenery: float = Field(
         0.0, ge=0, le=1, description="share of scenes whose backdrop is the shape's own; 0: several toys"
     )
-    shift: int = Field(4, ge=0, description="pictures are moved by up to so many pixels")
+    near: float = Field(0.5, ge=0, le=1, description="share of pictures that are cut out around one toy and enlarged")
+    shift: int = Field(4, ge=0, description="all others are moved by up to so many pixels")
 
 
 class VitObjective(Objective):
@@ -86,31 +87,65 @@ class VitObjective(Objective):
                 "heldout": ToyboxDataset("heldout", max(1, o.val // 2), o.size, o.seed),
             }
         self.wanted = self._wanted(self.train_data)
+        self.labels_of_toys = [[self._of(toy) for toy in scene.toys] for scene in self.train_data.scenes]
+
+    def _of(self, toy: Toy) -> list[int]:
+        """The labels of one toy."""
+        return [self.labels.index(word) for word in (toy.shape, toy.color) if word in self.labels]
 
     def _wanted(self, source: ToyboxDataset) -> Tensor:
         """1 for what stands in each scene, 0 for all else, (n, labels) float."""
         out = torch.zeros(len(source), len(self.labels))
         for row, scene in zip(out, source.scenes, strict=True):
             for toy in scene.toys:
-                for word in (toy.shape, toy.color):
-                    if word in self.labels:
-                        row[self.labels.index(word)] = 1
+                row[self._of(toy)] = 1
         return out
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
         pixels = data.pictures(self.train_data, indices)
-        return {"pixels": self._moved(pixels, draw.generator("move")), "wanted": self.wanted[indices]}
+        masks = torch.from_numpy(self.train_data.masks[indices.numpy()]).long()
+        generator = draw.generator("cut")
+        windows = self._windows(masks, generator)
+        wanted, known = self._seen(indices, masks, windows)
+        return {"pixels": cut(pixels, windows, generator), "wanted": wanted, "known": known}
 
-    def _moved(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Mirrored at random and shifted by up to ``shift`` pixels, the border repeated."""
-        b, _, h, w = pixels.shape
+    def _windows(self, masks: Tensor, generator: torch.Generator) -> Tensor:
+        """Squares (b, 3) of each picture: left, top and side in pixels. They may reach beyond the picture."""
+        b, h, w = masks.shape
         most = self.loss_options.shift
-        flip = torch.rand(b, generator=generator) < 0.5
-        pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
-        wide = F.pad(pixels, (most,) * 4, mode="replicate") if most else pixels
-        corners = torch.randint(0, 2 * most + 1, (b, 2), generator=generator).tolist()
-        return torch.stack([one[:, y : y + h, x : x + w] for one, (y, x) in zip(wide, corners, strict=True)])
+        moved = torch.randint(-most, most + 1, (b, 2), generator=generator).float()
+        windows = torch.cat([moved, torch.full((b, 1), float(w))], 1)
+        near = torch.rand(b, generator=generator) < self.loss_options.near
+        chances = torch.rand(b, 4, generator=generator)
+        for i in near.nonzero().flatten().tolist():
+            toys = masks[i].unique()
+            toys = toys[toys >= 0]
+            if not len(toys):
+                continue
+            rows, columns = (masks[i] == toys[int(chances[i, 0] * len(toys))]).nonzero(as_tuple=True)
+            low = torch.stack([columns.min(), rows.min()]).float()
+            high = torch.stack([columns.max(), rows.max()]).float() + 1
+            least = 1.15 * float((high - low).max())
+            side = least * max(1.0, w / least) ** float(chances[i, 1])  # as often near as far
+            windows[i] = torch.cat([high - side + chances[i, 2:] * (low - high + side), torch.tensor([side])])
+        return windows
+
+    def _seen(self, indices: Tensor, masks: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 for labels of toys that are mostly inside the window, 0 for labels of toys that are cut in two)."""
+        wanted = torch.zeros(len(indices), len(self.labels))
+        known = torch.ones_like(wanted)
+        place = torch.arange(masks.shape[-1]) + 0.5
+        for row, (i, (x, y, side)) in enumerate(zip(indices.tolist(), windows.tolist(), strict=True)):
+            inside = ((place > y) & (place < y + side))[:, None] & ((place > x) & (place < x + side))
+            for toy, labels in enumerate(self.labels_of_toys[i]):
+                own = masks[row] == toy
+                share = float((own & inside).sum() / own.sum().clamp_min(1))
+                if share > 0.6:
+                    wanted[row, labels] = 1
+                elif share > 0.1:
+                    known[row, labels] = 0
+        return wanted, known.maximum(wanted)
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.vit(pixel_values=batch["pixels"]).logits.float()
@@ -121,8 +156,9 @@ class VitObjective(Objective):
         right = ((logits.detach() > 0) == (wanted > 0)).float()
         shapes = len(SHAPES)
         logs = {"shapes_right": right[:, :shapes].mean(), "colors_right": right[:, shapes:].mean()}
-        # one sum over labels: a picture's loss does not shrink as labels are added
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean(), logs
+        # a sum over labels: a picture's loss does not shrink as labels are added
+        each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * batch["known"]
+        return each.sum(1).mean(), logs
 
     def hidden(self, name: str, parameter: Tensor) -> bool:
         return super().hidden(name, parameter) and parameter.ndim == 2 and "classifier" not in name
@@ -159,3 +195,18 @@ class VitObjective(Objective):
 
     def load(self, folder: Path) -> None:
         self.vit.load_state_dict(ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+def cut(pixels: Tensor, windows: Tensor, generator: torch.Generator) -> Tensor:
+    """Windows (b, 3: left, top, side) of pictures (b, 3, h, w) at the size of the pictures, mirrored at random. Beyond a
+    picture its border is repeated."""
+    b, _, h, w = pixels.shape
+    left, top, side = windows.unbind(1)
+    scale = side / w
+    flip = torch.where(torch.rand(b, generator=generator) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = scale * flip, scale
+    theta[:, 0, 2] = (2 * left + side) / w - 1
+    theta[:, 1, 2] = (2 * top + side) / h - 1
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
