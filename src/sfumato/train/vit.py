@@ -198,7 +198,7 @@ class VitObjective(Objective):
 
 
 def cut(pixels: Tensor, windows: Tensor, generator: torch.Generator) -> Tensor:
-    """Windows (b, 3: left, top, side) of pictures (b, 3, h, w) at the size of the pictures, mirrored at random. Beyond a
+    """Windows (b, 3: left, top, side) of pictures (b, 3, h, w), as large as the pictures, mirrored at random. Beyond a
     picture its border is repeated."""
     b, _, h, w = pixels.shape
     left, top, side = windows.unbind(1)
