@@ -11,6 +11,7 @@ Two kinds, told apart by ``loss.scenery``:
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import CLIPModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from sfumato.toybox import BIASED_SPLITS, COLORS, SHAPES, BiasedDataset, Toy, ToyboxDataset
+from sfumato.toybox import BIASED_SPLITS, COLORS, SHAPES, BiasedDataset, Toy, ToyboxDataset, render
+from sfumato.toybox.dataset import draw_scene
 from sfumato.train import data
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.recipe import Options
@@ -30,8 +32,8 @@ from sfumato.train.recipe import Options
 class VitModel(Options):
     """The ``[model]`` section."""
 
-    width: int = 96
-    layers: int = 6
+    width: int = 128
+    layers: int = 5
     heads: int = 4
     patch: int = 8
 
@@ -194,7 +196,45 @@ class VitObjective(Objective):
         return {}
 
     def load(self, folder: Path) -> None:
-        self.vit.load_state_dict(ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict())
+        if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "clip":
+            self._load_clip(folder)
+            return
+        found = ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict()
+        own = self.vit.state_dict()  # other labels: the body is taken, the head starts anew
+        self.vit.load_state_dict({k: found[k] if found[k].shape == v.shape else v for k, v in own.items()})
+
+    def _load_clip(self, folder: Path) -> None:
+        """The body of a CLIP's picture tower. A ViT has no norm behind the embeddings; its centring and gain go into the
+        embeddings, and its division into one number, what it comes to on a few scenes."""
+        tower = CLIPModel.from_pretrained(folder, dtype=torch.float32).vision_model
+        own, found = self.vit.state_dict(), tower.state_dict()
+        names = {
+            "layernorm_before": "layer_norm1",
+            "layernorm_after": "layer_norm2",
+            "attention.o_proj": "self_attn.out_proj",
+        }
+        names |= {f"attention.{x}_proj": f"self_attn.{x}_proj" for x in "qkv"}
+        for key in own:
+            if ".layers." in key:
+                there = key.replace("vit.layers.", "encoder.layers.")
+                for ours, theirs in names.items():
+                    there = there.replace(ours, theirs)
+                own[key] = found[there]
+        norm = tower.pre_layrnorm
+        with torch.no_grad():
+            scenes = [draw_scene("train", self.recipe.data.seed, i) for i in range(16)]
+            before = tower.embeddings(render(scenes, self.recipe.data.size).image)
+            gain = norm.weight / before.std(-1, correction=0).mean()
+            kernel = found["embeddings.patch_embedding.weight"]
+            place = found["embeddings.position_embedding.weight"]
+            first = found["embeddings.class_embedding"]
+            bare = "vit.embeddings.patch_embeddings.projection"
+            own[f"{bare}.weight"] = (kernel - kernel.mean(0)) * gain[:, None, None, None]
+            own[f"{bare}.bias"] = torch.zeros_like(gain)
+            own["vit.embeddings.cls_token"] = ((first - first.mean()) * gain)[None, None]
+            own["vit.embeddings.position_embeddings"] = ((place - place.mean(1, True)) * gain + norm.bias)[None]
+        own["vit.layernorm.weight"], own["vit.layernorm.bias"] = tower.post_layernorm.weight, tower.post_layernorm.bias
+        self.vit.load_state_dict(own)
 
 
 def cut(pixels: Tensor, windows: Tensor, generator: torch.Generator) -> Tensor:
