@@ -29,6 +29,8 @@ OBJECTIVES: dict[str, str] = {
     "diffusion": "sfumato.train.diffusion:DiffusionObjective",
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
+    "detr": "sfumato.train.detr:DetrObjective",
+    "vqa": "sfumato.train.vqa:VQAObjective",
 }
 
 
