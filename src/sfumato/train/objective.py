@@ -30,6 +30,8 @@ OBJECTIVES: dict[str, str] = {
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
     "vit": "sfumato.train.vit:VitObjective",
+    "detr": "sfumato.train.detr:DetrObjective",
+    "vqa": "sfumato.train.vqa:VQAObjective",
 }
 
 

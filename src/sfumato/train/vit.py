@@ -204,7 +204,7 @@ class VitObjective(Objective):
         self.vit.load_state_dict({k: found[k] if found[k].shape == v.shape else v for k, v in own.items()})
 
     def _load_clip(self, folder: Path) -> None:
-        """The body of a CLIP's picture tower. A ViT has no norm behind the embeddings; its centring and gain go into the
+        """The body of a CLIP's picture tower. A ViT has no norm behind its embeddings; centring and gain go into the
         embeddings, and its division into one number, what it comes to on a few scenes."""
         tower = CLIPModel.from_pretrained(folder, dtype=torch.float32).vision_model
         own, found = self.vit.state_dict(), tower.state_dict()
