@@ -23,12 +23,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato import cards
+from sfumato.attention.capture import captured, refuse_no_attention
+from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported, UnknownName
-from sfumato.explain.propagation import Propagation, Record, Rules, prepared
+from sfumato.explain.propagation import Propagation, Record, Rules, prepared, settled
+from sfumato.explain.relevance_maps import Answer, RelevanceMaps
+from sfumato.sampling.request import as_pixels
 
-__all__ = ["METHODS", "Traced", "conservation", "on_grid", "relevance", "target_scores", "traced"]
+__all__ = [
+    "LRP",
+    "METHODS",
+    "Traced",
+    "attention_relevances",
+    "conservation",
+    "explain_image",
+    "on_grid",
+    "relevance",
+    "target_scores",
+    "traced",
+]
 
-METHODS = ("transformer_attribution", "partial_lrp", "lrp")
+Method = Literal["transformer_attribution", "partial_lrp", "lrp"]
+METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
 Target = int | str | Sequence[int | str] | Tensor | Callable[[Any], Tensor] | None
 
 
@@ -53,7 +70,7 @@ def relevance(
     model: nn.Module,
     inputs: Tensor | dict[str, Any],
     target: Target = None,
-    method: Literal["transformer_attribution", "partial_lrp", "lrp"] = "transformer_attribution",
+    method: Method = "transformer_attribution",
     *,
     rules: Rules | None = None,
     start_layer: int = 0,
@@ -130,22 +147,33 @@ def traced(
     ``to_inputs`` propagates on to the input; ``attention=False`` allows models without attention.
     """
     named = _named(model, inputs)
-    with prepared(model, Propagation(rules or Rules())) as mode:
+    with prepared(model, Propagation(rules)) as mode:
         source = _watched(mode, named)
         scores, targets = target_scores(model, model(**named), target)
         maps = mode.maps
-        if attention and not maps:
-            raise NotSupported(_no_attention(model))
+        if attention:
+            refuse_no_attention(model, maps)  # type: ignore[arg-type]
         wanted = [*maps, *([source() if callable(source) else source] if to_inputs else [])]
         parts = torch.autograd.grad(scores, wanted, torch.ones_like(scores))
     found = Traced(scores.detach(), targets, [m.detach() for m in maps], records=mode.records)
     found.relevances = [part.detach() for part in parts[: len(maps)]]
     found.inputs = parts[-1].detach() if to_inputs else None
     if gradients:
-        with prepared(model, Propagation(None)) as plain:
+        with settled(model), captured(model) as calls:
             again, _ = target_scores(model, model(**named), targets if targets is not None else target)
-            found.gradients = [part.detach() for part in torch.autograd.grad(again.sum(), plain.maps)]
+            found.gradients = list(torch.autograd.grad(again.sum(), [call.probs for call in calls]))
     return found
+
+
+def attention_relevances(
+    module: nn.Module, run: Callable[[], Any], target: Callable[[Any], Tensor], rules: Rules | None = None
+) -> list[Tensor]:
+    """The relevance (b k n t) that reaches every attention map of ``run()``, in the order of execution; ``target``
+    gives one number per sample. For methods that weight attention maps with relevance."""
+    with prepared(module, Propagation(rules)) as mode:
+        scores, _ = target_scores(module, run(), target)
+        refuse_no_attention(module, mode.maps)  # type: ignore[arg-type]
+        return list(torch.autograd.grad(scores, mode.maps, torch.ones_like(scores)))
 
 
 def conservation(model: nn.Module, inputs: Tensor | dict[str, Any], target: Target = None, rules: Rules | None = None):
@@ -248,14 +276,78 @@ def _by_token(model: nn.Module, found: Traced) -> Tensor:
     return F.pad(cells, (tokens - side * side, 0)).float()
 
 
-def _no_attention(model: nn.Module) -> str:
-    for part in model.modules():
-        name = type(part).__name__
-        low = name.lower()
-        if ("linear" in low and "att" in low) or any(each in low for each in ("mamba", "performer", "nystrom")):
-            return f"{type(model).__name__} has linear attention ({name}), which makes no maps; softmax attention does."
-    return f"{type(model).__name__} has no softmax attention; transformer attribution needs its maps."
-
-
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+# -- the system: pictures and texts ------------------------------------------------------------------------------------
+
+
+@register
+class LRP:
+    """The system as ``sfumato explain PICTURE --by lrp`` runs it: its card, its parameters."""
+
+    CARD = Card(
+        key="lrp",
+        title="Transformer Interpretability Beyond Attention Visualization",
+        authors="Chefer, Gur, Wolf",
+        year=2021,
+        arxiv="2012.09838",
+        verb="explain",
+        families=("any",),
+        defaults_from="section 3 of the paper and the authors' code for ViT (alpha 1, no row sums)",
+        cost="two forward and two backward passes per label asked; one each for partial LRP and LRP",
+        not_reproduced="the ImageNet and ERASER data sets, for which the toybox stands; networks with RMS norms",
+        summary="which patches or words a classifier's label rests on, through values, MLPs and skip connections too",
+    )
+
+    class Params(cards.Params):
+        method: Method = Field(
+            default="transformer_attribution",
+            description="transformer_attribution, or what it improves on: partial_lrp, lrp",
+        )
+        labels: list[str] = Field(default=[], description="labels to explain; none: the predicted one")
+        start_layer: int = Field(default=0, ge=0, description="attribution begins at this attention layer")
+        alpha: float = Field(default=1.0, ge=1, description="weight of what speaks for the label; 1: only that counts")
+
+    #: it explains models that read pictures and texts
+    reads = True
+
+    def __init__(self, **given: Any):
+        self.params = self.Params(**given)
+
+
+def explain_image(model: Any, image: Any, prompt: str | None = None, **params: Any) -> RelevanceMaps:
+    """What labels of a :class:`~sfumato.models.readers.Reader` rest on in one picture, or in the text ``prompt``.
+
+    For a picture, ``prompt`` is one label more to explain. Raises NotSupported for readers that give no labels.
+    """
+    asked = LRP(**params).params
+    kind = getattr(model, "kind", "")
+    if kind not in ("classifier", "texts"):
+        raise NotSupported(f"lrp explains classifiers; {model.name} is none. Try attention_relevance.")
+    module = model.module
+    rules = Rules(alpha=asked.alpha, normalise=asked.method != "partial_lrp")
+    if kind == "texts":
+        if not (prompt or "").strip():
+            raise BadInput(f"{model.name} needs a text: give prompt=, or --prompt.")
+        inputs: Any = dict(model.tokens([str(prompt)]))
+        size, labels = (64, 64), list(asked.labels) or [None]
+    else:
+        pixels = as_pixels(image, None)
+        inputs, size = model.pixels(pixels), (pixels.shape[-2], pixels.shape[-1])
+        labels = [*([prompt] if prompt else []), *asked.labels] or [None]
+    answers = []
+    for label in labels:
+        row = relevance(module, inputs, label, asked.method, rules=rules, start_layer=asked.start_layer)
+        with torch.no_grad(), settled(module):
+            scores = (module(inputs) if isinstance(inputs, Tensor) else module(**inputs)).logits[0].float()
+        name = model.labels[int(scores.argmax())] if label is None else label
+        score = float(scores[model.labels.index(name)])
+        if kind == "texts":
+            words = tuple(model.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()))
+            answers.append(Answer(name, score, None, words, tuple(row[0].tolist())))
+        else:
+            answers.append(Answer(name, score, on_grid(row)[0].cpu()))
+    facts = {"model": model.name, "asked": ", ".join(answer.label for answer in answers), "alpha": asked.alpha}
+    return RelevanceMaps(tuple(answers), size, asked.method, facts)

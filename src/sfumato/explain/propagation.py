@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import BadInput, NotSupported
 
-__all__ = ["Propagation", "Record", "Rules", "prepared"]
+__all__ = ["Propagation", "Record", "Rules", "prepared", "settled"]
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,18 @@ _PRODUCTS = set("matmul __matmul__ bmm mul __mul__ __rmul__ multiply einsum".spl
 _SUMS = set("add __add__ __radd__ __iadd__".split())
 _SCALES = set("div __truediv__ true_divide divide sub __sub__ subtract".split())
 _SHARES = set("mean sum max_pool2d avg_pool2d adaptive_avg_pool2d max_pool1d avg_pool1d adaptive_avg_pool1d".split())
-#: these fall apart into the functions above; None: they never carry relevance
+#: what is asked of a tensor carries no relevance
 _READS = set("size dim shape numel is_floating_point is_complex item tolist detach".split())
 
 
 class Propagation(TorchFunctionMode):
     """Within: what a model computes propagates relevance backward. ``maps`` are the attention maps (b k n t) it went
     through, in order, ``records`` what each function did in the backward pass.
-
-    ``rules=None``: gradients stay gradients; only the attention maps are recorded.
     """
 
     def __init__(self, rules: Rules | None = None):
         super().__init__()
-        self.rules = rules
+        self.rules = rules or Rules()
         self.maps: list[Tensor] = []
         self.embedded: list[tuple[Tensor, Tensor]] = []  # (indices, what they were looked up as)
         self.records: list[Record] = []
@@ -126,7 +124,7 @@ class Propagation(TorchFunctionMode):
                 return self._attention(*args, **kwargs)
         if name in ("softmax", "_softmax") and _grows(args):
             return self._softmax(func, args, kwargs)
-        if self.rules is None or name == "__get__" or name in _READS:
+        if name == "__get__" or name in _READS:
             return func(*args, **kwargs)
         if not any(map(_grows, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
@@ -194,7 +192,6 @@ class Propagation(TorchFunctionMode):
         def back(s: Tensor, w: Tensor) -> Tensor:
             return torch.nn.grad.conv2d_input(x.shape, w, s, **fixed)
 
-        assert self.rules is not None
         if self.rules.bounds is not None and id(x) in self._sources:
             return _Bounded.apply(
                 x, w.detach(), None if b is None else b.detach(), op, back, self.rules, self._note("conv2d")
@@ -251,10 +248,7 @@ class Propagation(TorchFunctionMode):
         return scores.softmax(-1) @ value
 
     def _softmax(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if self.rules is None:
-            out = func(*args, **kwargs)
-        else:
-            out = self._unchanged(func, "softmax", args, kwargs)
+        out = self._unchanged(func, "softmax", args, kwargs)
         if out.ndim == 4:
             self.maps.append(out)
         return out
@@ -274,9 +268,9 @@ class Propagation(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, mode: Propagation) -> Iterator[Propagation]:
-    """Within: ``model`` in eval mode, all parameters with gradients (so that relevance of position embeddings and class
-    tokens is followed whatever was frozen), ``mode`` on and told which module runs. Afterwards all is as before.
+def settled(model: nn.Module) -> Iterator[None]:
+    """Within: ``model`` in eval mode, gradients recorded in full precision, also those of every parameter, so that the
+    relevance of position embeddings and class tokens is followed whatever was frozen. Afterwards all is as before.
 
     Raises BadInput for half precision.
     """
@@ -284,8 +278,25 @@ def prepared(model: nn.Module, mode: Propagation) -> Iterator[Propagation]:
         if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
             kind = str(parameter.dtype).removeprefix("torch.")
             raise BadInput(f"relevance underflows in half precision ({name} is {kind}); use model.float().")
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     modes = [(m, m.training) for m in model.modules()]
+    kind = flags[0][0].device.type if flags else "cpu"
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module, mode: Propagation) -> Iterator[Propagation]:
+    """Within: ``model`` is :func:`settled`, ``mode`` is on and is told which module runs."""
     handles = []
 
     def enter(path: str) -> Callable[..., None]:
@@ -294,23 +305,16 @@ def prepared(model: nn.Module, mode: Propagation) -> Iterator[Propagation]:
     def leave(*_: Any) -> None:
         mode.path.pop()
 
-    try:
-        for path, part in model.named_modules():
-            handles.append(part.register_forward_pre_hook(enter(path or type(model).__name__)))
-            handles.append(part.register_forward_hook(leave, always_call=True))
-        model.eval()
-        for parameter, _ in flags:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        with torch.enable_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False), mode:
-            yield mode
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for part, training in modes:
-            part.training = training
+    with settled(model):
+        try:
+            for path, part in model.named_modules():
+                handles.append(part.register_forward_pre_hook(enter(path or type(model).__name__)))
+                handles.append(part.register_forward_hook(leave, always_call=True))
+            with mode:
+                yield mode
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
@@ -489,8 +493,3 @@ def _is_weight(value: Tensor) -> bool:
 def _bound(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
     """Arguments in the order of ``names``, None for those that were not given."""
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-
-
-def loose(rules: Rules) -> Rules:
-    """The same rules without the normalisation of sums: plain LRP, as in the paper's partial LRP."""
-    return replace(rules, normalise=False)
