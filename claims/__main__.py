@@ -22,6 +22,8 @@ EXPERIMENTS = {
     "blend": "claims.blend",
     "shape_guided": "claims.shape_guided",
     "paint_with_words": "claims.paint_with_words",
+    "lrp": "claims.lrp",
+    "robust_vit": "claims.robust_vit",
 }
 
 

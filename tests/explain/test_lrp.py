@@ -17,8 +17,8 @@ from transformers import (
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.explain.lrp import (
-    METHODS,
     LRP,
+    METHODS,
     attention_relevances,
     conservation,
     explain_image,
@@ -34,7 +34,12 @@ def vit(layers: int = 2, cls=ViTForImageClassification, config=ViTConfig, seed: 
         torch.manual_seed(seed)
         options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
         options |= {"image_size": 12, "patch_size": 4, "num_labels": 3, "initializer_range": 0.2, **more}
-        return cls(config(**options)).eval()
+        model = cls(config(**options)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():  # class tokens of DeiT start as zeros, from which relevance cannot go on
+                    parameter.normal_(0, 0.2)
+        return model
 
 
 def bert() -> BertForSequenceClassification:
@@ -75,7 +80,9 @@ def test_one_attention_layer_equals_a_slow_reference() -> None:
     x = pictures(1).double()
     seen: dict[str, Tensor] = {}
     for name, part in model.named_modules():
-        part.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out, f"{name}.in": args and args[0]}))
+        part.register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: out, f"{name}.in": args and args[0]})
+        )
     found = traced(model, x, 1)
     layer, p = model.vit.layers[0], "vit.layers.0"
     final = seen["vit.layernorm"][0]
@@ -129,7 +136,9 @@ def test_numbers_of_the_authors_code() -> None:
 
 def test_epsilon_rule_on_a_relu_net_without_bias_is_gradient_times_input() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
+    net = nn.Sequential(
+        nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False)
+    )
     x = torch.randn(4, 6)
     found = traced(net, x, 1, Rules(linear="epsilon", eps=1e-12), gradients=False, to_inputs=True, attention=False)
     leaf = x.clone().requires_grad_()
@@ -154,7 +163,9 @@ def test_every_function_conserves_relevance(kind: str) -> None:
     if kind == "bert":
         model, inputs = bert(), {"input_ids": torch.tensor([[2, 5, 7, 9], [3, 4, 8, 1]])}
     else:
-        classes = {"vit": (ViTForImageClassification, ViTConfig), "deit": (DeiTForImageClassification, DeiTConfig)}[kind]
+        classes = {"vit": (ViTForImageClassification, ViTConfig), "deit": (DeiTForImageClassification, DeiTConfig)}[
+            kind
+        ]
         model, inputs = vit(2, *classes), pictures()
     records = conservation(model.double(), inputs.double() if isinstance(inputs, Tensor) else inputs)
     kinds = {record.op for record in records}

@@ -149,7 +149,7 @@ def traced(
     named = _named(model, inputs)
     with prepared(model, Propagation(rules)) as mode:
         source = _watched(mode, named)
-        scores, targets = target_scores(model, model(**named), target)
+        scores, targets = target_scores(model, _run(model, named), target)
         maps = mode.maps
         if attention:
             refuse_no_attention(model, maps)  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def traced(
     found.inputs = parts[-1].detach() if to_inputs else None
     if gradients:
         with settled(model), captured(model) as calls:
-            again, _ = target_scores(model, model(**named), targets if targets is not None else target)
+            again, _ = target_scores(model, _run(model, named), targets if targets is not None else target)
             found.gradients = list(torch.autograd.grad(again.sum(), [call.probs for call in calls]))
     return found
 
@@ -238,18 +238,23 @@ def _labels(model: nn.Module, logits: Tensor, target: Any) -> Tensor:
 def _named(model: nn.Module, inputs: Tensor | dict[str, Any]) -> dict[str, Any]:
     """Inputs by name, pictures detached."""
     if isinstance(inputs, Tensor):
-        inputs = {getattr(model, "main_input_name", "input"): inputs}
+        inputs = {getattr(model, "main_input_name", ""): inputs}
     named = dict(inputs)
     for name, value in named.items():
         if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
             kind = str(value.dtype).removeprefix("torch.")
-            raise BadInput(f"relevance underflows in half precision ({name} is {kind}); give {name}.float().")
+            raise BadInput(f"relevance underflows in half precision ({name or 'the input'} is {kind}); give it as float32.")
     return named
+
+
+def _run(model: nn.Module, named: dict[str, Any]) -> Any:
+    """The model's output; an input without a name is the only one."""
+    return model(named[""]) if "" in named else model(**named)
 
 
 def _watched(mode: Propagation, named: dict[str, Any]) -> Any:
     """The tensor whose relevance is that of the input; for token ids a function that finds it after the forward."""
-    for name in ("pixel_values", "inputs_embeds", "input"):
+    for name in ("pixel_values", "inputs_embeds", ""):
         if isinstance(named.get(name), Tensor) and named[name].is_floating_point():
             named[name] = mode.source(named[name].detach().clone().requires_grad_(True))
             return named[name]

@@ -1,8 +1,9 @@
 """Robust ViT: a few pictures with masks teach a vision transformer to look at the thing instead of its surroundings.
 
 Chefer, Schwartz, Wolf 2022 (arXiv 2206.01161). The relevance of each picture's own class (section 3.1: attention maps
-times their gradients, carried through all layers) becomes a loss (section 3.2): it should be 1 on the thing and 0 off it,
-while the classifier keeps the confidence it had. Nothing in the network changes; what is taught is an ordinary checkpoint.
+times their gradients, carried through all layers) becomes a loss (section 3.2): it should be 1 on the thing and 0 off
+it, while the classifier keeps the confidence it had. The network stays as it is built; what is taught is an ordinary
+checkpoint.
 
     >>> taught = teach(vit, pixels, masks, labels, lr=1e-4)
     >>> taught.model.save_pretrained("robust")
@@ -166,8 +167,8 @@ def teach(
 def relevance_maps(model: nn.Module, images: Tensor, labels: Tensor, second_order: bool = False) -> tuple[Tensor, Any]:
     """(maps (b, h, w) >= 0 of the patches, the model's output), both differentiable with respect to the weights.
 
-    Relevance of each picture's label to the class token: R = I, then R + E_k[(gradient A)^+] R layer by layer, the class
-    token's row. ``second_order``: gradients of the maps are differentiated too.
+    Relevance of each picture's label to the class token: R = I, then R + E_k[(gradient A)^+] R layer by layer, the row
+    of the class token. ``second_order``: gradients of the maps are differentiated too.
     """
     with captured(model) as calls:
         output = model(images)
@@ -178,7 +179,9 @@ def relevance_maps(model: nn.Module, images: Tensor, labels: Tensor, second_orde
     rows = None  # the class token's row of the product, from the last layer down: n times less work than the matrix
     for probs, slope in zip(reversed(maps), reversed(slopes), strict=True):
         fused = fuse_heads(probs, slope)
-        rows = F.one_hot(torch.zeros(len(fused), 1, dtype=torch.long), fused.shape[-1]).to(fused) if rows is None else rows
+        rows = (
+            F.one_hot(torch.zeros(len(fused), 1, dtype=torch.long), fused.shape[-1]).to(fused) if rows is None else rows
+        )
         rows = rows + rows @ fused
     assert rows is not None
     return on_grid(rows[:, 0]), output
@@ -235,9 +238,13 @@ def _check(model: nn.Module, images: Tensor, masks: Tensor, what: str) -> None:
     for name, value in (*model.named_parameters(), (what, images)):
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             kind = str(value.dtype).removeprefix("torch.")
-            raise BadInput(f"robust_vit needs full precision, its relevance underflows; {name} is {kind}: use .float().")
+            raise BadInput(
+                f"robust_vit needs full precision, its relevance underflows; {name} is {kind}: use .float()."
+            )
     if images.ndim != 4 or masks.shape != (len(images), *images.shape[-2:]) or not len(images):
-        raise BadInput(f"{what} {tuple(images.shape)} and masks {tuple(masks.shape)} must be (n, c, h, w) and (n, h, w).")
+        raise BadInput(
+            f"{what} {tuple(images.shape)} and masks {tuple(masks.shape)} must be (n, c, h, w) and (n, h, w)."
+        )
     if masks.min() < 0 or masks.max() > 1:
         raise BadInput(f"masks must lie in 0 to 1, got {float(masks.min()):g} to {float(masks.max()):g}.")
     empty = (masks.flatten(1) == 0).all(1).nonzero().flatten().tolist()
