@@ -32,7 +32,7 @@ class Asked:
     """Pictures with one shape each that is asked for, and where its toy is."""
 
     pictures: Tensor  # (n, 3, h, w)
-    empty: Tensor  # the same scenes without that toy
+    empty: Tensor  # the same scenes without any toy
     masks: Tensor  # (n, h, w) bool
     labels: Tensor  # (n,)
     others: Tensor  # (n, h, w) bool, the other toys
@@ -61,8 +61,8 @@ def asked(context: Context, n: int, toys: int) -> Asked:
                     rows.append(i)
                     labels.append(number)
                     own.append(k)
-                    scenes.append(scene.remove(k))
-        empty = [render(list(chunk), 64).image for _, chunk in context.batches(scenes, 64, "scenes without the toy")]
+                    scenes.append(scene.replace(toys=()))
+        empty = [render(list(chunk), 64).image for _, chunk in context.batches(scenes, 64, "empty scenes")]
         index, toy = torch.tensor(rows), torch.tensor(own)[:, None, None]
         shown = masks[index]
         return Asked(
@@ -120,8 +120,14 @@ def table(values: dict[str, stats.Interval], names: Any = NAMES, percent: bool =
 
 def segmented(context: Context) -> list[Row]:
     """Maps as segmentations of the toy, thresholded at their own mean."""
-    given = asked(context, context.count(300, 16), 1)
+    return [row for toys in (1, 2) for row in segmented_among(context, toys)]
+
+
+def segmented_among(context: Context, toys: int) -> list[Row]:
+    """In scenes of so many toys."""
+    given = asked(context, context.count(300 if toys == 1 else 250, 16), toys)
     n = len(given.labels)
+    scene = "one toy" if toys == 1 else "two toys, one asked for"
     heats = {name: maps(context, given, name) for name in NAMES}
     ious, precise = {}, {}
     for name, found in heats.items():
@@ -136,17 +142,18 @@ def segmented(context: Context) -> list[Row]:
         near = stats.paired_difference(scores[OURS], scores["partial_lrp"])
         rows.append(
             Row(
-                claim=f"one toy, {what}: transformer attribution beats rollout, raw attention, Grad-CAM and LRP by 0.03"
+                claim=f"{scene}, {what}: transformer attribution beats rollout, raw attention, Grad-CAM and LRP by 0.03"
                 " or more, and is not below partial LRP",
                 source=SOURCE,
                 measured=(
-                    f"{means[OURS].text()}; over the best of them ({rival}) {gain.text()}; over partial LRP {near.text()}"
+                    f"{means[OURS].text()}; over the best of them ({rival}) {gain.text()}; over partial LRP"
+                    f" {near.text()}"
                 ),
                 baseline=table(means),
                 holds=bool(gain.low > 0 and gain.value >= 0.03 and near.high >= 0),
                 n=n,
-                leans_on="exact masks; toys of 64+ pixels whose shape toy-vit ranks first",
-                picture=picture(context, given) if what.startswith("IoU") else None,
+                leans_on="exact masks; toys of 64+ pixels whose shape toy-vit ranks among the first ones",
+                picture=picture(context, given) if toys == 2 and what.startswith("IoU") else None,
                 data={name: each.to_json() for name, each in means.items()},
             )
         )
@@ -200,8 +207,15 @@ def specific(context: Context) -> list[Row]:
 
 
 def perturbed(context: Context) -> list[Row]:
-    """Perturbation: pixels give way to the scene without the toy, or to grey."""
-    full = asked(context, context.count(300, 16), 1)
+    """Perturbation: pixels give way to the same scene without any toy, or to grey."""
+    return [
+        perturbed_among(context, toys, fill) for toys, fill in ((1, "empty scene"), (2, "empty scene"), (1, "mid-grey"))
+    ]
+
+
+def perturbed_among(context: Context, toys: int, what: str) -> Row:
+    """In scenes of so many toys, with one filling."""
+    full = asked(context, context.count(300 if toys == 1 else 250, 16), toys)
     n = min(len(full.labels), context.count(120, 8))
     labels = full.labels[:n]
     model = vit(context)
@@ -210,36 +224,31 @@ def perturbed(context: Context) -> list[Row]:
         said = model(pixels).logits[:, : len(SHAPES)].softmax(1)
         return said[torch.arange(len(rows)), labels[rows]]
 
-    rows = []
     names = [name for name in NAMES if name != "centred"]
-    for what, fill in (("the scene without the toy", full.empty[:n]), ("mid-grey", 0.0)):
-        score = pixel_score(right, full.pictures[:n], fill)
-        curves = {name: perturb(score, maps(context, full, name)[:n].flatten(1)) for name in names}
-        areas = {o: {name: curves[name][o].areas for name in names} for o in ("positive", "negative")}
-        means = {o: {name: stats.bootstrap(each) for name, each in areas[o].items()} for o in areas}
-        others = [name for name in names if name not in (OURS, "attention relevance", "partial_lrp")]
-        best_low = min(others, key=lambda name: means["positive"][name].value)
-        best_high = max(others, key=lambda name: means["negative"][name].value)
-        down = stats.paired_difference(areas["positive"][best_low], areas["positive"][OURS])
-        up = stats.paired_difference(areas["negative"][OURS], areas["negative"][best_high])
-        rows.append(
-            Row(
-                claim=f"pixels replaced by {what}: transformer attribution has the lowest area when the most relevant"
-                " go first and the highest when the least relevant do, among LRP, rollout, raw attention, Grad-CAM and"
-                " chance",
-                source=SOURCE,
-                measured=(
-                    f"positive {means['positive'][OURS].text()}, below {best_low} by {down.text()};"
-                    f" negative {means['negative'][OURS].text()}, above {best_high} by {up.text()}"
-                ),
-                baseline=f"positive: {table(means['positive'], names)}. Negative: {table(means['negative'], names)}",
-                holds=bool(down.low > 0 and up.low > 0),
-                n=n,
-                leans_on="the model's own probability of the right shape among six",
-                data={o: {name: curves[name][o].to_json() for name in names} for o in areas},
-            )
-        )
-    return rows
+    score = pixel_score(right, full.pictures[:n], full.empty[:n] if what == "empty scene" else 0.0)
+    curves = {name: perturb(score, maps(context, full, name)[:n].flatten(1)) for name in names}
+    areas = {o: {name: curves[name][o].areas for name in names} for o in ("positive", "negative")}
+    means = {o: {name: stats.bootstrap(each) for name, each in areas[o].items()} for o in areas}
+    others = [name for name in names if name not in (OURS, "attention relevance", "partial_lrp")]
+    low = min(others, key=lambda name: means["positive"][name].value)
+    high = max(others, key=lambda name: means["negative"][name].value)
+    down = stats.paired_difference(areas["positive"][low], areas["positive"][OURS])
+    up = stats.paired_difference(areas["negative"][OURS], areas["negative"][high])
+    scene = "one toy" if toys == 1 else "two toys, one asked for"
+    return Row(
+        claim=f"{scene}, pixels replaced by {what}: transformer attribution has the lowest area when the most relevant"
+        " go first and the highest when the least relevant do, among LRP, rollout, raw attention, Grad-CAM and chance",
+        source=SOURCE,
+        measured=(
+            f"positive {means['positive'][OURS].text()}, below {low} by {down.text()};"
+            f" negative {means['negative'][OURS].text()}, above {high} by {up.text()}"
+        ),
+        baseline=f"positive: {table(means['positive'], names)}. Negative: {table(means['negative'], names)}",
+        holds=bool(down.low > 0 and up.low > 0),
+        n=n,
+        leans_on="the model's own probability of the right shape among six",
+        data={o: {name: curves[name][o].to_json() for name in names} for o in areas},
+    )
 
 
 def conserved(context: Context) -> list[Row]:
@@ -273,8 +282,8 @@ EXPERIMENT = Experiment(
     title="relevance propagation and transformer attribution",
     intro=(
         "Unseen scenes, exact masks. toy-vit is asked for the shape of a toy; maps of its 8 x 8 patches are compared"
-        " with the toy's pixels. No threshold is tuned. toy-vit started from toy-clip's picture tower, whose patches were"
-        " trained to tell which toy they show; its attention was never supervised."
+        " with the toy's pixels. No threshold is tuned. toy-vit started from toy-clip's picture tower, whose patches"
+        " were trained to tell which toy they show; its attention was never supervised."
     ),
     file=__file__,
     parts=(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from sfumato.explain import heat
 from sfumato.explain.lrp import on_grid, relevance
 from sfumato.judge import segmentation, stats
 from sfumato.models.readers import load_reader
+from sfumato.teach.examples import Examples, toybox_examples
 from sfumato.teach.robust_vit import masks_from, relevance_maps, teach
 from sfumato.toybox import SHAPES, BiasedDataset, to_uint8
 
@@ -34,15 +34,6 @@ PLAIN = {"relevance": 0.0, "confidence": 1.0, "keep": "label"}
 KINDS = ("plain", "robust", "robust, masks by relevance", "robust, masks of other pictures")
 
 
-@dataclass(frozen=True)
-class Shots:
-    """A few pictures of each shape, every one on the shape's own backdrop: nothing in them contradicts the shortcut."""
-
-    pictures: Tensor
-    masks: Tensor
-    labels: Tensor
-
-
 def model_of(context: Context, name: str) -> nn.Module:
     """A ViT of the zoo, once per run."""
     return context.once(name, lambda: load_reader(str(context.folder(name))).module)
@@ -53,35 +44,24 @@ def split_of(context: Context, name: str) -> BiasedDataset:
     return context.once(f"split {name}", lambda: BiasedDataset(name, 400))
 
 
-def shots(context: Context, seed: int, split: str = "train", classes: tuple[int, ...] = tuple(range(6))) -> Shots:
-    """``PER_CLASS`` pictures of each class from a split, drawn by ``seed``."""
-    source = (
-        context.once("teaching pictures", lambda: BiasedDataset("train", 400, seed=1))
-        if split == "train"
-        else split_of(context, split)
-    )
-    rng = np.random.default_rng((17, seed))
-    own = np.flatnonzero((source.labels == source.shortcut) & ((source.masks >= 0).sum((1, 2)) >= 64))
-    chosen = np.concatenate([rng.permutation(own[source.labels[own] == c])[:PER_CLASS] for c in classes])
-    return Shots(
-        common.pictures_of(source)[chosen],
-        common.masks_of(source)[chosen] >= 0,
-        torch.from_numpy(source.labels[chosen]),
-    )
+def shots(seed: int, split: str = "train", classes: tuple[int, ...] = tuple(range(6))) -> Examples:
+    """Three pictures of each class, every one on the shape's own backdrop: nothing in them contradicts the shortcut."""
+    drawn = toybox_examples(PER_CLASS, seed, split)
+    rows = [i for i, label in enumerate(drawn.labels) if SHAPES.index(label) in classes]
+    return Examples(drawn.pictures[rows], drawn.masks[rows], tuple(drawn.labels[i] for i in rows))
 
 
-def by_relevance(context: Context, given: Shots) -> Tensor:
+def by_relevance(context: Context, given: Examples) -> Tensor:
     """Masks that nobody drew: what toy-vit, a model without the shortcut, rests the shape on."""
-    row = relevance(model_of(context, "toy-vit"), given.pictures, [SHAPES[i] for i in given.labels.tolist()])
-    found = masks_from(on_grid(row, size=(64, 64)))
-    return torch.where(found.flatten(1).any(1)[:, None, None], found, torch.ones_like(found))
+    row = relevance(model_of(context, "toy-vit"), given.pictures, given.labels)
+    return masks_from(on_grid(row, size=(64, 64))).float()
 
 
 def taught(context: Context, kind: str, seed: int, lr: float, classes: tuple[int, ...] = tuple(range(6))) -> Any:
     """A model taught one way with one draw of pictures; once per run."""
 
     def made() -> Any:
-        given, held = shots(context, seed, "train", classes), shots(context, seed, "val")
+        given, held = shots(seed, "train", classes), shots(seed, "val")
         masks = given.masks
         if "by relevance" in kind:
             masks = by_relevance(context, given)
@@ -90,9 +70,9 @@ def taught(context: Context, kind: str, seed: int, lr: float, classes: tuple[int
         return teach(
             model_of(context, "toy-vit-biased"),
             given.pictures,
-            masks.float(),
+            masks,
             given.labels,
-            validation=(held.pictures, held.masks.float(), held.labels),
+            validation=(held.pictures, held.masks, held.labels),
             lr=lr,
             epochs=context.count(30, 2),
             seed=seed,
@@ -104,7 +84,7 @@ def taught(context: Context, kind: str, seed: int, lr: float, classes: tuple[int
 
 
 def rate(context: Context, kind: str) -> float:
-    """The learning rate with the lowest loss on validation pictures (backdrops as in training), on a draw of its own."""
+    """The rate with the lowest loss on validation pictures (backdrops as in training), on a draw of its own."""
     way = "plain" if kind == "plain" else "robust"
 
     def chosen() -> float:
@@ -208,8 +188,8 @@ def shifted(context: Context) -> list[Row]:
     bad = gain("shuffled", "robust", "robust, masks of other pictures")
     rows.append(
         Row(
-            claim="any backdrop with any shape: masks that another model's relevance drew help too, masks of other pictures"
-            " help less than the right ones",
+            claim="any backdrop with any shape: masks that another model's relevance drew help too, masks of other"
+            " pictures help less than the right ones",
             source=SOURCE,
             measured=(
                 f"masks by relevance over plain {free.text(percent=True)}; right masks over those of other pictures"
@@ -304,7 +284,8 @@ EXPERIMENT = Experiment(
         "toy-vit-biased learnt shapes from pictures whose ground and sky gave them away in 95 % of the cases. It is"
         " taught on a few pictures, all of which still have the shape's own backdrop. The learning rate of each way is"
         " the one with the lowest loss on validation pictures with backdrops as in training; weights are those of its"
-        " best epoch there. Accuracies are on 400 unseen pictures each; values in brackets are single draws of teaching pictures."
+        " best epoch there. Accuracies are on 400 unseen pictures each; values in brackets are single draws of teaching"
+        " pictures."
     ),
     file=__file__,
     parts=(

@@ -20,13 +20,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sfumato.cards import build, method, methods
-    from sfumato.face import compare, edit, explain, load, make, models, train
+    from sfumato.face import compare, edit, explain, load, make, models, teach, train
 
 __all__ = [
     "load",
     "make",
     "explain",
     "edit",
+    "teach",
     "judge",
     "compare",
     "models",
@@ -42,6 +43,7 @@ _HOME = {
     "make": "face",
     "explain": "face",
     "edit": "face",
+    "teach": "face",
     "judge": "face",
     "compare": "face",
     "models": "face",
