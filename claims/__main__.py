@@ -32,6 +32,8 @@ EXPERIMENTS = {
     "mgad": "claims.mgad",
     "no_token_left_behind": "claims.no_token_left_behind",
     "conceptor": "claims.conceptor",
+    "lrp": "claims.lrp",
+    "robust_vit": "claims.robust_vit",
 }
 
 

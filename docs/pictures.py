@@ -28,6 +28,14 @@ from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, conflicts, factor_pairs, render, sample_scene, to_uint8
+from sfumato.explain import heat
+from sfumato.explain.lrp import explain_image as explain_lrp
+from sfumato.models.readers import load_reader
+from sfumato.steer.paint_with_words import PaintWithWords
+from sfumato.steer.shape_guided import ShapeGuided
+from sfumato.teach.examples import toybox_examples
+from sfumato.teach.robust_vit import relevance_maps, teach
+from sfumato.toybox import SHAPES, BiasedDataset, Scene, Toy, caption, render, sample_scene, to_uint8
 from sfumato.toybox.dataset import draw_scene
 
 HERE = Path(__file__).parent / "images"
@@ -412,6 +420,43 @@ def conceptor() -> Image.Image:
     out.paste(cloud, (0, 0))
     out.paste(below, (0, cloud.height))
     return out
+def lrp() -> Image.Image:
+    """Two scenes of two toys, and what each of their labels rests on."""
+    reader = load_reader("toy-vit")
+    tiles = []
+    for seed in (3, 12):
+        scene = draw_scene("test", 5, seed, 2)
+        frames = render(scene, 64)
+        words = [word for toy in scene.toys for word in (toy.shape, toy.color)]
+        picture = to_pil(frames.image[0])
+        found = explain_lrp(reader, picture, labels=words)
+        plain = picture.resize((160, 160), Image.Resampling.BICUBIC)
+        tiles += [("picture", plain), *((word, found.overlay(picture, word)) for word in words)]
+    return heat.sheet(tiles, columns=5)
+
+
+def robust_vit() -> Image.Image:
+    """Pictures with another shape's backdrop: above the model with the shortcut, below the taught one."""
+    reader = load_reader("toy-vit-biased")
+    few, held = toybox_examples(3), toybox_examples(3, 0, "val")
+    given = (few.pictures, few.masks, few.labels)
+    taught = teach(reader.module, *given, validation=(held.pictures, held.masks, held.labels), epochs=30).model
+    source = BiasedDataset("wrong", 400)
+    own = np.flatnonzero((source.masks >= 0).sum((1, 2)) >= 250)[:6]
+    pixels = torch.from_numpy(source.images[own]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    tiles = [(SHAPES[source.labels[i]], Image.fromarray(source.images[i]).resize((160, 160))) for i in own]
+    for model in (reader.module, taught):
+        said = model(pixels).logits.argmax(1).tolist()
+        maps = relevance_maps(model, pixels, torch.from_numpy(source.labels[own]))[0].detach()
+        for i, one, word in zip(own, maps, said, strict=True):
+            wide = torch.nn.functional.interpolate(one[None, None], (160, 160), mode="bilinear")[0, 0]
+            tiles.append((f"says {SHAPES[word]}", heat.overlay(Image.fromarray(source.images[i]), heat.unit(wide))))
+    return heat.sheet(tiles, columns=len(own))
+
+
+def to_pil(picture: torch.Tensor) -> Image.Image:
+    """A picture (3, h, w) in [-1, 1]."""
+    return Image.fromarray(to_uint8(picture[None])[0].permute(1, 2, 0).numpy())
 
 
 PICTURES: dict[str, Callable[[], Image.Image]] = {
@@ -443,6 +488,8 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "shape-texture": shape_texture,
     "no-token-left-behind": no_token_left_behind,
     "conceptor": conceptor,
+    "lrp": lrp,
+    "robust-vit": robust_vit,
 }
 
 

@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sfumato.cards import build, method, methods
-    from sfumato.face import compare, edit, explain, load, make, models, segment, train
+    from sfumato.face import compare, edit, explain, load, make, models, segment, teach, train
 
 __all__ = [
     "load",
@@ -28,6 +28,7 @@ __all__ = [
     "explain",
     "edit",
     "segment",
+    "teach",
     "judge",
     "compare",
     "models",
@@ -44,6 +45,7 @@ _HOME = {
     "explain": "face",
     "edit": "face",
     "segment": "face",
+    "teach": "face",
     "judge": "face",
     "compare": "face",
     "models": "face",

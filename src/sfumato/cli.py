@@ -728,6 +728,31 @@ def train(
         typer.echo(f"stopped after step {result.step}; go on with: sfumato train {recipe} --resume")
 
 
+@app.command()
+def teach(
+    by: Annotated[str, typer.Argument(metavar="KEY:name=value,...", help="The system that teaches: robust_vit.")],
+    model: Annotated[str, typer.Option(help="A classifier: a built-in name or a transformers folder.")],
+    data: Annotated[
+        str, typer.Option(help="A folder whose metadata.jsonl has file_name, mask and label, or toybox.")
+    ] = "toybox",
+    per_class: Annotated[int, typer.Option(min=1, max=20, help="toybox: how many pictures of each shape.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="toybox: another seed, other pictures.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the taught model.")] = Path("taught"),
+) -> None:
+    """Teach a classifier, from a few masked pictures, to look at the thing instead of its surroundings."""
+    from sfumato import face
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"output folder {str(out)!r} is not empty; name a new one.")
+    with _bar("epochs") as show:
+
+        def told(epoch: int, epochs: int, log: dict[str, float]) -> None:
+            show(epoch, epochs, 0.0, f"{epoch}/{epochs} epochs, loss {log['loss']:.4g}")
+
+        face.teach(by, model, data, per_class=per_class, seed=seed, out=out, on_progress=told)
+    typer.echo(out)
+
+
 @toybox_app.command("sample")
 def toybox_sample(
     n: Annotated[int, typer.Option("-n", min=1, help="How many scenes.")] = 16,

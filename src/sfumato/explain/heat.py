@@ -60,7 +60,7 @@ def sheet(cells: Sequence[tuple[str, Image.Image]], title: str = "", columns: in
     w, h = cells[0][1].size
     columns = columns or min(len(cells), max(3, math.ceil(math.sqrt(len(cells)))))
     rows = math.ceil(len(cells) / columns)
-    gap, font = 8, _font(max(13, h // 16))
+    gap, font = 8, lettering(max(13, h // 16))
     line = sum(font.getmetrics()) + 4
     width = columns * (w + gap) + gap
     told = _wrapped(title, font, width - 2 * gap)
@@ -85,7 +85,7 @@ def unit(heat: Tensor, how: str = "minmax") -> Tensor:
 
 
 @functools.cache
-def _font(size: int) -> Any:
+def lettering(size: int) -> Any:
     """DejaVu Sans, which comes with matplotlib and knows most alphabets."""
     import matplotlib
 

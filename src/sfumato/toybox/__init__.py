@@ -9,9 +9,11 @@ _HOME = {
         "SHAPES COLORS PATTERNS SIZES GROUNDS SKIES Toy Camera Light Scene sample_scene is_held_out SPLITS".split()
     ),
     "captions": "Caption Phrase Dependency caption VOCABULARY".split(),
+    "questions": "Question questions_about sample_question ANSWERS QUESTION_KINDS".split(),
     "rendering": "Frames render to_uint8".split(),
     "dataset": "ToyboxDataset export_imagefolder".split(),
     "cues": "CUES FACTORS CueDataset conflicts cue_scenes factor_pairs restyled".split(),
+    "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -32,6 +32,9 @@ OBJECTIVES: dict[str, str] = {
     "flow": "sfumato.train.flow:FlowObjective",
     "judge": "sfumato.train.judge:JudgeObjective",
     "cnn": "sfumato.train.cnn:CNNObjective",
+    "vit": "sfumato.train.vit:VitObjective",
+    "detr": "sfumato.train.detr:DetrObjective",
+    "vqa": "sfumato.train.vqa:VQAObjective",
 }
 
 

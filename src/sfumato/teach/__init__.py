@@ -1,0 +1,1 @@
+"""Systems that teach a model something new, or better habits."""
