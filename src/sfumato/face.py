@@ -195,12 +195,13 @@ def explain(
     by: str = "daam",
     **options: Any,
 ) -> Explanation:
-    """Where words of a prompt are in a picture.
+    """Where words of a prompt are in a picture; or what in a picture led a reading model to its answer.
 
     Args:
         what: a prompt, to make pictures from and explain these; or a picture that exists (PIL, or a path together with
             ``prompt``; a picture that carries a recipe brings its own prompt).
-        prompt: what the existing picture shows.
+        prompt: what the existing picture shows; what a model that reads (``toy-clip``, ``toy-vqa``, any transformers
+            folder) is asked about it: a text, a question, a class. A classifier and a detector need none.
         words: words or phrases to look for; none: every word of the prompt.
         by: the system, as for ``--with`` (``"daam:heads=[0|1]"``).
         options: when making pictures those of :func:`make`; for an existing picture ``steps`` (noise levels to look
@@ -213,7 +214,13 @@ def explain(
     if words:
         params["words"] = [words] if isinstance(words, str) else list(words)
     system = cards.method(key)(**params)
+    if getattr(system, "reads", False) and (isinstance(model, str | Path) or not hasattr(model, "denoiser")):
+        found = _explain_reading(what, prompt, model, system, options)
+        if found is not None:
+            return found
     if isinstance(what, str) and prompt is None and not is_picture(what):
+        if not hasattr(system, "taps"):
+            raise NotSupported(f"{key} explains pictures that exist; give one, and the prompt beside it.")
         result = make(what, model=model, with_=[system], **options)
         return Explanation(result.images, system.maps, result)
     image, prompt = _picture_and_prompt(what, prompt)
@@ -224,6 +231,28 @@ def explain(
     loaded = load(model) if isinstance(model, str | Path) else model
     size = options.pop("size", None) or fitting_size(loaded, image.size)
     return Explanation([image], [look(loaded, image, prompt, size=size, **system.params.model_dump(), **options)])
+
+
+def _explain_reading(
+    what: str | Path | Image, prompt: str | None, model: Any, system: Any, options: dict[str, Any]
+) -> Explanation | None:
+    """What a model that reads says about a picture or a text; None if the model draws."""
+    from sfumato.models.readers import is_reader, load_reader
+
+    if isinstance(model, str | Path):
+        if not is_reader(model):
+            return None
+        model = load_reader(model)
+    look = importlib.import_module(type(system).__module__).explain_image
+    if options.pop("size", None) is not None:
+        raise BadInput(f"size is for models that draw; {model.name} looks at pictures in a size of its own.")
+    given = system.params.model_dump()
+    if isinstance(what, str) and prompt is None and not is_picture(what):
+        if model.kind != "texts":
+            raise BadInput(f"{model.name} looks at pictures; give one, and what to ask as the prompt.")
+        return Explanation([], [look(model, None, what, **given, **options)])
+    image = files.read_picture(what) if isinstance(what, str | Path) else what
+    return Explanation([image], [look(model, image, prompt, **given, **options)])
 
 
 class EditOptions(Params):
@@ -863,10 +892,13 @@ def explain_file(
     Raises:
         Everything that :func:`explain` raises, and OSError.
     """
-    image, prompt = _picture_and_prompt(picture, prompt)
-    build_all([by])
+    key, params = cards.parse_with(by)
+    system = cards.method(key)(**params)
+    name = order.model or DEFAULT_MODEL
+    reader = _reader(name, order) if getattr(system, "reads", False) else None
+    image, prompt = (files.read_picture(picture), prompt) if reader else _picture_and_prompt(picture, prompt)
     with files.output_folder(out):
-        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        model = reader or load(name, dtype=order.dtype, device=order.device)
         [maps] = explain(image, prompt, words=words, by=by, model=model, **options).maps
         path = files.free_name(out, f"{files.slug(picture.stem)}.heat")
         recipe = {"prompt": prompt, "picture": picture.name, "model": model.name, "hash": model.weight_hash, "by": by}
@@ -874,6 +906,16 @@ def explain_file(
         if order.maps:
             written.append(maps.save(path.with_suffix(".safetensors")))
         return written
+
+
+def _reader(name: str | Path, order: Order) -> Any:
+    """The model that reads, if the order names one."""
+    from sfumato.models.readers import is_reader, load_reader
+
+    if not is_reader(name):
+        return None
+    options = {} if order.dtype is None else {"dtype": order.dtype}
+    return load_reader(name, device=order.device, **options)
 
 
 def _warn_if_different(expected: dict[str, Any], model: Model) -> None:

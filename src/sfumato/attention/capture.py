@@ -39,8 +39,8 @@ __all__ = ["Attended", "captured", "refuse_no_attention"]
 class Attended:
     """One attention call: ``probs`` (b k n t) float32 (float64 for float64 inputs), on the gradient's way to the output.
 
-    ``path`` is the module that computed it; a module that attends several times in one pass (LXMERT's co-attention)
-    counts its ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order.
+    ``path`` is the module that computed it; a module that attends several times (LXMERT's co-attention) counts its
+    ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order.
     """
 
     path: str
@@ -110,7 +110,6 @@ class _Running:
     path: str
     module: nn.Module
     inputs: tuple[Tensor, ...]
-    turn: int = 0
 
 
 class _Capture(TorchFunctionMode):
@@ -145,8 +144,8 @@ class _Capture(TorchFunctionMode):
     def _keep(self, now: _Running, probs: Tensor) -> Tensor:
         if not probs.requires_grad:  # frozen weights: the map itself is where gradients begin
             probs = probs.detach().requires_grad_()
-        self.calls.append(Attended(now.path, now.turn, now.module, probs, now.inputs))
-        now.turn += 1
+        turn = sum(call.path == now.path for call in self.calls)
+        self.calls.append(Attended(now.path, turn, now.module, probs, now.inputs))
         return probs
 
 
