@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "blend": "claims.blend",
     "shape_guided": "claims.shape_guided",
     "paint_with_words": "claims.paint_with_words",
+    "attention_relevance": "claims.attention_relevance",
 }
 
 
