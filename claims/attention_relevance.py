@@ -109,7 +109,9 @@ def specific(name: str, context: Context) -> list[Row]:
     aps = {method: segmentation.average_precision(maps, own) for method, maps in found.items()}
     ratios = {method: ratio(maps, own, other) for method, maps in found.items()}
     more = {m: stats.paired_difference(aps["relevance"].tolist(), aps[m].tolist()) for m in ("rollout", "raw")}
-    rows = [[given["pictures"][i]] + [heat_picture(found[m][i], given["pictures"][i]) for m in METHODS] for i in range(4)]
+    rows = [
+        [given["pictures"][i]] + [heat_picture(found[m][i], given["pictures"][i]) for m in METHODS] for i in range(4)
+    ]
     picture = context.save(f"attention-relevance-{name}.png", common.sheet(rows))
     data = {m: {"pointing": points[m].to_json(), "ap": float(aps[m].mean()), "ratio": ratios[m]} for m in found}
     rest = [m for m in found if m != "relevance"]
@@ -241,7 +243,9 @@ def drawn(name: str, context: Context) -> list[Row]:
     heat: dict[str, list[Tensor]] = {m: [] for m in (*methods, "daam")}
     truths = []
     for start, chunk in context.batches(asked, 10, f"{name}: words"):
-        texts = [f"a {s.toys[0].color} {s.toys[0].shape} and a {s.toys[1].color} {s.toys[1].shape}" for s, _, _ in chunk]
+        texts = [
+            f"a {s.toys[0].color} {s.toys[0].shape} and a {s.toys[1].color} {s.toys[1].shape}" for s, _, _ in chunk
+        ]
         pictures = torch.stack([picture for _, picture, _ in chunk])
         seeds = REPORT + start
         by = {m: word_maps(model, pictures, texts, steps=5, seed=seeds, method=m) for m in methods}
@@ -265,7 +269,9 @@ def drawn(name: str, context: Context) -> list[Row]:
             source="ours: the paper explains no diffusion models",
             measured=f"average precision {float(aps['relevance'].mean()):.3f}, pointing {percent(points['relevance'])}; "
             + ", ".join(f"above {m} {each.text()}" for m, each in more.items()),
-            baseline="; ".join(f"{m} {float(aps[m].mean()):.3f}, {percent(points[m])}" for m in maps if m != "relevance"),
+            baseline="; ".join(
+                f"{m} {float(aps[m].mean()):.3f}, {percent(points[m])}" for m in maps if m != "relevance"
+            ),
             holds=all(more[m].low > 0 for m in methods[1:]),
             n=len(own),
             leans_on="exact masks",
@@ -324,7 +330,10 @@ def masks_of_queries(context: Context) -> list[Row]:
     over = stats.ratio(ious["relevance"], ious["raw"], paired=True)
     ablations = ("unnormalised", "no self matrices", "not added")
     loses = {way: stats.paired_difference(ious["relevance"], ious[way]) for way in ablations}
-    row = [frames.image[0], *(heat_picture(found[m][0].map(0), frames.image[0]) for m in METHODS if found[m][0].answers)]
+    row = [
+        frames.image[0],
+        *(heat_picture(found[m][0].map(0), frames.image[0]) for m in METHODS if found[m][0].answers),
+    ]
     picture = context.save("attention-relevance-toy-detr.png", common.sheet([row]))
     rest = [way for way in means if way not in ("relevance", *ablations)]
     data = {"miou": {w: m.to_json() for w, m in means.items()}, "ap": aps}
@@ -517,7 +526,10 @@ EXPERIMENT = Experiment(
     parts=(
         *pointed("toy-clip"),
         *pointed("toy-vit"),
-        *(Part(f"{name}: words", (name,), lambda context, name=name: drawn(name, context)) for name in ("toy-sd", "toy-sd3")),
+        *(
+            Part(f"{name}: words", (name,), lambda context, name=name: drawn(name, context))
+            for name in ("toy-sd", "toy-sd3")
+        ),
         Part("toy-detr: masks", ("toy-detr",), masks_of_queries),
         Part("toy-vqa: answers", ("toy-vqa",), answered),
     ),

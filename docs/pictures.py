@@ -14,6 +14,8 @@ from PIL import Image
 import sfumato
 from sfumato import masks
 from sfumato.edit.blend import Blend
+from sfumato.explain.heat import sheet as label_sheet
+from sfumato.explain.relevance_maps import draw_words
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.toybox import Scene, Toy, caption, render, sample_scene, to_uint8
@@ -95,6 +97,23 @@ def daam_existing() -> Image.Image:
     scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
     words = ["red striped ball", "green cube", "sand", "day"]
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
+
+
+def attention_relevance() -> Image.Image:
+    """What makes each of two toys fit its own text, where a word is drawn, and what a question's answer rests on."""
+    scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
+    picture, by = render(scene).pil(), "attention_relevance"
+    cells: list[tuple[str, Image.Image]] = [("picture", picture.resize((256, 256), Image.Resampling.BICUBIC))]
+    for text in ("a red ball", "a green cube"):
+        found = sfumato.explain(picture, text, model="toy-clip", by=by).maps[0]
+        cells.append((f"toy-clip: {text}", found.overlay(picture)))
+    words = sfumato.explain(picture, "a red striped ball and a green cube", words=["cube"], by=by).maps[0]
+    cells.append(("toy-sd: cube", words.overlay(picture, "cube")))
+    question = "what color is the cube ?"
+    answer = sfumato.explain(picture, question, model="toy-vqa", by=by).maps[0]
+    cells.append((f"toy-vqa: {answer.answers[0].label}", answer.overlay(picture)))
+    cells.append((question, draw_words(answer.words(), (256, 256))))
+    return label_sheet(cells, columns=3)
 
 
 def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
@@ -209,6 +228,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "attention-relevance": attention_relevance,
     "attend-excite": attend_excite,
     "structured-guidance": structured_guidance,
     "prompt-to-prompt": prompt_to_prompt,

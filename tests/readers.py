@@ -52,7 +52,11 @@ def _build(kind: str, n: int) -> tuple[nn.Module, dict[str, Any], Any]:
         return model, {"pixel_values": _pixels(n), "input_ids": _ids(n)}, lambda out: out.logits_per_image.diagonal()
     if kind == "bert":
         model = _lively(t.BertForSequenceClassification(t.BertConfig(vocab_size=WORDS, **SMALL)))
-        return model, {"input_ids": _ids(n), "attention_mask": torch.ones(n, 5, dtype=torch.long)}, lambda out: out.logits[:, 1]
+        return (
+            model,
+            {"input_ids": _ids(n), "attention_mask": torch.ones(n, 5, dtype=torch.long)},
+            lambda out: out.logits[:, 1],
+        )
     if kind == "visual_bert":
         config = t.VisualBertConfig(vocab_size=WORDS, visual_embedding_dim=12, num_labels=5, **SMALL)
         seen = {"visual_embeds": _regions(n), "visual_attention_mask": torch.ones(n, 4)}
@@ -65,7 +69,11 @@ def _build(kind: str, n: int) -> tuple[nn.Module, dict[str, Any], Any]:
             **{k: v for k, v in SMALL.items() if k != "num_hidden_layers"},
         )  # fmt: skip
         places = torch.rand(n, 4, 4, generator=torch.Generator().manual_seed(4))
-        inputs = {"input_ids": _ids(n), "attention_mask": torch.ones(n, 5, dtype=torch.long), "visual_feats": _regions(n)}
+        inputs = {
+            "input_ids": _ids(n),
+            "attention_mask": torch.ones(n, 5, dtype=torch.long),
+            "visual_feats": _regions(n),
+        }
         model = _lively(t.LxmertForQuestionAnswering(config))
         return model, {**inputs, "visual_pos": places}, lambda out: out.question_answering_score[:, 2]
     if kind == "detr":

@@ -237,7 +237,7 @@ def explain(
     typed = {name: value for name, value in typed.items() if value is not None}
     order = face.Order([], model, [], dtype, device, maps=maps)
     words = [word for text in words or [] for word in text.split("|")]
-    if prompt is None and not face.is_picture(what):
+    if prompt is None and not face.is_picture(what) and not face.is_read(by, order):
         key, params = cards.parse_with(by)
         order.with_ = [{"method": key, "params": {**params, **({"words": words} if words else {})}}]
         order.jobs = [face.JobOptions(prompt=what, **typed)]
@@ -246,7 +246,8 @@ def explain(
     unused = [f"--{name}" if len(name) > 1 else f"-{name}" for name in ("n", "guidance") if name in typed]
     if unused:
         raise BadInput(f"{' and '.join(unused)} cannot be given for a picture that exists; it is not made anew.")
-    for path in face.explain_file(Path(what), prompt, by, words, order, out, typed):
+    text = prompt is None and not face.is_picture(what)
+    for path in face.explain_file(Path(what), prompt, by, words, order, out, typed, text):
         typer.echo(path)
 
 

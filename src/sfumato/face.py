@@ -884,10 +884,26 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None)
     return written
 
 
+def is_read(by: str, order: Order) -> bool:
+    """Whether ``by`` explains, with this order's model, something read rather than something drawn."""
+    from sfumato.models.readers import is_reader
+
+    return getattr(cards.method(cards.parse_with(by)[0]), "reads", False) and is_reader(order.model or DEFAULT_MODEL)
+
+
 def explain_file(
-    picture: Path, prompt: str | None, by: str, words: Sequence[str], order: Order, out: Path, options: dict[str, Any]
+    picture: Path,
+    prompt: str | None,
+    by: str,
+    words: Sequence[str],
+    order: Order,
+    out: Path,
+    options: dict[str, Any],
+    text: bool = False,
 ) -> list[Path]:
     """Explain a picture that exists and write the heat maps into folder ``out``; returns the files.
+
+    ``text``: what is given as ``picture`` is a text, for a model that reads texts.
 
     Raises:
         Everything that :func:`explain` raises, and OSError.
@@ -896,11 +912,16 @@ def explain_file(
     system = cards.method(key)(**params)
     name = order.model or DEFAULT_MODEL
     reader = _reader(name, order) if getattr(system, "reads", False) else None
-    image, prompt = (files.read_picture(picture), prompt) if reader else _picture_and_prompt(picture, prompt)
+    image: Any = None
+    if reader is None:
+        image, prompt = _picture_and_prompt(picture, prompt)
+    elif not text:
+        image = files.read_picture(picture)
     with files.output_folder(out):
         model = reader or load(name, dtype=order.dtype, device=order.device)
-        [maps] = explain(image, prompt, words=words, by=by, model=model, **options).maps
-        path = files.free_name(out, f"{files.slug(picture.stem)}.heat")
+        what, asked = (str(picture), None) if text else (image, prompt)
+        [maps] = explain(what, asked, words=words, by=by, model=model, **options).maps
+        path = files.free_name(out, f"{files.slug(str(picture) if text else picture.stem)}.heat")
         recipe = {"prompt": prompt, "picture": picture.name, "model": model.name, "hash": model.weight_hash, "by": by}
         written = [files.save_png(path, maps.grid(image), recipe)]
         if order.maps:

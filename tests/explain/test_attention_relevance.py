@@ -133,7 +133,9 @@ def test_input_gradient_by_hand():
 def test_rollout_ignores_the_question_and_relevance_does_not():
     model, inputs, _ = tiny("vit", 1)
     rows = {
-        method: [relevance(model, inputs, lambda o, k=k: o.logits[:, k], method=method).row("tokens", 0) for k in (0, 1)]
+        method: [
+            relevance(model, inputs, lambda o, k=k: o.logits[:, k], method=method).row("tokens", 0) for k in (0, 1)
+        ]
         for method in ("rollout", "relevance")
     }
     assert torch.equal(*rows["rollout"])

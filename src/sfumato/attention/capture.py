@@ -98,7 +98,9 @@ def refuse_no_attention(module: nn.Module, calls: list[Attended]) -> None:
     if linear:
         part = module.get_submodule(linear[0])
         kind = type(getattr(part, "processor", None) or part).__name__
-        raise NotSupported(f"{name} has linear attention ({kind} at {linear[0]}), which has no attention map to explain.")
+        raise NotSupported(
+            f"{name} has linear attention ({kind} at {linear[0]}), which has no attention map to explain."
+        )
     if not calls:
         raise NotSupported(
             f"{name} computed no softmax attention in this forward pass, so there is no attention map to explain."
@@ -179,6 +181,4 @@ def _refuse_what_hides(module: nn.Module) -> None:
                 f"use the uncompiled module."
             )
         if getattr(part, "gradient_checkpointing", False) and part.training:
-            raise NotSupported(
-                "gradient checkpointing runs attention twice, so its maps are lost; disable it first."
-            )
+            raise NotSupported("gradient checkpointing runs attention twice, so its maps are lost; disable it first.")

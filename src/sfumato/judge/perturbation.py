@@ -62,7 +62,7 @@ def kept(relevance: Tensor, share: float, first: str = "positive", valid: Tensor
     valid = torch.ones_like(relevance, dtype=torch.bool) if valid is None else valid
     worth = relevance.double() if first == "positive" else -relevance.double()
     worth = worth.masked_fill(~valid, float("-inf"))  # never removed
-    order = worth.flip(1).argsort(1, descending=True, stable=True)
+    order = worth.flip(1).argsort(dim=1, descending=True, stable=True)
     order = relevance.shape[1] - 1 - order  # among equals the last goes first
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
@@ -88,7 +88,9 @@ def curve(
     scores = torch.stack(columns, 1)
     areas = [area(shares, row) for row in scores.tolist()]
     return Curve(
-        tuple(shares), tuple(tuple(row) for row in scores.tolist()), stats.bootstrap(torch.tensor(areas).numpy(), seed=seed)
+        tuple(shares),
+        tuple(tuple(row) for row in scores.tolist()),
+        stats.bootstrap(torch.tensor(areas).numpy(), seed=seed),
     )
 
 
