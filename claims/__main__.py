@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "conceptor": "claims.conceptor",
     "lrp": "claims.lrp",
     "robust_vit": "claims.robust_vit",
+    "attention_relevance": "claims.attention_relevance",
 }
 
 

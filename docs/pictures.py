@@ -16,26 +16,36 @@ import sfumato
 from sfumato import files, masks
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
+from sfumato.explain import heat
+from sfumato.explain.conceptor import decompose, word_cloud
 from sfumato.explain.daam import DAAM
+from sfumato.explain.heat import sheet as label_sheet
+from sfumato.explain.lrp import explain_image as explain_lrp
+from sfumato.explain.relevance_maps import draw_words
 from sfumato.explain.shape_texture import ShapeTexture, plot
 from sfumato.judge.segmentation import normalise
+from sfumato.models.readers import load_reader
 from sfumato.models.vision import load_vision
 from sfumato.sampling.request import as_pictures
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
-from sfumato.explain.conceptor import decompose, word_cloud
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
-from sfumato.steer.paint_with_words import PaintWithWords
-from sfumato.steer.shape_guided import ShapeGuided
-from sfumato.toybox import Scene, Toy, caption, conflicts, factor_pairs, render, sample_scene, to_uint8
-from sfumato.explain import heat
-from sfumato.explain.lrp import explain_image as explain_lrp
-from sfumato.models.readers import load_reader
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
 from sfumato.teach.examples import toybox_examples
 from sfumato.teach.robust_vit import relevance_maps, teach
-from sfumato.toybox import SHAPES, BiasedDataset, Scene, Toy, caption, render, sample_scene, to_uint8
+from sfumato.toybox import (
+    SHAPES,
+    BiasedDataset,
+    Scene,
+    Toy,
+    caption,
+    conflicts,
+    factor_pairs,
+    render,
+    sample_scene,
+    to_uint8,
+)
 from sfumato.toybox.dataset import draw_scene
 
 HERE = Path(__file__).parent / "images"
@@ -114,6 +124,23 @@ def daam_existing() -> Image.Image:
     scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
     words = ["red striped ball", "green cube", "sand", "day"]
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
+
+
+def attention_relevance() -> Image.Image:
+    """What makes each of two toys fit its own text, where a word is drawn, and what a question's answer rests on."""
+    scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
+    picture, by = render(scene).pil(), "attention_relevance"
+    cells: list[tuple[str, Image.Image]] = [("picture", picture.resize((256, 256), Image.Resampling.BICUBIC))]
+    for text in ("a red ball", "a green cube"):
+        found = sfumato.explain(picture, text, model="toy-clip", by=by).maps[0]
+        cells.append((f"toy-clip: {text}", found.overlay(picture)))
+    words = sfumato.explain(picture, "a red striped ball and a green cube", words=["cube"], by=by).maps[0]
+    cells.append(("toy-sd: cube", words.overlay(picture, "cube")))
+    question = "what color is the cube ?"
+    answer = sfumato.explain(picture, question, model="toy-vqa", by=by).maps[0]
+    cells.append((f"toy-vqa: {answer.answers[0].label}", answer.overlay(picture)))
+    cells.append((question, draw_words(answer.words(), (256, 256))))
+    return label_sheet(cells, columns=3)
 
 
 def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
@@ -420,6 +447,8 @@ def conceptor() -> Image.Image:
     out.paste(cloud, (0, 0))
     out.paste(below, (0, cloud.height))
     return out
+
+
 def lrp() -> Image.Image:
     """Two scenes of two toys, and what each of their labels rests on."""
     reader = load_reader("toy-vit")
@@ -468,6 +497,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "attention-relevance": attention_relevance,
     "attend-excite": attend_excite,
     "structured-guidance": structured_guidance,
     "prompt-to-prompt": prompt_to_prompt,

@@ -269,7 +269,7 @@ def explain(
             for path in face.examine_into(what, prompt, by, order, out, typed, show):
                 typer.echo(path)
         return
-    if prompt is None and not face.is_picture(what):
+    if prompt is None and not face.is_picture(what) and not face.is_read(by, order):
         key, params = cards.parse_with(by)
         order.with_ = [{"method": key, "params": {**params, **({"words": words} if words else {})}}]
         order.jobs = [face.JobOptions(prompt=what, **typed)]
@@ -278,7 +278,8 @@ def explain(
     unused = [f"--{name}" if len(name) > 1 else f"-{name}" for name in ("n", "guidance") if name in typed]
     if unused:
         raise BadInput(f"{' and '.join(unused)} cannot be given for a picture that exists; it is not made anew.")
-    for path in face.explain_file(Path(what), prompt, by, words, order, out, typed):
+    text = prompt is None and not face.is_picture(what)
+    for path in face.explain_file(Path(what), prompt, by, words, order, out, typed, text):
         typer.echo(path)
 
 

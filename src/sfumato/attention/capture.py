@@ -39,8 +39,8 @@ __all__ = ["Attended", "captured", "refuse_no_attention"]
 class Attended:
     """One attention call: ``probs`` (b k n t) float32 (float64 for float64 inputs), on the gradient's way to the output.
 
-    ``path`` is the module that computed it; a module that attends several times in one pass (LXMERT's co-attention)
-    counts its ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order.
+    ``path`` is the module that computed it; a module that attends several times (LXMERT's co-attention) counts its
+    ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order.
     """
 
     path: str
@@ -98,7 +98,9 @@ def refuse_no_attention(module: nn.Module, calls: list[Attended]) -> None:
     if linear:
         part = module.get_submodule(linear[0])
         kind = type(getattr(part, "processor", None) or part).__name__
-        raise NotSupported(f"{name} has linear attention ({kind} at {linear[0]}), which has no attention map to explain.")
+        raise NotSupported(
+            f"{name} has linear attention ({kind} at {linear[0]}), which has no attention map to explain."
+        )
     if not calls:
         raise NotSupported(
             f"{name} computed no softmax attention in this forward pass, so there is no attention map to explain."
@@ -110,7 +112,6 @@ class _Running:
     path: str
     module: nn.Module
     inputs: tuple[Tensor, ...]
-    turn: int = 0
 
 
 class _Capture(TorchFunctionMode):
@@ -145,8 +146,8 @@ class _Capture(TorchFunctionMode):
     def _keep(self, now: _Running, probs: Tensor) -> Tensor:
         if not probs.requires_grad:  # frozen weights: the map itself is where gradients begin
             probs = probs.detach().requires_grad_()
-        self.calls.append(Attended(now.path, now.turn, now.module, probs, now.inputs))
-        now.turn += 1
+        turn = sum(call.path == now.path for call in self.calls)
+        self.calls.append(Attended(now.path, turn, now.module, probs, now.inputs))
         return probs
 
 
@@ -180,6 +181,4 @@ def _refuse_what_hides(module: nn.Module) -> None:
                 f"use the uncompiled module."
             )
         if getattr(part, "gradient_checkpointing", False) and part.training:
-            raise NotSupported(
-                "gradient checkpointing runs attention twice, so its maps are lost; disable it first."
-            )
+            raise NotSupported("gradient checkpointing runs attention twice, so its maps are lost; disable it first.")

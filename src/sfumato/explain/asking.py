@@ -368,7 +368,9 @@ def _cells(found: Relevances, name: str, grid: tuple[int, int]) -> Tensor:
     cells = grid[0] * grid[1]
     extra = matrix.shape[-1] - cells
     if extra < 0:
-        raise NotSupported(f"the model works on {matrix.shape[-1]} tokens, fewer than the {cells} cells of the picture.")
+        raise NotSupported(
+            f"the model works on {matrix.shape[-1]} tokens, fewer than the {cells} cells of the picture."
+        )
     row = matrix[:, 0] if extra else matrix.mean(1)
     return row[:, extra:].reshape(-1, *grid).float().cpu()
 
@@ -412,9 +414,7 @@ def _words(reader: Reader, text: str, values: Tensor) -> tuple[tuple[str, ...], 
     return tuple(words), tuple(share / total if total > 0 else 0.0 for share in shares)
 
 
-def _maps(
-    reader: Reader, found: Relevances | None, asked: str, images: Tensor, answers: list[Answer]
-) -> RelevanceMaps:
+def _maps(reader: Reader, found: Relevances | None, asked: str, images: Tensor, answers: list[Answer]) -> RelevanceMaps:
     facts = {"model": reader.name, "asked": asked}
     method = found.method if found is not None else "relevance"
     return RelevanceMaps(tuple(answers), (images.shape[-2], images.shape[-1]), method, facts)

@@ -243,7 +243,9 @@ def _named(model: nn.Module, inputs: Tensor | dict[str, Any]) -> dict[str, Any]:
     for name, value in named.items():
         if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
             kind = str(value.dtype).removeprefix("torch.")
-            raise BadInput(f"relevance underflows in half precision ({name or 'the input'} is {kind}); give it as float32.")
+            raise BadInput(
+                f"relevance underflows in half precision ({name or 'the input'} is {kind}); give it as float32."
+            )
     return named
 
 

@@ -95,13 +95,14 @@ class RelevanceMaps:
             ImageDraw.Draw(out).rectangle(edge, outline="white", width=max(1, w // 128))
         return out
 
-    def grid(self, image: Image.Image) -> Image.Image:
-        """All answers as one labelled sheet: the picture, then per answer its map and its words."""
+    def grid(self, image: Image.Image | None) -> Image.Image:
+        """All answers as one labelled sheet: the picture, if there is one, then per answer its map and its words."""
         size = heat.enlarged_size(self.size)
-        plain = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        cells: list[tuple[str, Image.Image]] = [("picture", plain)]
+        cells: list[tuple[str, Image.Image]] = []
+        if image is not None:
+            cells.append(("picture", image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)))
         for i, answer in enumerate(self.answers):
-            if answer.cells is not None:
+            if answer.cells is not None and image is not None:
                 cells.append((answer.label, self.overlay(image, i)))
             if answer.words:
                 cells.append((f"{answer.label}: words", draw_words(self.words(i), (size[1], size[0]))))

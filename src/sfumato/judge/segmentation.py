@@ -149,3 +149,60 @@ def _same(first: Tensor, second: Tensor) -> None:
         raise BadInput(
             f"masks or maps must share one shape (n, h, w); got {tuple(first.shape)} and {tuple(second.shape)}."
         )
+
+
+def average_precision(maps: Tensor, truths: Tensor) -> Tensor:
+    """Average precision of pixels ranked by their value, one per map (n,): area under the precision-recall curve.
+
+    Equal values count as one step, so a constant map scores the share of true pixels. nan where nothing is true.
+    """
+    _same(maps, truths)
+    out = []
+    for heat, truth in zip(maps.flatten(1).double(), truths.bool().flatten(1), strict=True):
+        order = heat.argsort(descending=True)
+        value, hit = heat[order], truth[order].double()
+        last = torch.cat([value[1:] != value[:-1], torch.ones(1, dtype=torch.bool)])  # the end of each run of equals
+        found = hit.cumsum(0)[last]
+        seen = torch.arange(1, len(hit) + 1, dtype=torch.float64)[last]
+        gained = torch.diff(found, prepend=torch.zeros(1, dtype=torch.float64))
+        total = hit.sum()
+        out.append((gained * found / seen).sum() / total if total > 0 else torch.tensor(float("nan")))
+    return torch.stack(out)
+
+
+def otsu(maps: Tensor, levels: int = 256) -> Tensor:
+    """Thresholds (n,) that split each map's min-max normalised histogram with the largest variance between the parts
+    (Otsu 1979); use as ``normalise(maps) > otsu(maps)[:, None, None]``. A constant map has threshold 0."""
+    flat = (normalise(maps).flatten(1) * (levels - 1)).round().long()
+    counts = torch.zeros(len(flat), levels, dtype=torch.float64).scatter_add_(1, flat, torch.ones(flat.shape).double())
+    share = counts / counts.sum(1, keepdim=True)
+    below = share.cumsum(1)
+    mass = (share * torch.arange(levels, dtype=torch.float64)).cumsum(1)
+    between = (mass[:, -1:] * below - mass).square() / (below * (1 - below)).clamp_min(1e-12)
+    between = between.masked_fill((below <= 1e-9) | (below >= 1 - 1e-9), -1)
+    best = between.argmax(1)
+    return torch.where(between.amax(1) > 0, best.double() / (levels - 1) + 0.5 / (levels - 1), 0.0).float()
+
+
+def instance_ap(masks: Sequence[Tensor], truths: Sequence[Tensor], certain: Sequence[Tensor], least: float) -> float:
+    """Average precision over all pictures of found masks (k h w) with their certainty (k,) against true ones (m h w):
+    a find is right if it overlaps a toy that none before it has taken by at least ``least`` (IoU)."""
+    entries: list[tuple[float, bool]] = []
+    total = 0
+    for found, true, odds in zip(masks, truths, certain, strict=True):
+        total += len(true)
+        taken: set[int] = set()
+        for k in odds.argsort(descending=True).tolist():
+            overlaps = iou(found[k][None].expand(len(true), -1, -1), true) if len(true) else torch.zeros(0)
+            free = [j for j in range(len(true)) if j not in taken]
+            best = max(free, key=lambda j: float(overlaps[j]), default=None)
+            right = best is not None and float(overlaps[best]) >= least
+            if right:
+                taken.add(best)  # type: ignore[arg-type]
+            entries.append((float(odds[k]), right))
+    if not entries or not total:
+        return 0.0
+    entries.sort(key=lambda entry: -entry[0])
+    right = torch.tensor([entry[1] for entry in entries], dtype=torch.float64)
+    precision = right.cumsum(0) / torch.arange(1, len(right) + 1)
+    return float((precision * right).sum() / total)

@@ -121,7 +121,7 @@ def is_reader(name_or_path: str | Path) -> bool:
 
 
 def load_reader(
-    name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name_or_path: str | Path, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> Reader:
     """A reading model from a built-in name or a transformers folder, in ``dtype`` whatever it is stored in.
 
@@ -129,6 +129,9 @@ def load_reader(
     """
     import transformers
 
+    from sfumato.models.load import _device, _dtype
+
+    dtype, device = _dtype(dtype) or torch.float32, _device(device)
     name = str(name_or_path)
     folder = zoo.find(name) or Path(name)
     if not (folder / "config.json").is_file():

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor, nn
@@ -127,12 +126,16 @@ class DetrObjective(Objective):
         shapes = torch.full((len(indices), most), -1)
         for row, i in enumerate(indices.tolist()):
             boxes[row, : len(self.boxes[i])] = self.boxes[i]
-            shapes[row, : len(self.boxes[i])] = torch.tensor([SHAPES.index(t.shape) for t in self.train_data.scenes[i].toys])
+            shapes[row, : len(self.boxes[i])] = torch.tensor(
+                [SHAPES.index(t.shape) for t in self.train_data.scenes[i].toys]
+            )
         places = labels.place_labels(self.train_data, indices, self.cells)
         masks = torch.from_numpy(self.train_data.masks[indices.numpy()]).long()
         flip = torch.rand(len(indices), generator=draw.generator("flip")) < 0.5
         pixels[flip], masks[flip], places[flip] = pixels[flip].flip(3), masks[flip].flip(2), places[flip].flip(3)
-        boxes[flip] = torch.stack([1 - boxes[flip, :, 2], boxes[flip, :, 1], 1 - boxes[flip, :, 0], boxes[flip, :, 3]], -1)
+        boxes[flip] = torch.stack(
+            [1 - boxes[flip, :, 2], boxes[flip, :, 1], 1 - boxes[flip, :, 0], boxes[flip, :, 3]], -1
+        )
         stride = self.recipe.data.size // self.cells
         owner = masks[:, stride // 2 :: stride, stride // 2 :: stride]
         return {"pixels": pixels, "boxes": boxes, "shapes": shapes, "places": places, "owner": owner}

@@ -1,0 +1,536 @@
+"""Attention relevance (Chefer, Gur, Wolf 2021, https://arxiv.org/abs/2103.15679): does it point to what the model used?
+
+Every map is held against the renderer's exact masks, and against what the model itself still answers when the parts
+said to matter are removed. All baselines run through the same call on the same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from claims import common
+from claims.common import percent
+from claims.core import Context, Experiment, Part, Row
+from sfumato.explain.asking import ask, word_maps
+from sfumato.explain.attention_relevance import relevance
+from sfumato.explain.daam import explain_images as daam_images
+from sfumato.judge import segmentation, stats
+from sfumato.judge.perturbation import PIXEL_SHARES, SHARES, Curve, curve, without
+from sfumato.models.readers import Reader, load_reader
+from sfumato.models.regions import box_overlap, region_features
+from sfumato.toybox import ANSWERS, COLORS, SHAPES, Question, Scene, render, sample_question
+from sfumato.toybox.dataset import draw_scene
+
+SOURCE = "Chefer et al. 2021"
+SIDE = 64
+METHODS = ("relevance", "rollout", "raw", "gradcam", "input_gradient")
+LEAST = 40  # visible pixels of a toy that is asked for
+REPORT, TUNE = 7100, 7200  # seeds of scenes
+
+
+def reader(context: Context, name: str) -> Reader:
+    """A reading model of the zoo, once per run."""
+    return context.once(f"reader {name}", lambda: load_reader(context.folder(name)))
+
+
+# -- two toys, one asked for -----------------------------------------------------------------------------------------
+
+
+def pairs(seed: int, n: int) -> list[tuple[Scene, Tensor, Tensor]]:
+    """Scenes of two toys of different shape and colour, both visible: (scene, picture (3, h, w), mask (h, w))."""
+    out: list[tuple[Scene, Tensor, Tensor]] = []
+    index = 0
+    while len(out) < n:
+        scenes = [draw_scene("test", seed, index + k, 2) for k in range(64)]
+        index += 64
+        scenes = [s for s in scenes if s.toys[0].shape != s.toys[1].shape and s.toys[0].color != s.toys[1].color]
+        frames = render(scenes, SIDE)
+        for k, scene in enumerate(scenes):
+            if all(int((frames.mask[k] == toy).sum()) >= LEAST for toy in (0, 1)):
+                out.append((scene, frames.image[k], frames.mask[k].long()))
+    return out[:n]
+
+
+def questions_of(context: Context, name: str, seed: int, n: int) -> dict[str, Any]:
+    """Each toy of each pair asked in turn: pictures, texts, masks of the asked and of the other toy."""
+
+    def made() -> dict[str, Any]:
+        pictures, asked, own, other, scenes = [], [], [], [], []
+        for scene, picture, mask in pairs(seed, n):
+            for toy in (0, 1):
+                shown = scene.toys[toy]
+                asked.append(shown.shape if name == "toy-vit" else f"a {shown.color} {shown.shape}")
+                pictures.append(picture)
+                own.append(mask == toy)
+                other.append(mask == 1 - toy)
+                scenes.append(scene)
+        stacked = {"pictures": torch.stack(pictures), "own": torch.stack(own), "other": torch.stack(other)}
+        return {"asked": asked, "scenes": scenes, **stacked}
+
+    return context.once(f"pairs {name} {seed} {n}", made)
+
+
+def maps_of(context: Context, name: str, seed: int, n: int, method: str, **rules: Any) -> tuple[Tensor, Tensor]:
+    """Maps (2 n, h, w) of every question and the model's own cells (2 n, cells)."""
+
+    def made() -> tuple[Tensor, Tensor]:
+        given = questions_of(context, name, seed, n)
+        heat, cells = [], []
+        for start, chunk in context.batches(given["asked"], 50, f"{name}: {method}"):
+            pictures = given["pictures"][start : start + len(chunk)]
+            for found in ask(reader(context, name), pictures, chunk, method=method, **rules):
+                heat.append(found.map())
+                cells.append(found.answer().cells.flatten())
+        return torch.stack(heat), torch.stack(cells)
+
+    return context.once(f"maps {name} {seed} {n} {method} {rules}", made)
+
+
+def ratio(maps: Tensor, own: Tensor, other: Tensor) -> float:
+    """Relevance inside the asked toy over that inside the other, over all pictures."""
+    mass = [float((segmentation.normalise(maps, "max") * part).sum()) for part in (own, other)]
+    return mass[0] / max(mass[1], 1e-9)
+
+
+def specific(name: str, context: Context) -> list[Row]:
+    """The class-specific pointing game and pixel average precision, with all baselines."""
+    n = context.count(100, 8)
+    given = questions_of(context, name, REPORT, n)
+    own, other = given["own"], given["other"]
+    found = {method: maps_of(context, name, REPORT, n, method)[0] for method in METHODS}
+    found["in the middle"] = segmentation.centred_gaussian(len(own), (SIDE, SIDE))
+    hits = {method: segmentation.pointing(maps, own) for method, maps in found.items()}
+    points = {method: stats.share(hit.numpy()) for method, hit in hits.items()}
+    aps = {method: segmentation.average_precision(maps, own) for method, maps in found.items()}
+    ratios = {method: ratio(maps, own, other) for method, maps in found.items()}
+    more = {m: stats.paired_difference(aps["relevance"].tolist(), aps[m].tolist()) for m in ("rollout", "raw")}
+    rows = [
+        [given["pictures"][i]] + [heat_picture(found[m][i], given["pictures"][i]) for m in METHODS] for i in range(4)
+    ]
+    picture = context.save(f"attention-relevance-{name}.png", common.sheet(rows))
+    data = {m: {"pointing": points[m].to_json(), "ap": float(aps[m].mean()), "ratio": ratios[m]} for m in found}
+    rest = [m for m in found if m != "relevance"]
+    return [
+        Row(
+            claim=f"{name}: of two toys, relevance points to the one asked for in 85 % or more, with 3 times the "
+            "relevance of the other; rollout in 60 % at most",
+            source=SOURCE + " (class-specific maps)",
+            measured=f"{percent(points['relevance'])}, {ratios['relevance']:.1f} to 1",
+            baseline="; ".join(f"{m} {percent(points[m])}, {ratios[m]:.1f} to 1" for m in rest),
+            holds=points["relevance"].value >= 0.85 and ratios["relevance"] >= 3 and points["rollout"].value <= 0.6,
+            n=len(own),
+            leans_on="exact masks",
+            picture=picture,
+            data=data,
+        ),
+        Row(
+            claim=f"{name}: average precision of the asked toy's pixels is 0.05 above rollout's and raw attention's",
+            source=SOURCE + " (segmentation tests)",
+            measured=f"{float(aps['relevance'].mean()):.3f}; above rollout {more['rollout'].text()}, "
+            f"above raw {more['raw'].text()}",
+            baseline="; ".join(f"{m} {float(aps[m].mean()):.3f}" for m in rest),
+            holds=all(each.low >= 0.05 for each in more.values()),
+            n=len(own),
+            leans_on="exact masks",
+            picture=picture,
+            data=data,
+        ),
+    ]
+
+
+def heat_picture(heat: Tensor, picture: Tensor) -> Tensor:
+    """A map over its picture, as a picture."""
+    return common.heat(segmentation.normalise(heat[None])[0], picture)
+
+
+def still_seen(context: Context, name: str, given: dict[str, Any]) -> Callable[[Tensor], list[float]]:
+    """A function of pictures (2 n, 3, h, w): whether each is still read as holding the asked toy."""
+    model = reader(context, name)
+    if name == "toy-clip":
+        everything = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+        with torch.no_grad():
+            tokens = model.tokens(everything)
+            out: Any = model.module.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
+        texts = getattr(out, "pooler_output", out)
+    else:
+        everything, texts = model.labels, None
+
+    def right(pictures: Tensor) -> list[float]:
+        with torch.no_grad():
+            if texts is None:
+                scores = torch.cat([model.module(pixel_values=model.pixels(p)).logits for p in pictures.split(100)])
+            else:
+                out = [model.module.get_image_features(pixel_values=model.pixels(p)) for p in pictures.split(100)]
+                scores = torch.cat([getattr(o, "pooler_output", o) for o in out]) @ texts.T
+        verdicts = []
+        for row, asked, scene in zip(scores, given["asked"], given["scenes"], strict=True):
+            there = {(t.shape if texts is None else f"a {t.color} {t.shape}") for t in scene.toys}
+            kinds = SHAPES if texts is None else everything  # toy-vit names colours too
+            rivals = [i for i, label in enumerate(everything) if label in kinds and label not in there]
+            verdicts.append(float(row[everything.index(asked)] > row[rivals].max()))
+        return verdicts
+
+    return right
+
+
+def curves(found: dict[str, Tensor], score: Callable[[Tensor], Any], shares: Sequence[float], **options: Any) -> dict:
+    """Positive and negative curves of every method."""
+    return {
+        method: {first: curve(values, score, first, shares, **options) for first in ("positive", "negative")}
+        for method, values in found.items()
+    }
+
+
+def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Sequence[str], source: str) -> Row:
+    """The row of a perturbation test: lower positive, higher negative area than every method in ``against``."""
+    ours = found["relevance"]
+    gaps = {
+        (m, first): stats.paired_difference(ours[first].areas, found[m][first].areas)
+        for m in against for first in ("positive", "negative")
+    }  # fmt: skip
+    better = all(gaps[m, "positive"].high < 0 and gaps[m, "negative"].low > 0 for m in against)
+    told = [f"{m} {c['positive'].auc.value:.3f} / {c['negative'].auc.value:.3f}" for m, c in found.items()]
+    return Row(
+        claim=f"{what}: removing the most relevant first ends the answer sooner, the least relevant first later, than "
+        f"with {', '.join(against[:-1])} or {against[-1]}",
+        source=source,
+        measured=f"area {ours['positive'].auc.text()} / {ours['negative'].auc.text()} (positive / negative)",
+        baseline="; ".join(told[1:]),
+        holds=better,
+        n=n,
+        leans_on="the model's own answers",
+        data={
+            "areas": {m: {f: c.auc.to_json() for f, c in both.items()} for m, both in found.items()},
+            "means": {m: {f: c.mean() for f, c in both.items()} for m, both in found.items()},
+            "gaps": {f"{m} {f}": gap.to_json() for (m, f), gap in gaps.items()},
+        },
+    )
+
+
+def perturbed(name: str, context: Context) -> list[Row]:
+    """Positive and negative perturbation of picture cells, where the model sees the asked toy to begin with."""
+    n = context.count(100, 8)
+    given = questions_of(context, name, REPORT, n)
+    right = still_seen(context, name, given)
+    known = torch.tensor(right(given["pictures"])) > 0
+    found = {m: maps_of(context, name, REPORT, n, m)[1] for m in METHODS}
+    found["chance"] = torch.rand(found["raw"].shape, generator=torch.Generator().manual_seed(0))
+
+    def score(keep: Tensor) -> Tensor:
+        return torch.tensor(right(without(given["pictures"], keep)))[known]
+
+    row = curve_row(
+        f"{name}: cells of the picture", int(known.sum()), curves(found, score, PIXEL_SHARES),
+        ("rollout", "raw", "gradcam"), SOURCE + " (perturbation tests)",
+    )  # fmt: skip
+    row.leans_on = f"the model's own answers; it sees the asked toy in {percent(stats.share(known.numpy()))}"
+    return [row]
+
+
+# -- models that draw --------------------------------------------------------------------------------------------------
+
+
+def drawn(name: str, context: Context) -> list[Row]:
+    """Word maps of existing pictures by relevance through the denoiser, beside DAAM's."""
+    model, n = common.load(context, name), context.count(40, 3)
+    asked = [(scene, picture, mask) for scene, picture, mask in pairs(REPORT + 1, n)]
+    methods = ("relevance", "rollout", "raw", "gradcam")
+    heat: dict[str, list[Tensor]] = {m: [] for m in (*methods, "daam")}
+    truths = []
+    for start, chunk in context.batches(asked, 10, f"{name}: words"):
+        texts = [
+            f"a {s.toys[0].color} {s.toys[0].shape} and a {s.toys[1].color} {s.toys[1].shape}" for s, _, _ in chunk
+        ]
+        pictures = torch.stack([picture for _, picture, _ in chunk])
+        seeds = REPORT + start
+        by = {m: word_maps(model, pictures, texts, steps=5, seed=seeds, method=m) for m in methods}
+        traced = daam_images(model, pictures, texts, steps=5, seed=seeds)
+        for i, (scene, _, mask) in enumerate(chunk):
+            for toy, shown in enumerate(scene.toys):
+                truths.append(mask == toy)
+                for m in methods:
+                    heat[m].append(by[m][i].map(shown.shape))
+                heat["daam"].append(traced[i].map(shown.shape))
+    own = torch.stack(truths)
+    maps = {m: torch.stack(each) for m, each in heat.items()}
+    points = {m: stats.share(segmentation.pointing(each, own).numpy()) for m, each in maps.items()}
+    aps = {m: segmentation.average_precision(each, own) for m, each in maps.items()}
+    more = {m: stats.paired_difference(aps["relevance"].tolist(), aps[m].tolist()) for m in maps if m != "relevance"}
+    shown = [pictures[-1]] + [heat_picture(maps[m][-1], pictures[-1]) for m in maps]
+    return [
+        Row(
+            claim=f"{name}: a noun's relevance in a picture that exists finds its toy's pixels better than rollout, raw "
+            "attention and Grad-CAM on the same passes",
+            source="ours: the paper explains no diffusion models",
+            measured=f"average precision {float(aps['relevance'].mean()):.3f}, pointing {percent(points['relevance'])}; "
+            + ", ".join(f"above {m} {each.text()}" for m, each in more.items()),
+            baseline="; ".join(
+                f"{m} {float(aps[m].mean()):.3f}, {percent(points[m])}" for m in maps if m != "relevance"
+            ),
+            holds=all(more[m].low > 0 for m in methods[1:]),
+            n=len(own),
+            leans_on="exact masks",
+            picture=context.save(f"attention-relevance-{name}.png", common.sheet([shown])),
+            data={m: {"ap": float(aps[m].mean()), "pointing": points[m].to_json()} for m in maps},
+        )
+    ]
+
+
+# -- encoder-decoder: boxes to masks -----------------------------------------------------------------------------------
+
+
+def masks_of_queries(context: Context) -> list[Row]:
+    """Masks of toys from a detector that never saw a mask: Otsu on the relevance of each query that found its toy."""
+    model, n = reader(context, "toy-detr"), context.count(120, 12)
+    scenes = [draw_scene("test", REPORT + 2, i) for i in range(n)]
+    frames = render(scenes, SIDE)
+    ways: dict[str, dict[str, Any]] = {m: {"method": m} for m in METHODS}
+    ways |= {"unnormalised": {"normalise": False}, "no self matrices": {"mix": False}, "not added": {"add": False}}
+    found: dict[str, list[Any]] = {way: [] for way in ways}
+    for start, chunk in context.batches(scenes, 40, "toy-detr"):
+        pictures = frames.image[start : start + len(chunk)]
+        for way, rules in ways.items():
+            found[way] += ask(model, pictures, [None] * len(chunk), **rules)
+    ious: dict[str, list[float]] = {way: [] for way in (*ways, "Gaussian in the box")}
+    instances: dict[str, tuple[list, list, list]] = {way: ([], [], []) for way in ways}
+    for i, scene in enumerate(scenes):
+        truths = torch.stack([frames.mask[i] == k for k in range(len(scene.toys))])
+        seen = truths.flatten(1).any(1)
+        for way in ways:
+            answers = found[way][i].answers
+            masks = [otsu_mask(found[way][i].map(k)) for k in range(len(answers))]
+            stack = torch.stack(masks) if masks else torch.zeros(0, SIDE, SIDE, dtype=torch.bool)
+            for store, value in zip(
+                instances[way], (stack, truths[seen], torch.tensor([a.score for a in answers])), strict=True
+            ):
+                store.append(value)
+        answers = found["relevance"][i].answers
+        if not answers:
+            continue
+        boxes = torch.tensor([a.box for a in answers])
+        overlap = box_overlap(boxes, frames.boxes[i].nan_to_num(0) / SIDE)
+        for toy in seen.nonzero().flatten().tolist():
+            query = int(overlap[:, toy].argmax())
+            if overlap[query, toy] < 0.5 or not answers[query].label.startswith(scene.toys[toy].shape):
+                continue
+            for way in ways:
+                mask = otsu_mask(found[way][i].map(query))
+                ious[way].append(float(segmentation.iou(mask[None], truths[toy][None])))
+            blob = otsu_mask(gaussian_in(boxes[query]))
+            ious["Gaussian in the box"].append(float(segmentation.iou(blob[None], truths[toy][None])))
+    means = {way: stats.bootstrap(values) for way, values in ious.items()}
+    least = (0.2, 0.3, 0.4, 0.5)
+    aps = {w: float(np.mean([segmentation.instance_ap(*instances[w], least=t) for t in least])) for w in ways}
+    against = stats.paired_difference(ious["relevance"], ious["Gaussian in the box"])
+    over = stats.ratio(ious["relevance"], ious["raw"], paired=True)
+    ablations = ("unnormalised", "no self matrices", "not added")
+    loses = {way: stats.paired_difference(ious["relevance"], ious[way]) for way in ablations}
+    row = [
+        frames.image[0],
+        *(heat_picture(found[m][0].map(0), frames.image[0]) for m in METHODS if found[m][0].answers),
+    ]
+    picture = context.save("attention-relevance-toy-detr.png", common.sheet([row]))
+    rest = [way for way in means if way not in ("relevance", *ablations)]
+    data = {"miou": {w: m.to_json() for w, m in means.items()}, "ap": aps}
+    return [
+        Row(
+            claim="toy-detr: masks of the toys it found overlap 1.5 times better than raw cross-attention's and better "
+            "than a Gaussian in the box",
+            source=SOURCE + " (DETR, weakly supervised segmentation)",
+            measured=f"mIoU {means['relevance'].text()}, {over.text(digits=2)} times raw; above the Gaussian "
+            f"{against.text()}; mask AP (IoU 0.2 to 0.5) {aps['relevance']:.3f}",
+            baseline="; ".join(f"{w} {means[w].text()}" + (f", AP {aps[w]:.3f}" if w in aps else "") for w in rest),
+            holds=over.low >= 1.5 and against.low > 0,
+            n=len(ious["relevance"]),
+            leans_on="exact masks",
+            picture=picture,
+            data=data,
+        ),
+        Row(
+            claim="toy-detr: leaving out normalisation, the self matrices of rule 10 or the sum does not help",
+            source=SOURCE + " (ablations)",
+            measured=f"mIoU {means['relevance'].text()}",
+            baseline="; ".join(f"{w} {means[w].text()}, {loses[w].text()} less" for w in ablations),
+            holds=all(each.high >= 0 for each in loses.values()),
+            n=len(ious["relevance"]),
+            leans_on="exact masks",
+            data=data,
+        ),
+    ]
+
+
+def otsu_mask(heat: Tensor) -> Tensor:
+    """A map (h, w) as a mask."""
+    return segmentation.normalise(heat[None])[0] > segmentation.otsu(heat[None])[0]
+
+
+def gaussian_in(box: Tensor) -> Tensor:
+    """A Gaussian (h, w) filling a box (shares of the picture): what a box alone tells about a mask."""
+    place = (torch.arange(SIDE) + 0.5) / SIDE
+    middle, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).clamp_min(1 / SIDE)
+    x, y = (place - middle[0]) / side[0], (place - middle[1]) / side[1]
+    return torch.exp(-4 * (x.square()[None] + y.square()[:, None]))
+
+
+# -- two modalities: questions -----------------------------------------------------------------------------------------
+
+
+def asked_about_one(context: Context, n: int) -> dict[str, Any]:
+    """Pictures of two or three toys with a question about one toy's colour, shape or pattern; true regions in random
+    order among those of the background."""
+    from sfumato.train.vqa import draw_regions
+
+    model = reader(context, "toy-vqa")
+    pictures, asked, regions, owners = [], [], [], []
+    index = 0
+    while len(asked) < n:
+        scenes = [draw_scene("test", REPORT + 3, index + k, 2 + k % 2) for k in range(64)]
+        frames = render(scenes, SIDE)
+        for k, scene in enumerate(scenes):
+            if any(int((frames.mask[k] == toy).sum()) < LEAST for toy in range(len(scene.toys))):
+                continue
+            rng = np.random.default_rng((REPORT, index + k))
+            question = sample_question(scene, rng, ["color", "shape", "pattern", "count"])
+            if question.kind == "count":
+                continue
+            generator = torch.Generator().manual_seed(index + k)
+            boxes, owner = draw_regions(frames.boxes[k] / SIDE, model.regions, 0.0, generator)
+            pictures.append(frames.image[k])
+            asked.append(question)
+            regions.append(boxes)
+            owners.append(int((owner == question.objects[0]).nonzero()))
+        index += 64
+    return {
+        "pictures": torch.stack(pictures[:n]), "asked": asked[:n],
+        "regions": torch.stack(regions[:n]), "owner": torch.tensor(owners[:n]),
+    }  # fmt: skip
+
+
+def answered(context: Context) -> list[Row]:
+    """The queried region ranked first, the words that say what is asked, and perturbation of both modalities."""
+    model, n = reader(context, "toy-vqa"), context.count(300, 24)
+    given = asked_about_one(context, n)
+    questions: list[Question] = given["asked"]
+    tokens = model.tokens([question.text for question in questions])
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    features = region_features(given["pictures"], given["regions"], model.cells)
+    inputs = {"input_ids": ids, "visual_feats": features, "visual_pos": given["regions"]}
+    truth = torch.tensor([ANSWERS.index(question.answer) for question in questions])
+
+    def scores(words: Tensor, boxes: Tensor) -> Tensor:
+        with torch.no_grad():
+            out = model.module(**inputs, attention_mask=words.long(), visual_attention_mask=boxes.long())
+        return out.question_answering_score
+
+    everywhere = torch.ones(features.shape[:2])
+    right = scores(mask, everywhere).argmax(1) == truth
+    boxes, words = {}, {}
+    full = {**inputs, "attention_mask": mask, "visual_attention_mask": everywhere}
+    for method in METHODS:
+        context.report(f"  toy-vqa: {method}")
+        found = relevance(
+            model.module, full, lambda out: out.question_answering_score[torch.arange(n), truth], method=method
+        )
+        boxes[method] = found.row("text", 0, "image")
+        words[method] = found.row("text", 0).clone()
+        words[method][:, 0] = 0
+    chance = torch.Generator().manual_seed(1)
+    boxes["chance"] = torch.rand(boxes["raw"].shape, generator=chance)
+    words["chance"] = torch.rand(words["raw"].shape, generator=chance)
+    first = {m: stats.share((each.argmax(1) == given["owner"])[right].numpy()) for m, each in boxes.items()}
+    between = mask.bool().clone()  # start and end are never removed
+    between[:, 0] = False
+    between[torch.arange(n), mask.sum(1) - 1] = False
+    content = {m: stats.share(content_on_top(model, questions, each * between, right)) for m, each in words.items()}
+    rows = right.nonzero().flatten()
+
+    def hit(keep_boxes: Tensor | None, keep_words: Tensor | None) -> Tensor:
+        b, w = everywhere.clone(), mask.clone()
+        if keep_boxes is not None:
+            b[rows] = keep_boxes.float()
+        if keep_words is not None:
+            w[rows] = (keep_words & mask[rows].bool()).long()
+        return (scores(w, b).argmax(1) == truth)[rows].double()
+
+    by_boxes = curves({m: each[right] for m, each in boxes.items()}, lambda keep: hit(keep, None), SHARES)
+    by_words = curves(
+        {m: each[right] for m, each in words.items()}, lambda keep: hit(None, keep), SHARES, valid=between[right]
+    )
+    rest = [m for m in boxes if m != "relevance"]
+    accuracy = percent(stats.share(right.numpy()))
+    out = [
+        Row(
+            claim="toy-vqa: asked about one toy, its region is ranked first among all in 80 % or more",
+            source=SOURCE + " (LXMERT, VQA)",
+            measured=percent(first["relevance"]),
+            baseline="; ".join(f"{m} {percent(first[m])}" for m in rest),
+            holds=first["relevance"].value >= 0.8,
+            n=int(right.sum()),
+            leans_on=f"questions answered right: {accuracy}",
+            data={m: each.to_json() for m, each in first.items()},
+        ),
+        Row(
+            claim="toy-vqa: the most relevant words are those that say what is asked and of which toy in 75 % or more",
+            source=SOURCE + " (LXMERT, VQA)",
+            measured=percent(content["relevance"]),
+            baseline="; ".join(f"{m} {percent(content[m])}" for m in rest),
+            holds=content["relevance"].value >= 0.75,
+            n=int(right.sum()),
+            leans_on=f"questions answered right: {accuracy}",
+            data={m: each.to_json() for m, each in content.items()},
+        ),
+        curve_row("toy-vqa: regions", int(right.sum()), by_boxes, ("raw", "gradcam", "rollout"), SOURCE + " (VQA)"),
+        curve_row("toy-vqa: words", int(right.sum()), by_words, ("raw", "gradcam", "rollout"), SOURCE + " (VQA)"),
+    ]
+    for row in out[2:]:
+        row.leans_on = f"questions answered right: {accuracy}"
+    return out
+
+
+def content_on_top(model: Reader, questions: Sequence[Question], values: Tensor, right: Tensor) -> np.ndarray:
+    """Whether the two most relevant words of each rightly answered question are content words."""
+    hits = []
+    for question, row, ok in zip(questions, values, right.tolist(), strict=True):
+        if not ok:
+            continue
+        spans = model.tokenizer(question.text, return_offsets_mapping=True).offset_mapping
+        starts = {word.start for word in question.words}
+        best = row[: len(spans)].topk(2).indices.tolist()
+        hits.append(all(spans[i][0] in starts and spans[i][1] > spans[i][0] for i in best))
+    return np.array(hits)
+
+
+def pointed(name: str) -> tuple[Part, ...]:
+    """The parts of a model that names or matches."""
+    return (
+        Part(f"{name}: pointing", (name,), lambda context: specific(name, context)),
+        Part(f"{name}: perturbation", (name,), lambda context: perturbed(name, context)),
+    )
+
+
+EXPERIMENT = Experiment(
+    key="attention_relevance",
+    title="Attention relevance: which patches, regions and words led to this answer",
+    intro=(
+        "Scenes of the test split. Truth is the renderer's masks, or the model's own answer once parts are removed: "
+        "cells become mid-grey, regions and words are masked out of attention. Nothing is tuned: relevance has no free "
+        "parameter, and masks are cut by Otsu's threshold, for every method alike. Perturbation areas are means over "
+        "the share removed; all differences are paired."
+    ),
+    file=__file__,
+    parts=(
+        *pointed("toy-clip"),
+        *pointed("toy-vit"),
+        *(
+            Part(f"{name}: words", (name,), lambda context, name=name: drawn(name, context))
+            for name in ("toy-sd", "toy-sd3")
+        ),
+        Part("toy-detr: masks", ("toy-detr",), masks_of_queries),
+        Part("toy-vqa: answers", ("toy-vqa",), answered),
+    ),
+)
