@@ -438,7 +438,7 @@ def _inpainted(
 ) -> Edits:
     """Edits by an inpainting model: the region is drawn anew, the pixels around it are kept."""
     params: dict[str, Any] = {}
-    others = []
+    others: list[Any] = []
     for each in with_:
         key, given = _named(each)
         params, others = ({**params, **given}, others) if key == "inpaint" else (params, [*others, each])
@@ -477,7 +477,8 @@ def _inpainted(
         "mask": None if whole is None else files.pixel_hash(whole),
         "with": [cards.to_recipe(system(**params)), *[_recipe_of_system(each) for each in build_all(others)]],
     }
-    settings = {name: v for name, v in (("steps", checked.steps), ("guidance", checked.guidance)) if v is not None}
+    asked = (("steps", checked.steps), ("guidance", checked.guidance))
+    settings: dict[str, Any] = {name: v for name, v in asked if v is not None}
     results, recipes = [], []
     for text in checked.prompt:
         parts = [system(**{**params, **region}), *build_all(others)]
@@ -715,7 +716,7 @@ def segment_files(
     cards.method("text_to_segmentation")(**{k: v for k, v in options.items() if k != "size"})
     named = {"model": model or DEFAULT_MODEL, "remover": remover or (None if model else INPAINT_MODEL)}
     with files.output_folder(out):
-        loaded = {key: load(name, dtype=dtype, device=device) for key, name in named.items() if name is not None}
+        loaded: dict[str, Any] = {k: load(n, dtype=dtype, device=device) for k, n in named.items() if n is not None}
         images = [image for _, image in listed] or None
         found = segment(what, images, on_progress=on_progress, **loaded, **options)
         return found.save(out, names or None)

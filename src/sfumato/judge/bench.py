@@ -150,11 +150,11 @@ class Tally:
             if theirs is not None:
                 setattr(self, name, (getattr(self, name) or Moments(len(theirs.mean))).merge(theirs))
         for name in self._SAMPLES:
-            theirs = getattr(part, name)
-            if theirs is not None:
-                mine = getattr(self, name) or Reservoir(theirs.rows.shape[1], theirs.cap, theirs.seed)
-                mine.add(theirs.indices, theirs.rows)
-                setattr(self, name, mine)
+            sample = getattr(part, name)
+            if sample is not None:
+                whole = getattr(self, name) or Reservoir(sample.rows.shape[1], sample.cap, sample.seed)
+                whole.add(sample.indices, sample.rows)
+                setattr(self, name, whole)
 
     # -- on disk ------------------------------------------------------------------------------------------------------
     _PLAIN = "done seen counts tasks failed named no_text no_toys resized seconds right wrong rows_end".split()

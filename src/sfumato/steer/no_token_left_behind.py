@@ -147,7 +147,8 @@ class ExplainedLoss:
             return near, torch.zeros_like(near), [[] for _ in wishes]
         row = looked.tokens()
         row = (row / row.amax(-1, keepdim=True).clamp_min(1e-12)).unflatten(0, (b, c))
-        neglect, told = [], []
+        neglect: list[Tensor] = []
+        told: list[Any] = []
         for one, wish in zip(row, wishes, strict=True):
             if not wish.words:
                 neglect.append(near.new_zeros(()))
