@@ -87,11 +87,8 @@ def curve(
     columns = [torch.as_tensor(score(kept(relevance, share, first, valid))).double() for share in shares]
     scores = torch.stack(columns, 1)
     areas = [area(shares, row) for row in scores.tolist()]
-    return Curve(
-        tuple(shares),
-        tuple(tuple(row) for row in scores.tolist()),
-        stats.bootstrap(torch.tensor(areas).numpy(), seed=seed),
-    )
+    rows = tuple(tuple(row) for row in scores.tolist())
+    return Curve(tuple(shares), rows, stats.bootstrap(areas, seed=seed))
 
 
 def without(images: Tensor, keep: Tensor, fill: Tensor | float = 0.0) -> Tensor:
