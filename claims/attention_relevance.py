@@ -243,9 +243,7 @@ def drawn(name: str, context: Context) -> list[Row]:
     heat: dict[str, list[Tensor]] = {m: [] for m in (*methods, "daam")}
     truths = []
     for start, chunk in context.batches(asked, 10, f"{name}: words"):
-        texts = [
-            f"a {s.toys[0].color} {s.toys[0].shape} and a {s.toys[1].color} {s.toys[1].shape}" for s, _, _ in chunk
-        ]
+        texts = [" and ".join(f"a {toy.color} {toy.shape}" for toy in scene.toys) for scene, _, _ in chunk]
         pictures = torch.stack([picture for _, picture, _ in chunk])
         seeds = REPORT + start
         by = {m: word_maps(model, pictures, texts, steps=5, seed=seeds, method=m) for m in methods}
@@ -261,17 +259,16 @@ def drawn(name: str, context: Context) -> list[Row]:
     points = {m: stats.share(segmentation.pointing(each, own).numpy()) for m, each in maps.items()}
     aps = {m: segmentation.average_precision(each, own) for m, each in maps.items()}
     more = {m: stats.paired_difference(aps["relevance"].tolist(), aps[m].tolist()) for m in maps if m != "relevance"}
+    told = {m: f"{float(aps[m].mean()):.3f}, pointing {percent(points[m])}" for m in maps}
+    gaps = ", ".join(f"above {m} {each.text()}" for m, each in more.items())
     shown = [pictures[-1]] + [heat_picture(maps[m][-1], pictures[-1]) for m in maps]
     return [
         Row(
-            claim=f"{name}: a noun's relevance in a picture that exists finds its toy's pixels better than rollout, raw "
-            "attention and Grad-CAM on the same passes",
+            claim=f"{name}: a noun's relevance in a picture that exists finds its toy's pixels better than rollout, "
+            "raw attention and Grad-CAM on the same passes",
             source="ours: the paper explains no diffusion models",
-            measured=f"average precision {float(aps['relevance'].mean()):.3f}, pointing {percent(points['relevance'])}; "
-            + ", ".join(f"above {m} {each.text()}" for m, each in more.items()),
-            baseline="; ".join(
-                f"{m} {float(aps[m].mean()):.3f}, {percent(points[m])}" for m in maps if m != "relevance"
-            ),
+            measured=f"average precision {told['relevance']}; {gaps}",
+            baseline="; ".join(f"{m} {each}" for m, each in told.items() if m != "relevance"),
             holds=all(more[m].low > 0 for m in methods[1:]),
             n=len(own),
             leans_on="exact masks",
@@ -526,10 +523,8 @@ EXPERIMENT = Experiment(
     parts=(
         *pointed("toy-clip"),
         *pointed("toy-vit"),
-        *(
-            Part(f"{name}: words", (name,), lambda context, name=name: drawn(name, context))
-            for name in ("toy-sd", "toy-sd3")
-        ),
+        Part("toy-sd: words", ("toy-sd",), lambda context: drawn("toy-sd", context)),
+        Part("toy-sd3: words", ("toy-sd3",), lambda context: drawn("toy-sd3", context)),
         Part("toy-detr: masks", ("toy-detr",), masks_of_queries),
         Part("toy-vqa: answers", ("toy-vqa",), answered),
     ),

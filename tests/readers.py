@@ -1,4 +1,4 @@
-"""Small, randomly initialised, genuine transformers models of every kind that attention relevance reads, with inputs."""
+"""Small, randomly initialised, genuine transformers models of every kind that relevance reads, with inputs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def _ids(n: int, length: int = 5) -> torch.Tensor:
     ids = torch.randint(3, WORDS - 1, (n, length), generator=torch.Generator().manual_seed(2))
     ids[:, -1] = WORDS - 1
     return ids
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.long)
 
 
 def _regions(n: int) -> torch.Tensor:
@@ -54,14 +58,14 @@ def _build(kind: str, n: int) -> tuple[nn.Module, dict[str, Any], Any]:
         model = _lively(t.BertForSequenceClassification(t.BertConfig(vocab_size=WORDS, **SMALL)))
         return (
             model,
-            {"input_ids": _ids(n), "attention_mask": torch.ones(n, 5, dtype=torch.long)},
+            {"input_ids": _ids(n), "attention_mask": _ones(n, 5)},
             lambda out: out.logits[:, 1],
         )
     if kind == "visual_bert":
         config = t.VisualBertConfig(vocab_size=WORDS, visual_embedding_dim=12, num_labels=5, **SMALL)
         seen = {"visual_embeds": _regions(n), "visual_attention_mask": torch.ones(n, 4)}
         seen["visual_token_type_ids"] = torch.ones(n, 4, dtype=torch.long)
-        inputs = {"input_ids": _ids(n), "attention_mask": torch.ones(n, 5, dtype=torch.long), **seen}
+        inputs = {"input_ids": _ids(n), "attention_mask": _ones(n, 5), **seen}
         return _lively(t.VisualBertForQuestionAnswering(config)), inputs, lambda out: out.logits[:, 2]
     if kind == "lxmert":
         config = t.LxmertConfig(
@@ -71,7 +75,7 @@ def _build(kind: str, n: int) -> tuple[nn.Module, dict[str, Any], Any]:
         places = torch.rand(n, 4, 4, generator=torch.Generator().manual_seed(4))
         inputs = {
             "input_ids": _ids(n),
-            "attention_mask": torch.ones(n, 5, dtype=torch.long),
+            "attention_mask": _ones(n, 5),
             "visual_feats": _regions(n),
         }
         model = _lively(t.LxmertForQuestionAnswering(config))

@@ -70,9 +70,8 @@ def test_a_text(sfumato, tmp_path_factory):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "toy"]
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        config = t.BertConfig(
-            vocab_size=len(words), id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **SMALL
-        )
+        labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+        config = t.BertConfig(vocab_size=len(words), **labels, **SMALL)
         t.BertForSequenceClassification(config).save_pretrained(folder)
         t.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     done = sfumato("explain", "a good toy", *BY, "--model", folder, "--maps")
@@ -87,9 +86,8 @@ def test_boxes_and_an_answer(sfumato, picture):
     assert done.code == 0, done.err
     found = RelevanceMaps.load(done.lines[1])
     assert {answer.label.split()[0] for answer in found.answers} == {"ball", "cube"}
-    done = sfumato(
-        "explain", picture, *BY, "--model", "toy-vqa", "--prompt", "what color is the ball ?", "--maps", "-o", "b"
-    )
+    asked = ("--model", "toy-vqa", "--prompt", "what color is the ball ?")
+    done = sfumato("explain", picture, *BY, *asked, "--maps", "-o", "b")
     assert done.code == 0, done.err
     answer = RelevanceMaps.load(done.lines[1]).answer()
     x = float(answer.regions[answer.region_values.argmax(), [0, 2]].mean())

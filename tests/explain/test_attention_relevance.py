@@ -132,12 +132,10 @@ def test_input_gradient_by_hand():
 
 def test_rollout_ignores_the_question_and_relevance_does_not():
     model, inputs, _ = tiny("vit", 1)
-    rows = {
-        method: [
-            relevance(model, inputs, lambda o, k=k: o.logits[:, k], method=method).row("tokens", 0) for k in (0, 1)
-        ]
-        for method in ("rollout", "relevance")
-    }
+    rows = {}
+    for method in ("rollout", "relevance"):
+        found = [relevance(model, inputs, lambda o, k=k: o.logits[:, k], method=method) for k in (0, 1)]
+        rows[method] = [each.row("tokens", 0) for each in found]
     assert torch.equal(*rows["rollout"])
     first, second = rows["relevance"]
     assert float(torch.cosine_similarity(first[0, 1:], second[0, 1:], dim=0)) < 0.9

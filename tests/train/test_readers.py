@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, DetrForObjectDetection, LxmertForQuestio
 from sfumato.explain.asking import ask
 from sfumato.models.readers import load_reader
 from sfumato.toybox import ANSWERS, QUESTION_KINDS, questions_about
-from sfumato.train import data
 from sfumato.train.detr import to_centre, to_corners, toy_boxes
 from sfumato.train.objective import Draw, Objective, build_objective
 from sfumato.train.recipe import Recipe
@@ -41,9 +40,7 @@ def build(kind: str, batch: int = 4, **loss) -> Objective:
 
 
 def test_boxes_are_those_of_the_masks() -> None:
-    source = data.dataset(
-        "train", Recipe(name="x", objective="detr", data={"train": 16, "val": 8}, train={"steps": 1, "batch": 1}).data
-    )
+    source = build("detr").train_data
     for mask, boxes in zip(source.masks, toy_boxes(source), strict=True):
         for toy, box in enumerate(boxes):
             rows, columns = np.nonzero(mask == toy)
@@ -74,11 +71,8 @@ def test_region_labels_name_the_toy() -> None:
 
     rows = region_labels(scene, torch.tensor([0, -1]))
     toy = scene.toys[0]
-    assert rows[0].tolist() == [
-        1 + SHAPES.index(toy.shape),
-        1 + COLORS.index(toy.color),
-        1 + PATTERNS.index(toy.pattern),
-    ]
+    named = SHAPES.index(toy.shape), COLORS.index(toy.color), PATTERNS.index(toy.pattern)
+    assert rows[0].tolist() == [1 + index for index in named]
     assert rows[1].tolist() == [0, 0, 0]
 
 
@@ -145,10 +139,8 @@ def test_exports_are_half_the_size_and_read_back(kind: str, cls: type, tmp_path:
         return
     assert card["regions"] == 8 and reader.cells == 6 and reader.labels == list(ANSWERS)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (
-        tokenizer("how many cubes are there ?").input_ids
-        == question_tokenizer()("how many cubes are there ?").input_ids
-    )
+    text = "how many cubes are there ?"
+    assert tokenizer(text).input_ids == question_tokenizer()(text).input_ids
     regions = torch.rand(2, 8, 2).repeat(1, 1, 2) * 0.5 + torch.tensor([0.0, 0.0, 0.4, 0.4])
     found = ask(reader, images, ["what colour is the cube?", "how many balls are there ?"], regions=regions)
     assert [word for word, _ in found[0].words()] == ["what", "color", "is", "the", "cube", "?"]

@@ -37,7 +37,7 @@ __all__ = ["Attended", "captured", "refuse_no_attention"]
 
 @dataclass(eq=False)
 class Attended:
-    """One attention call: ``probs`` (b k n t) float32 (float64 for float64 inputs), on the gradient's way to the output.
+    """One attention call: ``probs`` (b k n t) float32 (or float64), on the gradient's way to the output.
 
     ``path`` is the module that computed it; a module that attends several times (LXMERT's co-attention) counts its
     ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order.
@@ -98,9 +98,7 @@ def refuse_no_attention(module: nn.Module, calls: list[Attended]) -> None:
     if linear:
         part = module.get_submodule(linear[0])
         kind = type(getattr(part, "processor", None) or part).__name__
-        raise NotSupported(
-            f"{name} has linear attention ({kind} at {linear[0]}), which has no attention map to explain."
-        )
+        raise NotSupported(f"{name} has linear attention ({kind} at {linear[0]}), which has no map to explain.")
     if not calls:
         raise NotSupported(
             f"{name} computed no softmax attention in this forward pass, so there is no attention map to explain."

@@ -1,8 +1,8 @@
 """Which tokens attend to which: the attention calls of a forward pass as steps between named token sets.
 
 Transformers models are read by the names of their modules: a stack of layers (``vision_model.encoder.layers``) works on
-one set of tokens; a call inside it is self-attention unless its name or its shape says that it looks elsewhere. Diffusion
-denoisers are read by the sites their family knows. ``Step.call`` counts the calls as captured.
+one set of tokens; a call inside it is self-attention unless its name or its shape says that it looks elsewhere.
+Diffusion denoisers are read by the sites their family knows. ``Move.call`` counts the calls as captured.
 
 ==================  =====================================  ====================================================
 model               sets                                   steps
@@ -39,8 +39,8 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec|attn2$|visual_attention", re.IGN
 @dataclass(frozen=True)
 class Move:
     """One step of relevance. ``kind``: "self", "cross" (rows look at columns), "both" (co-attention, ``back`` is the
-    call of the other direction) or "grid" (``rows`` change from grid ``old`` to ``new``). ``part``: the range of ``rows``
-    that takes part, None for all."""
+    call of the other direction) or "grid" (``rows`` change from grid ``old`` to ``new``). ``part``: the range of
+    ``rows`` that takes part, None for all."""
 
     kind: Literal["self", "cross", "both", "grid"]
     rows: str
@@ -54,8 +54,8 @@ class Move:
 
 @dataclass(frozen=True)
 class Layout:
-    """``sizes``: tokens of each set at its first step; ``moves`` in forward order; ``grids``: the last grid of a set, if
-    known; ``parts``: named ranges of a set ("image" and "text" of the joint "tokens")."""
+    """``sizes``: tokens of each set at its first step; ``moves`` in forward order; ``grids``: the last grid of a set,
+    if known; ``parts``: named ranges of a set ("image" and "text" of the joint "tokens")."""
 
     sizes: dict[str, int]
     moves: tuple[Move, ...]

@@ -35,7 +35,7 @@ def normalised(own: Tensor) -> Tensor:
 
 
 def rollout(maps: Iterable[Tensor]) -> Tensor:
-    """Attention rollout: the product, last layer leftmost, of maps (b n n) with the residual added, rows summing to 1."""
+    """Attention rollout: the product, last leftmost, of maps (b n n) with the residual added, rows summing to 1."""
     out: Tensor | None = None
     for each in maps:
         mixed = each + torch.eye(each.shape[-1], dtype=each.dtype, device=each.device)
@@ -49,7 +49,7 @@ def rollout(maps: Iterable[Tensor]) -> Tensor:
 def resampling(old: tuple[int, int], new: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """How relevance changes its grid: rows (new cells, old cells) and columns (old cells, new cells).
 
-    A new row is the mean of the old cells it covers. A column shares its relevance out over the new cells that cover it.
+    A new row is the mean of the old cells it covers. A column shares its relevance out over the new cells on it.
     """
     cells = torch.eye(old[0] * old[1]).view(-1, 1, *old)
     small = new[0] <= old[0] and new[1] <= old[1]
@@ -119,7 +119,7 @@ class Relevancy:
         self.matrices[s, s] = self.matrices[s, s] + own
 
     def attend_both(self, s: str, q: str, there: Tensor, back: Tensor) -> None:
-        """Co-attention: ``s`` attends to ``q`` by ``there`` and ``q`` to ``s`` by ``back``, both from the old matrices."""
+        """Co-attention: ``s`` attends to ``q`` by ``there``, ``q`` to ``s`` by ``back``, both from the old matrices."""
         gains = {(s, q): self.cross_gain(s, q, there), (q, s): self.cross_gain(q, s, back)}
         for (a, b), (across, own) in gains.items():
             self.matrices[a, b] = self._plus(self.matrices[a, b], across)

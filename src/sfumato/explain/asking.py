@@ -125,10 +125,11 @@ def _match(reader: Reader, images: Tensor, texts: list[str], rules: dict[str, An
     is_end = ids == end if end is not None else torch.zeros_like(ids, dtype=torch.bool)
     position = torch.where(is_end.any(1), is_end.int().argmax(1), ids.shape[1] - 1)
     values = found.row("text", position)
-    return [
-        _maps(reader, found, texts[i], images, [Answer(texts[i], float(found.scores[i]), cells[i], *_words(reader, texts[i], values[i]))])
-        for i in range(len(texts))
-    ]  # fmt: skip
+    out = []
+    for i, text in enumerate(texts):
+        answer = Answer(text, float(found.scores[i]), cells[i], *_words(reader, text, values[i]))
+        out.append(_maps(reader, found, text, images, [answer]))
+    return out
 
 
 def _classify(
@@ -368,9 +369,7 @@ def _cells(found: Relevances, name: str, grid: tuple[int, int]) -> Tensor:
     cells = grid[0] * grid[1]
     extra = matrix.shape[-1] - cells
     if extra < 0:
-        raise NotSupported(
-            f"the model works on {matrix.shape[-1]} tokens, fewer than the {cells} cells of the picture."
-        )
+        raise NotSupported(f"the model works on {matrix.shape[-1]} tokens, fewer than its {cells} cells.")
     row = matrix[:, 0] if extra else matrix.mean(1)
     return row[:, extra:].reshape(-1, *grid).float().cpu()
 
@@ -394,7 +393,7 @@ def _factors(cells: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _words(reader: Reader, text: str, values: Tensor) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The words of a text, special tokens left out, and each one's share of the relevance; a word's pieces are summed."""
+    """The words of a text, without special tokens, and each one's share of the relevance; pieces are summed."""
     given = text.replace("colour", "color").replace("?", " ?") if reader.kind == "answerer" else text
     spans = reader.tokenizer(given, return_offsets_mapping=True).offset_mapping
     words: list[str] = []

@@ -403,7 +403,7 @@ class AttentionRelevance:
         families=("any",),
         defaults_from="section 3 of the paper; for CLIP the authors' code (last layer of each tower only)",
         cost="one forward and one backward pass per thing asked; diffusion models: that per noise level",
-        not_reproduced="windowed attention (Swin); the networks and data sets of the paper, for which the toybox stands",
+        not_reproduced="windowed attention (Swin); the paper's networks and data sets, for which the toybox stands",
         summary="which patches, regions and words led a transformer to an answer, class, box or match",
     )
 
@@ -411,15 +411,13 @@ class AttentionRelevance:
         method: Method = Field(default="relevance", description="relevance as in the paper, or a baseline")
         start_layer: int | None = Field(
             default=None,
-            description="layers before this one are skipped, -1: all but the last; none: the model's usual",
+            description="layers before this one are skipped, -1: all but the last; none: as usual",
         )
         normalise: bool = Field(default=True, description="normalise self matrices before cross-attention (eqs. 8, 9)")
         mix: bool = Field(default=True, description="use the self matrices in cross-attention (rule 10)")
         add: bool = Field(default=True, description="add up over layers rather than keep the last")
         words: list[str] = Field(default=[], description="models that draw: words to map; none: every word")
-        least: float = Field(
-            default=0.5, ge=0, le=1, description="detectors: explain what is found with this certainty"
-        )
+        least: float = Field(default=0.5, ge=0, le=1, description="detectors: explain finds of this certainty")
         detector: str = Field(default="toy-detr", description="question answerers: the model that finds the regions")
 
     #: it explains models that read pictures and texts too, not only those that draw

@@ -1,4 +1,4 @@
-"""What relevance says about one picture: per thing asked, a map of the picture and a value per word; drawn, kept, read."""
+"""What relevance says about one picture: per thing asked, a map of the picture and a value per word."""
 
 from __future__ import annotations
 

@@ -37,7 +37,10 @@ Kind = Literal["matcher", "classifier", "detector", "answerer", "texts"]
 
 @dataclass(eq=False)
 class Reader:
-    """A reading model. ``mean`` and ``std`` (of pixels in [0, 1]) and ``size`` (h, w) are None where it reads no picture."""
+    """A reading model; ``mean`` and ``std`` of pixels in [0, 1], ``size`` (h, w) of pictures, None for any.
+
+    ``regions``: how many regions an answerer was trained with, 0 if unknown.
+    """
 
     name: str
     module: nn.Module
@@ -186,8 +189,8 @@ def _kind(module: nn.Module, config: Any) -> Kind:
     if reads == "input_ids" and _has_head(module):
         return "texts"
     raise NotSupported(
-        f"{type(module).__name__} gives no scores to explain; readers are classifiers, detectors, picture-text matchers "
-        f"and question answerers. For any other scalar use sfumato.explain.attention_relevance.relevance."
+        f"{type(module).__name__} gives no scores to explain; readers are classifiers, detectors, picture-text "
+        f"matchers and question answerers. For any other scalar use sfumato.explain.attention_relevance.relevance."
     )
 
 

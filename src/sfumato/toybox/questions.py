@@ -1,4 +1,4 @@
-"""Questions about a scene and their exact answers: what colour, what shape, which pattern, how many, which side, is there.
+"""Questions about a scene and their exact answers: what colour, shape or pattern, how many, which side, is there.
 
 Everything is read off the scene, nothing off pixels, so an answer is right by construction; a question is asked only
 where it has one answer. Besides the answer a :class:`Question` holds its *evidence*: the toys that decide it and the
@@ -165,7 +165,8 @@ def sample_question(scene: Scene, rng: np.random.Generator, kinds: Sequence[str]
     """One question: first its kind is drawn, then, of counts and existence, the answer, so that none is guessed easily.
 
     "How many" is as often asked of something there as of something not there, "is there" is answered yes as often as
-    no. Kinds of which the scene allows no question are passed over.
+    no. Kinds of which the scene allows no question are passed over; a kind that
+    is given twice is drawn twice as often.
 
     Raises:
         UnknownName: a kind does not exist. BadInput: the scene allows no question of these kinds.

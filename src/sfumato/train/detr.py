@@ -126,16 +126,14 @@ class DetrObjective(Objective):
         shapes = torch.full((len(indices), most), -1)
         for row, i in enumerate(indices.tolist()):
             boxes[row, : len(self.boxes[i])] = self.boxes[i]
-            shapes[row, : len(self.boxes[i])] = torch.tensor(
-                [SHAPES.index(t.shape) for t in self.train_data.scenes[i].toys]
-            )
+            named = [SHAPES.index(toy.shape) for toy in self.train_data.scenes[i].toys]
+            shapes[row, : len(named)] = torch.tensor(named)
         places = labels.place_labels(self.train_data, indices, self.cells)
         masks = torch.from_numpy(self.train_data.masks[indices.numpy()]).long()
         flip = torch.rand(len(indices), generator=draw.generator("flip")) < 0.5
         pixels[flip], masks[flip], places[flip] = pixels[flip].flip(3), masks[flip].flip(2), places[flip].flip(3)
-        boxes[flip] = torch.stack(
-            [1 - boxes[flip, :, 2], boxes[flip, :, 1], 1 - boxes[flip, :, 0], boxes[flip, :, 3]], -1
-        )
+        x0, y0, x1, y1 = boxes[flip].unbind(-1)
+        boxes[flip] = torch.stack([1 - x1, y0, 1 - x0, y1], -1)
         stride = self.recipe.data.size // self.cells
         owner = masks[:, stride // 2 :: stride, stride // 2 :: stride]
         return {"pixels": pixels, "boxes": boxes, "shapes": shapes, "places": places, "owner": owner}
@@ -165,7 +163,7 @@ class DetrObjective(Objective):
     def _place_loss(self, read: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy of what lies at each place, and L1 of the sides of the box of the toy there.
 
-        ``read`` (b, places, PLACE_CLASSES + 4); the last four are distances to the box's sides, in shares of the picture.
+        ``read`` (b, places, PLACE_CLASSES + 4); the last four are distances to the box's sides.
         """
         read = read.transpose(1, 2).unflatten(2, (self.cells, self.cells))
         owner = batch["owner"]
@@ -185,7 +183,7 @@ class DetrObjective(Objective):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On held-out scenes: toys found (right shape, overlap above a half), found ones that are right, mean overlap."""
+        """On held-out scenes: toys found (right shape, overlap above a half), finds that are right, mean overlap."""
         hits = found = there = 0
         overlaps: list[float] = []
         boxes = toy_boxes(self.val_data)

@@ -44,6 +44,7 @@ class VQALoss(Options):
     """The ``[loss]`` section."""
 
     questions: int = Field(3, ge=1, description="questions per picture and step")
+    kinds: list[str] = Field(list(QUESTION_KINDS), min_length=1, description="kinds drawn from; named twice: as often")
     places: float = Field(0.5, ge=0, description="weight of reading off each region which toy it shows")
     displaced: float = Field(0.08, ge=0, description="largest displacement of a toy's box, in shares of its sides")
 
@@ -139,7 +140,7 @@ class VQAObjective(Objective):
         for i in indices.tolist():
             boxes, owner = self._seen(self.train_data, self.boxes, i, draw.number("regions", i))
             scene, rng = self.train_data.scenes[i], np.random.default_rng(draw.number("question", i))
-            asked = [sample_question(scene, rng) for _ in range(loss.questions)]
+            asked = [sample_question(scene, rng, loss.kinds) for _ in range(loss.questions)]
             texts += [question.text for question in asked]
             answers += [ANSWERS.index(question.answer) for question in asked]
             regions.append(boxes)
