@@ -20,7 +20,7 @@ from sfumato.explain.asking import ask, word_maps
 from sfumato.explain.attention_relevance import relevance
 from sfumato.explain.daam import explain_images as daam_images
 from sfumato.judge import segmentation, stats
-from sfumato.judge.perturbation import PIXEL_SHARES, SHARES, Curve, curve, without
+from sfumato.judge.perturbation import Curve, perturb
 from sfumato.models.readers import Reader, load_reader
 from sfumato.models.regions import box_overlap, region_features
 from sfumato.toybox import ANSWERS, COLORS, SHAPES, Question, Scene, render, sample_question
@@ -30,6 +30,8 @@ SOURCE = "Chefer et al. 2021"
 SIDE = 64
 METHODS = ("relevance", "rollout", "raw", "gradcam", "input_gradient")
 LEAST = 40  # visible pixels of a toy that is asked for
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of boxes and words (Chefer et al. 2021, section 4)
+PIXEL_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REPORT, TUNE = 7100, 7200  # seeds of scenes
 
 
@@ -178,12 +180,23 @@ def still_seen(context: Context, name: str, given: dict[str, Any]) -> Callable[[
     return right
 
 
-def curves(found: dict[str, Tensor], score: Callable[[Tensor], Any], shares: Sequence[float], **options: Any) -> dict:
-    """Positive and negative curves of every method."""
+def curves(
+    found: dict[str, Tensor], score: Callable[[Tensor], Any], shares: Sequence[float], valid: Tensor | None = None
+) -> dict[str, dict[str, Curve]]:
+    """Positive and negative curves of every method; ``score`` is told which parts (b, parts) bool are kept."""
+    fixed = None if valid is None else ~valid.bool()
     return {
-        method: {first: curve(values, score, first, shares, **options) for first in ("positive", "negative")}
+        method: perturb(lambda gone: torch.as_tensor(score(~gone)), values, shares, fixed)
         for method, values in found.items()
     }
+
+
+def without(images: Tensor, keep: Tensor) -> Tensor:
+    """Pictures (b 3 h w) whose cells that are not in ``keep`` (b, cells) of a square grid are mid-grey."""
+    side = round(keep.shape[1] ** 0.5)
+    h, w = images.shape[-2:]
+    mask = keep.view(-1, 1, side, side).repeat_interleave(h // side, 2).repeat_interleave(w // side, 3)
+    return torch.where(mask, images, torch.zeros_like(images))
 
 
 def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Sequence[str], source: str) -> Row:
@@ -206,7 +219,7 @@ def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Se
         leans_on="the model's own answers",
         data={
             "areas": {m: {f: c.auc.to_json() for f, c in both.items()} for m, both in found.items()},
-            "means": {m: {f: c.mean() for f, c in both.items()} for m, both in found.items()},
+            "means": {m: {f: c.to_json()["mean"] for f, c in both.items()} for m, both in found.items()},
             "gaps": {f"{m} {f}": gap.to_json() for (m, f), gap in gaps.items()},
         },
     )
