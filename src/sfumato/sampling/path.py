@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
 
-LEAST_DATA = 0.01
+LEAST_DATA = 0.03
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
 

@@ -107,6 +107,8 @@ class ClipGuidance(GradientGuidance):
     def gradient(self, step: Step) -> Tensor:
         if self._clip.reads_noise:
             alpha, sigma = step.path.alpha_sigma(step.t)
+            if alpha == 0:  # pure noise tells nothing about the text
+                return torch.zeros_like(step.x)
             with torch.enable_grad():
                 x = (step.x.detach().float() / step.path.scale(step.t)).requires_grad_(True)
                 return torch.autograd.grad(self._gain(step, self._clip.latents(x, alpha, sigma)).sum(), x)[0]
