@@ -117,17 +117,17 @@ def denoising(context: Context) -> list[Row]:
         for arm, model in models.items():
             found[arm].append(losses(model, clean, texts, decile))
     against = {
-        other: [stats.ratio(mine, theirs) for mine, theirs in zip(found["experts"], found[other], strict=True)]
+        other: [relative(mine, theirs) for mine, theirs in zip(found["experts"], found[other], strict=True)]
         for other in ("longer", "base")
     }
-    longer = [stats.ratio(a, b) for a, b in zip(found["longer"], found["base"], strict=True)]
+    longer = [relative(mine, theirs) for mine, theirs in zip(found["longer"], found["base"], strict=True)]
     # every tenth counts alike: the loss of clean pictures would drown the others
     mean = {arm: np.mean([np.array(row) / np.mean(ref) for row, ref in zip(rows, found["base"], strict=True)], 0)
             for arm, rows in found.items()}  # fmt: skip
     overall = stats.paired_difference(mean["experts"].tolist(), mean["longer"].tolist())
     gained = stats.paired_difference(mean["longer"].tolist(), mean["base"].tolist())
-    better = sum(each.high < 1 for each in against["longer"])
-    lower = sum(each.value < 1 for each in against["longer"])
+    better = sum(each.high < 0 for each in against["longer"])
+    lower = sum(each.value < 0 for each in against["longer"])
     picture = context.save("experts-loss.png", chart(against["base"], longer))
     return [
         Row(
@@ -154,8 +154,14 @@ def denoising(context: Context) -> list[Row]:
     ]
 
 
+def relative(mine: Sequence[float], theirs: Sequence[float]) -> stats.Interval:
+    """How much one loss is above another, pictures and noise being the same, as a share of the other."""
+    scale = float(np.mean(theirs))
+    return stats.paired_difference([each / scale for each in mine], [each / scale for each in theirs])
+
+
 def chart(experts: Sequence[Any], longer: Sequence[Any]) -> Image.Image:
-    """Loss relative to the base model by tenth of the noise."""
+    """The difference of the loss to the base model's by tenth of the noise."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), dpi=100, layout="constrained")
@@ -164,8 +170,10 @@ def chart(experts: Sequence[Any], longer: Sequence[Any]) -> Image.Image:
         values = [point.value for point in points]
         ends = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
         axes.errorbar(np.arange(1, DECILES + 1) + shift, values, ends, fmt="o", markersize=4, capsize=2, label=label)
-    axes.axhline(1, color="gray", linewidth=1)
-    axes.set(xlabel="tenth of the noise, from clean to pure noise", ylabel="loss, toy-sd = 1", xticks=range(1, 11))
+    axes.axhline(0, color="gray", linewidth=1)
+    axes.set(
+        xlabel="tenth of the noise, from clean to pure noise", ylabel="loss, relative to toy-sd", xticks=range(1, 11)
+    )
     axes.legend()
     target = io.BytesIO()
     figure.savefig(target, format="png")
