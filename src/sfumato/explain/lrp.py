@@ -348,7 +348,7 @@ def explain_image(model: Any, image: Any, prompt: str | None = None, **params: A
     for label in labels:
         row = relevance(module, inputs, label, asked.method, rules=rules, start_layer=asked.start_layer)
         with torch.no_grad(), settled(module):
-            scores = (module(inputs) if isinstance(inputs, Tensor) else module(**inputs)).logits[0].float()
+            scores = (module(inputs) if isinstance(inputs, Tensor) else module(**inputs)).logits[0].detach().float()
         name = model.labels[int(scores.argmax())] if label is None else label
         score = float(scores[model.labels.index(name)])
         if kind == "texts":

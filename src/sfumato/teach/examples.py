@@ -56,7 +56,7 @@ def read_examples(folder: Path | str, size: tuple[int, int]) -> Examples:
 
 
 def toybox_examples(
-    per_class: int = 3, seed: int = 0, split: str = "train", n: int = 400, cache: Path | None = None
+    per_class: int = 3, seed: int = 0, split: str = "train", n: int = 240, cache: Path | None = None
 ) -> Examples:
     """``per_class`` toybox pictures of every shape out of ``n``, each on the shape's own backdrop. ``cache``: as for
     :class:`~sfumato.toybox.BiasedDataset`. Raises BadInput beyond 20 of a class."""
