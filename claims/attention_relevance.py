@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from claims import common
 from claims.common import percent
@@ -156,7 +157,7 @@ def still_seen(context: Context, name: str, given: dict[str, Any]) -> Callable[[
         with torch.no_grad():
             tokens = model.tokens(everything)
             out: Any = model.module.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
-        texts = getattr(out, "pooler_output", out)
+        texts = functional.normalize(getattr(out, "pooler_output", out), dim=-1)
     else:
         everything, texts = model.labels, None
 

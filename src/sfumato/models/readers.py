@@ -86,7 +86,7 @@ class Reader:
     @property
     def cells(self) -> int:
         """Side in pixels to which an answerer's regions are resampled; NotSupported if its features are not pixels."""
-        wide = getattr(self.config, "visual_feat_dim", None) or getattr(self.config, "visual_embedding_dim", 0)
+        wide = int(getattr(self.config, "visual_feat_dim", 0) or getattr(self.config, "visual_embedding_dim", 0))
         cells = round((wide / 3) ** 0.5)
         if 3 * cells * cells != wide or cells > 64:
             raise NotSupported(
