@@ -384,10 +384,13 @@ def _inpainted(
 ) -> Edits:
     """Edits by an inpainting model: the region is drawn anew, the pixels around it are kept."""
     params: dict[str, Any] = {}
-    others = []
+    others: list[Any] = []
     for each in with_:
         key, given = _named(each)
-        params, others = ({**params, **given}, others) if key == "inpaint" else (params, [*others, each])
+        if key == "inpaint":
+            params |= given
+        else:
+            others.append(each)
     foreign = [name for name in ("inner", "refine", "invert") if options.get(name)]
     foreign += [name for name in cards.method("prompt_to_prompt").Params.model_fields if options.get(name)]  # type: ignore[attr-defined]
     foreign += ["from"] if from_ is not None else []
@@ -423,7 +426,9 @@ def _inpainted(
         "mask": None if whole is None else files.pixel_hash(whole),
         "with": [cards.to_recipe(system(**params)), *[_recipe_of_system(each) for each in build_all(others)]],
     }
-    settings = {name: v for name, v in (("steps", checked.steps), ("guidance", checked.guidance)) if v is not None}
+    settings: dict[str, Any] = {
+        name: v for name, v in (("steps", checked.steps), ("guidance", checked.guidance)) if v is not None
+    }
     results, recipes = [], []
     for text in checked.prompt:
         parts = [system(**{**params, **region}), *build_all(others)]
@@ -653,11 +658,15 @@ def segment_files(
             raise BadInput(f"{what} is a segmenter; name the pictures to segment.")
         if options or model or remover:
             raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
+        if not Path(what).is_file():
+            raise BadInput(f"there is no file {what}; name an object, or a segmenter made before.")
         return _segmented_by(Path(what), listed, out)
     cards.method("text_to_segmentation")(**{k: v for k, v in options.items() if k != "size"})
     named = {"model": model or DEFAULT_MODEL, "remover": remover or (None if model else INPAINT_MODEL)}
     with files.output_folder(out):
-        loaded = {key: load(name, dtype=dtype, device=device) for key, name in named.items() if name is not None}
+        loaded: dict[str, Any] = {
+            key: load(name, dtype=dtype, device=device) for key, name in named.items() if name is not None
+        }
         images = [image for _, image in listed] or None
         found = segment(what, images, on_progress=on_progress, **loaded, **options)
         return found.save(out, names or None)

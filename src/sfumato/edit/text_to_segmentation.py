@@ -296,8 +296,8 @@ def train_segmenter(
 ) -> Segmenter:
     """A segmenter trained on pictures (n 3 H W) and masks (n H W): binary cross-entropy, Adam, random crops and flips.
 
-    Pictures whose mask is empty are left out. ``without``: the pictures without the object, shown as often with an
-    empty mask, so that what stays in them is learnt not to be the object.
+    Pictures whose mask is empty are left out. ``without``: the pictures without the object; every fourth sample is one
+    of them with an empty mask, so that what stays in them is learnt not to be the object.
 
     Raises NoMatch where every mask is empty.
     """
@@ -307,8 +307,7 @@ def train_segmenter(
             "no picture gave a mask to learn from; does the model know the object, and do the pictures show it?"
         )
     images, truths = pictures[usable].float(), found[usable].float()
-    if without is not None:
-        images, truths = torch.cat([images, without[usable].float()]), torch.cat([truths, torch.zeros_like(truths)])
+    empty = None if without is None else without[usable].float()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -317,8 +316,12 @@ def train_segmenter(
         optimizer = torch.optim.Adam(net.parameters(), lr=rate)
         half = fast_bf16(images.device.type)
         for step in range(iterations):
-            chosen = torch.randint(len(images), (min(batch, len(images)),), generator=generator)
-            x, y = _cropped(images[chosen], truths[chosen], crop, generator)
+            chosen = torch.randint(len(images), (batch,), generator=generator)
+            x, y = images[chosen], truths[chosen]
+            if empty is not None:
+                negative = torch.rand(batch, generator=generator) < 0.25
+                x[negative], y[negative] = empty[chosen[negative]], 0.0
+            x, y = _cropped(x, y, crop, generator)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = F.binary_cross_entropy_with_logits(logits.float(), y)
