@@ -25,7 +25,7 @@ from sfumato.steer.structured_guidance import StructuredGuidance
 
 SOURCE = "Feng et al. 2022, section 4"
 REPORT = 7000
-SEEDS = 8  # pictures of each prompt
+SEEDS = 4  # pictures of each prompt
 
 
 class RandomSpans(StructuredGuidance):

@@ -55,6 +55,8 @@ def markdown(card: dict[str, Any]) -> str:
         )
     if sampling:
         parts.append("- Sampling defaults: " + ", ".join(f"{key} {value}" for key, value in sampling.items()) + ".")
+    if card.get("plain"):
+        parts.append(f"## With plain diffusers\n\n```python\n{card['plain']}\n```")
     if quality:
         parts.append("## Quality, measured on held-out scenes\n\n| figure | value |\n|---|---|\n" + quality)
     parts.append(

@@ -20,6 +20,12 @@ from sfumato.train.recipe import Options
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
+PLAIN = """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained(folder)
+pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0).images[0]"""
+
+
 class UNetModel(LatentModel):
     """The ``[model]`` section."""
 
@@ -127,7 +133,7 @@ class DiffusionObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.unet, folder / "unet")
         save_half(self.vae, folder / "vae")
-        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}}
+        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}, "plain": PLAIN}
 
     def load(self, folder: Path) -> None:
         self.take(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())

@@ -15,6 +15,12 @@ from sfumato.train.latent import LatentLoss, LatentModel, LatentObjective
 from sfumato.train.objective import Draw, save_half
 from sfumato.train.recipe import Options
 
+# the third text encoder is absent, which diffusers wants to be told
+PLAIN = """from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0, max_sequence_length=0).images[0]"""
+
 
 class FlowModel(LatentModel):
     """The ``[model]`` section."""
@@ -107,7 +113,10 @@ class FlowObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.transformer, folder / "transformer")
         save_half(self.vae, folder / "vae")
-        return {"sampling": {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0}}
+        return {
+            "sampling": {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0},
+            "plain": PLAIN,
+        }
 
     def load(self, folder: Path) -> None:
         loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
