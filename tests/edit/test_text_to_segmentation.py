@@ -116,13 +116,26 @@ def test_a_segmenter_learns_a_disc_among_others():
         without.append(other)
         truth.append(mask & ~off)
     both, truth, without = (torch.stack(each) for each in (both, truth, without))
-    net = t2s.train_segmenter(both, truth, width=4, iterations=150, batch=24)
+    net = t2s.train_segmenter(both, truth, width=6, iterations=150, batch=24)
     test, mask = discs(8, seed=9)
     assert iou(net.masks(test), mask) > 0.6
-    again = t2s.train_segmenter(both, truth, without, width=4, iterations=150, batch=24)
+    again = t2s.train_segmenter(both, truth, without, width=6, iterations=150, batch=24)
     assert torch.equal(net(test), again(test))  # deterministic, and no negatives unless asked for
-    never = t2s.train_segmenter(both, truth, without, width=4, iterations=40, negatives=1.0)
-    assert not never.masks(without).any()
+
+
+def test_negatives_are_pictures_without_the_object_and_an_empty_mask(monkeypatch):
+    shown, truth = discs(5)
+    without, seen = shown.flip(1), []
+    monkeypatch.setattr(t2s, "_cropped", lambda x, y, *_: seen.append((x, y)) or (x, y))
+    t2s.train_segmenter(shown, truth, without, width=2, iterations=4, negatives=0.5)
+    negative = 0
+    for x, y in zip(*(torch.cat(each) for each in zip(*seen, strict=True)), strict=True):
+        if y.any():
+            assert any(torch.equal(x, a) and torch.equal(y.bool(), b) for a, b in zip(shown, truth, strict=True))
+        else:
+            negative += 1
+            assert any(torch.equal(x, each) for each in without)
+    assert 40 <= negative <= 88  # of 128
 
 
 def test_pictures_without_a_mask_teach_nothing():
