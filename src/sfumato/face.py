@@ -441,7 +441,10 @@ def _inpainted(
     others: list[Any] = []
     for each in with_:
         key, given = _named(each)
-        params, others = ({**params, **given}, others) if key == "inpaint" else (params, [*others, each])
+        if key == "inpaint":
+            params |= given
+        else:
+            others.append(each)
     foreign = [name for name in ("inner", "refine", "invert") if options.get(name)]
     foreign += [name for name in cards.method("prompt_to_prompt").Params.model_fields if options.get(name)]  # type: ignore[attr-defined]
     foreign += ["from"] if from_ is not None else []
@@ -712,6 +715,8 @@ def segment_files(
             raise BadInput(f"{what} is a segmenter; name the pictures to segment.")
         if options or model or remover:
             raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
+        if not Path(what).is_file():
+            raise BadInput(f"there is no file {what}; name an object, or a segmenter made before.")
         return _segmented_by(Path(what), listed, out)
     cards.method("text_to_segmentation")(**{k: v for k, v in options.items() if k != "size"})
     named = {"model": model or DEFAULT_MODEL, "remover": remover or (None if model else INPAINT_MODEL)}

@@ -20,7 +20,7 @@ PROMPT = "a blue ball on a dog"
 
 
 @pytest.fixture
-def photo():
+def photo(sfumato):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save("photo.png")
     mask = np.zeros((32, 32), np.uint8)

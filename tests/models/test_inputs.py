@@ -71,6 +71,11 @@ def pipeline_call(kind: str, guided: bool, steps: int) -> dict[str, Any]:
         call["max_sequence_length"] = 0
     if kind.startswith("pixart"):
         call["use_resolution_binning"] = False
+    if kind == "inpaint":  # everything is drawn anew; the pipeline would draw the masked latents from their posterior
+        vae, grey = tiny_pipeline(kind).vae, torch.zeros(1, 3, *SIZE)
+        with torch.no_grad():
+            known = vae.encode(grey).latent_dist.mode() * vae.config.scaling_factor
+        call |= {"image": grey, "mask_image": torch.ones(1, 1, *SIZE), "masked_image_latents": known, "strength": 1.0}
     return call
 
 

@@ -32,6 +32,7 @@ class Calls(TorchFunctionMode):
 
 
 def latents(model: Model, size: tuple[int, int]) -> torch.Tensor:
+    model.timesteps(model.make_scheduler(), 1, *size)  # as every run begins: inpainting models get ready for the size
     return torch.randn(1, *model.latent_shape(*size), generator=torch.Generator().manual_seed(0))
 
 

@@ -41,7 +41,7 @@ def test_streams_name_the_positions_that_a_word_moves(kind: str) -> None:
         "sd3": ["clip", "clip2", "t5"],
         "sd35": ["clip", "clip2", "t5"],
         "sd3clip": ["clip", "clip2"],
-    }.get(kind, ["clip"] if kind in ("sd", "sd2") else ["t5"])
+    }.get(kind, ["clip"] if kind in ("sd", "sd2", "inpaint") else ["t5"])
 
 
 def test_sd3_without_t5_pads_with_as_many_zeros_as_its_card_says() -> None:

@@ -100,6 +100,9 @@ class TextToSegmentation:
         tidy: bool = Field(default=True, description="close small gaps and fill holes of the refined masks")
         width: int = Field(default=8, ge=1, le=256, description="channels of the segmenter's finest level")
         iterations: int = Field(default=400, ge=1, le=1_000_000, description="training steps of the segmenter")
+        negatives: float = Field(
+            default=0.0, ge=0, lt=1, description="share of its samples that are pictures without the object"
+        )
         seed: int = Field(default=0, ge=0, description="where all noise comes from")
 
     def __init__(self, **given: Any):
@@ -141,7 +144,8 @@ class TextToSegmentation:
         hole = _grown(rough, round(p.grow * min(pictures.shape[-2:])))
         removed = remove(remover, pictures, hole, p.background, shown, p.steps, p.guidance, p.seed, told)
         refined = refined_masks(pictures, removed, hole, p.tidy)
-        segmenter = train_segmenter(pictures, refined, removed, p.width, p.iterations, seed=p.seed, report=told)
+        learn: dict[str, Any] = {"width": p.width, "iterations": p.iterations, "negatives": p.negatives, "seed": p.seed}
+        segmenter = train_segmenter(pictures, refined, removed, report=told, **learn)
         return Segmented(concept, pictures, maps, rough, removed, refined, segmenter)
 
 
@@ -288,6 +292,7 @@ def train_segmenter(
     without: Tensor | None = None,
     width: int = 8,
     iterations: int = 400,
+    negatives: float = 0.0,
     batch: int = 32,
     rate: float = 2e-3,
     crop: int = 128,
@@ -296,8 +301,8 @@ def train_segmenter(
 ) -> Segmenter:
     """A segmenter trained on pictures (n 3 H W) and masks (n H W): binary cross-entropy, Adam, random crops and flips.
 
-    Pictures whose mask is empty are left out. ``without``: the pictures without the object, shown as often with an
-    empty mask, so that what stays in them is learnt not to be the object.
+    Pictures whose mask is empty are left out. ``negatives``: share of the samples that are pictures ``without`` the
+    object, with an empty mask.
 
     Raises NoMatch where every mask is empty.
     """
@@ -307,8 +312,7 @@ def train_segmenter(
             "no picture gave a mask to learn from; does the model know the object, and do the pictures show it?"
         )
     images, truths = pictures[usable].float(), found[usable].float()
-    if without is not None:
-        images, truths = torch.cat([images, without[usable].float()]), torch.cat([truths, torch.zeros_like(truths)])
+    empty = None if without is None else without[usable].float()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -317,8 +321,12 @@ def train_segmenter(
         optimizer = torch.optim.Adam(net.parameters(), lr=rate)
         half = fast_bf16(images.device.type)
         for step in range(iterations):
-            chosen = torch.randint(len(images), (min(batch, len(images)),), generator=generator)
-            x, y = _cropped(images[chosen], truths[chosen], crop, generator)
+            chosen = torch.randint(len(images), (batch,), generator=generator)
+            x, y = images[chosen], truths[chosen]
+            if empty is not None and negatives:
+                negative = torch.rand(batch, generator=generator) < negatives
+                x[negative], y[negative] = empty[chosen[negative]], 0.0
+            x, y = _cropped(x, y, crop, generator)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = F.binary_cross_entropy_with_logits(logits.float(), y)

@@ -129,6 +129,11 @@ class StableDiffusionInpaint(StableDiffusion):
     def takes_mask(self) -> bool:
         return int(self.config.in_channels) == 2 * self.channels + 1
 
+    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+        super().set_timesteps(scheduler, steps, h, w, device)
+        if self.takes_mask:  # before anybody watches the denoiser: the autoencoder has attention of its own
+            self._all(torch.empty(1, self.channels, h, w, device=device, dtype=self.denoiser.dtype))
+
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         if self.takes_mask:
             hole = rows["hole"] if "hole" in rows else self._all(x).expand(len(x), -1, -1, -1)
