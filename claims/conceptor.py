@@ -275,7 +275,7 @@ EXPERIMENT = Experiment(
     key="conceptor",
     title="Conceptor: what a concept is made of",
     intro=(
-        "Secrets are pseudo-words with a known recipe: a mixture of the embeddings of a colour and a shape. Only their pictures"
+        "Secrets are pseudo-words with a known recipe: the embeddings of a colour and a shape, mixed. Only their pictures"
         " are decomposed, into all words of toy-sd's vocabulary but the slot's own. toy-clip finds the nearest words,"
         " the toy-judge reads the pictures."
     ),
