@@ -275,9 +275,9 @@ EXPERIMENT = Experiment(
     key="conceptor",
     title="Conceptor: what a concept is made of",
     intro=(
-        "Secrets are pseudo-words with a known recipe: the embeddings of a colour and a shape, mixed. Only their pictures"
-        " are decomposed, into all words of toy-sd's vocabulary but the slot's own. toy-clip finds the nearest words,"
-        " the toy-judge reads the pictures."
+        "Secrets are pseudo-words with a known recipe: a colour and a shape, their embeddings mixed. Only pictures"
+        " of them are decomposed, into all words of toy-sd's vocabulary but the slot's own. toy-clip finds the nearest"
+        " words, the toy-judge reads the pictures."
     ),
     file=__file__,
     parts=(
