@@ -210,6 +210,11 @@ class Conceptor(Intervention):
         )  # fmt: skip
         keep: int = Field(default=50, ge=1, description="explain: N, how many words the decomposition may rest on")
         sparsity: float = Field(default=0.001, ge=0, description="explain: weight of the sparsity loss")
+        levels_count: Literal["paper", "alike"] = Field(
+            default="paper",
+            description="explain: how much each noise level counts: by its error, or alike (the mean of the errors' "
+            "logarithms), which needs fewer steps where pictures are few",
+        )
         coefficients: Literal["network", "free", "softmax"] = Field(
             default="network", description="explain: a network of the embeddings (the paper), or one number per word"
         )
@@ -471,6 +476,7 @@ def decompose(
     similar: float = 1.0,
     keep: int = 50,
     sparsity: float = 0.001,
+    levels_count: str = "paper",
     coefficients: str = "network",
     images: int = 100,
     checked: int = 20,
@@ -501,6 +507,8 @@ def decompose(
         raise BadInput("decompose needs a concept, or pictures of it.")
     if coefficients not in ("network", "free", "softmax"):
         raise UnknownName("coefficients", coefficients, ("network", "free", "softmax"))
+    if levels_count not in ("paper", "alike"):
+        raise UnknownName("levels_count", levels_count, ("paper", "alike"))
     known = dictionary if isinstance(dictionary, Dictionary) else _dictionary(model, dictionary, pieces)
     norms = usual_norms(model)
     slot = _carrier(model, template)
@@ -546,14 +554,17 @@ def decompose(
                 mirrored = torch.rand(batch, generator=generator) < 0.5
                 x0 = torch.where(mirrored.view(-1, 1, 1, 1).to(x0.device), latents[1][rows], x0)
             noise = torch.randn(x0.shape, generator=generator).to(x0)
-            t = torch.randint(1, levels, (batch,), generator=generator).to(x0.device)
+            # stratified, one from each of as many equal parts: far less noise than independent draws
+            t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * (levels - 1)
+            t = (t.long() + 1).to(x0.device)
             alphas = network(inputs)
             vectors = known.vectors(alphas, norms)
             with pseudo_word(model, slot, vectors):
                 condition = model.encode_text(template.format(slot), guidance=False).rows([0] * batch)
             x = path.add_noise(x0, noise, t)
             guess = model.predict(x.to(model.dtype), t, condition, "cond").float()
-            loss = F.mse_loss(guess, path.from_x0(x, x0, t))
+            errors = (guess - path.from_x0(x, x0, t)).square().mean((1, 2, 3))
+            loss = errors.mean() if levels_count == "paper" else errors.log().mean()
             few = _top(alphas, keep)
             parts = known.vectors(few, norms)
             sparse = torch.stack([1 - torch.cosine_similarity(parts[n], vectors[n], dim=0) for n in parts]).mean()
