@@ -179,24 +179,30 @@ def faithful(context: Context) -> list[Row]:
     ]
 
 
+def two_kinds(context: Context, red: float) -> Decomposition:
+    """Pictures of red and of blue cubes, the share of red given, taken apart into what stands before "cube"."""
+
+    def made() -> Decomposition:
+        model, n = common.load(context, MODEL), context.count(40, 4)
+        texts = ["a red cube" if i < round(red * n) else "a blue cube" for i in range(n)]
+        seeds = list(range(REPORT + 5000, REPORT + 5000 + n))
+        pictures = generate(model, texts, seed=seeds, **DRAWING).pixels.detach().clamp(-1, 1)
+        settings = SETTINGS | {"iterations": context.count(SETTINGS["iterations"], 3)}
+        return decompose(model, pictures=pictures, template="a {} cube", **settings, **DRAWING)
+
+    return context.once(f"two kinds {red}", made)
+
+
 def single(context: Context) -> list[Row]:
-    """One picture of a concept of two kinds: its own kind's words survive."""
-    model = common.load(context, MODEL)
-    recipe = {"cube": 0.5, "red": 0.3, "blue": 0.3}
-    pictures = drawn(model, recipe, range(REPORT + 5000, REPORT + 5000 + context.count(40, 3)))
-    settings = SETTINGS | {"iterations": context.count(SETTINGS["iterations"], 3), "keep": 6}
-    found = decompose(model, pictures=pictures, exclude=[SLOT], **settings, **DRAWING)
-    right, words, known = [], [], 0
-    for seed in range(HELD_OUT + 4000, HELD_OUT + 4000 + context.count(12, 1)):
-        one = explain_seed(model, found, seed, **DRAWING)
-        reading = common.judge_of(context).read(drawn(model, dict(one.shares()), [seed]))[0]
+    """One picture of a concept of two kinds: the words of the kind that it shows survive."""
+    model, found = common.load(context, MODEL), two_kinds(context, 0.7)
+    right, words = [], []
+    for seed in range(HELD_OUT + 4000, HELD_OUT + 4000 + context.count(10, 1)):
+        one = explain_seed(model, found, seed, keep=6, **DRAWING)
+        reading = common.judge_of(context).read(one.draw(model, [seed], **DRAWING).clamp(-1, 1))[0]
         words.append(len(one.shares()))
-        if reading.objects and {"red", "blue"} & set(found.names):
-            known += 1
-            color = reading.objects[0].color
-            right.append(color in [name for name, _ in one.shares()] or color not in ("red", "blue"))
-    few = stats.mean(words) if len(words) > 1 else stats.share([True])
-    share = stats.share(right or [False])
+        right.append(bool(reading.objects) and reading.objects[0].color in [name for name, _ in one.shares()])
+    few, share = stats.mean(words) if len(words) > 1 else stats.share([True]), stats.share(right)
     return [
         Row(
             claim="one picture needs fewer words than the concept, and the colour it shows is among them in 80 % of "
@@ -207,7 +213,7 @@ def single(context: Context) -> list[Row]:
             holds=bool(few.value < 6 and share.value >= 0.8),
             n=len(words),
             leans_on=common.trust_text(context, "color"),
-            data={"words": words, "right": right},
+            data={"words": words, "right": right, "found": found.shares(6)},
         )
     ]
 
@@ -220,12 +226,8 @@ def red_share(context: Context, pictures: Tensor) -> tuple[float, float]:
 
 
 def bias(context: Context) -> list[Row]:
-    """A secret that is red too often: the bias is read off, turned down, and the rest stays."""
-    model, n = common.load(context, MODEL), context.count(60, 20)
-    recipe = {"cube": 0.5, "red": 0.3, "blue": 0.2}
-    pictures = drawn(model, recipe, range(REPORT + 7000, REPORT + 7000 + context.count(40, 3)))
-    settings = SETTINGS | {"iterations": context.count(SETTINGS["iterations"], 3)}
-    found = decompose(model, pictures=pictures, exclude=[SLOT], **settings, **DRAWING)
+    """Pictures of cubes that are red too often: the bias is read off, turned down, and the rest stays."""
+    model, n, found = common.load(context, MODEL), context.count(60, 20), two_kinds(context, 0.7)
     seeds = range(REPORT + 8000, REPORT + 8000 + context.count(30, 4))
 
     def measured(pixels: Tensor) -> float:
@@ -255,7 +257,7 @@ def bias(context: Context) -> list[Row]:
             measured=f"red is word {found.rank('red')}, blue {found.rank('blue')}; factor {factor:.2f}: red "
             f"{100 * told[0][0]:.0f} % before, {100 * told[1][0]:.0f} % after; cubes {100 * told[0][1]:.0f} % and "
             f"{100 * told[1][1]:.0f} %; SaD first: {', '.join(first)}",
-            baseline=f"the secret itself: red {100 * red_share(context, pictures)[0]:.0f} %",
+            baseline="red in the pictures given: 70 %",
             holds=bool(
                 ahead
                 and abs(told[1][0] - 0.5) <= 0.1
