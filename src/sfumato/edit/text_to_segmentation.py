@@ -299,8 +299,8 @@ def train_segmenter(
     seed: int = 0,
     report: Report | None = None,
 ) -> Segmenter:
-    """A segmenter trained on pictures (n 3 H W) and masks (n H W): binary cross-entropy, Adam, random flips and crops (of
-    side ``crop``: 128, or four fifths of smaller pictures).
+    """A segmenter trained on pictures (n 3 H W) and masks (n H W): binary cross-entropy, Adam, random flips and crops
+    (of side ``crop``: 128, or four fifths of smaller pictures).
 
     Pictures whose mask is empty are left out. ``negatives``: share of the samples that are pictures ``without`` the
     object, with an empty mask.
