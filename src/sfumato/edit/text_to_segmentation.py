@@ -295,11 +295,12 @@ def train_segmenter(
     negatives: float = 0.0,
     batch: int = 32,
     rate: float = 2e-3,
-    crop: int = 128,
+    crop: int | None = None,
     seed: int = 0,
     report: Report | None = None,
 ) -> Segmenter:
-    """A segmenter trained on pictures (n 3 H W) and masks (n H W): binary cross-entropy, Adam, random crops and flips.
+    """A segmenter trained on pictures (n 3 H W) and masks (n H W): binary cross-entropy, Adam, random flips and crops
+    (of side ``crop``: 128, or four fifths of smaller pictures).
 
     Pictures whose mask is empty are left out. ``negatives``: share of the samples that are pictures ``without`` the
     object, with an empty mask.
@@ -311,6 +312,7 @@ def train_segmenter(
         raise NoMatch(
             "no picture gave a mask to learn from; does the model know the object, and do the pictures show it?"
         )
+    side = min(128, round(0.8 * min(pictures.shape[-2:]))) if crop is None else crop
     images, truths = pictures[usable].float(), found[usable].float()
     empty = None if without is None else without[usable].float()
     generator = torch.Generator().manual_seed(seed)
@@ -326,7 +328,7 @@ def train_segmenter(
             if empty is not None and negatives:
                 negative = torch.rand(batch, generator=generator) < negatives
                 x[negative], y[negative] = empty[chosen[negative]], 0.0
-            x, y = _cropped(x, y, crop, generator)
+            x, y = _cropped(x, y, side, generator)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = F.binary_cross_entropy_with_logits(logits.float(), y)

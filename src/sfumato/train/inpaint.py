@@ -29,6 +29,14 @@ from sfumato.train.diffusion import DiffusionLoss, DiffusionObjective
 from sfumato.train.objective import Draw
 from sfumato.train.recipe import Options
 
+PLAIN = """\
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+
+# once: sfumato models toy-sd-inpaint --export toy-sd-inpaint
+pipe = StableDiffusionInpaintPipeline.from_pretrained("toy-sd-inpaint", torch_dtype=torch.float32)
+given = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 3.0}
+picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
 INSIDE = 0.3  # a toy is told of when so much of it lies in the hole
 
 
@@ -162,7 +170,7 @@ class InpaintObjective(DiffusionObjective):
         return data.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8)
 
     def export(self, folder: Any) -> dict[str, Any]:
-        return {**super().export(folder), "pipeline": "StableDiffusionInpaintPipeline"}
+        return {**super().export(folder), "pipeline": "StableDiffusionInpaintPipeline", "plain": PLAIN}
 
 
 def widen(unet: Any) -> None:
