@@ -7,7 +7,7 @@ import torch
 from claims import attention_relevance as experiment
 from claims.core import Context
 from sfumato.judge import segmentation
-from sfumato.judge.perturbation import curve
+from sfumato.judge.perturbation import perturb
 
 
 def test_pairs_are_two_visible_toys_that_differ():
@@ -44,7 +44,8 @@ def test_a_perturbation_verdict():
     shares = (0.0, 0.5, 1.0)
     found = experiment.curves({"relevance": worth, **rest}, score, shares)
     assert experiment.curve_row("x", 30, found, ("a", "b"), "s").holds
-    assert found["relevance"]["positive"].areas == curve(worth, score, "positive", shares).areas
+    alone = perturb(lambda gone: score(~gone), worth, shares)
+    assert found["relevance"]["positive"].areas == alone["positive"].areas
     swapped = experiment.curves({"relevance": rest["a"], "a": worth, "b": rest["b"]}, score, shares)
     assert not experiment.curve_row("x", 30, swapped, ("a", "b"), "s").holds
 

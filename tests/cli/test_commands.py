@@ -60,7 +60,7 @@ def test_a_model_is_written_as_a_whole_folder(sfumato, refused):
     assert copied == {path.name: path.read_bytes() for path in zoo.find("toy-vae").iterdir()}
     refused("models", "toy-vae", "--export", "vae", says=["vae", "not empty"])
     refused("models", "--export", "all", says=["needs the name"])
-    refused("models", "toy-va", "--export", "all", says=["Did you mean 'toy-vae'"])
+    refused("models", "toy-va", "--export", "all", says=["or 'toy-vae'"])
 
 
 def test_toybox_sample_is_an_imagefolder(sfumato):

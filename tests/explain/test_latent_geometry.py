@@ -43,7 +43,9 @@ def test_spaces_are_the_local_bases(looked):
     assert float(times[0, 1]) == pytest.approx(sum(each) / 2, rel=1e-4)
     rings = torch.arange(found.power.shape[-1])
     assert torch.allclose(found.centroids[0, 0], (found.power[0, 0] * rings).sum(-1).mean().to(found.centroids))
-    assert torch.allclose(found.directions.u, frechet_mean(list(found.u[0])), atol=1e-4)
+    assert found.directions.facts["at"] == 0.5 and torch.allclose(
+        found.directions.u, frechet_mean(list(found.u[1])), atol=1e-4
+    )
     assert result.coverage["latent_geometry"]["cost"] > 10
 
 

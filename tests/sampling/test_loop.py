@@ -56,7 +56,7 @@ SHORT: dict[str, Any] = {"steps": 2, "scheduler": "ddim"}
             BadInput,
             "leaves no step out of 2; give at least 0.5",
         ),
-        ({"image": Image.new("RGB", (33, 32))}, BadInput, "size is 33x32"),
+        ({"image": Image.new("RGB", (33, 32))}, BadInput, "the picture, without size, is 33x32"),
         ({"image": []}, BadInput, "image is"),
         ({"image": "picture.png"}, BadInput, "image is 'picture.png'"),
         ({"image": torch.zeros(1, 4, 32, 32)}, BadInput, r"image has shape \(1, 4, 32, 32\)"),

@@ -180,8 +180,8 @@ def test_recipe_mistakes_are_one_line_with_the_nearest_name(
 
 
 def test_unknown_names_and_minutes_are_refused(home: Path) -> None:
-    with pytest.raises(UnknownName, match="Did you mean 'toy-vae'"):
-        run("toy-vea")
+    with pytest.raises(UnknownName, match="'toy-sd3'"):
+        run("toy-sdd3")
     path = write(home)
     path.write_text(path.read_text().replace('objective = "vae"', 'objective = "vea"'))
     with pytest.raises(UnknownName, match="unknown objective 'vea'. Did you mean 'vae'"):

@@ -47,6 +47,7 @@ Method = Literal[
 ]
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
 #: those that propagate relevance through the whole network first
+LAYERED = ("relevance", "rollout", "relevance_lrp", "transformer_attribution")  # methods that start_layer is for
 WITH_LRP = ("partial_lrp", "transformer_attribution", "relevance_lrp")
 
 Target = Callable[[Any], Tensor]
@@ -123,6 +124,8 @@ def relevance(
     """
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
+    if start_layer and method not in LAYERED:
+        raise BadInput(f"start_layer is {start_layer}, but {method} does not add up layers; {', '.join(LAYERED)} do.")
     call = run if callable(run) else lambda: module(**run)
     with contextlib.nullcontext() if second_order else _evaluation(module):
         # gradients of the tokens themselves need something upstream of them that has one

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from sfumato import cards, files
 from sfumato.attention.words import Words
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
+from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, UnknownName
 from sfumato.judge.features import DEFAULT_NET, clip_net
 from sfumato.judge.report import Figure, Report, Table
 from sfumato.models import Model
@@ -253,6 +253,8 @@ class Conceptor(Intervention):
         word = self.params.word
         if word is None or (not self.weights and self._vectors is None):
             raise BadInput("conceptor draws with a mixture in place of a word: give word and mixture, as word=cube.")
+        if any(isinstance(part, Conceptor) and part is not self and part.params.word == word for part in run.parts):
+            raise Conflict(f"two mixtures stand for {word!r}; give conceptor once for each word.")
         words = Words(run.model)
         for k, prompt in enumerate(run.prompts):
             try:

@@ -249,7 +249,7 @@ class LatentGeometry(Intervention):
     def start(self, run: Run) -> None:
         """Raises UnknownName for a layer that is not there, BadInput for a curve without two samples."""
         p = self.params
-        if run.model.family.name not in self.CARD.families:
+        if not {run.model.family.name, *run.model.family.kin} & set(self.CARD.families):
             raise NotSupported(f"latent_geometry looks at {', '.join(self.CARD.families)}; this is {run.model.name}.")
         if p.curve and max(len(run), p.samples) < 2:
             raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2 or samples=2).")

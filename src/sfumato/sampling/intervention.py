@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import BadInput, Conflict, NoMatch, UnknownName
+from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, UnknownName
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,6 +159,9 @@ def _flatten(given: Any) -> list[Intervention]:
         return [given]
     if isinstance(given, list | tuple):
         return [part for each in given for part in _flatten(each)]
+    card = getattr(given, "CARD", None)
+    if card is not None:
+        raise NotSupported(f"{card.key} takes no part in drawing a picture; see: sfumato methods {card.key}.")
     raise BadInput(f"interventions holds {given!r}; each must be an Intervention or a list of them.")
 
 
