@@ -184,7 +184,7 @@ def test_unknown_names_and_minutes_are_refused(home: Path) -> None:
         run("toy-sdd3")
     path = write(home)
     path.write_text(path.read_text().replace('objective = "vae"', 'objective = "vea"'))
-    with pytest.raises(UnknownName, match="unknown objective 'vea'. Did you mean 'vae'"):
+    with pytest.raises(UnknownName, match="unknown objective 'vea'.*'vae'"):
         run(path)
     with pytest.raises(BadInput, match="minutes must be above 0"):
         run(write(home), minutes=0)
