@@ -151,8 +151,9 @@ def stages(context: Context, toys: int | None) -> list[Row]:
     return [
         Row(
             claim=(
-                f"the object {where}: every stage is better than the one before: IoU of attention masks < masks refined "
-                "by removal < the segmenter trained on these, for three quarters of the shapes, and pooled (95 % intervals above 0)"
+                f"the object {where}: every stage is better than the one before: IoU of attention masks < masks "
+                "refined by removal < the segmenter trained on these, for three quarters of the shapes, and pooled (95 % "
+                "intervals above 0)"
             ),
             source=SOURCE,
             measured=f"attention {means['rough'].text()}, refined {means['refined'].text()}, segmenter "
@@ -166,8 +167,8 @@ def stages(context: Context, toys: int | None) -> list[Row]:
             data=data,
         ),
         Row(
-            claim=f"the object {where}: the segmenter reaches 85 % of one trained on true masks, and 0.75 as the mean of "
-            "object and background IoU",
+            claim=f"the object {where}: the segmenter reaches 85 % of one trained on true masks, and 0.75 as the mean "
+            "of object and background IoU",
             source=SOURCE,
             measured=f"IoU {means['final'].text()}, with background {wide['final'].text()}; "
             f"{100 * means['final'].value / means['supervised'].value:.0f} % of the bound, {100 * closed:.0f} % of the "
