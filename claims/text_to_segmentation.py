@@ -152,8 +152,8 @@ def stages(context: Context, toys: int | None) -> list[Row]:
         Row(
             claim=(
                 f"the object {where}: every stage is better than the one before: IoU of attention masks < masks "
-                "refined by removal < the segmenter trained on these, for three quarters of the shapes, and pooled (95 % "
-                "intervals above 0)"
+                "refined by removal < the segmenter trained on these, for three quarters of the shapes, and pooled "
+                "(95 % intervals above 0)"
             ),
             source=SOURCE,
             measured=f"attention {means['rough'].text()}, refined {means['refined'].text()}, segmenter "
