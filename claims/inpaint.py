@@ -29,18 +29,31 @@ SIDE = 64
 CELLS = 6 * 16  # pixels of six latent cells
 STEPS = 25
 REPORT, TUNE = 6100, 6200  # seeds of scenes and noise: never the same for choosing and for reporting
-GUIDANCE = (1.0, 2.0, 3.0, 5.0)
+GUIDANCE = (2.0, 4.0)
+TOLD = ("scene", "hole")
 MODELS = ("toy-sd-inpaint", "toy-sd")
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What is chosen for each arm on other scenes: the guidance, and what the prompt tells."""
+
+    guidance: float
+    told: str
+
+    def __str__(self) -> str:
+        return f"guidance {self.guidance:g}, the prompt tells the {self.told}"
+
+
+@dataclass(frozen=True)
 class Case:
-    """A picture (3, h, w), the true result ``truth``, the hole bool (h, w), the prompt, and the toy wanted, if any."""
+    """A picture (3, h, w), the true result ``truth``, the hole bool (h, w), prompts that tell the whole scene or the
+    hole alone, and the toy wanted, if any."""
 
     picture: Tensor
     truth: Tensor
     hole: Tensor
-    prompt: str
+    prompts: dict[str, str]
     wish: judge.Wanted | None
 
 
@@ -56,7 +69,7 @@ class Outcome:
     there: bool
 
 
-Method = Callable[[Sequence[Case], float, int], Tensor]
+Method = Callable[[Sequence[Case], "Setting", int], Tensor]
 
 
 def removals(split: str, seed: int, n: int) -> list[Case]:
@@ -100,7 +113,8 @@ def _cases(split: str, seed: int, n: int, change: Callable[[Scene, int], Scene])
         if hole.float().mean() > 0.6:  # too little is left to see
             continue
         wish = judge.Wanted(shape=kinds[0][0], color=kinds[0][1]) if replaced else None
-        told = caption(after, None, "plain").text
+        alone = after.replace(toys=after.toys[:1] if replaced else ())
+        told = {"scene": caption(after, None, "plain").text, "hole": caption(alone, None, "plain").text}
         found.append(Case(frames.image[0], frames.image[1], hole, told, wish))
     return found
 
@@ -116,9 +130,9 @@ def boxed(mask: Tensor) -> Tensor:
 def inpainting(model: object) -> Method:
     """The fine-tuned model, every picture with its own hole."""
 
-    def method(asked: Sequence[Case], guidance: float, seed: int) -> Tensor:
+    def method(asked: Sequence[Case], setting: Setting, seed: int) -> Tensor:
         system = Inpaint(mask=[case.hole.float() for case in asked], each=True)
-        return _drawn(model, asked, system, guidance, seed)
+        return _drawn(model, asked, system, setting, seed)
 
     return method
 
@@ -126,9 +140,9 @@ def inpainting(model: object) -> Method:
 def blending(model: object) -> Method:
     """The model that it was fine-tuned from; the known part is put in at every noise level, and pasted at the end."""
 
-    def method(asked: Sequence[Case], guidance: float, seed: int) -> Tensor:
+    def method(asked: Sequence[Case], setting: Setting, seed: int) -> Tensor:
         each = [
-            _drawn(model, [case], Blend(mask=case.hole.float(), paste=0.0), guidance, seed + i)
+            _drawn(model, [case], Blend(mask=case.hole.float(), paste=0.0), setting, seed + i)
             for i, case in enumerate(asked)
         ]
         return torch.cat(each)
@@ -136,16 +150,16 @@ def blending(model: object) -> Method:
     return method
 
 
-def _drawn(model: object, asked: Sequence[Case], system: object, guidance: float, seed: int) -> Tensor:
+def _drawn(model: object, asked: Sequence[Case], system: object, setting: Setting, seed: int) -> Tensor:
     result = generate(
         model,  # type: ignore[arg-type]
-        [case.prompt for case in asked],
+        [case.prompts[setting.told] for case in asked],
         image=torch.stack([case.picture for case in asked]),
         strength=1.0,
         seed=list(range(seed, seed + len(asked))),
         steps=STEPS,
         scheduler="ddim",
-        guidance=guidance,
+        guidance=setting.guidance,
         interventions=system,  # type: ignore[arg-type]
     )
     assert result.pixels is not None
@@ -153,12 +167,12 @@ def _drawn(model: object, asked: Sequence[Case], system: object, guidance: float
 
 
 def outcomes(
-    context: Context, asked: Sequence[Case], method: Method, guidance: float, seed: int, label: str
+    context: Context, asked: Sequence[Case], method: Method, setting: Setting, seed: int, label: str
 ) -> list[Outcome]:
     """Every case edited and held against its truth."""
     pictures = []
     for start, chunk in context.batches(asked, 20, label):
-        pictures.append(method(chunk, guidance, seed + start))
+        pictures.append(method(chunk, setting, seed + start))
     drawn = torch.cat(pictures)
     readings = common.judge_of(context).read(drawn)
     return [measured(*each) for each in zip(asked, drawn, readings, strict=True)]
@@ -196,21 +210,21 @@ def arms(context: Context) -> dict[str, Method]:
     }
 
 
-def tuned(context: Context, task: str, score: str) -> dict[str, float]:
-    """The guidance at which each arm does best on other scenes and seeds."""
+def tuned(context: Context, task: str, score: str) -> dict[str, Setting]:
+    """The setting with which each arm does best on other scenes and seeds."""
     make = {"remove": removals, "replace": replacements}[task]
     asked = make("val", TUNE, context.count(20, 2))
     best = {}
     for arm, method in arms(context).items():
         sums = {
-            scale: sum(values(outcomes(context, asked, method, scale, TUNE, f"{task}, {arm} at {scale}"), score))
-            for scale in GUIDANCE
+            setting: sum(values(outcomes(context, asked, method, setting, TUNE, f"{task}, {arm}: {setting}"), score))
+            for setting in (Setting(scale, told) for told in TOLD for scale in GUIDANCE)
         }
-        best[arm] = max(sums, key=lambda scale: sums[scale])
+        best[arm] = max(sums, key=lambda setting: sums[setting])
     return best
 
 
-def compared(context: Context, task: str, score: str) -> tuple[dict[str, list[Outcome]], dict[str, float], str]:
+def compared(context: Context, task: str, score: str) -> tuple[dict[str, list[Outcome]], dict[str, Setting], str]:
     """Both arms on the same cases and seeds, each at its best guidance."""
     make = {"remove": removals, "replace": replacements}[task]
     best = tuned(context, task, score)
@@ -225,10 +239,10 @@ def compared(context: Context, task: str, score: str) -> tuple[dict[str, list[Ou
     return found, best, context.save(f"inpaint-{task}.png", common.sheet(shown))
 
 
-def facts(found: dict[str, list[Outcome]], best: dict[str, float]) -> dict[str, dict[str, object]]:
+def facts(found: dict[str, list[Outcome]], best: dict[str, Setting]) -> dict[str, dict[str, object]]:
     return {
         arm: {
-            "guidance": best[arm],
+            "setting": str(best[arm]),
             "inside": stats.bootstrap(values(done, "inside")).to_json(),
             "seam": stats.bootstrap(values(done, "seam")).to_json(),
             "there": stats.share([one.there for one in done]).to_json(),
@@ -254,7 +268,7 @@ def remove(context: Context) -> list[Row]:
             measured=f"{stats.bootstrap(values(ours, 'inside')).text(digits=1)} dB in the hole, "
             f"{gain.text(digits=1)} dB more; every pixel outside exactly the picture's {percent(kept)}",
             baseline=f"blending {stats.bootstrap(values(theirs, 'inside')).text(digits=1)} dB "
-            f"(guidance {best['inpainting']:g} and {best['blending']:g}, tuned)",
+            f"(tuned: {best['blending']}; inpainting: {best['inpainting']})",
             holds=gain.value >= 3 and gain.low > 0 and kept.value == 1,
             n=len(ours),
             leans_on="exact re-render",
@@ -277,7 +291,7 @@ def replace(context: Context) -> list[Row]:
             source=SOURCE,
             measured=f"{percent(there['inpainting'])}, {percent(more)} more than by blending",
             baseline=f"blending {percent(there['blending'])} "
-            f"(guidance {best['inpainting']:g} and {best['blending']:g}, tuned)",
+            f"(tuned: {best['blending']}; inpainting: {best['inpainting']})",
             holds=there["inpainting"].value >= 0.7,
             n=len(ours),
             leans_on=common.trust_text(context, "shape", "color"),
@@ -288,7 +302,7 @@ def replace(context: Context) -> list[Row]:
     ]
 
 
-def seam_row(what: str, found: dict[str, list[Outcome]], best: dict[str, float], picture: str) -> Row:
+def seam_row(what: str, found: dict[str, list[Outcome]], best: dict[str, Setting], picture: str) -> Row:
     """The error of edges along the border."""
     ours, theirs = values(found["inpainting"], "seam"), values(found["blending"], "seam")
     ratio = stats.bootstrap([a / b for a, b in zip(ours, theirs, strict=True)])
@@ -303,7 +317,11 @@ def seam_row(what: str, found: dict[str, list[Outcome]], best: dict[str, float],
         n=len(ours),
         leans_on="exact re-render",
         picture=picture,
-        data={"ratio": ratio.to_json(), "difference": less.to_json(), "guidance": best},
+        data={
+            "ratio": ratio.to_json(),
+            "difference": less.to_json(),
+            "settings": {arm: str(one) for arm, one in best.items()},
+        },
     )
 
 
@@ -312,8 +330,9 @@ EXPERIMENT = Experiment(
     title="Inpainting with a masked-input model",
     intro=(
         "toy-sd-inpaint is toy-sd with five more input channels, fine-tuned for minutes. Toys of rendered scenes are "
-        "taken away or replaced; hole and truth are exact. Both arms take 25 DDIM steps, each at the guidance that did "
-        "best on validation scenes and other seeds, and both put the original pixels back outside the hole."
+        "taken away or replaced; hole and truth are exact. Both arms take 25 DDIM steps, each with the guidance and "
+        "the prompt (of the whole scene, or of the hole alone) that did best on validation scenes and other seeds, and "
+        "both put the original pixels back outside the hole."
     ),
     file=__file__,
     parts=(

@@ -86,7 +86,7 @@ def scored(context: Context, concept: str, toys: int | None) -> Scored:
     maps = t2s.weak_maps(reader, test, shown, concept, p.levels, p.window, seed=REPORT)
     rough = t2s.rough_masks(maps)
     hole = torch.stack([masks.dilate(each.float(), round(p.grow * SIDE)) > 0.5 for each in rough])
-    removed = t2s.remove(remover, test, hole, p.background, shown, p.steps, p.guidance, REPORT)
+    removed = system.removed(remover, test, hole, concept, seed=REPORT)
     level = segmentation.normalise(maps)
     got = {
         "fixed": level >= 0.5,

@@ -370,7 +370,7 @@ def segment(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the pictures show, {} for the name. Default: a {}")] = None,
     background: Annotated[
-        list[str] | None, typer.Option(help="What is there without the object; repeatable. Default: an empty prompt.")
+        list[str] | None, typer.Option(help="What is there without the object; repeatable. Default: the remover's own.")
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="How many pictures to make. Default: 200.")] = None,
     iterations: Annotated[int | None, typer.Option(help="Training steps of the segmenter. Default: 400.")] = None,

@@ -71,7 +71,7 @@ def test_rough_masks_part_two_heaps_and_follow_the_majority():
     assert not found[1].any()
 
 
-def test_removal_is_inpainting_with_the_opposite_caption():
+def test_removal_is_inpainting_of_the_background():
     model, shown = tiny_model("inpaint"), pictures()
     holes = torch.zeros(3, 32, 32, dtype=torch.bool)
     holes[0, 4:20, 4:20] = holes[2, 10:30, 2:16] = True
@@ -90,7 +90,7 @@ def test_without_an_inpainting_model_the_hole_is_blended():
     model, shown = tiny_model("sd"), pictures(2)
     holes = torch.zeros(2, 32, 32, dtype=torch.bool)
     holes[0, 4:20, 4:20] = holes[1, 8:24, 8:30] = True
-    out = t2s.remove(model, shown, holes, [""], "a cube", steps=2, guidance=1.0)
+    out = t2s.remove(model, shown, holes, [""], steps=2, guidance=1.0)
     outside = ~holes[:, None].expand(-1, 3, -1, -1)
     assert torch.equal(out[outside], shown[outside]) and (out[~outside] != shown[~outside]).any()
 
@@ -175,6 +175,20 @@ def test_the_whole_way_and_its_files(tmp_path):
             t2s.Segmenter.load(path)
 
 
+def test_the_background_is_the_parameter_or_the_cards_or_a_photo(monkeypatch):
+    asked = []
+    monkeypatch.setattr(t2s, "remove", lambda *args: asked.append((args[3], args[4])))
+    model, plain = tiny_model("inpaint", fresh=True), tiny_model("sd")
+    model.card = {**model.card, "background": ["the grass"]}
+    for system, remover in (
+        (t2s.TextToSegmentation(background="the sand"), model),
+        (t2s.TextToSegmentation(opposite=True), model),
+        (t2s.TextToSegmentation(), plain),
+    ):
+        system.removed(remover, pictures(), torch.ones(3, 32, 32), "egg")
+    assert asked == [(["the sand"], None), (["the grass"], "an egg"), (["a photo of a background"], None)]
+
+
 def test_pictures_are_made_where_none_are_given():
     system = t2s.TextToSegmentation(n=3, levels=2, steps=2, iterations=1, width=2, prompt="a red {}")
     model = tiny_model("sd")
@@ -187,8 +201,6 @@ def test_pictures_are_made_where_none_are_given():
 def test_refusals():
     with pytest.raises(BadInput, match="must hold {}"):
         t2s.TextToSegmentation(prompt="a photo")
-    with pytest.raises(BadInput, match="background.*empty"):
-        t2s.TextToSegmentation(background=[])
     model = tiny_model("sd")
     with pytest.raises(BadInput, match="concept is empty"):
         t2s.TextToSegmentation().run(model, model, "  ", pictures())

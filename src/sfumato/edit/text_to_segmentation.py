@@ -51,6 +51,7 @@ __all__ = [
 
 FORMAT = "sfumato.segmenter.1"
 BATCH = 32
+BACKGROUND = "a photo of a background"
 
 #: told after each piece of work: (stage, done, of how many)
 Report = Callable[[str, int, int], None]
@@ -77,7 +78,12 @@ class TextToSegmentation:
     class Params(cards.Params):
         prompt: str = Field(default="a {}", description="what pictures of the object show; {} stands for its name")
         background: list[str] = Field(
-            default=[""], description="what is to be seen without the object; of several the i-th picture takes one"
+            default=[],
+            description="what is to be seen without the object, of several one for each picture in turn; none: what "
+            "the remover's card says, or a photo of a background",
+        )
+        opposite: bool = Field(
+            default=False, description="guide away from the object's prompt when removing it, as the released code does"
         )
         n: int = Field(default=200, ge=2, le=100_000, description="pictures to make where none are given")
         levels: int = Field(default=20, ge=1, le=1000, description="noise levels of the schedule that maps are read at")
@@ -96,7 +102,9 @@ class TextToSegmentation:
         steps: int | None = Field(
             default=None, ge=1, le=1000, description="denoising steps; the model's own if not said"
         )
-        guidance: float | None = Field(default=None, ge=0, description="guidance away from the object when removing it")
+        guidance: float | None = Field(
+            default=None, ge=0, description="guidance of the removal; the model's own if not said"
+        )
         tidy: bool = Field(default=True, description="close small gaps and fill holes of the refined masks")
         width: int = Field(default=8, ge=1, le=256, description="channels of the segmenter's finest level")
         iterations: int = Field(default=400, ge=1, le=1_000_000, description="training steps of the segmenter")
@@ -109,8 +117,6 @@ class TextToSegmentation:
         self.params = self.Params(**given)
         if "{}" not in self.params.prompt:
             raise BadInput(f"prompt of text_to_segmentation is {self.params.prompt!r}; it must hold {{}} for the name.")
-        if not self.params.background:
-            raise BadInput('background of text_to_segmentation is empty; give at least one text, such as "".')
 
     def named(self, concept: str) -> str:
         """The prompt for this concept, with the article that its first letter asks for."""
@@ -142,11 +148,20 @@ class TextToSegmentation:
         maps = weak_maps(model, pictures, shown, concept, p.levels, p.window, p.seed, told)
         rough = rough_masks(maps)
         hole = _grown(rough, round(p.grow * min(pictures.shape[-2:])))
-        removed = remove(remover, pictures, hole, p.background, shown, p.steps, p.guidance, p.seed, told)
+        removed = self.removed(remover, pictures, hole, concept, told)
         refined = refined_masks(pictures, removed, hole, p.tidy)
         learn: dict[str, Any] = {"width": p.width, "iterations": p.iterations, "negatives": p.negatives, "seed": p.seed}
         segmenter = train_segmenter(pictures, refined, removed, report=told, **learn)
         return Segmented(concept, pictures, maps, rough, removed, refined, segmenter)
+
+    def removed(
+        self, remover: Model, pictures: Tensor, hole: Tensor, concept: str, report: Report | None = None, seed: int = 0
+    ) -> Tensor:
+        """:func:`remove` with these parameters."""
+        p = self.params
+        background = p.background or remover.card.get("background") or [BACKGROUND]
+        negative = self.named(concept) if p.opposite else None
+        return remove(remover, pictures, hole, background, negative, p.steps, p.guidance, p.seed + seed, report)
 
 
 @dataclass(eq=False)
@@ -242,14 +257,18 @@ def remove(
     pictures: Tensor,
     holes: Tensor,
     background: Sequence[str],
-    shown: str,
+    negative: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
     report: Report | None = None,
 ) -> Tensor:
-    """Pictures (n 3 H W) with the ``holes`` (n H W) redrawn as ``background``, guided away from what was ``shown``: the
-    negative prompt is the opposite caption, as in the released code. Pictures with an empty hole stay as they are."""
+    """Pictures (n 3 H W) with the ``holes`` (n H W) redrawn as ``background``; those with an empty hole stay as they
+    are.
+
+    The released code takes the opposite caption for ``negative``. On our models that is much worse than none: two
+    prompts that both are far from the picture pull it out of what the model knows.
+    """
     out = pictures.clone()
     todo = holes.flatten(1).any(1).nonzero()[:, 0]
     size = BATCH if remover.family.takes_mask else 1  # blending lays one region over all samples
@@ -261,7 +280,7 @@ def remove(
         result = generate(
             remover,
             [background[int(i) % len(background)] for i in part],
-            negative=shown if _guided(remover, guidance) else None,
+            negative=negative,
             image=pictures[part],
             strength=1.0,
             seed=[seed + int(i) for i in part],
@@ -427,11 +446,6 @@ def _made(model: Model, prompt: str, n: int, seed: int, steps: int | None, repor
         out.append(result.pixels.clamp(-1, 1).float())
         report("pictures", start + count, n)
     return torch.cat(out)
-
-
-def _guided(model: Model, guidance: float | None) -> bool:
-    scale = model.defaults["guidance"] if guidance is None else guidance
-    return scale > 1 and not model.embeds_guidance
 
 
 def _above(values: Tensor) -> Tensor:
