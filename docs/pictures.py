@@ -241,8 +241,8 @@ def inpaint() -> Image.Image:
 
 def text_to_segmentation() -> Image.Image:
     """From above: pictures that show a ball, raw attention, the ball removed, refined masks, the segmenter's."""
-    scenes = (draw_scene("test", 31, i) for i in range(1000))
-    told = [scene for scene in scenes if [toy.shape for toy in scene.toys].count("ball") == 1][:72]
+    scenes = (draw_scene("test", 31, i, 1) for i in range(1000))
+    told = [scene for scene in scenes if scene.toys[0].shape == "ball"][:72]
     images = torch.cat([render(told[i : i + 36], 64).image for i in (0, 36)])
     found = sfumato.segment("ball", as_pictures(images), steps=15, iterations=300)
     level = normalise(found.maps)
