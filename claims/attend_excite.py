@@ -1,4 +1,4 @@
-"""Attend-and-Excite (Chefer et al. 2023, https://arxiv.org/abs/2301.13826): are both things drawn, and drawn right?
+"""Attend-and-Excite (Chefer et al. 2023, https://arxiv.org/abs/2301.13826): is everything drawn, and drawn right?
 
 Every arm gets the same prompts and seeds. The step size is chosen on other prompts and seeds; the toy-judge, which
 guides none of them, says what was drawn; best-of-n gets at least as much compute and is chosen by toy-clip.
@@ -24,7 +24,7 @@ from sfumato.steer.attend_excite import AttendExcite
 
 SOURCE = "Chefer et al. 2023, section 4"
 REPORT, TUNE = 5000, 6000  # seeds of prompts and noise: never the same for choosing and for reporting
-SEEDS = 4  # pictures of each prompt
+SEEDS = 2  # pictures of each prompt
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"strength": 20.0},
     {"step": "relative", "strength": 0.03},
@@ -92,7 +92,7 @@ def chosen(context: Context, name: str) -> dict[str, Any]:
     """The step size that binds most on prompts and seeds that are not reported on; presence breaks ties."""
 
     def choose() -> dict[str, Any]:
-        asked = common.pair_prompts(TUNE, context.count(30, 8))
+        asked = common.mixed_prompts(TUNE, context.count(24, 8))
         scores = []
         for params in CANDIDATES[:: 1 if not context.quick else 2]:
             arm = drawn(context, name, asked, TUNE, f"tuning {params}", lambda params=params: AttendExcite(**params))
@@ -116,10 +116,10 @@ def told(interval: stats.Interval) -> str:
     return f"{percent(interval)} (McNemar p {interval.p:.2g})"
 
 
-def two_toys(name: str, context: Context) -> list[Row]:
-    """Pairs of toys, all arms on the same prompts and seeds."""
+def several_toys(name: str, context: Context) -> list[Row]:
+    """Two and three toys, all arms on the same prompts and seeds."""
     params = chosen(context, name)
-    asked = repeated(common.pair_prompts(REPORT, context.count(40, 3)), context.count(SEEDS, 2))
+    asked = repeated(common.mixed_prompts(REPORT, context.count(50, 3)), context.count(SEEDS, 2))
     texts = [prompt.text for prompt in asked]
     makers = {
         "plain": None,
@@ -164,7 +164,7 @@ def two_toys(name: str, context: Context) -> list[Row]:
     there, bound = lifts["plain"]
     return [
         Row(
-            claim=f"{name}, two toys: both are there 12 points more often than in plain sampling (p < 0.01)",
+            claim=f"{name}, 2-3 toys: all are there 12 points more often than in plain sampling (p < 0.01)",
             source=SOURCE,
             measured=(
                 f"{percent(shares['ours'][0])}, {told(there)} more; {ours.cost:.0f} forward-equivalents{void_note}"
@@ -174,7 +174,7 @@ def two_toys(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: both are there in their own colours no less often than in plain sampling",
+            claim=f"{name}, 2-3 toys: all are there in their own colours no less often than in plain sampling",
             source=SOURCE,
             measured=f"{percent(shares['ours'][1])}, {told(bound)} more{void_note}",
             baseline=f"plain {percent(shares['plain'][1])}",
@@ -182,7 +182,7 @@ def two_toys(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: random directions of the same length do not help, and ours beat them (p < 0.01)",
+            claim=f"{name}, 2-3 toys: random directions of the same length do not help, and ours beat them (p < 0.01)",
             source="this repository",
             measured=f"ours {both('ours')}; {told(lifts['random'][0])} more there",
             baseline=f"random {both('random')}; over plain {told(random)} there",
@@ -190,7 +190,7 @@ def two_toys(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: more often both there than in the best of {n} plain pictures, which cost as much",
+            claim=f"{name}, 2-3 toys: more often all there than in the best of {n} plain pictures, which cost as much",
             source="this repository",
             measured=f"ours {both('ours')}; {told(lifts['best'][0])} there, {told(lifts['best'][1])} bound",
             baseline=f"best of {n} by toy-clip {both('best')}; {arms['best'].cost:.0f} forward-equivalents",
@@ -198,7 +198,7 @@ def two_toys(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: what iterative refinement adds to one step at a time",
+            claim=f"{name}, 2-3 toys: what iterative refinement adds to one step at a time",
             source=f"{SOURCE} (ablation)",
             measured=f"ours {both('ours')}; {told(lifts['once'][0])} more there",
             baseline=f"without refinement {both('once')}; {arms['once'].cost:.0f} forward-equivalents",
@@ -233,7 +233,7 @@ def parts(name: str) -> tuple[Part, ...]:
     """The parts of one model."""
     models = (name, "toy-judge", "toy-clip")
     return (
-        Part(f"{name}: two toys", models, lambda context: two_toys(name, context)),
+        Part(f"{name}: several toys", models, lambda context: several_toys(name, context)),
         Part(f"{name}: one toy", models, lambda context: one_toy(name, context)),
     )
 
@@ -242,7 +242,7 @@ EXPERIMENT = Experiment(
     key="attend_excite",
     title="Attend-and-Excite: nothing named is left out",
     intro=(
-        "Prompts name two toys of different shapes and colours; every arm has the same prompts and seeds, and words are"
+        "Prompts name 2 or 3 toys (in turn), all different; arms have the same prompts and seeds, and words are"
         " the prompt's nouns. Step sizes were chosen on other prompts and seeds. Compute is counted in"
         " forward-equivalents: a row through the denoiser is 1, so is its backward pass. The test is void where plain"
         " sampling already succeeds, or fails, too often."

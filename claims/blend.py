@@ -155,7 +155,7 @@ def best_strength(context: Context, name: str) -> float:
 
     def chosen() -> float:
         model = common.load(context, name)
-        tuned = cases("val", TUNE, context.count(24, 3))
+        tuned = cases("val", TUNE, context.count(16, 3))
         hits = {}
         for strength in STRENGTHS:
             found = outcomes(context, tuned, redrawing(model, strength), TUNE, f"{name}, strength {strength}")
@@ -168,7 +168,7 @@ def best_strength(context: Context, name: str) -> float:
 def edits(name: str, context: Context) -> list[Row]:
     """Blending, resampled blending and image-to-image on the same cases and seeds."""
     model = common.load(context, name)
-    asked = cases("test", REPORT, context.count(80, 4))
+    asked = cases("test", REPORT, context.count(60, 4))
     strength = best_strength(context, name)
     arms = {
         "blend": blending(model),

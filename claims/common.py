@@ -42,16 +42,23 @@ def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list
     return out
 
 
-def pair_prompts(seed: int, n: int) -> list[Prompt]:
-    """Such as "a red ball and a blue cone": two shapes and two colours, all different."""
-    out = []
-    for index in range(n):
-        rng = np.random.default_rng((seed, index, 11))
-        shapes, colors = rng.permutation(SHAPES)[:2], rng.permutation(COLORS)[:2]
-        scene = Scene(tuple(Toy(str(s), str(c)) for s, c in zip(shapes, colors, strict=True)))
-        told = caption(scene, None, "short")
-        out.append(Prompt(told.text, told, scene, judge.wanted(told)))
-    return out
+def pair_prompts(seed: int, n: int, toys: int = 2) -> list[Prompt]:
+    """Such as "a red ball and a blue cone": as many shapes and colours as ``toys``, all different."""
+    return [several(seed, index, toys) for index in range(n)]
+
+
+def several(seed: int, index: int, toys: int) -> Prompt:
+    """One of :func:`pair_prompts`."""
+    rng = np.random.default_rng((seed, index, 11))
+    shapes, colors = rng.permutation(SHAPES)[:toys], rng.permutation(COLORS)[:toys]
+    scene = Scene(tuple(Toy(str(s), str(c)) for s, c in zip(shapes, colors, strict=True)))
+    told = caption(scene, None, "short")
+    return Prompt(told.text, told, scene, judge.wanted(told))
+
+
+def mixed_prompts(seed: int, n: int) -> list[Prompt]:
+    """Two and three toys in turn: with pairs alone a plain model is right too often for anything to be repaired."""
+    return [several(seed, index, 2 + index % 2) for index in range(n)]
 
 
 def load(context: Context, name: str) -> Any:

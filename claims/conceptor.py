@@ -44,7 +44,7 @@ class Secret:
 def recipes(n: int) -> list[dict[str, float]]:
     """A colour and a shape in equal parts. (Mixtures of three words, or of two colours, are not drawn as such.)"""
     out = []
-    for i in range(n):
+    for i in range(1, n + 1):  # settings were chosen on the one that 0 would give
         rng = np.random.default_rng((REPORT, i))
         out.append({str(rng.choice(SHAPES)): 0.5, str(rng.choice(COLORS)): 0.5})
     return out

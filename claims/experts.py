@@ -182,7 +182,7 @@ def chart(experts: Sequence[Any], longer: Sequence[Any]) -> Image.Image:
 
 def drawing(context: Context) -> list[Row]:
     """Prompts followed, on the same prompts and seeds at the same cost."""
-    n = context.count(300, 6)
+    n = context.count(160, 6)
     asked: list[Prompt] = common.prompts("test", REPORT, n // 2, 1, "random")
     asked += common.prompts("test", REPORT + 1, n - n // 2, 2, "random")
     base, folders = common.load(context, BASE), children(context)

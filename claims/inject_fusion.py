@@ -6,7 +6,8 @@ they differ in all of these. The toy-judge reads both and what the method makes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ REPORT, TUNE = 8100, 8200
 STRENGTHS = (0.3, 0.5, 0.7, 1.0)
 LAYERS = ("up.0", "up.1")
 RATIOS = (0.3, 0.5, 0.7)
+BASELINES = ("none", "noise", "skips", "lerp")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,37 @@ def interpolation(model: Any, ratio: float) -> Method:
     return method
 
 
+def skip_mixing(model: Any, ratio: float) -> Method:
+    """The look drawn with its skip connections moved towards those that the content had at the same step."""
+
+    def method(pair: Pair) -> Tensor:
+        kept: list[Tensor] = []
+        with _skips(model, lambda skip: kept.append(skip) or skip):
+            generate(model, pair.content, decode=False, **settings(pair.other))
+        content = iter(kept)
+        with _skips(model, lambda skip: torch.lerp(skip, next(content), ratio)):
+            return generate(model, pair.look, **settings(pair.seed)).pixels
+
+    return method
+
+
+@contextlib.contextmanager
+def _skips(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Every skip connection of the U-Net passes through ``change``, in the order in which they are read."""
+
+    def hook(module: Any, args: Any, given: dict[str, Any]) -> Any:
+        name = "res_hidden_states_tuple"
+        return args, {**given, name: tuple(change(skip) for skip in given[name])}
+
+    with contextlib.ExitStack() as stack:
+        for block in model.denoiser.up_blocks:
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+MAKERS: dict[str, Callable[..., Method]] = {"noise": interpolation, "skips": skip_mixing}  # all other arms: fusion
+
+
 def score(found: Sequence[Outcome]) -> float:
     """Share of pairs fused; ties are broken by the single attributes."""
     kept = sum(one.shape + sum(one.look) / 3 for one in found) / 2
@@ -151,10 +184,11 @@ def tuned(context: Context, name: str) -> dict[str, dict[str, Any]]:
             "bottleneck": [{"strength": each} for each in STRENGTHS],
             "layer": [{"layer": layer, "strength": each} for layer in LAYERS for each in STRENGTHS],
             "noise": [{"ratio": each} for each in RATIOS],
+            "skips": [{"ratio": each} for each in RATIOS],
         }
         best = {}
         for arm, grid in grids.items():
-            make = interpolation if arm == "noise" else fusion
+            make = MAKERS.get(arm, fusion)
             scores = [score(outcomes(context, asked, make(model, **each), f"{name}, {each}")) for each in grid]
             best[arm] = grid[max(range(len(grid)), key=scores.__getitem__)]
         return best
@@ -167,11 +201,12 @@ def fused(name: str, context: Context) -> list[Row]:
     model = common.load(context, name)
     best = tuned(context, name)
     layer = best["layer"]
-    asked = pairs(context, model, REPORT, context.count(40, 3))
+    asked = pairs(context, model, REPORT, context.count(30, 3))
     arms: dict[str, Method] = {
         "none": fusion(model, strength=0.0),
         "bottleneck": fusion(model, **best["bottleneck"]),
         "noise": interpolation(model, **best["noise"]),
+        "skips": skip_mixing(model, **best["skips"]),
         "lerp": fusion(model, **layer, mix="lerp"),
         "symmetric": fusion(model, **layer, process="symmetric"),
         "calibrated": fusion(model, **layer, calibration=1.0),
@@ -183,19 +218,19 @@ def fused(name: str, context: Context) -> list[Row]:
     rate = {arm: stats.share(each) for arm, each in hits.items()}
     shape = {arm: stats.share([one.shape for one in each]) for arm, each in found.items()}
     look = {arm: stats.bootstrap([sum(one.look) / 3 for one in each]) for arm, each in found.items()}
-    gains = {
-        arm: {b: stats.mcnemar(hits[arm], hits[b]) for b in ("none", "noise", "lerp")} for arm in ("bottleneck", ours)
-    }
+    gains = {arm: {b: stats.mcnemar(hits[arm], hits[b]) for b in BASELINES} for arm in ("bottleneck", ours)}
     steps = [shape["none"].value, *(shape[f"layer {share:g}"].value for share in STRENGTHS)]
     edits = stats.mcnemar([one.shape for one in found[ours]], [one.shape for one in found["symmetric"]])
     calibrated = stats.paired_difference(
         [sum(one.look) / 3 for one in found["calibrated"]], [sum(one.look) / 3 for one in found[ours]]
     )
     rows = [[pair.pictures[k] for pair in asked[:10]] for k in (0, 1)]
-    rows += [[one.picture for one in found[arm][:10]] for arm in ("bottleneck", ours, "noise", "lerp", "calibrated")]
+    rows += [
+        [one.picture for one in found[arm][:10]] for arm in ("bottleneck", ours, "noise", "skips", "lerp", "calibrated")
+    ]
     picture = context.save(f"inject-fusion-{name}.png", common.sheet(rows))
     leans = common.trust_text(context, "shape", "color")
-    told = "; ".join(f"{arm} {percent(rate[arm])}" for arm in ("none", "noise", "lerp"))
+    told = "; ".join(f"{arm} {percent(rate[arm])}" for arm in BASELINES)
     data = {
         arm: {"fused": rate[arm].to_json(), "shape": shape[arm].to_json(), "look": look[arm].to_json()} for arm in arms
     } | {"settings": best}
@@ -212,7 +247,7 @@ def fused(name: str, context: Context) -> list[Row]:
                 f"{percent(rate[arm])} of pairs (shape {percent(shape[arm])}, look {percent(look[arm])}); more than "
                 + ", ".join(f"{b} {percent(each)}" for b, each in against.items())
             ),
-            baseline=f"{told} (noise: slerp of x_T, {best['noise']['ratio']:g})",
+            baseline=f"{told} (tuned: slerp of x_T by {best['noise']['ratio']:g}, skips by {best['skips']['ratio']:g})",
             holds=all(each.value >= 0.15 and each.low > 0 for each in against.values()),
             n=len(asked),
             leans_on=leans,
@@ -323,7 +358,8 @@ EXPERIMENT = Experiment(
         "Pairs of drawn pictures that differ in the shape, colour and ground which the toy-judge reads in them. "
         "Strength, layer and ratio were chosen on other prompts and seeds. toy-sd is shallow: almost everything passes "
         "its 4x4 bottleneck by, as the first row measures, so the method is also run on a later layer. lerp: the same "
-        "layer and strength in a straight line, norms not matched. SD3 has no bottleneck and is refused."
+        "layer and strength in a straight line, norms not matched; skips: its skip connections mixed "
+        "instead. SD3 has no bottleneck and is refused."
     ),
     file=__file__,
     parts=parts("toy-sd"),

@@ -103,16 +103,6 @@ def maps(context: Context, given: Asked, name: str) -> Tensor:
 NAMES = (*METHODS, *BASELINES, "attention relevance", "random", "centred")
 
 
-def average_precision(heats: Tensor, truths: Tensor) -> list[float]:
-    """Area under the precision-recall curve of each map's pixels."""
-    out = []
-    for one, truth in zip(heats.flatten(1), truths.flatten(1), strict=True):
-        hits = truth[one.argsort(descending=True)].double()
-        precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-        out.append(float((precision * hits).sum() / hits.sum()))
-    return out
-
-
 def table(values: dict[str, stats.Interval], names: Any = NAMES, percent: bool = False) -> str:
     """All but ours, in one line."""
     return "; ".join(f"{name} {values[name].text(percent)}" for name in names if name != OURS)
@@ -133,7 +123,7 @@ def segmented_among(context: Context, toys: int) -> list[Row]:
     for name, found in heats.items():
         level = segmentation.normalise(found)
         ious[name] = segmentation.iou(level > level.mean((1, 2), keepdim=True), given.masks).tolist()
-        precise[name] = average_precision(found, given.masks)
+        precise[name] = segmentation.average_precision(found, given.masks).tolist()
     rows = []
     for what, scores in (("IoU at the map's mean", ious), ("average precision of pixels", precise)):
         means = {name: stats.bootstrap(values) for name, values in scores.items()}

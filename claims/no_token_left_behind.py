@@ -85,7 +85,7 @@ def prompts(context: Context) -> list[Row]:
     ]
 
 
-# --- two toys --------------------------------------------------------------------------------------------------------
+# --- several toys -----------------------------------------------------------------------------------------------------
 
 
 def checks(context: Context, pixels: Tensor, asked: Sequence[common.Prompt]) -> list[judge.Check]:
@@ -133,16 +133,16 @@ def premise(context: Context) -> list[Row]:
     ]
 
 
-def two_toys(name: str, context: Context) -> list[Row]:
+def several_toys(name: str, context: Context) -> list[Row]:
     """Guided with and without the explanation, and plain with as much time."""
     strengths = (0.1, 0.2)
-    tuning = common.pair_prompts(TUNE, context.count(24, 3))
+    tuning = common.mixed_prompts(TUNE, context.count(16, 3))
     tuned = {}
     for strength in strengths:
         pixels, _ = timed(context, name, tuning, TUNE, f"{name}, strength {strength}", strength=strength)
         tuned[strength] = float(np.mean([check.all_present for check in checks(context, pixels, tuning)]))
     strength = max(tuned, key=lambda s: tuned[s])
-    asked = common.pair_prompts(REPORT, context.count(100, 4))
+    asked = common.mixed_prompts(REPORT, context.count(60, 4))
     arms, seconds = {}, {}
     for arm, guide in (
         ("plain", {}),
@@ -165,10 +165,10 @@ def two_toys(name: str, context: Context) -> list[Row]:
     picture = common.sheet([list(arms[arm][:10]) for arm in arms])
     return [
         Row(
-            claim=f"{name}: both named toys are there more often than with plain CLIP guidance and than with plain "
+            claim=f"{name}: all 2-3 named toys are there more often than with plain CLIP guidance and than with plain "
             "sampling that takes as long",
             source=f"{SOURCE} (its loss; guiding diffusion is ours)",
-            measured=f"both there {percent(there['explained'])} (with their colours {percent(bound['explained'])}); "
+            measured=f"all there {percent(there['explained'])} (with their colours {percent(bound['explained'])}); "
             f"over CLIP guidance {percent(more['CLIP'])}, over as much time {percent(more['longer'])}; strength "
             f"{strength:g} (tuned)",
             baseline=f"CLIP guidance {percent(there['CLIP'])}, plain {percent(there['plain'])}, plain with {longer} "
@@ -213,7 +213,7 @@ class Layout:
 
 def boxes(name: str, context: Context) -> list[Row]:
     """Toys in boxes: by relevance, by masked similarity alone, by CLIP alone, and not at all."""
-    asked = [Layout(REPORT, i) for i in range(context.count(40, 3))]
+    asked = [Layout(REPORT, i) for i in range(context.count(30, 3))]
     model = common.load(context, name)
     arms: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -313,7 +313,7 @@ EXPERIMENT = Experiment(
     parts=(
         Part("prompts", ("toy-clip",), prompts),
         Part("premise", ("toy-clip",), premise),
-        Part("toy-sd: two toys", ("toy-sd", "toy-clip", "toy-judge"), lambda context: two_toys("toy-sd", context)),
+        Part("toy-sd: 2-3 toys", ("toy-sd", "toy-clip", "toy-judge"), lambda context: several_toys("toy-sd", context)),
         Part("toy-sd: boxes", ("toy-sd", "toy-clip", "toy-judge"), lambda context: boxes("toy-sd", context)),
         Part("latents", ("toy-sd", "toy-clip", "toy-judge"), latents),
     ),

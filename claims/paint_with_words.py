@@ -100,7 +100,7 @@ def per_picture(found: Sequence[Sequence[Found]], name: str) -> list[float]:
 
 def best_strength(context: Context, name: str) -> tuple[float, dict[float, float]]:
     """The strength with the best layout IoU on other layouts and seeds, and all of them."""
-    tuned = layouts("val", TUNE, context.count(30, 3))
+    tuned = layouts("val", TUNE, context.count(20, 3))
     ious = {}
     for strength in STRENGTHS:
         pictures = paint(context, name, tuned, TUNE, f"{name}, strength {strength}", strength=strength)

@@ -220,11 +220,18 @@ def choose(tuned: dict[str, Outcome]) -> tuple[float, float]:
     return max(WINDOWS, key=worth)
 
 
+def chosen(context: Context, name: str) -> tuple[float, float]:
+    """:func:`choose` on validation scenes, once per run."""
+    asked = changes("val", TUNE, context.count(24, 12))
+    return context.once(
+        f"window {name}", lambda: choose(edit_all(context, name, asked, TUNE, WINDOWS, f"{name}, choosing"))
+    )
+
+
 def generated(name: str, context: Context) -> list[Row]:
     """Arm A: pictures of the model itself."""
-    tuned = edit_all(context, name, changes("val", TUNE, context.count(60, 12)), TUNE, WINDOWS, f"{name}, choosing")
-    window = choose(tuned)
-    asked = changes("test", REPORT, context.count(200, 16))
+    window = chosen(context, name)
+    asked = changes("test", REPORT, context.count(100, 16))
     found = edit_all(context, name, asked, REPORT, [window], f"{name}, editing")
     ours, free = found[f"p2p {window[0]:g}/{window[1]:g}"], found["no injection"]
     claim = (
@@ -309,8 +316,8 @@ def by_chance(n: int, least: float = 0.9) -> float:
 def reweighted(name: str, context: Context) -> list[Row]:
     """A colour word turned up and down."""
     model, eye = common.load(context, name), common.judge_of(context)
-    colourful = [p for p in common.prompts("test", REPORT + 2, context.count(160, 24), 1, "plain")]
-    asked = [p for p in colourful if p.wishes[0].color not in ("white", "black")][: context.count(80, 8)]
+    colourful = [p for p in common.prompts("test", REPORT + 2, context.count(60, 24), 1, "plain")]
+    asked = [p for p in colourful if p.wishes[0].color not in ("white", "black")][: context.count(30, 8)]
     correlations: list[float] = []
     shown: list[list[Tensor]] = []
     for start, chunk in context.batches(asked, 20, f"{name}, reweighting"):
@@ -364,7 +371,7 @@ def inverted(context: Context, name: str, pixels: Tensor, text: str, guidance: f
 def reconstruction(name: str, context: Context) -> list[Row]:
     """How well inversion leads back to a render, under guidance."""
     model = common.load(context, name)
-    asked = common.prompts("test", REPORT + 3, context.count(40, 4), None, "plain")
+    asked = common.prompts("test", REPORT + 3, context.count(16, 4), None, "plain")
     truth = render([prompt.scene for prompt in asked], SIDE).image
     got: dict[str, list[float]] = {}
     shown: list[list[Tensor]] = []
@@ -417,10 +424,8 @@ def renders(name: str, context: Context) -> list[Row]:
     """Arm B: renders inverted and edited, held against the same scene rendered with that one thing changed."""
     model = common.load(context, name)
     guidance = float(model.defaults["guidance"])
-    window = choose(
-        edit_all(context, name, changes("val", TUNE, context.count(60, 12)), TUNE, WINDOWS, f"{name}, choosing")
-    )
-    asked = changes("test", REPORT + 4, context.count(60, 4))
+    window = chosen(context, name)
+    asked = changes("test", REPORT + 4, context.count(24, 4))
     before = render([each.prompt.scene for each in asked], SIDE)
     after = render([each.scene for each in asked], SIDE)
     inside: dict[str, list[float]] = {}

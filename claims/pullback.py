@@ -22,6 +22,7 @@ from sfumato.hspace import Basis, Encoder, geodesic_distance, layer_of, local_ba
 from sfumato.hspace.geometry import principal_angles
 from sfumato.judge import stats
 from sfumato.models import Model
+from sfumato.models.precision import fast_bf16
 from sfumato.sampling import Path, generate
 from sfumato.toybox import Scene, Toy, caption, render
 from sfumato.toybox.dataset import draw_scene
@@ -247,7 +248,7 @@ def trained(context: Context, base: Any, kind: str) -> Model:
         t = torch.randint(1000, (16,), generator=generator)
         alpha, sigma = path.alpha_sigma(t)
         target = eps if path.kind == "epsilon" else alpha * eps - sigma * x0
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
             loss = (model.predict(alpha * x0 + sigma * eps, t, told, "cond").float() - target).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -59,7 +59,7 @@ def best_settings(context: Context, name: str, on_picture: bool) -> dict[str, An
 
     def chosen() -> dict[str, Any]:
         model = common.load(context, name)
-        tuned = blend.cases("val", TUNE, context.count(24, 3))
+        tuned = blend.cases("val", TUNE, context.count(12, 3))
         scores = []
         for settings in SETTINGS:
             method = guided(model, on_picture, **settings)
@@ -73,7 +73,7 @@ def drawn(
     context: Context, name: str, arms: dict[str, Method], seed: int
 ) -> tuple[list[Case], dict[str, list[Outcome]]]:
     """Every arm on the same cases and seeds."""
-    asked = blend.cases("test", seed, context.count(80, 4))
+    asked = blend.cases("test", seed, context.count(50, 4))
     return asked, {arm: outcomes(context, asked, arms[arm], seed, f"{name}, {arm}") for arm in arms}
 
 

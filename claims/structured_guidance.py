@@ -25,7 +25,7 @@ from sfumato.steer.structured_guidance import StructuredGuidance
 
 SOURCE = "Feng et al. 2022, section 4"
 REPORT = 7000
-SEEDS = 4  # pictures of each prompt
+SEEDS = 2  # pictures of each prompt
 
 
 class RandomSpans(StructuredGuidance):
@@ -70,9 +70,9 @@ class Contamination(Intervention):
 
 
 def turned(prompt: Prompt) -> Prompt:
-    """The same wishes with the two phrases in the other order."""
-    first, second = (phrase.text for phrase in prompt.told.phrases if phrase.object is not None)
-    return replace(prompt, text=f"{second} and {first}")
+    """The same wishes with the phrases in the opposite order."""
+    *most, last = [phrase.text for phrase in prompt.told.phrases if phrase.object is not None][::-1]
+    return replace(prompt, text=f"{', '.join(most)} and {last}")
 
 
 def leaks(arm: Arm) -> list[bool]:
@@ -81,8 +81,8 @@ def leaks(arm: Arm) -> list[bool]:
 
 
 def binding(name: str, context: Context) -> list[Row]:
-    """Pairs of toys, all arms on the same prompts and seeds."""
-    asked = repeated(common.pair_prompts(REPORT, context.count(100, 3)), context.count(SEEDS, 2))
+    """Two and three toys, all arms on the same prompts and seeds."""
+    asked = repeated(common.mixed_prompts(REPORT, context.count(100, 3)), context.count(SEEDS, 2))
     makers: dict[str, Any] = {
         "plain": None,
         "ours": StructuredGuidance,
@@ -119,7 +119,7 @@ def binding(name: str, context: Context) -> list[Row]:
     fall = -less["ours"].value / max(leak["plain"].value, 1e-9)
     return [
         Row(
-            claim=f"{name}, two toys: colours leak onto the other toy 15 % less often than in plain ones (p < 0.05)",
+            claim=f"{name}, 2-3 toys: colours leak onto another toy 15 % less often than in plain ones (p < 0.05)",
             source=SOURCE,
             measured=f"{percent(leak['ours'])}, {100 * fall:.0f} % less; {told(less['ours'])}",
             baseline=listed(("plain", "random", "turned"), leak),
@@ -127,7 +127,7 @@ def binding(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: both are there in their own colours more often than in plain sampling (p < 0.05)",
+            claim=f"{name}, 2-3 toys: all are there in their own colours more often than in plain sampling (p < 0.05)",
             source=f"{SOURCE} (5 to 8 points in the users' preference)",
             measured=f"{percent(bound['ours'])}, {told(more['ours'])} more",
             baseline=listed(("plain", "random", "turned"), bound),
@@ -135,7 +135,7 @@ def binding(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: both are there no less often than in plain sampling, within 1 point",
+            claim=f"{name}, 2-3 toys: all are there no less often than in plain sampling, within 1 point",
             source=SOURCE,
             measured=f"{percent(there['ours'])}, {told(present)} more",
             baseline=listed(("plain",), there),
@@ -143,20 +143,20 @@ def binding(name: str, context: Context) -> list[Row]:
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: neither other stretches of the prompt nor turning it around does as much",
+            claim=f"{name}, 2-3 toys: neither other stretches of the prompt nor turning it around does as much",
             source="this repository",
-            measured=f"leaks {told(less['ours'])}, both right {told(more['ours'])}",
+            measured=f"leaks {told(less['ours'])}, all right {told(more['ours'])}",
             baseline="; ".join(
-                f"{label}: leaks {told(less[label])}, both right {told(more[label])}" for label in ("random", "turned")
+                f"{label}: leaks {told(less[label])}, all right {told(more[label])}" for label in ("random", "turned")
             ),
             holds=less["ours"].value < min(less[label].value for label in ("random", "turned")),
             **shown,
         ),
         Row(
-            claim=f"{name}, two toys: the mode for conjunctions",
+            claim=f"{name}, 2-3 toys: the mode for conjunctions",
             source=f"{SOURCE}, many keys and one value",
-            measured=f"leaks {told(less['conjunction'])}, both right {told(more['conjunction'])} more than plain",
-            baseline=f"values: leaks {told(less['ours'])}, both right {told(more['ours'])} more than plain",
+            measured=f"leaks {told(less['conjunction'])}, all right {told(more['conjunction'])} more than plain",
+            baseline=f"values: leaks {told(less['ours'])}, all right {told(more['ours'])} more than plain",
             holds=None,
             **shown,
         ),
@@ -193,8 +193,8 @@ EXPERIMENT = Experiment(
     key="structured_guidance",
     title="Structured guidance: colours land on the right toy",
     intro=(
-        "Prompts name two toys of different shapes and colours; every arm has the same prompts and seeds and as many"
-        " denoiser passes. A colour leaks when a toy of the right shape wears the other toy's colour. SD3 and Flux are"
+        "Prompts name 2 or 3 toys (in turn), all different; every arm has the same prompts and seeds and as many"
+        " denoiser passes. A colour leaks when a toy of the right shape wears another toy's colour. SD3 and Flux are"
         " left out: in joint attention the method is not defined."
     ),
     file=__file__,
