@@ -6,7 +6,7 @@ import statistics
 
 from benchmarks.core import Figure, in_process
 
-SIDE, ROUNDS = 128, 2
+SIDE, ROUNDS = 128, 3
 CODE = """
 import json, resource, sys
 import torch

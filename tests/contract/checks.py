@@ -6,6 +6,7 @@ registered system, and ``test_checks.py`` shows that each of them fails for a sy
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfumato.attention import Call
 from sfumato.cards import from_recipe, to_recipe
 from sfumato.errors import Conflict, NoMatch, SfumatoError, WorkInterrupted
 from sfumato.models import Model
-from sfumato.sampling import Guidance, Intervention, Result, generate, recipe_args
+from sfumato.sampling import Guidance, Intervention, Result, Step, generate, recipe_args
 from tests.helpers import fingerprint
 
 PROMPT = "a red cube and a blue ball"
@@ -101,6 +103,23 @@ def check_acts(make: Make, model: Model) -> None:
     )
     if system.role != "observer":
         assert not same(result.latents, run(model).latents), "the picture is the same with and without the system"
+
+
+def check_frees(make: Make, model: Model) -> None:
+    """What a step needed goes when the step does: nothing waits for the collector of reference cycles."""
+    system = make()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        run(model, system)
+        gc.collect()
+        left = {type(each).__name__ for each in gc.garbage if isinstance(each, Tensor | Call | Step)}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left, f"kept alive by reference cycles: {left}"
 
 
 def check_deterministic(make: Make, model: Model) -> None:

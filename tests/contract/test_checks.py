@@ -235,6 +235,16 @@ def test_neighbours_that_mix_are_caught(model):
     _fails(checks.check_batch_independent, Mixes, model)
 
 
+def test_tensors_in_cycles_are_caught(model):
+    class Loops(Nudge):
+        def after_step(self, step):
+            super().after_step(step)
+            ring = [step.x]
+            ring.append(ring)
+
+    _fails(checks.check_frees, Loops, model)
+
+
 def test_words_taken_for_granted_are_caught(model):
     class Gullible(Watcher):
         def start(self, run):

@@ -73,6 +73,11 @@ def test_detaches_when_the_denoiser_fails(key, kind):
     checks.check_detaches_when_the_denoiser_fails(maker(key), tiny_model(kind, fresh=True))
 
 
+@pytest.mark.parametrize(("key", "kind"), [(key, kind) for key, kind in PAIRS if kind in ("sd", "sd3")])
+def test_frees(key, kind):
+    checks.check_frees(maker(key), tiny_model(kind))
+
+
 @pytest.mark.parametrize(("key", "kind"), SOME)
 def test_deterministic(key, kind):
     checks.check_deterministic(maker(key), tiny_model(kind))

@@ -144,7 +144,10 @@ class Call:
         self._probs: Tensor | None = None
         self._other: OtherMap | None = None
         self._fused: tuple[Tensor, Tensor] | None = None  # (output, log-sum-exp) of the fused kernel, whole batch
-        self._whole, self._part = self, slice(None)
+        # the call this one shows rows of; none for a call of its own: a reference to itself would keep the tensors alive
+        # until the collector of cycles comes by
+        self._whole: Call | None = None
+        self._part = slice(None)
 
     # -- where things are ----------------------------------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ class Call:
         view._scores = None if self._scores is None else self._scores[part]
         view._probs = None if self._probs is None else self._probs[part]
         first = self._part.start or 0  # a view of a view
-        view._whole, view._part = self._whole, slice(first + part.start, first + part.stop)
+        view._whole, view._part = self._whole or self, slice(first + part.start, first + part.stop)
         other = None if plain else self._other
         if other is not None and other.rows.start < part.stop and part.start < other.rows.stop:
             if other.rows != part:
@@ -311,7 +314,7 @@ class Call:
         keeps its bits, and only without gradients (the kernel treats the log-sum-exp as a constant). With bfloat16 or
         float16 inputs it is good to a relative 1e-4, far below what such inputs carry.
         """
-        whole = self._whole
+        whole = self._whole or self
         if whole._fused is None and whole._kernel_gives_lse():
             mask = whole.mask
             if mask is not None and mask.dtype == torch.bool:

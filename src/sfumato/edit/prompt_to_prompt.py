@@ -568,7 +568,7 @@ def _queries(call: Call, rows: slice) -> Call:
     part._probs = None if call._probs is None else call._probs[:, :, rows]
     if call.mask is not None and call.mask.dim() > 1 and call.mask.shape[-2] > 1:
         part.mask = call.mask[..., rows, :]
-    part._whole, part._part = part, slice(None)
+    part._whole, part._part = None, slice(None)
     return part
 
 
