@@ -10,15 +10,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from sfumato.attention.clip_relevance import ClipLens
-from sfumato.attention.relevance import (
-    cross_update,
-    head_mean,
-    map_gradients,
-    normalized,
-    recorded,
-    self_relevance,
-    self_update,
-)
+from sfumato.attention.gradients import map_gradients, recorded, self_relevance
+from sfumato.attention.relevancy import Relevancy, fuse_heads, normalised
 from sfumato.attention.sites import find_sites
 from sfumato.errors import BadInput
 from tests.helpers import fingerprint
@@ -135,21 +128,25 @@ def test_pairs_do_not_mix(clip, images):
 def test_rules_by_hand():
     maps = torch.tensor([[[[0.5, 0.5], [0.2, 0.8]], [[1.0, 0.0], [0.5, 0.5]]]])
     grads = torch.tensor([[[[1.0, -1.0], [2.0, 0.0]], [[0.0, 3.0], [-1.0, 1.0]]]])
-    weights = head_mean(maps, grads)
+    weights = fuse_heads(maps, grads)
     torch.testing.assert_close(weights, torch.tensor([[[0.25, 0.0], [0.2, 0.25]]]))
     torch.testing.assert_close(
         self_relevance([maps, maps], [grads, grads])[0], torch.tensor([[1.5625, 0.0], [0.5, 1.5625]])
     )
     torch.testing.assert_close(
-        normalized(torch.tensor([[[1.5, 0.5], [0.0, 1.0]]])), torch.tensor([[[1.5, 0.5], [0.0, 1.0]]])
+        normalised(torch.tensor([[[1.5, 0.5], [0.0, 1.0]]])), torch.tensor([[[1.5, 0.5], [0.0, 1.0]]])
     )
     across, own = torch.tensor([[[0.1, 0.2, 0.3], [0.0, 0.0, 1.0]]]), torch.eye(2)[None]
     back = torch.ones(1, 3, 2)
-    added, returned = cross_update(across, own, torch.eye(3)[None], back)
+    state = Relevancy({"s": 2, "q": 3}, own)
+    assert state.cross_gain("s", "q", across)[1].abs().sum() == 0
+    state.matrices["q", "s"] = back
+    added, returned = state.cross_gain("s", "q", across)
     torch.testing.assert_close(added, across)
     torch.testing.assert_close(returned, torch.tensor([[[0.6, 0.6], [1.0, 1.0]]]))
-    assert cross_update(across, own, torch.eye(3)[None])[1].abs().sum() == 0
-    torch.testing.assert_close(self_update(weights, across)[0], across + weights @ across)
+    state.matrices["s", "q"] = across
+    state.attend_self("s", weights)
+    torch.testing.assert_close(state["s", "q"], across + weights @ across)
 
 
 def test_recorded_maps_make_the_output(clip):

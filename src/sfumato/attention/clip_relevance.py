@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.attention.relevance import map_gradients, recorded, self_relevance
+from sfumato.attention.gradients import map_gradients, recorded, self_relevance
 from sfumato.attention.sites import Site, find_sites
 from sfumato.attention.words import Reading, Words
 from sfumato.errors import BadInput

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, UnknownName
 
-__all__ = ["Relevancy", "fuse_heads", "normalised", "resampling", "rollout"]
+__all__ = ["Relevancy", "fuse_heads", "normalised", "resampling", "rollout", "with_residual"]
 
 
 def fuse_heads(probs: Tensor, slopes: Tensor) -> Tensor:
@@ -34,12 +34,17 @@ def normalised(own: Tensor) -> Tensor:
     return torch.where(total > 0, gained / torch.where(total > 0, total, 1.0), 0.0) + eye
 
 
-def rollout(maps: Iterable[Tensor]) -> Tensor:
-    """Attention rollout: the product, last leftmost, of maps (b n n) with the residual added, rows summing to 1."""
+def with_residual(own: Tensor, row_sums: bool = True) -> Tensor:
+    """A map (b n n) with the residual connection added, and rows that sum to 1 unless ``row_sums`` is False."""
+    mixed = own + torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
+    return mixed / mixed.sum(-1, keepdim=True) if row_sums else mixed
+
+
+def rollout(maps: Iterable[Tensor], row_sums: bool = True) -> Tensor:
+    """Attention rollout: the product, last leftmost, of maps (b n n) :func:`with_residual`."""
     out: Tensor | None = None
     for each in maps:
-        mixed = each + torch.eye(each.shape[-1], dtype=each.dtype, device=each.device)
-        mixed = mixed / mixed.sum(-1, keepdim=True)
+        mixed = with_residual(each, row_sums)
         out = mixed if out is None else mixed @ out
     if out is None:
         raise BadInput("rollout needs at least one attention map.")

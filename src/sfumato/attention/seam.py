@@ -144,7 +144,7 @@ class Call:
         self._probs: Tensor | None = None
         self._other: OtherMap | None = None
         self._fused: tuple[Tensor, Tensor] | None = None  # (output, log-sum-exp) of the fused kernel, whole batch
-        # the call this one shows rows of; none for a call of its own: a reference to itself would keep the tensors alive
+        # the call this one shows rows of; none for a call of its own: a reference to itself would keep tensors alive
         # until the collector of cycles comes by
         self._whole: Call | None = None
         self._part = slice(None)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sfumato import cards
 from sfumato.attention.capture import Attended, captured, refuse_no_attention
 from sfumato.attention.layouts import Layout, Move, layout
-from sfumato.attention.relevancy import Relevancy, fuse_heads, resampling
+from sfumato.attention.relevancy import Relevancy, fuse_heads, resampling, with_residual
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.site import Site
@@ -314,8 +314,7 @@ def _rolled(plan: Layout, maps: Sequence[Tensor], start_layer: int) -> dict[tupl
             out[move.rows, move.rows] = rows @ out[move.rows, move.rows] @ columns
         elif move.kind == "self" and i not in skipped:
             each = _whole(maps[move.call], move, plan)
-            mixed = each + torch.eye(each.shape[-1]).to(each)
-            out[move.rows, move.rows] = mixed / mixed.sum(-1, keepdim=True) @ out[move.rows, move.rows]
+            out[move.rows, move.rows] = with_residual(each) @ out[move.rows, move.rows]
     for (s, q), last in _last(plan, maps, across=True).items():
         out[s, q] = out[s, s].transpose(-1, -2) @ last @ out[q, q]
     return out

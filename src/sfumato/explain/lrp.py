@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sfumato import cards
 from sfumato.attention.capture import captured, refuse_no_attention
+from sfumato.attention.relevancy import fuse_heads, rollout
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.explain.propagation import Propagation, Record, Rules, prepared, settled
@@ -108,28 +109,12 @@ def relevance(
     else:
         if not 0 <= start_layer < len(found.maps):
             raise BadInput(f"start_layer={start_layer}: the model has {len(found.maps)} attention layers, from 0.")
-        rolled = rollout(
-            [(g * r).clamp_min(0).mean(1) for g, r in zip(found.gradients, found.relevances, strict=True)][
-                start_layer:
-            ],
-            row_sums,
-        )
-        out = rolled[rows, at]
+        layers = [fuse_heads(r, g) for r, g in zip(found.relevances, found.gradients, strict=True)][start_layer:]
+        for layer in layers:
+            if layer.shape[-1] != layer.shape[-2]:
+                raise NotSupported(f"attribution is for self-attention; a layer has {tuple(layer.shape[1:])} tokens.")
+        out = rollout(layers, row_sums)[rows, at]  # equations 13 and 14
     return out.float().clone().index_put_((rows, at), torch.zeros((), device=at.device))
-
-
-def rollout(layers: Sequence[Tensor], row_sums: bool = True) -> Tensor:
-    """Product (b, n, n) of I + A over layers (b, n, n), the last leftmost (equations 13 and 14)."""
-    out: Tensor | None = None
-    for layer in layers:
-        if layer.shape[-1] != layer.shape[-2]:
-            raise NotSupported(f"attribution is for self-attention; a layer has {tuple(layer.shape[1:])} tokens.")
-        mixed = layer + torch.eye(layer.shape[-1], dtype=layer.dtype, device=layer.device)
-        if row_sums:
-            mixed = mixed / mixed.sum(-1, keepdim=True)
-        out = mixed if out is None else mixed @ out
-    assert out is not None
-    return out
 
 
 def traced(
