@@ -17,7 +17,7 @@ import re
 import secrets
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 CHUNK = "sfumato"
 A1111_CHUNK = "parameters"
@@ -120,6 +121,15 @@ def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any]) -> Pa
     image.save(encoded, format="PNG", pnginfo=chunks)
     with replacing(path) as file:
         file.write(encoded.getbuffer())
+    return Path(path)
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write tensors and what is to be known about them to one safetensors file, whole or not at all. Raises OSError."""
+    import safetensors.torch
+
+    with replacing(path) as file:
+        file.write(safetensors.torch.save({name: each.contiguous() for name, each in tensors.items()}, metadata))
     return Path(path)
 
 

@@ -22,12 +22,14 @@ KINDS = {
     "pixart": "pixart",
 }
 """Tiny model -> the family it belongs to."""
-SERVED = {name: {name, *family.kin} for family in FAMILIES for name in [family.name]}
-"""Family -> itself and the families whose systems run on it unchanged."""
+BY_NAME = {family.name: family for family in FAMILIES}
 
 SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
 PAIRS = [
-    (key, kind) for key, card in SYSTEMS.items() for kind, family in KINDS.items() if SERVED[family] & {*card.families}
+    (key, kind)
+    for key, card in SYSTEMS.items()
+    for kind, family in KINDS.items()
+    if BY_NAME[family].serves(card.families)
 ]
 # properties that do not depend on the family are checked on one U-Net and one joint-attention model per system
 SOME = [
@@ -37,7 +39,7 @@ ELSEWHERE = [
     (key, kind)
     for key, card in SYSTEMS.items()
     for kind, family in KINDS.items()
-    if not SERVED[family] & {*card.families}
+    if not BY_NAME[family].serves(card.families)
 ]
 
 

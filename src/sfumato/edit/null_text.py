@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -77,10 +76,7 @@ class NullText(Intervention):
     def save(self, path: Path | str) -> Path:
         """Write the embeddings as safetensors, whole or not at all."""
         metadata = {"format": FORMAT, "facts": json.dumps(self.facts, ensure_ascii=False)}
-        tensors = {"embeds": self.embeds.contiguous(), "losses": self.losses.contiguous()}
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save(tensors, metadata))
-        return Path(path)
+        return files.save_tensors(path, {"embeds": self.embeds, "losses": self.losses}, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> NullText:

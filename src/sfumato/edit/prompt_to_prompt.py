@@ -213,7 +213,7 @@ class PromptToPrompt(Intervention):
         cannot be aligned or a recording of something else."""
         if sum(isinstance(part, PromptToPrompt) for part in run.parts) > 1:
             raise Conflict("prompt_to_prompt is given twice; put all changes into one edited prompt.")
-        if not {run.model.family.name, *run.model.family.kin} & set(self.CARD.families):
+        if not run.model.family.serves(self.CARD.families):
             raise NotSupported(f"prompt_to_prompt edits {', '.join(self.CARD.families)}; this is {run.model.name}.")
         self.recording = self._given
         self._told = [self.params.source or ""] * len(run)  # with its weights

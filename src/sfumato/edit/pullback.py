@@ -115,7 +115,7 @@ class Pullback(Intervention):
     def start(self, run: Run) -> None:
         """Raises UnknownName for a layer that is not there, NotSupported for another family."""
         p = self.params
-        if not {run.model.family.name, *run.model.family.kin} & set(self.CARD.families):
+        if not run.model.family.serves(self.CARD.families):
             raise NotSupported(f"pullback edits {', '.join(self.CARD.families)}; this is {run.model.name}.")
         named = p.layer if p.layer is not None or self._shared is None else self._shared.layer
         self._layer = layer_of(run.model, named)

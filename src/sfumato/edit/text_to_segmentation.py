@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -406,9 +405,7 @@ class Segmenter(nn.Module):
     def save(self, path: Path | str, concept: str = "") -> Path:
         """Write the weights as safetensors, whole or not at all."""
         metadata = {"format": FORMAT, "config": json.dumps(asdict(self.config)), "concept": concept}
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata))
-        return Path(path)
+        return files.save_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Segmenter:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -424,9 +423,8 @@ class Decomposition:
             file.write(self.report().html().encode())
         written.append(folder / f"{name}.html")
         if self.vectors:
-            with files.replacing(folder / f"{name}.safetensors") as file:
-                file.write(safetensors.torch.save(textual_inversion(self.vectors, f"<{files.slug(self.concept)}>")))
-            written.append(folder / f"{name}.safetensors")
+            tensors = textual_inversion(self.vectors, f"<{files.slug(self.concept)}>")
+            written.append(files.save_tensors(folder / f"{name}.safetensors", tensors))
         return written
 
 

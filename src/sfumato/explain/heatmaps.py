@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -198,12 +197,8 @@ class HeatMaps:
             **{name: getattr(self, name) for name in ("positions", "size", "words", "reference", "normalization")},
             "facts": self.facts,
         }
-        tensors = {str(i): layer.maps.contiguous() for i, layer in enumerate(self.layers)}
-        metadata = {"format": FORMAT, "heatmaps": json.dumps(told, ensure_ascii=False)}
-        path = Path(path)
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save(tensors, metadata))
-        return path
+        tensors = {str(i): layer.maps for i, layer in enumerate(self.layers)}
+        return files.save_tensors(path, tensors, {"format": FORMAT, "heatmaps": json.dumps(told, ensure_ascii=False)})
 
     @classmethod
     def load(cls, path: Path | str) -> HeatMaps:

@@ -22,7 +22,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -150,9 +149,7 @@ class Geometry:
             "directions": json.dumps({"layer": self.directions.layer, "facts": self.directions.facts}),
             "geometry": json.dumps({"points": self.points, "prompts": self.prompts, "curved": self.curved}),
         }
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save({name: each.contiguous() for name, each in tensors.items()}, metadata))
-        return Path(path)
+        return files.save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Geometry:
@@ -249,7 +246,7 @@ class LatentGeometry(Intervention):
     def start(self, run: Run) -> None:
         """Raises UnknownName for a layer that is not there, BadInput for a curve without two samples."""
         p = self.params
-        if not {run.model.family.name, *run.model.family.kin} & set(self.CARD.families):
+        if not run.model.family.serves(self.CARD.families):
             raise NotSupported(f"latent_geometry looks at {', '.join(self.CARD.families)}; this is {run.model.name}.")
         if p.curve and max(len(run), p.samples) < 2:
             raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2 or samples=2).")

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -117,16 +116,12 @@ class RelevanceMaps:
             for name in ("cells", "regions", "region_values"):
                 value = getattr(answer, name)
                 if value is not None:
-                    tensors[f"{i}.{name}"] = value.contiguous()
+                    tensors[f"{i}.{name}"] = value
             told.append({k: v for k, v in asdict(answer).items() if not isinstance(v, Tensor) and v is not None})
         if not tensors:
             tensors["empty"] = torch.zeros(0)
         record = {"answers": told, "size": list(self.size), "method": self.method, "facts": self.facts}
-        head = {"format": FORMAT, "record": json.dumps(record)}
-        target = Path(path)
-        with files.replacing(target) as file:
-            file.write(safetensors.torch.save(tensors, head))
-        return target
+        return files.save_tensors(path, tensors, {"format": FORMAT, "record": json.dumps(record)})
 
     @classmethod
     def load(cls, path: Path | str) -> RelevanceMaps:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from scipy.optimize import linear_sum_assignment
@@ -224,9 +223,7 @@ class Directions:
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, whole or not at all."""
         told = json.dumps({"layer": self.layer, "facts": self.facts}, ensure_ascii=False)
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save({"u": self.u.contiguous()}, {"format": FORMAT, "directions": told}))
-        return Path(path)
+        return files.save_tensors(path, {"u": self.u}, {"format": FORMAT, "directions": told})
 
     @classmethod
     def load(cls, path: Path | str) -> Directions:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -96,16 +95,14 @@ class Recording:
         for name, tensor in held.items():
             if first.setdefault(id(tensor), name) != name:
                 same[name] = first[id(tensor)]
-        tensors = {name: tensor.contiguous() for name, tensor in held.items() if name not in same}
+        tensors = {name: tensor for name, tensor in held.items() if name not in same}
         told = {
             "begin": self.begin, "prompts": self.prompts, "size": self.size, "model": self.model, "facts": self.facts,
             "same": same,
         }  # fmt: skip
-        own = {"latents": self.latents.contiguous(), "timesteps": self.timesteps.contiguous()}
+        own = {"latents": self.latents, "timesteps": self.timesteps}
         metadata = {"format": FORMAT, "recording": json.dumps(told, ensure_ascii=False)}
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save({**own, **tensors}, metadata))
-        return Path(path)
+        return files.save_tensors(path, {**own, **tensors}, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> Recording:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
@@ -587,10 +586,8 @@ class LearnedPrompt:
     def save(self, path: Path | str) -> Path:
         """Write it as safetensors, whole or not at all."""
         facts = {"clip": self.clip, "classes": list(self.classes)}
-        tensors = {name: getattr(self, name).contiguous() for name in ("context", "losses", "shares")}
-        with files.replacing(path) as file:
-            file.write(safetensors.torch.save(tensors, {"format": FORMAT, "facts": json.dumps(facts)}))
-        return Path(path)
+        tensors = {name: getattr(self, name) for name in ("context", "losses", "shares")}
+        return files.save_tensors(path, tensors, {"format": FORMAT, "facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path | str) -> LearnedPrompt:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput, UnknownName
-from .dataset import WORLD, ToyboxDataset, cache_root
+from .dataset import WORLD, ToyboxDataset
 from .scene import COLORS, GROUNDS, SHAPES, SKIES, Scene, sample_scene
 
 SEEN_GROUNDS, UNSEEN_GROUNDS = GROUNDS[:2] + GROUNDS[3:4], (GROUNDS[2], GROUNDS[4])
@@ -134,6 +134,5 @@ class BiasedDataset(ToyboxDataset):
         self.labels = np.array([SHAPES.index(scene.toys[0].shape) for scene in self.scenes])
         homes = {own_scenery(shape): i for i, shape in enumerate(SHAPES)}
         self.shortcut = np.array([homes.get((scene.ground, scene.sky), -1) for scene in self.scenes])
-        folder = Path(cache) if cache else cache_root() / "toybox"
         told = f"{split}-{n}-{size}-seed{seed}-scenery{scenery:g}-color{color:g}"
-        self._attach(folder / f"world{WORLD}-biased-{told}", on_progress)
+        self._attach(cache, f"world{WORLD}-biased-{told}", on_progress)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BadInput, UnknownName
-from .dataset import WORLD, ToyboxDataset, cache_root
+from .dataset import WORLD, ToyboxDataset
 from .scene import COLORS, GROUNDS, PATTERNS, SKIES, Camera, Light, Scene, Toy
 
 if TYPE_CHECKING:
@@ -165,5 +165,4 @@ class CueDataset(ToyboxDataset):
     ):
         self.split, self.n, self.size, self.seed = split, n, size, seed
         self.scenes, self.labels = cue_scenes(n, seed, shape, texture, split)
-        folder = Path(cache) if cache else cache_root() / "toybox"
-        self._attach(folder / f"cues{WORLD}-{split}-{n}-{size}-seed{seed}-{shape}-{texture}", on_progress)
+        self._attach(cache, f"cues{WORLD}-{split}-{n}-{size}-seed{seed}-{shape}-{texture}", on_progress)

@@ -66,13 +66,13 @@ class ToyboxDataset:
             raise BadInput(f"n must be at least 1, got {n}.")
         self.split, self.n, self.size, self.seed = split, n, size, seed
         self.scenes = [draw_scene(split, seed, i, toys) for i in range(n)]
-        folder = Path(cache) if cache else cache_root() / "toybox"
         crowd = "" if toys is None else f"-toys{toys}"
-        self._attach(folder / f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}", on_progress)
+        self._attach(cache, f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}", on_progress)
 
-    def _attach(self, folder: Path, on_progress: Callable[[int, int], None] | None) -> None:
-        """Opens the pictures of ``scenes`` in ``folder``, rendering them first where they are not there."""
-        self.folder = folder
+    def _attach(self, cache: Path | str | None, name: str, on_progress: Callable[[int, int], None] | None) -> None:
+        """Opens the pictures of ``scenes`` kept as ``name`` in ``cache`` (None: the user's), rendering them first where
+        they are not there."""
+        self.folder = folder = (Path(cache) if cache else cache_root() / "toybox") / name
         if not (folder / "masks.npy").exists():
             self._render(on_progress)
         self.images = np.load(folder / "images.npy", mmap_mode="r")

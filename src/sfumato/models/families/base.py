@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,6 +65,11 @@ class Family:
         self.pipe = pipe
         if max_sequence_length is not None and self.max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
+
+    @classmethod
+    def serves(cls, families: Iterable[str]) -> bool:
+        """Whether a system made for ``families`` runs on this one."""
+        return not {cls.name, *cls.kin}.isdisjoint(families)
 
     # --- facts -------------------------------------------------------------------------------------------------------
 
