@@ -92,7 +92,7 @@ def chosen(context: Context, name: str) -> dict[str, Any]:
     """The step size that binds most on prompts and seeds that are not reported on; presence breaks ties."""
 
     def choose() -> dict[str, Any]:
-        asked = common.mixed_prompts(TUNE, context.count(24, 8))
+        asked = common.mixed_prompts(TUNE, context.count(16, 8))
         scores = []
         for params in CANDIDATES[:: 1 if not context.quick else 2]:
             arm = drawn(context, name, asked, TUNE, f"tuning {params}", lambda params=params: AttendExcite(**params))
@@ -119,7 +119,7 @@ def told(interval: stats.Interval) -> str:
 def several_toys(name: str, context: Context) -> list[Row]:
     """Two and three toys, all arms on the same prompts and seeds."""
     params = chosen(context, name)
-    asked = repeated(common.mixed_prompts(REPORT, context.count(50, 3)), context.count(SEEDS, 2))
+    asked = repeated(common.mixed_prompts(REPORT, context.count(40, 3)), context.count(SEEDS, 2))
     texts = [prompt.text for prompt in asked]
     makers = {
         "plain": None,
@@ -211,7 +211,7 @@ def several_toys(name: str, context: Context) -> list[Row]:
 def one_toy(name: str, context: Context) -> list[Row]:
     """Prompts that name one toy, where nothing is to be repaired."""
     params = chosen(context, name)
-    asked = repeated(common.prompts("test", REPORT + 1, context.count(60, 4), 1, "short"), 2)
+    asked = repeated(common.prompts("test", REPORT + 1, context.count(30, 4), 1, "short"), 2)
     plain = drawn(context, name, asked, REPORT, "one toy, plain")
     ours = drawn(context, name, asked, REPORT, "one toy, ours", lambda: AttendExcite(**params))
     difference, bound = stats.mcnemar(ours.there, plain.there), stats.mcnemar(ours.bound, plain.bound)
