@@ -10,6 +10,7 @@ from pathlib import Path
 from claims import core
 from sfumato.errors import SfumatoError
 
+PAGES = core.HERE.parent / "docs" / "systems"
 # key -> module with EXPERIMENT; imported only when asked for
 EXPERIMENTS = {
     "zoo": "claims.zoo",
@@ -73,11 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_table(quick: bool) -> Path:
-    """Writes the table of every record there is and returns its path."""
+    """Writes the table of every record there is, and each system's own into its page; returns the table's path."""
     folder = core.results_folder(quick)
     records = [core.read_record(folder / f"{key}.json") for key in EXPERIMENTS]
     target = folder / "README.md" if quick else core.HERE / "README.md"
     core.write(target, core.table([r for r in records if r], "../../pictures/quick" if quick else "pictures"))
+    for record in [] if quick else records:
+        page = PAGES / f"{record.get('key')}.md"
+        if page.exists():
+            core.write(page, core.page(page.read_text(encoding="utf-8"), record))
     return target
 
 

@@ -268,6 +268,24 @@ def table(records: Iterable[dict[str, Any]], pictures: str = "pictures") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+BEGIN, END = "<!-- measured: written by python -m claims -->", "<!-- end of measured -->"
+
+
+def page(text: str, record: dict[str, Any]) -> str:
+    """A system's page with what was measured at the end of its section on claims, in place of what stood there."""
+    rows = [row for part in record["parts"].values() for row in part["rows"]]
+    lines = [f"- **{verdict(row['holds'])}** - {row['claim']}: {row['measured']} (n {row['n']})" for row in rows]
+    block = "\n".join([BEGIN, "Measured, with 95 % intervals:", "", *lines, END])
+    if BEGIN in text:
+        before, rest = text.split(BEGIN, 1)
+        return before + block + rest.split(END, 1)[1]
+    before, heading, section = text.partition("## Its claims\n")
+    if not heading:
+        return text
+    section, following, rest = section.partition("\n## ")
+    return before + heading + section.rstrip() + "\n\n" + block + "\n" + following + rest
+
+
 def _line(row: dict[str, Any], pictures: str) -> str:
     picture = f"[picture]({pictures}/{row['picture']})" if row["picture"] else ""
     cells = (

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from claims import core
-from claims.__main__ import EXPERIMENTS, main
+from claims.__main__ import EXPERIMENTS, PAGES, main
 from claims.core import Context, Experiment, Part, Row
 from sfumato.errors import UnknownName
 
@@ -130,3 +130,22 @@ def test_choose():
     assert core.choose([], ["a", "b"]) == ["a", "b"] and core.choose(["b"], ["a", "b"]) == ["b"]
     with pytest.raises(UnknownName):
         core.choose(["c"], list(EXPERIMENTS))
+
+
+def test_a_page_shows_what_was_measured_and_keeps_its_own_words():
+    record = {"parts": {"one": {"rows": [vars(row("first"))]}}}
+    page = "# X\n\n## Its claims\n\nWhy.\n\n## Sources\n\nBooks.\n"
+    shown = core.page(page, record)
+    assert "- **holds** - first: 0.9 [0.8, 1.0] (n 10)" in shown
+    assert shown.startswith("# X\n\n## Its claims\n\nWhy.\n\n") and shown.endswith("\n\n## Sources\n\nBooks.\n")
+    record["parts"]["one"]["rows"] = [vars(row("second"))]
+    again = core.page(shown, record)
+    assert "first" not in again and again == core.page(again, record) == core.page(page, record)
+    assert core.page("# Y\n", record) == "# Y\n"
+
+
+@pytest.mark.parametrize("key", [key for key in EXPERIMENTS if (PAGES / f"{key}.md").exists()])
+def test_pages_tell_what_is_on_record(key):
+    record = core.read_record(core.HERE / "results" / f"{key}.json")
+    page = (PAGES / f"{key}.md").read_text(encoding="utf-8")
+    assert core.BEGIN not in page if not record else page == core.page(page, record)
