@@ -35,6 +35,9 @@ def test_counts_sides_and_existence():
     counts = told("count")
     assert counts["how many balls are there ?"] == "two" and counts["how many toys are there ?"] == "three"
     assert counts["how many crosses are there ?"] == "zero" and counts["how many red toys are there ?"] == "one"
+    halves = told("half")
+    assert "on which side is the blue toy ?" not in halves  # it is in the middle
+    assert halves["on which side is the cube ?"] == "left" and halves["on which side is the green toy ?"] == "right"
     sides = told("side")
     assert sides["on which side of the cube is the blue toy ?"] == "right"
     assert sides["on which side of the green toy is the cube ?"] == "left"
@@ -56,6 +59,9 @@ def test_every_answer_holds_and_every_word_is_known():
             if q.kind == "side":
                 across = scene.picture_x(named[0]) - scene.picture_x(named[1])
                 assert (across < 0) == (q.answer == "left") and abs(across) >= 0.3
+            if q.kind == "half":
+                across = scene.picture_x(named[0])
+                assert (across < 0) == (q.answer == "left") and abs(across) >= 0.15 and len(named) == 1
             if q.kind == "exists":
                 color, shape = (w.text for w in q.words)
                 assert (q.answer == "yes") == any((t.color, t.shape) == (color, shape) for t in scene.toys)

@@ -1,4 +1,5 @@
-"""Questions about a scene and their exact answers: what colour, shape or pattern, how many, which side, is there.
+"""Questions about a scene and their exact answers: what colour, shape or pattern, how many, which side of the picture
+or of another toy, is there.
 
 Everything is read off the scene, nothing off pixels, so an answer is right by construction; a question is asked only
 where it has one answer. Besides the answer a :class:`Question` holds its *evidence*: the toys that decide it and the
@@ -19,7 +20,7 @@ from .scene import COLORS, PATTERNS, SHAPES, SIZES, Scene
 if TYPE_CHECKING:
     import numpy as np
 
-QUESTION_KINDS = ("color", "shape", "pattern", "count", "side", "exists")
+QUESTION_KINDS = ("color", "shape", "pattern", "count", "half", "side", "exists")
 NUMBERS = ("zero", "one", "two", "three", "four")
 #: all answers there are, in the order of a model's answer scores
 ANSWERS = (*COLORS, *SHAPES, *PATTERNS, *NUMBERS, "left", "right", "yes", "no")
@@ -30,7 +31,7 @@ QUESTION_WORDS = tuple(
         + tuple("what color shape pattern is the how many toys toy are there on which side of a an ?".split())
     )
 )
-#: toys closer than this across the picture (half widths) are on no side of each other
+#: toys closer than this across the picture (half widths) are on no side of each other, at half of it of the middle
 CLEAR = 0.3
 
 
@@ -118,6 +119,14 @@ def _counts(scene: Scene) -> Iterator[Question]:
         yield _question("count", f"how many {color} toys are there ?", NUMBERS[number], everyone, ["many", color])
 
 
+def _halves(scene: Scene) -> Iterator[Question]:
+    for i, toy in enumerate(scene.toys):
+        across = scene.picture_x(toy)
+        for name in _names(scene, i) if abs(across) >= CLEAR / 2 else ():
+            text = f"on which side is the {name} ?"
+            yield _question("half", text, "left" if across < 0 else "right", [i], ["side", *_content(name)])
+
+
 def _sides(scene: Scene) -> Iterator[Question]:
     for i, first in enumerate(scene.toys):
         for j, second in enumerate(scene.toys):
@@ -145,6 +154,7 @@ _ASK: dict[str, Callable[[Scene], Iterator[Question]]] = {
     "shape": _about("shape"),
     "pattern": _about("pattern"),
     "count": _counts,
+    "half": _halves,
     "side": _sides,
     "exists": _existence,
 }

@@ -193,11 +193,10 @@ class VQAObjective(Objective):
                 rng = np.random.default_rng(i)
                 regions.append(self._seen(self.val_data, self.val_boxes, i, i)[0])
                 for kind in QUESTION_KINDS:
-                    if kind != "side" or len(self.val_data.scenes[i].toys) > 1:
-                        question = sample_question(self.val_data.scenes[i], rng, [kind, "count"])
-                        if question.kind == kind:
-                            asked.append(question)
-                            rows.append(row)
+                    question = sample_question(self.val_data.scenes[i], rng, [kind, "count"])
+                    if question.kind == kind:  # not every kind can be asked of every scene
+                        asked.append(question)
+                        rows.append(row)
             tokens = self.tokenizer([question.text for question in asked], padding=True, return_tensors="pt")
             scores, _ = self.answer(
                 data.pictures(self.val_data, part)[rows].to(self.device),
