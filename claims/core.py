@@ -249,8 +249,13 @@ def table(records: Iterable[dict[str, Any]], pictures: str = "pictures") -> str:
         " thresholds and guidance were chosen on other scenes and seeds than those reported. A verdict may well be"
         " *does not hold*.",
     ]
+    records = list(records)
+    parts.append(
+        "| experiment | holds | does not hold | reported |\n|---|---|---|---|\n"
+        + "\n".join(f"| {each['key']} | " + " | ".join(map(str, _verdicts(each))) + " |" for each in records)
+    )
     for record in records:
-        rows = [row for part in record["parts"].values() for row in part["rows"]]
+        rows = _rows(record)
         about = record["machine"]
         seconds = sum(part["seconds"] for part in record["parts"].values())
         parts.append(f"## {record['key']}: {record['title']}\n\n{record['intro']}")
@@ -268,13 +273,22 @@ def table(records: Iterable[dict[str, Any]], pictures: str = "pictures") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for part in record["parts"].values() for row in part["rows"]]
+
+
+def _verdicts(record: dict[str, Any]) -> list[int]:
+    """How many of a record's claims hold, do not, and are only reported."""
+    held = [row["holds"] for row in _rows(record)]
+    return [held.count(verdict) for verdict in (True, False, None)]
+
+
 BEGIN, END = "<!-- measured: written by python -m claims -->", "<!-- end of measured -->"
 
 
 def page(text: str, record: dict[str, Any]) -> str:
     """A system's page with what was measured at the end of its section on claims, in place of what stood there."""
-    rows = [row for part in record["parts"].values() for row in part["rows"]]
-    lines = [f"- **{verdict(row['holds'])}** - {row['claim']}: {row['measured']} (n {row['n']})" for row in rows]
+    lines = [f"- **{verdict(r['holds'])}** - {r['claim']}: {r['measured']} (n {r['n']})" for r in _rows(record)]
     block = "\n".join([BEGIN, "Measured, with 95 % intervals:", "", *lines, END])
     if BEGIN in text:
         before, rest = text.split(BEGIN, 1)
