@@ -106,7 +106,11 @@ def test_table(tmp_path, experiment, model):
     made, *_ = experiment
     text = core.table([core.run(made, context(tmp_path))])
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[:3] == ["| experiment | holds | does not hold | reported |", "|---|---|---|---|", "| demo | 2 | 0 | 0 |"]
+    assert lines[:3] == [
+        "| experiment | holds | does not hold | reported |",
+        "|---|---|---|---|",
+        "| demo | 2 | 0 | 0 |",
+    ]
     lines = lines[3:]
     assert len(lines) == 4 and lines[0].count("|") == lines[2].count("|") == 10
     assert "**holds**" in lines[2] and "a demo" in text

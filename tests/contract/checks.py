@@ -1,7 +1,7 @@
 """What every system promises, as checks that take a way to make the system and a model.
 
-``make()`` returns a fresh system; the prompt is always :data:`PROMPT`. ``test_contract.py`` applies the checks to every
-registered system, and ``test_checks.py`` shows that each of them fails for a system that breaks its promise.
+``make()`` returns a fresh system; the prompt is always :data:`PROMPT`. ``test_contract.py`` and ``test_composition.py``
+apply the checks to every registered system; ``test_checks.py`` shows that each fails for a system that breaks its word.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.test_contract import KINDS
+from tests.contract.systems import KINDS
 from tests.experts import write_expert
 
 

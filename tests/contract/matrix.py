@@ -44,7 +44,7 @@ def names() -> list[str]:
 
 def _outcome(one: str, other: str, kind: str) -> str:
     from tests.contract import checks
-    from tests.contract.test_contract import maker
+    from tests.contract.systems import maker
     from tests.tiny import tiny_model
 
     try:
@@ -60,7 +60,7 @@ def _outcome(one: str, other: str, kind: str) -> str:
 def table() -> str:
     """The table and the reasons of the refusals, by running every pair."""
     from tests.contract import checks
-    from tests.contract.test_contract import PAIRS, SYSTEMS
+    from tests.contract.systems import PAIRS, SYSTEMS
 
     reasons: dict[str, list[str]] = {}
     found: dict[tuple[str, str], str] = {}
@@ -86,7 +86,7 @@ def table() -> str:
 
 
 def main() -> None:
-    from tests.contract.test_contract import KINDS
+    from tests.contract.systems import KINDS
     from tests.experts import write_expert
 
     with tempfile.TemporaryDirectory() as folder:

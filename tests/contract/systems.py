@@ -1,0 +1,51 @@
+"""Every registered system that takes part in drawing, and the tiny models that it runs on."""
+
+from __future__ import annotations
+
+from sfumato import cards
+from sfumato.cards import build, method, methods
+from sfumato.models.families import FAMILIES
+from sfumato.sampling import Intervention
+
+KINDS = {
+    "sd": "sd",
+    "inpaint": "sd_inpaint",
+    "sd2": "sd",
+    "sdxl": "sdxl",
+    "sd3": "sd3",
+    "sd35": "sd3",
+    "flux": "flux",
+    "pixart": "pixart",
+}
+"""Tiny model -> the family it belongs to."""
+BY_NAME = {family.name: family for family in FAMILIES}
+
+SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
+PAIRS = [
+    (key, kind)
+    for key, card in SYSTEMS.items()
+    for kind, family in KINDS.items()
+    if BY_NAME[family].serves(card.families)
+]
+# properties that do not depend on the family are checked on one U-Net and one joint-attention model per system
+SOME = [
+    (key, kind) for key, kind in PAIRS if kind in ("sd", "sd3", "flux") or method(key).CARD.families == (KINDS[kind],)
+]
+ELSEWHERE = [
+    (key, kind)
+    for key, card in SYSTEMS.items()
+    for kind, family in KINDS.items()
+    if not BY_NAME[family].serves(card.families)
+]
+
+
+def maker(key: str):
+    return lambda: build(SYSTEMS[key].example)
+
+
+def weakener(key: str):
+    """The system at strength 0, if it has a strength."""
+    if "strength" not in method(key).Params.model_fields:
+        return None
+    name, given = cards.parse_with(SYSTEMS[key].example)
+    return lambda: method(name)(**{**given, "strength": 0})
