@@ -113,6 +113,9 @@ class VQAObjective(Objective):
         config.id2label = dict(enumerate(ANSWERS))
         config.label2id = {answer: i for i, answer in enumerate(ANSWERS)}
         self.vqa = LxmertForQuestionAnswering(config)
+        with torch.no_grad():  # boxes count from the middle: their layer norm keeps on which side one lies, not how far
+            boxes = self.vqa.lxmert.encoder.visn_fc.box_fc
+            boxes.bias.copy_(-boxes.weight.normal_().sum(1) / 2)
         return {"vqa": self.vqa, "readout": nn.Linear(o.width, labels.PLACE_CLASSES)}
 
     def setup(self, device: torch.device) -> None:
@@ -123,7 +126,7 @@ class VQAObjective(Objective):
         self.val_boxes = toy_boxes(self.val_data)
 
     def hidden(self, name: str, parameter: Tensor) -> bool:
-        return super().hidden(name, parameter) and "visn_fc" not in name and "logit_fc.3" not in name
+        return super().hidden(name, parameter) and not any(n in name for n in ("visn_fc", "box_fc", "logit_fc.3"))
 
     def _seen(self, source: ToyboxDataset, boxes: list[Tensor], i: int, seed: int) -> tuple[Tensor, Tensor]:
         o: VQAModelOptions = self.model_options
