@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from benchmarks.core import Figure, interleaved, ratio
-from benchmarks.daam import full_size
 from sfumato import zoo
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
-from sfumato.models import Model, load
+from sfumato.models import load
 from sfumato.sampling import generate
 
 SOURCE, TARGET = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
 STEPS, GUIDANCE, ROUNDS = 20, 4.0, 15
-FULL = {"steps": 4, "size": (256, 256)}  # of a U-Net as large as SD1.5's
 
 
 def run() -> list[Figure]:
-    """Every built-in generator whose weights are there, and a network of full size, beside which hooks cost nothing."""
-    toys = [name for name in zoo.names() if name in ("toy-sd", "toy-sd3")]
-    figures = [figure for name in toys for figure in compare(name, load(name), {"steps": STEPS}, ROUNDS)]
-    return figures + compare("SD1.5's U-Net, random weights, 32x32 latents", full_size(), FULL, 3)
+    """Every built-in generator whose weights are there."""
+    return [figure for name in zoo.names() if name in ("toy-sd", "toy-sd3") for figure in compare(name)]
 
 
-def compare(name: str, model: Model, given: dict[str, Any], rounds: int) -> list[Figure]:
+def compare(name: str) -> list[Figure]:
     """Times whole generations of one picture, text encoding and decoding included."""
-    options = {**given, "guidance": GUIDANCE, "seed": 0}
+    model = load(name)
+    options = {"steps": STEPS, "guidance": GUIDANCE, "seed": 0}
 
     def plain() -> None:
         generate(model, TARGET, **options)
@@ -44,9 +39,9 @@ def compare(name: str, model: Model, given: dict[str, Any], rounds: int) -> list
         def again() -> None:
             generate(model, TARGET, interventions=PromptToPrompt(recording), **options)
 
-        seconds = interleaved({"plain": plain, "first": first, "again": again}, rounds)
+        seconds = interleaved({"plain": plain, "first": first, "again": again}, ROUNDS)
     further, whole = ratio(seconds, "again", "plain"), ratio(seconds, "first", "plain")
-    detail = f"{given['steps']} steps, guidance {GUIDANCE}, {rounds} rounds"
+    detail = f"{STEPS} steps, guidance {GUIDANCE}, {ROUNDS} rounds"
     megabytes = recording.nbytes / 2**20
     return [
         Figure(
