@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 whatever the verdicts are, 2 on bad input, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m claims", description=__doc__)
     parser.add_argument("keys", nargs="*", metavar="KEY", help=f"which claims: {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--part", default="", metavar="TEXT", help="only parts whose name contains this")
     parser.add_argument("--quick", action="store_true", help="small samples, into results/quick; shows that it runs")
     parser.add_argument("--fresh", action="store_true", help="measure again what is still valid")
     parser.add_argument(
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             torch.set_num_threads(core.positive("--threads", asked.threads))
         context = core.Context(asked.quick, asked.weights, report)
         for key in keys:
-            core.run(importlib.import_module(EXPERIMENTS[key]).EXPERIMENT, context, asked.fresh)
+            core.run(importlib.import_module(EXPERIMENTS[key]).EXPERIMENT, context, asked.fresh, asked.part)
         print(write_table(asked.quick))
     except SfumatoError as error:
         report(f"error: {error}")

@@ -125,11 +125,14 @@ class Context:
             yield start, items[start : start + size]
 
 
-def run(experiment: Experiment, context: Context, fresh: bool = False) -> dict[str, Any]:
+def run(experiment: Experiment, context: Context, fresh: bool = False, only: str = "") -> dict[str, Any]:
     """Runs an experiment's parts, skipping those whose result is still valid, and returns its record.
 
-    The record is written after every part. A part whose model is missing is left out with a line saying so.
+    The record is written after every part. A part whose model is missing is left out with a line saying so. With
+    ``only``, parts whose name does not contain it stay as they are on record; UnknownName if it is in none.
     """
+    if not any(only in part.name for part in experiment.parts):
+        raise UnknownName(f"part of {experiment.key}", only, [part.name for part in experiment.parts])
     target = results_folder(context.quick) / f"{experiment.key}.json"
     before = read_record(target)
     record: dict[str, Any] = {
@@ -141,6 +144,10 @@ def run(experiment: Experiment, context: Context, fresh: bool = False) -> dict[s
         "parts": {},
     }
     for part in experiment.parts:
+        if only not in part.name:
+            if part.name in before.get("parts", {}):
+                record["parts"][part.name] = before["parts"][part.name]
+            continue
         missing = [name for name in part.models if not has(context, name)]
         if missing:
             context.report(f"{experiment.key} / {part.name}: left out, no weights of {', '.join(missing)}")

@@ -73,6 +73,17 @@ def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, mo
     assert calls[3:] == ["a", "b", "a", "b"]
 
 
+def test_one_part_alone_leaves_the_others_on_record(tmp_path, experiment, model):
+    made, calls, source = experiment
+    assert list(core.run(made, context(tmp_path), only="b")["parts"]) == ["b"]
+    core.run(made, context(tmp_path))
+    source.write_text("second")
+    record = core.run(made, context(tmp_path), only="b")
+    assert calls == ["b", "a", "b"] and list(record["parts"]) == ["a", "b"]
+    with pytest.raises(UnknownName, match="part of demo"):
+        core.run(made, context(tmp_path), only="c")
+
+
 def test_an_interruption_keeps_finished_parts(tmp_path, experiment, model):
     made, calls, source = experiment
 
