@@ -140,7 +140,7 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
         "title": experiment.title,
         "intro": experiment.intro,
         "quick": context.quick,
-        "machine": machine(),
+        "machine": before.get("machine") or machine(),
         "parts": {},
     }
     for part in experiment.parts:
@@ -159,6 +159,7 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
             context.report(f"{experiment.key} / {part.name}: kept")
             continue
         context.report(f"{experiment.key} / {part.name}")
+        record["machine"] = machine()  # of the newest figures
         start = time.perf_counter()
         rows = part.run(context)
         seconds = time.perf_counter() - start
