@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -265,3 +266,31 @@ def test_pictures_are_cut_at_equal_parts_and_never_distorted():
     assert files.fitted(same, (90, 30)) is same
     mask = Image.fromarray(((columns > 44) * 255).astype(np.uint8))
     assert set(np.asarray(files.fitted(mask, (40, 24), smooth=False)).flatten()) == {0, 255}
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_come_back_and_anything_else_is_refused_in_one_line(tmp_path):
+    path = files.save_tensors(tmp_path / "kept", {"a": torch.arange(3.0)}, {"format": "things-1", "more": "told"})
+    with files.reading_tensors(path, "things-1", "things") as (file, metadata):
+        assert torch.equal(file.get_tensor("a"), torch.arange(3.0)) and metadata["more"] == "told"
+    damaged, text = tmp_path / "damaged", tmp_path / "text"
+    damaged.write_bytes(path.read_bytes()[:-2])
+    text.write_text("no tensors")
+    for wrong, form, says in (
+        (path, "things-2", r"holds no things of this version \(things-2\)"),
+        (damaged, "things-1", "holds no things, or it is damaged"),
+        (text, "things-1", "holds no things, or it is damaged"),
+    ):
+        with pytest.raises(BadInput, match=says), files.reading_tensors(wrong, form, "things"):
+            pass
+    with (
+        pytest.raises(BadInput, match="damaged"),
+        files.reading_tensors(path, "things-1", "things") as (file, metadata),
+    ):
+        metadata["missing"]
+    with pytest.raises(OSError), files.reading_tensors(tmp_path / "nowhere", "things-1", "things"):
+        pass
+    with pytest.raises(KeyboardInterrupt), files.reading_tensors(path, "things-1", "things"):
+        raise KeyboardInterrupt

@@ -133,6 +133,27 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict
     return Path(path)
 
 
+@contextlib.contextmanager
+def reading_tensors(path: Path | str, form: str, what: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file that :func:`save_tensors` wrote, open, and its metadata, whose ``format`` has to be ``form``.
+
+    Raises BadInput for any other file, and for whatever goes wrong within because of its content: ``what`` says what it
+    should hold. OSError when it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != form:
+                raise BadInput(f"{path} holds no {what} of this version ({form}).")
+            yield file, metadata
+    except BadInput:
+        raise
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        raise BadInput(f"{path} holds no {what}, or it is damaged.") from None
+
+
 def save_grid(path: Path, pictures: list[Path]) -> Path:
     """All pictures as one, in rows about as many as columns, each in a cell of the largest's size."""
     from PIL import Image

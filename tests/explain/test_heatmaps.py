@@ -139,7 +139,7 @@ def test_other_files_are_refused(tmp_path):
     whole = path.read_bytes()
     for broken in (b"", b"PK\x03\x04", whole[:100], whole[:-7]):
         path.write_bytes(broken)
-        with pytest.raises(BadInput, match="not a file of heat maps, or it is damaged"):
+        with pytest.raises(BadInput, match="holds no heat maps, or it is damaged"):
             HeatMaps.load(path)
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
     with pytest.raises(BadInput, match="no heat maps of this version"):

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato import files
@@ -81,16 +80,8 @@ class NullText(Intervention):
     @classmethod
     def load(cls, path: Path | str) -> NullText:
         """What :meth:`save` wrote. Raises BadInput for any other file, OSError when it cannot be read."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise BadInput(f"{path} holds no null-text embeddings of this version ({FORMAT}).")
-                return cls(file.get_tensor("embeds"), file.get_tensor("losses"), json.loads(metadata["facts"]))
-        except (SafetensorError, KeyError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path} is not a file of null-text embeddings, or it is damaged.") from None
+        with files.reading_tensors(path, FORMAT, "null-text embeddings") as (file, metadata):
+            return cls(file.get_tensor("embeds"), file.get_tensor("losses"), json.loads(metadata["facts"]))
 
 
 def null_text(

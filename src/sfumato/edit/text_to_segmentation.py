@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato import cards, files, masks
@@ -410,17 +409,9 @@ class Segmenter(nn.Module):
     @classmethod
     def load(cls, path: Path | str) -> Segmenter:
         """What :meth:`save` wrote, ready for :meth:`masks`. Raises BadInput for any other file, OSError."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                told = file.metadata() or {}
-                if told.get("format") != FORMAT:
-                    raise BadInput(f"{path} holds no segmenter of this version ({FORMAT}).")
-                net = cls(SegmenterConfig(**json.loads(told["config"])))
-                net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path} is not a segmenter, or it is damaged.") from None
+        with files.reading_tensors(path, FORMAT, "segmenter") as (file, told):
+            net = cls(SegmenterConfig(**json.loads(told["config"])))
+            net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
         return net.eval().requires_grad_(False)
 
 

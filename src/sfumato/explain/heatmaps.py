@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato import files
@@ -203,36 +202,26 @@ class HeatMaps:
     @classmethod
     def load(cls, path: Path | str) -> HeatMaps:
         """What :meth:`save` wrote. Raises BadInput for any other file, OSError when it cannot be read."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise BadInput(f"{path} holds no heat maps of this version ({FORMAT}).")
-                told = json.loads(metadata["heatmaps"])
-                layers = []
-                for i, layer in enumerate(told["layers"]):
-                    facts: dict[str, Any] = {
-                        k: tuple(v) if isinstance(v, list) else v for k, v in layer["site"].items()
-                    }
-                    maps, site = file.get_tensor(str(i)).float(), Site(**facts)
-                    calls, steps = tuple(layer["calls"]), tuple(layer["steps"])
-                    if maps.dim() != 5 or len(maps) != len(calls) or maps.shape[2] != len(told["positions"]):
-                        raise ValueError("shapes")
-                    layers.append(LayerMaps(site, maps, int(layer["heads"]), calls, steps))
-                return cls(
-                    Reading.from_json(told["reading"]),
-                    tuple(layers),
-                    tuple(told["positions"]),
-                    tuple(told["size"]),
-                    tuple(told["words"]),
-                    bool(told["reference"]),
-                    told["normalization"],
-                    dict(told["facts"]),
-                )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path} is not a file of heat maps, or it is damaged.") from None
+        with files.reading_tensors(path, FORMAT, "heat maps") as (file, metadata):
+            told = json.loads(metadata["heatmaps"])
+            layers = []
+            for i, layer in enumerate(told["layers"]):
+                facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["site"].items()}
+                maps, site = file.get_tensor(str(i)).float(), Site(**facts)
+                calls, steps = tuple(layer["calls"]), tuple(layer["steps"])
+                if maps.dim() != 5 or len(maps) != len(calls) or maps.shape[2] != len(told["positions"]):
+                    raise ValueError("shapes")
+                layers.append(LayerMaps(site, maps, int(layer["heads"]), calls, steps))
+            return cls(
+                Reading.from_json(told["reading"]),
+                tuple(layers),
+                tuple(told["positions"]),
+                tuple(told["size"]),
+                tuple(told["words"]),
+                bool(told["reference"]),
+                told["normalization"],
+                dict(told["facts"]),
+            )
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

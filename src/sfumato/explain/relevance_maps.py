@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato import files
@@ -125,13 +124,9 @@ class RelevanceMaps:
 
     @classmethod
     def load(cls, path: Path | str) -> RelevanceMaps:
-        """Reads what :meth:`save` wrote. Raises BadInput for anything else."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                head = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            if head.get("format") != FORMAT:
-                raise BadInput(f"{path} holds no relevance maps of sfumato.")
+        """Reads what :meth:`save` wrote. Raises BadInput for any other file, OSError when it cannot be read."""
+        with files.reading_tensors(path, FORMAT, "relevance maps") as (file, head):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
             record = json.loads(head["record"])
             answers = []
             for i, told in enumerate(record["answers"]):
@@ -142,8 +137,6 @@ class RelevanceMaps:
                 answers.append(Answer(**told, **found))
             h, w = record["size"]
             return cls(tuple(answers), (h, w), record["method"], record["facts"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path} holds no relevance maps that can be read: {error}.") from None
 
 
 def paint_regions(boxes: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

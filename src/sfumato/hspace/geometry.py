@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -229,15 +228,11 @@ class Directions:
     def load(cls, path: Path | str) -> Directions:
         """What :meth:`save` wrote. Raises BadInput for any other file."""
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                told = json.loads(metadata["directions"])
-                u = file.get_tensor("u")
-                if metadata.get("format") != FORMAT or u.dim() != 2:
-                    raise ValueError("format")
+            with files.reading_tensors(path, FORMAT, "directions") as (file, metadata):
+                told, u = json.loads(metadata["directions"]), file.get_tensor("u")
+                if u.dim() != 2:
+                    raise ValueError("shapes")
                 return cls(u, str(told["layer"]), dict(told["facts"]))
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            raise BadInput(f"{path} holds no directions of this version ({FORMAT}).") from None
         except OSError:
             raise BadInput(f"{path} cannot be read; give a file that latent_geometry wrote.") from None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sfumato import files
@@ -108,24 +108,16 @@ class Recording:
     def load(cls, path: Path | str) -> Recording:
         """What :meth:`save` wrote. Attention stays in the file, mapped, until a step asks for it. Raises BadInput for
         any other file, OSError when it cannot be read."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise BadInput(f"{path} holds no recording of this version ({FORMAT}).")
-                told = json.loads(metadata["recording"])
-                names = [name for name in file.keys() if name not in ("latents", "timesteps")]  # noqa: SIM118
-                tensors = _OnDisk(Path(path), {**{name: name for name in names}, **told["same"]})
-                size, facts = tuple(map(int, told["size"])), dict(told["facts"])
-                latents, timesteps = file.get_tensor("latents"), file.get_tensor("timesteps")
-                prompts = [str(prompt) for prompt in told["prompts"]]
-                if latents.dim() != 5 or latents.shape[1] != len(prompts) or len(size) != 2:
-                    raise ValueError("shapes")
-                return cls(latents, timesteps, int(told["begin"]), prompts, size, str(told["model"]), tensors, facts)
-        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path} is not a recording, or it is damaged.") from None
+        with files.reading_tensors(path, FORMAT, "recording") as (file, metadata):
+            told = json.loads(metadata["recording"])
+            names = [name for name in file.keys() if name not in ("latents", "timesteps")]
+            tensors = _OnDisk(Path(path), {**{name: name for name in names}, **told["same"]})
+            size, facts = tuple(map(int, told["size"])), dict(told["facts"])
+            latents, timesteps = file.get_tensor("latents"), file.get_tensor("timesteps")
+            prompts = [str(prompt) for prompt in told["prompts"]]
+            if latents.dim() != 5 or latents.shape[1] != len(prompts) or len(size) != 2:
+                raise ValueError("shapes")
+            return cls(latents, timesteps, int(told["begin"]), prompts, size, str(told["model"]), tensors, facts)
 
 
 class _OnDisk(Mapping[str, Tensor]):

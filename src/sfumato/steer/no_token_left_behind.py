@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato import cards, files, masks
@@ -592,18 +591,10 @@ class LearnedPrompt:
     @classmethod
     def load(cls, path: Path | str) -> LearnedPrompt:
         """What :meth:`save` wrote. Raises BadInput for any other file, OSError when it cannot be read."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise BadInput(f"{path} holds no learnt prompt of this version ({FORMAT}).")
-                facts = json.loads(metadata["facts"])
-                tensors = [file.get_tensor(name) for name in ("context", "losses", "shares")]
-                return cls(facts["clip"], tuple(facts["classes"]), *tensors)
-        except (SafetensorError, KeyError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path} is not a file of a learnt prompt, or it is damaged.") from None
+        with files.reading_tensors(path, FORMAT, "learnt prompt") as (file, metadata):
+            facts = json.loads(metadata["facts"])
+            tensors = [file.get_tensor(name) for name in ("context", "losses", "shares")]
+            return cls(facts["clip"], tuple(facts["classes"]), *tensors)
 
 
 def learn_prompt(
