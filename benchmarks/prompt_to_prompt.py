@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.core import Figure, interleaved, ratio
+from benchmarks.daam import full_size
 from sfumato import zoo
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
-from sfumato.models import load
+from sfumato.models import Model, load
 from sfumato.sampling import generate
 
 SOURCE, TARGET = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
-STEPS, GUIDANCE, ROUNDS = 20, 4.0, 15
+GUIDANCE = 4.0
+SIDE = 32
+"""Of the full-size network's latents."""
 
 
 def run() -> list[Figure]:
-    """Every built-in generator whose weights are there."""
-    return [figure for name in zoo.names() if name in ("toy-sd", "toy-sd3") for figure in compare(name)]
+    """A full-size SD1.5, randomly initialised, and every built-in generator whose weights are there: the smaller the
+    network, the more a hook in its attention weighs."""
+    figures = compare(full_size(), "full-size SD1.5", steps=4, rounds=3, size=(8 * SIDE, 8 * SIDE), decode=False)
+    for name in zoo.names():
+        if name in ("toy-sd", "toy-sd3"):
+            figures += compare(load(name), name, steps=20, rounds=15)
+    return figures
 
 
-def compare(name: str) -> list[Figure]:
-    """Times whole generations of one picture, text encoding and decoding included."""
-    model = load(name)
-    options = {"steps": STEPS, "guidance": GUIDANCE, "seed": 0}
+def compare(model: Model, name: str, steps: int, rounds: int, **more: Any) -> list[Figure]:
+    """Times whole generations of one picture, text encoding included, and decoding unless it is told otherwise."""
+    options = {"steps": steps, "guidance": GUIDANCE, "seed": 0, **more}
 
     def plain() -> None:
         generate(model, TARGET, **options)
@@ -39,9 +48,10 @@ def compare(name: str) -> list[Figure]:
         def again() -> None:
             generate(model, TARGET, interventions=PromptToPrompt(recording), **options)
 
-        seconds = interleaved({"plain": plain, "first": first, "again": again}, ROUNDS)
+        seconds = interleaved({"plain": plain, "first": first, "again": again}, rounds, warmup=int(name in zoo.names()))
     further, whole = ratio(seconds, "again", "plain"), ratio(seconds, "first", "plain")
-    detail = f"{STEPS} steps, guidance {GUIDANCE}, {ROUNDS} rounds"
+    size = f" at {SIDE}x{SIDE} latents" if "size" in more else ""
+    detail = f"{steps} steps{size}, guidance {GUIDANCE}, {rounds} rounds"
     megabytes = recording.nbytes / 2**20
     return [
         Figure(

@@ -19,7 +19,7 @@ from tests.judge.conftest import write_renders  # noqa: E402
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One local cluster for all of these."""
-    with scale._quietly():
+    with scale._settings():
         scale._start_local(2)
     yield
     ray.shutdown()
@@ -56,12 +56,15 @@ def test_results_come_in_order_and_each_worker_is_made_once():
             got.append((tag, answer and answer[0]))
             most = max(most, len(pulled) - len(got))
         counts = {}
-        for _, answer in pool.map([(0, "a"), (1, "b")]):
+        for _, answer in pool.map(enumerate("abcdef")):
             counts[answer[1]] = answer[2]
+        for _ in pool.map(enumerate("gh")):
+            break  # what is left unread does not come up later
+        assert pool.ask("i")[0] == "i"
         with pytest.raises(UnknownName) as caught:
             list(pool.map([(0, "a"), (1, "wrong")]))
     assert got == asked and most <= 2 * scale.AHEAD + 1
-    assert sum(counts.values()) == 11 and len(counts) == 2  # 9 items and these two, on two workers
+    assert sum(counts.values()) == 9 + 6 and len(counts) == 2  # none was made twice
     assert str(caught.value) == str(UnknownName("thing", "wrong", ["right"]))
     with pytest.raises(BadInput, match="at least 1"):
         Workers(make_worker, 0)

@@ -80,6 +80,11 @@ def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
 
 
+def forget_pipelines() -> None:
+    """Build anew from now on: somebody has changed one."""
+    _cached_pipeline.cache_clear()
+
+
 @functools.cache
 def _cached_pipeline(kind: str, seed: int) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):

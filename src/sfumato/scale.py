@@ -1,8 +1,8 @@
-"""The same work on several workers or machines, with Ray (extra ``scale``): in order, a few items at a time.
+"""The same work on several workers or machines, with Ray Data (extra ``scale``): in order, a few items at a time.
 
-The driver hands out items and takes results in the order of the items, so that what it does with them - merging
-tallies, writing files, keeping a journal - is the same on one worker and on a hundred. No more than :data:`AHEAD`
-items per worker are under way: memory does not grow with their number.
+The driver feeds items into a streaming dataset as answers come out of it, in the order of the items, so that what it
+does with them - merging tallies, writing files, keeping a journal - is the same on one worker and on a hundred. No more
+than :data:`AHEAD` items per worker are under way: memory does not grow with their number.
 
 A cluster that runs already is used (``RAY_ADDRESS``, or one that this process has joined); otherwise a local one is
 started and stopped again. Its machines must see the same files.
@@ -10,8 +10,10 @@ started and stopped again. Its machines must see the same files.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
+import itertools
 import logging
 import os
 from collections import deque
@@ -35,88 +37,168 @@ def check(workers: int | None) -> None:
 
 
 class Workers:
-    """Ray actors that each call ``make()`` once and its result for every item they are given.
+    """A streaming dataset whose actors each call ``make()`` once and its result for every item they are given.
 
     Args:
         make: builds what does the work, on the worker (models are loaded there). It and the items travel pickled.
         workers: how many; None: as many as the cluster has CPUs.
 
     Raises:
-        NotSupported: ray is not installed. BadInput: no worker.
+        NotSupported: ray is not installed. BadInput: no worker. SfumatoError: what the work raised, or that a worker
+            was lost.
     """
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int | None = None):
         check(workers)
         self._make, self._wanted = make, workers
-        self._actors: list[Any] = []
         self._started = False
+        self._sent = self._received = 0
 
     def __enter__(self) -> Workers:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_settings())
+            self._start()
+            self._undo = stack.pop_all()
+        return self
+
+    def _start(self) -> None:
         import ray
 
         if not ray.is_initialized():
-            with _quietly():
-                address = os.environ.get("RAY_ADDRESS")
-                if address:
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-                else:
-                    _start_local(self._wanted)
+            address = os.environ.get("RAY_ADDRESS")
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                _start_local(self._wanted)
             self._started = True
-        count = self._wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        actor = ray.remote(num_cpus=1)(_Actor)
-        self._actors = [actor.remote(self._make) for _ in range(count)]
-        return self
+        self.count = self._wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._feed: Any = ray.remote(num_cpus=0)(_Feed).remote()
+        answers = _dataset(self._feed, self._make, self.count).iter_batches(batch_size=None, prefetch_batches=0)
+        self._answers = iter(answers)
 
     def __exit__(self, *_: object) -> None:
         import ray
 
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._started:
-            ray.shutdown()
-            self._started = False
+        with self._undo:
+            del self._answers  # with it the actors go
+            ray.kill(self._feed)
+            if self._started:
+                ray.shutdown()
+                self._started = False
 
     def ask(self, item: Any) -> Any:
-        """The answer of the first worker to one item."""
-        import ray
-
-        return _opened(ray.get(self._actors[0].work.remote(item)))
+        """The answer of a worker to one item."""
+        return self._receive(self._send(item))
 
     def map(self, items: Iterable[tuple[Tag, Any]]) -> Iterator[tuple[Tag, Any]]:
         """(tag, result) for every (tag, item), in their order; an item that is None is handed through unworked.
 
         Raises whatever the work raised, where the result would have stood.
         """
-        import ray
-
-        under_way: deque[tuple[Tag, Any]] = deque()
-        sent = 0
+        under_way: deque[tuple[Tag, int | None]] = deque()
 
         def answer() -> tuple[Tag, Any]:
-            tag, promise = under_way.popleft()
-            return tag, None if promise is None else _opened(ray.get(promise))
+            tag, n = under_way.popleft()
+            return tag, None if n is None else self._receive(n)
 
         for tag, item in items:
-            promise = None
-            if item is not None:
-                promise = self._actors[sent % len(self._actors)].work.remote(item)
-                sent += 1
-            under_way.append((tag, promise))
-            while len(under_way) > AHEAD * len(self._actors):
+            under_way.append((tag, None if item is None else self._send(item)))
+            while len(under_way) > AHEAD * self.count:
                 yield answer()
         while under_way:
             yield answer()
 
+    def _send(self, item: Any) -> int:
+        import ray
 
-class _Actor:
-    """One worker. What goes wrong on purpose travels as its name and message: not every exception can be pickled."""
+        n, self._sent = self._sent, self._sent + 1
+        ray.get(self._feed.put.remote(n, ray.cloudpickle.dumps(item), done=self._received))
+        return n
+
+    def _receive(self, n: int) -> Any:
+        """The answer to item n. Those before it that nobody waits for any more are passed over."""
+        import ray
+
+        while True:
+            try:
+                (packed,) = next(self._answers)["answer"]
+            except ray.exceptions.RayError as error:
+                raise SfumatoError(f"the workers stopped: {str(error).strip().splitlines()[-1]}") from error
+            self._received += 1
+            if self._received > n:
+                return _opened(ray.cloudpickle.loads(packed))
+
+
+class _Feed:
+    """An actor between the driver, which knows the items, and the dataset, which reads them.
+
+    Numbers make reading repeatable: a reader that Ray has started anew is given what it had read before, or, where the
+    answer is out already, nothing.
+    """
+
+    def __init__(self) -> None:
+        self._items: dict[int, bytes] = {}
+        self._done = 0
+        self._changed = asyncio.Condition()
+
+    async def put(self, n: int, item: bytes, done: int) -> None:
+        async with self._changed:
+            self._items[n] = item
+            for old in range(self._done, done):
+                del self._items[old]
+            self._done = done
+            self._changed.notify_all()
+
+    async def get(self, n: int) -> bytes:
+        async with self._changed:
+            await self._changed.wait_for(lambda: n < self._done or n in self._items)
+            return self._items.get(n, b"")
+
+
+def _dataset(feed: Any, make: Callable[[], Callable[[Any], Any]], count: int) -> Any:
+    """What is fed -> {"answer": pickled}, a row a block, computed by ``count`` actors, in order."""
+    import pyarrow
+    from ray import data, get
+    from ray.data.block import BlockMetadata
+
+    class Source(data.Datasource):
+        def get_name(self) -> str:
+            return "Items"
+
+        def estimate_inmemory_data_size(self) -> None:
+            return None
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[data.ReadTask]:
+            def read() -> Iterator[Any]:
+                for n in itertools.count():
+                    yield pyarrow.table({"item": [get(feed.get.remote(n))]})
+
+            unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [data.ReadTask(read, unknown)]
+
+    # reading takes no CPU of its own, or the workers would have one too few
+    items = data.read_datasource(Source(), num_cpus=0, override_num_blocks=1)
+    answers = items.map(_Worker, fn_constructor_args=(make,), compute=data.ActorPoolStrategy(size=count), num_cpus=1)
+    answers.context.execution_options.preserve_order = True
+    answers.context.target_max_block_size = 1  # an item must not wait for a block to fill
+    answers.context.execution_no_progress_timeout_s = -1  # how long one may take is not ours to say
+    answers.context.enable_progress_bars = answers.context.print_on_execution_start = False
+    return answers
+
+
+class _Worker:
+    """What goes wrong on purpose travels as its name and message: not every exception can be pickled."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]):
         self._make = make
         self._work: Callable[[Any], Any] | None = None
 
-    def work(self, item: Any) -> tuple[str, Any]:
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        from ray import cloudpickle
+
+        return {"answer": cloudpickle.dumps(self._answer(cloudpickle.loads(row["item"])))}
+
+    def _answer(self, item: Any) -> tuple[str, Any]:
         try:
             if self._work is None:
                 self._work = self._make()
@@ -136,24 +218,22 @@ def _opened(answer: tuple[str, Any]) -> Any:
 
 
 def _start_local(workers: int | None) -> None:
-    """A cluster on this machine, whose workers find this very package."""
+    """A cluster on this machine."""
     import ray
 
-    here = str(Path(__file__).parents[1])
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    ray.init(
-        num_cpus=workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-    )
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Within: Ray reports nothing to its makers, and does not override what it finds of graphics cards."""
-    told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+def _settings() -> Iterator[None]:
+    """Within: Ray reports nothing to its makers and leaves graphics cards as it finds them, and the workers of a
+    cluster that is started here find this very package."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    told = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:

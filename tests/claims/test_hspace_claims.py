@@ -9,6 +9,7 @@ import torch
 
 from claims import inject_fusion, pullback
 from claims.core import Context
+from sfumato.edit.pullback import Pullback
 from sfumato.judge import ObjectReading, Reading
 from tests.tiny import tiny_model
 
@@ -30,18 +31,20 @@ class Eye:
 def context(tmp_path, monkeypatch):
     made = Context(quick=True)
     made.pictures = tmp_path
-    made.count = lambda full, quick: quick if quick > 1 else 1
+    made.count = lambda full, quick: min(quick, 2)
     single = {name: SimpleNamespace(value=1.0) for name in ("shape", "color")}
     model = tiny_model("sd")
     monkeypatch.setattr(model, "card", {"sampling": {"size": [32, 32]}})
     made.cache = {"judge": Eye(), "model tiny": model, "trust": SimpleNamespace(single=single)}
     for module in (inject_fusion, pullback):
-        monkeypatch.setattr(module, "STEPS", 8 if module is inject_fusion else 5)
-    monkeypatch.setattr(inject_fusion, "STRENGTHS", (0.5, 1.0))
+        monkeypatch.setattr(module, "STEPS", 5)
+    monkeypatch.setattr(inject_fusion, "STRENGTHS", (1.0,))
     monkeypatch.setattr(inject_fusion, "LAYERS", ("up.0",))
     monkeypatch.setattr(inject_fusion, "RATIOS", (0.5,))
     monkeypatch.setattr(pullback, "RANK", 2)
     monkeypatch.setattr(pullback, "POWER", {"rank": 2, "iterations": 2, "tolerance": 0.1})
+    few = {"iterations": 1, "repeats": 2}
+    monkeypatch.setattr(pullback, "Pullback", lambda **given: Pullback(**given | few))
     return made
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from sfumato import cards
 from sfumato.cards import build, method, methods
 from sfumato.models.families import FAMILIES
@@ -39,10 +41,13 @@ ELSEWHERE = [
 ]
 
 
+@functools.cache
 def maker(key: str):
+    """The same function each time: what its system gives alone is remembered by it."""
     return lambda: build(SYSTEMS[key].example)
 
 
+@functools.cache
 def weakener(key: str):
     """The system at strength 0, if it has a strength."""
     if "strength" not in method(key).Params.model_fields:

@@ -115,7 +115,7 @@ def test_good_systems_pass_the_rest(model):
     checks.check_identity(Nudge, model, lambda: Nudge(strength=0))
     checks.check_identity(Watcher, model, None)
     assert checks.check_composes(Nudge, Watcher, model) == "" == checks.check_composes(Nudge, Nudge, model)
-    checks.check_neutral(Watcher, lambda: Nudge(strength=0), model)
+    checks.check_neutral(Watcher, [lambda: Nudge(strength=0)] * 2, model)
     assert checks.check_guidance(Nudge, "negative", model) == "" == checks.check_guidance(Watcher, "compose", model)
     checks.check_unknown_words(lambda words: Watcher(words=words), model)
     checks.check_half_precision(Watcher, model.to(dtype=torch.bfloat16))
@@ -297,5 +297,5 @@ def test_a_system_of_strength_0_that_meddles_is_caught(model):
             run.parts[0].params = run.parts[0].params.model_copy(update={"strength": 0.2})
             return condition
 
-    checks.check_neutral(Nudge, lambda: Nudge(strength=0), model)
-    _fails(checks.check_neutral, Nudge, lambda: Meddles(strength=0), model)
+    checks.check_neutral(Nudge, [lambda: Nudge(strength=0)], model)
+    _fails(checks.check_neutral, Nudge, [lambda: Nudge(strength=0), lambda: Meddles(strength=0)], model)

@@ -22,12 +22,12 @@ def test_identity(key, kind):
 
 @pytest.mark.parametrize(("key", "kind"), PAIRS)
 def test_detaches(key, kind):
-    checks.check_detaches(maker(key), tiny_model(kind, fresh=True))
+    checks.check_detaches(maker(key), tiny_model(kind))
 
 
 @pytest.mark.parametrize(("key", "kind"), SOME)
 def test_detaches_when_the_denoiser_fails(key, kind):
-    checks.check_detaches_when_the_denoiser_fails(maker(key), tiny_model(kind, fresh=True))
+    checks.check_detaches_when_the_denoiser_fails(maker(key), tiny_model(kind))
 
 
 @pytest.mark.parametrize(("key", "kind"), [(key, kind) for key, kind in PAIRS if kind in ("sd", "sd3")])

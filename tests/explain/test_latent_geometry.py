@@ -14,7 +14,8 @@ from sfumato.hspace.geometry import frechet_mean, spectrum
 from sfumato.sampling import generate, invert
 from tests.tiny import tiny_model
 
-FEW = {"rank": 2, "iterations": 40, "tolerance": 1e-3, "samples": 1}
+POWER = {"iterations": 4, "tolerance": 1e-3}
+FEW = {"rank": 2, "samples": 1, **POWER}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_spaces_are_the_local_bases(looked):
     schedule = model.make_scheduler("ddim")
     t = model.timesteps(schedule, 4, 32, 32)[2]
     told = model.encode_text(["a red cube"], None, False)
-    basis = local_basis(Encoder(model, layer_of(model, None), t, told), seen[1][1:], 2, iterations=40, tolerance=1e-3)
+    basis = local_basis(Encoder(model, layer_of(model, None), t, told), seen[1][1:], 2, **POWER)
     assert geodesic_distance(basis.u, found.u[1, 1]) < 0.02
     assert torch.allclose(found.power[1, 1], spectrum(basis.v), atol=1e-3)
     assert found.between_samples(1) == [geodesic_distance(*found.u[1])]
@@ -84,7 +85,7 @@ def test_a_picture_that_exists_is_inverted():
     told = model.encode_text(["a red cube"], None, False)
     t = model.timesteps(model.make_scheduler("ddim"), 3, 32, 32)[0]
     with torch.no_grad():
-        basis = local_basis(Encoder(model, layer_of(model, None), t, told), x, 2, iterations=40, tolerance=1e-3)
+        basis = local_basis(Encoder(model, layer_of(model, None), t, told), x, 2, **POWER)
     assert geodesic_distance(basis.u, found.u[0, 0]) < 0.02
     assert found.plots().width < 1000  # one sample and one prompt: nothing to compare
 

@@ -50,7 +50,7 @@ class Pullback(Intervention):
         not_reproduced="fresh noise in the last fifth of the steps. Transformers have no bottleneck: their "
         "features are those of the picture after the middle block, which is our extension",
         summary="editing directions found without labels, in the local geometry of the latents",
-        example="pullback:rank=2,iterations=1",
+        example="pullback:rank=2,iterations=1,repeats=2",
     )
 
     class Params(cards.Params):

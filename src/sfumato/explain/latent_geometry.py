@@ -186,7 +186,7 @@ class LatentGeometry(Intervention):
         not_reproduced="the comparison of data sets takes one run per model. Transformers have no bottleneck: their "
         "features are those of the picture after the middle block, which is our extension",
         summary="how the latent space bends over time, between samples and between prompts",
-        example="latent_geometry:at=[0.5],rank=2,iterations=1,samples=2",
+        example="latent_geometry:at=[0.5],rank=1,iterations=1,samples=1",
     )
 
     class Params(cards.Params):
