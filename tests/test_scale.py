@@ -122,7 +122,7 @@ def test_make_is_the_same_on_one_and_on_two_workers_and_goes_on(sfumato, tiny_sd
     # a picture that was lost is made again under its name, the others are not
     Path("two/a-blue-ball-5.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in Path("two").glob("a-red*.png")}
-    again = sfumato(*command, "-o", "two", "--ray", "--workers", 1)
+    again = sfumato(*command, "-o", "two")
     assert "3 pictures were there already" in again.err and again.lines[0] == "two/a-blue-ball-5.png"
     assert before == {path: path.stat().st_mtime_ns for path in Path("two").glob("a-red*.png")}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -67,7 +68,8 @@ class Workers:
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
             if address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                with _mute():
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 _start_local(self._wanted)
             self._started = True
@@ -221,24 +223,50 @@ def _start_local(workers: int | None) -> None:
     """A cluster on this machine."""
     import ray
 
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with _mute():
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextlib.contextmanager
+def _mute() -> Iterator[None]:
+    """Within: nothing reaches the terminal. Ray's core tells there that it was told to be quiet."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """Within: Ray reports nothing to its makers and leaves graphics cards as it finds them, and the workers of a
-    cluster that is started here find this very package."""
+    """Within: Ray reports nothing to its makers, says nothing on the console (its log files have it all) and leaves
+    graphics cards as it finds them, and the workers of a cluster that is started here find this very package."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     told = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
         "PYTHONPATH": os.pathsep.join(paths),
     }
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
+    importlib.import_module("ray.data")  # its console is there from now on
+    consoles = [each for each in logging.getLogger("ray.data").handlers if each.name == "console"]
+    levels = [each.level for each in consoles]
     try:
+        for each in consoles:
+            each.setLevel(logging.CRITICAL)
         yield
     finally:
+        for each, level in zip(consoles, levels, strict=True):
+            each.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

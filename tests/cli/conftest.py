@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sfumato.cli import app
+from sfumato.models import Model
 from sfumato.models.quiet import quiet
 from tests.tiny import tiny_pipeline
 
@@ -32,6 +34,25 @@ def tiny_inpaint(tmp_path_factory) -> Path:
     return folder
 
 
+_loaded: dict[str, Model] = {}
+
+
+@pytest.fixture
+def loaded_once(tiny_sd, tiny_inpaint, monkeypatch):
+    """The two folders above are read once, not for every command: nobody changes them, and no run changes a model."""
+    models = importlib.import_module("sfumato.models")  # the package: sfumato.models itself is the list of them
+    load = models.load
+
+    def once(name, device="cpu", **given):
+        if str(name) not in (str(tiny_sd), str(tiny_inpaint)) or device != "cpu" or any(given.values()):
+            return load(name, device=device, **given)
+        if str(name) not in _loaded:
+            _loaded[str(name)] = load(name)
+        return _loaded[str(name)]
+
+    monkeypatch.setattr(models, "load", once)
+
+
 @dataclass
 class Outcome:
     code: int
@@ -44,7 +65,7 @@ class Outcome:
 
 
 @pytest.fixture
-def sfumato(tmp_path, monkeypatch):
+def sfumato(tmp_path, monkeypatch, loaded_once):
     """``sfumato("make", ...)`` in an empty working folder."""
     monkeypatch.chdir(tmp_path)
 
