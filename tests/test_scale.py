@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -34,6 +35,11 @@ def make_worker():
     def work(item):
         nonlocal count
         count += 1
+        if isinstance(item, Path) and not item.exists():
+            item.touch()
+            os._exit(1)
+        if item == "broken":
+            raise ValueError("boom")
         if item == "wrong":
             raise UnknownName("thing", "wrong", ["right"])
         return item, os.getpid(), count
@@ -41,7 +47,7 @@ def make_worker():
     return work
 
 
-def test_results_come_in_order_and_each_worker_is_made_once():
+def test_results_come_in_order_and_each_worker_is_made_once(tmp_path):
     asked = [(tag, None if tag % 5 == 0 else tag) for tag in range(12)]
     pulled = []
 
@@ -63,6 +69,9 @@ def test_results_come_in_order_and_each_worker_is_made_once():
         assert pool.ask("i")[0] == "i"
         with pytest.raises(UnknownName) as caught:
             list(pool.map([(0, "a"), (1, "wrong")]))
+        with pytest.raises(RuntimeError, match="^ValueError: boom$"):
+            pool.ask("broken")
+        assert pool.ask(tmp_path / "died") == (tmp_path / "died", ANY, 1)  # by a new worker
     assert got == asked and most <= 2 * scale.AHEAD + 1
     assert sum(counts.values()) == 9 + 6 and len(counts) == 2  # none was made twice
     assert str(caught.value) == str(UnknownName("thing", "wrong", ["right"]))

@@ -17,10 +17,11 @@ import importlib.util
 import itertools
 import logging
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sfumato import errors
 from sfumato.errors import BadInput, NotSupported, SfumatoError
@@ -30,11 +31,11 @@ Tag = TypeVar("Tag")
 
 
 def check(workers: int | None) -> None:
-    """Whether work can be spread. Raises NotSupported without ray, BadInput for fewer than one worker."""
+    """Whether work can be spread. Raises NotSupported without Ray Data, BadInput for fewer than one worker."""
     if workers is not None and workers < 1:
         raise BadInput(f"workers must be at least 1, got {workers}.")
-    if importlib.util.find_spec("ray") is None:
-        raise NotSupported("spreading work needs Ray, which is not installed: pip install 'sfumato[scale]'.")
+    if any(importlib.util.find_spec(name) is None for name in ("ray", "pyarrow", "pandas")):
+        raise NotSupported("spreading work needs Ray Data, which is not installed: pip install 'sfumato[scale]'.")
 
 
 class Workers:
@@ -45,8 +46,8 @@ class Workers:
         workers: how many; None: as many as the cluster has CPUs.
 
     Raises:
-        NotSupported: ray is not installed. BadInput: no worker. SfumatoError: what the work raised, or that a worker
-            was lost.
+        NotSupported: ray is not installed. BadInput: no worker. Whatever SfumatoError the work raised, or that the
+            workers were lost. RuntimeError: any other error of the work, which says what it was.
     """
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]], workers: int | None = None):
@@ -125,7 +126,7 @@ class Workers:
             try:
                 (packed,) = next(self._answers)["answer"]
             except ray.exceptions.RayError as error:
-                raise SfumatoError(f"the workers stopped: {str(error).strip().splitlines()[-1]}") from error
+                raise SfumatoError(f"the workers stopped: {str(error).strip().splitlines()[0]}") from error
             self._received += 1
             if self._received > n:
                 return _opened(ray.cloudpickle.loads(packed))
@@ -207,10 +208,21 @@ class _Worker:
             return "", self._work(item)
         except SfumatoError as error:
             return type(error).__name__, str(error)
+        except Exception as error:
+            return "", _Unforeseen(f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+class _Unforeseen(NamedTuple):
+    """What went wrong on a worker although nobody expects it to."""
+
+    told: str
+    trace: str
 
 
 def _opened(answer: tuple[str, Any]) -> Any:
     kind, value = answer
+    if isinstance(value, _Unforeseen):
+        raise RuntimeError(value.told) from RuntimeError(f"on a worker:\n{value.trace}")
     if not kind:
         return value
     made = getattr(errors, kind, SfumatoError)
