@@ -13,3 +13,8 @@ import torch
 torch.set_num_threads(1)
 # torch itself says so, on machines without the instruction set it asks about
 warnings.filterwarnings("ignore", message=".*mkldnn.*", category=UserWarning)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """What starts processes of its own, and waits for them, comes first: others fill the time."""
+    items.sort(key=lambda item: "test_scale" not in item.nodeid)

@@ -13,7 +13,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'sfum
 from sfumato import scale  # noqa: E402
 from sfumato.errors import BadInput, UnknownName  # noqa: E402
 from sfumato.scale import Workers  # noqa: E402
-from tests.cli.conftest import refused, sfumato, tiny_sd  # noqa: E402, F401
+from tests.cli.conftest import loaded_once, refused, sfumato, tiny_inpaint, tiny_sd  # noqa: E402, F401
 from tests.judge.conftest import write_renders  # noqa: E402
 
 

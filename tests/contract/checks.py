@@ -51,10 +51,12 @@ _remembered: dict[Any, Alone] = {}
 
 
 def alone(make: Make | None, model: Model, **options: Any) -> Alone:
-    """The run of a system by itself, or of none. Two models of one name and type are the same model."""
+    """The run of a system by itself, or of none, which leaves the model unharmed. Two models of one name and type are
+    the same model."""
     known = (make, model.name, model.dtype, repr(sorted(options.items())))
     if known not in _remembered:
-        result = run(model, make() if make else (), **options)
+        with unharmed(model, "a run"):
+            result = run(model, make() if make else (), **options)
         _remembered[known] = Alone(result.latents, result.coverage, result.recipe)
     return _remembered[known]
 
@@ -86,8 +88,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def check_detaches(make: Make, model: Model) -> None:
     """After a run, and after a failure or an interruption in the middle of one, the model is bit-identical."""
-    with unharmed(model, "runs that ended, failed and were interrupted"):
-        run(model, make())
+    alone(make, model)
+    with unharmed(model, "runs that failed or were interrupted"):
         for error, raised in ((RuntimeError("boom"), RuntimeError), (KeyboardInterrupt(), WorkInterrupted)):
 
             def fail(step: Any, error: BaseException = error) -> None:
@@ -222,22 +224,27 @@ def check_saves(make: Make, model: Model, folder: Path) -> None:
     assert [left.name for left in folder.iterdir()] == ["kept"]
 
 
+def plain(model: Model) -> dict[str, Any]:
+    """A scheduler of one evaluation a step: how systems get on with each other does not depend on it."""
+    return {"scheduler": "flow_euler" if model.flow else "ddim"}
+
+
 def check_composes(make: Make, other: Make, model: Model, swap: bool = True) -> str:
     """Two systems run together, each where and when it acts alone, and, if ``swap``, in either order the same; or they
     refuse with a Conflict. The model is unharmed. Returns the reason of a refusal, else nothing."""
     with unharmed(model):
         try:
-            one = run(model, [make(), other()])
+            one = run(model, [make(), other()], **plain(model))
         except Conflict as refusal:
             with pytest.raises(Conflict):
-                run(model, [other(), make()])
+                run(model, [other(), make()], **plain(model))
             assert "\n" not in str(refusal)
             return str(refusal)
         roles = [system().role for system in (make, other)]
         if swap and roles[0] != roles[1]:
-            two = run(model, [other(), make()])
+            two = run(model, [other(), make()], **plain(model))
             assert same(one.latents, two.latents), "roles fix the order, but the order given mattered"
-    singles = [alone(system, model) for system in (make, other)]
+    singles = [alone(system, model, **plain(model)) for system in (make, other)]
     parts = (make().name, other().name if make().name != other().name else f"{other().name} 2")
     for name, single in zip(parts, singles, strict=True):
         (told,), together = single.coverage.values(), one.coverage[name]
@@ -255,14 +262,16 @@ def check_neutral(make: Make, weaken: Sequence[Make], model: Model) -> None:
 
     They are tried all at once; those that refuse each other, one by one."""
     try:
-        together = run(model, [make(), *(weak() for weak in weaken)])
+        together = run(model, [make(), *(weak() for weak in weaken)], **plain(model))
     except Conflict:
         if len(weaken) > 1:
             half = len(weaken) // 2
             check_neutral(make, weaken[:half], model)
             check_neutral(make, weaken[half:], model)
         return
-    assert same(together.latents, alone(make, model).latents), "a system of strength 0 changed what another does"
+    assert same(together.latents, alone(make, model, **plain(model)).latents), (
+        "a system of strength 0 changed what another does"
+    )
 
 
 GUIDANCE: dict[str, dict[str, Any]] = {
@@ -277,11 +286,11 @@ def check_guidance(make: Make, variant: str, model: Model) -> str:
     """A system and a variant of guidance: both act, or they refuse with a Conflict, whose reason is returned."""
     with unharmed(model):
         try:
-            both = run(model, make(), **GUIDANCE[variant])
+            both = run(model, make(), **GUIDANCE[variant], **plain(model))
         except Conflict as refusal:
             assert "\n" not in str(refusal)
             return str(refusal)
-    bare, single = alone(None, model, **GUIDANCE[variant]), alone(make, model)
+    bare, single = alone(None, model, **GUIDANCE[variant], **plain(model)), alone(make, model, **plain(model))
     assert torch.isfinite(both.latents).all()
     if make().role == "observer":
         assert same(both.latents, bare.latents), "the observer changed the picture"

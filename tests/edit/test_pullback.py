@@ -14,7 +14,7 @@ from tests.tiny import tiny_model
 PROMPT = "a red cube"
 POWER = {"iterations": 3, "tolerance": 1e-3}
 FEW = {"rank": 2, "repeats": 2, **POWER}
-LONG = {"iterations": 40, "tolerance": 1e-3}  # until it has converged: from different starts to the same basis
+LONG = {"iterations": 15, "tolerance": 1e-3}  # until it has converged: from different starts to the same basis
 
 
 def latents_at(model, i, systems=(), prompt=PROMPT, **given):

@@ -14,7 +14,7 @@ from sfumato.hspace.geometry import frechet_mean, spectrum
 from sfumato.sampling import generate, invert
 from tests.tiny import tiny_model
 
-POWER = {"iterations": 4, "tolerance": 1e-3}
+POWER = {"iterations": 2, "tolerance": 1e-3}
 FEW = {"rank": 2, "samples": 1, **POWER}
 
 
