@@ -99,6 +99,24 @@ def test_it_leads_back_to_the_picture(kind):
     assert torch.equal(generate(model, PROMPT, interventions=none, **settings).latents, plain)
 
 
+def test_a_flow_model_is_led_by_its_pooled_text_too(tmp_path):
+    """Each part moves as its own scale allows, and both are kept in the file."""
+    model = tiny_model("sd3")
+    trajectory = invert(model, clean(model), PROMPT, steps=STEPS)
+    found = null_text(model, trajectory, guidance=SCALE, inner=3)
+    settings = {"guidance": SCALE, "decode": False, **trajectory.settings}
+    with torch.no_grad():
+        plain = model.encode_text([""], None, guidance=False).cond
+    assert found.pooled.shape == (STEPS, plain["pooled"].shape[-1])
+    for own, at_first in ((found.embeds, plain["embeds"]), (found.pooled, plain["pooled"])):
+        moved = (own[-1] - at_first[0]).square().mean().sqrt() / at_first.square().mean().sqrt()
+        assert 0.02 < moved < 1.5
+    again = generate(model, PROMPT, interventions=NullText.load(found.save(tmp_path / "n")), **settings).latents
+    assert torch.equal(again, generate(model, PROMPT, interventions=found, **settings).latents)
+    only = NullText(found.embeds)
+    assert not torch.equal(generate(model, PROMPT, interventions=only, **settings).latents, again)
+
+
 def test_kept_in_a_file_and_edited(tmp_path):
     model = tiny_model("sd")
     trajectory = invert(model, clean(model), PROMPT, steps=STEPS)

@@ -11,8 +11,9 @@ can be edited by its words afterwards.
 
 The guided step is linear in the network's output, x' = A x + B out, whatever that predicts: noise, velocity
 (Stable Diffusion 2) or flow. So the same optimisation serves flow models, with the Euler path of the probability flow
-for a pivot; there the per-token part of the empty prompt is optimised, its pooled part stays. A guidance-distilled
-model (Flux) has no unconditional branch to optimise unless true guidance is added; its plain inversion needs none.
+for a pivot. They hear the text through its pooled vector as much as token by token, and at any scale: both are
+optimised, at a rate in units of each one's own root mean square, ten times the paper's. A guidance-distilled model
+(Flux) has no unconditional branch to optimise unless true guidance is added; its plain inversion needs none.
 """
 
 from __future__ import annotations
@@ -43,14 +44,21 @@ FORMAT = "sfumato-null-text-1"
 
 class NullText(Intervention):
     """Gives every step its own unconditional text. ``embeds`` (T t d): one per step of the schedule, for all samples;
-    ``losses`` (T): squared distance to the pivot that was left, mean over the latents."""
+    ``pooled`` (T d), where that was optimised too; ``losses`` (T): squared distance to the pivot that was left, mean
+    over the latents."""
 
     role = "conditioner"
 
-    def __init__(self, embeds: Tensor, losses: Tensor | None = None, facts: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        embeds: Tensor,
+        losses: Tensor | None = None,
+        facts: dict[str, Any] | None = None,
+        pooled: Tensor | None = None,
+    ):
         if embeds.dim() != 3:
             raise BadInput(f"embeds of null-text have shape {tuple(embeds.shape)}; expected (T t d), one per step.")
-        self.embeds, self.facts = embeds, facts or {}
+        self.embeds, self.pooled, self.facts = embeds, pooled, facts or {}
         self.losses = torch.zeros(len(embeds)) if losses is None else losses
         self.activity = Coverage()
 
@@ -69,19 +77,25 @@ class NullText(Intervention):
                 f"null-text embeddings are for {len(self.embeds)} steps of {tuple(self.embeds.shape[1:])}; "
                 f"this run has {step.total} of {tuple(own.shape[1:])}."
             )
-        step.condition = _with_uncond(step.condition, self.embeds[step.i].to(own).expand_as(own))
+        found = {"embeds": self.embeds} if self.pooled is None else {"embeds": self.embeds, "pooled": self.pooled}
+        rows = {name: each[step.i].to(uncond[name]).expand_as(uncond[name]) for name, each in found.items()}
+        step.condition = _with_uncond(step.condition, rows)
         self.mark(step)
 
     def save(self, path: Path | str) -> Path:
         """Write the embeddings as safetensors, whole or not at all."""
         metadata = {"format": FORMAT, "facts": json.dumps(self.facts, ensure_ascii=False)}
-        return files.save_tensors(path, {"embeds": self.embeds, "losses": self.losses}, metadata)
+        tensors = {"embeds": self.embeds, "losses": self.losses}
+        tensors |= {} if self.pooled is None else {"pooled": self.pooled}
+        return files.save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> NullText:
         """What :meth:`save` wrote. Raises BadInput for any other file, OSError when it cannot be read."""
         with files.reading_tensors(path, FORMAT, "null-text embeddings") as (file, metadata):
-            return cls(file.get_tensor("embeds"), file.get_tensor("losses"), json.loads(metadata["facts"]))
+            embeds, losses = file.get_tensor("embeds"), file.get_tensor("losses")
+            pooled = file.get_tensor("pooled") if "pooled" in file.keys() else None  # noqa: SIM118 - not a dict
+            return cls(embeds, losses, json.loads(metadata["facts"]), pooled)
 
 
 def null_text(
@@ -90,7 +104,7 @@ def null_text(
     *,
     guidance: float | Guidance | None = None,
     inner: int = 10,
-    rate: float = 1e-2,
+    rate: float | None = None,
     tolerance: float = 1e-5,
     on_step: Callable[[Step], None] | None = None,
 ) -> NullText:
@@ -98,9 +112,10 @@ def null_text(
     that of one picture.
 
     Per step at most ``inner`` iterations of Adam on the embedding, which begins as that of the step before; the rate
-    falls from ``rate`` to half of it, and a step is left once its loss is below ``tolerance`` + 0.001 of progress (the
-    original's 1e-2 (1 - i/100) and 1e-5 + 2e-5 i at 50 steps). Of all embeddings tried in a step the best is kept, so
-    that the loss cannot drift upwards as it does in the original, which keeps the last.
+    falls from ``rate`` (None: 1e-2, for flow models 0.1 of the embedding's root mean square) to half of it, and a step
+    is left once its loss is below ``tolerance`` + 0.001 of progress (the original's 1e-2 (1 - i/100) and
+    1e-5 + 2e-5 i at 50 steps). Of all embeddings tried in a step the best is kept, so that the loss cannot drift
+    upwards as it does in the original, which keeps the last.
 
     Costs up to 2 + 3 ``inner`` forward-equivalents per step. Raises BadInput without guidance above 1 or for several
     pictures.
@@ -117,14 +132,18 @@ def null_text(
     with opened(model, request, range(1), ()) as run:
         run.freeze()
         assert run.condition is not None and run.condition.uncond is not None
-        embeds = run.condition.uncond["embeds"].float()
+        names = [name for name in ("embeds", "pooled") if name == "embeds" or model.flow]
+        text = {name: run.condition.uncond[name].float() for name in names if name in run.condition.uncond}
+        units = {name: float(each.square().mean().sqrt()) if model.flow else 1.0 for name, each in text.items()}
+        speed = (0.1 if model.flow else 1e-2) if rate is None else rate
+        rates = {name: speed * unit for name, unit in units.items()}
         pivot = trajectory.latents.to(run.model.device, run.model.dtype)
         x = pivot[0]
         for i in range(run.total):
             run.scheduler = run.scheduler_at(i)
             step = Step(run, i, x)
-            embeds, step.outputs, loss = _step(step, embeds, pivot[i + 1], inner, rate, tolerance)
-            kept.append(embeds[0].to(run.model.dtype))
+            text, step.outputs, loss = _step(step, text, pivot[i + 1], inner, rates, tolerance)
+            kept.append({name: each[0].to(run.model.dtype) for name, each in text.items()})
             losses.append(loss)
             x = step.x = run.advance(step)
             if on_step is not None:
@@ -135,38 +154,42 @@ def null_text(
         "guidance": float(request.guidance.scale),
         "inner": inner,
     }
-    return NullText(torch.stack(kept), torch.tensor(losses), facts)
+    found = {name: torch.stack([each[name] for each in kept]) for name in text}
+    return NullText(found["embeds"], torch.tensor(losses), facts, found.get("pooled"))
 
 
 def _step(
-    step: Step, embeds: Tensor, target: Tensor, inner: int, rate: float, tolerance: float
-) -> tuple[Tensor, dict[str, Tensor], float]:
-    """(embedding (1 t d), outputs per branch, loss) of one step that is to lead from ``step.x`` to ``target``."""
+    step: Step, text: dict[str, Tensor], target: Tensor, inner: int, rates: dict[str, float], tolerance: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """(parts of the text (1 ...), outputs per branch, loss) of one step that is to lead from ``step.x`` to
+    ``target``."""
     run, start = step.run, step.condition
     cond = run.denoise(step.x, step.t, start, ("cond",), (), step)
     if "uncond" not in step.branches:  # guidance does not cover this step
-        return embeds, cond, 0.0
+        return text, cond, 0.0
     a, b = step_coefficients(run, step)
-    variable = embeds.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([variable], lr=rate * (1 - step.progress / 2))
-    best = (embeds, cond, float("inf"))
+    variables = {name: each.detach().clone().requires_grad_(True) for name, each in text.items()}
+    groups = [{"params": [each], "lr": rates[name] * (1 - step.progress / 2)} for name, each in variables.items()]
+    optimizer = torch.optim.Adam(groups)
+    best = (text, cond, float("inf"))
     for k in range(inner + 1):
         with torch.set_grad_enabled(k < inner):
-            outputs = (
-                run.denoise(step.x, step.t, _with_uncond(start, variable.to(step.x.dtype)), ("uncond",), (), step)
-                | cond
-            )
+            told = _with_uncond(start, {name: each.to(step.x.dtype) for name, each in variables.items()})
+            outputs = run.denoise(step.x, step.t, told, ("uncond",), (), step) | cond
             loss = F.mse_loss((a * step.x + b * run.combined(outputs)).float(), target.float())
         if loss.item() < best[2]:
-            best = variable.detach().clone(), {name: out.detach() for name, out in outputs.items()}, loss.item()
+            tried = {name: each.detach().clone() for name, each in variables.items()}
+            best = tried, {name: out.detach() for name, out in outputs.items()}, loss.item()
         if k == inner or loss.item() < tolerance + 1e-3 * step.progress:
             break
-        (variable.grad,) = torch.autograd.grad(loss, variable)
+        gradients = torch.autograd.grad(loss, list(variables.values()))
+        for variable, gradient in zip(variables.values(), gradients, strict=True):
+            variable.grad = gradient
         run.spend(1.0, step)
         optimizer.step()
     return best
 
 
-def _with_uncond(condition: Condition, embeds: Tensor) -> Condition:
+def _with_uncond(condition: Condition, text: dict[str, Tensor]) -> Condition:
     assert condition.uncond is not None
-    return replace(condition, uncond={**condition.uncond, "embeds": embeds})
+    return replace(condition, uncond={**condition.uncond, **text})
