@@ -104,13 +104,13 @@ def read(context: Context, pictures: Tensor, asked: Sequence[common.Prompt], sec
 
 def curves(name: str, context: Context) -> list[Row]:
     """Both knobs on one model."""
-    n = context.count(50, 6)
+    n = context.count(32, 6)
     asked = prompts(context, REPORT, n)
     scales, strengths = (FREE, CLIP) if not context.quick else (FREE[::3], CLIP[1:2])
     free = {scale: arm(context, name, asked, REPORT, scale) for scale in scales}
     clip = {s: arm(context, name, asked, REPORT, 1.0, ClipGuidance(strength=s)) for s in strengths}
     plain = free[1.0]
-    tuning = prompts(context, TUNE, context.count(20, 4))
+    tuning = prompts(context, TUNE, context.count(16, 4))
     best_free = max((s for s in scales if s > 1), key=lambda s: np.mean(arm(context, name, tuning, TUNE, s).right))
     best_clip = max(
         strengths,
@@ -202,8 +202,8 @@ def curves(name: str, context: Context) -> list[Row]:
 
 def scorers(name: str, context: Context) -> list[Row]:
     """A CLIP that knows noise against one that does not."""
-    n = context.count(30, 4)
-    asked, tuning = prompts(context, REPORT + 10, n), prompts(context, TUNE + 10, context.count(16, 2))
+    n = context.count(24, 4)
+    asked, tuning = prompts(context, REPORT + 10, n), prompts(context, TUNE + 10, context.count(12, 2))
     made = {"clip": None, "through": "denoiser"}, {"clip": "toy-clip", "through": "denoiser"}
     found = []
     for given in made:

@@ -179,7 +179,7 @@ def tuned(context: Context, name: str) -> dict[str, dict[str, Any]]:
 
     def chosen() -> dict[str, dict[str, Any]]:
         model = common.load(context, name)
-        asked = pairs(context, model, TUNE, context.count(12, 2))
+        asked = pairs(context, model, TUNE, context.count(8, 2))
         grids: dict[str, list[dict[str, Any]]] = {
             "bottleneck": [{"strength": each} for each in STRENGTHS],
             "layer": [{"layer": layer, "strength": each} for layer in LAYERS for each in STRENGTHS],
@@ -201,7 +201,7 @@ def fused(name: str, context: Context) -> list[Row]:
     model = common.load(context, name)
     best = tuned(context, name)
     layer = best["layer"]
-    asked = pairs(context, model, REPORT, context.count(30, 3))
+    asked = pairs(context, model, REPORT, context.count(20, 3))
     arms: dict[str, Method] = {
         "none": fusion(model, strength=0.0),
         "bottleneck": fusion(model, **best["bottleneck"]),
@@ -296,7 +296,7 @@ def fused(name: str, context: Context) -> list[Row]:
 def influence(name: str, context: Context) -> list[Row]:
     """How much of the predicted noise depends on a layer at all, its skip connections left alone."""
     model = common.load(context, name)
-    n = context.count(32, 4)
+    n = context.count(20, 4)
     asked = [f"a {COLORS[i % 8]} {SHAPES[i % 6]} on the {GROUNDS[i % 5]}" for i in range(n)]
     shares: dict[str, list[float]] = {layer: [] for layer in ("mid", *LAYERS)}
 

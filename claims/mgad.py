@@ -106,7 +106,7 @@ def spread(features: np.ndarray) -> float:
 
 def together(name: str, context: Context) -> list[Row]:
     """Both targets against either alone."""
-    asked, seeds = cases(REPORT, context.count(8, 2)), range(REPORT, REPORT + context.count(4, 2))
+    asked, seeds = cases(REPORT, context.count(6, 2)), range(REPORT, REPORT + context.count(4, 2))
     strength = tuned(context, name)
     options = {"cutouts": CUTOUTS, "strength": strength}
     found = {how: guided(context, name, asked, seeds, how, **options) for how in ("text", "image", "both")}
@@ -187,7 +187,7 @@ def together(name: str, context: Context) -> list[Row]:
 
 def tuned(context: Context, name: str) -> float:
     """The strength with which most pictures follow both, on other targets and seeds."""
-    asked, seeds = cases(TUNE, context.count(4, 1)), range(TUNE, TUNE + 2)
+    asked, seeds = cases(TUNE, context.count(3, 1)), range(TUNE, TUNE + 2)
     tried = STRENGTHS if not context.quick else STRENGTHS[:1]
     followed = [
         sum(map(np.mean, (one.content, one.look)))

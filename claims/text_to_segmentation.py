@@ -76,8 +76,8 @@ def auroc(maps: Tensor, truths: Tensor) -> float:
 def scored(context: Context, concept: str, toys: int | None) -> Scored:
     """Every stage on held-out pictures of one concept."""
     reader, remover = common.load(context, "toy-sd"), common.load(context, "toy-sd-inpaint")
-    learn, learn_truth = pictures(concept, "val", LEARN, context.count(96, 4), toys)
-    test, truth = pictures(concept, "test", REPORT, context.count(48, 3), toys)
+    learn, learn_truth = pictures(concept, "val", LEARN, context.count(64, 4), toys)
+    test, truth = pictures(concept, "test", REPORT, context.count(40, 3), toys)
     system = t2s.TextToSegmentation(iterations=context.count(ITERATIONS, 3), steps=context.count(STEPS, 2))
     p, shown = system.params, system.named(concept)
     found = system.run(reader, remover, concept, learn, report(context, concept))
