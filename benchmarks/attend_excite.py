@@ -13,7 +13,7 @@ from sfumato.sampling import generate
 from sfumato.steer.attend_excite import AttendExcite
 
 PROMPT, WORDS, TOKENS = "a red cube and a blue ball", ["cube", "ball"], [3, 7]
-ROUNDS = 3
+ROUNDS = 2
 
 
 def pipeline_of(model: Model) -> StableDiffusionAttendAndExcitePipeline:
@@ -51,7 +51,7 @@ def contestants(model: Model, side: int, resolution: int) -> dict:
                     output_type="latent",
                 ).images  # fmt: skip
         finally:
-            model.pipe.unet.set_attn_processor(before)
+            model.pipe.unet.set_attn_processor(dict(before))  # it empties what it is given
 
     return {"plain": ours, "ours": altered, "pipeline": theirs}
 
