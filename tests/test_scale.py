@@ -21,7 +21,7 @@ from tests.judge.conftest import write_renders  # noqa: E402
 def cluster():
     """One local cluster for all of these."""
     with scale._settings():
-        scale._start_local(2)
+        scale._connect(2)
     yield
     ray.shutdown()
 

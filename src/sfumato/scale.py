@@ -67,12 +67,7 @@ class Workers:
         import ray
 
         if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS")
-            if address:
-                with _mute():
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                _start_local(self._wanted)
+            _connect(self._wanted)
             self._started = True
         self.count = self._wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._feed: Any = ray.remote(num_cpus=0)(_Feed).remote()
@@ -201,42 +196,44 @@ class _Worker:
 
         return {"answer": cloudpickle.dumps(self._answer(cloudpickle.loads(row["item"])))}
 
-    def _answer(self, item: Any) -> tuple[str, Any]:
+    def _answer(self, item: Any) -> Any:
         try:
             if self._work is None:
                 self._work = self._make()
-            return "", self._work(item)
+            return self._work(item)
         except SfumatoError as error:
-            return type(error).__name__, str(error)
+            return _Failed(str(error), type(error).__name__)
         except Exception as error:
-            return "", _Unforeseen(f"{type(error).__name__}: {error}", traceback.format_exc())
+            return _Failed(f"{type(error).__name__}: {error}", trace=traceback.format_exc())
 
 
-class _Unforeseen(NamedTuple):
-    """What went wrong on a worker although nobody expects it to."""
+class _Failed(NamedTuple):
+    """What went wrong on a worker: an error of ours by its name, or one that nobody expects and where it arose."""
 
     told: str
-    trace: str
+    kind: str = ""
+    trace: str = ""
 
 
-def _opened(answer: tuple[str, Any]) -> Any:
-    kind, value = answer
-    if isinstance(value, _Unforeseen):
-        raise RuntimeError(value.told) from RuntimeError(f"on a worker:\n{value.trace}")
-    if not kind:
-        return value
-    made = getattr(errors, kind, SfumatoError)
+def _opened(answer: Any) -> Any:
+    if not isinstance(answer, _Failed):
+        return answer
+    if not answer.kind:
+        raise RuntimeError(answer.told) from RuntimeError(f"on a worker:\n{answer.trace}")
+    made = getattr(errors, answer.kind, SfumatoError)
     error = made.__new__(made)  # the message is whole: the constructor would write another
-    error.args = (value,)
+    error.args = (answer.told,)
     raise error
 
 
-def _start_local(workers: int | None) -> None:
-    """A cluster on this machine."""
+def _connect(workers: int | None) -> None:
+    """Joins the cluster of ``RAY_ADDRESS``, or starts one on this machine."""
     import ray
 
+    address = os.environ.get("RAY_ADDRESS")
+    which: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
     with _mute():
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**which, log_to_driver=False, logging_level=logging.ERROR)
 
 
 @contextlib.contextmanager

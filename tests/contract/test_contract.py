@@ -40,12 +40,12 @@ def test_deterministic(key, kind):
     checks.check_deterministic(maker(key), tiny_model(kind))
 
 
-@pytest.mark.parametrize(("key", "kind"), SOME)
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
 def test_batch_independent(key, kind):
     checks.check_batch_independent(maker(key), tiny_model(kind))
 
 
-@pytest.mark.parametrize(("key", "kind"), SOME)
+@pytest.mark.parametrize(("key", "kind"), PAIRS)
 def test_wide_pictures(key, kind):
     checks.check_wide_pictures(maker(key), tiny_model(kind))
 

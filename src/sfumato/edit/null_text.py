@@ -66,6 +66,11 @@ class NullText(Intervention):
     def name(self) -> str:
         return "null_text"
 
+    @property
+    def text(self) -> dict[str, Tensor]:
+        """What was optimised, by its key in a condition."""
+        return {"embeds": self.embeds} if self.pooled is None else {"embeds": self.embeds, "pooled": self.pooled}
+
     def before_predict(self, step: Step) -> None:
         if "uncond" not in step.branches:
             return
@@ -77,17 +82,14 @@ class NullText(Intervention):
                 f"null-text embeddings are for {len(self.embeds)} steps of {tuple(self.embeds.shape[1:])}; "
                 f"this run has {step.total} of {tuple(own.shape[1:])}."
             )
-        found = {"embeds": self.embeds} if self.pooled is None else {"embeds": self.embeds, "pooled": self.pooled}
-        rows = {name: each[step.i].to(uncond[name]).expand_as(uncond[name]) for name, each in found.items()}
+        rows = {name: each[step.i].to(uncond[name]).expand_as(uncond[name]) for name, each in self.text.items()}
         step.condition = _with_uncond(step.condition, rows)
         self.mark(step)
 
     def save(self, path: Path | str) -> Path:
         """Write the embeddings as safetensors, whole or not at all."""
         metadata = {"format": FORMAT, "facts": json.dumps(self.facts, ensure_ascii=False)}
-        tensors = {"embeds": self.embeds, "losses": self.losses}
-        tensors |= {} if self.pooled is None else {"pooled": self.pooled}
-        return files.save_tensors(path, tensors, metadata)
+        return files.save_tensors(path, {**self.text, "losses": self.losses}, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> NullText:
