@@ -18,7 +18,7 @@ from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.edit.pullback import Pullback
 from sfumato.explain.latent_geometry import Geometry, LatentGeometry
-from sfumato.hspace import Basis, Encoder, geodesic_distance, layer_of, local_basis
+from sfumato.hspace import Basis, Encoder, Jacobian, geodesic_distance, layer_of, local_basis
 from sfumato.hspace.geometry import principal_angles
 from sfumato.judge import stats
 from sfumato.models import Model
@@ -61,8 +61,8 @@ def exact(name: str, context: Context) -> list[Row]:
         x = torch.randn(1, *model.latent_shape(side, side), generator=torch.Generator().manual_seed(REPORT + i))
         encoder = Encoder(model, layer_of(model, None), torch.tensor(100.0 + 150 * i), told, chunk=64)
         with torch.no_grad():
-            width = encoder(x).shape[1]
-            full = encoder.vjp(x, torch.eye(width))
+            jacobian = Jacobian(encoder, x, encoder.chunk)
+            full = jacobian.vjp(torch.eye(jacobian.width))
             u, s, _ = torch.linalg.svd(full, full_matrices=False)
             basis = local_basis(encoder, x, RANK, iterations=60, tolerance=1e-3)
         values.append(float(((basis.s - s[:RANK]) / s[:RANK]).abs().max()))

@@ -16,5 +16,7 @@ warnings.filterwarnings("ignore", message=".*mkldnn.*", category=UserWarning)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """What starts processes of its own, and waits for them, comes first: others fill the time."""
-    items.sort(key=lambda item: "test_scale" not in item.nodeid)
+    """What starts processes of its own, and waits for them, comes first, so that others fill the time; then the longest
+    files, so that none is left over at the end."""
+    first = ("test_scale", "test_contract", "test_composition")
+    items.sort(key=lambda item: next((i for i, name in enumerate(first) if name in item.nodeid), len(first)))

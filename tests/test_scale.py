@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -26,30 +27,26 @@ def cluster():
     ray.shutdown()
 
 
-def make_worker():
-    """Runs on the workers: made once each, counts its items."""
-    import os
-
-    count = 0
-
-    def work(item):
-        nonlocal count
-        count += 1
-        if isinstance(item, Path) and not item.exists():
-            item.touch()
-            os._exit(1)
-        if item == "broken":
-            raise ValueError("boom")
-        if item == "wrong":
-            raise UnknownName("thing", "wrong", ["right"])
-        return item, os.getpid(), count
-
-    return work
-
-
 def test_results_come_in_order_and_each_worker_is_made_once(tmp_path):
     asked = [(tag, None if tag % 5 == 0 else tag) for tag in range(12)]
     pulled = []
+
+    def make_worker():  # in here, or the workers would have to import this file and all that it needs
+        count = 0
+
+        def work(item):
+            nonlocal count
+            count += 1
+            if isinstance(item, Path) and not item.exists():
+                item.touch()
+                os._exit(1)
+            if item == "broken":
+                raise ValueError("boom")
+            if item == "wrong":
+                raise UnknownName("thing", "wrong", ["right"])
+            return item, os.getpid(), count
+
+        return work
 
     def items():
         for pair in asked:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 
 import torch
 from diffusers import (
@@ -95,6 +96,8 @@ def _cached_pipeline(kind: str, seed: int) -> DiffusionPipeline:
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
             _primed(component)
+    with tempfile.TemporaryDirectory() as folder:  # diffusers notes two more things in its settings when it saves it
+        pipe.scheduler.save_pretrained(folder)
     return pipe
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sfumato.cli import app
@@ -53,6 +54,9 @@ def loaded_once(tiny_sd, tiny_inpaint, monkeypatch):
     monkeypatch.setattr(models, "load", once)
 
 
+COMMAND = {app: get_command(app)}
+
+
 @dataclass
 class Outcome:
     code: int
@@ -68,6 +72,7 @@ class Outcome:
 def sfumato(tmp_path, monkeypatch, loaded_once):
     """``sfumato("make", ...)`` in an empty working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("typer.testing._get_command", COMMAND.__getitem__)  # or typer builds it for every call
 
     def call(*args: object) -> Outcome:
         done = CliRunner().invoke(app, [str(arg) for arg in args])

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError, UnknownName
 from sfumato.models import load
+from sfumato.models.quiet import quiet
 from tests.tiny import tiny_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -110,6 +111,21 @@ def test_unused_parts_may_be_missing(broken: Path) -> None:
     assert load(broken).pipe.safety_checker is None
 
 
+LIBRARIES = ("diffusers", "transformers", "huggingface_hub")
+
+
+def test_quiet_is_quiet_whatever_the_user_has_set(caplog, capfd, monkeypatch) -> None:
+    for name in LIBRARIES:
+        log = logging.getLogger(name)
+        monkeypatch.setattr(log, "propagate", True)
+        with quiet():
+            logging.getLogger(f"{name}.anything").error("not heard")
+        assert log.propagate
+        logging.getLogger(f"{name}.anything").error("heard")
+    assert {record.message for record in caplog.records} == {"heard"}
+    assert "not heard" not in capfd.readouterr().err
+
+
 def test_loading_leaves_no_trace_in_the_libraries(saved: Saved, broken: Path) -> None:
     import diffusers.utils.logging
     import huggingface_hub.utils
@@ -120,7 +136,7 @@ def test_loading_leaves_no_trace_in_the_libraries(saved: Saved, broken: Path) ->
             diffusers.utils.logging.is_progress_bar_enabled(),
             transformers.utils.logging.is_progress_bar_enabled(),
             huggingface_hub.utils.are_progress_bars_disabled(),
-            *(logging.getLogger(name).level for name in ("diffusers", "transformers", "huggingface_hub")),
+            *((log.level, log.handlers, log.propagate) for log in map(logging.getLogger, LIBRARIES)),
             torch.random.get_rng_state().tolist(),
             torch.get_default_dtype(),
         ]

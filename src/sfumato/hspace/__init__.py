@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from sfumato.hspace.geometry import Basis, Directions, Encoder, geodesic_distance, local_basis
+from sfumato.hspace.geometry import Basis, Directions, Encoder, Jacobian, geodesic_distance, local_basis
 from sfumato.hspace.tap import bottleneck_of, layer_of, slerp, tapped
 
 __all__ = [
     "Basis",
     "Directions",
     "Encoder",
+    "Jacobian",
     "bottleneck_of",
     "geodesic_distance",
     "layer_of",

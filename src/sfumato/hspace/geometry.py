@@ -2,8 +2,8 @@
 
 With h = f(x_t) the features of a layer and J = df/dx, the *local basis* at x_t is the singular value decomposition
 J = U S V^T: v_k are directions among the latents, u_k those they cause among the features, s_k by how much (Park, Kwon,
-Choi, Jo, Uh 2023, section 3.2). J is never formed: subspace iteration needs J v (forward mode) and J^T u (reverse
-mode) only. The span of u_1 ... u_n is the *tangent space*; tangent spaces are compared by their principal angles.
+Choi, Jo, Uh 2023, section 3.2). J is never formed: subspace iteration needs the products J v and J^T u only. The span
+of u_1 ... u_n is the *tangent space*; tangent spaces are compared by their principal angles.
 
 Latents are in unit scaling here, ``alpha x0 + sigma eps``.
 """
@@ -31,6 +31,7 @@ __all__ = [
     "Basis",
     "Directions",
     "Encoder",
+    "Jacobian",
     "frechet_mean",
     "geodesic_distance",
     "hungarian_mean",
@@ -43,13 +44,14 @@ OVERSAMPLING = 4  # further vectors carried along, so that the last ones asked f
 
 
 class Encoder:
-    """f: latents (b c h w) of one sample, in unit scaling, to the features (b d) of a layer, with its derivatives.
+    """f: latents (b c h w) of one sample, in unit scaling, to the features (b d) of a layer.
 
-    ``condition`` holds one sample; its conditional branch is used. ``chunk``: rows per denoiser call. Attention runs in
-    the explicit kernel, which alone has a forward derivative. ``cost``: forward-equivalents so far.
+    ``condition`` holds one sample; its conditional branch is used. ``chunk``: the most rows in a denoiser call that is
+    differentiated. Attention runs in the explicit kernel, which alone has a second derivative. ``cost``:
+    forward-equivalents so far.
     """
 
-    def __init__(self, model: Model, layer: Layer, t: Any, condition: Condition, chunk: int = 16):
+    def __init__(self, model: Model, layer: Layer, t: Any, condition: Condition, chunk: int = 8):
         self.model, self.layer, self.t, self.condition, self.chunk = model, layer, t, condition, chunk
         names = [each.name for each in model.layers]
         self._share = (names.index(layer.name) + 1) / len(names)
@@ -59,29 +61,48 @@ class Encoder:
         seen: list[Tensor] = []
         with tapped(self.model, self.layer, seen.append, stop=True), sdpa_kernel(SDPBackend.MATH):
             self.model.predict(x, self.t, self.condition.rows([0] * len(x)), "cond")
-        self.cost += self._share * len(x)
+        self.spend(len(x))
         return seen[0].flatten(1)
 
-    def jvp(self, x: Tensor, v: Tensor) -> Tensor:
-        """J v_k at ``x`` (1 c h w) for directions ``v`` (n d_x): (n d_h) in float32."""
-        found = []
-        for part in v.split(self.chunk):
-            tangents = part.view(-1, *x.shape[1:]).to(x.dtype)
-            _, changes = torch.func.jvp(self, (x.expand_as(tangents).contiguous(),), (tangents,))
-            self.cost += 2 * self._share * len(part)  # the derivative costs about two passes more
-            found.append(changes.float())
-        return torch.cat(found)
+    def spend(self, rows: int) -> None:
+        """Count a pass with ``rows`` rows, there or back."""
+        self.cost += self._share * rows
 
-    def vjp(self, x: Tensor, u: Tensor) -> Tensor:
-        """u_k^T J at ``x`` for features ``u`` (n d_h): (n d_x) in float32."""
+
+class Jacobian:
+    """J = df/dx of an encoder at ``x`` (1 c h w), as products with vectors; ``width``: how many features there are.
+
+    J^T u is a backward pass. It is linear in u, and its derivative with respect to u, applied to v, is J v. So one
+    forward pass, kept with its graph, serves all products, ``rows`` of them at a time.
+    """
+
+    def __init__(self, encoder: Encoder, x: Tensor, rows: int):
+        self._encoder = encoder
+        self._rows = max(1, min(rows, encoder.chunk))
+        with torch.enable_grad():
+            self._x = x.detach().expand(self._rows, *x.shape[1:]).contiguous().requires_grad_(True)
+            self._h = encoder(self._x)
+            self._u = torch.zeros_like(self._h, requires_grad=True)
+            (self._pulled,) = torch.autograd.grad(self._h, self._x, self._u, create_graph=True)
+        encoder.spend(self._rows)
+        self.width = self._h.shape[1]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v_k for directions ``v`` (n d_x): (n d_h) in float32."""
+        return self._products(self._pulled, self._u, v)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u_k for features ``u`` (n d_h): (n d_x) in float32."""
+        return self._products(self._h, self._x, u)
+
+    def _products(self, of: Tensor, to: Tensor, vectors: Tensor) -> Tensor:
         found = []
-        for part in u.split(self.chunk):
-            with torch.enable_grad():
-                rows = x.detach().expand(len(part), *x.shape[1:]).contiguous().requires_grad_(True)
-                value = (self(rows).float() * part).sum()
-            (gradient,) = torch.autograd.grad(value, rows)
-            self.cost += self._share * len(part)
-            found.append(gradient.flatten(1).float())
+        for part in vectors.split(self._rows):
+            whole = torch.zeros_like(of)
+            whole[: len(part)] = part.view(-1, *of.shape[1:])
+            (product,) = torch.autograd.grad(of, to, whole, retain_graph=True)
+            self._encoder.spend(self._rows)
+            found.append(product[: len(part)].flatten(1).float())
         return torch.cat(found)
 
 
@@ -133,8 +154,8 @@ def local_basis(
     step, so that U, S and V belong together. ``begin``: another basis to start from in place of random directions.
     The largest entry of each v_k is positive. Raises BadInput for more directions than there are latents or features.
     """
-    size = x[0].numel()
-    width = encoder(x).shape[1]
+    jacobian = Jacobian(encoder, x, n + OVERSAMPLING)
+    size, width = x[0].numel(), jacobian.width
     most = min(size, width)
     if not 1 <= n <= most:
         raise BadInput(f"n is {n}; here are {size} latents and {width} features, so it must be from 1 to {most}.")
@@ -147,13 +168,13 @@ def local_basis(
     settled, done = False, 0
     while done < iterations and not settled:
         done += 1
-        w = encoder.vjp(x, encoder.jvp(x, v))
+        w = jacobian.vjp(jacobian.jvp(v))
         if not torch.isfinite(w).all():
             raise SfumatoError(f"the derivative of {encoder.layer.name} is not finite; use dtype float32.")
         _, _, turned = torch.linalg.svd(w, full_matrices=False)
         settled = bool(principal_angles(turned[:n], v).max() < tolerance)
         v = turned
-    u, s, rotation = torch.linalg.svd(encoder.jvp(x, v).T, full_matrices=False)
+    u, s, rotation = torch.linalg.svd(jacobian.jvp(v).T, full_matrices=False)
     v = (rotation @ v)[:n]
     sign = torch.where(v.gather(1, v.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     basis_u = u.T[:n] * sign

@@ -67,7 +67,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.family.denoiser.device
+        return self.family.device
 
     @property
     def flow(self) -> bool:

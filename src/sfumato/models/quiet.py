@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_NOWHERE = logging.NullHandler()
+
 
 @contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
@@ -18,23 +20,26 @@ def quiet(bars: bool = False) -> Iterator[None]:
     import huggingface_hub.utils as hub
     import transformers.utils.logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
+    # their handlers are taken away: a change of level would empty the caches of all loggers there are
+    kept = [
+        (logger, logger.handlers, logger.propagate)
+        for logger in map(logging.getLogger, ("diffusers", "transformers", "huggingface_hub"))
+    ]
     diffusers_bars = diffusers_logging.is_progress_bar_enabled()
     transformers_bars = transformers_logging.is_progress_bar_enabled()
     hub_bars = not hub.are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
+            for logger, _, _ in kept:
+                logger.handlers, logger.propagate = [_NOWHERE], False
             if not bars:
                 diffusers_logging.disable_progress_bar()
                 transformers_logging.disable_progress_bar()  # also switches off those of the hub client
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for logger, handlers, propagate in kept:
+                logger.handlers, logger.propagate = handlers, propagate
             if diffusers_bars:
                 diffusers_logging.enable_progress_bar()
             if transformers_bars:

@@ -79,6 +79,14 @@ class Family:
         return getattr(self.pipe, self.denoiser_name)
 
     @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+        first = next(self.denoiser.parameters()).device
+        if first.type == "cpu" and torch.accelerator.is_available():
+            return self.denoiser.device  # weights at rest may belong elsewhere: diffusers looks through all modules
+        return first
+
+    @property
     def config(self) -> Any:
         """The denoiser's configuration."""
         return self.denoiser.config

@@ -62,7 +62,7 @@ class Flux(Family):
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         def rows(texts: list[str]) -> Rows:
             embeds, pooled, _ = self.pipe.encode_prompt(
-                texts, device=self.denoiser.device, max_sequence_length=self.max_sequence_length
+                texts, device=self.device, max_sequence_length=self.max_sequence_length
             )
             return {"embeds": embeds, "pooled": pooled}
 

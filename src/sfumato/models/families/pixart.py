@@ -48,7 +48,7 @@ class PixArtSigma(Family):
             prompts,
             guidance,
             negative_prompt=negatives or "",
-            device=self.denoiser.device,
+            device=self.device,
             clean_caption=_can_clean(),
             max_sequence_length=self.max_sequence_length,
         )

@@ -57,7 +57,7 @@ class StableDiffusion3(Family):
             prompts,
             None,
             None,
-            device=self.denoiser.device,
+            device=self.device,
             do_classifier_free_guidance=guidance,
             negative_prompt=negatives,
             max_sequence_length=self.max_sequence_length,

@@ -51,7 +51,7 @@ class StableDiffusion(Family):
         return next((layer for layer in self.layers if layer.name == "mid"), None)
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
-        embeds, negative = self.pipe.encode_prompt(prompts, self.denoiser.device, 1, guidance, negatives)
+        embeds, negative = self.pipe.encode_prompt(prompts, self.device, 1, guidance, negatives)
         return {"embeds": embeds}, {"embeds": negative} if guidance else None
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
@@ -168,7 +168,7 @@ class StableDiffusionXL(StableDiffusion):
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(
             prompts,
-            device=self.denoiser.device,
+            device=self.device,
             do_classifier_free_guidance=guidance,
             negative_prompt=negatives,
         )
