@@ -15,7 +15,8 @@ constraint, generation starts from there, and everything outside the region is k
 Beyond the original: several regions with a text each, soft masks, any size, and joint attention (SD3, Flux). There one
 softmax runs over picture and text, so keeping what is on the same side means conditioning it: the image-image block
 takes the rule of self-attention, the image-text block that of cross-attention, text queries keep to their side too, and
-each row is divided by what is left of it.
+each row is divided by what is left of it. There, cells are on either side by their share, and the mask among pixels
+fades: hard to the end, as in the U-Nets of the paper, it breaks the shapes of what it puts in place.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class InsideOutside(Intervention):
             for i, old in enumerate(self.before or ()):
                 kept = sides.fixed(old[group], told[i], group, length).to(embeds.device)
                 self.columns[i] = torch.where(kept, self.own.sum(0), self.columns[i])
-        self._at: dict[tuple[int, int], Tensor] = {}
+        self._at: dict[tuple[tuple[int, int], bool], Tensor] = {}
         self.mark()
         uncond = condition.uncond
         if uncond is not None and (condition.negatives or "mask" in uncond):
@@ -230,7 +231,7 @@ class InsideOutside(Intervention):
         """(b n t), or (1 n t) where all samples agree: what each probability is multiplied by."""
         sides = self._sides(site)
         if site.kind == "self":
-            return self._among_pixels(sides, progress)[None]
+            return self._among_pixels(sides, progress, "constant")[None]
         words = self._to_words(sides)
         if site.kind == "cross":
             return words
@@ -240,7 +241,7 @@ class InsideOutside(Intervention):
         total = max(image.stop, text.stop)
         weights = torch.ones(len(words), total, total, device=words.device)
         if self.options.self_attention:
-            weights[:, image, image] = self._among_pixels(sides, progress)
+            weights[:, image, image] = self._among_pixels(sides, progress, "linear")
         if self.options.cross:
             weights[:, image, text] = words
             grouped = self.own.sum(0) > 0
@@ -254,20 +255,21 @@ class InsideOutside(Intervention):
         with the original's boost of (new) words."""
         return (sides.T @ self.own)[None] * self.columns[:, None]
 
-    def _among_pixels(self, sides: Tensor, progress: float) -> Tensor:
+    def _among_pixels(self, sides: Tensor, progress: float, otherwise: str) -> Tensor:
         """(n n): pixels see their own side, section 3.1; ``self_attention`` 1 is a hard mask."""
         same = (sides.T @ sides).clamp(max=1)
-        decay = DECAYS["constant" if self.hard else self.options.decay](progress)
+        decay = DECAYS["constant" if self.hard else self.options.decay or otherwise](progress)
         return 1 + self.options.self_attention * decay * (same - 1)
 
     def _sides(self, site: Site) -> Tensor:
         """(r+1 n): how much of each pixel of a site's grid belongs to each region, and to the outside."""
         assert site.grid is not None
-        if site.grid not in self._at:
-            inside = masks.on_grid(self.regions, site.grid, self.options.level, self.options.soft)
+        soft = site.kind == "joint" if self.options.soft is None else self.options.soft
+        if (site.grid, soft) not in self._at:
+            inside = masks.on_grid(self.regions, site.grid, self.options.level, soft)
             sides = torch.cat([inside, 1 - inside.amax(0, keepdim=True)])
-            self._at[site.grid] = sides.flatten(1).to(self.own.device)
-        return self._at[site.grid]
+            self._at[site.grid, soft] = sides.flatten(1).to(self.own.device)
+        return self._at[site.grid, soft]
 
 
 @register
@@ -309,8 +311,10 @@ class ShapeGuided(InsideOutside):
         self_attention: float = Field(
             default=1.0, ge=0, le=1, description="constrain attention among pixels; 1: a hard mask, 0: not at all"
         )
-        decay: Literal["constant", "linear", "exponential", "cosine"] = Field(
-            default="constant", description="how the mask among pixels weakens over the steps"
+        decay: Literal["constant", "linear", "exponential", "cosine"] | None = Field(
+            default=None,
+            description="how the mask among pixels weakens over the steps; none: linear in joint attention, not at all "
+            "elsewhere",
         )
         renormalise: Literal["joint", "all", "none"] = Field(
             default="joint", description="where attention is brought back to a sum of 1 (the original: nowhere)"
@@ -323,7 +327,10 @@ class ShapeGuided(InsideOutside):
         level: float = Field(
             default=0.5, gt=0, le=1, description="share of a cell in a region from which on it is inside"
         )
-        soft: bool = Field(default=False, description="use the share itself instead of deciding cell by cell")
+        soft: bool | None = Field(
+            default=None,
+            description="use the share itself instead of deciding cell by cell; none: in joint attention only",
+        )
         reference: bool = Field(
             default=False, description="copy the outside one noise level late, as the original does"
         )
@@ -399,7 +406,7 @@ class ShapeGuided(InsideOutside):
         if not torch.equal(back.timesteps, run.timesteps):
             raise BadInput("shape_guided inverts along the family's own schedule, which this run's scheduler leaves.")
         self._way = back.latents.expand(-1, len(run), -1, -1, -1)
-        self._inside = masks.on_grid(self.regions, run.grid, self.params.level, self.params.soft).amax(0).to(x)
+        self._inside = masks.on_grid(self.regions, run.grid, self.params.level, bool(self.params.soft)).amax(0).to(x)
         x = self._way[run.begin]
         if self.params.fresh:
             generators = [torch.Generator().manual_seed((seed * 0x9E3779B1 + SALT) % 2**63) for seed in run.seeds]
