@@ -9,7 +9,7 @@ from sfumato.attention.seam import Tap
 from sfumato.attention.words import Words
 from sfumato.errors import BadInput, NoMatch
 from sfumato.sampling import Intervention, generate
-from sfumato.steer.shape_guided import DECAYS, ShapeGuided, Sides, _split, infer_region, slerp
+from sfumato.steer.shape_guided import DECAYS, InsideOutside, ShapeGuided, Sides, _split, infer_region, slerp
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"
@@ -224,6 +224,20 @@ def test_the_mask_among_pixels_decays():
         inside = torch.tensor(sides_of(site))
         leak = (after[..., inside, :][..., ~inside] / before[..., inside, :][..., ~inside]).flatten()
         torch.testing.assert_close(leak, torch.full_like(leak, 1 - 0.8 * at), rtol=1e-5, atol=1e-6)
+
+
+def test_the_way_back_fades_only_where_fading_is_the_rule():
+    sides = torch.eye(2)
+    for decay, rule, leaks in (
+        (None, "linear", (0.5, 0.5)),
+        (None, "constant", (0, 0)),
+        ("linear", "constant", (0.5, 0)),
+        ("linear", "linear", (0.5, 0)),
+    ):
+        params = ShapeGuided.Params(decay=decay)
+        for hard, leak in zip((False, True), leaks, strict=True):
+            weights = InsideOutside(params, HALF, [], hard=hard)._among_pixels(sides, 0.5, rule)
+            assert torch.equal(weights, torch.tensor([[1, leak], [leak, 1]]))
 
 
 def test_renormalised_everywhere_on_request():

@@ -149,7 +149,7 @@ class InsideOutside(Intervention):
     """The constraint itself: a composite text and inside-outside attention, for given regions and texts.
 
     ``regions`` (r H W); ``texts`` and, where something is edited, ``before``: one list of r + 1 texts per sample, the
-    outside last. ``hard``: the self-attention mask does not decay.
+    outside last. ``hard``: a decay that was asked for is left out, as on the original's way back.
     """
 
     role = "editor"
@@ -258,7 +258,8 @@ class InsideOutside(Intervention):
     def _among_pixels(self, sides: Tensor, progress: float, otherwise: str) -> Tensor:
         """(n n): pixels see their own side, section 3.1; ``self_attention`` 1 is a hard mask."""
         same = (sides.T @ sides).clamp(max=1)
-        decay = DECAYS["constant" if self.hard else self.options.decay or otherwise](progress)
+        asked = "constant" if self.hard and self.options.decay else self.options.decay
+        decay = DECAYS[asked or otherwise](progress)
         return 1 + self.options.self_attention * decay * (same - 1)
 
     def _sides(self, site: Site) -> Tensor:
