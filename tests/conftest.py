@@ -1,18 +1,29 @@
-"""Settings for the whole suite: one thread per test process, and no network."""
+"""Settings for the whole suite: one thread per test process, fixed seeds, and no network."""
 
 from __future__ import annotations
 
 import os
+import random
 import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
+import pytest
 import torch
 
 torch.set_num_threads(1)
 # torch itself says so, on machines without the instruction set it asks about
 warnings.filterwarnings("ignore", message=".*mkldnn.*", category=UserWarning)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same random numbers, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
