@@ -155,7 +155,6 @@ def check_frees(make: Make, model: Model) -> None:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
-        gc.unfreeze()
         gc.enable()
     assert not left, f"kept alive by reference cycles: {left}"
 

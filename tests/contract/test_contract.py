@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
 
 from sfumato.cards import method
 from tests.contract import checks
@@ -50,11 +53,14 @@ def test_wide_pictures(key, kind):
     checks.check_wide_pictures(maker(key), tiny_model(kind))
 
 
+@functools.cache
+def half(kind):
+    return tiny_model(kind, fresh=True).to(dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(("key", "kind"), SOME)
 def test_half_precision(key, kind):
-    import torch
-
-    checks.check_half_precision(maker(key), tiny_model(kind, fresh=True).to(dtype=torch.bfloat16))
+    checks.check_half_precision(maker(key), half(kind))
 
 
 @pytest.mark.parametrize(("key", "kind"), SOME)
