@@ -67,12 +67,14 @@ def test_values_are_right_even_where_they_lie_too_close_for_the_directions_to_se
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "pixart"])
 @torch.no_grad()
-def test_the_products_are_those_of_differences(kind):
+def test_the_two_products_are_adjoint_and_those_of_differences(kind):
     encoder, x = encoder_of(kind)
     generator = torch.Generator().manual_seed(5)
     v = torch.linalg.qr(torch.randn(x.numel(), 3, generator=generator)).Q.T
     jacobian = Jacobian(encoder, x, 2)  # two products at a time
     u = torch.randn(3, jacobian.width, generator=generator)
+    forward, backward = (jacobian.jvp(v) * u).sum(1), (jacobian.vjp(u) * v).sum(1)
+    assert torch.allclose(forward, backward, rtol=1e-3, atol=1e-4 * float(forward.abs().max()))
     step = 0.05 * v.view(3, *x.shape[1:])
     difference = (encoder(x + step) - encoder(x - step)) / 0.1
     assert torch.allclose(jacobian.jvp(v), difference, atol=0.01 * float(difference.abs().max()))

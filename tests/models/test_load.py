@@ -136,7 +136,7 @@ def test_loading_leaves_no_trace_in_the_libraries(saved: Saved, broken: Path) ->
             diffusers.utils.logging.is_progress_bar_enabled(),
             transformers.utils.logging.is_progress_bar_enabled(),
             huggingface_hub.utils.are_progress_bars_disabled(),
-            *((log.level, log.handlers, log.propagate) for log in map(logging.getLogger, LIBRARIES)),
+            *((log.level, [*log.handlers], log.propagate) for log in map(logging.getLogger, LIBRARIES)),
             torch.random.get_rng_state().tolist(),
             torch.get_default_dtype(),
         ]
