@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import SfumatoError
-from sfumato.judge import stats
+from sfumato.metrics import stats
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from benchmarks.core import Figure, interleaved, ratio
-from sfumato import zoo
+from sfumato import registry
 from sfumato.explain.daam import DAAM
 from sfumato.models import Model
 from sfumato.sampling import generate
@@ -89,7 +89,7 @@ def traced_like_the_original(unet: UNet2DConditionModel, side: int = LATENT):
 def full_size() -> Model:
     """SD1.5's U-Net (860 M parameters, random weights) with a small text encoder and autoencoder around it."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(zoo.folder() / "toy-sd" / "tokenizer", model_max_length=77)
+    tokenizer = AutoTokenizer.from_pretrained(registry.folder() / "toy-sd" / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=768,

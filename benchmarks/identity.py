@@ -3,9 +3,9 @@
     python -m benchmarks.identity record before.json     # on the old tree
     python -m benchmarks.identity compare before.json    # on the new one; lists what differs, exit code 1
 
-For each system that takes part in drawing, on every built-in generator and on one tiny genuine model of each family: the
-final latents (SHA-256 of their bytes), coverage and cost. Comparable on one machine, with the same library versions and
-one thread; the record belongs to that machine and is kept out of the package.
+For each system that takes part in drawing, on every built-in generator and on one tiny genuine model of each family:
+the final latents (SHA-256 of their bytes), coverage and cost. Comparable on one machine, with the same library versions
+and one thread; the record belongs to that machine and is kept out of the package.
 """
 
 from __future__ import annotations

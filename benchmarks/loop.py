@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.core import Figure, interleaved, ratio
-from sfumato import zoo
+from sfumato import registry
 from sfumato.models import load
 from sfumato.sampling import Intervention, generate
 
@@ -33,7 +33,7 @@ class Idle(Intervention):
 
 def run() -> list[Figure]:
     """Every built-in generator whose weights are there."""
-    return [figure for name in zoo.names() if name in ("toy-sd", "toy-sd3") for figure in compare(name)]
+    return [figure for name in registry.names() if name in ("toy-sd", "toy-sd3") for figure in compare(name)]
 
 
 def compare(name: str) -> list[Figure]:

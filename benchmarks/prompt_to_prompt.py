@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.core import Figure, interleaved, ratio
 from benchmarks.daam import full_size
-from sfumato import zoo
+from sfumato import registry
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.models import Model, load
 from sfumato.sampling import generate
@@ -23,7 +23,7 @@ def run() -> list[Figure]:
     """A full-size SD1.5, randomly initialised, and every built-in generator whose weights are there: the smaller the
     network, the more a hook in its attention weighs."""
     figures = compare(full_size(), "full-size SD1.5", steps=4, rounds=3, size=(8 * SIDE, 8 * SIDE), decode=False)
-    for name in zoo.names():
+    for name in registry.names():
         if name in ("toy-sd", "toy-sd3"):
             figures += compare(load(name), name, steps=20, rounds=15)
     return figures
@@ -48,7 +48,9 @@ def compare(model: Model, name: str, steps: int, rounds: int, **more: Any) -> li
         def again() -> None:
             generate(model, TARGET, interventions=PromptToPrompt(recording), **options)
 
-        seconds = interleaved({"plain": plain, "first": first, "again": again}, rounds, warmup=int(name in zoo.names()))
+        seconds = interleaved(
+            {"plain": plain, "first": first, "again": again}, rounds, warmup=int(name in registry.names())
+        )
     further, whole = ratio(seconds, "again", "plain"), ratio(seconds, "first", "plain")
     size = f" at {SIDE}x{SIDE} latents" if "size" in more else ""
     detail = f"{steps} steps{size}, guidance {GUIDANCE}, {rounds} rounds"

@@ -17,10 +17,10 @@ from torch import Tensor
 from claims import common
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import Run, Step, generate
 from sfumato.steer.attend_excite import AttendExcite
+from sfumato.toybox import oracle
 
 SOURCE = "Chefer et al. 2023, section 4"
 REPORT, TUNE = 5000, 6000  # seeds of prompts and noise: never the same for choosing and for reporting
@@ -51,7 +51,7 @@ class Arm:
     """Pictures (n, 3, h, w) of one way of making them, what the judge says, forward-equivalents per picture."""
 
     pixels: Tensor
-    checks: list[judge.Check]
+    checks: list[oracle.Check]
     cost: float
 
     @property
@@ -79,7 +79,7 @@ def drawn(
         pixels.append(result.pixels.detach().clamp(-1, 1))
         cost += result.cost * len(chunk) / len(asked)
     pictures = torch.cat(pixels)
-    checks = [judge.check(r, p.wishes) for r, p in zip(eye.read(pictures), asked, strict=True)]
+    checks = [oracle.check(r, p.wishes) for r, p in zip(eye.read(pictures), asked, strict=True)]
     return Arm(pictures, checks, cost)
 
 

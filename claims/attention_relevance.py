@@ -20,8 +20,8 @@ from claims.core import Context, Experiment, Part, Row
 from sfumato.explain.asking import ask, word_maps
 from sfumato.explain.attention_relevance import relevance
 from sfumato.explain.daam import explain_images as daam_images
-from sfumato.judge import segmentation, stats
-from sfumato.judge.perturbation import Curve, perturb
+from sfumato.metrics import segmentation, stats
+from sfumato.metrics.perturbation import Curve, perturb
 from sfumato.models.readers import Reader, load_reader
 from sfumato.models.regions import box_overlap, region_features
 from sfumato.toybox import ANSWERS, COLORS, SHAPES, Question, Scene, render, sample_question
@@ -407,7 +407,7 @@ def gaussian_in(box: Tensor) -> Tensor:
 def asked_about_one(context: Context, n: int) -> dict[str, Any]:
     """Pictures of two or three toys with a question about one toy's colour, shape or pattern; true regions in random
     order among those of the background."""
-    from sfumato.train.vqa import draw_regions
+    from sfumato.zoo.objectives.vqa import draw_regions
 
     model = reader(context, "toy-vqa")
     pictures, asked, regions, owners = [], [], [], []

@@ -12,15 +12,15 @@ from torch.nn import functional
 from claims import common
 from claims.core import Context, Experiment, Part, Row
 from claims.sad_pad import as_pil, clip_of
-from sfumato.judge import stats
-from sfumato.judge.asked import answer, asked
-from sfumato.judge.frechet import Moments, frechet
-from sfumato.judge.kernel import kernel_distance
-from sfumato.judge.manifold import manifold
-from sfumato.judge.perceptual import load_perceptual
-from sfumato.judge.toy_judge import Reading
+from sfumato.metrics import stats
+from sfumato.metrics.frechet import Moments, frechet
+from sfumato.metrics.kernel import kernel_distance
+from sfumato.metrics.manifold import manifold
+from sfumato.models.perceptual import load_perceptual
 from sfumato.toybox import COLORS, caption, render
 from sfumato.toybox.dataset import draw_scene
+from sfumato.toybox.oracle.asked import answer, asked
+from sfumato.toybox.oracle.toy_judge import Reading
 from sfumato.toybox.scene import Scene
 
 SOURCE = "this repository"

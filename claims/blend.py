@@ -16,11 +16,11 @@ from torch import Tensor
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge, masks
+from sfumato import masks
 from sfumato.edit.blend import Blend
-from sfumato.judge import segmentation, stats
+from sfumato.metrics import segmentation, stats
 from sfumato.sampling import generate
-from sfumato.toybox import COLORS, Scene, caption, render
+from sfumato.toybox import COLORS, Scene, caption, oracle, render
 from sfumato.toybox.dataset import draw_scene
 
 SOURCE = "Avrahami, Fried, Lischinski 2022"
@@ -44,7 +44,7 @@ class Case:
     picture: Tensor
     truth: Tensor
     mask: Tensor
-    wish: judge.Wanted
+    wish: oracle.Wanted
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def case(scene: Scene, other: Scene, frames: Any) -> Case:
         picture=frames.image[0],
         truth=frames.image[1],
         mask=frames.mask[0] == 0,
-        wish=judge.Wanted(shape=toy.shape, color=toy.color),
+        wish=oracle.Wanted(shape=toy.shape, color=toy.color),
     )
 
 
@@ -102,9 +102,9 @@ def outcomes(context: Context, asked: Sequence[Case], method: Method, seed: int,
     return [measured(*each) for each in zip(asked, pictures, readings, strict=True)]
 
 
-def measured(one: Case, picture: Tensor, reading: judge.Reading) -> Outcome:
+def measured(one: Case, picture: Tensor, reading: oracle.Reading) -> Outcome:
     """One picture held against its case."""
-    toy = judge.find(reading, one.wish)
+    toy = oracle.find(reading, one.wish)
     iou = 0.0 if toy is None else float(segmentation.iou(toy.mask[None], one.mask[None])[0])
     wide = masks.dilate(one.mask.float(), MARGIN) > 0.5
     error = (picture - one.picture)[:, ~wide].square().mean() / 4  # of the range -1 to 1

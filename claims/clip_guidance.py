@@ -20,12 +20,12 @@ from torch import Tensor
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge, sampling
-from sfumato.judge import stats
-from sfumato.judge.kernel import kernel_distance
-from sfumato.judge.stats import Interval
+from sfumato import sampling
+from sfumato.metrics import stats
+from sfumato.metrics.kernel import kernel_distance
+from sfumato.metrics.stats import Interval
 from sfumato.steer.clip_guidance import ClipGuidance
-from sfumato.toybox import ToyboxDataset
+from sfumato.toybox import ToyboxDataset, oracle
 
 SOURCE = "Nichol et al. 2021"
 STEPS = 25
@@ -95,7 +95,7 @@ def read(context: Context, pictures: Tensor, asked: Sequence[common.Prompt], sec
     readings = common.judge_of(context).read(pictures)
     return Arm(
         pictures,
-        [judge.check(r, p.wishes).all_bound for r, p in zip(readings, asked, strict=True)],
+        [oracle.check(r, p.wishes).all_bound for r, p in zip(readings, asked, strict=True)],
         common.clip_scores(context, pictures, [prompt.text for prompt in asked]),
         kernel_distance(common.judge_features(context, pictures), renders(context)),
         seconds,

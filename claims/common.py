@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from claims.core import Context
-from sfumato import judge, sampling
-from sfumato.judge import stats
-from sfumato.judge.accuracy import MIN_PIXELS, Accuracy
+from sfumato import sampling
+from sfumato.metrics import stats
 from sfumato.models import load as load_model
-from sfumato.toybox import COLORS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, to_uint8
+from sfumato.toybox import COLORS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, oracle, to_uint8
 from sfumato.toybox.dataset import draw_scene
+from sfumato.toybox.oracle.accuracy import MIN_PIXELS, Accuracy
 
 BATCH = 50
 
@@ -29,7 +29,7 @@ class Prompt:
     text: str
     told: Caption
     scene: Scene
-    wishes: tuple[judge.Wanted, ...]
+    wishes: tuple[oracle.Wanted, ...]
 
 
 def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list[Prompt]:
@@ -38,7 +38,7 @@ def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list
     for index in range(n):
         scene = draw_scene(split, seed, index, toys)
         told = caption(scene, np.random.default_rng((seed, index, 9)), style)
-        out.append(Prompt(told.text, told, scene, judge.wanted(told)))
+        out.append(Prompt(told.text, told, scene, oracle.wanted(told)))
     return out
 
 
@@ -53,7 +53,7 @@ def several(seed: int, index: int, toys: int) -> Prompt:
     shapes, colors = rng.permutation(SHAPES)[:toys], rng.permutation(COLORS)[:toys]
     scene = Scene(tuple(Toy(str(s), str(c)) for s, c in zip(shapes, colors, strict=True)))
     told = caption(scene, None, "short")
-    return Prompt(told.text, told, scene, judge.wanted(told))
+    return Prompt(told.text, told, scene, oracle.wanted(told))
 
 
 def mixed_prompts(seed: int, n: int) -> list[Prompt]:
@@ -66,9 +66,9 @@ def load(context: Context, name: str) -> Any:
     return context.once(f"model {name}", lambda: load_model(str(context.folder(name))))
 
 
-def judge_of(context: Context) -> judge.ToyJudge:
+def judge_of(context: Context) -> oracle.ToyJudge:
     """The toy-judge, once per run."""
-    return context.once("judge", lambda: judge.load_judge(str(context.folder("toy-judge"))))
+    return context.once("judge", lambda: oracle.load_judge(str(context.folder("toy-judge"))))
 
 
 def pictures_of(dataset: ToyboxDataset, n: int | None = None) -> Tensor:
@@ -118,7 +118,7 @@ def trust(context: Context) -> Accuracy:
 
     def measured() -> Accuracy:
         dataset = ToyboxDataset("test", context.count(1000, 100), 64)
-        return judge.measure(judge_of(context).read(pictures_of(dataset)), dataset.scenes, masks_of(dataset))
+        return oracle.measure(judge_of(context).read(pictures_of(dataset)), dataset.scenes, masks_of(dataset))
 
     return context.once("trust", measured)
 

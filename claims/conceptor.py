@@ -16,9 +16,9 @@ from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.errors import NoMatch
 from sfumato.explain.conceptor import Conceptor, Decomposition, balance, decompose, dictionary, explain_seed
-from sfumato.judge import stats
-from sfumato.judge.features import ClipNet, clip_net
 from sfumato.judge.sad_pad import SadPad
+from sfumato.metrics import stats
+from sfumato.models.features import ClipNet, clip_net
 from sfumato.sampling import generate
 from sfumato.sampling.request import as_pictures
 from sfumato.toybox import COLORS, SHAPES

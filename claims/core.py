@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfumato import zoo
+from sfumato import registry
 from sfumato.errors import BadInput, UnknownName
 
 HERE = Path(__file__).parent
@@ -98,9 +98,9 @@ class Context:
         """The folder of a model. Raises UnknownName when its weights are not there."""
         if self.weights is not None and (self.weights / name).is_dir():
             return self.weights / name
-        found = zoo.find(name)
+        found = registry.find(name)
         if found is None:
-            raise UnknownName("built-in model", name, zoo.names())
+            raise UnknownName("built-in model", name, registry.names())
         return found
 
     def once(self, key: str, make: Callable[[], T]) -> T:

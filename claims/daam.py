@@ -18,12 +18,11 @@ from torch.nn import functional
 from claims import common
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge
 from sfumato.attention.seam import Call, Tap
 from sfumato.explain.daam import DAAM, explain_images
-from sfumato.judge import segmentation, stats
+from sfumato.metrics import segmentation, stats
 from sfumato.sampling import Intervention, Run, generate
-from sfumato.toybox import COLORS, Scene, Toy, caption, render
+from sfumato.toybox import COLORS, Scene, Toy, caption, oracle, render
 
 SOURCE = "Tang et al. 2022"
 SIDE = 64
@@ -130,8 +129,8 @@ def judged_pairs(context: Context, name: str, split: str, seed: int, n: int) -> 
     readings = common.judge_of(context).read(torch.stack([one.picture for one in traced]))
 
     def truth(i: int, phrase: Any) -> Tensor | None:
-        wish = judge.Wanted.parse([word.text for word in (*phrase.modifiers, phrase.head)])
-        toy = judge.find(readings[i], wish.only("shape", "color"))
+        wish = oracle.Wanted.parse([word.text for word in (*phrase.modifiers, phrase.head)])
+        toy = oracle.find(readings[i], wish.only("shape", "color"))
         return None if toy is None else toy.mask
 
     return pairs_of(traced, truth)
@@ -292,7 +291,7 @@ def cohyponyms(name: str, context: Context) -> list[Row]:
         asked = [cohyponym_prompt(np.random.default_rng((REPORT, int(within), i)), within) for i in range(n)]
         traced = trace(context, name, asked, REPORT, f"{name}, {arm}")
         pictures = torch.stack([one.picture for one in traced])
-        checks = [judge.check(r, p.wishes) for r, p in zip(eye.read(pictures), asked, strict=True)]
+        checks = [oracle.check(r, p.wishes) for r, p in zip(eye.read(pictures), asked, strict=True)]
         first, second = (
             segmentation.normalise(torch.stack([one.maps[one.prompt.told.phrases[k].head.start] for one in traced]))
             >= 0.4
@@ -332,7 +331,7 @@ def cohyponym_prompt(rng: np.random.Generator, within: bool) -> Prompt:
     colors = rng.permutation(len(COLORS))[:2]
     scene = Scene(tuple(Toy(shape, COLORS[color]) for shape, color in zip(shapes, colors, strict=True)))
     told = caption(scene, None, "short")
-    return Prompt(told.text, told, scene, judge.wanted(told))
+    return Prompt(told.text, told, scene, oracle.wanted(told))
 
 
 def adjectives(name: str, context: Context) -> list[Row]:
@@ -410,7 +409,7 @@ def frozen_swap(name: str, context: Context) -> list[Row]:
         pictures["free"] = made(swapped)
         readings = eye.read(pictures["base"])
         for i, reading in enumerate(readings):
-            toy = judge.find(reading, chunk[i].wishes[0].only("shape", "color"))
+            toy = oracle.find(reading, chunk[i].wishes[0].only("shape", "color"))
             if toy is None:
                 continue
             near = functional.max_pool2d(toy.mask[None].float(), 9, 1, 4)[0] > 0

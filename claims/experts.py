@@ -22,13 +22,13 @@ from torch import Tensor
 from claims import common
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge, zoo
-from sfumato.judge import stats
+from sfumato import registry
+from sfumato.metrics import stats
 from sfumato.models import Model, load
 from sfumato.models.weights import find_weights, hash_files
 from sfumato.sampling import generate
 from sfumato.steer.experts import Experts
-from sfumato.toybox import ToyboxDataset
+from sfumato.toybox import ToyboxDataset, oracle
 from sfumato.toybox import caption as describe
 
 SOURCE = "Balaji et al. 2022, the section on expert denoisers and its figures of one model against the ensemble"
@@ -45,11 +45,11 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
     base = context.folder(BASE)
     weights = hash_files([("unet", path) for path in find_weights(base / "unet")[0]])
     run_name = f"{name}-{weights[:8]}" + ("-quick" if context.quick else "")
-    if run_name not in zoo.trained():
-        from sfumato.train.recipe import load_recipe
-        from sfumato.train.trainer import Trainer
+    if run_name not in registry.trained():
+        from sfumato.training.recipe import load_recipe
+        from sfumato.training.trainer import Trainer
 
-        text = zoo.recipes()[min(HALVES)].read_text(encoding="utf-8")
+        text = registry.recipes()[min(HALVES)].read_text(encoding="utf-8")
         steps = 2 if context.quick else times * int(re.search(r"^steps = (\d+)", text, re.M)[1])  # type: ignore[index]
         values = {"name": f'"{run_name}"', "init_from": f'"{base}"', "interval": f"[{interval[0]}, {interval[1]}]"}
         values |= {"steps": str(steps), "seed": str(REPORT + list([*HALVES, CONTROL]).index(name))}
@@ -60,12 +60,12 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.toml"
             recipe.write_text(text, encoding="utf-8")
-            trainer = Trainer(load_recipe(recipe), zoo.cache_folder() / "runs" / run_name)
+            trainer = Trainer(load_recipe(recipe), registry.cache_folder() / "runs" / run_name)
         trainer.folder.mkdir(parents=True, exist_ok=True)
         trainer.restore()
         trainer.fit(None, lambda p: context.report(f"  {run_name}: step {p.step} of {p.steps}"))
         trainer.export(trainer.folder / "export", {})  # what it is worth is measured here, not by the trainer
-    return zoo.trained()[run_name]
+    return registry.trained()[run_name]
 
 
 def children(context: Context) -> dict[str, Path]:
@@ -203,7 +203,7 @@ def drawing(context: Context) -> list[Row]:
             cost.add(result.cost)
         pictures[arm] = torch.cat(made)
         readings = common.judge_of(context).read(pictures[arm])
-        hits[arm] = [judge.check(r, p.wishes).all_bound for r, p in zip(readings, asked, strict=True)]
+        hits[arm] = [oracle.check(r, p.wishes).all_bound for r, p in zip(readings, asked, strict=True)]
     assert len(cost) == 1, "the arms must cost the same"
     more = stats.mcnemar(hits["experts"], hits["longer"])
     level = {arm: stats.share(each) for arm, each in hits.items()}

@@ -18,12 +18,11 @@ from torch import Tensor
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge
 from sfumato.edit.inject_fusion import InjectFusion
 from sfumato.hspace import layer_of, slerp, tapped
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import Intervention, generate
-from sfumato.toybox import COLORS, GROUNDS, SHAPES
+from sfumato.toybox import COLORS, GROUNDS, SHAPES, oracle
 
 SOURCE = "Jeong, Kwon, Uh 2023"
 STEPS = 16
@@ -43,7 +42,7 @@ class Pair:
     seed: int
     other: int
     pictures: tuple[Tensor, Tensor]
-    readings: tuple[judge.Reading, judge.Reading]
+    readings: tuple[oracle.Reading, oracle.Reading]
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def pairs(context: Context, model: Any, seed: int, n: int) -> list[Pair]:
     return found[:n]
 
 
-def _alike(one: judge.Reading, two: judge.Reading) -> bool:
+def _alike(one: oracle.Reading, two: oracle.Reading) -> bool:
     a, b = one.objects[0], two.objects[0]
     return a.shape == b.shape or a.color == b.color or one.ground == two.ground
 

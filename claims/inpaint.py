@@ -16,12 +16,12 @@ from torch import Tensor
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge, masks
+from sfumato import masks
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import generate
-from sfumato.toybox import COLORS, SHAPES, Scene, caption, render
+from sfumato.toybox import COLORS, SHAPES, Scene, caption, oracle, render
 from sfumato.toybox.dataset import draw_scene
 
 SOURCE = "Nichol et al. 2021 (GLIDE)"
@@ -54,7 +54,7 @@ class Case:
     truth: Tensor
     hole: Tensor
     prompts: dict[str, str]
-    wish: judge.Wanted | None
+    wish: oracle.Wanted | None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _cases(split: str, seed: int, n: int, change: Callable[[Scene, int], Scene])
         hole = masks.dilate(hole.float(), 2) > 0.5
         if hole.float().mean() > 0.6:  # too little is left to see
             continue
-        wish = judge.Wanted(shape=kinds[0][0], color=kinds[0][1]) if replaced else None
+        wish = oracle.Wanted(shape=kinds[0][0], color=kinds[0][1]) if replaced else None
         alone = after.replace(toys=after.toys[:1] if replaced else ())
         told = {"scene": caption(after, None, "plain").text, "hole": caption(alone, None, "plain").text}
         found.append(Case(frames.image[0], frames.image[1], hole, told, wish))
@@ -178,7 +178,7 @@ def outcomes(
     return [measured(*each) for each in zip(asked, drawn, readings, strict=True)]
 
 
-def measured(case: Case, picture: Tensor, reading: judge.Reading) -> Outcome:
+def measured(case: Case, picture: Tensor, reading: oracle.Reading) -> Outcome:
     """One picture held against its case."""
     error = (picture - case.truth)[:, case.hole].square().mean() / 4  # of the range -1 to 1
     grown, shrunk = (masks.dilate(case.hole.float(), n) > 0.5 for n in (1, -1))
@@ -188,7 +188,7 @@ def measured(case: Case, picture: Tensor, reading: judge.Reading) -> Outcome:
         inside=float(-10 * error.clamp_min(1e-10).log10()),
         seam=float(seam),
         kept=bool((picture[:, ~case.hole] == case.picture[:, ~case.hole]).all()),
-        there=case.wish is not None and judge.find(reading, case.wish) is not None,
+        there=case.wish is not None and oracle.find(reading, case.wish) is not None,
     )
 
 

@@ -15,8 +15,8 @@ from claims.core import Context, Experiment, Part, Row
 from sfumato.explain import heat
 from sfumato.explain.attention_relevance import relevance as attention_relevance
 from sfumato.explain.lrp import METHODS, conservation, on_grid, relevance
-from sfumato.judge import segmentation, stats
-from sfumato.judge.perturbation import perturb, pixel_score
+from sfumato.metrics import segmentation, stats
+from sfumato.metrics.perturbation import perturb, pixel_score
 from sfumato.models.readers import load_reader
 from sfumato.toybox import SHAPES, ToyboxDataset, render, to_uint8
 

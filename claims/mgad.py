@@ -20,11 +20,10 @@ from torch import Tensor
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import generate
 from sfumato.steer.mgad import MGAD
-from sfumato.toybox import COLORS, GROUNDS, SHAPES, SKIES, Scene, Toy, render, to_uint8
+from sfumato.toybox import COLORS, GROUNDS, SHAPES, SKIES, Scene, Toy, oracle, render, to_uint8
 
 SOURCE = "Huang et al. 2022"
 STEPS = 25
@@ -38,7 +37,7 @@ class Case:
     """A text and a reference picture, which shows ``scene``; ``told`` describes what following both would be."""
 
     text: str
-    wish: judge.Wanted
+    wish: oracle.Wanted
     scene: Scene
     reference: np.ndarray
     told: str
@@ -70,7 +69,7 @@ def cases(seed: int, n: int) -> list[Case]:
         toy = f"{'an' if colors[0] == 'orange' else 'a'} {colors[0]} {shapes[0]}"
         picture = to_uint8(render(scene, 64).image)[0].permute(1, 2, 0).numpy()
         told = f"{toy} on the {scene.ground}"
-        found.append(Case(toy, judge.Wanted(str(shapes[0]), str(colors[0])), scene, picture, told))
+        found.append(Case(toy, oracle.Wanted(str(shapes[0]), str(colors[0])), scene, picture, told))
     return found
 
 
@@ -91,7 +90,7 @@ def guided(context: Context, name: str, asked: Sequence[Case], seeds: Sequence[i
     owners = [case for case in asked for _ in seeds]
     return Arm(
         pictures,
-        [judge.find(r, case.wish) is not None for r, case in zip(readings, owners, strict=True)],
+        [oracle.find(r, case.wish) is not None for r, case in zip(readings, owners, strict=True)],
         [(r.ground, r.sky) == (case.scene.ground, case.scene.sky) for r, case in zip(readings, owners, strict=True)],
         [spread(common.judge_features(context, each)) for each in pictures],
         seconds,

@@ -14,11 +14,11 @@ from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from claims.paint_with_words import Found, per_picture, placed
-from sfumato import judge, masks
-from sfumato.judge import stats
+from sfumato import masks
+from sfumato.metrics import stats
 from sfumato.sampling import generate
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind, Region, diagnose, learn_prompt, optimise
-from sfumato.toybox import SHAPES, render, sample_scene
+from sfumato.toybox import SHAPES, oracle, render, sample_scene
 from sfumato.toybox.scene import COLORS
 
 SOURCE = "Paiss, Chefer, Wolf 2022"
@@ -88,10 +88,10 @@ def prompts(context: Context) -> list[Row]:
 # --- several toys -----------------------------------------------------------------------------------------------------
 
 
-def checks(context: Context, pixels: Tensor, asked: Sequence[common.Prompt]) -> list[judge.Check]:
+def checks(context: Context, pixels: Tensor, asked: Sequence[common.Prompt]) -> list[oracle.Check]:
     """The judge's verdict on each picture."""
     readings = common.judge_of(context).read(pixels.clamp(-1, 1))
-    return [judge.check(reading, prompt.wishes) for reading, prompt in zip(readings, asked, strict=True)]
+    return [oracle.check(reading, prompt.wishes) for reading, prompt in zip(readings, asked, strict=True)]
 
 
 def timed(
@@ -203,7 +203,7 @@ class Layout:
         width, height = rng.uniform(0.32, 0.5) * SIDE, rng.uniform(0.32, 0.5) * SIDE
         x, y = rng.uniform(0, SIDE - width), rng.uniform(0.3, 1.0) * (SIDE - height)  # toys stand on the ground
         self.boxes = [(float(x), float(y), float(x + width), float(y + height))]
-        self.wishes = (judge.Wanted(shape=shape, color=color),)
+        self.wishes = (oracle.Wanted(shape=shape, color=color),)
 
     @property
     def prompt(self) -> Layout:

@@ -16,11 +16,11 @@ from torch import Tensor
 from claims import common
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge, masks
-from sfumato.judge import segmentation, stats
+from sfumato import masks
+from sfumato.metrics import segmentation, stats
 from sfumato.sampling import generate
 from sfumato.steer.paint_with_words import PaintWithWords
-from sfumato.toybox import render
+from sfumato.toybox import oracle, render
 
 SOURCE = "Balaji et al. 2022 (eDiff-I)"
 SIDE = 64
@@ -82,7 +82,7 @@ def placed(context: Context, asked: Sequence[Layout], pictures: Tensor) -> list[
     for layout, reading in zip(asked, common.judge_of(context).read(pictures), strict=True):
         out.append([])
         for wish, box in zip(layout.prompt.wishes, layout.boxes, strict=True):
-            toy = judge.find(reading, wish.only("shape", "color"))
+            toy = oracle.find(reading, wish.only("shape", "color"))
             if toy is None:
                 out[-1].append(Found(False, 0.0, False))
                 continue

@@ -23,13 +23,12 @@ from claims import common
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
 from claims.zoo import psnr
-from sfumato import judge
 from sfumato.edit.null_text import null_text
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import Intervention, generate, invert
 from sfumato.sampling.recording import Recorder
-from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, Scene, render
+from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, Scene, oracle, render
 
 P2P, NULL = "Hertz et al. 2022", "Mokady et al. 2022"
 SIDE, STEPS = 64, 20
@@ -52,7 +51,7 @@ class Change:
     prompt: Prompt
     kind: str
     text: str
-    wishes: tuple[judge.Wanted, ...]
+    wishes: tuple[oracle.Wanted, ...]
     toy: int | None
     old: str
     new: str
@@ -134,9 +133,9 @@ class Outcome:
     pictures: list[Tensor]
 
 
-def judged(change_: Change, source: judge.Reading, reading: judge.Reading, before: Tensor, after: Tensor) -> Any:
+def judged(change_: Change, source: oracle.Reading, reading: oracle.Reading, before: Tensor, after: Tensor) -> Any:
     """(success, IoU of the others, dB of the background) of one edit, or None where the source cannot be judged."""
-    toys = [judge.find(source, wish.only("shape", "color")) for wish in change_.prompt.wishes]
+    toys = [oracle.find(source, wish.only("shape", "color")) for wish in change_.prompt.wishes]
     at = _at(change_)
     if any(toy is None for toy in toys) or (change_.kind == "ground" and source.ground != change_.old):
         return None
@@ -149,7 +148,7 @@ def judged(change_: Change, source: judge.Reading, reading: judge.Reading, befor
             changed &= ~grown(toy.mask)  # type: ignore[union-attr]
         background = psnr_where(before, after, ~changed)
     else:
-        found = judge.find(reading, change_.wishes[at].only("shape", "color", change_.kind))
+        found = oracle.find(reading, change_.wishes[at].only("shape", "color", change_.kind))
         success = found is not None
         changed = grown(toys[at].mask)  # type: ignore[union-attr]
         changed = changed | grown(found.mask) if found is not None else changed
@@ -158,7 +157,7 @@ def judged(change_: Change, source: judge.Reading, reading: judge.Reading, befor
     for k, toy in enumerate(toys):
         if k == at:
             continue
-        same = judge.find(reading, change_.prompt.wishes[k].only("shape", "color"))
+        same = oracle.find(reading, change_.prompt.wishes[k].only("shape", "color"))
         ious.append(0.0 if same is None else iou(toy.mask, same.mask))  # type: ignore[union-attr]
     return success, float(np.mean(ious)), background
 
@@ -326,7 +325,7 @@ def reweighted(name: str, context: Context) -> list[Row]:
             word = prompt.wishes[0].color or ""
             recorder = recorder_for(model, cross_replace=[1.0])
             before = generate(model, prompt.text, interventions=recorder, **settings).pixels.clamp(-1, 1)
-            toy = judge.find(eye.read(before)[0], prompt.wishes[0].only("shape", "color"))
+            toy = oracle.find(eye.read(before)[0], prompt.wishes[0].only("shape", "color"))
             if toy is None:
                 continue
             row = []

@@ -14,7 +14,7 @@ from claims import common
 from claims.core import Context, Experiment, Part, Row
 from sfumato.explain import heat
 from sfumato.explain.lrp import on_grid, relevance
-from sfumato.judge import segmentation, stats
+from sfumato.metrics import segmentation, stats
 from sfumato.models.readers import load_reader
 from sfumato.teach.examples import Examples, toybox_examples
 from sfumato.teach.robust_vit import masks_from, relevance_maps, teach

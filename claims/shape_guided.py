@@ -15,7 +15,7 @@ from claims import blend, common
 from claims.blend import Case, Method, Outcome, outcomes, schedule, values
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import generate
 from sfumato.steer.shape_guided import ShapeGuided
 

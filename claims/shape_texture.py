@@ -13,7 +13,7 @@ from claims import common
 from claims.core import Context, Experiment, Part, Row
 from sfumato.explain import shape_texture as st
 from sfumato.explain.shape_texture import LayerTable, ShapeTexture
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.models.vision import load_vision
 from sfumato.toybox import FACTORS, conflicts, cue_scenes, factor_pairs, render
 

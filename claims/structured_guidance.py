@@ -18,10 +18,10 @@ from claims import common
 from claims.attend_excite import Arm, drawn, repeated, told
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato.attention.words import Reading, WordSpan
-from sfumato.judge import stats
+from sfumato.metrics import stats
 from sfumato.sampling import Intervention, Run, generate
 from sfumato.steer.structured_guidance import StructuredGuidance
+from sfumato.text.words import Reading, WordSpan
 
 SOURCE = "Feng et al. 2022, section 4"
 REPORT = 7000

@@ -17,7 +17,7 @@ from claims import common
 from claims.core import Context, Experiment, Part, Row
 from sfumato import masks
 from sfumato.edit import text_to_segmentation as t2s
-from sfumato.judge import segmentation, stats
+from sfumato.metrics import segmentation, stats
 from sfumato.toybox import render
 from sfumato.toybox.dataset import draw_scene
 

@@ -10,10 +10,9 @@ from torch.nn import functional
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import judge
-from sfumato.judge import stats
-from sfumato.judge.accuracy import MIN_PIXELS
-from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES, ToyboxDataset, caption
+from sfumato.metrics import stats
+from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES, ToyboxDataset, caption, oracle
+from sfumato.toybox.oracle.accuracy import MIN_PIXELS
 
 SOURCE = "this zoo"
 GUIDANCES = (1.5, 2.5, 3.5, 5.0, 7.0)
@@ -68,9 +67,9 @@ def codec(context: Context) -> list[Row]:
     ]
 
 
-def judge_row(claim: str, readings: list[judge.Reading], dataset: ToyboxDataset, n: int, picture: str | None) -> Row:
+def judge_row(claim: str, readings: list[oracle.Reading], dataset: ToyboxDataset, n: int, picture: str | None) -> Row:
     """The row for a judge that read the first ``n`` pictures of a dataset."""
-    got = judge.measure(readings, dataset.scenes[:n], common.masks_of(dataset, n))
+    got = oracle.measure(readings, dataset.scenes[:n], common.masks_of(dataset, n))
     words = {"shape": SHAPES, "color": COLORS, "pattern": PATTERNS, "size": SIZES, "ground": GROUNDS, "sky": SKIES}
     # answering with the most frequent word every time
     guesses = []
@@ -129,7 +128,7 @@ def reader_of_round_trips(context: Context) -> list[Row]:
     return [judge_row(claim, readings, dataset, n, picture)]
 
 
-def reading_sheet(pictures: Tensor, readings: list[judge.Reading]):
+def reading_sheet(pictures: Tensor, readings: list[oracle.Reading]):
     """Pictures above the masks that were read, each painted in the colour that was read."""
     from sfumato.toybox.rendering import COLOR_RGB
 
@@ -199,7 +198,7 @@ def choose_guidance(context: Context, name: str) -> float:
         for guidance in candidates:
             texts = [prompt.text for prompt in asked]
             pixels = common.generate(context, model, texts, TUNE, f"{name}, guidance {guidance}", guidance)
-            checks = [judge.check(r, p.wishes) for r, p in zip(eye.read(pixels), asked, strict=True)]
+            checks = [oracle.check(r, p.wishes) for r, p in zip(eye.read(pixels), asked, strict=True)]
             rights.append(sum(check.all_bound for check in checks))
             context.report(f"  {name}: guidance {guidance}: {rights[-1]} of {len(asked)} right")
         return candidates[max(range(len(candidates)), key=rights.__getitem__)]
@@ -224,9 +223,9 @@ def generator(name: str, context: Context) -> list[Row]:
         pixels = common.generate(context, model, texts, seed + 7, f"{name}, {toys} toys", guidance)
         readings = eye.read(pixels)
         wishes = [prompt.wishes for prompt in asked]
-        got = judge.rates([judge.check(r, w) for r, w in zip(readings, wishes, strict=True)])
+        got = oracle.rates([oracle.check(r, w) for r, w in zip(readings, wishes, strict=True)])
         # the same pictures against the wishes of the next prompt
-        shuffled = judge.rates([judge.check(r, w) for r, w in zip(readings, wishes[1:] + wishes[:1], strict=True)])
+        shuffled = oracle.rates([oracle.check(r, w) for r, w in zip(readings, wishes[1:] + wishes[:1], strict=True)])
         picture = context.save(f"{name}-{split}-{toys}.png", common.sheet([list(pixels[:10]), list(pixels[10:20])]))
         if toys == 1:
             claim = f"{name}, one toy: shape and colour both right in 95 % of the pictures or more"

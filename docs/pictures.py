@@ -23,7 +23,7 @@ from sfumato.explain.heat import sheet as label_sheet
 from sfumato.explain.lrp import explain_image as explain_lrp
 from sfumato.explain.relevance_maps import draw_words
 from sfumato.explain.shape_texture import ShapeTexture, plot
-from sfumato.judge.segmentation import normalise
+from sfumato.metrics.segmentation import normalise
 from sfumato.models.readers import load_reader
 from sfumato.models.vision import load_vision
 from sfumato.sampling.request import as_pictures
@@ -179,8 +179,8 @@ def prompt_to_prompt() -> Image.Image:
 
 def sad_pad() -> Image.Image:
     """Toys with too many red ones among them: what SaD says, attribute by attribute."""
-    from sfumato.judge.features import clip_net
     from sfumato.judge.sad_pad import SadPad, plots
+    from sfumato.models.features import clip_net
 
     clip, rng = clip_net(), np.random.default_rng(21)
     names = ["red", "green", "blue", "cube", "ball", "ring"]

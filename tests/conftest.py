@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.folders import clip_folder, others, renders  # noqa: F401  (fixtures)
+
 torch.set_num_threads(1)
 # torch itself says so, on machines without the instruction set it asks about
 warnings.filterwarnings("ignore", message=".*mkldnn.*", category=UserWarning)

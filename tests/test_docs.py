@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato import cards, errors, face
+from sfumato import app, cards, errors
 
 ROOT = Path(__file__).parents[1]
 ERRORS = [
@@ -42,4 +42,4 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "index.md"], ids=lambda page: page.name)
 def test_examples_of_with_parse(page):
     for text in re.findall(r"--with \"([^\"]+)\"|with_=\[\"([^\"]+)\"\]", page.read_text(encoding="utf-8")):
-        assert [type(each).CARD.key for each in face.build_all(["".join(text)])]
+        assert [type(each).CARD.key for each in app.build_all(["".join(text)])]

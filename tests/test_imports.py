@@ -18,18 +18,22 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors"},
+    {"files", "registry", "cards", "scale"},
+    {"metrics"},
     {"toybox"},
-    {"cards", "files", "zoo", "scale"},
     {"models", "masks"},
-    {"attention", "clip", "hspace"},
+    {"attention", "text", "clip", "hspace"},
+    {"relevance"},
     {"sampling"},
+    {"adapters"},
+    {"training"},
+    {"zoo"},
     {"judge"},
+    {"bench"},
     {"explain"},
-    {"steer", "edit", "animate"},
+    {"steer", "edit", "animate", "generate", "disentangle"},
     {"teach"},
-    {"train"},
-    {"face"},
-    {"cli"},
+    {"app"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -111,7 +115,15 @@ def _run(code: str) -> dict:
     return json.loads(done.stdout)  # the library prints nothing; transformers may, on stderr, when it is imported
 
 
-LIGHT = ["sfumato", "sfumato.errors", "sfumato.cards", "sfumato.files", "sfumato.face", "sfumato.cli", "sfumato.zoo"]
+LIGHT = [
+    "sfumato",
+    "sfumato.errors",
+    "sfumato.cards",
+    "sfumato.files",
+    "sfumato.app",
+    "sfumato.app.cli",
+    "sfumato.registry",
+]
 LIGHT += ["sfumato.toybox", "sfumato.toybox.scene", "sfumato.toybox.captions"]
 
 
@@ -124,7 +136,7 @@ def test_light_modules_stay_light():
 def test_help_is_quick():
     code = """
 import json, resource, sys, io, contextlib
-from sfumato.cli import app
+from sfumato.app.cli import app
 with contextlib.redirect_stdout(io.StringIO()) as out:
     try:
         app(["--help"])
@@ -175,11 +187,11 @@ def test_verbs_are_rooms_and_rooms_are_verbs():
     code = """
 import json, sfumato, importlib
 names = {name: callable(getattr(sfumato, name)) for name in sfumato.__all__ if name != "__version__"}
-for room in ("explain", "teach", "train", "models"):
+for room in ("explain", "teach", "judge", "models"):
     importlib.import_module(f"sfumato.{room}")
 again = {name: callable(getattr(sfumato, name)) for name in names}
 import sfumato.explain
-print(json.dumps([all(names.values()), all(again.values()), sfumato.models() == sfumato.face.models(),
+print(json.dumps([all(names.values()), all(again.values()), sfumato.models() == sfumato.app.models(),
                   sfumato.explain.__name__, sorted(set(sfumato.__all__) - set(dir(sfumato)))]))
 """
     assert _run(code) == [True, True, True, "sfumato.explain", []]

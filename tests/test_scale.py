@@ -14,8 +14,8 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'sfum
 from sfumato import scale  # noqa: E402
 from sfumato.errors import BadInput, UnknownName  # noqa: E402
 from sfumato.scale import Workers  # noqa: E402
-from tests.cli.conftest import loaded_once, refused, sfumato, tiny_inpaint, tiny_sd  # noqa: E402, F401
-from tests.judge.conftest import write_renders  # noqa: E402
+from tests.app.conftest import loaded_once, refused, sfumato, tiny_inpaint, tiny_sd  # noqa: E402, F401
+from tests.folders import write_renders  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

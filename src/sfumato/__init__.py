@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sfumato.app import compare, edit, explain, load, make, models, segment, teach, train
     from sfumato.cards import build, method, methods
-    from sfumato.face import compare, edit, explain, load, make, models, segment, teach, train
 
 __all__ = [
     "load",
@@ -40,16 +40,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "load": "face",
-    "make": "face",
-    "explain": "face",
-    "edit": "face",
-    "segment": "face",
-    "teach": "face",
-    "judge": "face",
-    "compare": "face",
-    "models": "face",
-    "train": "face",
+    "load": "app",
+    "make": "app",
+    "explain": "app",
+    "edit": "app",
+    "segment": "app",
+    "teach": "app",
+    "judge": "app",
+    "compare": "app",
+    "models": "app",
+    "train": "app",
     "methods": "cards",
     "method": "cards",
     "build": "cards",

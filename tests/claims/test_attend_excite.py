@@ -7,9 +7,9 @@ import torch
 from benchmarks.attend_excite import contestants
 from claims import attend_excite as claim
 from claims import common
-from sfumato import judge
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.attend_excite import AttendExcite
+from sfumato.toybox import oracle
 from tests.tiny import tiny_model
 
 
@@ -51,7 +51,7 @@ def test_pairs_differ_in_shape_and_colour():
 
 def test_the_best_of_several_is_taken_picture_by_picture(monkeypatch):
     def arm(value):
-        check = judge.Check((value == 1,), (value == 1,), (False,), True)
+        check = oracle.Check((value == 1,), (value == 1,), (False,), True)
         return claim.Arm(torch.full((2, 3, 4, 4), float(value)), [check, check], 10.0)
 
     def scores(context, pixels, texts):

@@ -6,8 +6,8 @@ import torch
 
 from claims import attention_relevance as experiment
 from claims.core import Context
-from sfumato.judge import segmentation
-from sfumato.judge.perturbation import perturb
+from sfumato.metrics import segmentation
+from sfumato.metrics.perturbation import perturb
 
 
 def test_pairs_are_two_visible_toys_that_differ():

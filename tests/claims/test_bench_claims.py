@@ -11,8 +11,8 @@ import torch
 from claims import bench, sad_pad
 from claims.__main__ import EXPERIMENTS
 from claims.core import Context
-from sfumato.judge.asked import asked
 from sfumato.toybox.dataset import draw_scene
+from sfumato.toybox.oracle.asked import asked
 
 
 @pytest.mark.parametrize("key", ["bench", "sad_pad"])

@@ -9,9 +9,9 @@ import torch
 from benchmarks import core as bench
 from benchmarks.daam import traced_like_the_original
 from claims import common, daam, zoo
-from sfumato import judge
 from sfumato.explain.daam import DAAM
 from sfumato.sampling import generate
+from sfumato.toybox import oracle
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"
@@ -120,4 +120,4 @@ def test_a_model_that_draws_nothing_holds_nothing():
     assert row.holds is False and row.n == 2
     empty = daam.Pairs([], [], [], [], [])
     assert daam.segment(None, "m", empty, empty, "renders", "", "x.png")[0].holds is False
-    assert judge.Wanted.parse("red cube").color == "red"
+    assert oracle.Wanted.parse("red cube").color == "red"

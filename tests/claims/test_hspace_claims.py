@@ -10,7 +10,7 @@ import torch
 from claims import inject_fusion, pullback
 from claims.core import Context
 from sfumato.edit.pullback import Pullback
-from sfumato.judge import ObjectReading, Reading
+from sfumato.toybox.oracle import ObjectReading, Reading
 from tests.tiny import tiny_model
 
 

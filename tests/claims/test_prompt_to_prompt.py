@@ -8,7 +8,7 @@ import torch
 
 from claims import prompt_to_prompt as claim
 from claims.core import Context
-from sfumato.judge.toy_judge import ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
 from tests.tiny import tiny_model
 
 

@@ -9,8 +9,8 @@ import torch
 
 from claims import blend, paint_with_words, shape_guided
 from claims.core import Context
-from sfumato.judge import ObjectReading, Reading, Wanted
 from sfumato.toybox import render
+from sfumato.toybox.oracle import ObjectReading, Reading, Wanted
 from tests.tiny import tiny_model
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from claims import common
 from claims import structured_guidance as claim
-from sfumato.attention import Words
 from sfumato.sampling import generate
 from sfumato.steer.structured_guidance import StructuredGuidance
+from sfumato.text import Words
 from tests.tiny import tiny_model
 
 

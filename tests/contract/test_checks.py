@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from sfumato import cards
-from sfumato.attention import Tap, Words
+from sfumato.attention import Tap
 from sfumato.cards import Card, Field, Params, register
 from sfumato.errors import NoMatch
 from sfumato.sampling import Intervention
+from sfumato.text import Words
 from tests.contract import checks
 from tests.tiny import tiny_model
 

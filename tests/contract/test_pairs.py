@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.attention import Words
-from sfumato.attention.emphasis import encode_weighted
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import Conflict, NoMatch
 from sfumato.explain.daam import DAAM
@@ -15,6 +13,8 @@ from sfumato.steer.attend_excite import AttendExcite
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided, Sides
 from sfumato.steer.structured_guidance import StructuredGuidance
+from sfumato.text import Words
+from sfumato.text.weights import encode_weighted
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from sfumato import face
+from sfumato import app
 from sfumato.edit.inject_fusion import InjectFusion
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
 from sfumato.sampling import generate, invert, recipe_args
@@ -184,7 +184,7 @@ def test_an_edited_file_takes_the_content_alone(tmp_path):
     model = tiny_model("sd")
     made = generate(model, STYLE, steps=3, seed=4, scheduler="ddim", guidance=3.0)
     path = files.save_png(tmp_path / "made.png", made.images[0], made.recipe)
-    same = face.edit(path, STYLE, model=model, with_=[{"method": "inject_fusion", "params": {"content": CONTENT}}])
+    same = app.edit(path, STYLE, model=model, with_=[{"method": "inject_fusion", "params": {"content": CONTENT}}])
     direct = generate(model, STYLE, steps=3, seed=4, scheduler="ddim", guidance=3.0,
                       interventions=InjectFusion(content=CONTENT))  # fmt: skip
     assert torch.equal(same.results[0].latents, direct.latents)

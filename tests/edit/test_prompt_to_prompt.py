@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from sfumato import cards
-from sfumato.attention.align import align
-from sfumato.attention.words import Words
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch, SfumatoError
 from sfumato.explain.daam import DAAM
 from sfumato.models.quiet import quiet
 from sfumato.sampling import generate
 from sfumato.sampling.recording import Recorder, Recording
+from sfumato.text.align import align
+from sfumato.text.words import Words
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 

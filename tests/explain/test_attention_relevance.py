@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers as t
 
-from sfumato.attention.capture import captured
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.explain.attention_relevance import METHODS, AttentionRelevance, explain_image, relevance
 from sfumato.explain.relevance_maps import RelevanceMaps, paint_regions
+from sfumato.relevance.capture import captured
 from tests.readers import KINDS, tiny
 from tests.tiny import tiny_model
 

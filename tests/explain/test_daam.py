@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from sfumato.attention import Tap
-from sfumato.attention.words import Words
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.daam import DAAM, explain_image, explain_images
 from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, Path, generate
+from sfumato.text.words import Words
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 

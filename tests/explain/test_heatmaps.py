@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sfumato.attention import Site, Words
+from sfumato.attention import Site
 from sfumato.attention.accumulate import LayerMaps
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.explain import heat
 from sfumato.explain.heatmaps import HeatMaps
+from sfumato.text import Words
 from tests.tiny import clip_tokenizer
 
 PROMPT = "a red cube on a cube"  # positions: 0 start, 1 a, 2 red, 3 cube, 4 on, 5 a, 6 cube, 7 end

@@ -26,7 +26,7 @@ from sfumato.explain.lrp import (
     relevance,
     traced,
 )
-from sfumato.explain.propagation import Rules
+from sfumato.relevance.propagation import Rules
 
 
 def vit(layers: int = 2, cls=ViTForImageClassification, config=ViTConfig, seed: int = 0, **more) -> nn.Module:

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import gaussian_kde, spearmanr
 
+from sfumato.bench.judge import judge_folder
 from sfumato.errors import BadInput, NoMatch
 from sfumato.judge import sad_pad
-from sfumato.judge.features import ClipNet
-from sfumato.judge.judging import judge_folder
 from sfumato.judge.sad_pad import (
     Lattice,
     SadPad,
@@ -21,6 +20,7 @@ from sfumato.judge.sad_pad import (
     kl,
     plots,
 )
+from sfumato.models.features import ClipNet
 
 
 def test_hcs_against_loops():

@@ -160,10 +160,10 @@ def test_importing_says_nothing_and_changes_nothing() -> None:
 
 
 def test_builtin_names(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato import zoo
+    from sfumato import registry
 
-    monkeypatch.setattr(zoo, "names", lambda: ["toy-clip", "toy-sd"])
-    monkeypatch.setattr(zoo, "find", lambda name: saved("sd") if name == "toy-sd" else None)
+    monkeypatch.setattr(registry, "names", lambda: ["toy-clip", "toy-sd"])
+    monkeypatch.setattr(registry, "find", lambda name: saved("sd") if name == "toy-sd" else None)
     assert load("toy-sd").name == "toy-sd"
     with pytest.raises(UnknownName, match="unknown model 'toysd'. Did you mean 'toy-sd'"):
         load("toysd")

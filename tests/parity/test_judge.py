@@ -15,10 +15,10 @@ from torch import nn
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'sfumato[dev]'")
 
-from sfumato.judge.clip_score import clip_scores  # noqa: E402
-from sfumato.judge.features import feature_net  # noqa: E402
-from sfumato.judge.frechet import Moments, frechet  # noqa: E402
-from sfumato.judge.kernel import kid  # noqa: E402
+from sfumato.metrics.clip_score import clip_scores  # noqa: E402
+from sfumato.metrics.frechet import Moments, frechet  # noqa: E402
+from sfumato.metrics.kernel import kid  # noqa: E402
+from sfumato.models.features import feature_net  # noqa: E402
 
 D = 24
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sfumato.explain.lrp import traced
-from sfumato.explain.propagation import Rules
+from sfumato.relevance.propagation import Rules
 
 captum = pytest.importorskip("captum.attr")
 rules = pytest.importorskip("captum.attr._utils.lrp_rules")

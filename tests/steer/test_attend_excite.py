@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from sfumato.attention import Site, Tap, Words
+from sfumato.attention import Site, Tap
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.attend_excite import AttendExcite, smoothing_kernel
+from sfumato.text import Words
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from sfumato import zoo
+from sfumato import registry
 from sfumato.errors import BadInput, NotFinite, NotSupported, UnknownName
 from sfumato.models import load
 from sfumato.models.quiet import quiet
@@ -17,7 +17,7 @@ from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"
-needs_noisy = pytest.mark.skipif(zoo.find("toy-clip-noisy") is None, reason="toy-clip-noisy is not trained yet")
+needs_noisy = pytest.mark.skipif(registry.find("toy-clip-noisy") is None, reason="toy-clip-noisy is not trained yet")
 
 
 def made(model, system=(), prompt=PROMPT, **options):
@@ -26,7 +26,7 @@ def made(model, system=(), prompt=PROMPT, **options):
 
 
 def plain_clip():
-    folder = zoo.find("toy-clip")
+    folder = registry.find("toy-clip")
     with quiet():
         return CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -124,7 +124,7 @@ def test_the_noise_aware_clip_guides_both_toy_models(name, dtype):
 @needs_noisy
 def test_the_gradient_of_the_noise_aware_clip_by_hand():
     model = load("toy-sd")
-    folder = zoo.find("toy-clip-noisy")
+    folder = registry.find("toy-clip-noisy")
     with quiet():
         clip, tokenizer = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text = tokenizer([PROMPT], return_tensors="pt")

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sfumato.attention.clip_relevance import ClipLens
 from sfumato.errors import BadInput, NoMatch, UnknownName
-from sfumato.judge.features import clip_net
+from sfumato.models.features import clip_net
+from sfumato.relevance.clip import ClipLens
 from sfumato.sampling import generate
 from sfumato.steer.no_token_left_behind import (
     ExplainedLoss,

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from sfumato.attention.seam import Tap
-from sfumato.attention.words import Words
 from sfumato.cards import build, from_recipe, to_recipe
 from sfumato.errors import BadInput, Conflict, NoMatch
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.paint_with_words import PaintWithWords
+from sfumato.text.words import Words
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"

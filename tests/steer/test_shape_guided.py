@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sfumato.attention.seam import Tap
-from sfumato.attention.words import Words
 from sfumato.errors import BadInput, NoMatch
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.shape_guided import DECAYS, InsideOutside, ShapeGuided, Sides, _split, infer_region, slerp
+from sfumato.text.words import Words
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"

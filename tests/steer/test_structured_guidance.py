@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.attention import Words
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models import Model
 from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.structured_guidance import StructuredGuidance
+from sfumato.text import Words
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a green ball"  # 8 tokens in all, "green" being several

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato import zoo
+from sfumato import registry
 from sfumato.clip.noised import codec_mark, noise_level, noised_input
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models import Model, TruncatedPrompt, quiet
@@ -106,9 +106,11 @@ def load_clip(name: str | Path, device: torch.device | str = "cpu") -> Clip:
     Raises:
         UnknownName: neither. BadWeights: the folder holds no CLIP, a pickle, or a damaged file.
     """
-    folder = zoo.find(str(name)) or Path(name)
+    folder = registry.find(str(name)) or Path(name)
     if not folder.is_dir():
-        built_in = [known for known in zoo.names() if zoo.card(known).get("objective") in ("clip", "noisy_clip")]
+        built_in = [
+            known for known in registry.names() if registry.card(known).get("objective") in ("clip", "noisy_clip")
+        ]
         raise UnknownName("CLIP (a built-in one or a folder)", str(name), built_in)
     return _loaded(str(name), folder, str(device))
 
@@ -166,6 +168,6 @@ def clip_for(model: Model, name: str | None, method: str, noised: bool = True) -
 
 def _built_in(model: Model, noised: bool) -> str | None:
     """The built-in CLIP for a model that draws toys: one whose text encoder or autoencoder is the toybox's own."""
-    if zoo.find(NOISED) is not None and load_clip(NOISED, model.device).fits(model):
+    if registry.find(NOISED) is not None and load_clip(NOISED, model.device).fits(model):
         return NOISED if noised else PLAIN
     return None

@@ -27,16 +27,16 @@ from pydantic import field_validator
 from torch import Tensor
 
 from sfumato import cards
-from sfumato.attention.align import Alignment, align, best_mode, equaliser, gate
-from sfumato.attention.emphasis import read_weights
 from sfumato.attention.seam import Call, OtherMap, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, Words
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.recording import Recorder, Recording, record_beside
+from sfumato.text.align import Alignment, align, best_mode, equaliser, gate
+from sfumato.text.weights import read_weights
+from sfumato.text.words import Reading, Words
 
 __all__ = ["PromptToPrompt"]
 

@@ -15,8 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import zoo
-from sfumato.attention.words import Words, asked_for
+from sfumato import registry
 from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.attention_relevance import Relevances, relevance
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps, paint_regions
@@ -25,6 +24,7 @@ from sfumato.models.readers import Reader, load_reader
 from sfumato.models.regions import fill_regions, region_features
 from sfumato.sampling.loop import opened
 from sfumato.sampling.request import as_pixels, checked, checked_size
+from sfumato.text.words import Words, asked_for
 
 __all__ = ["ask", "explain_images", "find_regions", "word_maps"]
 
@@ -271,7 +271,7 @@ def find_regions(images: Tensor, count: int, detector: str = "toy-detr") -> Tens
 
     Raises NotSupported where the detector is not there.
     """
-    if zoo.find(detector) is None:
+    if registry.find(detector) is None:
         raise NotSupported(f"finding regions needs the detector {detector}, whose weights are not here; give regions=.")
     reader = _detector(detector)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 Chefer, Gur, Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers"
 (ICCV 2021, arXiv 2103.15679). Each attention map is weighted by the gradient of one scalar with respect to it, positive
 parts are averaged over heads (rule 5), and relevance is carried from layer to layer through self-, co- and
-encoder-decoder attention (rules 6 to 11, :mod:`sfumato.attention.relevancy`).
+encoder-decoder attention (rules 6 to 11, :mod:`sfumato.relevance.rules`).
 
     >>> found = relevance(clip, inputs, lambda out: out.logits_per_image.diagonal())   # any transformers model
     >>> found.row("image", 0)                                                          # what led to the class token
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import cards
-from sfumato.attention.capture import Attended, captured, refuse_no_attention
-from sfumato.attention.layouts import Layout, Move, layout
-from sfumato.attention.relevancy import Relevancy, fuse_heads, resampling, with_residual
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.site import Site
+from sfumato.relevance.capture import Attended, captured, refuse_no_attention
+from sfumato.relevance.layouts import Layout, Move, layout
+from sfumato.relevance.rules import Relevancy, fuse_heads, resampling, with_residual
 
 __all__ = ["METHODS", "AttentionRelevance", "Relevances", "explain_image", "relevance"]
 

@@ -36,17 +36,17 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from sfumato import cards, files
-from sfumato.attention.words import Words
+from sfumato.bench.report import Figure, Report, Table
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, UnknownName
-from sfumato.judge.features import DEFAULT_NET, clip_net
-from sfumato.judge.report import Figure, Report, Table
 from sfumato.models import Model
+from sfumato.models.features import DEFAULT_NET, clip_net
 from sfumato.models.slot import TextTower, frozen, pseudo_word, text_towers, token_of
 from sfumato.sampling import Intervention, Run, generate
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.request import as_pictures
+from sfumato.text.words import Words
 
 __all__ = ["Conceptor", "Decomposition", "Dictionary", "balance", "decompose", "dictionary", "explain_seed"]
 
@@ -659,7 +659,7 @@ def _pixels(pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
     """Pictures as (b 3 H W) in [-1, 1] of the model's size: middle part, resized."""
     from PIL import ImageOps
 
-    from sfumato.judge.features import as_tensor
+    from sfumato.models.features import as_tensor
 
     return as_tensor([ImageOps.fit(p.convert("RGB"), size, Image.Resampling.BICUBIC) for p in pictures])
 

@@ -28,7 +28,6 @@ from sfumato import cards
 from sfumato.attention.accumulate import MapStore
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
@@ -37,6 +36,7 @@ from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage, refuse_idle
 from sfumato.sampling.loop import opened
 from sfumato.sampling.request import as_pixels, checked, checked_size
+from sfumato.text.words import Reading, asked_for
 
 __all__ = ["DAAM", "explain_image", "explain_images"]
 

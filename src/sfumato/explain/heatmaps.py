@@ -17,9 +17,9 @@ from torch import Tensor
 from sfumato import files
 from sfumato.attention.accumulate import LayerMaps, upscale
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, WordSpan
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.explain import heat
+from sfumato.text.words import Reading, WordSpan
 
 __all__ = ["HeatMaps"]
 

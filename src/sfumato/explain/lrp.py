@@ -1,7 +1,7 @@
 """LRP for transformers: a class-specific map of what a classifier's decision rests on, through the whole computation.
 
 Chefer, Gur, Wolf 2021 (arXiv 2012.09838). Relevance starts as 1 at the explained score and is propagated back by the
-rules in :mod:`~sfumato.explain.propagation`: values, MLPs and skip connections count, not attention weights alone.
+rules in :mod:`~sfumato.relevance.propagation`: values, MLPs and skip connections count, not attention weights alone.
 *Transformer attribution* (section 3.2) multiplies the relevance that reaches each attention map with the gradient of
 the score and rolls the positive part out over the layers. *Partial LRP* (Voita et al. 2019) is the last map's relevance
 under plain rules, *LRP* the relevance that reaches the input itself.
@@ -10,7 +10,7 @@ under plain rules, *LRP* the relevance that reaches the input itself.
     >>> heat = on_grid(row, grid=(8, 8))             # (b, 8, 8)
 
 Works on unmodified models, ViT, DeiT, CLIP towers, BERT and their like: everything built from the functions that
-:mod:`~sfumato.explain.propagation` has a rule for.
+:mod:`~sfumato.relevance.propagation` has a rule for.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato import cards
-from sfumato.attention.capture import captured, refuse_no_attention
-from sfumato.attention.relevancy import fuse_heads, rollout
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported, UnknownName
-from sfumato.explain.propagation import Propagation, Record, Rules, prepared, settled
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps
+from sfumato.relevance.capture import captured, refuse_no_attention
+from sfumato.relevance.propagation import Propagation, Record, Rules, prepared, settled
+from sfumato.relevance.rules import fuse_heads, rollout
 from sfumato.sampling.request import as_pixels
 
 __all__ = [

@@ -36,9 +36,9 @@ from torch.nn import functional
 from sfumato import cards
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName, nearest
-from sfumato.judge.stats import Interval
+from sfumato.metrics.stats import Interval
 from sfumato.models import Model
-from sfumato.sampling.path import Path as NoisePath
+from sfumato.sampling.noise import Path as NoisePath
 from sfumato.toybox.cues import CUE_SHAPES, FACTORS, factor_pairs
 
 if TYPE_CHECKING:

@@ -22,14 +22,14 @@ from pydantic import field_validator
 from sfumato import cards
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch
-from sfumato.judge import stats
-from sfumato.judge.clip_score import unit
-from sfumato.judge.frechet import finite
+from sfumato.metrics import stats
+from sfumato.metrics.clip_score import unit
+from sfumato.metrics.frechet import finite
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.judge.features import ClipNet
+    from sfumato.models.features import ClipNet
 
 FLOOR = 1e-10  # added to the probability of every cell, as in the authors' code
 SCALE = 1000.0  # figures are 1000 x KL in nats: what the authors' mean over 10,000 cells, times 1e7, comes to
@@ -328,7 +328,7 @@ def find_attributes(captions: Iterable[str], most: int = 20, least: float = 0.01
     Words in fewer than ``least`` or more than 95 % of the captions cannot tell two sets apart and are left out. Raises
     NoMatch when nothing remains. (The paper takes them from BLIP captions, or from a language model.)
     """
-    from sfumato.attention.phrases import noun_phrases
+    from sfumato.text.phrases import noun_phrases
 
     found: Counter[str] = Counter()
     n = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sfumato import zoo
+from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError, UnknownName
 from sfumato.models.families import Family, family_of
 from sfumato.models.families.base import accepted_by
@@ -65,7 +65,7 @@ def load(
 
 def family_at(name_or_path: str | Path) -> type[Family] | None:
     """The family of a built-in model or a local folder, read from its index; None where only loading will tell."""
-    folder = zoo.find(str(name_or_path)) or Path(name_or_path).expanduser()
+    folder = registry.find(str(name_or_path)) or Path(name_or_path).expanduser()
     return _pipeline(read_json(folder / "model_index.json"), folder)[1] if _is_pipeline(folder) else None
 
 
@@ -77,7 +77,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
     path = Path(name)
     try:
         path = path.expanduser()
-        local = path if name and path.exists() else zoo.find(name)
+        local = path if name and path.exists() else registry.find(name)
     except (OSError, RuntimeError, ValueError) as error:  # too long for a path, a zero byte, an unknown home
         raise BadInput(f"{name[:60]!r}... cannot be the name of a model: {first_line(error)[:80]}.") from error
     if local is not None:
@@ -88,7 +88,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
         return _download(name, revision)
     if "/" in name or "\\" in name or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         raise BadInput(f"no file or folder {name!r}.")
-    raise UnknownName("model", name, [known for known in zoo.names() if _is_pipeline(zoo.find(known))])
+    raise UnknownName("model", name, [known for known in registry.names() if _is_pipeline(registry.find(known))])
 
 
 def _is_pipeline(folder: Path | None) -> bool:
@@ -141,7 +141,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
         if name in _UNUSED or entry == [None, None]:
             parts[name] = None
         elif isinstance(entry, list):
-            parts[name], own = _load_part(zoo.part(folder, name), entry, dtype)
+            parts[name], own = _load_part(registry.part(folder, name), entry, dtype)
             files += [(name, path) for path in own]
         elif entry is not None:  # a setting of the pipeline rather than a part
             parts.setdefault(name, entry)
@@ -260,7 +260,7 @@ def _load_file(path: Path, dtype: torch.dtype | None, device: torch.device, conf
 def _config_folder(path: Path, config: str | Path | None) -> Path:
     """The folder whose configuration describes a single file: the one given, or the standard one if it is cached."""
     if config is not None:
-        folder = zoo.find(str(config)) or Path(config).expanduser()
+        folder = registry.find(str(config)) or Path(config).expanduser()
         if not _is_pipeline(folder):
             raise BadInput(f"config={str(config)!r} is not the folder of a diffusers model: no model_index.json there.")
         return folder

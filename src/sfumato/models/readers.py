@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato import zoo
+from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models.quiet import quiet
 from sfumato.models.weights import check_numbers, find_weights, hash_modules, read_header, read_json
@@ -117,7 +117,7 @@ class Reader:
 
 def is_reader(name_or_path: str | Path) -> bool:
     """Whether a name or folder holds one transformers model rather than a pipeline that draws."""
-    folder = zoo.find(str(name_or_path)) or Path(name_or_path)
+    folder = registry.find(str(name_or_path)) or Path(name_or_path)
     if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         return False
     return bool(read_json(folder / "config.json").get("architectures"))
@@ -136,9 +136,9 @@ def load_reader(
 
     dtype, device = _dtype(dtype) or torch.float32, _device(device)
     name = str(name_or_path)
-    folder = zoo.find(name) or Path(name)
+    folder = registry.find(name) or Path(name)
     if not (folder / "config.json").is_file():
-        raise UnknownName("reading model (a built-in name or a transformers folder)", name, zoo.names())
+        raise UnknownName("reading model (a built-in name or a transformers folder)", name, registry.names())
     config = read_json(folder / "config.json")
     classes = config.get("architectures") or []
     cls = getattr(transformers, classes[0], None) if classes else None

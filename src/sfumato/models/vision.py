@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import zoo
+from sfumato import registry
 from sfumato.errors import BadWeights, NotSupported, UnknownName
 from sfumato.models.quiet import quiet
 from sfumato.models.weights import find_weights, first_line, hash_files
@@ -32,7 +32,7 @@ def load_vision(name: str | Path) -> VisionNet:
 
     folder = _folder(name)
     if folder is None:
-        raise UnknownName("net", str(name), [each for each in zoo.names() if is_vision(each)])
+        raise UnknownName("net", str(name), [each for each in registry.names() if is_vision(each)])
     hash_files([("net", path) for path in find_weights(folder)[0]])  # pickles are refused here
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -86,5 +86,5 @@ def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _folder(name: str | Path) -> Path | None:
-    found = zoo.find(str(name)) or Path(name)
+    found = registry.find(str(name)) or Path(name)
     return found if found.is_dir() else None

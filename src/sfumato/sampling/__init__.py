@@ -6,7 +6,7 @@ from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import ROLES, Coverage, Intervention, Stack
 from sfumato.sampling.inversion import Trajectory, invert
 from sfumato.sampling.loop import Result, generate
-from sfumato.sampling.path import Path
+from sfumato.sampling.noise import Path
 from sfumato.sampling.recipe import recipe_args
 from sfumato.sampling.run import Prediction, Run, Step
 

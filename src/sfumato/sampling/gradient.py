@@ -19,7 +19,7 @@ from sfumato import cards
 from sfumato.cards import Field
 from sfumato.errors import BadInput, NotFinite
 from sfumato.sampling.intervention import Intervention
-from sfumato.sampling.path import Path
+from sfumato.sampling.noise import Path
 from sfumato.sampling.run import Step
 
 __all__ = ["GradientGuidance", "GradientParams", "step_variance"]

@@ -18,15 +18,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sfumato.attention.emphasis import encode_weighted, read_weights
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, overridden, refuse_idle
-from sfumato.sampling.path import Path
+from sfumato.sampling.noise import Path
 from sfumato.sampling.recipe import recipe_of
 from sfumato.sampling.request import Request, Source, as_pictures, checked
 from sfumato.sampling.run import Run, Step
+from sfumato.text.weights import encode_weighted, read_weights
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ def generate(
     """Make pictures of prompts: ``n`` of each, all n of the first prompt first.
 
     Args:
-        prompt: may hold weights, as may all other texts: see :mod:`sfumato.attention.emphasis`.
+        prompt: may hold weights, as may all other texts: see :mod:`sfumato.text.weights`.
         negative: what to steer away from; one text for all prompts or one each.
         steps, guidance, size, scheduler: None is the model's own choice.
         size: (width, height) in pixels.

@@ -21,13 +21,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sfumato import files
-from sfumato.attention.emphasis import encode_weighted, read_weights
 from sfumato.attention.seam import Call, Tap
 from sfumato.errors import BadInput, NoMatch
 from sfumato.models import Site
 from sfumato.sampling.intervention import Coverage, Intervention
 from sfumato.sampling.loop import walk
 from sfumato.sampling.run import Run, Step
+from sfumato.text.weights import encode_weighted, read_weights
 
 __all__ = ["Recorder", "Recording", "record_beside"]
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sfumato.attention.emphasis import Weighted, read_weights
-from sfumato.attention.words import Words
 from sfumato.errors import BadInput, Conflict
 from sfumato.models import Condition, Model, Site
 from sfumato.sampling.guidance import Guidance, combine
 from sfumato.sampling.intervention import Intervention, overridden
-from sfumato.sampling.path import Path
+from sfumato.sampling.noise import Path
+from sfumato.text.weights import Weighted, read_weights
+from sfumato.text.words import Words
 
 if TYPE_CHECKING:
     from sfumato.attention.seam import AttentionSeam, Tap

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.attention.accumulate import upscale
-from sfumato.attention.phrases import noun_phrases
 from sfumato.attention.seam import Call, Tap
 from sfumato.attention.sites import Site, matches_place
-from sfumato.attention.words import Reading, WordSpan, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
+from sfumato.text.phrases import noun_phrases
+from sfumato.text.words import Reading, WordSpan, asked_for
 
 __all__ = ["AttendExcite", "Attended", "smoothing_kernel"]
 

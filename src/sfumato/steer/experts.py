@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sfumato import cards, zoo
+from sfumato import cards, registry
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
 from sfumato.models.weights import find_weights, read_header
@@ -151,11 +151,11 @@ class Experts(Intervention):
 
     def _found(self, model: str) -> dict[str, Path]:
         """Names and folders of the experts."""
-        known: dict[str, Path] = {**zoo.trained(), **{name: zoo.folder() / name for name in zoo.names()}}
+        known: dict[str, Path] = {**registry.trained(), **{name: registry.folder() / name for name in registry.names()}}
         if not self.params.models:
             found = {name: folder for name, folder in known.items() if _card(folder).get("of") == model}
             if not found:
-                recipes = [name for name in zoo.recipes() if name.startswith(f"{model}-expert")]
+                recipes = [name for name in registry.recipes() if name.startswith(f"{model}-expert")]
                 told = f"sfumato train {recipes[0]}" if recipes else "init_from and loss.interval in a recipe"
                 raise NoMatch(f"no expert was trained from {model} yet; train some ({told}) or name folders in models.")
             return found

@@ -31,17 +31,17 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import cards, files, masks
-from sfumato.attention.clip_relevance import ClipLens
-from sfumato.attention.phrases import noun_phrases
-from sfumato.attention.words import Reading, WordSpan, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch
-from sfumato.judge.features import DEFAULT_NET, clip_net
 from sfumato.models import Model
+from sfumato.models.features import DEFAULT_NET, clip_net
 from sfumato.models.slot import frozen, in_place
+from sfumato.relevance.clip import ClipLens
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.request import as_pictures
+from sfumato.text.phrases import noun_phrases
+from sfumato.text.words import Reading, WordSpan, asked_for
 
 __all__ = [
     "ExplainedLoss",

@@ -34,14 +34,14 @@ from torch import Tensor
 
 from sfumato import cards, masks
 from sfumato.attention.accumulate import MapStore, upscale
-from sfumato.attention.emphasis import Weighted, encode_weighted
 from sfumato.attention.seam import Call, Tap
-from sfumato.attention.words import Reading, StreamReading, Words, homes, noun_phrases
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Model, Site
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.inversion import invert
+from sfumato.text.weights import Weighted, encode_weighted
+from sfumato.text.words import Reading, StreamReading, Words, homes, noun_phrases
 
 __all__ = ["InsideOutside", "ShapeGuided", "infer_region"]
 

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from sfumato import cards
-from sfumato.attention.emphasis import encode_weighted
-from sfumato.attention.phrases import nested_phrases
 from sfumato.attention.seam import Call, Tap
-from sfumato.attention.words import Reading, Words, WordSpan, asked_for
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run
 from sfumato.sampling.intervention import Coverage
+from sfumato.text.phrases import nested_phrases
+from sfumato.text.weights import encode_weighted
+from sfumato.text.words import Reading, Words, WordSpan, asked_for
 
 __all__ = ["StructuredGuidance"]
 

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato import cards, files
-from sfumato.attention.capture import captured, refuse_no_attention
-from sfumato.attention.relevancy import fuse_heads
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput
 from sfumato.explain.lrp import on_grid, target_scores
-from sfumato.judge.segmentation import inside_share, normalise
+from sfumato.metrics.segmentation import inside_share, normalise
+from sfumato.relevance.capture import captured, refuse_no_attention
+from sfumato.relevance.rules import fuse_heads
 
 __all__ = ["RobustVit", "Taught", "masks_from", "relevance_maps", "teach"]
 

@@ -1,0 +1,352 @@
+"""What to make, as one set of checked options, and how it is carried out: for calls from Python and, as an
+:class:`Order`, for the command line."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator
+
+from sfumato import cards, files
+from sfumato.cards import Field, Params
+from sfumato.errors import BadInput, SfumatoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    from sfumato.models import Model
+    from sfumato.sampling import Result
+
+
+DEFAULT_MODEL = "toy-sd"
+INPAINT_MODEL = "toy-sd-inpaint"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
+
+
+def readable(prompt: Any) -> Any:
+    """A prompt or several, if each says something that can be read; else ValueError."""
+    for text in [prompt] if isinstance(prompt, str) else prompt:
+        if not text.strip():
+            raise ValueError("a prompt must say something")
+        if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
+            raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is not valid text (a character cannot be encoded)") from None
+    return prompt
+
+
+class JobOptions(Params):
+    """What can be said about pictures of one prompt, besides the model. Checked before anything heavy is loaded."""
+
+    SYSTEM = "make"
+
+    prompt: str = Field(description="what the picture shows")
+    negative: str | None = Field(default=None, description="what the picture should not show")
+    n: int = Field(default=1, ge=1, le=100_000, description="how many pictures of each prompt")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="how many denoising steps")
+    guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance")
+    rescale: float | None = Field(default=None, ge=0, le=1, description="guidance rescale, 0 off")
+    size: tuple[int, int] | None = Field(
+        default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
+    )
+    seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")
+    scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
+    eta: float | None = Field(default=None, ge=0, le=1, description="share of fresh noise in DDIM steps")
+    guidance_interval: tuple[float, float] | None = Field(
+        default=None, description="fractions of progress between which guidance acts"
+    )
+    true_guidance: float | None = Field(
+        default=None, ge=0, description="classifier-free guidance on top of a guidance-distilled model's own"
+    )
+    compose: list[tuple[str, float]] = Field(default=[], description="further texts with their weights")
+    strength: float | None = Field(
+        default=None, ge=0, le=1, description="how much of a given picture is drawn anew, 0 nothing, 1 all"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def readable(cls, prompt: Any) -> Any:
+        return readable(prompt)
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        if size is not None and not all(1 <= side <= 8192 for side in size):
+            raise ValueError("each side must lie between 1 and 8192")
+        return size
+
+    @field_validator("seed")
+    @classmethod
+    def _seeds(cls, seed: Any) -> Any:
+        for number in seed if isinstance(seed, list) else [seed]:
+            if number is not None and not 0 <= number < 2**62:
+                raise ValueError("a seed must be 0 or above and below 2**62")
+        return seed
+
+    def arguments(self) -> dict[str, Any]:
+        """The options as arguments of the sampling loop; what was left open stays the model's own choice."""
+        given = {name: value for name, value in self.model_dump().items() if value is not None or name == "seed"}
+        interval = given.pop("guidance_interval", (0.0, 1.0))
+        if interval != (0.0, 1.0):
+            from sfumato.sampling import Guidance
+
+            if "guidance" not in given or "true_guidance" in given:
+                raise BadInput("guidance_interval needs guidance, and goes with classifier-free guidance only.")
+            given["guidance"] = Guidance(given["guidance"], given.pop("rescale", 0.0), interval)
+        return given
+
+
+class MakeOptions(JobOptions):
+    """The options of :func:`make`, which takes several prompts and seeds at once."""
+
+    prompt: str | list[str] = Field(description="what the pictures show")  # type: ignore[assignment]
+    seed: int | list[int] | None = Field(  # type: ignore[assignment]
+        default=0, description="where the noise comes from: a number or one per picture"
+    )
+
+
+def load(
+    name: str | Path,
+    dtype: Any = None,
+    device: str = "cpu",
+    revision: str | None = None,
+) -> Model:
+    """A model by built-in name, local diffusers folder, single ``.safetensors`` file or hub id.
+
+    Args:
+        name: ``"toy-sd"``, ``"path/to/folder"``, ``"model.safetensors"``, ``"org/model"``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; None keeps the model's own.
+        device: ``"cpu"``, ``"cuda"``, ...
+        revision: commit, branch or tag of a hub id; it is recorded in every recipe.
+
+    Raises:
+        UnknownName: nothing of this name. NotSupported: an unknown family. BadWeights: pickles, damaged or ill-fitting
+        files.
+    """
+    from sfumato.models import load as load_model
+
+    return load_model(name, dtype=dtype, device=device, revision=revision)
+
+
+def make(
+    prompt: str | Sequence[str],
+    *,
+    model: str | Path | Model = DEFAULT_MODEL,
+    with_: Any = (),
+    image: Any = None,
+    on_step: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Result:
+    """Generate pictures.
+
+    Args:
+        prompt: one text, or several: ``n`` pictures of each.
+        model: a name for :func:`load`, or a loaded model.
+        with_: systems that watch or change the generation: objects, or texts as on the command line
+            (``"daam:words=[red cube|ball]"``).
+        image: a PIL picture to begin from instead of noise; ``strength`` says how much of it is drawn anew.
+        on_step: called after every denoising step with the loop's step record.
+        options: see :class:`MakeOptions`: ``n``, ``negative``, ``steps``, ``guidance``, ``size`` (width, height in
+            pixels), ``seed``, ``scheduler``, ... What is left out is the model's choice. Picture i uses ``seed`` + i
+            and depends on its own seed only.
+
+    Returns:
+        A result with ``images`` (PIL), ``latents`` (b c h w), ``seeds``, ``recipes`` and ``coverage`` of each system.
+
+    Raises:
+        BadInput: an option is out of its range. UnknownName: model, system, option or parameter. NoMatch: a system
+        touched nothing.
+    """
+    checked = MakeOptions(prompt=prompt if isinstance(prompt, str) else list(prompt), **options)
+    systems = build_all(with_)
+
+    from sfumato.sampling import generate
+
+    loaded = load(model) if isinstance(model, str | Path) else model
+    return generate(loaded, **checked.arguments(), image=image, interventions=systems, on_step=on_step)
+
+
+def is_picture(what: str) -> bool:
+    """Whether a text names a picture file rather than being a prompt."""
+    return Path(what).suffix.lower() in PICTURES and (" " not in what or Path(what).is_file())
+
+
+def picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[Image, str]:
+    if not isinstance(what, str | Path):
+        if prompt is None:
+            raise BadInput("explaining a picture needs the prompt: what does it show?")
+        return what, JobOptions(prompt=prompt).prompt
+    image = files.read_picture(what)
+    if prompt is None:
+        try:
+            prompt = str(files.read_recipe(what)[0].get("prompt", ""))
+        except BadInput:
+            raise BadInput(f"{what} carries no recipe, so say what it shows: --prompt, or prompt=.") from None
+    return image, JobOptions(prompt=prompt).prompt
+
+
+def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of about the model's own area in the shape of ``size``, in the steps the model can make."""
+    h, w = model.default_size
+    scale, step = math.sqrt(w * h / (size[0] * size[1])), model.size_multiple
+    width, height = (max(step, round(side * scale / step) * step) for side in size)
+    return width, height
+
+
+def build_all(with_: Any) -> list[Any]:
+    """Systems from systems, ``--with`` texts and recipes of systems; a single one is taken as a list of one."""
+    given = with_ if isinstance(with_, list | tuple) else [with_]
+    return [_built(each) for each in given]
+
+
+def _built(given: Any) -> Any:
+    if isinstance(given, str):
+        return cards.build(given)
+    return cards.from_recipe(given) if isinstance(given, dict) else given
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """The built-in models: name -> card (summary, sampling defaults, measured quality, recipe). Imports no torch."""
+    from sfumato import registry
+
+    return {name: registry.card(name) for name in registry.names()}
+
+
+@dataclass
+class Order:
+    """Pictures to make and write: one entry of ``jobs`` per prompt, with one model and the same systems for all.
+
+    ``expected`` is the recipe that a picture to be repeated carries, to warn where model or versions differ from it.
+    ``maps``: also write the numbers behind the pictures that systems draw.
+    """
+
+    jobs: list[JobOptions]
+    model: str | None = None
+    with_: list[Any] = field(default_factory=list)
+    dtype: str | None = None
+    device: str = "cpu"
+    image: Path | None = None
+    expected: dict[str, Any] = field(default_factory=dict)
+    maps: bool = False
+
+    def pictures(self) -> list[JobOptions]:
+        """The jobs spelt out: one entry, with one seed, per picture."""
+        return [job.model_copy(update={"n": 1, "seed": job.seed + i}) for job in self.jobs for i in range(job.n)]
+
+
+def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
+    """``order`` completed by the recipe in ``picture``; what was typed, there or in ``order``, wins.
+
+    The recipe is a stranger's: it may name built-in models only, and every value is checked as if typed.
+    """
+    from sfumato import registry
+
+    recipe, exact = files.read_recipe(picture)
+    if recipe.get("edit") is not None:
+        raise BadInput(f"{picture} is an edit; repeat it from its original: sfumato edit ORIGINAL --like {picture}.")
+    known = {name: recipe[name] for name in JobOptions.model_fields if recipe.get(name) is not None and name != "n"}
+    if recipe.get("latents") is not None:
+        raise BadInput(f"{picture} was made from latents that a program gave; only that program can repeat it.")
+    if (recipe.get("image") is None) != (order.image is None):
+        raise BadInput(
+            f"{picture} was made {'without' if order.image else 'from'} a picture: --image must agree with that."
+        )
+    try:
+        job = JobOptions(**{**known, **typed})
+        with_ = order.with_ or recipe.get("with") or []
+        if not (isinstance(with_, list) and all(isinstance(each, str | dict) for each in with_)):
+            raise BadInput("its list of systems is damaged.")
+        build_all(with_)
+    except SfumatoError as error:
+        raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
+    model = order.model or recipe.get("model")
+    if exact and not order.model and model not in registry.names():
+        raise BadInput(
+            f"{picture} was made with the model {str(model)[:200]!r}, which is not built in; "
+            "say --model yourself to load it, or another one."
+        )
+    if not exact:
+        told = "its settings come from another program's text, so the picture will not be the same"
+        warnings.warn(RecipeDiffers(f"{picture}: {told}."), stacklevel=2)
+    dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
+    return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=recipe if exact else {})
+
+
+class RecipeDiffers(UserWarning):
+    """A picture that is to be repeated was made by other weights or versions, so it may come out differently."""
+
+
+def carry_out(
+    order: Order, out: Path, on_step: Callable[[int, int, float], None] | None = None
+) -> Iterator[list[Path]]:
+    """Make the pictures of ``order`` one by one in folder ``out``, yielding the files of each as soon as it is whole.
+
+    One by one, so that each file is the same however many are made with it, and an interruption keeps what is finished.
+    ``on_step`` hears (picture, of so many, share of it done).
+
+    Raises:
+        BadInput: ``out`` is a file. OSError: it cannot be written. Everything that :func:`make` raises.
+    """
+    pictures = order.pictures()
+    build_all(order.with_)  # misspelt systems are told before the model is loaded
+    image = None if order.image is None else files.read_picture(order.image)
+    with files.output_folder(out):
+        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        warn_if_different(order.expected, model)
+        from sfumato.sampling import generate
+
+        for index, options in enumerate(pictures):
+
+            def heard(step: Any, index: int = index) -> None:
+                if on_step is not None:
+                    on_step(index, len(pictures), (step.i + 1) / step.total)
+
+            systems = build_all(order.with_)
+            result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+            yield write(result, out, order.maps)
+
+
+def write(result: Result, out: Path, maps: bool = False, at: Path | None = None) -> list[Path]:
+    """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew.
+
+    ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes.
+    """
+    written = []
+    for index, image in enumerate(result.images):
+        recipe = result.recipes[index]
+        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
+        written.append(files.save_png(path, image, recipe))
+        for part in result.parts:
+            drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
+            for name, picture in drawn.items():
+                written.append(files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), picture, recipe))
+            if maps and hasattr(part, "maps"):
+                written.append(part.maps[index].save(path.with_name(f"{path.stem}.{part.name}.safetensors")))
+    return written
+
+
+def warn_if_different(expected: dict[str, Any], model: Model) -> None:
+    """Say so when the picture to be repeated was made by other weights or versions than are here."""
+    if not expected:
+        return
+    if expected.get("hash") != model.weight_hash:
+        then = str(expected.get("hash"))[:10]
+        told = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
+        warnings.warn(RecipeDiffers(f"{told}: the picture will differ."), stacklevel=2)
+    versions = expected.get("versions")
+    for name in ("torch", "diffusers", "transformers"):
+        then = str(versions.get(name))[:20] if isinstance(versions, dict) else "unknown"
+        if then != metadata.version(name):
+            told = f"{name} is {metadata.version(name)} here and was {then} then"
+            warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)

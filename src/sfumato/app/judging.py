@@ -1,0 +1,188 @@
+"""Judging folders of pictures, and two models or settings against each other."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato import cards
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, load
+from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
+from sfumato.errors import BadInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:
+    """Measures a folder of pictures, against its captions and against a reference folder.
+
+    Returns a :class:`sfumato.bench.report.Report`; arguments, options and errors are those of
+    :func:`sfumato.bench.judge.judge_folder` (``prompts``, ``out``, ``metrics``, ``attributes``, ``net``, ...).
+    """
+    from sfumato.bench.judge import judge_folder
+
+    return judge_folder(folder, reference, **options)
+
+
+@dataclass
+class Side:
+    """One side of a comparison: a folder of pictures, or a model with settings to make them with."""
+
+    name: str
+    folder: Path | None = None
+    model: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    with_: list[Any] = field(default_factory=list)
+
+
+def side(given: Any) -> Side:
+    """A side from a folder, a loaded model, ``dict(model=..., with_=[...], steps=...)``, or text as on the command
+    line: a folder of pictures, or ``MODEL`` or ``MODEL:steps=10,guidance=3,with='daam:words=cube'``.
+
+    Raises BadInput for anything else.
+    """
+    if isinstance(given, Side):
+        return given
+    if isinstance(given, dict):
+        options = dict(given)
+        model, with_ = options.pop("model", DEFAULT_MODEL), options.pop("with_", [])
+        name = model if isinstance(model, str | Path) else getattr(model, "name", "model")
+        settings = ",".join(f"{key}={value}" for key, value in options.items())
+        return Side(f"{name}:{settings}" if settings else str(name), None, model, options, _as_list(with_))
+    if not isinstance(given, str | Path):
+        return Side(getattr(given, "name", "model"), None, given)
+    path = Path(given)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return Side(path.name or str(path), path)
+    if path.exists() or ":" not in str(given):
+        return Side(path.name, None, str(given))
+    model, options = cards.parse_with(str(given))
+    with_ = _as_list(options.pop("with", []))
+    if isinstance(options.get("size"), str):
+        options["size"] = options["size"].lower().split("x")
+    return Side(str(given), None, model, options, with_)
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def compare(
+    first: Any,
+    second: Any,
+    *,
+    prompts: str | Path | Sequence[str] | None = None,
+    n: int | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[int, int, float, str], None] | None = None,
+    options: dict[str, Any] | None = None,
+    **measuring: Any,
+) -> Any:
+    """Compares two models, two settings of one model, or two folders, on the same prompts and seeds.
+
+    Args:
+        first, second: see :func:`side`. Both folders, or both models.
+        prompts: for models: a JSONL file as for ``make --prompts``, or texts. For folders: what the pictures show.
+        n, seed: pictures of each prompt and the first one's seed, over what the file says.
+        out: folder for the report and, for models, the pictures (``pictures-a``, ``pictures-b``); what is there of them
+            is not made again. For models it is needed.
+        options: settings for both models, as for :func:`make`; those of a side win.
+        on_progress: called with (done, of how many, share of the next, note).
+        measuring: ``reference`` and the options of :class:`sfumato.bench.compare.CompareOptions`.
+
+    Returns:
+        A :class:`sfumato.bench.report.Report`.
+
+    Raises:
+        BadInput: one folder and one model, models without prompts or ``out``, two equal sides, or as
+        :func:`sfumato.bench.compare.compare_folders`. Everything that :func:`make` raises.
+    """
+    from sfumato.bench.compare import compare_folders
+
+    one, two = side(first), side(second)
+    names = (one.name, two.name) if one.name != two.name else (f"{one.name} (A)", f"{two.name} (B)")
+    measuring = {"names": names, **measuring}
+
+    def measured(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(done, total, 0.0, f"{done}/{total} pairs measured")
+
+    if one.folder and two.folder:
+        if n is not None or seed is not None or options:
+            raise BadInput("two folders are compared as they are: n, seed and settings of models cannot be given.")
+        return compare_folders(one.folder, two.folder, prompts=prompts, out=out, on_progress=measured, **measuring)  # type: ignore[arg-type]
+    if one.folder or two.folder:
+        raise BadInput(f"{one.name!r} and {two.name!r}: one is a folder and one a model; compare two of a kind.")
+    if prompts is None:
+        raise BadInput("comparing models needs prompts: a JSONL file, or texts. `sfumato toybox prompts` writes some.")
+    if out is None:
+        raise BadInput("comparing models needs out, a folder for their pictures.")
+    if (str(one.model), one.options, one.with_) == (str(two.model), two.options, two.with_):
+        raise BadInput(f"both sides are {one.name!r} with the same settings; change one.")
+    out = Path(out)
+    sources = [out / "pictures-a", out / "pictures-b"]
+    _make_sides([one, two], sources, prompts, {"n": n, "seed": seed, **(options or {})}, dtype, device, on_progress)
+    return compare_folders(*sources, out=out, on_progress=measured, **measuring)
+
+
+def _make_sides(
+    sides: list[Side],
+    folders: list[Path],
+    prompts: str | Path | Sequence[str],
+    options: dict[str, Any],
+    dtype: str | None,
+    device: str,
+    on_progress: Callable[[int, int, float, str], None] | None,
+) -> None:
+    """The pictures of both sides, in turns, so that whatever else the machine does slows both alike."""
+    shared = {name: value for name, value in options.items() if value is not None}
+    source = Path(prompts) if isinstance(prompts, str | Path) else None
+    texts = [] if isinstance(prompts, str | Path) else list(prompts)
+    if not source and not texts:
+        raise BadInput("prompts is empty; give at least one.")
+    total = sum(1 for line in source.open("rb") if line.strip()) if source else len(texts)
+    loaded: dict[str, Any] = {}
+    runs = []
+    for one, folder in zip(sides, folders, strict=True):
+        typed = {**shared, **one.options}
+        if source:
+            lines: Iterable[Line] = read_prompts(source, typed)
+        else:
+            lines = [Line(i, JobOptions(**{"prompt": text, **typed})) for i, text in enumerate(texts, start=1)]
+        build_all(one.with_)
+        key = str(one.model)
+        if key not in loaded:
+            named = isinstance(one.model, str | Path)
+            loaded[key] = load(one.model, dtype=dtype, device=device) if named else one.model
+        order = Order([], str(one.model), one.with_, dtype, device)
+        runs.append(carry_out_lines(lines, order, folder, None, total, loaded[key]))
+    wrong: BadLines | None = None
+    for done in itertools.count():
+        left = len(runs)
+        for run in runs if done % 2 == 0 else runs[::-1]:
+            try:
+                next(run)
+            except StopIteration:
+                left -= 1
+            except BadLines as error:
+                wrong, left = error, left - 1
+        if not left:
+            break
+        if on_progress is not None:
+            on_progress(done + 1, max(total, done + 1), 0.0, f"{done + 1} pairs made")
+    if wrong is not None and not all((folder / "metadata.jsonl").is_file() for folder in folders):
+        raise wrong
+    if wrong is not None:
+        warnings.warn(LinesLeftOut(str(wrong)), stacklevel=3)
+
+
+class LinesLeftOut(UserWarning):
+    """Some lines of a prompts file could not be followed; the comparison goes on with the others."""

@@ -1,0 +1,283 @@
+"""Many jobs from a file of prompts: streamed, resumed after a kill, spread over workers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato import cards, files
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, load, write
+from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    from sfumato.models import Model
+    from sfumato.sampling import Result
+
+
+ANNOTATIONS = ("task", "tag", "include", "exclude", "id")  # what a prompt set says besides how to make the picture
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a prompts file: its number, what to make, and what else it says; or what is wrong with it."""
+
+    number: int
+    job: JobOptions | None
+    about: dict[str, Any] = field(default_factory=dict)
+    wrong: str = ""
+
+
+def read_prompts(path: Path, typed: dict[str, Any]) -> Iterator[Line]:
+    """The lines of a JSONL file, one by one: a JSON object each with the keys of :class:`JobOptions` (and
+    :data:`ANNOTATIONS`); what was ``typed`` wins.
+
+    Raises:
+        BadInput: the file is not text, or has no line. OSError: it cannot be read.
+    """
+    any_line = False
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    any_line = True
+                    yield _line(number, line, typed)
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8 text.") from None
+    if not any_line:
+        raise BadInput(f"{path} holds no prompts.")
+
+
+def _line(number: int, text: str, typed: dict[str, Any]) -> Line:
+    try:
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("not an object")
+        about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
+        return Line(number, JobOptions(**{**given, **typed}), about)
+    except SfumatoError as error:
+        return Line(number, None, wrong=str(error))
+    except (ValueError, RecursionError):
+        example = '{"prompt": "a red cube", "seed": 1}'
+        return Line(number, None, wrong=f"not a JSON object; write lines such as {example}.")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture of a long list: its files, and whether it was there already. ``seconds`` and ``cost`` when made now."""
+
+    paths: list[Path]
+    there: bool = False
+    seconds: float = 0.0
+    cost: float = 0.0
+
+
+class BadLines(BadInput):
+    """Some lines of a prompts file could not be followed; all others were."""
+
+
+def carry_out_lines(
+    lines: Iterable[Line],
+    order: Order,
+    out: Path,
+    on_step: Callable[[int, int, float], None] | None = None,
+    total: int = 0,
+    model: Model | None = None,
+    ray: bool = False,
+    workers: int | None = None,
+) -> Iterator[Made]:
+    """Make the pictures of a prompts file one by one in folder ``out``, which keeps ``metadata.jsonl`` of them.
+
+    What that file says is done is not made again; so the same call goes on after a kill. Lines that cannot be followed
+    are told at the end, when all others are done. ``ray``: pictures are made on so many ``workers``
+    (:mod:`sfumato.scale`); files, their order and their content are the same.
+
+    Raises:
+        BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
+    """
+    build_all(order.with_)
+    image = None if order.image is None else files.read_picture(order.image)
+    wrong: list[str] = []
+    tally = {"lines": 0, "done": 0}
+
+    def jobs() -> Iterator[tuple[int, Line, JobOptions]]:
+        """(index, line, one picture of it), for every line that can be followed."""
+        for index, line in enumerate(lines):
+            tally["lines"] += 1
+            if line.job is None:
+                wrong.append(f"line {line.number}: {line.wrong}")
+                continue
+            for i in range(line.job.n):
+                yield index, line, line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
+
+    with files.output_folder(out), contextlib.ExitStack() as stack:
+        made = (
+            _spread_lines(jobs(), order, image, out, workers, stack)
+            if ray
+            else _make_lines(jobs(), order, image, out, model, on_step, total)
+        )
+        failed = -1
+        for index, line, answer in made:
+            if isinstance(answer, str):
+                if line.number != failed:
+                    wrong.append(f"line {line.number}: {answer}")
+                failed = line.number
+            elif line.number != failed:
+                tally["done"] += 1
+                if ray and on_step is not None:
+                    on_step(index, max(total, index + 1), 1.0)
+                yield answer() if callable(answer) else answer
+    count, done = tally["lines"], tally["done"]
+    if wrong:
+        named = " ".join(wrong[:3]) + (f" And {len(wrong) - 3} more." if len(wrong) > 3 else "")
+        kept = f" The {done} pictures of the others are in {out}." if done else ""
+        raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{kept}")
+
+
+Answer = tuple[int, Line, Any]
+
+
+def _make_lines(
+    jobs: Iterator[tuple[int, Line, JobOptions]],
+    order: Order,
+    image: Image | None,
+    out: Path,
+    model: Model | None,
+    on_step: Callable[[int, int, float], None] | None,
+    total: int,
+) -> Iterator[Answer]:
+    """Pictures one after the other, in this process."""
+    from sfumato.bench.journal import Journal
+
+    journal: Journal | None = None
+    failed = -1
+    for index, line, options in jobs:
+        if line.number == failed:
+            continue
+        if model is None:  # only now: a file of nothing but damage needs none
+            model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        journal = journal or Journal(out)
+
+        def heard(step: Any, index: int = index) -> None:
+            if on_step is not None:
+                on_step(index, max(total, index + 1), (step.i + 1) / step.total)
+
+        try:
+            key = _job_key(options, order, image, model.weight_hash, str(model.dtype))
+            there = journal.take(key)
+            if there is not None:
+                yield index, line, Made([there], there=True)
+                continue
+            result, seconds = _timed(model, options, order, image, heard)
+            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, result.cost))
+            made = Made(write(result, out, order.maps, path), False, seconds, result.cost)
+        except SfumatoError as error:
+            if isinstance(error, WorkInterrupted):
+                raise
+            failed = line.number
+            yield index, line, str(error)
+            continue
+        yield index, line, made
+
+
+def _spread_lines(
+    jobs: Iterator[tuple[int, Line, JobOptions]],
+    order: Order,
+    image: Image | None,
+    out: Path,
+    workers: int | None,
+    stack: contextlib.ExitStack,
+) -> Iterator[Answer]:
+    """The same on Ray workers. They make pictures; names, journal and files are this process's alone."""
+    from sfumato.bench.journal import Journal
+    from sfumato.scale import Workers
+
+    first = next(jobs, None)
+    if first is None:
+        return
+    journal = Journal(out)
+    pool = stack.enter_context(Workers(functools.partial(_Maker, order, image), workers))
+    weight_hash, dtype = pool.ask(None)
+
+    def items() -> Iterator[tuple[Any, Any]]:
+        for index, line, options in itertools.chain([first], jobs):
+            key = _job_key(options, order, image, weight_hash, dtype)
+            there = journal.take(key)
+            yield (index, line, options, key, there), None if there is not None else options
+
+    for (index, line, options, key, there), answer in pool.map(items()):
+        if there is not None or isinstance(answer, str):
+            yield index, line, Made([there], there=True) if there is not None else answer
+            continue
+
+        def put(options: JobOptions = options, line: Line = line, key: str = key, answer: Any = answer) -> Made:
+            parts, seconds, cost = answer
+            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, cost))
+            written = []
+            for suffix, content in parts:  # what is drawn beside a picture carries its name
+                written.append(path.with_name(path.stem + suffix))
+                with files.replacing(written[-1]) as file:
+                    file.write(content)
+            return Made(written, False, seconds, cost)
+
+        yield index, line, put
+
+
+class _Maker:
+    """On a worker: options of one picture -> its files as (end of the name, bytes), seconds, cost; or what is wrong."""
+
+    def __init__(self, order: Order, image: Image | None):
+        self.order, self.image = order, image
+        self.model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+
+    def __call__(self, options: JobOptions | None) -> Any:
+        import tempfile
+
+        if options is None:
+            return self.model.weight_hash, str(self.model.dtype)
+        try:
+            result, seconds = _timed(self.model, options, self.order, self.image, None)
+        except SfumatoError as error:
+            return str(error)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write(result, Path(folder), self.order.maps, Path(folder) / "picture.png")
+            return [(path.name[len("picture") :], path.read_bytes()) for path in paths], seconds, result.cost
+
+
+def _timed(
+    model: Model, options: JobOptions, order: Order, image: Image | None, heard: Callable[[Any], None] | None
+) -> tuple[Result, float]:
+    """One picture, decoded within the seconds that are told."""
+    from sfumato.sampling import generate
+
+    start = time.perf_counter()
+    systems = build_all(order.with_)
+    result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+    result.images  # noqa: B018
+    return result, time.perf_counter() - start
+
+
+def _job_key(options: JobOptions, order: Order, image: Image | None, weight_hash: str, dtype: str) -> str:
+    """By what a picture that is there already is known."""
+    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in build_all(order.with_)]]
+    what += [weight_hash, dtype, None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _stem(options: JobOptions) -> str:
+    return f"{files.slug(options.prompt)}-{options.seed}"
+
+
+def _row(options: JobOptions, about: dict[str, Any], seconds: float, cost: float) -> dict[str, Any]:
+    return {"text": options.prompt, "seed": options.seed, "seconds": round(seconds, 4), "cost": cost, **about}

@@ -1,0 +1,138 @@
+"""From a name to masks: a segmenter taught by a generator, and masks of pictures by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato import cards, files
+from sfumato.app.jobs import DEFAULT_MODEL, INPAINT_MODEL, PICTURES, fitting_size, load
+from sfumato.errors import BadInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    from sfumato.models import Model
+
+
+def segment(
+    concept: str,
+    pictures: Any = None,
+    *,
+    model: str | Path | Model = DEFAULT_MODEL,
+    remover: str | Path | Model | None = None,
+    size: tuple[int, int] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Any:
+    """From the name of an object to a network that segments it, with no mask drawn.
+
+    Args:
+        concept: the object's name, such as ``"ball"``.
+        pictures: a folder, files or PIL pictures that show it; None makes ``n`` of them.
+        model: knows the object and says roughly where it is.
+        remover: redraws pictures without it: an inpainting model; toy-sd-inpaint for toy-sd, else ``model`` itself.
+        size: (width, height) to which pictures are cut; by default about the model's own area.
+        on_progress: told (stage, done, of how many).
+        options: parameters of ``text_to_segmentation`` (``prompt``, ``background``, ``n``, ``iterations`` ...).
+
+    Returns:
+        A :class:`sfumato.edit.text_to_segmentation.Segmented`: masks of every stage, ``segmenter``, ``save(folder)``.
+    """
+    system: Any = cards.method("text_to_segmentation")(**options)
+    shown = None if pictures is None else [image for _, image in _listed(pictures)]
+    if remover is None:
+        remover = INPAINT_MODEL if str(model) == DEFAULT_MODEL else model
+    loaded = load(model) if isinstance(model, str | Path) else model
+    other = loaded if remover is model else load(remover) if isinstance(remover, str | Path) else remover
+    pixels = None
+    if shown is not None:
+        from sfumato.sampling.request import as_pixels
+
+        size = size or fitting_size(loaded, shown[0].size)
+        pixels = as_pixels([files.fitted(image.convert("RGB"), size) for image in shown], None)
+    return system.run(loaded, other, concept, pixels, on_progress)
+
+
+def segment_files(
+    what: str,
+    pictures: Sequence[Path],
+    out: Path,
+    model: str | None = None,
+    remover: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> list[Path]:
+    """:func:`segment` with everything written into the new folder ``out``; or, where ``what`` is a segmenter's file,
+    the masks of ``pictures`` by it. Returns the files: masks, and the segmenter.
+
+    Raises:
+        BadInput: ``out`` is not empty, or no pictures. Everything that :func:`segment` raises, and OSError.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"output folder {str(out)!r} is not empty; name a new one with -o.")
+    listed = _listed(list(pictures)) if pictures else []
+    names = [name for name, _ in listed]
+    if Path(what).suffix == ".safetensors":
+        if not listed:
+            raise BadInput(f"{what} is a segmenter; name the pictures to segment.")
+        if options or model or remover:
+            raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
+        if not Path(what).is_file():
+            raise BadInput(f"there is no file {what}; name an object, or a segmenter made before.")
+        return _segmented_by(Path(what), listed, out)
+    cards.method("text_to_segmentation")(**{k: v for k, v in options.items() if k != "size"})
+    named = {"model": model or DEFAULT_MODEL, "remover": remover or (None if model else INPAINT_MODEL)}
+    with files.output_folder(out):
+        loaded: dict[str, Any] = {k: load(n, dtype=dtype, device=device) for k, n in named.items() if n is not None}
+        images = [image for _, image in listed] or None
+        found = segment(what, images, on_progress=on_progress, **loaded, **options)
+        return found.save(out, names or None)
+
+
+def _segmented_by(weights: Path, listed: list[tuple[str, Image]], out: Path) -> list[Path]:
+    from PIL import Image as pictures
+
+    from sfumato.edit.text_to_segmentation import Segmenter, as_masks
+    from sfumato.sampling.request import as_pixels
+
+    net = Segmenter.load(weights)
+    written = []
+    with files.output_folder(out):
+        for name, image in listed:
+            size = net.config.size or image.size
+            scale = math.sqrt(size[0] * size[1] / (image.width * image.height))
+            pixels = as_pixels(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+            [mask] = as_masks(net.masks(pixels))
+            mask = mask.resize(image.size, pictures.Resampling.NEAREST)
+            written.append(files.save_png(out / f"{name}.png", mask, {"segmenter": weights.name}))
+    return written
+
+
+def _listed(given: Any) -> list[tuple[str, Image]]:
+    """(name, picture) of pictures given as a folder, files or PIL pictures; names are distinct.
+
+    Raises BadInput where there is none.
+    """
+    found: list[tuple[str, Image]] = []
+    for each in given if isinstance(given, list | tuple) else [given]:
+        if not isinstance(each, str | Path):
+            found.append((f"{len(found):05d}", each))
+            continue
+        path = Path(each)
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        found += [(p.stem, files.read_picture(p)) for p in inside]
+    if not found:
+        raise BadInput(f"there is no picture in {given}; PNG, JPEG, WebP, BMP, GIF and TIFF are read.")
+    seen: dict[str, int] = {}
+    named = []
+    for name, image in found:
+        seen[name] = seen.get(name, 0) + 1
+        named.append((name if seen[name] == 1 else f"{name}-{seen[name]}", image))
+    return named

@@ -1,0 +1,69 @@
+"""Which pictures of a long list are made already: ``metadata.jsonl`` beside them, which any imagefolder reader reads.
+
+A line is written before its picture, and counts only when the picture is there: files are whole or absent, so a kill at
+any moment leaves neither a picture without its line nor a line that is believed without its picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sfumato.bench.folder import METADATA
+from sfumato.errors import BadInput
+
+
+class Journal:
+    """The lines of ``folder/metadata.jsonl`` that carry a ``key``; others are left alone.
+
+    Equal jobs may be wanted several times: each line serves one of them. A last line that a kill cut short is dropped.
+    Raises BadInput when another line is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / METADATA
+        self._made: dict[str, list[str]] = defaultdict(list)
+        self._lost: dict[str, list[str]] = defaultdict(list)
+        self._names: set[str] = set()
+        end = 0
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if not line.endswith(b"\n"):
+                        break
+                    try:
+                        row = json.loads(line) if line.strip() else {}
+                        name, key = row.get("file_name"), row.get("key")
+                    except (ValueError, AttributeError, RecursionError):
+                        raise BadInput(f"{self.path}, line {number} is damaged; move the file away.") from None
+                    end += len(line)
+                    if isinstance(name, str) and isinstance(key, str):
+                        there = (folder / name).is_file()
+                        (self._made if there else self._lost)[key].append(name)
+                        self._names.add(name)
+            if end < self.path.stat().st_size:
+                with self.path.open("r+b") as file:
+                    file.truncate(end)
+
+    def take(self, key: str) -> Path | None:
+        """A finished picture of this job that has not been taken yet, or None."""
+        return self.folder / self._made[key].pop(0) if self._made[key] else None
+
+    def begin(self, key: str, stem: str, row: dict[str, Any]) -> Path:
+        """Where to write the next picture of this job; says so in the file first. ``row`` is told beside it."""
+        if self._lost[key]:
+            return self.folder / self._lost[key].pop(0)  # its line is there, the picture is not
+        path, count = self.folder / f"{stem}.png", 1
+        while path.exists() or path.name in self._names:  # there, or promised to a job that was stopped
+            count += 1
+            path = self.folder / f"{stem}-{count}.png"
+        line = json.dumps({"file_name": path.name, **row, "key": key}, ensure_ascii=False) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._names.add(path.name)
+        return path

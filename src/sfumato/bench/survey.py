@@ -1,0 +1,428 @@
+"""The bench: one pass over a folder of any size in constant memory, resumable, then every figure that applies.
+
+What grows with a folder is the list of its names. Frechet distances use running moments; what needs pairs of pictures
+(kernel distance, precision and recall, attribute densities) uses a seeded sample of at most ``cap``. The state is kept
+beside the report and goes on after a kill, with the figures of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from sfumato import files
+from sfumato.bench.folder import Folder
+from sfumato.errors import BadInput, SfumatoError
+from sfumato.metrics import stats
+from sfumato.metrics.clip_score import clip_scores
+from sfumato.metrics.frechet import Moments
+from sfumato.models.features import ClipNet, FeatureNet, as_tensor, square
+from sfumato.toybox.oracle.asked import answer, asked
+from sfumato.toybox.oracle.presence import Wanted
+from sfumato.toybox.oracle.toy_judge import SIDE, ToyJudge
+
+CAP = 10_000
+VERSION = 1  # of the state on disk
+NAMED = 50  # files that could not be read are counted all, and named up to here
+EXAMPLES = 12
+
+
+class Reservoir:
+    """At most ``cap`` rows, drawn evenly from all that are added: those whose index hashes lowest with the seed.
+
+    Which rows are kept depends on the seed and the indices only, not on the order or on batches, and a larger cap keeps
+    a superset (bottom-k sampling, Cohen & Kaplan 2007).
+    """
+
+    def __init__(self, d: int, cap: int, seed: int = 0):
+        self.cap, self.seed = cap, seed
+        self.indices: np.ndarray = np.zeros(0, np.int64)
+        self.rows: np.ndarray = np.zeros((0, d), np.float32)
+
+    def add(self, indices: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
+        """Offers rows (b, d) with their indices in the folder."""
+        self.indices = np.concatenate([self.indices, np.asarray(indices, np.int64)])
+        self.rows = np.concatenate([self.rows, np.asarray(rows, np.float32)])
+        if len(self.indices) > self.cap:
+            keep = np.sort(np.argsort(_hashed(self.indices, self.seed), kind="stable")[: self.cap])
+            self.indices, self.rows = self.indices[keep], self.rows[keep]
+
+
+def _hashed(indices: np.ndarray, seed: int) -> np.ndarray:
+    """splitmix64 of the indices, as pseudorandom priorities."""
+    with np.errstate(over="ignore"):
+        z = indices.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x1234567) % 2**64)
+        z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+@dataclass
+class Instruments:
+    """What looks at each picture: any of a judge, a net for distances, a CLIP for scores, and attributes to look for.
+
+    ``attributes`` makes ``clip`` keep picture features for the attribute densities; with ``wishes`` the judge says
+    which of them each picture shows, as ground truth in the toybox.
+    """
+
+    judge: ToyJudge | None = None
+    net: FeatureNet | None = None
+    clip: ClipNet | None = None
+    attributes: tuple[str, ...] = ()
+    wishes: tuple[Wanted, ...] = ()
+    captions: bool = True
+
+    def key(self) -> list[Any]:
+        """What the state on disk depends on."""
+        nets = [each and f"{each.name} {each.hash} {each.__class__.__name__}" for each in (self.net, self.clip)]
+        judge = None
+        if self.judge is not None:
+            weights = self.judge.net.state_dict()
+            judge = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.values())).hexdigest()[:16]
+        return [nets, judge, list(self.attributes), bool(self.wishes), self.captions]
+
+
+@dataclass
+class Tally:
+    """What one pass found out. Everything in it has a size that does not grow with the folder.
+
+    Attributes:
+        done: pictures passed, readable or not. seen: those that were read.
+        counts: name -> [hits, of how many], for shares.
+        tasks: task of a prompt set -> [hits, of how many].
+        failed: how many could not be read; the first of them by name, each with the reason.
+        no_text, no_toys: pictures without a caption, and with one that names no toy.
+        resized: pictures that were not the judge's or the net's size.
+        right, wrong: a few names of pictures with everything asked for, and without.
+        scores: moments of the CLIPScore. moments: of the net's features. sample: of them. clip_sample: of the CLIP's.
+        shown: which attributes the judge saw, as 0 or 1, of the sample.
+    """
+
+    done: int = 0
+    seen: int = 0
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    tasks: dict[str, list[int]] = field(default_factory=dict)
+    failed: int = 0
+    named: list[list[str]] = field(default_factory=list)
+    no_text: int = 0
+    no_toys: int = 0
+    resized: int = 0
+    seconds: float = 0.0
+    right: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    rows_end: int = 0
+    scores: Moments | None = None
+    moments: Moments | None = None
+    sample: Reservoir | None = None
+    clip_sample: Reservoir | None = None
+    shown: Reservoir | None = None
+    mentions: Reservoir | None = None
+
+    def rate(self, name: str) -> stats.Interval:
+        """The share under ``name`` with its Wilson interval."""
+        return stats.wilson(*self.counts[name])
+
+    def take(self, part: Tally, of: int) -> None:
+        """Takes in the tally of the next ``of`` pictures. Batch after batch this is what one worker alone would
+        count."""
+        self.done += of
+        for name in ("seen", "failed", "no_text", "no_toys", "resized"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for mine, theirs in ((self.counts, part.counts), (self.tasks, part.tasks)):
+            for name, (hits, asked_for) in theirs.items():
+                before = mine.get(name, [0, 0])
+                mine[name] = [before[0] + hits, before[1] + asked_for]
+        self.named = [*self.named, *part.named][:NAMED]
+        self.right, self.wrong = [*self.right, *part.right][:EXAMPLES], [*self.wrong, *part.wrong][:EXAMPLES]
+        for name in self._MOMENTS:
+            theirs = getattr(part, name)
+            if theirs is not None:
+                setattr(self, name, (getattr(self, name) or Moments(len(theirs.mean))).merge(theirs))
+        for name in self._SAMPLES:
+            sample = getattr(part, name)
+            if sample is not None:
+                whole = getattr(self, name) or Reservoir(sample.rows.shape[1], sample.cap, sample.seed)
+                whole.add(sample.indices, sample.rows)
+                setattr(self, name, whole)
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+    _PLAIN = "done seen counts tasks failed named no_text no_toys resized seconds right wrong rows_end".split()
+    _MOMENTS = ("scores", "moments")
+    _SAMPLES = ("sample", "clip_sample", "shown", "mentions")
+
+    def save(self, path: Path, key: str) -> None:
+        """Writes everything, whole or not at all."""
+        tensors: dict[str, np.ndarray] = {}
+        for name in self._MOMENTS:
+            kept = getattr(self, name)
+            if kept is not None:
+                tensors |= {f"{name}.{part}": np.ascontiguousarray(value) for part, value in kept.state().items()}
+        for name in self._SAMPLES:
+            kept = getattr(self, name)
+            if kept is not None:
+                tensors |= {f"{name}.indices": kept.indices, f"{name}.rows": np.ascontiguousarray(kept.rows)}
+        plain = {name: getattr(self, name) for name in self._PLAIN}
+        with files.replacing(path) as file:
+            file.write(save_tensors(tensors, {"key": key, "plain": json.dumps(plain)}))
+
+    @classmethod
+    def load(cls, path: Path, key: str, cap: int, seed: int) -> Tally | None:
+        """What :meth:`save` wrote, or None when there is nothing, or something of another folder or other settings."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(str(path), "numpy") as file:
+                about = file.metadata() or {}
+            if about.get("key") != key:
+                return None
+            tensors = load_tensors(path.read_bytes())
+            made = cls(**json.loads(about["plain"]))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        for name in cls._MOMENTS:
+            parts = {part: tensors.get(f"{name}.{part}") for part in ("n", "mean", "scatter")}
+            if parts["n"] is not None:
+                setattr(made, name, Moments.restore(parts))  # type: ignore[arg-type]
+        for name in cls._SAMPLES:
+            if f"{name}.rows" in tensors:
+                kept = Reservoir(tensors[f"{name}.rows"].shape[1], cap, seed)
+                kept.indices, kept.rows = tensors[f"{name}.indices"], tensors[f"{name}.rows"]
+                setattr(made, name, kept)
+        return made
+
+
+def survey(
+    folder: Folder,
+    tools: Instruments,
+    *,
+    cap: int = CAP,
+    seed: int = 0,
+    batch: int = 32,
+    journal: Path | None = None,
+    rows: Path | None = None,
+    every: float = 20.0,
+    on_progress: Callable[[int, int], None] | None = None,
+    over: Spread | None = None,
+) -> Tally:
+    """Looks at every picture of a folder once.
+
+    Args:
+        cap, seed: size and seed of the samples.
+        journal: where the state is kept, about every ``every`` seconds and at the end; what is there is gone on with.
+        rows: a JSONL file that gets one line per picture.
+        on_progress: called with (pictures passed, of how many) after every batch.
+        over: looks at batches elsewhere, such as on several workers, and answers in order; by default they are looked
+            at here. What comes out is the same.
+
+    Raises:
+        BadInput: the first pictures are all unreadable, or the features are not finite.
+    """
+    key = hashlib.sha256(
+        json.dumps([VERSION, folder.fingerprint(), tools.key(), cap, seed, batch, rows is not None]).encode()
+    ).hexdigest()
+    tally = (Tally.load(journal, key, cap, seed) if journal else None) or Tally()
+    told = _Rows(rows, tally.rows_end) if rows else None
+    kept, start = time.monotonic(), time.monotonic() - tally.seconds
+    starts = range(tally.done, len(folder), batch)
+    batches = ((start, folder.names[start : start + batch]) for start in starts)
+    try:
+        for names, (part, lines) in (over or look_here(folder, tools, cap, seed))(batches):
+            tally.take(part, len(names))
+            tally.seconds = time.monotonic() - start
+            if told:
+                tally.rows_end = told.write(lines)
+            if journal and (time.monotonic() - kept > every or tally.done == len(folder)):
+                if told:
+                    told.flush()
+                tally.save(journal, key)
+                kept = time.monotonic()
+            if on_progress is not None:
+                on_progress(tally.done, len(folder))
+    finally:
+        if told:
+            told.close()
+    if not tally.seen:
+        first = tally.named[0]
+        raise BadInput(f"none of the {tally.done} pictures in {folder.path} can be read; {first[0]}: {first[1]}")
+    return tally
+
+
+Batch = tuple[int, list[str]]
+"""Index of the first picture, and the names."""
+Seen = tuple[Tally, list[dict[str, Any]]]
+"""What a batch adds to the tally, and a row per picture."""
+Spread = Callable[[Iterable[Batch]], Iterator[tuple[list[str], Seen]]]
+
+
+def look(folder: Folder, tools: Instruments, cap: int, seed: int, batch: Batch) -> Seen:
+    """Looks at one batch of a folder, whatever came before it."""
+    start, names = batch
+    part = Tally(done=start)
+    return part, _look(folder, names, tools, part, cap, seed)
+
+
+def look_here(folder: Folder, tools: Instruments, cap: int, seed: int) -> Spread:
+    """Batches one after the other, in this process."""
+    return lambda batches: ((batch[1], look(folder, tools, cap, seed, batch)) for batch in batches)
+
+
+class _Rows:
+    """A JSONL file that is gone on with behind its first ``end`` bytes; what a kill left behind them is dropped."""
+
+    def __init__(self, path: Path, end: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self.file = path.open("r+b")
+        self.file.truncate(end)
+        self.file.seek(end)
+
+    def write(self, rows: list[dict[str, Any]]) -> int:
+        """Appends rows; returns the length of the file."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        return self.file.tell()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _opened(folder: Folder, names: Sequence[str], tally: Tally) -> Iterator[tuple[int, str, Image]]:
+    """(index, name, picture) of those that can be read; the others are counted and named."""
+    for offset, name in enumerate(names):
+        try:
+            yield tally.done + offset, name, folder.picture(name)
+        except (SfumatoError, OSError) as error:
+            tally.failed += 1
+            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            if len(tally.named) < NAMED:
+                tally.named.append([name, " ".join(reason.split())[:200]])
+
+
+def _look(
+    folder: Folder, names: Sequence[str], tools: Instruments, tally: Tally, cap: int, seed: int
+) -> list[dict[str, Any]]:
+    """One batch: adds to the tally, returns a row per picture."""
+    opened = list(_opened(folder, names, tally))
+    if not opened:
+        return []
+    indices, kept, pictures = (list(column) for column in zip(*opened, strict=True))
+    tally.seen += len(kept)
+    sizes = {SIDE} if tools.judge else set()
+    sizes |= {net.side for net in (tools.net, tools.clip) if isinstance(net, ClipNet)}
+    tally.resized += sum(any(picture.size != (side, side) for side in sizes) for picture in pictures)
+    about = [folder.about(name) if tools.captions else {"text": None} for name in kept]
+    texts = [each["text"] for each in about]
+    rows: list[dict[str, Any]] = [{"file_name": name, "text": text} for name, text in zip(kept, texts, strict=True)]
+    tally.no_text += texts.count(None)
+    clip_features = tools.clip.features(pictures) if tools.clip else None
+    if tools.net is not None:
+        shared = clip_features if tools.net is tools.clip else None
+        seen = tools.net.features(pictures) if shared is None else shared
+        tally.moments = (tally.moments or Moments(seen.shape[1])).add(seen)
+        tally.sample = tally.sample or Reservoir(seen.shape[1], cap, seed)
+        tally.sample.add(indices, seen)
+    if clip_features is not None:
+        _score(tools, tally, clip_features, texts, rows)
+        if tools.attributes:
+            tally.clip_sample = tally.clip_sample or Reservoir(clip_features.shape[1], cap, seed)
+            tally.clip_sample.add(indices, clip_features)
+            if tools.captions:
+                tally.mentions = tally.mentions or Reservoir(len(tools.attributes), cap, seed)
+                tally.mentions.add(
+                    indices, np.array([_mentioned(tools.attributes, text) for text in texts], np.float32)
+                )
+    if tools.judge is not None:
+        _read(tools, tally, indices, pictures, about, rows, cap, seed)
+    return rows
+
+
+def _score(tools: Instruments, tally: Tally, features: np.ndarray, texts: list[str | None], rows: list[Any]) -> None:
+    """CLIPScore of the pictures that have a caption."""
+    told = [i for i, text in enumerate(texts) if text is not None]
+    if not told or tools.clip is None:
+        return
+    scores = clip_scores(features[told], tools.clip.texts([texts[i] for i in told]))  # type: ignore[misc]
+    tally.scores = (tally.scores or Moments(1)).add(scores[:, None])
+    for i, score in zip(told, scores, strict=True):
+        rows[i]["clip_score"] = round(float(score), 4)
+
+
+def _read(
+    tools: Instruments,
+    tally: Tally,
+    indices: list[int],
+    pictures: list[Image],
+    about: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    cap: int,
+    seed: int,
+) -> None:
+    """The judge's readings against the captions."""
+    assert tools.judge is not None
+    readings = tools.judge.read(as_tensor([square(picture, SIDE) for picture in pictures]))
+    for row, each, reading in zip(rows, about, readings, strict=True):
+        row["toys"] = [f"{toy.size} {toy.color} {toy.pattern} {toy.shape}" for toy in reading.objects]
+        want = asked(each["text"]) if each["text"] else None
+        if want is None:
+            continue
+        if not want.wishes:
+            tally.no_toys += 1
+            continue
+        found = answer(reading, want)
+        task = each.get("task", each.get("tag"))
+        solved = found.solved(None)
+        for name, hits in (
+            ("present", found.toys.present),
+            ("all_present", [found.toys.all_present]),
+            ("bound", found.toys.bound),
+            ("all_bound", [found.toys.all_bound]),
+            ("leaked", found.toys.leaked),
+            ("counted", [found.toys.counted]),
+            ("related", found.related),
+            ("all_right", [solved]),
+        ):
+            _count(tally.counts, name, hits)
+        if isinstance(task, str):
+            _count(tally.tasks, task, [found.solved(task)])
+            row["task"] = task
+        examples = tally.right if solved else tally.wrong
+        if len(examples) < EXAMPLES:
+            examples.append(row["file_name"])
+        row |= {
+            "present": list(found.toys.present),
+            "bound": list(found.toys.bound),
+            "counted": found.toys.counted,
+            "related": list(found.related),
+            "all_right": solved,
+        }
+    if tools.wishes:
+        shown = [[any(wish.fits(toy) for toy in reading.objects) for wish in tools.wishes] for reading in readings]
+        tally.shown = tally.shown or Reservoir(len(tools.wishes), cap, seed)
+        tally.shown.add(indices, np.array(shown, np.float32))
+
+
+def _count(counts: dict[str, list[int]], name: str, hits: Sequence[bool]) -> None:
+    if hits:
+        before = counts.get(name, [0, 0])
+        counts[name] = [before[0] + sum(hits), before[1] + len(hits)]
+
+
+def _mentioned(attributes: Sequence[str], text: str | None) -> list[float]:
+    """1 for every attribute whose words all occur in the caption, 0 for the others; NaN without a caption."""
+    if text is None:
+        return [float("nan")] * len(attributes)
+    words = {word.strip(".,;:!?'\"()") for word in text.lower().split()}
+    return [float(set(attribute.lower().split()) <= words) for attribute in attributes]

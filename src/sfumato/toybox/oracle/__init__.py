@@ -1,0 +1,25 @@
+"""Judging: read a picture back into a scene, check it against a prompt, compare sets, put intervals on every figure."""
+
+from __future__ import annotations
+
+from sfumato.toybox.oracle.accuracy import Accuracy, measure
+from sfumato.toybox.oracle.presence import Check, Rates, Wanted, check, find, rates, related, wanted
+from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading, ToyJudge, load_judge, read
+
+__all__ = [
+    "Accuracy",
+    "Check",
+    "ObjectReading",
+    "Rates",
+    "Reading",
+    "ToyJudge",
+    "Wanted",
+    "check",
+    "find",
+    "load_judge",
+    "measure",
+    "rates",
+    "read",
+    "related",
+    "wanted",
+]

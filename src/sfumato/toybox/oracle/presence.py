@@ -1,0 +1,166 @@
+"""Was what the prompt asked for drawn? Presence, attribute binding, counts and relations, from a judge's readings.
+
+A toy counts once: two wanted red cubes need two red cubes in the picture (maximum matching of wanted and read toys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from sfumato.errors import BadInput
+from sfumato.metrics import stats
+from sfumato.toybox import COLORS, PATTERNS, SHAPES, SIZES, Caption, Scene
+from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
+
+_KINDS = {"shape": SHAPES, "color": COLORS, "pattern": PATTERNS, "size": SIZES}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A toy the prompt asks for; None leaves an attribute free."""
+
+    shape: str | None = None
+    color: str | None = None
+    pattern: str | None = None
+    size: str | None = None
+
+    @classmethod
+    def parse(cls, words: str | Iterable[str]) -> Wanted:
+        """From words such as ``"a small red striped cube"``; words that name no attribute are skipped."""
+        found: dict[str, str] = {}
+        for word in words.lower().split() if isinstance(words, str) else words:
+            for kind, allowed in _KINDS.items():
+                if word in allowed:
+                    found[kind] = word
+        if not found:
+            raise BadInput(f"no toy is described by {words!r}; use words such as 'red cube'.")
+        return cls(**found)
+
+    def only(self, *names: str) -> Wanted:
+        """The same wish with every attribute but ``names`` left free."""
+        return Wanted(**{field.name: getattr(self, field.name) for field in fields(self) if field.name in names})
+
+    def fits(self, toy: ObjectReading) -> bool:
+        """Whether a toy that was read is what is wanted."""
+        return toy.has(shape=self.shape, color=self.color, pattern=self.pattern, size=self.size)
+
+
+def wanted(source: Scene | Caption) -> tuple[Wanted, ...]:
+    """What a scene shows, or what a caption names (in the order of its phrases), as wishes."""
+    if isinstance(source, Scene):
+        return tuple(Wanted(toy.shape, toy.color, toy.pattern, toy.size) for toy in source.toys)
+    named = [phrase for phrase in source.phrases if phrase.object is not None]
+    return tuple(Wanted.parse([word.text for word in (*phrase.modifiers, phrase.head)]) for phrase in named)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One picture against its wishes.
+
+    Attributes:
+        present: per wish, whether its shape is there (each toy read serves one wish).
+        bound: per wish, whether a toy with all its wanted attributes is there.
+        leaked: per wish, whether it is not bound and a toy of its shape wears the colour of another wish.
+        counted: whether as many toys were read as wanted.
+    """
+
+    present: tuple[bool, ...]
+    bound: tuple[bool, ...]
+    leaked: tuple[bool, ...]
+    counted: bool
+
+    @property
+    def all_present(self) -> bool:
+        """Every wanted shape is there."""
+        return all(self.present)
+
+    @property
+    def all_bound(self) -> bool:
+        """Every wish is there with all its attributes."""
+        return all(self.bound)
+
+
+def check(reading: Reading, wishes: Sequence[Wanted], attributes: Sequence[str] = ("shape", "color")) -> Check:
+    """Compares a reading with wishes on ``attributes`` (those a wish leaves free never count against it)."""
+    if not wishes:
+        raise BadInput("check: wishes is empty.")
+    toys = reading.objects
+    strict = [wish.only(*attributes) for wish in wishes]
+    shapes = [wish.only("shape") for wish in wishes]
+    bound = _matched(strict, toys)
+    leaked = []
+    for i, wish in enumerate(wishes):
+        others = {other.color for j, other in enumerate(wishes) if j != i} - {wish.color, None}
+        leaked.append(not bound[i] and any(shapes[i].fits(toy) and toy.color in others for toy in toys))
+    return Check(_matched(shapes, toys), bound, tuple(leaked), len(toys) == len(wishes))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares over many pictures, each with its Wilson interval."""
+
+    present: stats.Interval
+    all_present: stats.Interval
+    bound: stats.Interval
+    all_bound: stats.Interval
+    leaked: stats.Interval
+    counted: stats.Interval
+
+    def to_json(self) -> dict[str, object]:
+        """Every share as plain numbers."""
+        return {field.name: getattr(self, field.name).to_json() for field in fields(self)}
+
+
+def rates(checks: Sequence[Check]) -> Rates:
+    """Shares of ``present``, ``bound``, ``leaked`` per wish, of the others per picture."""
+    return Rates(
+        present=stats.share([hit for one in checks for hit in one.present]),
+        all_present=stats.share([one.all_present for one in checks]),
+        bound=stats.share([hit for one in checks for hit in one.bound]),
+        all_bound=stats.share([one.all_bound for one in checks]),
+        leaked=stats.share([hit for one in checks for hit in one.leaked]),
+        counted=stats.share([one.counted for one in checks]),
+    )
+
+
+def find(reading: Reading, wish: Wanted) -> ObjectReading | None:
+    """The most confident toy that fits a wish, or None."""
+    return next((toy for toy in reading.objects if wish.fits(toy)), None)
+
+
+RELATIONS: dict[str, Callable[[ObjectReading, ObjectReading], bool]] = {
+    # boxes are (x0, y0, x1, y1); the camera looks down, so what stands nearer touches the ground lower in the picture
+    "left of": lambda a, b: a.box[0] + a.box[2] < b.box[0] + b.box[2],
+    "right of": lambda a, b: a.box[0] + a.box[2] > b.box[0] + b.box[2],
+    "in front of": lambda a, b: a.box[3] > b.box[3],
+    "behind": lambda a, b: a.box[3] < b.box[3],
+}
+
+
+def related(reading: Reading, first: Wanted, relation: str, second: Wanted) -> bool:
+    """Whether two different toys that fit ``first`` and ``second`` stand in ``relation`` in the picture."""
+    if relation not in RELATIONS:
+        raise BadInput(f"related: relation={relation!r}; allowed: {', '.join(RELATIONS)}.")
+    holds = RELATIONS[relation]
+    toys = reading.objects
+    return any(a is not b and first.fits(a) and second.fits(b) and holds(a, b) for a in toys for b in toys)
+
+
+def _matched(wishes: Sequence[Wanted], toys: Sequence[ObjectReading]) -> tuple[bool, ...]:
+    """Maximum bipartite matching by augmenting paths; earlier wishes are served first."""
+    owner: dict[int, int] = {}
+
+    def serve(wish: int, seen: set[int]) -> bool:
+        for index, toy in enumerate(toys):
+            if index in seen or not wishes[wish].fits(toy):
+                continue
+            seen.add(index)
+            if index not in owner or serve(owner[index], seen):
+                owner[index] = wish
+                return True
+        return False
+
+    for wish in range(len(wishes)):
+        serve(wish, set())
+    return tuple(wish in owner.values() for wish in range(len(wishes)))

@@ -1,0 +1,46 @@
+"""``python -m sfumato.training RECIPE``: the trainer without the command line of the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sfumato.errors import SfumatoError
+
+
+def main() -> int:
+    """Trains one recipe; prints a line per logged step. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m sfumato.training", description=__doc__)
+    parser.add_argument("recipe", help="TOML file, or the name of a shipped recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes with a resumable checkpoint")
+    parser.add_argument("--out", type=Path, help="folder of the exported model")
+    parser.add_argument(
+        "--snapshots", type=Path, help="folder replaced now and then by an export of the averaged weights"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    asked = parser.parse_args()
+
+    from sfumato.training.trainer import Progress, run
+
+    if asked.threads:
+        import torch
+
+        torch.set_num_threads(asked.threads)
+
+    def show(progress: Progress) -> None:
+        logs = "  ".join(f"{key} {value:.4g}" for key, value in progress.logs.items())
+        print(f"{progress.step}/{progress.steps}  {progress.seconds:.0f} s  {logs}", flush=True)
+
+    try:
+        result = run(asked.recipe, asked.resume, asked.minutes, asked.out, show, asked.snapshots)
+    except SfumatoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(result, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

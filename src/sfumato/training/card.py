@@ -1,0 +1,66 @@
+"""The card of an exported model: ``sfumato.json`` for programs, ``MODEL_CARD.md`` for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sfumato.training.recipe import Recipe
+
+
+def write_card(
+    folder: Path,
+    recipe: Recipe,
+    step: int,
+    seconds: float,
+    plans: list[dict[str, Any]],
+    quality: dict[str, float],
+    extra: dict[str, Any],
+) -> None:
+    """Writes both cards into ``folder``; ``extra`` (of the objective) and ``recipe.card`` (which wins) are merged."""
+    card = {
+        "name": recipe.name,
+        "objective": recipe.objective,
+        "summary": recipe.summary,
+        **extra,
+        **recipe.card,
+        "quality": quality,
+        "training": {"steps": step, "batch": recipe.train.batch, "seconds": round(seconds), "plans": plans},
+        "data": {"toybox": recipe.data.model_dump()},
+        "recipe": recipe.model_dump(),
+    }
+    (folder / "sfumato.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (folder / "MODEL_CARD.md").write_text(markdown(card), encoding="utf-8")
+
+
+def markdown(card: dict[str, Any]) -> str:
+    """The card as a short page."""
+    data, training = card["data"]["toybox"], card["training"]
+    quality = "\n".join(f"| {key} | {value:.4g} |" for key, value in card["quality"].items())
+    sampling = card.get("sampling")
+    replanned = [str(plan["from_step"]) for plan in training["plans"][1:]]
+    parts = [
+        f"# {card['name']}\n\n{card['summary']}",
+        f"- Objective: `{card['objective']}`; {training['steps']} steps of {training['batch']}, "
+        f"{training['seconds'] / 60:.0f} minutes of training.\n"
+        f"- Data: {data['train']} toybox scenes at {data['size']} x {data['size']}, rendered by this library"
+        f" (seed {data['seed']}); nothing else, no photographs, no people.\n"
+        f"- Reproduce: `sfumato train {card['name']}`.",
+    ]
+    if replanned:
+        parts.append(
+            f"- The schedule was planned anew at step {', '.join(replanned)} (`training.plans` in `sfumato.json`); the"
+            " recipe holds the last plan."
+        )
+    if sampling:
+        parts.append("- Sampling defaults: " + ", ".join(f"{key} {value}" for key, value in sampling.items()) + ".")
+    if card.get("plain"):
+        parts.append(f"## With plain diffusers\n\n```python\n{card['plain']}\n```")
+    if quality:
+        parts.append("## Quality, measured on held-out scenes\n\n| figure | value |\n|---|---|\n" + quality)
+    parts.append(
+        "## Use and limits\n\nA tiny model for research, teaching and tests. It knows toys on plain grounds and nothing"
+        " else; words outside the toybox vocabulary are accepted and mean nothing to it. Licence: Apache-2.0."
+    )
+    return "\n\n".join(parts) + "\n"

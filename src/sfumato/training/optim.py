@@ -1,0 +1,116 @@
+"""Optimisers of the trainer: AdamW, and Muon for the hidden matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from sfumato.training.objective import Objective
+from sfumato.training.recipe import TrainOptions
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: all singular values of (rows, columns) pulled to about 1.
+
+    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024), in the precision of the input.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """AdamW groups and Muon groups in one optimiser; a group says ``muon=True`` to be orthogonalised.
+
+    Convolution kernels are seen as (out, in * kh * kw). The update is scaled by sqrt(max(1, rows / columns)), as in
+    Jordan's original. A group ``lr`` is absolute, the trainer sets it at each step.
+    """
+
+    def __init__(self, groups: Iterable[dict], momentum: float = 0.95, precision: torch.dtype = torch.float32):
+        self.precision = precision  # of the orthogonalisation: bfloat16 will do, where that is fast
+        super().__init__(
+            groups, {"lr": 0.0, "momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: ANN001, ANN201 - the signature of torch.optim.Optimizer
+        """One update from the gradients in place."""
+        for group in self.param_groups:
+            live = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(group, live)
+            elif live:
+                self._adamw(group, live)
+
+    def _muon(self, group: dict, live: list[Tensor]) -> None:
+        for p in live:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            flat = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+            rows, columns = flat.shape
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(
+                orthogonalise(flat.to(self.precision)).view_as(p).to(p.dtype),
+                alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5,
+            )
+
+    def _adamw(self, group: dict, live: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        for p in live:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        adamw(
+            live,
+            [p.grad for p in live],
+            [self.state[p]["exp_avg"] for p in live],
+            [self.state[p]["exp_avg_sq"] for p in live],
+            [],
+            [self.state[p]["step"] for p in live],
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def build_optimizer(
+    objective: Objective, options: TrainOptions, precision: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """AdamW or Muon + AdamW over the objective's trainable parameters; ``peak`` of a group is its peak learning rate.
+
+    Weight decay acts on matrices and kernels only.
+    """
+    betas = (options.beta1, options.beta2)
+    groups = []
+    for name, module in objective.modules.items():
+        matrices: list[Tensor] = []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        for key, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if options.optimizer == "muon" and objective.hidden(f"{name}.{key}", parameter):
+                matrices.append(parameter)
+            else:
+                (decayed if parameter.ndim >= 2 else plain).append(parameter)
+        rate, decay = objective.rates.get(name, 1.0), options.weight_decay
+        groups += [
+            {"params": matrices, "muon": True, "peak": rate * options.muon_lr, "weight_decay": decay},
+            {"params": decayed, "muon": False, "peak": rate * options.lr, "weight_decay": decay, "betas": betas},
+            {"params": plain, "muon": False, "peak": rate * options.lr, "weight_decay": 0.0, "betas": betas},
+        ]
+    return Muon([group for group in groups if group["params"]], precision=precision)

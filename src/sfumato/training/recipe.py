@@ -1,0 +1,115 @@
+"""Recipes: one TOML file says everything about a training run (objective, data, model, loss, optimiser, schedule).
+
+A recipe is a pure description: the same recipe, seed and step give the same batch, the same noise and the same loss.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sfumato.errors import BadInput, UnknownName
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+class Options(BaseModel):
+    """Base of every section of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataOptions(Options):
+    """Which toybox scenes are used (:class:`sfumato.toybox.ToyboxDataset`)."""
+
+    train: int = Field(24_000, ge=1, description="training scenes")
+    val: int = Field(1_000, ge=1, description="held-out scenes for measuring")
+    size: int = Field(64, ge=16, le=512, description="side of the pictures in pixels")
+    seed: int = Field(0, ge=0, description="seed of the scenes")
+
+
+class TrainOptions(Options):
+    """Optimiser, schedule and bookkeeping."""
+
+    steps: int = Field(..., ge=1, description="optimiser steps of the whole schedule")
+    batch: int = Field(..., ge=1, description="samples per step over all processes")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW)")
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    decay: Literal["cosine", "linear", "wsd", "none"] = Field("cosine", description="decay to zero after warm-up")
+    decay_fraction: float = Field(0.3, gt=0, le=1, description="wsd: share of the steps spent in the final decay")
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of the orthogonalised matrices (muon)")
+    weight_decay: float = Field(0.01, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, 0 = no averaging")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = Field(False, description="keep convolution weights and activations channels-last")
+    log_every: int = Field(20, ge=1)
+    grid_every: int = Field(500, ge=1, description="steps between sample grids")
+    evaluate_every: int = Field(1_000, ge=1, description="steps between measurements on held-out scenes")
+    checkpoint_every: int = Field(500, ge=1)
+    stages: tuple[float, ...] = Field(
+        (), description="shares of the steps after which the weights are kept and exported"
+    )
+    snapshot_minutes: float = Field(10.0, gt=0, description="minutes between exports of the averaged weights")
+
+
+class Recipe(Options):
+    """A whole training run. ``model`` and ``loss`` are read by the objective's own option classes."""
+
+    name: str = Field(..., pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    objective: str
+    summary: str = ""
+    seed: int = Field(0, ge=0)
+    init_from: str | None = Field(None, description="zoo name, finished run or folder whose weights are the start")
+    data: DataOptions = DataOptions()
+    model: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
+    train: TrainOptions
+    card: dict[str, Any] = Field({}, description="extra entries of the exported card, such as sampling defaults")
+
+
+def parse(section: str, kind: type[Options], values: dict[str, Any]) -> Any:
+    """``kind`` filled from ``values``; mistakes become one-line errors that name ``section`` and the nearest key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        where = ".".join([section, *place]) if section else ".".join(place)
+        if first["type"] == "extra_forbidden":
+            owner: Any = kind
+            for part in place[:-1]:
+                owner = owner.model_fields[part].annotation
+            raise UnknownName(f"recipe key ({where})", place[-1], owner.model_fields) from None
+        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise BadInput(f"recipe key {where}: {first['msg'][0].lower()}{first['msg'][1:]}{given}.") from None
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """A recipe from a TOML file, or a shipped one by name.
+
+    Raises:
+        UnknownName: ``source`` is neither a file nor a shipped recipe, or holds an unknown key.
+        BadInput: the file is not TOML or a value is out of its range.
+    """
+    from sfumato import registry
+
+    path = Path(source)
+    if not path.is_file():
+        shipped = registry.recipes()
+        if str(source) not in shipped:
+            raise UnknownName("recipe", str(source), shipped)
+        path = shipped[str(source)]
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {path} is not TOML: {error}.") from None
+    return parse("", Recipe, values)

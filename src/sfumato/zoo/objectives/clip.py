@@ -1,0 +1,253 @@
+"""toy-clip: a small ``transformers.CLIPModel`` trained on toybox pictures and captions (Radford et al. 2021).
+
+Pictures and captions of a batch must find each other; beside the captions of the other pictures every picture also sees
+*hard negatives*, captions of its own scene with one thing changed (another colour, shape or pattern of one toy, or the
+colours of two toys swapped), so that the text tower learns which adjective belongs to which noun (Yuksekgonul et al.
+2022). Two auxiliary losses keep the towers from resting on colours alone, which tell most scenes of a batch apart: a
+toy's noun must carry the toy's attributes, and the patches of a picture must tell which toy they show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from sfumato.toybox import COLORS, PATTERNS, SHAPES, Scene, ToyboxDataset
+from sfumato.toybox import caption as describe
+from sfumato.toybox.captions import Caption
+from sfumato.training import data
+from sfumato.training.objective import Draw, Objective
+from sfumato.training.recipe import Options
+from sfumato.zoo.objectives import labels
+from sfumato.zoo.tokenizer import build_tokenizer
+
+
+class CLIPModelOptions(Options):
+    """The ``[model]`` section."""
+
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    vision_width: int = 128
+    vision_layers: int = 5
+    vision_heads: int = 4
+    patch: int = 8
+    projection: int = 128
+    length: int = Field(32, description="text tokens")
+
+
+class CLIPLoss(Options):
+    """The ``[loss]`` section."""
+
+    negatives: int = Field(2, ge=0, description="hard negative captions per picture")
+    hard: float = Field(0.0, ge=0, description="weight of the contrast with one's own hard negatives alone")
+    words: float = Field(0.0, ge=0, description="weight of reading a toy's attributes off its noun")
+    places: float = Field(0.0, ge=0, description="weight of reading what lies where off the picture's patches")
+
+
+def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene that differs in one thing: the colours of two toys swapped, or a colour, shape or pattern replaced."""
+    toys = scene.toys
+    i = int(rng.integers(len(toys)))
+    others = [k for k, toy in enumerate(toys) if toy.color != toys[i].color]
+    kind = rng.choice(("swap", "color", "shape", "pattern"), p=(0.3, 0.2, 0.3, 0.2))
+    if kind == "swap" and others:
+        j = int(rng.choice(others))
+        return scene.replace(i, color=toys[j].color).replace(j, color=toys[i].color)
+    words = {"shape": SHAPES, "pattern": PATTERNS}.get(kind, COLORS)
+    field = kind if kind in ("shape", "pattern") else "color"
+    choices = [word for word in words if word != getattr(toys[i], field)]
+    return scene.replace(i, **{field: str(rng.choice(choices))})
+
+
+def different_negatives(
+    text: str, scene: Scene, n: int, rng: np.random.Generator, say: Callable[[Scene], Caption], tries: int = 8
+) -> list[tuple[Caption, Scene]]:
+    """``n`` changed scenes with captions in the words and order of ``text``; one that reads like it is drawn again.
+
+    A change that the style leaves unsaid cannot be told apart; after ``tries`` the caption is kept as it is and must be
+    masked by the caller.
+    """
+    out = []
+    for _ in range(n):
+        for _ in range(tries):
+            changed = hard_negative(scene, rng)
+            told = say(changed)
+            if told.text != text:
+                break
+        out.append((told, changed))
+    return out
+
+
+def captions_with_negatives(source: ToyboxDataset, indices: Tensor, draw: Draw, n: int) -> list[tuple[Caption, Scene]]:
+    """A caption of each scene, then the ``n`` hard negatives of the first, of the second ..."""
+    own, negatives = [], []
+    for i in indices.tolist():
+        seed = draw.number("caption", i)
+
+        def say(scene: Scene, seed: int = seed) -> Caption:  # the same draw gives the same style and order
+            return describe(scene, np.random.default_rng(seed), "random")
+
+        scene = source.scenes[i]
+        own.append((say(scene), scene))
+        rng = np.random.default_rng(draw.number("negative", i))
+        negatives += different_negatives(own[-1][0].text, scene, n, rng, say)
+    return own + negatives
+
+
+class CLIPObjective(Objective):
+    """Symmetric contrastive loss with hard negative captions."""
+
+    Model: ClassVar[type[Options]] = CLIPModelOptions
+    Loss: ClassVar[type[Options]] = CLIPLoss
+    clip: CLIPModel
+
+    def build(self) -> dict[str, nn.Module]:
+        o: CLIPModelOptions = self.model_options
+        self.tokenizer = build_tokenizer(o.length)
+        end = self.tokenizer.eos_token_id
+        text = CLIPTextConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=o.text_width,
+            intermediate_size=4 * o.text_width,
+            projection_dim=o.projection,
+            num_hidden_layers=o.text_layers,
+            num_attention_heads=o.text_heads,
+            max_position_embeddings=o.length,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        vision = CLIPVisionConfig(
+            hidden_size=o.vision_width,
+            intermediate_size=4 * o.vision_width,
+            projection_dim=o.projection,
+            num_hidden_layers=o.vision_layers,
+            num_attention_heads=o.vision_heads,
+            image_size=self.recipe.data.size,
+            patch_size=o.patch,
+        )
+        config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=o.projection)
+        self.clip = CLIPModel(config)
+        if not self.loss_options.places:
+            return {"clip": self.clip}
+        return {"clip": self.clip, "readout": nn.Linear(o.vision_width, labels.PLACE_CLASSES)}
+
+    def setup(self, device: torch.device) -> None:
+        super().setup(device)
+        self.directions = labels.fixed_readout(self.model_options.text_width).to(device)
+        self.train_data = data.dataset("train", self.recipe.data)
+        self.val_data = data.dataset("val", self.recipe.data)
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Token ids (b, t) int64, padded to the longest: attention is causal, what follows the end does not matter."""
+        return self.tokenizer(
+            texts, max_length=self.model_options.length, padding="longest", truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def batch(self, draw: Draw) -> dict[str, Tensor]:
+        o: CLIPLoss = self.loss_options
+        indices = draw.indices(len(self.train_data), self.recipe.train.batch)
+        told, scenes = zip(*captions_with_negatives(self.train_data, indices, draw, o.negatives), strict=True)
+        texts = [one.text for one in told]
+        # two scenes of a batch may share a caption: not each other's negatives
+        same = torch.tensor([[a == b for b in texts] for a in texts[: len(indices)]])
+        batch = {"pixels": data.pictures(self.train_data, indices), "tokens": self.tokens(texts), "same": same}
+        if o.words:
+            spans = self.tokenizer(texts, return_offsets_mapping=True, padding="longest", return_tensors="pt")
+            batch["nouns"], batch["attributes"] = labels.word_targets(told, scenes, spans.offset_mapping)
+        if o.places:
+            cells = self.recipe.data.size // self.model_options.patch
+            batch["places"] = labels.place_labels(self.train_data, indices, cells)
+        return batch
+
+    def features(self, pixels: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """Unit vectors (b, d) of pictures (b, 3, h, w) in [-1, 1] or of token ids (b, t)."""
+        if pixels is not None:
+            out = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+        else:
+            out = self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
+        return F.normalize(out.float(), dim=-1)
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        o: CLIPLoss = self.loss_options
+        seen = self.clip.vision_model(pixel_values=batch["pixels"])
+        read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
+        image = F.normalize(self.clip.visual_projection(seen.pooler_output).float(), dim=-1)
+        text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
+        logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
+        b = len(image)
+        own = torch.arange(b, device=logits.device)
+        twins = batch["same"].clone()
+        twins[own, own] = False
+        logits = logits.masked_fill(twins, -1e4)
+        loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :b].T, own))
+        logs = {"right": (logits.detach().argmax(1) == own).float().mean()}
+        if o.hard and o.negatives:
+            rivals = logits[:, b:].unflatten(1, (b, -1))[own, own]
+            duel = torch.cat([logits[own, own, None], rivals], 1)
+            loss = loss + o.hard * F.cross_entropy(duel, torch.zeros_like(own))
+            logs["duel"] = (duel.detach().argmax(1) == 0).float().mean()
+        if o.words:
+            # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
+            for hidden in (read.last_hidden_state, read.hidden_states[-2]):
+                part = labels.word_loss(hidden, self.directions, batch["nouns"], batch["attributes"])
+                loss = loss + 0.5 * o.words * part
+            logs["words"] = part.detach()
+        if o.places:
+            patches = self.modules["readout"](seen.last_hidden_state[:, 1:]).transpose(1, 2)
+            part = labels.place_loss(patches.unflatten(2, batch["places"].shape[-2:]), batch["places"]).mean()
+            loss = loss + o.places * part
+            logs["places"] = part.detach()
+        return loss, logs
+
+    def evaluate(self) -> dict[str, float]:
+        """Retrieval among the captions of 64 pictures, and one caption against its own hard negatives."""
+        right: dict[str, list[bool]] = {
+            "caption_of_64": [],
+            "picture_of_64": [],
+            "beats_hard_negative": [],
+            "beats_colour_swap": [],
+        }
+        for number, part in enumerate(torch.arange(len(self.val_data) // 64 * 64).split(64)):
+            draw = Draw(1, number)
+            image = self.features(pixels=data.pictures(self.val_data, part).to(self.device))
+            told = [self.val_data.caption(i, style="full").text for i in part.tolist()]
+            scenes = [self.val_data.scenes[i] for i in part.tolist()]
+            scores = image @ self.features(tokens=self.tokens(told).to(self.device)).T
+            own = torch.arange(64, device=self.device)
+            right["caption_of_64"] += (scores.argmax(1) == own).tolist()
+            right["picture_of_64"] += (scores.argmax(0) == own).tolist()
+            rng = np.random.default_rng(draw.number("negative"))
+            changed = [describe(hard_negative(scene, rng)).text for scene in scenes]
+            rival = (image * self.features(tokens=self.tokens(changed).to(self.device))).sum(1)
+            right["beats_hard_negative"] += (scores.diagonal() > rival).tolist()
+            pairs = [k for k, s in enumerate(scenes) if len(s.toys) == 2 and s.toys[0].color != s.toys[1].color]
+            swapped = []
+            for k in pairs:
+                a, b = (toy.color for toy in scenes[k].toys)
+                swapped.append(describe(scenes[k].replace(0, color=b).replace(1, color=a)).text)
+            rival = (image[pairs] * self.features(tokens=self.tokens(swapped).to(self.device))).sum(1)
+            right["beats_colour_swap"] += (scores.diagonal()[pairs] > rival).tolist()
+        return {name: float(np.mean(values)) for name, values in right.items()}
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        self.clip.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        size = self.recipe.data.size
+        half = [0.5, 0.5, 0.5]
+        CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=half, image_std=half
+        ).save_pretrained(folder)
+        return {}
+
+    def load(self, folder: Path) -> None:
+        self.clip.load_state_dict(CLIPModel.from_pretrained(folder).state_dict())

@@ -1,0 +1,147 @@
+"""toy-sd: epsilon-prediction diffusion on latents with a small ``UNet2DConditionModel`` (Rombach et al. 2021)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from sfumato import registry
+from sfumato.training.objective import Draw, save_half
+from sfumato.training.recipe import Options
+from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
+
+# Stable Diffusion's noise schedule
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+PLAIN = """from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained(folder)
+pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0).images[0]"""
+
+
+class UNetModel(LatentModel):
+    """The ``[model]`` section."""
+
+    channels: tuple[int, ...] = (48, 96, 128)
+    layers: int = Field(1, ge=1)
+    heads: tuple[int, ...] = Field((2, 4, 4), description="attention heads of each level")
+    groups: int = 16
+    attention: tuple[bool, ...] = Field(
+        (True, True, False), description="which levels attend to themselves and the text"
+    )
+    text_width: int = Field(128, description="features of the text tower")
+
+
+class DiffusionLoss(LatentLoss):
+    """The ``[loss]`` section."""
+
+    min_snr: float = Field(5.0, gt=0, description="cap of the signal-to-noise weight (Hang et al. 2023)")
+    structure: float = Field(
+        0.0,
+        ge=0,
+        description="added to it over the ratio: noisy steps, where shapes are decided, count as for a velocity",
+    )
+
+
+class DiffusionObjective(LatentObjective):
+    """Denoising score matching: the network says which noise was added."""
+
+    Model: ClassVar[type[Options]] = UNetModel
+    Loss: ClassVar[type[Options]] = DiffusionLoss
+    unet: UNet2DConditionModel
+
+    def build(self) -> dict[str, nn.Module]:
+        o: UNetModel = self.model_options
+        down = ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in o.attention]
+        up = ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(o.attention)]
+        self.unet = UNet2DConditionModel(
+            sample_size=self.recipe.data.size // 4,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            block_out_channels=o.channels,
+            layers_per_block=o.layers,
+            cross_attention_dim=o.text_width,
+            attention_head_dim=o.heads,  # by this name diffusers means the number of heads
+            norm_num_groups=o.groups,
+        )
+        # every residual branch starts at zero, as in the original U-Net
+        for name, module in self.unet.named_modules():
+            if name.endswith(("conv2", "proj_out", "conv_out")):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.noise_schedule = DDPMScheduler(**SCHEDULE)
+        self.build_text()
+        parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[min(1, len(o.channels) - 1)])}
+        # the pipeline has no use for the projection
+        return {**parts, "text": self.text.text_model} if o.text_rate else parts
+
+    def hidden(self, name: str, parameter: Tensor) -> bool:
+        ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings", "readout")
+        return parameter.ndim in (2, 4) and not any(end in name for end in ends)
+
+    def seen(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What the network is shown (b, c', h, w) of a batch whose noisy latents are ``noisy`` (b, c, h, w)."""
+        return noisy
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        x0, noise = batch["x0"], batch["noise"]
+        steps = self.noise_schedule.config.num_train_timesteps
+        t = (self.quantiles(len(x0), draw) * steps).long().to(x0.device)
+        context = self.text.text_model(batch["tokens"]).last_hidden_state
+        # the features that the last block starts from, at the size of the latents
+        middle = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
+        with self.watching(middle) as kept:
+            guess = self.unet(self.seen(self.noise_schedule.add_noise(x0, noise, t), batch), t, context).sample.float()
+        error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
+        alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
+        snr = alpha / (1 - alpha)
+        # pure noise has nothing to say, hence the floor
+        weight = snr.clamp(max=self.loss_options.min_snr) / snr + self.loss_options.structure / snr.clamp(min=0.05)
+        halves = {"late": error[t >= steps // 2], "early": error[t < steps // 2]}
+        logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
+        loss = logs["denoise"] = (weight * error).mean()
+        if self.loss_options.align:
+            logs["align"] = self.alignment(kept[0].permute(0, 2, 3, 1), batch["places"]).mean()
+            loss = loss + self.loss_options.align * logs["align"]
+        return loss, {key: value.detach() for key, value in logs.items()}
+
+    def timestep(self, quantile: float) -> float:
+        return quantile * self.noise_schedule.config.num_train_timesteps
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        text = CLIPTextModel(self.text.config)
+        text.load_state_dict(self.text.text_model.state_dict())
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=text.to(self.device).eval(),
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        self.pipeline().save_pretrained(folder)
+        save_half(self.unet, folder / "unet")
+        save_half(self.vae, folder / "vae")
+        sampling = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
+        return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
+
+    def load(self, folder: Path) -> None:
+        self.take(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+        text = CLIPTextModel.from_pretrained(registry.part(folder, "text_encoder"))
+        self.text.text_model.load_state_dict(text.state_dict())
+
+    def take(self, weights: dict[str, Tensor]) -> None:
+        """Starts the U-Net from these weights."""
+        self.unet.load_state_dict(weights)

@@ -1,0 +1,131 @@
+"""toy-sd3: rectified flow on latents with a small ``SD3Transformer2DModel`` (Esser et al. 2024)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from sfumato.training.objective import Draw, save_half
+from sfumato.training.recipe import Options
+from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
+
+# the third text encoder is absent, which diffusers wants to be told
+PLAIN = """from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0, max_sequence_length=0).images[0]"""
+
+
+class FlowModel(LatentModel):
+    """The ``[model]`` section."""
+
+    layers: int = Field(6, ge=1)
+    heads: int = Field(5, ge=1)
+    head_width: int = Field(32, ge=8)
+    patch: int = 2
+    text_width: int = Field(128, description="features of the text tower, which is used as both CLIP encoders")
+    largest: int = Field(24, description="side of the position grid in patches: the largest picture the model can make")
+
+
+class FlowLoss(LatentLoss):
+    """The ``[loss]`` section."""
+
+    mean: float = Field(0.0, description="mean of the logit-normal timesteps")
+    deviation: float = Field(1.0, gt=0, description="deviation of the logit-normal timesteps")
+
+
+class FlowObjective(LatentObjective):
+    """Conditional flow matching: x_t = (1 - t) x0 + t eps, the network says eps - x0; t from a logit-normal."""
+
+    Model: ClassVar[type[Options]] = FlowModel
+    Loss: ClassVar[type[Options]] = FlowLoss
+    transformer: SD3Transformer2DModel
+
+    def build(self) -> dict[str, nn.Module]:
+        o: FlowModel = self.model_options
+        self.transformer = SD3Transformer2DModel(
+            sample_size=self.recipe.data.size // 4,
+            patch_size=o.patch,
+            in_channels=4,
+            out_channels=4,
+            num_layers=o.layers,
+            attention_head_dim=o.head_width,
+            num_attention_heads=o.heads,
+            joint_attention_dim=2 * o.text_width,
+            caption_projection_dim=o.heads * o.head_width,
+            pooled_projection_dim=2 * o.text_width,
+            pos_embed_max_size=o.largest,
+            qk_norm="rms_norm",
+        )
+        # modulation and the last projection start at zero (adaLN-Zero, Peebles and Xie 2022)
+        for name, module in self.transformer.named_modules():
+            if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.build_text()
+        self.align_cell = o.patch
+        parts: dict[str, nn.Module] = {"transformer": self.transformer, **self.build_readout(o.heads * o.head_width)}
+        return {**parts, "text": self.text} if o.text_rate else parts
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        o: FlowLoss = self.loss_options
+        x0, noise = batch["x0"], batch["noise"]
+        t = self.times(self.quantiles(len(x0), draw)).to(x0.device)
+        s = t[:, None, None, None]
+        told = self.text(batch["tokens"], output_hidden_states=True)
+        context = torch.cat([told.hidden_states[-2]] * 2, -1)
+        pooled = torch.cat([told.text_embeds] * 2, -1)
+        middle = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
+        with self.watching(middle) as kept:
+            guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
+        error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
+        halves = {"late": error[t >= 0.5], "early": error[t < 0.5]}
+        logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
+        loss = logs["denoise"] = error.mean()
+        if o.align:
+            features = kept[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
+            logs["align"] = self.alignment(features, batch["places"]).mean()
+            loss = loss + o.align * logs["align"]
+        return loss, {key: value.detach() for key, value in logs.items()}
+
+    def times(self, quantiles: Tensor) -> Tensor:
+        """t in (0, 1) at quantiles of the logit-normal."""
+        o: FlowLoss = self.loss_options
+        return torch.sigmoid(o.mean + o.deviation * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6)))
+
+    def timestep(self, quantile: float) -> float:
+        if quantile in (0.0, 1.0):
+            return 1000 * quantile
+        return 1000 * float(self.times(torch.tensor(quantile, dtype=torch.float64)))
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        return StableDiffusion3Pipeline(
+            transformer=self.transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=self.vae,
+            text_encoder=self.text,
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.text,
+            tokenizer_2=self.tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        self.pipeline().save_pretrained(folder)
+        save_half(self.transformer, folder / "transformer")
+        save_half(self.vae, folder / "vae")
+        sampling = {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0}
+        return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
+
+    def load(self, folder: Path) -> None:
+        loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        self.transformer.load_state_dict(loaded.state_dict())
+        text = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder")
+        self.text.load_state_dict(text.state_dict())

@@ -1,0 +1,236 @@
+"""toy-sd-inpaint: GLIDE's inpainting fine-tune (Nichol et al. 2021, section 3.2) of a latent diffusion model.
+
+The U-Net gets five more input channels, the mask and the latents of the picture with the region erased, whose weights
+start at zero: before the first step it is the model that it starts from. It is trained on with random regions erased
+and every fifth prompt empty. Two answers to what users of inpainting models complain about: holes have the shape of
+things, and of things elsewhere, so that neither shape nor place of a hole says what belongs into it; and half of the
+captions tell only what lies in the hole, so that the prompt is worth listening to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionInpaintPipeline
+from PIL.Image import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from sfumato import masks, registry
+from sfumato.toybox import COLORS, Scene, ToyboxDataset
+from sfumato.toybox import caption as describe
+from sfumato.toybox.oracle.presence import Wanted, find, wanted
+from sfumato.toybox.oracle.toy_judge import load_judge
+from sfumato.training import data
+from sfumato.training.objective import Draw
+from sfumato.training.recipe import Options
+from sfumato.zoo.objectives.diffusion import DiffusionLoss, DiffusionObjective
+
+PLAIN = """\
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+
+# once: sfumato models toy-sd-inpaint --export toy-sd-inpaint
+pipe = StableDiffusionInpaintPipeline.from_pretrained("toy-sd-inpaint", torch_dtype=torch.float32)
+given = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 3.0}
+picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
+INSIDE = 0.3  # a toy is told of when so much of it lies in the hole
+
+
+class InpaintLoss(DiffusionLoss):
+    """The ``[loss]`` section."""
+
+    empty: float = Field(0.2, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
+    hole_weight: float = Field(3.0, gt=0, description="weight of latents in the hole beside those outside")
+    rectangle: float = Field(0.3, ge=0, description="how often the hole is a rectangle anywhere")
+    toy: float = Field(0.35, ge=0, description="how often it is a toy of the picture: its silhouette or box, grown")
+    stranger: float = Field(0.25, ge=0, description="how often it has the shape and place of a toy of another picture")
+    all: float = Field(0.1, ge=0, description="how often it is the whole picture")
+    told: float = Field(0.5, ge=0, le=1, description="share of captions that tell only what lies in the hole")
+    grow: int = Field(4, ge=0, description="most pixels by which holes of the shape of toys are grown")
+
+
+class InpaintObjective(DiffusionObjective):
+    """Denoising of pictures whose surroundings are known."""
+
+    Loss: ClassVar[type[Options]] = InpaintLoss
+
+    def build(self) -> dict[str, nn.Module]:
+        parts = super().build()
+        widen(self.unet)
+        return parts
+
+    def take(self, weights: dict[str, Tensor]) -> None:
+        first = weights["conv_in.weight"]
+        more = self.unet.conv_in.in_channels - first.shape[1]  # none when it goes on from an inpainting model
+        super().take({**weights, "conv_in.weight": F.pad(first, (0, 0, 0, 0, 0, more))})
+
+    def draw_latents(
+        self, source: ToyboxDataset, latents: np.ndarray, indices: Tensor, draw: Draw
+    ) -> dict[str, Tensor]:
+        """The batch of a diffusion model with ``hole`` (b, 1, h, w) on the grid of the latents and ``erased``
+        (b, 3, H, W), the pictures with the hole in grey."""
+        batch = super().draw_latents(source, latents, indices, draw)
+        hole = self.holes(source, indices, draw)
+        grid = masks.on_grid(hole, batch["x0"].shape[-2:])[:, None]
+        weight = batch["weight"] * (1 + (self.loss_options.hole_weight - 1) * grid)
+        erased = data.pictures(source, indices) * (1 - hole[:, None])
+        return {**batch, "weight": weight / weight.mean(), "hole": grid, "erased": erased}
+
+    def seen(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            known = self.vae.encode(batch["erased"]).latent_dist.mean * self.vae.config.scaling_factor
+        return torch.cat([noisy, batch["hole"], known.to(noisy.dtype)], 1)
+
+    def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
+        """Captions of the whole scene, or only of what lies in the hole."""
+        holes = self.holes(source, indices, draw)
+        only = torch.rand(len(indices), generator=draw.generator("told")) < self.loss_options.told
+        texts = []
+        for i, hole, short in zip(indices.tolist(), holes.numpy(), only.tolist(), strict=True):
+            scene = source.scenes[i]
+            rng = np.random.default_rng(draw.number("caption", i))
+            texts.append(describe(inside(scene, source.masks[i], hole) if short else scene, rng, "random").text)
+        return texts
+
+    def holes(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> Tensor:
+        """Random holes (b, H, W) of 0 and 1, a pure function of the draw."""
+        o: InpaintLoss = self.loss_options
+        rng = np.random.default_rng(draw.number("holes"))
+        shares = np.array([o.rectangle, o.toy, o.stranger, o.all])
+        kinds = rng.choice(4, size=len(indices), p=shares / shares.sum())
+        toys = source.masks[indices.numpy()]
+        holes = []
+        for i, kind in enumerate(kinds.tolist()):
+            whose = toys[i] if kind == 1 else toys[(i + 1) % len(toys)]
+            if kind in (1, 2) and (whose >= 0).any():
+                holes.append(toy_hole(whose, o.grow, rng))
+            else:
+                holes.append(torch.ones(whose.shape) if kind == 3 else rectangle(whose.shape, rng))
+        return torch.stack(holes)
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def pipeline(self) -> StableDiffusionInpaintPipeline:
+        own = super().pipeline().components
+        return StableDiffusionInpaintPipeline(**own, requires_safety_checker=False)
+
+    def sample(self, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
+        """Pictures from prompts alone: everything is the hole."""
+        side = self.recipe.data.size
+        grey, hole = torch.zeros(len(prompts), 3, side, side), torch.ones(len(prompts), 1, side, side)
+        return self.fill(grey, hole, prompts, steps, guidance, seed)
+
+    def fill(
+        self, pictures: Tensor, holes: Tensor, prompts: list[str], steps: int, guidance: float, seed: int = 0
+    ) -> Tensor:
+        """``pictures`` (b, 3, H, W) in [-1, 1] with ``holes`` (b, 1, H, W) redrawn by the genuine pipeline."""
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        out = pipe(
+            prompts,
+            image=(pictures + 1) / 2,
+            mask_image=holes,
+            height=pictures.shape[-2],
+            width=pictures.shape[-1],
+            strength=1.0,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+            output_type="pt",
+        )
+        return out.images.cpu() * 2 - 1
+
+    def measure(self, n: int = 100) -> dict[str, float]:
+        """Beside the loss: how often a toy asked for in another's place is there, by the toy-judge, on ``n`` unseen
+        scenes; nothing is added when there is no toy-judge."""
+        quality = self.evaluate()
+        if registry.find("toy-judge") is None:
+            return quality
+        cases = recolourings(self.val_data, n)
+        judge, hits = load_judge(), []
+        for start in range(0, len(cases), 25):
+            part = cases[start : start + 25]
+            pictures = data.pictures(self.val_data, torch.tensor([case[0] for case in part]))
+            holes = torch.stack([case[1] for case in part])[:, None]
+            filled = self.fill(pictures, holes, [case[2] for case in part], 25, 3.0, seed=start).clamp(-1, 1)
+            read = judge.read(torch.where(holes > 0, filled, pictures))
+            hits += [find(reading, case[3]) is not None for reading, case in zip(read, part, strict=True)]
+        return {**quality, "toy_in_hole_right": float(np.mean(hits))}
+
+    def grid(self) -> Image:
+        """Held-out pictures with a toy erased, above what is drawn for a caption with another colour."""
+        cases = recolourings(self.val_data, 8)
+        pictures = data.pictures(self.val_data, torch.tensor([case[0] for case in cases]))
+        holes = torch.stack([case[1] for case in cases])[:, None]
+        filled = self.fill(pictures, holes, [case[2] for case in cases], 20, 3.0)
+        return data.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8)
+
+    def export(self, folder: Any) -> dict[str, Any]:
+        return {**super().export(folder), "pipeline": "StableDiffusionInpaintPipeline", "plain": PLAIN}
+
+
+def widen(unet: Any) -> None:
+    """Gives a U-Net the input channels of an inpainting model, with weights of zero."""
+    old = unet.conv_in
+    c = old.in_channels
+    new = nn.Conv2d(2 * c + 1, old.out_channels, old.kernel_size, old.stride, old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, :c] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=2 * c + 1)
+
+
+def rectangle(shape: tuple[int, int], rng: np.random.Generator) -> Tensor:
+    """A hole (H, W): a rectangle with sides of a fifth to three quarters of the picture's."""
+    hole = torch.zeros(shape)
+    h, w = (int(rng.integers(side // 5, 3 * side // 4 + 1)) for side in shape)
+    y, x = int(rng.integers(shape[0] - h + 1)), int(rng.integers(shape[1] - w + 1))
+    hole[y : y + h, x : x + w] = 1
+    return hole
+
+
+def toy_hole(toys: np.ndarray, grow: int, rng: np.random.Generator) -> Tensor:
+    """A hole (H, W): one of the toys in an integer mask (H, W; -1 is none), its silhouette or its box, grown."""
+    which = rng.choice(np.unique(toys[toys >= 0]))
+    hole = torch.from_numpy((toys == which).astype(np.float32))
+    if rng.random() < 0.5:
+        rows, columns = hole.amax(1).nonzero()[:, 0], hole.amax(0).nonzero()[:, 0]
+        hole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 1
+    return masks.dilate(hole, int(rng.integers(1, grow + 1)) if grow else 0)
+
+
+def inside(scene: Scene, toys: np.ndarray, hole: np.ndarray) -> Scene:
+    """The scene with only those toys that lie in the hole, by :data:`INSIDE`."""
+    seen = [(toys == i) for i in range(len(scene.toys))]
+    kept = [
+        toy for toy, mask in zip(scene.toys, seen, strict=True) if (hole * mask).sum() > INSIDE * max(mask.sum(), 1)
+    ]
+    return scene.replace(toys=tuple(kept))
+
+
+def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, Wanted]]:
+    """Up to ``n`` times: a picture's index, the box (H, W) of its first toy, the caption with another colour for that
+    toy, and what the judge should find."""
+    found: list[tuple[int, Tensor, str, Wanted]] = []
+    for i, scene in enumerate(source.scenes):
+        if len(found) == n:
+            break
+        if not scene.toys or (source.masks[i] == 0).sum() < 100:
+            continue
+        color = COLORS[(COLORS.index(scene.toys[0].color) + 1 + i % 6) % len(COLORS)]
+        other = scene.replace(0, color=color)
+        if (scene.toys[0].shape, color) in {(toy.shape, toy.color) for toy in scene.toys}:
+            continue
+        told = describe(other, None, "plain")
+        rows, columns = np.nonzero(source.masks[i] == 0)
+        hole = torch.zeros(source.masks[i].shape)
+        hole[max(rows.min() - 2, 0) : rows.max() + 3, max(columns.min() - 2, 0) : columns.max() + 3] = 1
+        wish = next(w for w in wanted(told) if (w.shape, w.color) == (other.toys[0].shape, color))
+        found.append((i, hole, told.text, wish))
+    return found

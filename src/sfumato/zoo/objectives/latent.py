@@ -1,0 +1,259 @@
+"""What the latent text-to-image objectives share: cached latents, the frozen text tower, prompts, sample grids."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL.Image import Image
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sfumato import registry
+from sfumato.errors import UnknownName
+from sfumato.toybox import ToyboxDataset, sample_scene
+from sfumato.toybox import caption as describe
+from sfumato.toybox.oracle.presence import check, wanted
+from sfumato.toybox.oracle.toy_judge import load_judge
+from sfumato.training import data
+from sfumato.training.objective import Draw, Objective
+from sfumato.training.recipe import Options
+from sfumato.zoo.objectives import labels
+
+GRID_PROMPTS = (
+    "a red ball on the grass",
+    "a large blue cube on the sand",
+    "a yellow cone on the snow",
+    "a green cylinder on the wood",
+    "a small purple ring on the tiles",
+    "a large orange striped ball on the grass by day",
+    "a white dotted cube on the wood at sunset",
+    "a black cross on the snow in the fog",
+    "a large red checkered cylinder on the sand at night",
+    "a red ball and a blue cube",
+    "a green cone to the left of a yellow ball on the sand",
+    "a large blue ring behind a small red cube on the grass",
+    "a purple ball and an orange cylinder on the snow",
+    "a white cone to the right of a black cube on the wood",
+    "a red cube, a green ball and a blue cone on the tiles",
+    "the grass at sunset",
+)
+
+
+class LatentModel(Options):
+    """What every latent text-to-image model names in its ``[model]`` section."""
+
+    vae: str = Field("toy-vae", description="zoo name or folder of the autoencoder")
+    text: str = Field("toy-clip", description="zoo name or folder of the CLIP model whose text tower is used")
+    text_rate: float = Field(0.0, ge=0, description="learning rate of the text tower beside the denoiser's, 0 = frozen")
+
+
+class LatentLoss(Options):
+    """The shared part of the ``[loss]`` section."""
+
+    toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
+    empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
+    interval: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="share of the noise distribution to train on, from none (0) to pure noise (1); less than all of it"
+        " makes an expert (Balaji et al. 2022)",
+    )
+    align: float = Field(
+        0.0,
+        ge=0,
+        description="weight of telling from features in the middle of the network what lies where: representation"
+        " alignment (Yu et al. 2024) with the truth in the place of another network's features",
+    )
+
+    @field_validator("interval")
+    @classmethod
+    def _ordered(cls, given: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= given[0] < given[1] <= 1:
+            raise ValueError("an interval is a start below an end, both from 0 to 1")
+        return given
+
+
+def zoo_folder(name: str) -> Path:
+    """The folder of a built-in model, or ``name`` itself when it is a folder.
+
+    Raises:
+        UnknownName: neither.
+    """
+    found = registry.find(name) or Path(name)
+    if not found.is_dir():
+        raise UnknownName("built-in model or folder", name, registry.names())
+    return found
+
+
+class LatentObjective(Objective):
+    """Base of :class:`DiffusionObjective` and :class:`FlowObjective`."""
+
+    Model: ClassVar[type[Options]] = LatentModel
+    Loss: ClassVar[type[Options]] = LatentLoss
+    align_cell = 1  # side in latents of the places that the aligned features stand for
+
+    def build_text(self) -> None:
+        """Takes the text tower and the tokenizer from the CLIP model."""
+        folder = zoo_folder(self.model_options.text)
+        clip = CLIPModel.from_pretrained(folder)
+        self.text = CLIPTextModelWithProjection(clip.config.text_config)
+        self.text.text_model.load_state_dict(clip.text_model.state_dict())
+        self.text.text_projection.load_state_dict(clip.text_projection.state_dict())
+        self.text.eval().requires_grad_(self.model_options.text_rate > 0)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.rates = {"text": self.model_options.text_rate}
+
+    def build_readout(self, width: int) -> dict[str, nn.Module]:
+        """The linear read-out of the alignment loss, if asked for; it trains along and is not exported."""
+        return {"readout": nn.Linear(width, labels.PLACE_CLASSES)} if self.loss_options.align else {}
+
+    @contextlib.contextmanager
+    def watching(self, layer: nn.Module) -> Iterator[list[Any]]:
+        """Within: what ``layer`` returned, one entry a call."""
+        kept: list[Any] = []
+        handle = layer.register_forward_hook(lambda _, __, out: kept.append(out))
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+    def alignment(self, features: Tensor, places: Tensor) -> Tensor:
+        """Loss (b,) of the read-out of ``features`` (b, h, w, width) against labels (b, classes, h, w)."""
+        return labels.place_loss(self.modules["readout"](features).permute(0, 3, 1, 2), places)
+
+    def setup(self, device: torch.device) -> None:
+        super().setup(device)
+        vae = zoo_folder(self.model_options.vae)
+        self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+        self.vae.register_to_config(_name_or_path=vae.name)  # exports name no folder of this machine
+        self.text.to(device)
+        self.train_data = data.dataset("train", self.recipe.data)
+        self.val_data = data.dataset("val", self.recipe.data)
+        weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
+        self.key = hashlib.sha256(weights).hexdigest()[:16]
+        self.train_latents = self.cached_latents(self.train_data)
+        self.val_latents = self.cached_latents(self.val_data)
+
+    def cached_latents(self, source: ToyboxDataset) -> np.ndarray:
+        """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; encoded once and kept on disk."""
+        path = registry.cache_folder() / "latents" / f"{source.folder.name}-{self.key}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            with torch.no_grad():
+                for part in torch.arange(len(source)).split(64):
+                    z = self.vae.encode(data.pictures(source, part).to(self.device)).latent_dist.mean
+                    rows.append((z * self.vae.config.scaling_factor).half().cpu().numpy())
+            beside = path.with_name(f".{path.name}.{os.getpid()}.npy")
+            np.save(beside, np.concatenate(rows))
+            beside.rename(path)
+        return np.load(path, mmap_mode="r")
+
+    def draw_latents(
+        self, source: ToyboxDataset, latents: np.ndarray, indices: Tensor, draw: Draw
+    ) -> dict[str, Tensor]:
+        """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
+        x0 = torch.from_numpy(latents[indices.numpy()]).float()
+        noise = torch.randn(x0.shape, generator=draw.generator("noise"))
+        texts = self.captions(source, indices, draw)
+        empty = torch.rand(len(texts), generator=draw.generator("empty")) < self.loss_options.empty
+        texts = ["" if gone else text for text, gone in zip(texts, empty.tolist(), strict=True)]
+        weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
+        batch = {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
+        if self.loss_options.align:
+            batch["places"] = labels.place_labels(source, indices, x0.shape[-1] // self.align_cell)
+        return batch
+
+    def quantiles(self, n: int, draw: Draw) -> Tensor:
+        """Places (n,) in the noise distribution: one from each of n equal parts of the interval, in random order."""
+        low, high = self.loss_options.interval
+        u = torch.rand(n, generator=draw.generator("time"))
+        return low + (high - low) * ((torch.randperm(n, generator=draw.generator("order")) + u) / n)
+
+    def timestep(self, quantile: float) -> float:
+        """The timestep, 0 to 1000, below which this share of the noise distribution lies."""
+        raise NotImplementedError
+
+    @property
+    def expert(self) -> bool:
+        """Whether only a part of the noise distribution is trained on."""
+        return tuple(self.loss_options.interval) != (0.0, 1.0)
+
+    def expert_card(self) -> dict[str, Any]:
+        """What the card of an expert says: whose it is, and its timesteps from the first to below the last."""
+        if not self.expert:
+            return {}
+        timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
+        return {"expert": {"of": self.recipe.init_from, "timesteps": timesteps}}
+
+    def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
+        """What the pictures of a batch are said to show."""
+        return data.captions(source, indices, draw)
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Token ids (b, t) int64, padded to the full length as the pipelines do."""
+        return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def batch(self, draw: Draw) -> dict[str, Tensor]:
+        indices = draw.indices(len(self.train_data), self.recipe.train.batch)
+        return self.draw_latents(self.train_data, self.train_latents, indices, draw)
+
+    def evaluate(self, n: int = 256) -> dict[str, float]:
+        """The denoising loss on held-out scenes with fixed noise."""
+        total = 0.0
+        parts = torch.arange(min(n, len(self.val_data))).split(64)
+        for number, part in enumerate(parts):
+            draw = Draw(2, number)
+            batch = self.draw_latents(self.val_data, self.val_latents, part, draw)
+            _, logs = self.loss({key: value.to(self.device) for key, value in batch.items()}, draw)
+            total += float(logs["denoise"]) * len(part)
+        return {"held_out_loss": total / min(n, len(self.val_data))}
+
+    def measure(self, n: int = 200) -> dict[str, float]:
+        """Beside the loss: the share of pictures whose toys have the shape and colour asked for, by the toy-judge.
+
+        ``n`` one-toy and ``n`` two-toy captions of unseen scenes, with the card's sampling defaults; nothing is added
+        when no toy-judge is there yet.
+        """
+        quality = self.evaluate()
+        if self.expert or registry.find("toy-judge") is None:  # an expert alone draws nothing
+            return quality
+        judge = load_judge()
+        for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
+            scenes = [sample_scene(np.random.default_rng((3, toys, i)), toys) for i in range(n)]
+            told = [describe(scene, np.random.default_rng((4, toys, i)), "random") for i, scene in enumerate(scenes)]
+            hits = []
+            for start in range(0, n, 40):
+                part = told[start : start + 40]
+                pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
+                hits += [check(r, wanted(one)).all_bound for r, one in zip(judge.read(pixels), part, strict=True)]
+            quality[name] = float(np.mean(hits))
+        return quality
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The genuine pipeline around the modules in training."""
+        raise NotImplementedError
+
+    def sample(self, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1], one generator per prompt."""
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        extra = {"max_sequence_length": 0} if "transformer" in pipe.components else {}
+        out = pipe(
+            prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **extra
+        )
+        return out.images.cpu() * 2 - 1
+
+    def grid(self) -> Image | None:
+        if self.expert:
+            return None
+        return data.sheet(self.sample(list(GRID_PROMPTS), 20, 3.0), 8)

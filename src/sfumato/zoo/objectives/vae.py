@@ -1,0 +1,158 @@
+"""The autoencoder: a small ``diffusers.AutoencoderKL`` (Rombach et al. 2021, stage 1) without an adversary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+from PIL.Image import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from sfumato.training import data
+from sfumato.training.objective import Draw, Objective, save_half
+from sfumato.training.recipe import Options
+
+
+class VAEModel(Options):
+    """The ``[model]`` section."""
+
+    channels: tuple[int, ...] = Field(
+        (32, 64, 96), description="width of each level; each level after the first halves"
+    )
+    layers: int = Field(1, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    groups: int = Field(8, ge=1, description="groups of the normalisations")
+
+
+class VAELoss(Options):
+    """The ``[loss]`` section: weights of the terms, all means over elements."""
+
+    l1: float = Field(1.0, ge=0)
+    l2: float = Field(1.0, ge=0)
+    edge: float = Field(0.5, ge=0, description="L1 of the differences between neighbouring pixels")
+    kl: float = Field(1e-4, ge=0, description="KL to the unit normal, per latent element")
+    toy_weight: float = Field(3.0, gt=0, description="weight of toy pixels beside background pixels")
+    decoder_only: bool = Field(False, description="leave the latents as they are and train only what reads them")
+    crop: int = Field(0, ge=0, description="train on random crops of this side, 0 = whole pictures")
+
+
+class VAEObjective(Objective):
+    """Reconstruction of toybox pictures; the exported latents are standardised per channel."""
+
+    Model: ClassVar[type[Options]] = VAEModel
+    Loss: ClassVar[type[Options]] = VAELoss
+    vae: AutoencoderKL
+
+    def build(self) -> dict[str, nn.Module]:
+        o: VAEModel = self.model_options
+        n = len(o.channels)
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * n,
+            up_block_types=("UpDecoderBlock2D",) * n,
+            block_out_channels=o.channels,
+            layers_per_block=o.layers,
+            latent_channels=o.latent_channels,
+            norm_num_groups=o.groups,
+            sample_size=self.recipe.data.size,
+            mid_block_add_attention=False,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        )
+        if self.loss_options.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        return {"vae": self.vae}
+
+    def setup(self, device: torch.device) -> None:
+        super().setup(device)
+        self.train_data = data.dataset("train", self.recipe.data)
+        self.val_data = data.dataset("val", self.recipe.data)
+
+    def batch(self, draw: Draw) -> dict[str, Tensor]:
+        o: VAELoss = self.loss_options
+        indices = draw.indices(len(self.train_data), self.recipe.train.batch)
+        x = data.pictures(self.train_data, indices)
+        weight = data.toy_weights(self.train_data, indices, o.toy_weight)
+        generator = draw.generator("augment")
+        both = torch.cat([x, weight], 1)
+        mirrored = torch.rand(len(x), generator=generator) < 0.5
+        both[mirrored] = both[mirrored].flip(-1)
+        if o.crop:
+            corner = torch.randint(0, x.shape[-1] - o.crop + 1, (len(x), 2), generator=generator).tolist()
+            both = torch.stack([b[:, i : i + o.crop, j : j + o.crop] for b, (i, j) in zip(both, corner, strict=True)])
+        f = 2 ** (len(self.model_options.channels) - 1)
+        shape = (len(x), self.model_options.latent_channels, both.shape[-2] // f, both.shape[-1] // f)
+        return {"x": both[:, :3], "weight": both[:, 3:], "noise": torch.randn(shape, generator=draw.generator("noise"))}
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        o: VAELoss = self.loss_options
+        x, weight = batch["x"], batch["weight"]
+        if self.recipe.train.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(x).latent_dist
+        y = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample.float()
+        error = y - x
+        l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
+        edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean() + (
+            weight[..., 1:, :] * error.diff(dim=-2).abs()
+        ).mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        loss = o.l1 * l1 + o.l2 * l2 + o.edge * edge + o.kl * kl
+        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
+        return loss, {"psnr": psnr, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) through the autoencoder by the posterior mean, clamped to [-1, 1]."""
+        return self.vae.decode(self.vae.encode(x).latent_dist.mean).sample.float().clamp(-1, 1)
+
+    def evaluate(self, n: int = 256) -> dict[str, float]:
+        error, toys = [], []
+        for part in torch.arange(min(n, len(self.val_data))).split(32):
+            x = data.pictures(self.val_data, part).to(self.device)
+            error.append((self.reconstruct(x) - x).square().mean(1) / 4)
+            toys.append(torch.from_numpy(self.val_data.masks[part.numpy()] >= 0).to(self.device))
+        error, toys = torch.cat(error), torch.cat(toys)
+        per_picture = -10 * torch.log10(error.mean((1, 2)))
+        return {
+            "psnr": float(per_picture.mean()),
+            "psnr_pooled": float(-10 * torch.log10(error.mean())),
+            "psnr_toys": float(-10 * torch.log10(error[toys].mean())),
+        }
+
+    def grid(self) -> Image:
+        x = data.pictures(self.val_data, torch.arange(8)).to(self.device)
+        return data.sheet(torch.cat([x, self.reconstruct(x)]), 8)
+
+    def standardise(self, n: int = 512) -> dict[str, list[float]]:
+        """Folds the per-channel mean and deviation of the latents into the 1x1 convolutions on either side of them.
+
+        Afterwards latents have mean 0 and deviation 1 in every channel, reconstructions are unchanged.
+        """
+        z = torch.cat(
+            [
+                self.vae.encode(data.pictures(self.train_data, part).to(self.device)).latent_dist.mean
+                for part in torch.arange(min(n, len(self.train_data))).split(32)
+            ]
+        )
+        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        c = len(mean)
+        inner, outer = self.vae.quant_conv, self.vae.post_quant_conv
+        inner.weight[:c] /= std[:, None, None, None]
+        inner.bias[:c] = (inner.bias[:c] - mean) / std
+        inner.bias[c:] -= 2 * std.log()
+        outer.bias += outer.weight[:, :, 0, 0] @ mean
+        outer.weight *= std[None, :, None, None]
+        return {"mean": mean.tolist(), "std": std.tolist()}
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        kept = {key: value.clone() for key, value in self.vae.state_dict().items()}
+        before = {} if self.loss_options.decoder_only else {"latents_before_standardising": self.standardise()}
+        save_half(self.vae, folder)
+        self.vae.load_state_dict(kept)
+        return before
+
+    def load(self, folder: Path) -> None:
+        self.vae.load_state_dict(AutoencoderKL.from_pretrained(folder).state_dict())

@@ -1,0 +1,166 @@
+"""The built-in models as shipped, their recipes and their tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfumato import registry
+from sfumato.errors import BadInput, BadWeights, UnknownName
+from sfumato.toybox import VOCABULARY, caption, sample_scene
+from sfumato.training.objective import build_objective
+from sfumato.training.recipe import load_recipe
+from sfumato.zoo.tokenizer import build_tokenizer
+
+
+def test_registry_finds_models_and_refuses_unknown_ones() -> None:
+    for name in registry.names():
+        assert registry.find(name) == registry.folder() / name and registry.card(name)["name"] == name
+    assert registry.find("toy-nothing") is None and registry.find("../weights") is None and registry.find("") is None
+    with pytest.raises(UnknownName, match="Did you mean"):
+        registry.card("toy-vaee")
+
+
+def test_registry_is_light() -> None:
+    code = "import sys, sfumato.registry as r; r.names(); print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_shipped_weights_are_small_safetensors_with_cards() -> None:
+    readers = {"toy-cnn", "toy-cnn-texture", "toy-detr", "toy-vit", "toy-vit-biased", "toy-vqa"}  # models to look into
+    total = {True: 0, False: 0}
+    for path in registry.folder().rglob("*"):
+        if path.is_file():
+            total[path.relative_to(registry.folder()).parts[0] in readers] += path.stat().st_size
+            assert path.stat().st_size <= 15 * 2**20, path
+            assert path.suffix in (".json", ".safetensors", ".md", ".txt"), path
+    assert total[False] <= 60 * 2**20 and total[True] <= 20 * 2**20
+    for name in registry.names():
+        card = json.loads((registry.folder() / name / "sfumato.json").read_text())
+        assert card["quality"] and card["recipe"]["name"] == name
+        assert name in (registry.folder() / name / "MODEL_CARD.md").read_text()
+
+
+def test_every_shipped_recipe_is_valid_and_builds_its_modules() -> None:
+    assert set(registry.names()) <= set(registry.recipes())
+    for name in registry.recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        if recipe.objective != "judge":
+            assert build_objective(recipe).modules
+
+
+# tokenizer ------------------------------------------------------------------------------------------------------------
+def bare(text: str) -> str:
+    """What a CLIP tokenizer keeps: normal form, lower case, no white space."""
+    return "".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def test_every_toybox_word_is_one_token_and_captions_fit() -> None:
+    tokenizer = build_tokenizer()
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in VOCABULARY]
+    assert all(len(one) == 1 for one in ids) and len({one[0] for one in ids}) == len(VOCABULARY)
+    rng = np.random.default_rng(0)
+    for style in ("full", "random"):
+        for _ in range(200):
+            text = caption(sample_scene(rng, 3), rng, style).text
+            words = text.replace(",", " ,").split()
+            assert len(tokenizer(text).input_ids) == len(words) + 2 <= tokenizer.model_max_length
+
+
+def test_any_text_tokenizes_and_comes_back() -> None:
+    tokenizer = build_tokenizer()
+    rng = np.random.default_rng(1)
+    texts = [
+        "",
+        "zebra's 42 Äpfel",
+        "中文 и русский",
+        "🦊🎨 e\u0301",
+        "a\tred\ncube",
+        "<|endoftext|>x",
+        "tortoise!!! (no)",
+        "reds greener",
+    ]
+    texts += [
+        "".join(chr(c) for c in rng.integers(33, 0x2FFF, 20) if unicodedata.category(chr(c))[0] in "LNPS")
+        for _ in range(40)
+    ]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert all(0 <= i < len(tokenizer) for i in ids)
+        assert bare(tokenizer.decode(ids)) == bare(text), text
+
+
+def test_tokenizer_survives_saving(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    for text in ("a red cube", "Größe 7", ""):
+        assert again(text).input_ids == tokenizer(text).input_ids
+    row = again("a red cube", padding="max_length").input_ids
+    assert len(row) == again.model_max_length == 32 and row[5:] == [again.eos_token_id] * 27
+
+
+# parts shared with another model --------------------------------------------------------------------------------------
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A zoo of two models in folders: both share ``vae``, each has a ``unet`` of its own."""
+    root = tmp_path / "weights"
+    for name in ("first", "second"):
+        for part, content in (("vae", "same"), ("unet", name)):
+            (root / name / part).mkdir(parents=True)
+            (root / name / part / "weights").write_text(content)
+        (root / name / "sfumato.json").write_text(json.dumps({"name": name}))
+    monkeypatch.setattr(registry, "folder", lambda: root)
+    return root
+
+
+def test_shared_parts_are_taken_from_the_base_and_exported_whole(weights: Path, tmp_path: Path) -> None:
+    assert registry.share(weights / "second", "first") == ["vae"]
+    assert not (weights / "second" / "vae").exists() and (weights / "second" / "unet").is_dir()
+    assert registry.part(weights / "second", "vae") == weights / "first" / "vae"
+    assert registry.part(weights / "second", "unet") == weights / "second" / "unet"
+    assert registry.part(weights / "second", "nothing") == weights / "second" / "nothing"
+    whole = registry.export("second", tmp_path / "whole")
+    assert (whole / "vae" / "weights").read_text() == "same" and (whole / "unet" / "weights").read_text() == "second"
+    assert json.loads((whole / "sfumato.json").read_text()) == {"name": "second"}
+    with pytest.raises(BadInput, match="not empty"):
+        registry.export("second", whole)
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_base_that_changed_is_refused(weights: Path, tmp_path: Path) -> None:
+    registry.share(weights / "second", "first")
+    (weights / "first" / "vae" / "weights").write_text("new!")
+    for action in (
+        lambda: registry.part(weights / "second", "vae"),
+        lambda: registry.export("second", tmp_path / "whole"),
+    ):
+        with pytest.raises(BadWeights, match="another vae than first has now.*sfumato train second"):
+            action()
+    assert not (tmp_path / "whole").exists() and not list(tmp_path.glob("*.part*"))
+    (weights / "first" / "sfumato.json").unlink()
+    with pytest.raises(BadWeights, match="not among the built-in models"):
+        registry.part(weights / "second", "vae")
+
+
+def test_every_built_in_pipeline_exports_to_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
+    for name in registry.names():
+        whole = registry.export(name, tmp_path / name)
+        index = whole / "model_index.json"
+        if index.is_file():
+            parts = [
+                key for key, value in json.loads(index.read_text()).items() if isinstance(value, list) and value[0]
+            ]
+            assert all((whole / part).is_dir() for part in parts)
+            if "base" in registry.card(name):
+                from diffusers import DiffusionPipeline
+
+                pipe = DiffusionPipeline.from_pretrained(whole)
+                assert type(pipe).__name__ == registry.card(name)["pipeline"]
