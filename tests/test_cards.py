@@ -221,6 +221,17 @@ def test_cards_as_read_from_source_are_the_cards_of_the_classes():
         assert type(build(card.example)) is cls and card.example.startswith(key)
 
 
+def test_a_system_is_a_file_or_a_folder(tmp_path):
+    card = """CARD = Card(key="{}", title="", authors="", year=1503, verb="{}", families=(), defaults_from="", cost="",
+    summary="")"""
+    for key, verb, place in (("one", "steer", "one.py"), ("two", "explain", "two/__init__.py")):
+        path = tmp_path / verb / place
+        path.parent.mkdir(parents=True)
+        path.write_text(card.format(key, verb))
+    (tmp_path / "explain/two/part.py").write_text("PART = 1")
+    assert {key: card.verb for key, card in cards._cards_under(tmp_path).items()} == {"one": "steer", "two": "explain"}
+
+
 def test_listing_methods_imports_no_torch():
     code = "import sys, sfumato.cards as c; c.methods(); print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(cards.__file__).parents[1])}

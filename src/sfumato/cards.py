@@ -1,6 +1,7 @@
 """Cards and parameters: what every system says about itself as data, and how a system is found, built and recorded.
 
-A *system* is one file ``sfumato/<room>/<key>.py`` holding one class::
+A *system* is one file ``sfumato/<room>/<key>.py`` holding one class; a larger one is a folder ``<room>/<key>/`` whose
+``__init__.py`` holds it::
 
     @register
     class DAAM(Intervention):
@@ -189,9 +190,17 @@ def method(key: str) -> type:
 
 @functools.cache
 def _shipped() -> dict[str, Card]:
-    here = Path(__file__).parent
-    cards = (_card_in(path) for room in ROOMS for path in sorted((here / room).glob("[a-z]*.py")))
-    return {card.key: card for card in cards if card is not None}
+    return _cards_under(Path(__file__).parent)
+
+
+def _cards_under(root: Path) -> dict[str, Card]:
+    """The cards in ``root/<room>/<key>.py`` and ``root/<room>/<key>/__init__.py``, by key."""
+    found = {}
+    for room in ROOMS:
+        sources = [*(root / room).glob("[a-z]*.py"), *(root / room).glob("[a-z]*/__init__.py")]
+        cards = [card for card in map(_card_in, sources) if card is not None]
+        found.update({card.key: card for card in sorted(cards, key=lambda card: card.key)})
+    return found
 
 
 def _card_in(path: Path) -> Card | None:
