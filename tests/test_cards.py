@@ -38,7 +38,7 @@ class Brush:
         authors="A. Painter",
         year=1503,
         verb="steer",
-        families=("sd",),
+        needs=("linear_text_values",),
         defaults_from="section 2",
         cost="none",
         summary="Paints.",

@@ -133,9 +133,10 @@ def test_light_modules_stay_light():
     assert _run(code + f"print(json.dumps([m for m in {heavy} if m in sys.modules]))") == []
 
 
-def test_help_is_quick():
+def test_help_imports_nothing_heavy():
+    # how long it takes is measured in benchmarks/imports.py, as a share of `import torch`
     code = """
-import json, resource, sys, io, contextlib
+import json, sys, io, contextlib
 from sfumato.app.cli import app
 with contextlib.redirect_stdout(io.StringIO()) as out:
     try:
@@ -143,11 +144,10 @@ with contextlib.redirect_stdout(io.StringIO()) as out:
     except SystemExit as left:
         assert left.code == 0
 assert "make" in out.getvalue()
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps(used.ru_utime + used.ru_stime))
+heavy = {"torch", "numpy", "scipy", "diffusers", "transformers", "accelerate", "peft", "matplotlib", "PIL", "av", "ray"}
+print(json.dumps(sorted(heavy & set(sys.modules))))
 """
-    # CPU seconds rather than wall time, so that a busy machine does not fail the test
-    assert min(_run(code) for _ in range(2)) < 0.5
+    assert _run(code) == []
 
 
 def test_importing_everything_changes_nothing_global():

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sfumato.errors import BadInput, Conflict, UnknownName
 
 __all__ = [
+    "CAPABILITIES",
     "Card",
     "Field",
     "Params",
@@ -45,6 +46,21 @@ __all__ = [
     "from_recipe",
 ]
 
+CAPABILITIES = {
+    "pictures": "single pictures, not clips",
+    "clips": "clips of several frames",
+    "noise_path": "a path between noise and picture, as diffusion and flow models have",
+    "differentiable_state": "latents that gradients reach",
+    "text_attention": "attention from picture to text",
+    "temporal_attention": "attention between frames",
+    "linear_text_values": "attention whose values are a linear function of the text's embeddings",
+    "h_space": "a U-Net with a middle block, its h-space",
+    "mask_input": "a denoiser that sees a mask, such as that of toy-sd-inpaint or Stable Diffusion's inpainting "
+    "checkpoints (blend redraws regions with any model)",
+    "classifier": "a classifier of pictures",
+}
+"""What a model may offer and a system may need, with the words of a refusal: "KEY needs ...; MODEL has none"."""
+
 ROOMS = ("explain", "steer", "edit", "teach", "animate", "judge")
 
 
@@ -52,7 +68,7 @@ ROOMS = ("explain", "steer", "edit", "teach", "animate", "judge")
 class Card:
     """The facts of one system. All fields are literals in the source file.
 
-    ``key`` is the file's name; ``verb`` one of :data:`ROOMS`; ``families`` the model families it runs on;
+    ``key`` is the file's name; ``verb`` one of :data:`ROOMS`; ``needs`` the :data:`CAPABILITIES` a model must have;
     ``defaults_from`` says where the default parameters come from; ``cost`` is stated in forward-equivalents
     (1 = one row through the denoiser); ``not_reproduced`` names what of the paper is missing here; ``example`` is a
     ``--with`` text that works with the prompt "a red cube and a blue ball" (left out: the key alone works).
@@ -63,7 +79,7 @@ class Card:
     authors: str
     year: int
     verb: str
-    families: tuple[str, ...]
+    needs: tuple[str, ...]
     defaults_from: str
     cost: str
     summary: str
@@ -74,6 +90,9 @@ class Card:
     def __post_init__(self):
         if self.verb not in ROOMS:
             raise UnknownName("verb", self.verb, ROOMS)
+        for need in self.needs:
+            if need not in CAPABILITIES:
+                raise UnknownName(f"capability needed by {self.key}", need, CAPABILITIES)
         object.__setattr__(self, "example", self.example or self.key)
 
 

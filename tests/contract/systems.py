@@ -6,7 +6,7 @@ import functools
 
 from sfumato import cards
 from sfumato.cards import build, method, methods
-from sfumato.models.families import FAMILIES
+from sfumato.models.families import FAMILIES, offering
 from sfumato.sampling import Intervention
 
 KINDS = {
@@ -27,17 +27,19 @@ PAIRS = [
     (key, kind)
     for key, card in SYSTEMS.items()
     for kind, family in KINDS.items()
-    if BY_NAME[family].serves(card.families)
+    if BY_NAME[family].capabilities.issuperset(card.needs)
 ]
 # properties that do not depend on the family are checked on one U-Net and one joint-attention model per system
 SOME = [
-    (key, kind) for key, kind in PAIRS if kind in ("sd", "sd3", "flux") or method(key).CARD.families == (KINDS[kind],)
+    (key, kind)
+    for key, kind in PAIRS
+    if kind in ("sd", "sd3", "flux") or offering(method(key).CARD.needs) == [KINDS[kind]]
 ]
 ELSEWHERE = [
     (key, kind)
     for key, card in SYSTEMS.items()
     for kind, family in KINDS.items()
-    if not BY_NAME[family].serves(card.families)
+    if not BY_NAME[family].capabilities.issuperset(card.needs)
 ]
 
 

@@ -25,7 +25,7 @@ def card(key):
         authors="nobody",
         year=2026,
         verb="steer",
-        families=("sd",),
+        needs=("linear_text_values",),
         defaults_from="nowhere",
         cost="none",
         summary="A system for tests.",

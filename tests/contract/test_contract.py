@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sfumato.cards import method
+from sfumato.models.families import offering
 from tests.contract import checks
-from tests.contract.systems import ELSEWHERE, KINDS, PAIRS, SOME, SYSTEMS, maker, weakener
+from tests.contract.systems import BY_NAME, ELSEWHERE, KINDS, PAIRS, SOME, SYSTEMS, maker, weakener
 from tests.tiny import tiny_model
 
 
@@ -89,5 +90,8 @@ def test_other_families_are_refused(key, kind):
 
 
 def test_every_family_is_covered():
-    families = {family for card in SYSTEMS.values() for family in card.families}
-    assert families <= set(KINDS.values()), f"no tiny model stands for {families - set(KINDS.values())}"
+    needed = {need for card in SYSTEMS.values() for need in card.needs}
+    offered = {each for family in set(KINDS.values()) for each in BY_NAME[family].capabilities}
+    assert needed <= offered, f"no tiny model offers {needed - offered}"
+    for card in SYSTEMS.values():
+        assert offering(card.needs), f"no family offers all that {card.key} needs: {card.needs}"

@@ -292,7 +292,7 @@ class Brighten(Intervention):
     """Adds a constant to the clean latents."""
 
     CARD = cards.Card(
-        key="brighten_for_tests", title="", authors="", year=2024, verb="edit", families=(), defaults_from="", cost="",
+        key="brighten_for_tests", title="", authors="", year=2024, verb="edit", needs=(), defaults_from="", cost="",
         summary="",
     )  # fmt: skip
 

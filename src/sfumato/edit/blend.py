@@ -42,7 +42,7 @@ class Blend(Intervention):
         year=2022,
         arxiv="2206.02779",
         verb="edit",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path"),
         defaults_from="the paper (fresh noise at every level, hard mask); resampling from RePaint, off",
         cost="none; with source, one more generation; resample multiplies the steps",
         not_reproduced="the decoder fine-tuned to each picture (paste keeps the original pixels instead)",

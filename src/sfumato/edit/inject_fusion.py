@@ -54,7 +54,7 @@ class InjectFusion(Intervention):
         year=2023,
         arxiv="2303.15403",
         verb="edit",
-        families=("sd", "sdxl"),
+        needs=("pictures", "noise_path", "h_space"),
         defaults_from="the authors' code (share of the turn 0.3, t_edit 400 of 1000, 50 injections, no calibration)",
         cost="the content's own run or inversion once; 1 more forward per injected step, 2 with calibration",
         not_reproduced="the factor 0.9985 on the direction at the noisiest steps; training of Asyrp's edits. "

@@ -24,7 +24,6 @@ from torch import Tensor
 from sfumato import masks
 from sfumato.cards import Card, Field, register
 from sfumato.edit.region import RegionParams, kept_picture, region_of
-from sfumato.errors import NotSupported
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step
 
@@ -42,7 +41,7 @@ class Inpaint(Intervention):
         year=2021,
         arxiv="2112.10741",
         verb="edit",
-        families=("sd_inpaint",),
+        needs=("pictures", "noise_path", "mask_input"),
         defaults_from="the paper and its notebook: known part of the predicted x0 replaced at every step",
         cost="none; with source, one more generation",
         not_reproduced="the pixel-space model and its upsampler: ours works on latents, as Stable Diffusion's does",
@@ -72,13 +71,7 @@ class Inpaint(Intervention):
         self._read = [masks.read_mask(mask) for mask in self.params.mask]
 
     def start(self, run: Run) -> None:
-        """Lays the region over the picture. Raises NotSupported for a model without a mask input, BadInput without a
-        region or a picture."""
-        if not run.model.family.takes_mask:
-            raise NotSupported(
-                f"inpaint needs a denoiser that sees a mask, such as that of toy-sd-inpaint or Stable Diffusion's "
-                f"inpainting checkpoints; {run.model.name} sees none. blend redraws regions with any model."
-            )
+        """Lays the region over the picture. Raises BadInput without a region or a picture."""
         self._region = region_of(run, self.name, self.params, self._read, self.params.level, self.params.each)
         self._share = masks.on_grid(self._region, run.grid, self.params.level)[:, None]
 

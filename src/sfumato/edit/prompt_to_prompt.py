@@ -71,7 +71,7 @@ class PromptToPrompt(Intervention):
         year=2022,
         arxiv="2208.01626",
         verb="edit",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "text_attention"),
         defaults_from="the authors' notebooks for Stable Diffusion (cross 0.8, self 0.4, blend 0.3 from 0.2 on)",
         cost="the source's own rows once; then next to nothing beside the edited picture's rows",
         not_reproduced="masks and threshold per word; the joint attention of SD3 and Flux is our extension",
@@ -213,8 +213,6 @@ class PromptToPrompt(Intervention):
         cannot be aligned or a recording of something else."""
         if sum(isinstance(part, PromptToPrompt) for part in run.parts) > 1:
             raise Conflict("prompt_to_prompt is given twice; put all changes into one edited prompt.")
-        if not run.model.family.serves(self.CARD.families):
-            raise NotSupported(f"prompt_to_prompt edits {', '.join(self.CARD.families)}; this is {run.model.name}.")
         self.recording = self._given
         self._told = [self.params.source or ""] * len(run)  # with its weights
         sources = [read_weights(text).text for text in self._told]

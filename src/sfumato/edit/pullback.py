@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NotSupported
+from sfumato.errors import BadInput
 from sfumato.hspace.geometry import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
 from sfumato.models import Condition
@@ -44,7 +44,7 @@ class Pullback(Intervention):
         year=2023,
         arxiv="2307.12868",
         verb="edit",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="the authors' code for Stable Diffusion (at 0.7 T, delta 1, gamma 1, 16 repeats); rank 10 for 50",
         cost="per sample 5 times (rank + 4) per iteration, of the share of the denoiser up to the layer; 2 per repeat",
         not_reproduced="fresh noise in the last fifth of the steps. Transformers have no bottleneck: their "
@@ -113,10 +113,8 @@ class Pullback(Intervention):
         self.activity = Coverage()
 
     def start(self, run: Run) -> None:
-        """Raises UnknownName for a layer that is not there, NotSupported for another family."""
+        """Raises UnknownName for a layer that is not there."""
         p = self.params
-        if not run.model.family.serves(self.CARD.families):
-            raise NotSupported(f"pullback edits {', '.join(self.CARD.families)}; this is {run.model.name}.")
         named = p.layer if p.layer is not None or self._shared is None else self._shared.layer
         self._layer = layer_of(run.model, named)
         self._step = min(round(p.at * run.total), run.total - 1)

@@ -66,7 +66,7 @@ class TextToSegmentation:
         year=2023,
         arxiv="2212.14306",
         verb="edit",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "text_attention"),
         defaults_from="the released code (noise levels, threshold, filter, Adam 2e-3); 20 noise levels instead of 50",
         cost="per picture 16 forwards for its map and two per step for the removal; then the training of a small U-Net",
         not_reproduced="the fine-tune on background rectangles: an inpainting model removes the object instead",

@@ -402,7 +402,7 @@ class AttentionRelevance:
         year=2021,
         arxiv="2103.15679",
         verb="explain",
-        families=("any",),
+        needs=(),
         defaults_from="section 3 of the paper; for CLIP the authors' code (last layer of each tower only)",
         cost="one forward and one backward pass per thing asked; diffusion models: that per noise level",
         not_reproduced="windowed attention (Swin); the paper's networks and data sets, for which the toybox stands",

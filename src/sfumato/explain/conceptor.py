@@ -178,7 +178,7 @@ class Conceptor(Intervention):
         year=2023,
         arxiv="2306.00966",
         verb="explain",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="section 3 and the authors' code; the template is shorter, theirs is 'a photo of a {}'",
         cost="to find: the pictures, then batch x 2 forward-equivalents per step and the checks; to use: nothing",
         not_reproduced="the human study; 27 photo templates for choosing words by CLIP (one here)",

@@ -55,7 +55,7 @@ class DAAM(Intervention):
         year=2022,
         arxiv="2210.04885",
         verb="explain",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("text_attention",),
         defaults_from="the paper (tau 0.4, layers of the down and up blocks); scale per step instead of summed",
         cost="none: read beside the prediction; an existing picture costs one forward per step",
         not_reproduced="the human opinion scores, and replaying the attention of one run in another",

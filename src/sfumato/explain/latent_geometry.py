@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sfumato import cards, files
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NotSupported
+from sfumato.errors import BadInput
 from sfumato.hspace.geometry import (
     FORMAT,
     Basis,
@@ -180,7 +180,7 @@ class LatentGeometry(Intervention):
         year=2023,
         arxiv="2307.12868",
         verb="explain",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="the paper, section 4; rank 10 for 50",
         cost="per sample and level 5 times (rank + 4) per iteration, of the share of the denoiser up to the layer",
         not_reproduced="the comparison of data sets takes one run per model. Transformers have no bottleneck: their "
@@ -246,8 +246,6 @@ class LatentGeometry(Intervention):
     def start(self, run: Run) -> None:
         """Raises UnknownName for a layer that is not there, BadInput for a curve without two samples."""
         p = self.params
-        if not run.model.family.serves(self.CARD.families):
-            raise NotSupported(f"latent_geometry looks at {', '.join(self.CARD.families)}; this is {run.model.name}.")
         if p.curve and max(len(run), p.samples) < 2:
             raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2 or samples=2).")
         self._layer = layer_of(run.model, p.layer)

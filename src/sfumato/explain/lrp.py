@@ -286,7 +286,7 @@ class LRP:
         year=2021,
         arxiv="2012.09838",
         verb="explain",
-        families=("any",),
+        needs=(),
         defaults_from="section 3 of the paper and the authors' code for ViT (alpha 1, no row sums)",
         cost="two forward and two backward passes per label asked; one each for partial LRP and LRP",
         not_reproduced="the ImageNet and ERASER data sets, for which the toybox stands; networks with RMS norms",

@@ -488,7 +488,7 @@ class ShapeTexture:
         year=2021,
         arxiv="2101.11604",
         verb="explain",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path"),
         defaults_from="the paper: covariance of pairs, softmax with a residual of 1; 500 pairs are ours",
         cost="one forward for each of 2 x pairs x factors pictures",
         not_reproduced="AdaIN-stylised PASCAL VOC: pairs are rendered, pose, colour and scenery apart",

@@ -354,7 +354,7 @@ class SadPad:
         year=2024,
         arxiv="2310.17261",
         verb="judge",
-        families=("any",),
+        needs=(),
         defaults_from="section 3 and the authors' code (template, floor, units); null and excess are ours",
         cost="one forward of a CLIP per picture",
         not_reproduced="attributes from a language model or a captioner: give a list, or captions",

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sfumato.cards import CAPABILITIES
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, UnknownName
 
 if TYPE_CHECKING:
@@ -163,6 +164,17 @@ def _flatten(given: Any) -> list[Intervention]:
     if card is not None:
         raise NotSupported(f"{card.key} takes no part in drawing a picture; see: sfumato methods {card.key}.")
     raise BadInput(f"interventions holds {given!r}; each must be an Intervention or a list of them.")
+
+
+def refuse_unfit(parts: Sequence[Intervention], model: Any) -> None:
+    """Raise NotSupported for a part whose card needs what ``model`` does not offer."""
+    for part in parts:
+        card = getattr(part, "CARD", None)
+        for need in card.needs if card is not None else ():
+            if not model.family.has(need):
+                raise NotSupported(
+                    f"{card.key} needs {CAPABILITIES[need]}; {model.name} ({model.family.name}) has none."
+                )
 
 
 def distinct_names(parts: Sequence[Intervention]) -> list[str]:

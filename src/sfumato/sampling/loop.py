@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
-from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, overridden, refuse_idle
+from sfumato.sampling.intervention import (
+    Coverage,
+    Intervention,
+    arrange,
+    distinct_names,
+    overridden,
+    refuse_idle,
+    refuse_unfit,
+)
 from sfumato.sampling.noise import Path
 from sfumato.sampling.recipe import recipe_of
 from sfumato.sampling.request import Request, Source, as_pictures, checked
@@ -188,6 +196,7 @@ def opened(
 ) -> Iterator[Run]:
     """A run ready to walk: interventions started, texts encoded, weights in evaluation mode. On leaving, however that
     comes about, everything attached is detached, and torch's global random state is what it was."""
+    refuse_unfit(parts, model)
     rows = slice(samples.start, samples.stop)
 
     def make_scheduler() -> Any:

@@ -68,7 +68,7 @@ class AttendExcite(Intervention):
         year=2023,
         arxiv="2301.13826",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("text_attention", "differentiable_state"),
         defaults_from="the authors' code (step 20, thresholds, first half, 3x3 smoothing); algorithm 1 for refinement",
         cost="at most 1 forward and backward per altered step and per refinement, up to the last layer that is read",
         not_reproduced="the user study; joint attention and T5 are ours: the paper has Stable Diffusion 1 and 2 only",

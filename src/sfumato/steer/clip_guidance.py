@@ -39,7 +39,7 @@ class ClipGuidance(GradientGuidance):
         year=2021,
         arxiv="2112.10741",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="the authors' code: strength 3 times the logit scale, on the score as for DDIM, all steps",
         cost="a forward and a backward pass of CLIP per step; with a CLIP of pictures a backward pass through "
         "decoder and denoiser besides",

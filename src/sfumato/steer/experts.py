@@ -57,7 +57,7 @@ class Experts(Intervention):
         year=2022,
         arxiv="2211.01324",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("noise_path",),
         defaults_from="the paper: children of one model, intervals of equal probability, one expert per step",
         cost="none per step; the memory of each expert's weights",
         not_reproduced="the image embedding as style reference waits for a model conditioned on one; T5 beside CLIP "

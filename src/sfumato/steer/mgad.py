@@ -51,7 +51,7 @@ class MGAD(GradientGuidance):
         year=2022,
         arxiv="2209.13360",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="the authors' code (crops, distance, weights, smoothness 400 beside 5000); strength was tuned on "
         "toy-sd, for the original's 5000 belongs to 512 pixels and 2000 DDPM steps",
         cost="per step a backward pass through the denoiser, a forward and a backward pass through the decoder and one "

@@ -297,7 +297,7 @@ class NoTokenLeftBehind(Intervention):
         year=2022,
         arxiv="2204.04908",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="the authors' code: weights of the terms, sharpness, distortions; guiding diffusion is ours",
         cost="per guided step: 1 backward of the step's own prediction, a decoding and 3 passes of a CLIP per view",
         not_reproduced="StyleGAN2, BigGAN and VQGAN as generators; hue jitter, for here colours are words",

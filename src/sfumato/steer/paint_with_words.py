@@ -52,7 +52,7 @@ class PaintWithWords(Intervention):
         year=2022,
         arxiv="2211.01324",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "text_attention"),
         defaults_from="the paper's rule; its weight 0.1 and conditional branch only from the common re-implementation",
         cost="explicit attention at the sites that see text",
         not_reproduced="the style image of the same paper; its expert denoisers are the system experts",

@@ -284,7 +284,7 @@ class ShapeGuided(InsideOutside):
         year=2022,
         arxiv="2212.00210",
         verb="steer",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=("pictures", "noise_path", "text_attention"),
         defaults_from="the paper's code (boost 2.5, hard self-attention mask, no noise mixed in); it guides by 4.5",
         cost="explicit attention everywhere; on a picture one inversion more, without a region ten forwards more",
         not_reproduced="the segmenter for pictures without a mask (the source word's attention map stands in)",

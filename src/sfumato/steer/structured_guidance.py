@@ -46,7 +46,7 @@ class StructuredGuidance(Intervention):
         year=2022,
         arxiv="2212.05032",
         verb="steer",
-        families=("sd", "sdxl"),
+        needs=("text_attention", "linear_text_values"),
         defaults_from="the paper and its code: noun phrases of all depths, values averaged evenly, all steps",
         cost="none per step; one text encoding per noun phrase; conjunction: k + 1 maps per cross-attention",
         not_reproduced="scene-graph parses, user study, GLIP; joint attention and PixArt are refused: there values "
@@ -99,15 +99,9 @@ class StructuredGuidance(Intervention):
     # -- what the loop calls -------------------------------------------------------------------------------------------
 
     def start(self, run: Run) -> None:
-        """Finds the phrases. Raises NoMatch for prompts without any, NotSupported where attention is joint."""
+        """Finds the phrases. Raises NoMatch for prompts without any."""
         if sum(isinstance(part, StructuredGuidance) for part in run.parts) > 1:
             raise Conflict("structured_guidance is given twice; name the phrases of both in one.")
-        sites = [site for site in run.sites if site.text is not None]
-        if not sites or any(site.kind != "cross" for site in sites):
-            raise NotSupported(
-                f"structured_guidance averages values that are a linear function of the text's embeddings; in "
-                f"{run.model.name}'s attention they are not. It works on Stable Diffusion and SDXL."
-            )
         if run.samples.start == 0:
             self.phrases = []
         self._words = Words(run.model)

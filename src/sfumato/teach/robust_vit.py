@@ -47,7 +47,7 @@ class RobustVit:
         year=2022,
         arxiv="2206.01161",
         verb="teach",
-        families=("vit",),
+        needs=("classifier",),
         defaults_from="section 4 of the paper and the authors' code; the learning rate is that for small networks",
         cost="two forward and two backward passes per picture and epoch",
         not_reproduced="masks by TokenCut; the baselines GradMask and RRR",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
 from sfumato.models.families.flux import Flux
@@ -31,4 +33,9 @@ def family_of(pipeline_class: str) -> type[Family]:
     return _BY_PIPELINE[pipeline_class]
 
 
-__all__ = ["FAMILIES", "Family", "TextStream", "family_of"]
+def offering(needs: Iterable[str]) -> list[str]:
+    """Names of the families that offer all of the capabilities ``needs``."""
+    return [family.name for family in FAMILIES if family.capabilities.issuperset(needs)]
+
+
+__all__ = ["FAMILIES", "Family", "TextStream", "family_of", "offering"]

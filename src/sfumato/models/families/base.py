@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,12 +38,16 @@ def accepted_by(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
+#: what every text-to-image diffusion or flow model offers whose denoiser attends to the text
+TEXT_TO_IMAGE = frozenset({"pictures", "noise_path", "differentiable_state", "text_attention"})
+
+
 class Family:
     """Base class. A family is bound to one pipeline and holds no other state."""
 
     name: ClassVar[str]
-    #: other families whose systems run on this one unchanged
-    kin: ClassVar[tuple[str, ...]] = ()
+    #: names of :data:`sfumato.cards.CAPABILITIES` that models of this family offer; see :meth:`has`
+    capabilities: ClassVar[frozenset[str]]
     #: diffusers pipeline classes it serves
     pipeline_classes: ClassVar[tuple[str, ...]]
     #: attribute of the pipeline that holds the denoiser
@@ -66,10 +70,9 @@ class Family:
         if max_sequence_length is not None and self.max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
 
-    @classmethod
-    def serves(cls, families: Iterable[str]) -> bool:
-        """Whether a system made for ``families`` runs on this one."""
-        return not {cls.name, *cls.kin}.isdisjoint(families)
+    def has(self, capability: str) -> bool:
+        """Whether this very model offers a capability; a checkpoint may lack what its family usually has."""
+        return capability in self.capabilities
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

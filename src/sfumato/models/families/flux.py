@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import Family, TextStream, accepted_by
+from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream, accepted_by
 from sfumato.models.site import Layer, Site, SiteList
 
 
@@ -21,6 +21,7 @@ class Flux(Family):
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
     denoiser_name = "transformer"
+    capabilities = TEXT_TO_IMAGE
     defaults: dict[str, Any] = {"steps": 28, "guidance": 3.5}
     max_sequence_length = 512
     joint_branches = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import Family, TextStream
+from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList
 
 
@@ -19,6 +19,7 @@ class PixArtSigma(Family):
     name = "pixart"
     pipeline_classes = ("PixArtSigmaPipeline",)
     denoiser_name = "transformer"
+    capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 20, "guidance": 4.5}
     max_sequence_length = 300
 

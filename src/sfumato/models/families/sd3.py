@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import Family, TextStream
+from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
@@ -18,6 +18,7 @@ class StableDiffusion3(Family):
     name = "sd3"
     pipeline_classes = ("StableDiffusion3Pipeline",)
     denoiser_name = "transformer"
+    capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 28, "guidance": 7.0}
     max_sequence_length = 256
     half = torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import Family, TextStream
+from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
@@ -19,6 +19,7 @@ class StableDiffusion(Family):
     name = "sd"
     pipeline_classes = ("StableDiffusionPipeline",)
     denoiser_name = "unet"
+    capabilities = TEXT_TO_IMAGE | {"linear_text_values", "h_space"}
     defaults = {"steps": 50, "guidance": 7.5}
 
     @property
@@ -49,6 +50,9 @@ class StableDiffusion(Family):
     @property
     def bottleneck(self) -> Layer | None:
         return next((layer for layer in self.layers if layer.name == "mid"), None)
+
+    def has(self, capability: str) -> bool:
+        return super().has(capability) and (capability != "h_space" or self.bottleneck is not None)
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, negative = self.pipe.encode_prompt(prompts, self.device, 1, guidance, negatives)
@@ -113,7 +117,7 @@ class StableDiffusionInpaint(StableDiffusion):
     """
 
     name = "sd_inpaint"
-    kin = ("sd",)
+    capabilities = StableDiffusion.capabilities | {"mask_input"}
     inpaints = True
     pipeline_classes = ("StableDiffusionInpaintPipeline",)
 
@@ -128,6 +132,9 @@ class StableDiffusionInpaint(StableDiffusion):
     @property
     def takes_mask(self) -> bool:
         return int(self.config.in_channels) == 2 * self.channels + 1
+
+    def has(self, capability: str) -> bool:
+        return super().has(capability) and (capability != "mask_input" or self.takes_mask)
 
     def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
         super().set_timesteps(scheduler, steps, h, w, device)
