@@ -169,8 +169,8 @@ def _flatten(given: Any) -> list[Intervention]:
 def refuse_unfit(parts: Sequence[Intervention], model: Any) -> None:
     """Raise NotSupported for a part whose card needs what ``model`` does not offer."""
     for part in parts:
-        card = getattr(part, "CARD", None)
-        for need in card.needs if card is not None else ():
+        card: Any = getattr(part, "CARD", None)
+        for need in getattr(card, "needs", ()):
             if not model.family.has(need):
                 raise NotSupported(
                     f"{card.key} needs {CAPABILITIES[need]}; {model.name} ({model.family.name}) has none."
