@@ -222,7 +222,7 @@ def test_cards_as_read_from_source_are_the_cards_of_the_classes():
 
 
 def test_a_system_is_a_file_or_a_folder(tmp_path):
-    card = """CARD = Card(key="{}", title="", authors="", year=1503, verb="{}", families=(), defaults_from="", cost="",
+    card = """CARD = Card(key="{}", title="", authors="", year=1503, verb="{}", needs=(), defaults_from="", cost="",
     summary="")"""
     for key, verb, place in (("one", "steer", "one.py"), ("two", "explain", "two/__init__.py")):
         path = tmp_path / verb / place
