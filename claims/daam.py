@@ -18,7 +18,8 @@ from torch.nn import functional
 from claims import common
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato.attention.seam import Call, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.tap import Tap
 from sfumato.explain.daam import DAAM, explain_images
 from sfumato.metrics import segmentation, stats
 from sfumato.sampling import Intervention, Run, generate

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +24,11 @@ from transformers import (
     ViTModel,
 )
 
-from sfumato.attention.seam import FEW_KEYS, AttentionSeam, Call, OtherMap, Tap
+import sfumato
+from sfumato.attention.call import FEW_KEYS, Call
+from sfumato.attention.seam import AttentionSeam
 from sfumato.attention.sites import Where, find_sites
+from sfumato.attention.tap import OtherMap, Tap
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.site import Site
 
@@ -795,3 +800,74 @@ def test_nothing_is_kept_alive_after_detaching():
     through_seam(net, [Tap(observe=lambda c: kept.append(weakref.ref(c)))], args, {}, [site("a")])
     gc.collect()
     assert kept[0]() is None
+
+
+# -- clips: frames or cells folded into the batch axis -----------------------------------------------------------------
+
+
+def test_folded_frames_are_rows_of_their_sample():
+    """Two samples of three frames at 2 x 5 cells: a picture layer sees rows (b f), a temporal layer rows (b h w)."""
+    frames, grid, text = 3, (2, 5), 7
+    picture = Site("a", "cross", grid, (0, text), (0, 10), K, "a", 0, frames)
+    between = Site("b", "temporal", grid, None, (0, frames), K, "b", 1, frames)
+    assert (picture.fold, between.fold, picture.cells) == (3, 10, 30)
+    q, k = torch.randn(2, frames, K, 10, D), torch.randn(2, 1, K, text, D).expand(-1, frames, -1, -1, -1)
+    folded, keys = q.flatten(0, 1), k.flatten(0, 1)
+    across = q.permute(0, 3, 2, 1, 4).flatten(0, 1)  # (b n) k f d
+    seen = {}
+
+    def look(call):
+        seen[call.site.path] = call.site.unfold(call.branch("cond").probs())
+
+    net = Net()
+    with AttentionSeam(net, [picture, between], [Tap(observe=look)]) as seam:
+        with seam.forward(rows={"uncond": slice(0, 1), "cond": slice(1, 2)}):
+            net.a(folded, keys, keys), net.b(across, across, across)
+    probs, _ = explicit(q[1], k[1], k[1])  # frame by frame
+    assert seen["a"].shape == (1, K, 30, text)
+    torch.testing.assert_close(seen["a"][0], probs.transpose(0, 1).flatten(1, 2).float())
+    probs, _ = explicit(across[10:], across[10:], across[10:])  # cell by cell: queries and keys are frames
+    assert seen["b"].shape == (1, K, 30, frames)
+    for f, cell in ((0, 0), (2, 9), (1, 4)):
+        torch.testing.assert_close(seen["b"][0, :, f * 10 + cell], probs[cell, :, f].float())
+
+
+def test_folding_that_does_not_fit_the_batch_is_refused():
+    picture = Site("", "self", (2, 5), None, (0, 10), K, "a", 0, frames=3)
+    q = torch.randn(4, K, 10, D)  # four rows are no two samples of three frames
+    with pytest.raises(NotSupported, match="2 rows a sample, but 3 frames .* need 3"):
+        through_seam(Bare(), [Tap(observe=print)], (q, q, q), {}, [picture], {"cond": slice(0, 2)})
+    wrong = Site("", "temporal", (2, 5), None, (0, 4), K, "a", 0, frames=3)
+    with pytest.raises(NotSupported, match="do not hold a grid of"):
+        through_seam(Bare(), [Tap(observe=print)], (q, q, q), {}, [wrong])
+
+
+# -- the public face of a call -----------------------------------------------------------------------------------------
+
+
+def test_a_call_of_other_values_or_fewer_queries_is_a_call_of_its_own():
+    q, k, v = qkv()
+    call = Call(q, k, v, site=site(), module=nn.Identity())
+    before = call.attend().clone()
+    other = torch.randn_like(v)
+    torch.testing.assert_close(call.with_values(other).attend(), F.scaled_dot_product_attention(q, k, other))
+    some = call.of_queries(slice(3, 9))
+    torch.testing.assert_close(some.attend(), before[:, :, 3:9])
+    some.replace_probs(torch.zeros(B, K, 6, T))
+    assert torch.equal(call.attend(), before) and call.q is q
+    with pytest.raises(BadInput, match="expected"):
+        call.replace_scores(torch.zeros(B, K, N, T + 1))
+
+
+def test_nothing_but_the_call_touches_its_private_fields():
+    private = {name for name in vars(Call(*qkv(), site=site(), module=nn.Identity())) if name[0] == "_"}
+    private |= {name for name in vars(Call) if name[0] == "_" and name[1] != "_"}
+    assert {"_probs", "_view"} <= private
+    root = Path(sfumato.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path == root / "attention" / "call.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in private:
+                owner = getattr(node.value, "id", None)
+                assert owner in ("self", "cls"), f"{path}:{node.lineno} reaches into a Call: {node.attr}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.attention.seam import Tap
+from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, Conflict, NoMatch, UnknownName
 from sfumato.sampling import ROLES, Intervention, Run, Stack, Step, generate
 from sfumato.sampling.intervention import arrange, distinct_names

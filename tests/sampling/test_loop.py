@@ -175,7 +175,7 @@ class Break(Intervention):
         return condition
 
     def taps(self) -> list[Any]:
-        from sfumato.attention.seam import Tap
+        from sfumato.attention.tap import Tap
 
         return [Tap(observe=lambda call: self._fail("tap"))]
 

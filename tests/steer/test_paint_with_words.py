@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.attention.seam import Tap
+from sfumato.attention.tap import Tap
 from sfumato.cards import build, from_recipe, to_recipe
 from sfumato.errors import BadInput, Conflict, NoMatch
 from sfumato.sampling import Intervention, generate

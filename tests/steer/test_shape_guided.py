@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.attention.seam import Tap
+from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.shape_guided import DECAYS, InsideOutside, ShapeGuided, Sides, _split, infer_region, slerp

@@ -1,7 +1,9 @@
 """One way into attention: the seam, its sites and running sums of maps."""
 
-from sfumato.attention.seam import AttentionSeam, Call, Forward, OtherMap, StopForward, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.seam import AttentionSeam, Forward, StopForward
 from sfumato.attention.sites import Site, Where, find_sites
+from sfumato.attention.tap import OtherMap, Tap
 
 __all__ = [
     "AttentionSeam",

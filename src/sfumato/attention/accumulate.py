@@ -17,7 +17,8 @@ __all__ = ["LayerMaps", "MapStore", "upscale"]
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """Maps of one site and one sample: ``maps`` (s k c h w), float32 on the CPU, for c columns.
+    """Maps of one site and one sample: ``maps`` (s k c h w), float32 on the CPU, for c columns; (s k c f h w) where the
+    site has several frames.
 
     s counts kept steps and k kept heads; both are 1 where they were averaged. ``calls`` says over how many attention
     calls each of the s maps is the mean; ``heads`` how many heads the site has, ``steps`` which steps of the schedule
@@ -31,7 +32,7 @@ class LayerMaps:
     steps: tuple[int, ...] = ()
 
     def mean(self, steps: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
-        """(k c h w): mean over the calls of all or some steps, for all or some of the kept heads.
+        """(k c [f] h w): mean over the calls of all or some steps, for all or some of the kept heads.
 
         Raises NoMatch for steps or heads that were not kept.
         """
@@ -43,7 +44,7 @@ class LayerMaps:
             maps = maps[:, [self._kept("head", head, range(self.heads if maps.shape[1] > 1 else 0)) for head in heads]]
         if len(maps) == 1:
             return maps[0]
-        return (maps * (weights / weights.sum()).view(-1, 1, 1, 1, 1)).sum(0)
+        return (maps * (weights / weights.sum()).view(-1, *[1] * (maps.dim() - 1))).sum(0)
 
     def _kept(self, what: str, wanted: int, kept: Sequence[int]) -> int:
         if wanted not in kept:
@@ -70,11 +71,11 @@ class MapStore:
         return len(self._sums)
 
     def add(self, site: Site, maps: Tensor, step: int = 0) -> None:
-        """Add the maps (b k n c) of one call; n must be the cells of the site's grid. Raises BadInput otherwise."""
-        h, w = site.grid or (0, 0)
-        if maps.shape[2] != h * w:
-            told = f"maps of {maps.shape[2]} queries do not fit the grid {site.grid} of attention site {site.path}."
-            raise BadInput(told)
+        """Add the maps (b k n c) of one call; n must be the cells of the site, in all its frames: see
+        :meth:`Site.unfold`. Raises BadInput otherwise."""
+        if maps.shape[2] != site.cells:
+            given = f"maps of {maps.shape[2]} queries"
+            raise BadInput(f"{given} do not fit the grid {site.shape} of attention site {site.path}.")
         slot = step if self.steps else 0
         sums, calls = self._sums.setdefault(site.path, {}), self._calls.setdefault(site.path, {})
         self._sites[site.path], self._head_count[site.path] = site, maps.shape[1]
@@ -93,9 +94,10 @@ class MapStore:
             slots = sorted(sums)
             calls = tuple(self._calls[path][slot] for slot in slots)
             maps = torch.stack([sums[slot][sample].cpu() / n for slot, n in zip(slots, calls, strict=True)])
-            maps = maps.transpose(-1, -2).unflatten(-1, self._sites[path].grid).contiguous()  # (s k n c) -> (s k c h w)
+            site = self._sites[path]
+            maps = maps.transpose(-1, -2).unflatten(-1, site.shape).contiguous()  # (s k n c) -> (s k c [f] h w)
             steps = tuple(slots) if self.steps else ()
-            layers.append(LayerMaps(self._sites[path], maps, self._head_count[path], calls, steps))
+            layers.append(LayerMaps(site, maps, self._head_count[path], calls, steps))
         return layers
 
 

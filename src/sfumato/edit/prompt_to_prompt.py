@@ -16,7 +16,6 @@ map is materialised, and an edit that changes nothing keeps every bit.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,8 +26,9 @@ from pydantic import field_validator
 from torch import Tensor
 
 from sfumato import cards
-from sfumato.attention.seam import Call, OtherMap, Tap
+from sfumato.attention.call import Call
 from sfumato.attention.sites import Site, matches_place
+from sfumato.attention.tap import OtherMap, Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step
@@ -491,19 +491,20 @@ class _Mix:
         image = own.image
 
         def edited(rows: slice) -> Tensor:
-            ours, theirs = _queries(own, rows), _queries(self.source, rows)
-            out = _paid(theirs, self._dealt(own.v))
+            ours, theirs = own.of_queries(rows), self.source.of_queries(rows)
+            out = theirs.with_values(self._dealt(own.v)).attend()
             if self.keeps:
-                out = out + _paid(ours, self._kept(own.v))
+                out = out + ours.with_values(self._kept(own.v)).attend()
             if self.shares_out:
                 ones = torch.ones_like(own.v)
-                total = _paid(theirs, self._dealt(ones, absolute=True)) + _paid(ours, self._kept(ones, absolute=True))
+                total = theirs.with_values(self._dealt(ones, absolute=True)).attend()
+                total = total + ours.with_values(self._kept(ones, absolute=True)).attend()
                 out = out / total.clamp_min(torch.finfo(out.dtype).tiny)
             return out
 
         n = own.q.shape[2]
         parts = [
-            edited(rows) if inside else _queries(own, rows).attend() for rows, inside in _split(slice(0, n), image)
+            edited(rows) if inside else own.of_queries(rows).attend() for rows, inside in _split(slice(0, n), image)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -547,27 +548,6 @@ class _Mix:
             keep = self.deal.keep.abs() if absolute else self.deal.keep
             out[:, :, self.text] *= keep[:, None, :, None].to(values.dtype)
         return out
-
-
-def _paid(call: Call, values: Tensor) -> Tensor:
-    """The output (b k n d) of a call paid to other values; heads of the values may be shared."""
-    other = copy.copy(call)
-    other.v, other._fused = values, None
-    return other.attend()
-
-
-def _queries(call: Call, rows: slice) -> Call:
-    """The call of some queries only."""
-    if rows == slice(0, call.q.shape[2]):
-        return call
-    part = copy.copy(call)
-    part.q, part._fused = call.q[:, :, rows], None
-    part._scores = None if call._scores is None else call._scores[:, :, rows]
-    part._probs = None if call._probs is None else call._probs[:, :, rows]
-    if call.mask is not None and call.mask.dim() > 1 and call.mask.shape[-2] > 1:
-        part.mask = call.mask[..., rows, :]
-    part._whole, part._part = None, slice(None)
-    return part
 
 
 def _split(queries: slice, image: slice) -> list[tuple[slice, bool]]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.attention.seam import Call
+from sfumato.attention.call import Call
 from sfumato.errors import NotSupported
 from sfumato.models.site import Site
 
@@ -134,7 +134,7 @@ class _Capture(TorchFunctionMode):
         n, heads = query.shape[2], query.shape[1]
         site = Site(now.path, "self" if n == key.shape[2] else "cross", None, None, (0, n), heads, now.path, 0)
         call = Call(*args, **kwargs, site=site, module=now.module)
-        call._probs = self._keep(now, call.probs())
+        call.replace_probs(self._keep(now, call.probs()))
         return call.attend()
 
     def _by_hand(self, func: Any, scores: Tensor, dtype: torch.dtype | None) -> Tensor:

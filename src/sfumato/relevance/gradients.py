@@ -15,7 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.attention.seam import AttentionSeam, Call, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.seam import AttentionSeam
+from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput
 from sfumato.models.site import Site
 from sfumato.relevance.rules import Relevancy, fuse_heads

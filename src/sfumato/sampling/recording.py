@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sfumato import files
-from sfumato.attention.seam import Call, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch
 from sfumato.models import Site
 from sfumato.sampling.intervention import Coverage, Intervention
@@ -198,8 +199,8 @@ class Recorder(Intervention):
         if i not in self._wanted[path] or "cond" not in call.rows:
             return
         part = call.branch("cond")
-        if call._given_scale is not None:
-            self._scales[path] = call._given_scale
+        if call.given_scale is not None:
+            self._scales[path] = call.given_scale
         kept = {"q": part.q, "k": part.k} | ({} if part.mask is None else {"mask": part.mask})
         for what, tensor in kept.items():
             name, value = f"{path}|{what}", tensor.detach()

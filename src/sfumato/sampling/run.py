@@ -19,7 +19,8 @@ from sfumato.text.weights import Weighted, read_weights
 from sfumato.text.words import Words
 
 if TYPE_CHECKING:
-    from sfumato.attention.seam import AttentionSeam, Tap
+    from sfumato.attention.seam import AttentionSeam
+    from sfumato.attention.tap import Tap
     from sfumato.sampling.request import Request
 
 Branches = tuple[str, ...]

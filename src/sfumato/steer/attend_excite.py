@@ -26,8 +26,9 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.attention.accumulate import upscale
-from sfumato.attention.seam import Call, Tap
+from sfumato.attention.call import Call
 from sfumato.attention.sites import Site, matches_place
+from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step

@@ -29,7 +29,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from sfumato import cards, masks
-from sfumato.attention.seam import Call, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Site

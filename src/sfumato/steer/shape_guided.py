@@ -34,7 +34,8 @@ from torch import Tensor
 
 from sfumato import cards, masks
 from sfumato.attention.accumulate import MapStore, upscale
-from sfumato.attention.seam import Call, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Model, Site

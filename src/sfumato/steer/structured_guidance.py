@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sfumato import cards
-from sfumato.attention.seam import Call, Tap
+from sfumato.attention.call import Call
+from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models import Condition

@@ -1,0 +1,64 @@
+"""Attention that would never reach the seam is refused instead of yielding nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from sfumato.errors import NotSupported
+
+#: diffusers' own backends that still end in scaled_dot_product_attention.
+_SEEN_BACKENDS = {"native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn"}
+
+
+def refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> None:
+    """Raise NotSupported where attention at a wanted site would never reach the seam."""
+    for path, target in wanted.items():
+        for above, part in _ancestors(module, path):
+            if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+                raise NotSupported(
+                    f"{above or type(part).__name__} is compiled by torch.compile, which hides attention from taps; "
+                    f"use the uncompiled module."
+                )
+            registry = getattr(part, "_diffusers_hook", None)
+            for name, hook in getattr(registry, "hooks", {}).items():
+                if hasattr(
+                    hook, "new_forward"
+                ):  # pre/post hooks (offloading, casting) are harmless, replacements are not
+                    raise NotSupported(
+                        f"the diffusers hook {name!r} on {above or type(part).__name__} may skip attention at {path}; "
+                        f"call disable_cache() or remove the hook first."
+                    )
+        processor = getattr(target, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            raise NotSupported(f"context-parallel attention at {path} bypasses attention taps; run it on one device.")
+        if processor is not None and hasattr(processor, "_attention_backend"):
+            backend = processor._attention_backend or _default_backend()
+            name = str(getattr(backend, "value", backend))
+            if name not in _SEEN_BACKENDS:
+                raise NotSupported(
+                    f"attention backend {name!r} at {path} bypasses attention taps; "
+                    f"call set_attention_backend('native') on the model first."
+                )
+        implementation = getattr(getattr(target, "config", None), "_attn_implementation", None)
+        if implementation not in (None, "sdpa"):
+            raise NotSupported(
+                f"attention implementation {implementation!r} at {path} bypasses attention taps; "
+                f"load the model with attn_implementation='sdpa'."
+            )
+
+
+def _ancestors(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield "", module
+    names = path.split(".") if path else []
+    for i, name in enumerate(names):
+        module = getattr(module, name)
+        yield ".".join(names[: i + 1]), module
+
+
+def _default_backend() -> Any:
+    from diffusers.models import attention_dispatch
+
+    return attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
