@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from claims.core import Context
-from sfumato import sampling
+from sfumato import sampling, sheets
 from sfumato.metrics import stats
 from sfumato.models import load as load_model
 from sfumato.toybox import COLORS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, oracle, to_uint8
@@ -150,18 +150,9 @@ def heat(level: Tensor, picture: Tensor | None = None) -> Tensor:
 
 def sheet(rows: Sequence[Sequence[Tensor]], scale: int = 2, gap: int = 4) -> Image.Image:
     """Pictures (3, h, w) in rows as one image on white."""
-    images = [[as_image(picture, scale) for picture in row] for row in rows]
-    width = max(sum(i.width + gap for i in row) for row in images) - gap
-    height = sum(max(i.height for i in row) + gap for row in images) - gap
-    canvas = Image.new("RGB", (width, height), "white")
-    top = 0
-    for row in images:
-        left = 0
-        for image in row:
-            canvas.paste(image, (left, top))
-            left += image.width + gap
-        top += max(i.height for i in row) + gap
-    return canvas
+    columns = max(map(len, rows))
+    cells = [picture for row in rows for picture in [*row, *[None] * (columns - len(row))]]
+    return sheets.sheet(cells, columns, scale=scale, gap=gap)
 
 
 def percent(interval: stats.Interval) -> str:

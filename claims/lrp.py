@@ -12,6 +12,7 @@ from torch import Tensor
 
 from claims import common
 from claims.core import Context, Experiment, Part, Row
+from sfumato import sheets
 from sfumato.explain import heat
 from sfumato.explain.attention_relevance import relevance as attention_relevance
 from sfumato.explain.lrp import METHODS, conservation, on_grid, relevance
@@ -160,7 +161,7 @@ def picture(context: Context, given: Asked) -> str:
         for i, plain in enumerate(image):
             level = F.interpolate(maps(context, given, name)[i][None, None], (128, 128), mode="bilinear")[0, 0]
             tiles.append((name.replace("_", " "), heat.overlay(plain, heat.unit(level))))
-    return context.save("lrp-segmentation.png", heat.sheet(tiles, columns=len(image)))
+    return context.save("lrp-segmentation.png", sheets.sheet(tiles, columns=len(image)))
 
 
 def specific(context: Context) -> list[Row]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from claims import common
 from claims.core import Context, Experiment, Part, Row
+from sfumato import sheets
 from sfumato.explain import heat
 from sfumato.explain.lrp import on_grid, relevance
 from sfumato.metrics import segmentation, stats
@@ -274,7 +275,7 @@ def picture(context: Context) -> str:
         maps = F.interpolate(maps[:, None], (128, 128), mode="bilinear", align_corners=False)[:, 0]
         for image, one, word in zip(images, maps, said.tolist(), strict=True):
             tiles.append((f"{name}: {SHAPES[word]}", heat.overlay(image, heat.unit(one))))
-    return context.save("robust-vit.png", heat.sheet(tiles, columns=len(images)))
+    return context.save("robust-vit.png", sheets.sheet(tiles, columns=len(images)))
 
 
 EXPERIMENT = Experiment(

@@ -19,7 +19,6 @@ from sfumato.edit.inpaint import Inpaint
 from sfumato.explain import heat
 from sfumato.explain.conceptor import decompose, word_cloud
 from sfumato.explain.daam import DAAM
-from sfumato.explain.heat import sheet as label_sheet
 from sfumato.explain.lrp import explain_image as explain_lrp
 from sfumato.explain.relevance_maps import draw_words
 from sfumato.explain.shape_texture import ShapeTexture, plot
@@ -27,6 +26,7 @@ from sfumato.metrics.segmentation import normalise
 from sfumato.models.readers import load_reader
 from sfumato.models.vision import load_vision
 from sfumato.sampling.request import as_pictures
+from sfumato.sheets import sheet
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
@@ -49,18 +49,6 @@ from sfumato.toybox import (
 from sfumato.toybox.dataset import draw_scene
 
 HERE = Path(__file__).parent / "images"
-
-
-def sheet(pixels: torch.Tensor, columns: int, gap: int = 4, scale: int = 1) -> Image.Image:
-    """Pictures (b, 3, h, w) in [-1, 1] in rows of ``columns`` with white gaps."""
-    tiles = to_uint8(pixels).permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
-    b, h, w, _ = tiles.shape
-    rows = -(-b // columns)
-    out = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        out[y : y + h, x : x + w] = tile
-    return Image.fromarray(out)
 
 
 def toybox() -> Image.Image:
@@ -140,7 +128,7 @@ def attention_relevance() -> Image.Image:
     answer = sfumato.explain(picture, question, model="toy-vqa", by=by).maps[0]
     cells.append((f"toy-vqa: {answer.answers[0].label}", answer.overlay(picture)))
     cells.append((question, draw_words(answer.words(), (256, 256))))
-    return label_sheet(cells, columns=3)
+    return sheet(cells, columns=3)
 
 
 def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
@@ -460,7 +448,7 @@ def lrp() -> Image.Image:
         found = explain_lrp(reader, picture, labels=words)
         plain = picture.resize((160, 160), Image.Resampling.BICUBIC)
         tiles += [("picture", plain), *((word, found.overlay(picture, word)) for word in words)]
-    return heat.sheet(tiles, columns=5)
+    return sheet(tiles, columns=5)
 
 
 def robust_vit() -> Image.Image:
@@ -479,7 +467,7 @@ def robust_vit() -> Image.Image:
         for i, one, word in zip(own, maps, said, strict=True):
             wide = torch.nn.functional.interpolate(one[None, None], (160, 160), mode="bilinear")[0, 0]
             tiles.append((f"says {SHAPES[word]}", heat.overlay(Image.fromarray(source.images[i]), heat.unit(wide))))
-    return heat.sheet(tiles, columns=len(own))
+    return sheet(tiles, columns=len(own))
 
 
 def to_pil(picture: torch.Tensor) -> Image.Image:

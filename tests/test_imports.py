@@ -18,6 +18,7 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors"},
+    {"sheets"},
     {"files", "registry", "cards", "scale"},
     {"metrics"},
     {"toybox"},

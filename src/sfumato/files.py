@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sfumato.errors import BadInput
+from sfumato.sheets import sheet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -155,18 +156,12 @@ def reading_tensors(path: Path | str, form: str, what: str) -> Iterator[tuple[An
 
 
 def save_grid(path: Path, pictures: list[Path]) -> Path:
-    """All pictures as one, in rows about as many as columns, each in a cell of the largest's size."""
+    """All pictures as one, in rows about as many as columns, columns as wide and rows as high as their largest."""
     from PIL import Image
 
     columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    opened = [Image.open(picture).convert("RGB") for picture in pictures]
-    w, h = max(image.width for image in opened), max(image.height for image in opened)
-    sheet = Image.new("RGB", (columns * (w + 2) - 2, rows * (h + 2) - 2), "white")
-    for i, image in enumerate(opened):
-        sheet.paste(image, ((i % columns) * (w + 2), (i // columns) * (h + 2)))
     encoded = io.BytesIO()
-    sheet.save(encoded, format="PNG")
+    sheet([Image.open(picture) for picture in pictures], columns, gap=2).save(encoded, format="PNG")
     with replacing(path) as file:
         file.write(encoded.getbuffer())
     return path

@@ -196,12 +196,3 @@ def test_the_grid_holds_the_picture_and_every_word():
     for cell, x in zip(cells, (8 + 168, 8 + 2 * 168), strict=True):
         column = np.asarray(found)[-8 - 240 : -8, x : x + 160]
         assert np.array_equal(column, np.asarray(cell))
-    with pytest.raises(BadInput, match="at least one picture"):
-        heat.sheet([])
-
-
-def test_labels_and_titles_of_any_length_and_script_fit():
-    cell = Image.new("RGB", (64, 64))
-    long = heat.sheet([("a very long label that cannot fit into the cell", cell)], "word " * 300)
-    short = heat.sheet([("猫 🐱", cell)], "")
-    assert long.width == short.width == 64 + 16 and long.height > short.height

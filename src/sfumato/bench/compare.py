@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import field_validator
 
-from sfumato import cards
+from sfumato import cards, sheets
 from sfumato.bench.folder import Folder
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.bench.survey import CAP, Instruments, Reservoir, survey
@@ -343,7 +343,4 @@ def _side_by_side(first: Image.Image, second: Image.Image, largest: int = 128) -
         tile = picture.convert("RGB").copy()
         tile.thumbnail((largest, largest))
         tiles.append(tile)
-    sheet = Image.new("RGB", (sum(t.width for t in tiles) + 4, max(t.height for t in tiles)), "white")
-    sheet.paste(tiles[0], (0, 0))
-    sheet.paste(tiles[1], (tiles[0].width + 4, 0))
-    return sheet
+    return sheets.sheet(tiles, 2)

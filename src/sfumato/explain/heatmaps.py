@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import files
+from sfumato import files, sheets
 from sfumato.attention.accumulate import LayerMaps, upscale
 from sfumato.attention.sites import Site, matches_place
 from sfumato.errors import BadInput, NoMatch, UnknownName
@@ -181,7 +181,7 @@ class HeatMaps:
         h, w = heat.enlarged_size(self.size)
         cells = [("", image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC))]
         cells += [(label, self.overlay(image, label, colours)) for label in labels]
-        return heat.sheet(cells, self.prompt)
+        return sheets.sheet(cells, title=self.prompt)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato import files
+from sfumato import files, sheets
 from sfumato.errors import BadInput, UnknownName
 from sfumato.explain import heat
 
@@ -104,7 +104,7 @@ class RelevanceMaps:
                 cells.append((answer.label, self.overlay(image, i)))
             if answer.words:
                 cells.append((f"{answer.label}: words", draw_words(self.words(i), (size[1], size[0]))))
-        return heat.sheet(cells, f"{self.method}: {self.facts.get('asked', '')}")
+        return sheets.sheet(cells, title=f"{self.method}: {self.facts.get('asked', '')}")
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def draw_words(words: Sequence[tuple[str, float]], size: tuple[int, int]) -> Ima
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     most = max((value for _, value in words), default=0.0) or 1.0
-    font = heat.lettering(max(12, h // 14))
+    font = sheets.lettering(max(12, h // 14))
     line, gap = sum(font.getmetrics()) + 6, 6
     x, y = gap, gap
     for word, value in words:

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from sfumato import masks
+from sfumato import masks, sheets
 from sfumato.cards import Card, Field, register
 from sfumato.clip import Clip, Cutouts, clip_for, out_of_range, shares, spherical_distance, total_variation, weighted
 from sfumato.errors import NoMatch
@@ -199,9 +199,4 @@ def _row(pictures: Sequence[Image.Image], height: int, gap: int = 4) -> Image.Im
     scaled = [
         p.resize((max(1, round(p.width * height / p.height)), height), Image.Resampling.LANCZOS) for p in pictures
     ]
-    canvas = Image.new("RGB", (sum(p.width + gap for p in scaled) - gap, height), "white")
-    left = 0
-    for picture in scaled:
-        canvas.paste(picture, (left, 0))
-        left += picture.width + gap
-    return canvas
+    return sheets.sheet(scaled, len(scaled), gap=gap)

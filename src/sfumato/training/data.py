@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from sfumato.toybox import ToyboxDataset
@@ -38,12 +37,3 @@ def toy_weights(data: ToyboxDataset, indices: Tensor, weight: float, cells: int 
 def captions(data: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
     """One random caption per scene, a pure function of the draw."""
     return [data.caption(int(i), np.random.default_rng(draw.number("caption", int(i)))).text for i in indices]
-
-
-def sheet(pixels: Tensor, columns: int) -> Image.Image:
-    """Pictures (b, 3, h, w) in [-1, 1] as one picture, ``columns`` to a row, enlarged twice."""
-    tiles = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    rows = [torch.cat(list(row), dim=2) for row in tiles.split(columns) if len(row) == columns]
-    array = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array)
-    return picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
+from sfumato import sheets
 from sfumato.toybox.cues import CUE_TEXTURES, CUES, CueDataset
 from sfumato.training import data
 from sfumato.training.objective import Draw, Objective
@@ -117,7 +118,7 @@ class CNNObjective(Objective):
     def grid(self) -> Image.Image:
         """Training pictures, in rows by label."""
         rows = [torch.from_numpy(np.flatnonzero(self.train_data.labels == k)[:8]) for k in range(len(CUES))]
-        return data.sheet(torch.cat([data.pictures(self.train_data, row) for row in rows]), 8)
+        return sheets.sheet(torch.cat([data.pictures(self.train_data, row) for row in rows]), 8, scale=2, gap=0)
 
     def export(self, folder: Path) -> dict[str, Any]:
         copy.deepcopy(self.cnn).half().save_pretrained(folder)

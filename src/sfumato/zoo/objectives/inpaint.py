@@ -19,7 +19,7 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from sfumato import masks, registry
+from sfumato import masks, registry, sheets
 from sfumato.toybox import COLORS, Scene, ToyboxDataset
 from sfumato.toybox import caption as describe
 from sfumato.toybox.oracle.presence import Wanted, find, wanted
@@ -167,7 +167,7 @@ class InpaintObjective(DiffusionObjective):
         pictures = data.pictures(self.val_data, torch.tensor([case[0] for case in cases]))
         holes = torch.stack([case[1] for case in cases])[:, None]
         filled = self.fill(pictures, holes, [case[2] for case in cases], 20, 3.0)
-        return data.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8)
+        return sheets.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8, scale=2, gap=0)
 
     def export(self, folder: Any) -> dict[str, Any]:
         return {**super().export(folder), "pipeline": "StableDiffusionInpaintPipeline", "plain": PLAIN}

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sfumato import registry
+from sfumato import registry, sheets
 from sfumato.errors import UnknownName
 from sfumato.toybox import ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
@@ -256,4 +256,4 @@ class LatentObjective(Objective):
     def grid(self) -> Image | None:
         if self.expert:
             return None
-        return data.sheet(self.sample(list(GRID_PROMPTS), 20, 3.0), 8)
+        return sheets.sheet(self.sample(list(GRID_PROMPTS), 20, 3.0), 8, scale=2, gap=0)

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor, nn
 
+from sfumato import sheets
 from sfumato.training import data
 from sfumato.training.objective import Draw, Objective, save_half
 from sfumato.training.recipe import Options
@@ -124,7 +125,7 @@ class VAEObjective(Objective):
 
     def grid(self) -> Image:
         x = data.pictures(self.val_data, torch.arange(8)).to(self.device)
-        return data.sheet(torch.cat([x, self.reconstruct(x)]), 8)
+        return sheets.sheet(torch.cat([x, self.reconstruct(x)]), 8, scale=2, gap=0)
 
     def standardise(self, n: int = 512) -> dict[str, list[float]]:
         """Folds the per-channel mean and deviation of the latents into the 1x1 convolutions on either side of them.
