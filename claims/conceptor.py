@@ -27,7 +27,7 @@ SOURCE = "Chefer et al. 2023"
 MODEL = "toy-sd"
 SLOT = "wood"  # the word that secrets stand in for; their pictures are of "a <secret>"
 REPORT, HELD_OUT = 6100, 6900
-SETTINGS: dict[str, Any] = {"iterations": 300, "rate": 1e-2, "batch": 8, "levels_count": "alike"}
+SETTINGS: dict[str, Any] = {"iterations": 300, "learning_rate": 1e-2, "batch": 8, "levels_count": "alike"}
 SETTINGS |= {"checked": 0, "keep": 10, "flip": False}
 DRAWING: dict[str, Any] = {"steps": 12}
 

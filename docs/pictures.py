@@ -17,7 +17,8 @@ from sfumato import files, masks
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
 from sfumato.explain import heat
-from sfumato.explain.conceptor import decompose, word_cloud
+from sfumato.explain.conceptor import decompose
+from sfumato.explain.conceptor.word_cloud import word_cloud
 from sfumato.explain.daam import DAAM
 from sfumato.explain.lrp import explain_image as explain_lrp
 from sfumato.explain.relevance_maps import draw_words
@@ -427,7 +428,9 @@ def no_token_left_behind() -> Image.Image:
 def conceptor() -> Image.Image:
     """The cloud of what "cone" is made of; below, pictures of it above what its words draw from the same seeds."""
     model = sfumato.load("toy-sd")
-    found = decompose(model, "cone", images=40, checked=8, iterations=250, rate=5e-3, batch=8, keep=10, steps=12)
+    found = decompose(
+        model, "cone", images=40, checked=8, iterations=250, learning_rate=5e-3, batch=8, keep=10, steps=12
+    )
     cloud = word_cloud(found.shares(), (8 * 68 - 4, 220))
     tiles = [torch.from_numpy(np.array(image)) for image in (*found.pictures, *found.drawn)]
     below = sheet(torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1, 8)

@@ -189,6 +189,13 @@ def test_recipe_round_trip(brush):
     assert type(again) is brush and again.params == system.params
 
 
+def test_recipes_with_older_names_of_parameters_are_read(brush, monkeypatch):
+    monkeypatch.setattr(brush.Params, "RENAMED", {"force": "strength"})
+    assert from_recipe({"method": "test_brush", "params": {"force": 0.5, "wet": True}}).params.strength == 0.5
+    with pytest.raises(UnknownName, match="'frce'"):
+        from_recipe({"method": "test_brush", "params": {"frce": 0.5}})
+
+
 def test_unknown_method_names_the_nearest(brush):
     with pytest.raises(UnknownName, match="Did you mean 'test_brush'"):
         method("test_brus")

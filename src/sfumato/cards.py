@@ -106,6 +106,7 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     SYSTEM: ClassVar[str] = ""
+    RENAMED: ClassVar[dict[str, str]] = {}  # names that older recipes have, and what they are called today
 
     def __init__(self, **given: Any):
         try:
@@ -376,4 +377,6 @@ def from_recipe(recipe: dict[str, Any]) -> Any:
     key, params = recipe.get("method"), recipe.get("params", {})
     if not (isinstance(key, str) and isinstance(params, dict)):
         raise BadInput(f"{_brief(recipe)} describes no system; it must be {{'method': key, 'params': {{...}}}}.")
-    return method(key)(**params)
+    system = method(key)
+    renamed = system.Params.RENAMED  # type: ignore[attr-defined]
+    return system(**{renamed.get(name, name): value for name, value in params.items()})

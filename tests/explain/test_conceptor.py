@@ -10,20 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import BadInput, NoMatch, UnknownName
-from sfumato.explain.conceptor import (
-    Conceptor,
-    Decomposition,
-    _Network,
-    balance,
-    decompose,
-    dictionary,
-    effective_number,
-    explain_seed,
-    mixture_vectors,
-    read_mixture,
-    usual_norms,
-    word_cloud,
-)
+from sfumato.explain.conceptor import Conceptor, Decomposition, balance, decompose, dictionary, explain_seed
+from sfumato.explain.conceptor.decomposition import effective_number
+from sfumato.explain.conceptor.learning import Coefficients
+from sfumato.explain.conceptor.pseudo_word import mixture_vectors, read_mixture
+from sfumato.explain.conceptor.vocabulary import usual_norms
+from sfumato.explain.conceptor.word_cloud import word_cloud
 from sfumato.models import Model
 from sfumato.models.slot import pseudo_word, text_towers, token_of
 from sfumato.sampling import generate
@@ -109,54 +101,71 @@ def test_pieces_are_the_rest_of_the_vocabulary():
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd2", "sd3"])
-def test_one_step_of_learning_against_a_slow_reference(kind):
-    """Loss and first update by hand: the vector in the table, alphas and their sum in loops, AdamW written out."""
+def test_one_step_of_learning_against_a_slow_reference(kind, monkeypatch):
+    """Loss and first update by hand, from what the denoiser was shown: with one picture its noise is known from the
+    latents. The vector is written into the table, alphas and their sum are made in loops."""
     model, other = tiny_model(kind), tiny_model(kind, fresh=True)
-    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    options = dict(checked=0, flip=False, batch=2, keep=3, dictionary=["red", "blue", "ball", "dog", "cat"], seed=11)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    words, b = ["red", "blue", "ball", "dog", "cat"], 4
+    shown, predict = [], model.predict
+
+    def spy(x, t, condition, *rest):
+        shown.append((x.detach().clone(), t.clone()))
+        return predict(x, t, condition, *rest)
+
+    monkeypatch.setattr(model, "predict", spy)
     before = fingerprint(model)
-    found = decompose(model, pictures=pictures, iterations=1, **options, steps=1)
+    found = decompose(
+        model,
+        pictures=picture,
+        iterations=1,
+        checked=0,
+        flip=False,
+        batch=b,
+        keep=3,
+        dictionary=words,
+        seed=11,
+        steps=1,
+    )
     assert fingerprint(model) == before
+    x, t = shown[0]
+    assert [int((each - 1) // (999 / b)) for each in t.tolist()] == list(range(b))  # one level of each quarter
     known = dictionary(other)
-    rows = [known.names.index(word) for word in options["dictionary"]]
+    rows = [known.names.index(word) for word in words]
     tables = {name: table[rows] for name, table in known.tables.items()}
-    network = _Network(sum(t.shape[1] for t in tables.values()), "network", 5, 11)
     inputs = torch.cat(list(tables.values()), 1)
+    network = Coefficients(inputs.shape[1], "network", 5, 11)
     alphas = torch.stack([network.layers(row).abs()[0] for row in inputs])
     vectors = {}
     for name, table in tables.items():
         mixed = sum(alphas[i] * table[i] for i in range(5))
         vectors[name] = mixed / mixed.norm() * usual_norms(other)[name]
-    generator = torch.Generator().manual_seed(11)
-    picked = torch.randint(3, (2,), generator=generator)
     with torch.no_grad():
-        x0 = other.encode_image(pictures)[picked].float()
-    noise = torch.randn(x0.shape, generator=generator)
-    part = torch.rand(2, generator=generator)
-    t = torch.tensor([1 + int((i + float(part[i])) / 2 * 999) for i in range(2)])
+        x0 = other.encode_image(picture).float()
     if kind == "sd3":
         level = (t / 1000).view(-1, 1, 1, 1)
-        x, target = (1 - level) * x0 + level * noise, noise - x0
+        noise = (x - (1 - level) * x0) / level
+        target = noise - x0
     else:
-        ab = other.make_scheduler("ddim").alphas_cumprod[t].view(-1, 1, 1, 1)
-        x = ab.sqrt() * x0 + (1 - ab).sqrt() * noise
-        target = noise if kind == "sd" else ab.sqrt() * noise - (1 - ab).sqrt() * x0
-    slot = next(n for n in known.names if len(n) > 2 and n != "a")
-    with pseudo_word(other, slot, vectors):
-        condition = other.encode_text(f"a {slot}", guidance=False).repeat(2)
-    guess = torch.cat([other.predict(x[i : i + 1], t[i], condition.rows(i)) for i in range(2)])
+        kept = other.make_scheduler("ddim").alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise = (x - kept.sqrt() * x0) / (1 - kept).sqrt()
+        target = noise if kind == "sd" else kept.sqrt() * noise - (1 - kept).sqrt() * x0
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1 and len({float(each[0, 0, 0]) for each in noise}) == b
+    word = next(name for name in known.names if len(name) > 2)
+    with pseudo_word(other, word, vectors):
+        condition = other.encode_text(f"a {word}", guidance=False)
+    guess = torch.cat([other.predict(x[i : i + 1], t[i], condition) for i in range(b)])
     loss = F.mse_loss(guess, target)
-    kept = sorted(range(5), key=lambda i: -float(alphas[i].detach()))[:3]
+    largest = sorted(range(5), key=lambda i: -float(alphas[i].detach()))[:3]
     cosines = [
-        torch.cosine_similarity(sum(alphas[i] * table[i] for i in kept), vectors[name], dim=0)
+        torch.cosine_similarity(sum(alphas[i] * table[i] for i in largest), vectors[name], dim=0)
         for name, table in tables.items()
     ]
     sparse = 1 - sum(cosines) / len(cosines)
     assert found.history[0][1] == pytest.approx(float(loss.detach()), rel=2e-4)
     assert found.history[0][2] == pytest.approx(float(sparse.detach()), abs=1e-5)
     (loss + 0.001 * sparse).backward()
-    reference = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
-    reference.step()
+    torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2).step()
     torch.testing.assert_close(found.alphas, network(inputs).detach(), rtol=1e-3, atol=1e-5)
 
 
@@ -199,8 +208,8 @@ def test_free_coefficients_take_the_first_step_of_adamw():
     model = tiny_model("sd")
     pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
     found = decompose(
-        model, pictures=pictures, dictionary=["red", "blue"], coefficients="free", iterations=1, rate=0.05, checked=0,
-        flip=False, batch=1, steps=1,
+        model, pictures=pictures, dictionary=["red", "blue"], coefficients="free", iterations=1, learning_rate=0.05,
+        checked=0, flip=False, batch=1, steps=1,
     )  # fmt: skip
     assert (found.alphas - 0.5 * (1 - 0.05 * 0.01)).abs().tolist() == pytest.approx([0.05, 0.05], abs=1e-4)
 
