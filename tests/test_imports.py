@@ -20,6 +20,7 @@ FLOORS = [
     {"errors"},
     {"sheets"},
     {"files", "registry", "cards", "scale"},
+    {"clips"},
     {"metrics"},
     {"toybox"},
     {"models", "masks"},

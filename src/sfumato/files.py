@@ -1,8 +1,10 @@
-"""Files that are whole or absent, and pictures that carry their recipe.
+"""Files that are whole or absent, and pictures and clips that carry their recipe.
 
 A picture's recipe travels in two text chunks of the PNG: ``sfumato`` (our JSON, exact) and ``parameters`` (the dialect
-of AUTOMATIC1111's web UI, which other tools read). What is read back is data from a stranger: sizes are limited,
-nothing is executed, and every value passes the same checks as one typed by hand.
+of AUTOMATIC1111's web UI, which other tools read). Clips (:mod:`sfumato.clips`) have no such chunks: there our JSON
+stands in the comment of an MP4 or GIF and in the EXIF description of a WebP, and A1111's text in the WebP's EXIF
+comment. What is read back is data from a stranger: sizes are limited, nothing is executed, and every value passes the
+same checks as one typed by hand.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ CHUNK = "sfumato"
 A1111_CHUNK = "parameters"
 LONGEST_RECIPE = 1_000_000  # characters of one chunk; Pillow itself stops at a megabyte per compressed chunk
 LARGEST_PICTURE = 256 * 2**20  # bytes
+LARGEST_VIDEO = 4 * 2**30
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 MOST_PIXELS = 2**26
 
 
@@ -125,6 +129,24 @@ def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any]) -> Pa
     return Path(path)
 
 
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """A recipe as one ASCII text that says whose it is, for files that have no named texts."""
+    return f"{CHUNK} {json.dumps(recipe, allow_nan=False)}"
+
+
+def recipe_exif(text: str, recipe: dict[str, Any]) -> Any:
+    """EXIF data with :func:`recipe_text` as description and A1111's text as comment."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[_EXIF_DESCRIPTION] = text
+    exif.get_ifd(_EXIF_IFD)[_EXIF_COMMENT] = b"UNICODE\0" + a1111_text(recipe).encode("utf-16-be")
+    return exif
+
+
+_EXIF_DESCRIPTION, _EXIF_IFD, _EXIF_COMMENT = 0x010E, 0x8769, 0x9286
+
+
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write tensors and what is to be known about them to one safetensors file, whole or not at all. Raises OSError."""
     import safetensors.torch
@@ -210,7 +232,7 @@ def read_upright(path: Path | str) -> Image.Image:
     """A picture from a file, upright, in its own mode (masks and label maps); errors as for :func:`read_picture`."""
     from PIL import ImageOps
 
-    with _opened(Path(path)) as image:
+    with opened_picture(Path(path)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
         image.load()
@@ -218,19 +240,14 @@ def read_upright(path: Path | str) -> Image.Image:
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
-    """The recipe in a picture, and whether it is our exact one (otherwise it was read from ``parameters``).
+    """The recipe in a picture or clip, and whether it is our exact one (otherwise it was read from ``parameters``).
 
     Raises:
-        BadInput: the file is no picture, is too large, carries no recipe, or one that cannot be read.
+        BadInput: the file is no picture or clip, is too large, carries no recipe, or one that cannot be read.
         OSError: the file cannot be opened.
     """
     path = Path(path)
-    with _opened(path) as image:
-        texts = dict(getattr(image, "text", {}))
-        # chunks behind the pixels are found by load() only
-        if CHUNK not in texts and A1111_CHUNK not in texts and image.width * image.height <= MOST_PIXELS:
-            image.load()
-            texts = dict(getattr(image, "text", {}))
+    texts = _texts_of_video(path) if path.suffix.lower() in VIDEOS else _texts_of_picture(path)
     for chunk in (CHUNK, A1111_CHUNK):
         if len(texts.get(chunk, "")) > LONGEST_RECIPE:
             raise BadInput(f"{path} carries a recipe of more than {LONGEST_RECIPE} characters; it is not read.")
@@ -247,9 +264,52 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
     raise BadInput(f"{path} carries no recipe: neither a {CHUNK!r} nor a {A1111_CHUNK!r} text was found in it.")
 
 
+def _texts_of_picture(path: Path) -> dict[str, str]:
+    """What a picture says, by the name of its chunk."""
+    with opened_picture(path) as image:
+        texts = dict(getattr(image, "text", {}))
+        # chunks behind the pixels are found by load() only
+        if CHUNK not in texts and A1111_CHUNK not in texts and image.width * image.height <= MOST_PIXELS:
+            image.load()
+            texts = dict(getattr(image, "text", {}))
+        comment = image.info.get("comment", b"")  # of a GIF
+        ours = comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
+        exif = image.getexif() if image.format == "WEBP" else {}
+        if exif:
+            ours = str(exif.get(_EXIF_DESCRIPTION, ""))
+            theirs = exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT, b"")  # type: ignore[attr-defined]
+            if isinstance(theirs, bytes) and theirs.startswith(b"UNICODE\0"):
+                texts.setdefault(A1111_CHUNK, theirs[8:].decode("utf-16-be", errors="replace"))
+    if ours.startswith(f"{CHUNK} "):
+        texts[CHUNK] = ours[len(CHUNK) + 1 :]
+    return texts
+
+
+def _texts_of_video(path: Path) -> dict[str, str]:
+    with opened_video(path) as container:
+        comment = str(container.metadata.get("comment", ""))
+    return {CHUNK: comment[len(CHUNK) + 1 :]} if comment.startswith(f"{CHUNK} ") else {}
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """A stranger's picture, with whatever is wrong about it told in one line."""
+def opened_video(path: Path) -> Iterator[Any]:
+    """A stranger's video, open (an ``av`` container); what is wrong about it is told in one line. Raises BadInput,
+    OSError when it cannot be opened."""
+    import av
+
+    if path.stat().st_size > LARGEST_VIDEO:
+        raise BadInput(f"{path} is larger than {LARGEST_VIDEO >> 20} MB, the most that is read.")
+    try:
+        with open(path, "rb") as file, av.open(file, "r") as container:
+            yield container
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a video: {_line(error)}.") from None
+
+
+@contextlib.contextmanager
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """A stranger's picture, open, with whatever is wrong about it told in one line. Raises BadInput, OSError when it
+    cannot be opened."""
     from PIL import Image, UnidentifiedImageError
 
     if path.stat().st_size > LARGEST_PICTURE:
