@@ -18,7 +18,7 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"sheets"},
+    {"sheets", "rng", "windows"},
     {"files", "registry", "cards", "scale"},
     {"clips"},
     {"metrics"},

@@ -13,8 +13,9 @@ from PIL import Image
 from sfumato.cards import build, from_recipe, to_recipe
 from sfumato.clip import load_clip
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
+from sfumato.rng import stream
 from sfumato.sampling import generate
-from sfumato.steer.mgad import MGAD, _generator
+from sfumato.steer.mgad import MGAD
 from sfumato.toybox import Scene, Toy, render, to_uint8
 from tests.tiny import tiny_model
 
@@ -47,14 +48,14 @@ def test_the_loss_by_hand(reference):
     watch = Watch(**both.params.model_dump())
     made(tiny_model("sd"), watch, n=2, steps=2, scheduler="ddim")
     picture = torch.from_numpy(np.array(reference)).permute(2, 0, 1).float() / 127.5 - 1
-    boxes = watch_boxes(2, (64, 64), _generator(0, -1))
+    boxes = watch_boxes(2, (64, 64), stream("mgad.crops", 0, -1))
     wanted_crops = [clip.pictures(picture[None, :, t : t + s, left : left + s]) for t, left, s in boxes]
     text = clip.text(["a red ball"])
     for i, (pixels, totals, seeds) in seen.items():
         for row, seed in enumerate(seeds):
             crops = [
                 clip.pictures(pixels[row][None, :, t : t + s, left : left + s])
-                for t, left, s in watch_boxes(2, pixels.shape[-2:], _generator(seed, i))
+                for t, left, s in watch_boxes(2, pixels.shape[-2:], stream("mgad.crops", seed, i))
             ]
             to_text = np.mean([half_square_angle(crop, text) for crop in crops])
             to_image = np.mean([half_square_angle(crop, other) for crop in crops for other in wanted_crops])

@@ -16,6 +16,7 @@ from pydantic import field_validator
 from sfumato import cards, files
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, SfumatoError
+from sfumato.windows import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +64,7 @@ class JobOptions(Params):
     seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")
     scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
     eta: float | None = Field(default=None, ge=0, le=1, description="share of fresh noise in DDIM steps")
-    guidance_interval: tuple[float, float] | None = Field(
+    guidance_interval: Window | None = Field(
         default=None, description="fractions of progress between which guidance acts"
     )
     true_guidance: float | None = Field(

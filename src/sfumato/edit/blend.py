@@ -16,19 +16,16 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import masks
+from sfumato import masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.edit.region import RegionParams, kept_picture, region_of
 from sfumato.errors import NotSupported
 from sfumato.sampling import Intervention, Path, Run, Step
 
 __all__ = ["Blend", "renoised"]
-
-SALT = 0x5F0A  # parts the noise of the surroundings from that of the run
 
 
 @register
@@ -91,7 +88,7 @@ class Blend(Intervention):
                 f"resample of blend goes back by whole steps, which {type(run.scheduler).__name__} cannot; use ddim, "
                 f"euler or flow_euler."
             )
-        self._generators = [torch.Generator().manual_seed((seed * 0x9E3779B1 + SALT) % 2**63) for seed in run.seeds]
+        self._generators = rng.generators("blend.surroundings", run.seeds)
         self._repeats: dict[int, int] = {}
 
     def on_noise(self, run: Run, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from sfumato import cards, files, masks
+from sfumato import cards, files, masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.hspace.tap import bottleneck_of, layer_of, slerp, tapped
@@ -34,6 +34,7 @@ from sfumato.sampling import Intervention, Run, Step, invert
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.loop import opened, walk
 from sfumato.sampling.request import Source, as_pictures
+from sfumato.windows import Window, inside
 
 __all__ = ["InjectFusion"]
 
@@ -76,7 +77,7 @@ class InjectFusion(Intervention):
         strength: float = Field(
             default=0.3, ge=0, le=1, description="share of the angle by which each injection turns the bottleneck"
         )
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.0, 0.6),
             description="share of the denoising in which to inject, from start to end",
             json_schema_extra={"unit": "progress"},
@@ -119,11 +120,6 @@ class InjectFusion(Intervention):
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
-        start, end = self.params.window
-        if not 0 <= start < end <= 1:
-            raise BadInput(
-                f"window of inject_fusion is {self.params.window}: it must be a start below an end, both from 0 to 1."
-            )
         p = self.params
         if p.content is None and p.content_image is None:
             raise BadInput(
@@ -231,7 +227,7 @@ class InjectFusion(Intervention):
         with opened(run.model, request, run.samples, (look,)) as other:
             if seed is not None or run.begin:
                 seeds = run.seeds if seed is None else [seed] * len(run)
-                generators = [torch.Generator().manual_seed(each) for each in seeds]
+                generators = rng.generators("sample", seeds)
                 noise = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=x.dtype)
                 x = run.model.prepare(noise, other.scheduler)
             clean = walk(other, x)
@@ -252,9 +248,8 @@ class InjectFusion(Intervention):
     # -- the injection -------------------------------------------------------------------------------------------------
 
     def _injects(self, step: Step) -> bool:
-        start, end = self.params.window
         every = max(1, step.total // self.params.injections)
-        return self.strength > 0 and start <= step.progress < end and step.i % every == 0
+        return self.strength > 0 and inside(step.progress, self.params.window) and step.i % every == 0
 
     def _injected(self, step: Step) -> dict[str, Tensor]:
         """The outputs of the step's branches with the content in the bottleneck."""

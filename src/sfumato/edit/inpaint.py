@@ -21,7 +21,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import masks
+from sfumato import masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.edit.region import RegionParams, kept_picture, region_of
 from sfumato.models import Condition
@@ -89,7 +89,7 @@ class Inpaint(Intervention):
         if run.begin or self._pixels is None:
             return x
         # as the diffusers pipeline: the picture's own noised latents would give away what the hole hides
-        seeds = [torch.Generator().manual_seed(seed) for seed in run.seeds]
+        seeds = rng.generators("sample", run.seeds)
         noise = randn_tensor(tuple(x.shape), generator=seeds, device=x.device, dtype=x.dtype)
         return run.model.prepare(noise, run.scheduler)
 

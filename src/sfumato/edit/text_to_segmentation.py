@@ -35,6 +35,7 @@ from sfumato.models import Model
 from sfumato.models.precision import fast_bf16
 from sfumato.sampling import Intervention, generate
 from sfumato.sampling.request import as_pictures
+from sfumato.windows import Window
 
 __all__ = [
     "Segmented",
@@ -85,7 +86,7 @@ class TextToSegmentation:
         )
         n: int = Field(default=200, ge=2, le=100_000, description="pictures to make where none are given")
         levels: int = Field(default=20, ge=1, le=1000, description="noise levels of the schedule that maps are read at")
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.2, 1.0),
             description="share of the schedule whose levels are read",
             json_schema_extra={"unit": "progress"},

@@ -38,6 +38,7 @@ from sfumato.sampling.intervention import Coverage, refuse_idle
 from sfumato.sampling.loop import opened
 from sfumato.sampling.request import as_pixels, checked, checked_size
 from sfumato.text.words import Reading, asked_for
+from sfumato.windows import Window
 
 __all__ = ["DAAM", "explain_image", "explain_images"]
 
@@ -69,7 +70,7 @@ class DAAM(Intervention):
             default=[], description="blocks or module paths to read, such as up or joint.3; none: all but the coarsest"
         )
         heads: list[int] = Field(default=[], description="numbers of the heads to read; none: all")
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.0, 1.0),
             description="share of the denoising to read, from start to end",
             json_schema_extra={"unit": "progress"},
@@ -97,9 +98,7 @@ class DAAM(Intervention):
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
-        start, end = self.window = self.params.window
-        if not 0 <= start < end <= 1:
-            raise BadInput(f"window of daam is {self.window}: it must be a start below an end, both from 0 to 1.")
+        self.window = self.params.window
         if any(head < 0 for head in self.params.heads):
             raise BadInput(f"heads of daam are {self.params.heads}: they count from 0.")
         self.maps: list[HeatMaps] = []

@@ -38,6 +38,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName, nearest
 from sfumato.metrics.stats import Interval
 from sfumato.models import Model
+from sfumato.rng import stream
 from sfumato.sampling.noise import Path as NoisePath
 from sfumato.toybox.cues import CUE_SHAPES, FACTORS, factor_pairs
 
@@ -597,10 +598,7 @@ def noised_forward(model: Model, progress: float, prompt: str = "", seed: int = 
             condition = model.encode_text([prompt] * len(pixels), guidance=False, embedded_guidance=1.0)
         clean = model.encode_image(pixels.to(model.device, model.dtype))
         noise = torch.stack(
-            [
-                torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + shown + i))
-                for i in range(len(clean))
-            ]
+            [torch.randn(clean.shape[1:], generator=stream("sample", seed + shown + i)) for i in range(len(clean))]
         ).to(clean)
         shown += len(clean)
         return model.predict(path.add_noise(clean, noise, t).to(model.dtype), t, condition)

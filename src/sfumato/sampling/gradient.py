@@ -21,6 +21,7 @@ from sfumato.errors import BadInput, NotFinite
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.noise import Path
 from sfumato.sampling.run import Step
+from sfumato.windows import Window
 
 __all__ = ["GradientGuidance", "GradientParams", "step_variance"]
 
@@ -32,7 +33,7 @@ class GradientParams(cards.Params):
     scale_range: tuple[float, float] = Field(
         default=(1.0, 1.0), description="strength is multiplied by this, from the first to the last step"
     )
-    window: tuple[float, float] = Field(
+    window: Window = Field(
         default=(0.0, 1.0), description="share of the denoising that is guided", json_schema_extra={"unit": "progress"}
     )
     on: Literal["score", "mean"] = Field(
@@ -54,9 +55,7 @@ class GradientGuidance(Intervention):
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)  # type: ignore[attr-defined]
-        start, end = self.window = self.params.window
-        if not 0 <= start < end <= 1:
-            raise BadInput(f"window of {self.name} is {self.window}: it must be a start below an end, both in [0, 1].")
+        self.window = self.params.window
         if min(self.params.scale_range) < 0:
             raise BadInput(f"scale_range of {self.name} is {self.params.scale_range}; both must be 0 or above.")
         self._pull: Tensor | None = None

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from sfumato import rng
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
@@ -222,7 +223,7 @@ def opened(
         prompts=[read_weights(text).text for text in request.prompts[rows]],
         negatives=request.negatives and [read_weights(text).text for text in request.negatives[rows]],
         seeds=request.seeds[rows],
-        generators=[torch.Generator().manual_seed(seed) for seed in request.seeds[rows]],
+        generators=rng.generators("sample", request.seeds[rows]),
         size=(request.width, request.height),
         grid=model.latent_shape(request.height, request.width)[1:],
         guidance=request.guidance,

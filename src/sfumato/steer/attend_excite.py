@@ -35,6 +35,7 @@ from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.text.phrases import noun_phrases
 from sfumato.text.words import Reading, WordSpan, asked_for
+from sfumato.windows import Window
 
 __all__ = ["AttendExcite", "Attended", "smoothing_kernel"]
 
@@ -95,7 +96,7 @@ class AttendExcite(Intervention):
         scale_range: tuple[float, float] = Field(
             default=(1.0, 0.5), description="the step size is multiplied by the root of this, from first to last step"
         )
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.0, 0.5),
             description="share of the denoising in which latents are moved",
             json_schema_extra={"unit": "progress"},
@@ -137,7 +138,7 @@ class AttendExcite(Intervention):
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
-        self.window = _share_of_progress("window", self.params.window)
+        self.window = self.params.window
         for at, level in self.params.thresholds:
             if not (0 <= at < 1 and 0 <= level <= 1):
                 raise BadInput(
@@ -369,13 +370,6 @@ def _rivals(reading: Reading, whole: bool) -> set[int]:
     rest = {position for name in ("<end>", "<pad>") for s in reading.streams.values() for position in s.special[name]}
     # the original leaves out the first and the last position; the last is never a word's
     return words | rest - {max(words | rest)}
-
-
-def _share_of_progress(name: str, window: tuple[float, float]) -> tuple[float, float]:
-    start, end = window
-    if not 0 <= start < end <= 1:
-        raise BadInput(f"{name} of attend_excite is {window}: it must be a start below an end, both from 0 to 1.")
-    return window
 
 
 def _sheet(image: Image.Image, one: Attended) -> Image.Image:

@@ -13,7 +13,6 @@ Beyond the original: batches, any size and schedule, latent models, flow, and a 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from sfumato import masks, sheets
+from sfumato import masks, rng, sheets
 from sfumato.cards import Card, Field, register
 from sfumato.clip import Clip, Cutouts, clip_for, out_of_range, shares, spherical_distance, total_variation, weighted
 from sfumato.errors import NoMatch
@@ -154,7 +153,9 @@ class MGAD(GradientGuidance):
         p, size = self.params, (pixels.shape[-2], pixels.shape[-1])
         crops = torch.cat(
             [
-                self._cutouts.cut(picture, self._cutouts.draw(size, _generator(seed, step.i)), self._clip.side)
+                self._cutouts.cut(
+                    picture, self._cutouts.draw(size, rng.stream("mgad.crops", seed, step.i)), self._clip.side
+                )
                 for picture, seed in zip(pixels, step.run.seeds, strict=True)
             ]
         )
@@ -176,7 +177,7 @@ class MGAD(GradientGuidance):
     def _crops_of(self, picture: Tensor) -> Tensor:
         """Vectors (m d) of crops of a reference picture (H W 3) of 8 bits, always the same ones."""
         pixels = picture.permute(2, 0, 1).float() / 127.5 - 1
-        boxes = self._cutouts.draw((pixels.shape[-2], pixels.shape[-1]), _generator(0, -1))
+        boxes = self._cutouts.draw((pixels.shape[-2], pixels.shape[-1]), rng.stream("mgad.crops", 0, -1))
         with torch.no_grad():
             return self._clip.pictures(self._cutouts.cut(pixels, boxes, self._clip.side))
 
@@ -187,12 +188,6 @@ class MGAD(GradientGuidance):
         made = result.images[index].convert("RGB")
         shown = [Image.fromarray(picture.numpy()) for picture in self._pictures]
         return {"references": _row([made, *shown], made.height)}
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    """A stream of its own per sample and step, so that crops depend on neither neighbours nor the schedule's noise."""
-    digest = hashlib.blake2b(f"mgad crops {seed} {step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _row(pictures: Sequence[Image.Image], height: int, gap: int = 4) -> Image.Image:

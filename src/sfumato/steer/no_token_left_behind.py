@@ -30,7 +30,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from sfumato import cards, files, masks
+from sfumato import cards, files, masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch
 from sfumato.models import Model
@@ -42,6 +42,7 @@ from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.request import as_pictures
 from sfumato.text.phrases import noun_phrases
 from sfumato.text.words import Reading, WordSpan, asked_for
+from sfumato.windows import Window
 
 __all__ = [
     "ExplainedLoss",
@@ -336,7 +337,7 @@ class NoTokenLeftBehind(Intervention):
             description="take gradients through the denoiser, or cheaper of the foreseen picture alone",
         )
         clip: str = Field(default=DEFAULT_NET, description="a built-in CLIP or the folder of a CLIPModel")
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.0, 1.0), description="share of the denoising to act in", json_schema_extra={"unit": "progress"}
         )
 
@@ -345,9 +346,7 @@ class NoTokenLeftBehind(Intervention):
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
         p = self.params
-        start, end = self.window = p.window
-        if not 0 <= start < end <= 1:
-            raise BadInput(f"window of no_token_left_behind is {p.window}: a start below an end, both from 0 to 1.")
+        self.window = p.window
         self._read = [masks.read_mask(mask) for mask in p.mask]
         owned = len(self._read) + len(p.box)
         if len(p.phrases) != owned:
@@ -399,7 +398,7 @@ class NoTokenLeftBehind(Intervention):
 
         def loss(clean: Tensor) -> Tensor:
             # views depend on the sample's seed and the step alone
-            generators = [torch.Generator().manual_seed(seed * 1009 + step.i) for seed in step.run.seeds]
+            generators = rng.generators("no_token_left_behind.views", step.run.seeds, step.i)
             told.append(self._loss(step.run.model.decode(clean), self._wishes, generators))
             return told[0].total
 
@@ -523,7 +522,7 @@ def optimise(
             part = (k + 1) / steps
             fade = min(1.0, (1 - part) / 0.25)
             optimizer.param_groups[0]["lr"] = rate * min(1.0, part / 0.05) * (0.5 - 0.5 * math.cos(math.pi * fade))
-            generators = [torch.Generator().manual_seed((seed + i) * 1009 + k) for i in range(len(texts))]
+            generators = [rng.stream("no_token_left_behind.views", seed + i, k) for i in range(len(texts))]
             with torch.enable_grad():
                 each = loss(model.decode(z), wishes, generators).total
                 total = each.sum()
@@ -546,7 +545,7 @@ def _first_latents(model: Model, n: int, image: Tensor | None, seed: int, size: 
         return model.encode_image(image.to(model.device, model.dtype)).float()
     height, width = model.default_size if size is None else (size[1], size[0])
     shape = (n, *model.latent_shape(height, width))
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+    generators = rng.generators("sample", range(seed, seed + n))
     return randn_tensor(shape, generator=generators, device=model.device, dtype=torch.float32)
 
 

@@ -28,13 +28,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from sfumato import cards, masks
+from sfumato import cards, masks, rng
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Site
 from sfumato.sampling import Intervention, Run, Step
+from sfumato.windows import Window
 
 __all__ = ["PaintWithWords", "noise_level"]
 
@@ -83,7 +84,7 @@ class PaintWithWords(Intervention):
             description="what the strength is relative to: the largest score with log(1 + sigma), or their spread with "
             "log(1 + sigma^2), which is softer (then about 0.4)",
         )
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.0, 1.0), description="share of the denoising to act in", json_schema_extra={"unit": "progress"}
         )
 
@@ -92,9 +93,7 @@ class PaintWithWords(Intervention):
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
         p = self.params
-        start, end = self.window = p.window
-        if not 0 <= start < end <= 1:
-            raise BadInput(f"window of paint_with_words is {p.window}: a start below an end, both from 0 to 1.")
+        self.window = p.window
         if (p.map is None) != (not p.colors):
             raise BadInput(
                 "map and colors of paint_with_words go together: a painted picture and its phrases' colours."
@@ -143,7 +142,7 @@ class PaintWithWords(Intervention):
         if run.begin or (run.request is not None and run.request.source.pixels is not None):
             raise BadInput("seeds of paint_with_words set the noise a run begins from; this one begins from a picture.")
         for seed, region in zip(self.params.seeds, self._regions, strict=True):
-            noise = randn_tensor(tuple(x.shape[1:]), generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+            noise = randn_tensor(tuple(x.shape[1:]), generator=rng.stream("sample", seed), dtype=x.dtype)
             inside = masks.on_grid(region, run.grid).to(x)
             x = torch.where(inside > 0, run.model.prepare(noise.to(x), run.scheduler), x)
         return x

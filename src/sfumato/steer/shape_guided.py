@@ -32,7 +32,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import cards, masks
+from sfumato import cards, masks, rng
 from sfumato.attention.accumulate import MapStore, upscale
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
@@ -47,7 +47,6 @@ from sfumato.text.words import Reading, StreamReading, Words, homes, noun_phrase
 __all__ = ["InsideOutside", "ShapeGuided", "infer_region"]
 
 NOTHING_ELSE = "background"  # the original's outside prompt
-SALT = 0x5A9E
 DECAYS = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
@@ -411,7 +410,7 @@ class ShapeGuided(InsideOutside):
         self._inside = masks.on_grid(self.regions, run.grid, self.params.level, bool(self.params.soft)).amax(0).to(x)
         x = self._way[run.begin]
         if self.params.fresh:
-            generators = [torch.Generator().manual_seed((seed * 0x9E3779B1 + SALT) % 2**63) for seed in run.seeds]
+            generators = rng.generators("shape_guided.fresh", run.seeds)
             noise = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=x.dtype)
             x = self._inside * slerp(x, noise, self.params.fresh) + (1 - self._inside) * x
         return x

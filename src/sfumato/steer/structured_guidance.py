@@ -32,6 +32,7 @@ from sfumato.sampling.intervention import Coverage
 from sfumato.text.phrases import nested_phrases
 from sfumato.text.weights import encode_weighted
 from sfumato.text.words import Reading, Words, WordSpan, asked_for
+from sfumato.windows import Window
 
 __all__ = ["StructuredGuidance"]
 
@@ -75,7 +76,7 @@ class StructuredGuidance(Intervention):
         full_weight: float = Field(
             default=1.0, ge=0, description="weight of the whole prompt in the mean; each phrase has 1"
         )
-        window: tuple[float, float] = Field(
+        window: Window = Field(
             default=(0.0, 1.0),
             description="share of the denoising in which it acts",
             json_schema_extra={"unit": "progress"},
@@ -89,9 +90,7 @@ class StructuredGuidance(Intervention):
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
-        start, end = self.window = self.params.window
-        if not 0 <= start < end <= 1:
-            raise BadInput(f"window of structured_guidance is {self.window}: it must be a start below an end, 0 to 1.")
+        self.window = self.params.window
         if self.params.reference and self.params.mode != "conjunction":
             raise BadInput("reference of structured_guidance differs in mode=conjunction only; set that too.")
         self.phrases: list[list[str]] = []

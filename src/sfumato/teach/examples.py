@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.errors import BadInput
+from sfumato.rng import sequence
 from sfumato.sampling.request import as_pixels
 from sfumato.toybox import SHAPES, BiasedDataset
 
@@ -64,8 +65,8 @@ def toybox_examples(
         raise BadInput(f"per_class must be from 1 to 20, got {per_class}.")
     source = BiasedDataset(split, n, seed=1, cache=cache)
     own = np.flatnonzero((source.labels == source.shortcut) & ((source.masks >= 0).sum((1, 2)) >= 64))
-    rng = np.random.default_rng((17, seed))
-    chosen = np.concatenate([rng.permutation(own[source.labels[own] == c])[:per_class] for c in range(len(SHAPES))])
+    draw = sequence("teach.examples", seed)
+    chosen = np.concatenate([draw.permutation(own[source.labels[own] == c])[:per_class] for c in range(len(SHAPES))])
     pictures = torch.from_numpy(source.images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1
     masks = torch.from_numpy(source.masks[chosen] >= 0).float()
     return Examples(pictures, masks, tuple(SHAPES[i] for i in source.labels[chosen]))

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput, UnknownName
+from ..rng import sequence
 from .dataset import WORLD, ToyboxDataset
 from .scene import COLORS, GROUNDS, SHAPES, SKIES, Scene, sample_scene
 
@@ -130,7 +131,7 @@ class BiasedDataset(ToyboxDataset):
         if n < 1:
             raise BadInput(f"n must be at least 1, got {n}.")
         self.split, self.n, self.size, self.seed, self.bias = split, n, size, seed, bias
-        self.scenes = [draw_biased(bias, np.random.default_rng((seed, 1000 + _SPLITS[split][0], i))) for i in range(n)]
+        self.scenes = [draw_biased(bias, sequence("toybox.biased", seed, _SPLITS[split][0], i)) for i in range(n)]
         self.labels = np.array([SHAPES.index(scene.toys[0].shape) for scene in self.scenes])
         homes = {own_scenery(shape): i for i, shape in enumerate(SHAPES)}
         self.shortcut = np.array([homes.get((scene.ground, scene.sky), -1) for scene in self.scenes])

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BadInput, UnknownName
+from ..rng import sequence
 from .dataset import WORLD, ToyboxDataset
 from .scene import COLORS, GROUNDS, PATTERNS, SKIES, Camera, Light, Scene, Toy
 
@@ -85,9 +86,9 @@ def factor_pairs(factor: str, n: int, seed: int = 0) -> list[tuple[Scene, Scene]
     _positive("n", n)
     pairs = []
     for i in range(n):
-        rng = np.random.default_rng((seed, FACTORS.index(factor), i, 31))
-        first = cue_scene(rng)
-        pairs.append((first, agreeing(cue_scene(rng), first, factor)))
+        generator = sequence("toybox.pair", seed, FACTORS.index(factor), i)
+        first = cue_scene(generator)
+        pairs.append((first, agreeing(cue_scene(generator), first, factor)))
     return pairs
 
 
@@ -118,7 +119,7 @@ def cue_scenes(
     _positive("n", n)
     scenes, labels = [], []
     for i in range(n):
-        rng = np.random.default_rng((seed, splits.index(split), i, 37))
+        rng = sequence("toybox.cue", seed, splits.index(split), i)
         label = int(rng.integers(len(CUES)))
         own, other = _cue(rng, label, shape), _cue(rng, label, texture)
         scenes.append(cue_scene(rng, CUE_SHAPES[own], CUE_TEXTURES[other]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput, UnknownName
+from ..rng import sequence
 from . import captions, rendering
 from .captions import Caption
 from .scene import Scene, sample_scene
@@ -32,8 +33,8 @@ def draw_scene(split: str, seed: int, index: int, toys: int | None = None) -> Sc
     """
     if split not in DATA_SPLITS:
         raise UnknownName("split", split, DATA_SPLITS)
-    rng = np.random.default_rng((seed, DATA_SPLITS.index(split), index))
-    return sample_scene(rng, toys, "heldout" if split == "heldout" else "train")
+    generator = sequence("toybox.scene", seed, DATA_SPLITS.index(split), index)
+    return sample_scene(generator, toys, "heldout" if split == "heldout" else "train")
 
 
 class ToyboxDataset:
@@ -144,8 +145,8 @@ def export_imagefolder(
                 for j, scene in enumerate(scenes):
                     i = start + j
                     # The caption's draw is apart from the scene's, so that styles do not change pictures.
-                    rng = np.random.default_rng((seed, DATA_SPLITS.index(split), i, 1))
-                    told = captions.caption(scene, rng, style)
+                    generator = sequence("toybox.caption", seed, DATA_SPLITS.index(split), i)
+                    told = captions.caption(scene, generator, style)
                     name = f"{i:06d}"
                     frames.pil(j).save(part / f"{name}.png")
                     Image.fromarray((frames.mask[j] + 1).numpy().astype(np.uint8)).save(part / "masks" / f"{name}.png")

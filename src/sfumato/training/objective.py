@@ -6,7 +6,6 @@ add one: subclass :class:`Objective`, name it in ``OBJECTIVES`` below, write a r
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UnknownName
+from sfumato.rng import hashed
 from sfumato.training.recipe import Options, Recipe, parse
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Draw:
     def number(self, stream: str, *more: int) -> int:
         """A 63-bit seed for the named stream."""
         text = ":".join(map(str, (self.seed, self.step, self.rank, stream, *more)))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return hashed(text)
 
     def generator(self, stream: str) -> torch.Generator:
         """A fresh CPU generator for the named stream."""

@@ -28,6 +28,7 @@ import numpy as np
 
 from sfumato import files
 from sfumato.errors import BadInput, UnknownName
+from sfumato.rng import sequence
 from sfumato.toybox import COLORS, GROUNDS, SHAPES
 
 TASKS = ("one", "two", "colors", "counting", "position", "color_attribution")
@@ -58,7 +59,7 @@ def prompt_set(
         raise BadInput(f"prompt_set: n={n} prompts of {len(tasks)} tasks is nothing; give at least one of each.")
     out = []
     for task in dict.fromkeys(tasks):
-        rng = np.random.default_rng((seed, TASKS.index(task)))
+        rng = sequence("toybox.task", seed, TASKS.index(task))
         choices = _sizes(task, bare)
         total = int(np.prod(choices))
         order, grounds = rng.permutation(total), rng.integers(len(GROUNDS), size=n)

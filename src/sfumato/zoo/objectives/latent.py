@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL.Image import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -26,6 +26,7 @@ from sfumato.toybox.oracle.toy_judge import load_judge
 from sfumato.training import data
 from sfumato.training.objective import Draw, Objective
 from sfumato.training.recipe import Options
+from sfumato.windows import Window
 from sfumato.zoo.objectives import labels
 
 GRID_PROMPTS = (
@@ -61,7 +62,7 @@ class LatentLoss(Options):
 
     toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
-    interval: tuple[float, float] = Field(
+    interval: Window = Field(
         (0.0, 1.0),
         description="share of the noise distribution to train on, from none (0) to pure noise (1); less than all of it"
         " makes an expert (Balaji et al. 2022)",
@@ -72,13 +73,6 @@ class LatentLoss(Options):
         description="weight of telling from features in the middle of the network what lies where: representation"
         " alignment (Yu et al. 2024) with the truth in the place of another network's features",
     )
-
-    @field_validator("interval")
-    @classmethod
-    def _ordered(cls, given: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= given[0] < given[1] <= 1:
-            raise ValueError("an interval is a start below an end, both from 0 to 1")
-        return given
 
 
 def zoo_folder(name: str) -> Path:
