@@ -19,8 +19,9 @@ from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.edit.inject_fusion import InjectFusion
-from sfumato.hspace import layer_of, slerp, tapped
+from sfumato.hspace import layer_of, tapped
 from sfumato.metrics import stats
+from sfumato.metrics.geometry import slerp
 from sfumato.sampling import Intervention, generate
 from sfumato.toybox import COLORS, GROUNDS, SHAPES, oracle
 

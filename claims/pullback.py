@@ -18,9 +18,9 @@ from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.edit.pullback import Pullback
 from sfumato.explain.latent_geometry import Geometry, LatentGeometry
-from sfumato.hspace import Basis, Encoder, Jacobian, geodesic_distance, layer_of, local_basis
-from sfumato.hspace.geometry import principal_angles
+from sfumato.hspace import Basis, Encoder, Jacobian, layer_of, local_basis
 from sfumato.metrics import stats
+from sfumato.metrics.geometry import geodesic_distance, principal_angles
 from sfumato.models import Model
 from sfumato.models.precision import fast_bf16
 from sfumato.sampling import Path, generate

@@ -13,14 +13,12 @@ from sfumato.clip import (
     Cutouts,
     codec_mark,
     cosine,
-    directional,
     load_clip,
     log_probability,
     noise_level,
     noised_input,
     out_of_range,
     shares,
-    spherical_distance,
     total_variation,
     weighted,
 )
@@ -32,28 +30,11 @@ def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
 
 
-def test_spherical_distance_is_half_the_squared_angle():
-    x, y = unit(20, 5), unit(20, 5, seed=1)
-    angle = torch.tensor([math.acos(float(a @ b)) for a, b in zip(x, y, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close(spherical_distance(x, y), angle.square() / 2)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_spherical_distance_has_finite_gradients_at_both_poles(sign):
-    y = unit(3, 5)
-    x = (sign * y).clone().requires_grad_(True)
-    spherical_distance(x, y).sum().backward()
-    assert torch.isfinite(x.grad).all()
-
-
-def test_cosine_and_directions():
+def test_cosine_by_hand():
     x, y = 3 * unit(4, 6), unit(2, 6, seed=2)
     for i in range(4):
         for j in range(2):
             assert cosine(x, y)[i, j].item() == pytest.approx(float(x[i] @ y[j]) / 3)
-    way = unit(4, 6, seed=3)
-    assert directional(x, x + 2 * way, y[:1], y[:1] + way).abs().max() < 1e-9
-    assert directional(x, x - way, y[:1], y[:1] + way) == pytest.approx(torch.full((4,), 2.0).double())
 
 
 def test_log_probability_is_the_cross_entropy_of_the_own_class():

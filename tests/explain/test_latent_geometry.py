@@ -9,8 +9,8 @@ import torch
 from sfumato.edit.pullback import Pullback
 from sfumato.errors import BadInput, Conflict
 from sfumato.explain.latent_geometry import Geometry, LatentGeometry, explain_image
-from sfumato.hspace import Directions, Encoder, geodesic_distance, layer_of, local_basis
-from sfumato.hspace.geometry import frechet_mean, spectrum
+from sfumato.hspace import Directions, Encoder, layer_of, local_basis
+from sfumato.metrics.geometry import frechet_mean, geodesic_distance, spectrum
 from sfumato.sampling import generate, invert
 from tests.tiny import tiny_model
 

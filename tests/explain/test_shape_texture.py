@@ -14,7 +14,6 @@ from sfumato import cards
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.explain import shape_texture as st
 from sfumato.explain.shape_texture import ShapeTexture, dimensions_of, estimate
-from sfumato.toybox.cues import conflicts
 from tests.tiny import tiny_model
 
 
@@ -292,18 +291,13 @@ def _silent() -> nn.Module:
     return net
 
 
-def test_decisions_by_shape_and_by_texture():
-    scenes = conflicts(6, 3)
+def test_decisions_are_what_a_classifier_names():
+    pixels = torch.zeros(5, 3, 8, 8)
+    pixels[:, 0, 0, 0] = torch.tensor([2.0, 0, 3, 1, 1])
 
-    class Knows(nn.Module):
-        def __init__(self, said):
-            super().__init__()
-            self.said = torch.as_tensor(said)
-
+    class Named(nn.Module):
         def forward(self, x):
-            return nn.functional.one_hot(self.said, 4).float()
+            assert not self.training
+            return nn.functional.one_hot(x[:, 0, 0, 0].long(), 4).float()
 
-    assert st.shape_bias(Knows(scenes[1]), scenes, 32).tolist() == [1] * 6
-    assert st.shape_bias(Knows(scenes[2]), scenes, 32).tolist() == [0] * 6
-    neither = [next(k for k in range(4) if k not in (a, b)) for a, b in zip(scenes[1], scenes[2], strict=True)]
-    assert st.shape_bias(Knows(neither), scenes, 32).tolist() == [-1] * 6
+    assert st.decisions(Named(), pixels, 2).tolist() == [2, 0, 3, 1, 1]

@@ -1,15 +1,13 @@
-"""Local bases against the singular value decomposition of the whole Jacobian, and distances against scipy."""
+"""Local bases against the singular value decomposition of the whole Jacobian."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 
 from sfumato.errors import BadInput, SfumatoError
-from sfumato.hspace import Basis, Directions, Encoder, Jacobian, geodesic_distance, layer_of, local_basis
-from sfumato.hspace.geometry import curvedness, frechet_mean, hungarian_mean, principal_angles, spectrum
+from sfumato.hspace import Basis, Directions, Encoder, Jacobian, layer_of, local_basis
+from sfumato.metrics.geometry import principal_angles
 from tests.tiny import tiny_model
 
 
@@ -106,41 +104,6 @@ def test_transport():
     assert torch.allclose(basis.projected(basis.v[0] + basis.v[1]), (basis.v[0] + basis.v[1]) / 2**0.5, atol=1e-5)
     with pytest.raises(SfumatoError, match="no part"):
         basis.carried(torch.zeros(20))
-
-
-def test_distances_are_scipys():
-    for seed in range(3):
-        a, b = orthonormal(4, 30, seed), orthonormal(4, 30, seed + 50)
-        truth = np.sort(scipy.linalg.subspace_angles(a.T.numpy(), b.T.numpy()))
-        assert np.allclose(principal_angles(a, b).numpy(), truth, atol=1e-6)
-        assert geodesic_distance(a, b) == pytest.approx(float(np.sqrt((truth**2).sum())))
-    near = torch.linalg.qr((a + 1e-6 * b).T).Q.T
-    assert 0 < geodesic_distance(a, near) < 5e-6 and geodesic_distance(a, a.flip(0)) < 1e-7
-    with pytest.raises(BadInput, match="cannot be compared"):
-        geodesic_distance(a, b[:2])
-
-
-def test_means_over_samples():
-    a, b = orthonormal(3, 40, 1), orthonormal(3, 40, 2)
-    b = torch.linalg.qr((a + 0.5 * b).T).Q.T
-    mean = frechet_mean([a, b])
-    assert geodesic_distance(mean, a) == pytest.approx(geodesic_distance(a, b) / 2, rel=1e-4)
-    assert geodesic_distance(mean, b) == pytest.approx(geodesic_distance(a, b) / 2, rel=1e-4)
-    shuffled = torch.stack([-a[2], a[0], -a[1]])
-    assert torch.allclose(hungarian_mean([a, shuffled, a]), a, atol=1e-6)
-    assert torch.allclose(frechet_mean([a, a.clone()]), a, atol=1e-6)
-
-
-def test_spectrum_and_curvedness():
-    x = torch.arange(16.0)
-    waves = torch.stack([torch.cos(2 * torch.pi * k * x / 16) for k in (0, 1, 5)])[:, None, None].expand(3, 2, 16, 16)
-    power = spectrum(waves)
-    assert power.shape == (3, 9) and torch.allclose(power[[0, 1, 2], [0, 1, 5]], torch.ones(3).double())
-    turned = [torch.tensor([[np.cos(angle), np.sin(angle), 0.0]]) for angle in (0.0, 0.3, 0.7)]
-    assert curvedness(turned) == pytest.approx(1)
-    assert curvedness([turned[0], torch.tensor([[0.8, 0.0, 0.6]]).double(), turned[2]]) > 1.1
-    with pytest.raises(BadInput, match="at least 3"):
-        curvedness(turned[:2])
 
 
 def test_directions_come_back_and_other_files_are_refused(tmp_path):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 
 from sfumato.errors import NotSupported, UnknownName
-from sfumato.hspace import bottleneck_of, layer_of, slerp, tapped
+from sfumato.hspace import bottleneck_of, layer_of, tapped
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 
@@ -59,25 +56,3 @@ def test_names():
     assert layer_of(tiny_model("sd3"), None).name == "joint.0"
     with pytest.raises(NotSupported, match="my system needs a U-Net"):
         bottleneck_of(tiny_model("sd3"), "my system")
-
-
-def test_slerp_is_a_rotation_in_the_plane_of_both():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=24), 3 * rng.normal(size=24)
-    angle = math.acos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-    one = a / np.linalg.norm(a)
-    two = b - (b @ one) * one
-    two /= np.linalg.norm(two)
-    for share in (0.0, 0.25, 0.7, 1.0):
-        truth = np.linalg.norm(a) * (math.cos(share * angle) * one + math.sin(share * angle) * two)
-        got = slerp(torch.tensor(a)[None].view(1, 2, 3, 4), torch.tensor(b)[None].view(1, 2, 3, 4), share)
-        assert got.dtype == torch.float64 and np.allclose(got.flatten().numpy(), truth, atol=1e-5)
-
-
-def test_slerp_of_equal_opposite_and_zero_features_is_finite():
-    a = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(slerp(a, a, 0.3), a, atol=1e-6) and torch.allclose(slerp(a, 5 * a, 0.3), a, atol=1e-6)
-    assert torch.isfinite(slerp(a, -a, 0.5)).all() and torch.isfinite(slerp(0 * a, a, 0.5)).all()
-    assert torch.equal(slerp(a, a.flip(1), 0.0), a)
-    together, alone = slerp(a, a.flip(1), 0.4), slerp(a[1:], a[1:].flip(1), 0.4)
-    assert torch.equal(together[1:], alone)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import BadInput, NoMatch, UnknownName
+from sfumato.metrics.geometry import spherical_distance
 from sfumato.models.features import clip_net
 from sfumato.relevance.clip import ClipLens
 from sfumato.sampling import generate
@@ -25,7 +26,6 @@ from sfumato.steer.no_token_left_behind import (
     learn_prompt,
     optimise,
     overlap,
-    spherical,
 )
 from sfumato.toybox import Scene, Toy, render
 from tests.helpers import fingerprint
@@ -91,7 +91,7 @@ def test_overlap_by_hand():
     inside = sum(float(looks[i, j]) for i in range(8) for j in range(4))
     outside = sum(float(looks[i, j]) for i in range(8) for j in range(4, 8))
     assert found[0].item() == pytest.approx(2 * inside / (2 * inside + outside), abs=1e-5)
-    assert spherical(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(
+    assert spherical_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(
         2 * (math.pi / 4) ** 2, abs=1e-4
     )
 

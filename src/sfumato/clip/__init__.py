@@ -7,11 +7,9 @@ from sfumato.clip.noised import PLANES, codec_mark, noise_level, noised_input
 from sfumato.clip.objectives import (
     Cutouts,
     cosine,
-    directional,
     log_probability,
     out_of_range,
     shares,
-    spherical_distance,
     total_variation,
     weighted,
 )
@@ -25,14 +23,12 @@ __all__ = [
     "clip_for",
     "codec_mark",
     "cosine",
-    "directional",
     "load_clip",
     "log_probability",
     "noise_level",
     "noised_input",
     "out_of_range",
     "shares",
-    "spherical_distance",
     "total_variation",
     "weighted",
 ]

@@ -21,19 +21,6 @@ def cosine(seen: Tensor, targets: Tensor) -> Tensor:
     return F.normalize(seen, dim=-1) @ F.normalize(targets, dim=-1).T
 
 
-def spherical_distance(seen: Tensor, targets: Tensor) -> Tensor:
-    """2 arcsin^2(|x - y| / 2) of unit vectors (... d): half the squared angle, so that its gradient does not vanish at
-    right angles as a cosine's grows flat at none (Crowson's guided diffusion; MGAD's distance)."""
-    chord = (F.normalize(seen, dim=-1) - F.normalize(targets, dim=-1)).square().sum(-1)
-    half = (chord / 4).clamp(1e-12, 1 - 1e-6).sqrt()  # finite gradients where both agree, and at opposite poles
-    return 2 * half.asin().square()
-
-
-def directional(before: Tensor, after: Tensor, text_before: Tensor, text_after: Tensor) -> Tensor:
-    """1 - cos of the way a picture went (b d) and the way its text went (Gal et al. 2022, equation 2): (b)."""
-    return 1 - F.cosine_similarity(after - before, text_after - text_before, dim=-1)
-
-
 def log_probability(seen: Tensor, own: Tensor, rivals: Tensor, scale: float) -> Tensor:
     """log p(own | seen) (b) of a zero-shot classifier whose classes are ``own`` (b d) and the ``rivals`` (m d)."""
     logits = scale * torch.cat([(seen * own).sum(-1, keepdim=True), seen @ rivals.T], 1)

@@ -28,7 +28,8 @@ from torch import Tensor
 from sfumato import cards, files, masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
-from sfumato.hspace.tap import bottleneck_of, layer_of, slerp, tapped
+from sfumato.hspace.tap import bottleneck_of, layer_of, tapped
+from sfumato.metrics.geometry import slerp
 from sfumato.models import Layer
 from sfumato.sampling import Intervention, Run, Step, invert
 from sfumato.sampling.intervention import Coverage

@@ -22,7 +22,7 @@ from torch import Tensor
 from sfumato import cards
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput
-from sfumato.hspace.geometry import Basis, Directions, Encoder, local_basis
+from sfumato.hspace.basis import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step

@@ -162,12 +162,6 @@ class HeatMaps:
         union = int((a | b).sum())
         return int((a & b).sum()) / union if union else 1.0
 
-    def ioa(self, word: str | WordSpan, other: Any, tau: float = 0.4) -> float:
-        """Share of the word's own mask that lies inside the other one; 0 if it is empty."""
-        a, b = self.mask(word, tau), self._other(other, tau)
-        area = int(a.sum())
-        return int((a & b).sum()) / area if area else 0.0
-
     # -- pictures ------------------------------------------------------------------------------------------------------
 
     def overlay(self, image: Image.Image, word: str | WordSpan, colours: str = heat.COLOURS) -> Image.Image:

@@ -32,18 +32,9 @@ from torch import Tensor
 from sfumato import cards, files
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput
-from sfumato.hspace.geometry import (
-    FORMAT,
-    Basis,
-    Directions,
-    Encoder,
-    curvedness,
-    geodesic_distance,
-    local_basis,
-    mean_directions,
-    spectrum,
-)
-from sfumato.hspace.tap import layer_of, slerp
+from sfumato.hspace.basis import FORMAT, Basis, Directions, Encoder, local_basis
+from sfumato.hspace.tap import layer_of
+from sfumato.metrics.geometry import curvedness, geodesic_distance, mean_directions, slerp, spectrum
 from sfumato.models import Condition, Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert
 from sfumato.sampling.intervention import Coverage

@@ -628,18 +628,6 @@ def rendered(scenes: tuple[Any, ...], side: int) -> Tensor:
     return _cache[key]
 
 
-def shape_bias(
-    net: nn.Module, scenes_and_labels: tuple[list[Any], np.ndarray, np.ndarray], size: int = 64
-) -> np.ndarray:
-    """For every cue-conflict scene: 1 where a classifier of the cues decides by shape, 0 by texture, -1 by neither.
-
-    The share of 1 among 0 and 1 is the shape bias (Geirhos et al. 2019, https://arxiv.org/abs/1811.12231).
-    """
-    scenes, shapes, textures = scenes_and_labels
-    said = decisions(net, rendered(tuple(scenes), size))
-    return np.where(said == shapes, 1, np.where(said == textures, 0, -1))
-
-
 @torch.no_grad()
 def decisions(net: nn.Module, pixels: Tensor, batch: int = 100) -> np.ndarray:
     """The class (n,) that a classifier names for pictures (n 3 h w)."""

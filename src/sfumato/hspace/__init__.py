@@ -1,9 +1,9 @@
-"""The h-space: what a denoiser holds between its two halves, read, replaced, and measured as a curved space."""
+"""The h-space: what a denoiser holds between its two halves, read, replaced, and what moves it."""
 
 from __future__ import annotations
 
-from sfumato.hspace.geometry import Basis, Directions, Encoder, Jacobian, geodesic_distance, local_basis
-from sfumato.hspace.tap import bottleneck_of, layer_of, slerp, tapped
+from sfumato.hspace.basis import Basis, Directions, Encoder, Jacobian, local_basis
+from sfumato.hspace.tap import bottleneck_of, layer_of, tapped
 
 __all__ = [
     "Basis",
@@ -11,9 +11,7 @@ __all__ = [
     "Encoder",
     "Jacobian",
     "bottleneck_of",
-    "geodesic_distance",
     "layer_of",
     "local_basis",
-    "slerp",
     "tapped",
 ]

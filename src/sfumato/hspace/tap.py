@@ -13,13 +13,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sfumato.errors import NotSupported, UnknownName
 from sfumato.models import Layer, Model
 
-__all__ = ["bottleneck_of", "layer_of", "slerp", "tapped"]
+__all__ = ["bottleneck_of", "layer_of", "tapped"]
 
 
 class _Stop(BaseException):
@@ -70,20 +69,3 @@ def tapped(
             raise
     finally:
         handle.remove()
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Features ``a`` (b ...) turned towards ``b`` by ``share`` of the angle between them, per sample; norms are kept:
-    ``b`` first takes that of ``a``. In float32; where the two (anti)align a straight line stands in for the arc."""
-    one, other = a.flatten(1).float(), b.flatten(1).float()
-    norm, length = one.norm(dim=1, keepdim=True), other.norm(dim=1, keepdim=True)
-    tiny = torch.finfo(one.dtype).tiny
-    other = other * (norm / length.clamp_min(tiny))
-    cosine = ((one * other).sum(1, keepdim=True) / norm.square().clamp_min(tiny)).clamp(-1, 1)
-    angle = cosine.acos()
-    sine = angle.sin()
-    straight = sine < 1e-4
-    safe = torch.where(straight, torch.ones_like(sine), sine)
-    first = torch.where(straight, torch.full_like(sine, 1 - share), ((1 - share) * angle).sin() / safe)
-    second = torch.where(straight, torch.full_like(sine, share), (share * angle).sin() / safe)
-    return (first * one + second * other).view(a.shape).to(a.dtype)

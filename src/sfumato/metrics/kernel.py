@@ -59,31 +59,6 @@ def kernel_distance(
     return Interval(float(value), float(value - half), float(value + half), min(m, n), level)
 
 
-def kid(
-    first: np.ndarray,
-    second: np.ndarray,
-    subsets: int = 100,
-    size: int = 1000,
-    kernel: Kernel | None = None,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Mean and standard deviation over random subsets, as KID is usually printed (defaults of torch-fidelity).
-
-    The subsets come from ``numpy.random.RandomState(seed)``, so that equal features give torch-fidelity's own figures.
-    Raises BadInput when a side has fewer than ``size`` pictures.
-    """
-    x, y, k = pair(first, second, 2), finite(second), kernel or Kernel()
-    if not 2 <= size <= min(len(x), len(y)) or subsets < 1:
-        raise BadInput(f"kid: {subsets} subsets of {size} cannot be drawn from {len(x)} and {len(y)} pictures.")
-    rng = np.random.RandomState(seed)
-    values = []
-    for _ in range(subsets):
-        a, b = x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)]
-        own = k(a, a).sum() - _diagonal(k, a).sum() + k(b, b).sum() - _diagonal(k, b).sum()
-        values.append(own / (size * (size - 1)) - 2 * k(a, b).mean())
-    return float(np.mean(values)), float(np.std(values))
-
-
 def pair(first: np.ndarray, second: np.ndarray, least: int) -> np.ndarray:
     """``first`` in float64, after checking that both sides fit together and have ``least`` pictures."""
     x, y = finite(first), np.asarray(second)

@@ -55,12 +55,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """
     if n <= 0 or not 0 <= successes <= n:
         raise BadInput(f"wilson: successes={successes} of n={n} is no proportion; need n > 0 and 0 <= successes <= n.")
-    z = _z(level)
+    from scipy.stats import binomtest
+
+    _z(level)
     share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # at 0 and n the bound is exact; rounding must not put the estimate outside its own interval
-    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n, level)
+    low, high = binomtest(int(successes), int(n)).proportion_ci(level, "wilson")
+    # rounding must not put the estimate outside its own interval
+    return Interval(share, min(share, float(low)), max(share, float(high)), n, level)
 
 
 def share(hits: Sequence[bool] | np.ndarray, level: float = 0.95) -> Interval:

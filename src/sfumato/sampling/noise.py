@@ -104,16 +104,6 @@ class Path:
             return (alpha * x - x0) / sigma
         return x0 if self.kind == "sample" else (x - x0) / sigma
 
-    def from_eps(self, x: Tensor, eps: Tensor, t: Any) -> Tensor:
-        """The network output that would imply the noise ``eps``; inverse of :meth:`to_eps`."""
-        alpha, sigma = self.alpha_sigma(t)
-        x = x / self.scale(t)
-        if self.kind == "epsilon":
-            return eps
-        if self.kind == "sample":
-            return (x - sigma * eps) / alpha
-        return (eps - sigma * x) / alpha if self.kind == "v_prediction" else (eps - x) / alpha
-
     def with_less_noise(self, out: Tensor, less: Tensor, t: Any) -> Tensor:
         """The network output that implies ``less`` (b c h w) less noise than ``out`` at the same latents.
 

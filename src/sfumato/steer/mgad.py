@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sfumato import masks, rng, sheets
 from sfumato.cards import Card, Field, register
-from sfumato.clip import Clip, Cutouts, clip_for, out_of_range, shares, spherical_distance, total_variation, weighted
+from sfumato.clip import Clip, Cutouts, clip_for, out_of_range, shares, total_variation, weighted
 from sfumato.errors import NoMatch
+from sfumato.metrics.geometry import spherical_distance
 from sfumato.models import Condition
 from sfumato.sampling import Run, Step
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
@@ -159,11 +161,11 @@ class MGAD(GradientGuidance):
                 for picture, seed in zip(pixels, step.run.seeds, strict=True)
             ]
         )
-        seen = self._clip.pictures(crops).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
+        seen = normalize(self._clip.pictures(crops), dim=-1).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
         total = p.smooth * total_variation(pixels) + p.in_range * out_of_range(pixels)
         total = total.to(seen.device)
         for label, weight, targets in self._targets:
-            distance = spherical_distance(seen[:, :, None], targets[:, None]).mean((1, 2))
+            distance = spherical_distance(seen[:, :, None], normalize(targets[:, None], dim=-1)).mean((1, 2))
             total = total + weight * distance
             self._remember(label, step, distance)
         return total

@@ -33,6 +33,7 @@ from torch import Tensor
 from sfumato import cards, files, masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch
+from sfumato.metrics.geometry import spherical_distance
 from sfumato.models import Model
 from sfumato.models.features import DEFAULT_NET, clip_net
 from sfumato.models.slot import frozen, in_place
@@ -141,7 +142,7 @@ class ExplainedLoss:
         texts = [wish.text for wish in wishes for _ in range(c)]
         wanted = self.explain > 0 and any(wish.words for wish in wishes)
         looked = self.lens.look(seen.flatten(0, 1), texts, text=wanted, second_order=self.second_order)
-        near = spherical(looked.image_embeds, looked.text_embeds).unflatten(0, (b, c)).mean(1)
+        near = spherical_distance(looked.image_embeds, looked.text_embeds).unflatten(0, (b, c)).mean(1)
         if not wanted:
             return near, torch.zeros_like(near), [[] for _ in wishes]
         row = looked.tokens()
@@ -172,7 +173,8 @@ class ExplainedLoss:
         )
         inside = self.lens.look(whole * mask[:, None], texts)
         near = (
-            spherical(looked.image_embeds, looked.text_embeds) + spherical(inside.image_embeds, inside.text_embeds)
+            spherical_distance(looked.image_embeds, looked.text_embeds)
+            + spherical_distance(inside.image_embeds, inside.text_embeds)
         ) / 2
         if self.spatial > 0:
             share = torch.cat([wishes[i].regions[k].mask.mean().clamp_min(1e-3).expand(c) for i, k in rows]).to(near)
@@ -181,11 +183,6 @@ class ExplainedLoss:
         for (i, _), each in zip(rows, near.unflatten(0, (len(rows), c)).mean(1), strict=True):
             out = out + F.one_hot(torch.tensor(i), len(seen)).to(out) * each / len(wishes[i].regions)
         return out
-
-
-def spherical(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distance 2 arcsin(|a - b| / 2)^2 of unit vectors (b d) along the sphere: (b)."""
-    return 2 * (((a - b).square().sum(-1) + 1e-12).sqrt() / 2).clamp_max(1 - 1e-6).arcsin() ** 2
 
 
 def overlap(patches: Tensor, mask: Tensor) -> Tensor:

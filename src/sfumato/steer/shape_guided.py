@@ -38,6 +38,7 @@ from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
+from sfumato.metrics.geometry import slerp
 from sfumato.models import Condition, Model, Site
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.inversion import invert
@@ -412,7 +413,7 @@ class ShapeGuided(InsideOutside):
         if self.params.fresh:
             generators = rng.generators("shape_guided.fresh", run.seeds)
             noise = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=x.dtype)
-            x = self._inside * slerp(x, noise, self.params.fresh) + (1 - self._inside) * x
+            x = self._inside * slerp(x, noise, self.params.fresh, keep_norm=False) + (1 - self._inside) * x
         return x
 
     def after_step(self, step: Step) -> None:
@@ -502,15 +503,6 @@ class _WordMap(Intervention):
         layers = [layer.mean()[0].mean(0) for layer in self.store.take(0)]
         finest = max((tuple(layer.shape) for layer in layers), key=math.prod)
         self.map = torch.stack([upscale(layer / layer.mean(), finest) for layer in layers]).mean(0)
-
-
-def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """The point at ``share`` of the way from ``start`` to ``end`` (b c h w) along the great circle, per sample."""
-    a, b = start.flatten(1).float(), end.flatten(1).float()
-    cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1 + 1e-6, 1 - 1e-6)
-    angle = cosine.acos()[:, None]
-    mixed = ((1 - share) * angle).sin() / angle.sin() * a + (share * angle).sin() / angle.sin() * b
-    return mixed.reshape(start.shape).to(start.dtype)
 
 
 def _takes_part(site: Site) -> bool:

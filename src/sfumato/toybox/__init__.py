@@ -12,7 +12,7 @@ _HOME = {
     "questions": "Question questions_about sample_question ANSWERS QUESTION_KINDS".split(),
     "rendering": "Frames render to_uint8".split(),
     "dataset": "ToyboxDataset export_imagefolder".split(),
-    "cues": "CUES FACTORS CueDataset conflicts cue_scenes factor_pairs restyled".split(),
+    "cues": "CUES FACTORS CueDataset conflicts cue_scenes factor_pairs".split(),
     "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

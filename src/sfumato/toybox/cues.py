@@ -6,12 +6,12 @@ drawn apart from
 both: a factor of their own, not a part of shape or texture.
 
 A *factor pair* is two scenes that agree in one factor and are independent in all others; the members of a pair for
-"shape" may therefore differ in pose and place too, unlike two restylings of one picture. ``restyled`` gives the latter.
+"shape" may therefore differ in pose and place too, unlike two restylings of one picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ import numpy as np
 from ..errors import BadInput, UnknownName
 from ..rng import sequence
 from .dataset import WORLD, ToyboxDataset
-from .scene import COLORS, GROUNDS, PATTERNS, SKIES, Camera, Light, Scene, Toy
+from .scene import COLORS, GROUNDS, SKIES, Camera, Light, Scene, Toy
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -90,16 +90,6 @@ def factor_pairs(factor: str, n: int, seed: int = 0) -> list[tuple[Scene, Scene]
         first = cue_scene(generator)
         pairs.append((first, agreeing(cue_scene(generator), first, factor)))
     return pairs
-
-
-def restyled(scene: Scene, textures: Sequence[str] = PATTERNS, colors: Sequence[str] = ()) -> list[Scene]:
-    """The same scene in every texture, and in every colour too when ``colors`` are given: the style variants of one
-    shape, equal in outline, pose and scenery to the last pixel."""
-    return [
-        scene.replace(0, pattern=texture, color=color)
-        for texture in textures
-        for color in (colors or (scene.toys[0].color,))
-    ]
 
 
 def cue_scenes(

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from sfumato.errors import BadInput
 from sfumato.metrics import stats
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, SIZES, Caption, Scene
@@ -148,19 +150,11 @@ def related(reading: Reading, first: Wanted, relation: str, second: Wanted) -> b
 
 
 def _matched(wishes: Sequence[Wanted], toys: Sequence[ObjectReading]) -> tuple[bool, ...]:
-    """Maximum bipartite matching by augmenting paths; earlier wishes are served first."""
-    owner: dict[int, int] = {}
+    """Whose wish is served in a maximum matching of wishes and toys; earlier wishes are served first."""
+    from scipy.optimize import linear_sum_assignment
 
-    def serve(wish: int, seen: set[int]) -> bool:
-        for index, toy in enumerate(toys):
-            if index in seen or not wishes[wish].fits(toy):
-                continue
-            seen.add(index)
-            if index not in owner or serve(owner[index], seen):
-                owner[index] = wish
-                return True
-        return False
-
-    for wish in range(len(wishes)):
-        serve(wish, set())
-    return tuple(wish in owner.values() for wish in range(len(wishes)))
+    # a wish that comes earlier is worth more, so the heaviest matching is the largest one that prefers it
+    worth = np.array([[(len(wishes) - i) * wish.fits(toy) for toy in toys] for i, wish in enumerate(wishes)])
+    worth = worth.reshape(len(wishes), len(toys))
+    served = {int(i) for i, j in zip(*linear_sum_assignment(worth, maximize=True), strict=True) if worth[i, j]}
+    return tuple(i in served for i in range(len(wishes)))

@@ -3,7 +3,8 @@
 With h = f(x_t) the features of a layer and J = df/dx, the *local basis* at x_t is the singular value decomposition
 J = U S V^T: v_k are directions among the latents, u_k those they cause among the features, s_k by how much (Park, Kwon,
 Choi, Jo, Uh 2023, section 3.2). J is never formed: subspace iteration needs the products J v and J^T u only. The span
-of u_1 ... u_n is the *tangent space*; tangent spaces are compared by their principal angles.
+of u_1 ... u_n is the *tangent space*; tangent spaces are compared by their principal angles
+(:mod:`sfumato.metrics.geometry`).
 
 Latents are in unit scaling here, ``alpha x0 + sigma eps``.
 """
@@ -11,20 +12,18 @@ Latents are in unit scaling here, ``alpha x0 + sigma eps``.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sfumato import files
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.hspace.tap import tapped
+from sfumato.metrics.geometry import principal_angles
 from sfumato.models import Condition, Layer, Model
 
 __all__ = [
@@ -32,11 +31,7 @@ __all__ = [
     "Directions",
     "Encoder",
     "Jacobian",
-    "frechet_mean",
-    "geodesic_distance",
-    "hungarian_mean",
     "local_basis",
-    "spectrum",
 ]
 
 FORMAT = "sfumato-directions-1"
@@ -181,54 +176,6 @@ def local_basis(
     return Basis((v * sign).view(n, *x.shape[1:]), basis_u, s[:n], done, settled, encoder.cost)
 
 
-def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Angles in radians between the spans of orthonormal rows ``a`` (n d) and ``b`` (m d), n <= m, from the smallest.
-
-    From the sines where angles are small, since arccos loses half the digits there.
-    """
-    a, b = a.double(), b.double()
-    cosines = torch.linalg.svdvals(a @ b.T)[: len(a)].clamp(0, 1)
-    sines = torch.linalg.svdvals(a - a @ b.T @ b).flip(0)[: len(a)].clamp(0, 1)
-    return torch.where(cosines > 0.7, sines.asin(), cosines.acos())
-
-
-def geodesic_distance(a: Tensor, b: Tensor) -> float:
-    """Distance on the Grassmannian between the tangent spaces spanned by orthonormal rows (n d): the root of the sum of
-    squared principal angles. Raises BadInput for spaces of different dimension, which cannot be compared."""
-    if a.shape != b.shape:
-        raise BadInput(
-            f"tangent spaces of {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; use one n and layer."
-        )
-    return float(principal_angles(a, b).square().sum().sqrt())
-
-
-def spectrum(v: Tensor, bins: int | None = None) -> Tensor:
-    """The power (n r) of directions ``v`` (n c h w) by radial frequency, summed over channels, as shares of their sum.
-
-    Ring r holds the frequencies nearest to r cycles along the shorter side; corners beyond its half go to the last.
-    """
-    h, w = v.shape[-2:]
-    side = min(h, w)
-    bins = side // 2 + 1 if bins is None else bins
-    power = torch.fft.fft2(v.double()).abs().square().sum(1)
-    y, x = torch.fft.fftfreq(h)[:, None] * side, torch.fft.fftfreq(w)[None] * side
-    ring = (y.square() + x.square()).sqrt().round().long().clamp_max(bins - 1).flatten().to(v.device)
-    rings = torch.zeros(len(v), bins, dtype=power.dtype, device=v.device)
-    rings.index_add_(1, ring, power.flatten(1))
-    return rings / rings.sum(1, keepdim=True)
-
-
-def curvedness(spaces: Sequence[Tensor]) -> float:
-    """How curved a path is along which these tangent spaces (n d) lie: the length of the way through all of them over
-    the distance of its ends; 1 is flat."""
-    if len(spaces) < 3:
-        raise BadInput(f"curvedness needs at least 3 tangent spaces along a path, not {len(spaces)}.")
-    whole = geodesic_distance(spaces[0], spaces[-1])
-    if whole < 1e-9:
-        raise BadInput("curvedness: the two ends of the path have the same tangent space.")
-    return sum(geodesic_distance(a, b) for a, b in zip(spaces, spaces[1:], strict=False)) / whole
-
-
 # -- directions for many samples ---------------------------------------------------------------------------------------
 
 
@@ -256,63 +203,6 @@ class Directions:
                 return cls(u, str(told["layer"]), dict(told["facts"]))
         except OSError:
             raise BadInput(f"{path} cannot be read; give a file that latent_geometry wrote.") from None
-
-
-def mean_directions(bases: Sequence[Tensor], by: Literal["frechet", "hungarian"] = "frechet") -> Tensor:
-    """Global directions (n d) of local ones (each n d)."""
-    return frechet_mean(bases) if by == "frechet" else hungarian_mean(bases)
-
-
-def frechet_mean(spaces: Sequence[Tensor], iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The Karcher mean of tangent spaces (n d) on the Grassmannian, as orthonormal rows, turned to agree best with the
-    given bases (Procrustes)."""
-    mean = spaces[0].double().T
-    others = [space.double().T for space in spaces]
-    for _ in range(iterations):
-        step = torch.stack([_log(mean, other) for other in others]).mean(0)
-        mean = _exp(mean, step)
-        if step.norm() < tolerance:
-            break
-    turn = torch.stack([mean.T @ _aligned(other.T, mean.T).T for other in others]).mean(0)
-    left, _, right = torch.linalg.svd(turn)
-    return (mean @ left @ right).T.to(spaces[0])
-
-
-def hungarian_mean(bases: Sequence[Tensor], iterations: int = 20) -> Tensor:
-    """Directions matched one to one across bases (n d) by |cosine|, their signs made equal, averaged, and made
-    orthonormal again in order."""
-    mean = bases[0].double()
-    for _ in range(iterations):
-        before = mean
-        total = torch.stack([_aligned(basis.double(), mean) for basis in bases]).mean(0)
-        q, r = torch.linalg.qr(total.T)
-        mean = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T
-        if (mean - before).norm() < 1e-9 * math.sqrt(len(mean)):
-            break
-    return mean.to(bases[0])
-
-
-def _aligned(basis: Tensor, to: Tensor) -> Tensor:
-    """The rows of ``basis`` (n d) in the order and with the signs in which they fit those of ``to`` best."""
-    cosines = (to @ basis.T).double()
-    _, columns = linear_sum_assignment(-cosines.abs().cpu().numpy())
-    picked = torch.as_tensor(columns, device=basis.device)
-    signs = torch.where(cosines.gather(1, picked[:, None]) < 0, -1.0, 1.0)
-    return basis[picked] * signs.to(basis)
-
-
-def _log(at: Tensor, to: Tensor) -> Tensor:
-    """The tangent (d n) at the space ``at`` (d n) that leads to ``to``."""
-    inner = at.T @ to
-    across = (to - at @ inner) @ torch.linalg.pinv(inner)
-    q, s, r = torch.linalg.svd(across, full_matrices=False)
-    return q * s.atan() @ r
-
-
-def _exp(at: Tensor, tangent: Tensor) -> Tensor:
-    """Where a geodesic ends that leaves the space ``at`` (d n) along ``tangent``."""
-    q, s, r = torch.linalg.svd(tangent, full_matrices=False)
-    return torch.linalg.qr(at @ r.T * s.cos() @ r + q * s.sin() @ r).Q
 
 
 def _unit(v: Tensor, otherwise: str) -> Tensor:
