@@ -161,11 +161,12 @@ class MGAD(GradientGuidance):
                 for picture, seed in zip(pixels, step.run.seeds, strict=True)
             ]
         )
-        seen = normalize(self._clip.pictures(crops), dim=-1).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
+        seen = self._clip.pictures(crops).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
         total = p.smooth * total_variation(pixels) + p.in_range * out_of_range(pixels)
         total = total.to(seen.device)
         for label, weight, targets in self._targets:
-            distance = spherical_distance(seen[:, :, None], normalize(targets[:, None], dim=-1)).mean((1, 2))
+            views, wanted = (normalize(each, dim=-1) for each in (seen[:, :, None], targets[:, None]))
+            distance = spherical_distance(views, wanted).mean((1, 2))
             total = total + weight * distance
             self._remember(label, step, distance)
         return total
