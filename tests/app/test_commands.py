@@ -121,7 +121,7 @@ def test_train_tells_how_it_ended(sfumato, monkeypatch, run, code, out, err):
 
 
 def test_claims_need_the_repository(refused, monkeypatch):
-    monkeypatch.setattr("sfumato.app.cli.__file__", "/nowhere/lib/python/sfumato/cli.py")
+    monkeypatch.setattr("sfumato.app.cli.claims.__file__", "/nowhere/lib/python/sfumato/app/cli/claims.py")
     refused("claims", says=["clone it"])
 
 

@@ -1,0 +1,114 @@
+"""The command group: what goes wrong on purpose is one line on stderr and exit code 2; ``--debug`` shows the traceback
+instead. Ctrl-C keeps what is finished and leaves with 130."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sfumato.errors import SfumatoError
+
+
+class _OneLine(TyperGroup):
+    """The command group whose errors are one line each."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        options = args[: args.index("--")] if "--" in args else args
+        debug = "--debug" in options
+        if debug:  # accepted before and after the command
+            args.remove("--debug")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.showwarning = _teller()
+                code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
+            if code == 130:  # some versions of typer turn Ctrl-C into this
+                code = _report(KeyboardInterrupt())
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            code = _report(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    """Say what went wrong in one line on stderr; returns the exit code."""
+    if isinstance(error, SfumatoError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted; nothing half-written is left.", 130
+    elif isinstance(error, OSError):
+        message, code = _os_error(error), 2
+    elif hasattr(error, "format_message"):  # a wrong option or command, whichever parser typer carries
+        said = error.format_message()
+        if not said:  # the bare command: its help is on the screen already
+            return 2
+        message, code = f"{said.rstrip('.')}. Try --help.", 2
+    elif type(error).__name__ == "Abort":
+        message, code = "interrupted; nothing half-written is left.", 130
+    else:
+        message = f"unexpected {type(error).__name__}: {error}. Please report it with what --debug shows."
+        code = 1
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    import errno
+
+    remedy = {
+        errno.ENOSPC: "free some space or write elsewhere with -o",
+        errno.EFBIG: "the file system allows no larger file; write elsewhere with -o",
+        errno.EDQUOT: "free some of your quota or write elsewhere with -o",
+        errno.EACCES: "check its permissions or write elsewhere with -o",
+        errno.EPERM: "check its permissions or write elsewhere with -o",
+        errno.EROFS: "the file system is read-only; write elsewhere with -o",
+        errno.ENOENT: "check the path",
+    }.get(error.errno or 0, "check the path and the disk")
+    return f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}."
+
+
+def _teller() -> Any:
+    """Tells each of our own warnings once, in one line; those of the libraries below are not the user's to act on."""
+    told = set()
+
+    def tell(message: Any, category: Any, *_: Any, **__: Any) -> None:
+        line = " ".join(str(message).split())
+        if category.__module__.startswith("sfumato.") and line not in told:
+            told.add(line)
+            typer.echo(f"warning: {line}", err=True)
+
+    return tell
+
+
+app = typer.Typer(
+    cls=_OneLine,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make, look inside, steer, teach, animate and judge generative image models.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from sfumato import __version__
+
+        typer.echo(f"sfumato {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass

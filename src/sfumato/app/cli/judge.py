@@ -1,0 +1,126 @@
+"""``sfumato judge`` and ``sfumato compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sfumato.app.cli import options, show
+from sfumato.app.cli.frame import app
+from sfumato.errors import BadInput, WorkInterrupted
+
+
+@app.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(help="The pictures; or the real ones, when a second folder follows.")],
+    fake: Annotated[Path | None, typer.Argument(help="The pictures to judge against the first folder.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A folder of real pictures to compare with.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="What the pictures show: JSONL, one object per line.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option(help="A file with an attribute per line, or 'captions': the captions' own.")
+    ] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="One attribute; repeatable.")] = None,
+    oracle: Annotated[bool, typer.Option("--oracle", help="The toy-judge, not CLIP, says what is shown.")] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="presence, clip_score, frechet, kernel, manifold, attributes; repeatable. Default: all."),
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Net of the distances: a CLIP, or inception. Default: toy-clip.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of scores and attributes. Default: toy-clip.")] = None,
+    template: Annotated[str | None, typer.Option(help="Sentence for attributes. Default: 'a photo of {}'.")] = None,
+    captions: Annotated[bool, typer.Option("--captions/--no-captions", help="Whether captions are read.")] = True,
+    pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="Whether pairs of attributes are compared.")] = True,
+    draws: Annotated[int | None, typer.Option(help="Permutations behind attribute densities. Default: 100.")] = None,
+    cap: Annotated[int | None, typer.Option(help="Most pictures a side where pairs count. Default: 10000.")] = None,
+    seed: options.Seed = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures looked at together. Default: 32.")] = None,
+    ray: options.Ray = False,
+    workers: options.NWorkers = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and its state.")] = Path("judged"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+) -> None:
+    """Measure a folder of pictures: against its captions, and against real pictures. Goes on where it was stopped."""
+    from sfumato import app
+
+    if fake is not None:
+        if reference is not None:
+            raise BadInput("give the reference once: as the first of two folders, or as --reference.")
+        folder, reference = fake, folder
+    given = {"metrics": metric, "net": net, "clip": clip, "template": template, "draws": draws, "cap": cap,
+             "seed": seed, "batch": batch, "dtype": dtype, "ray": ray or None, "workers": workers}  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    if attributes is not None and attribute:
+        raise BadInput("give --attributes or --attribute, not both.")
+    if attributes == "captions":
+        options["attributes"] = ["captions"]
+    elif attributes is not None:
+        from sfumato.bench.judge import read_attributes
+
+        options["attributes"] = read_attributes(Path(attributes))
+    elif attribute:
+        options["attributes"] = attribute
+    options |= {"oracle": oracle, "captions": captions, "pairs": pairs, "device": device}
+    try:
+        with show.bar("pictures") as bar:
+            report = app.judge(folder, reference, prompts=prompts, out=out, on_progress=bar, **options)
+    except KeyboardInterrupt:
+        raise WorkInterrupted(f"interrupted; the state is in {out}, the same command goes on from it.") from None
+    show.report(report, json_)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A folder of pictures, or MODEL or MODEL:steps=10,guidance=3,...")],
+    second: Annotated[str, typer.Argument(help="The other one, of the same kind.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL as for make --prompts; for folders: what the pictures show.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="One prompt; repeatable.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Prompts of a task (`sfumato toybox prompts --help`); repeatable.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Pictures of each prompt; prompts of each --task.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Real pictures; each side's distance to them.")] = None,
+    steps: options.Steps = None,
+    guidance: options.Scale = None,
+    size: options.Size = None,
+    seed: options.Seed = None,
+    scheduler: options.Scheduler = None,
+    net: Annotated[str | None, typer.Option(help="Net of the distances. Default: toy-clip.")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of the scores. Default: toy-clip.")] = None,
+    shown: Annotated[int | None, typer.Option(help="Pairs on the page. Default: 40.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and pictures.")] = Path("compared"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+) -> None:
+    """Compare two models, settings or folders on the same prompts and seeds. Goes on where it was stopped."""
+    from sfumato import app
+
+    if sum(bool(source) for source in (prompts, prompt, task)) > 1:
+        raise BadInput("give one of --prompts, --prompt and --task.")
+    source: Any = prompts or prompt
+    if task:
+        from sfumato.toybox.oracle.prompts import prompt_set, write_prompts
+
+        out.mkdir(parents=True, exist_ok=True)
+        source, n = write_prompts(out / "prompts.jsonl", prompt_set(task, n or 20, seed or 0)), None
+        seed = None  # every prompt of the set has its own
+    settings = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "size": size and options.pixels(size)}
+    measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}
+    try:
+        with show.bar("pairs") as bar:
+            report = app.compare(
+                first, second, prompts=source, n=n, seed=seed, out=out, dtype=dtype, device=device, on_progress=bar,
+                options={name: value for name, value in settings.items() if value is not None},
+                **{name: value for name, value in measuring.items() if value is not None},
+            )  # fmt: skip
+    except (KeyboardInterrupt, WorkInterrupted):
+        raise WorkInterrupted(f"interrupted; what is made is in {out}, the same command goes on from it.") from None
+    show.report(report, json_)

@@ -1,0 +1,124 @@
+"""``sfumato make``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sfumato.app.cli import options, show
+from sfumato.app.cli.frame import app
+from sfumato.errors import BadInput, WorkInterrupted
+
+
+@app.command()
+def make(
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="How many pictures. Default: 1.")] = None,
+    model: options.Model = None,
+    steps: options.Steps = None,
+    guidance: options.Scale = None,
+    negative: options.Negative = None,
+    size: options.Size = None,
+    seed: options.Seed = None,
+    scheduler: options.Scheduler = None,
+    with_: options.With = None,
+    out: options.Out = Path("out"),
+    like: Annotated[
+        Path | None, typer.Option(help="Repeat this picture by its recipe; other options override it.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line. Goes on where it was stopped."),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1.")] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
+    ray: options.Ray = False,
+    workers: options.NWorkers = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+) -> None:
+    """Make pictures from a prompt. Each PNG carries its recipe."""
+    from sfumato import app
+
+    if sum(source is not None for source in (prompts, like)) == 2:
+        raise BadInput("--like and --prompts cannot be given together.")
+    if prompt is not None and prompts is not None:
+        raise BadInput("give the prompt or --prompts, not both.")
+    if ray and prompts is None:
+        raise BadInput("--ray spreads the lines of a prompts file: give --prompts.")
+    if workers is not None and not ray:
+        raise BadInput("--workers are Ray's: give --ray too.")
+    if prompt is None and prompts is None and like is None:
+        raise BadInput('nothing to make: give a prompt, such as sfumato make "a red cube", or --like or --prompts.')
+    typed: dict[str, Any] = {
+        "prompt": prompt,
+        "n": n,
+        "steps": steps,
+        "guidance": guidance,
+        "negative": negative,
+        "size": None if size is None else options.pixels(size),
+        "seed": seed,
+        "scheduler": scheduler,
+        "strength": strength,
+    }
+    typed = {name: value for name, value in typed.items() if value is not None}
+    order = app.Order([], model, with_ or [], dtype, device, image)
+    if like is not None:
+        order = app.like(like, typed, order)
+    elif prompts is not None:
+        deliver_lines(prompts, typed, order, out, grid, ray, workers)
+        return
+    else:
+        order.jobs = [app.JobOptions(**typed)]
+    deliver(order, out, grid)
+
+
+def deliver(order: Any, out: Path, grid: bool = False) -> None:
+    """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
+    from sfumato import app, files
+
+    finished: list[Path] = []
+    try:
+        with show.bar("pictures") as bar:
+            for paths in app.carry_out(order, out, bar):
+                finished.append(paths[0])
+                for path in paths:
+                    typer.echo(path)
+    except (KeyboardInterrupt, WorkInterrupted):
+        kept = f"{len(finished)} finished pictures are in {out}" if finished else "no picture was finished"
+        raise WorkInterrupted(f"interrupted; {kept}, nothing half-written is left.") from None
+    if grid and finished:
+        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
+
+
+def deliver_lines(
+    prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
+) -> None:
+    """The same for a prompts file: what is there already is not made again, bad lines are told at the end."""
+    from sfumato import app, files
+
+    total = sum(1 for line in prompts.open("rb") if line.strip())
+    spread: dict[str, Any] = {"ray": True, "workers": workers} if ray else {}
+    finished: list[Path] = []
+    made = there = 0
+    try:
+        with show.bar("lines") as bar:
+            for picture in app.carry_out_lines(app.read_prompts(prompts, typed), order, out, bar, total, **spread):
+                there += picture.there
+                if grid:
+                    finished.append(picture.paths[0])
+                if not picture.there:
+                    made += 1
+                    for path in picture.paths:
+                        typer.echo(path)
+    except (KeyboardInterrupt, WorkInterrupted):
+        told = f"{made + there} finished pictures are in {out}, the same command goes on from there"
+        raise WorkInterrupted(f"interrupted; {told}.") from None
+    finally:
+        if there:
+            typer.echo(f"{there} pictures were there already.", err=True)
+    if grid and finished:
+        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))

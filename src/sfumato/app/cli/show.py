@@ -1,0 +1,67 @@
+"""What commands show: progress bars, tables, JSON, reports."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+
+@contextlib.contextmanager
+def bar(unit: str) -> Iterator[Any]:
+    """A progress bar for work of more than two seconds, on a terminal only.
+
+    Yields ``show(done, total, share, note="")``: ``done`` of ``total`` units are finished, and ``share`` of the next.
+    """
+    start, drawn, task = time.monotonic(), None, None  # type: Any, Any, Any
+
+    def show(done: int, total: int, share: float = 0.0, note: str = "") -> None:
+        nonlocal drawn, task
+        if drawn is None and sys.stderr.isatty() and time.monotonic() - start > 2:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+            drawn = Progress(*columns, console=Console(stderr=True), transient=True)
+            drawn.start()
+            task = drawn.add_task("", total=total, said="")
+        if drawn is not None:
+            drawn.update(task, total=total, completed=done + share, said=note or f"{done}/{total} {unit}")
+
+    try:
+        yield show
+    finally:
+        if drawn is not None:
+            drawn.stop()
+
+
+def json_text(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def table(titles: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*titles, box=box.SIMPLE_HEAD)
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(drawn)
+
+
+def report(found: Any, json_: bool) -> None:
+    """A report on stdout, and where its files are."""
+    if json_:
+        json_text(found.to_json())
+        return
+    for line in found.lines():
+        typer.echo(line)
+    for path in found.files:
+        typer.echo(path)
