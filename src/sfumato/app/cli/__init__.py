@@ -1,10 +1,9 @@
-"""The command line: one module a command, thin over :mod:`sfumato.app`. Heavy imports happen inside the commands."""
+"""The command line: one module a command, thin over :mod:`sfumato.app`, read when it is called."""
 
 from __future__ import annotations
 
 import os
 
-from sfumato.app.cli import claims, edit, explain, judge, lists, make, segment, toybox, train  # noqa: F401
 from sfumato.app.cli.frame import app
 
 __all__ = ["app", "main"]

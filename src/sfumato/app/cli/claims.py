@@ -1,4 +1,4 @@
-"""``sfumato claims``."""
+"""Measure the claims again and write their table (needs the repository, not only the package)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Annotated
 
 import typer
 
-from sfumato.app.cli.frame import app
+from sfumato.app.cli.frame import command
 from sfumato.errors import NotSupported
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def claims(
     context: typer.Context,
     keys: Annotated[list[str] | None, typer.Argument(help="Which claims; all when none is named.")] = None,
 ) -> None:
-    """Measure the claims again and write their table (needs the repository, not only the package)."""
     import runpy
 
     root = next(

@@ -1,4 +1,7 @@
-"""``sfumato edit``."""
+"""Change a picture by its words and keep the rest of it. The PNG carries its recipe.
+
+With --mask and an inpainting model (--with inpaint: toy-sd-inpaint) the region is drawn anew from the prompt alone.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import options, show
-from sfumato.app.cli.frame import app
+from sfumato.app.cli.frame import command
 from sfumato.errors import BadInput
 
 
-@app.command()
+@command()
 def edit(
     image: Annotated[Path, typer.Argument(help="A PNG made by sfumato, or any other picture together with --from.")],
     prompt: Annotated[
@@ -48,10 +51,6 @@ def edit(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
 ) -> None:
-    """Change a picture by its words and keep the rest of it. The PNG carries its recipe.
-
-    With --mask and an inpainting model (--with inpaint: toy-sd-inpaint) the region is drawn anew from the prompt alone.
-    """
     from sfumato import app
 
     typed: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""``sfumato explain``."""
+"""Show where words are: in a picture made from a prompt, or in one that exists. Or what a net's layers know
+(--by shape_texture), or what words a concept is made of (--by conceptor)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import options, show
-from sfumato.app.cli.frame import app
+from sfumato.app.cli.frame import command
 from sfumato.app.cli.make import deliver
 from sfumato.errors import BadInput
 
 
-@app.command()
+@command()
 def explain(
     what: Annotated[
         str,
@@ -36,8 +37,6 @@ def explain(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
 ) -> None:
-    """Show where words are: in a picture made from a prompt, or in one that exists. Or what a net's layers know
-    (--by shape_texture), or what words a concept is made of (--by conceptor)."""
     from sfumato import app, cards
 
     typed: dict[str, Any] = {

@@ -3,18 +3,80 @@ instead. Ctrl-C keeps what is finished and leaves with 130."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+import typer.main
+from typer.core import TyperCommand, TyperGroup
 
+from sfumato.app.cli import options
 from sfumato.errors import SfumatoError
+
+HERE = Path(__file__).parent
+#: the commands in the order in which help lists them; each is the module of this name, read when it is called
+COMMANDS: tuple[str, ...] = (
+    "make",
+    "explain",
+    "edit",
+    "segment",
+    "judge",
+    "compare",
+    "models",
+    "methods",
+    "train",
+    "teach",
+)
+COMMANDS += ("toybox", "claims")
+_loaded: dict[str, Any] = {}
+
+
+def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function the command of its name; its help is the text at the top of its module."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        name, about = function.__name__, sys.modules[function.__module__].__doc__
+        alone.command(name=name, help=options.literal(about or ""), **settings)(function)
+        _loaded[name] = typer.main.get_command(alone)
+        return function
+
+    return add
+
+
+def group(name: str, commands: typer.Typer) -> None:
+    """Makes several commands known under one ``name``."""
+    _loaded[name] = typer.main.get_command(commands)
+
+
+def loaded(name: str) -> Any:
+    """A command with its options: its module is imported."""
+    importlib.import_module(f"sfumato.app.cli.{name}")
+    return _loaded[name]
 
 
 class _OneLine(TyperGroup):
-    """The command group whose errors are one line each."""
+    """The command group whose errors are one line each, and whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command for help: its name and first lines only."""
+        if cmd_name in _loaded or cmd_name not in COMMANDS:
+            return _loaded.get(cmd_name)
+        about = ast.get_docstring(ast.parse((HERE / f"{cmd_name}.py").read_text(encoding="utf-8")))
+        return TyperCommand(cmd_name, help=options.literal(about or ""))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            loaded(args[0])
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         args = list(sys.argv[1:] if args is None else args)

@@ -1,4 +1,4 @@
-"""``sfumato make``."""
+"""Make pictures from a prompt. Each PNG carries its recipe."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import options, show
-from sfumato.app.cli.frame import app
+from sfumato.app.cli.frame import command
 from sfumato.errors import BadInput, WorkInterrupted
 
 
-@app.command()
+@command()
 def make(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
     n: Annotated[int | None, typer.Option("-n", help="How many pictures. Default: 1.")] = None,
@@ -40,7 +40,6 @@ def make(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
 ) -> None:
-    """Make pictures from a prompt. Each PNG carries its recipe."""
     from sfumato import app
 
     if sum(source is not None for source in (prompts, like)) == 2:

@@ -1,4 +1,4 @@
-"""``sfumato segment``."""
+"""Type the name of an object, get masks of it and a network that segments it. No mask is drawn by anybody."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import options, show
-from sfumato.app.cli.frame import app
+from sfumato.app.cli.frame import command
 from sfumato.errors import BadInput
 
 
-@app.command()
+@command()
 def segment(
     what: Annotated[str, typer.Argument(help="The name of an object; or a segmenter.safetensors made before.")],
     pictures: Annotated[
@@ -38,7 +38,6 @@ def segment(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
 ) -> None:
-    """Type the name of an object, get masks of it and a network that segments it. No mask is drawn by anybody."""
     from sfumato import app
 
     if n is not None and pictures:

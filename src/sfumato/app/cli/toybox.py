@@ -1,4 +1,4 @@
-"""``sfumato toybox``."""
+"""The toybox: a world of toys in which everything is known exactly."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from sfumato.app.cli import show
-from sfumato.app.cli.frame import app
+from sfumato.app.cli.frame import group
 
-toybox_app = typer.Typer(no_args_is_help=True, help="The toybox: a world of toys in which everything is known exactly.")
-app.add_typer(toybox_app, name="toybox")
+toybox_app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
 @toybox_app.command("sample")
@@ -45,3 +44,6 @@ def toybox_prompts(
     from sfumato.toybox.oracle.prompts import TASKS, prompt_set, write_prompts
 
     typer.echo(write_prompts(out, prompt_set(task or TASKS, n, seed, scenery, bare)))
+
+
+group("toybox", toybox_app)

@@ -1,0 +1,63 @@
+"""Compare two models, settings or folders on the same prompts and seeds. Goes on where it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sfumato.app.cli import options, show
+from sfumato.app.cli.frame import command
+from sfumato.errors import BadInput, WorkInterrupted
+
+
+@command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A folder of pictures, or MODEL or MODEL:steps=10,guidance=3,...")],
+    second: Annotated[str, typer.Argument(help="The other one, of the same kind.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL as for make --prompts; for folders: what the pictures show.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="One prompt; repeatable.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Prompts of a task (`sfumato toybox prompts --help`); repeatable.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Pictures of each prompt; prompts of each --task.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Real pictures; each side's distance to them.")] = None,
+    steps: options.Steps = None,
+    guidance: options.Scale = None,
+    size: options.Size = None,
+    seed: options.Seed = None,
+    scheduler: options.Scheduler = None,
+    net: Annotated[str | None, typer.Option(help="Net of the distances. Default: toy-clip.")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of the scores. Default: toy-clip.")] = None,
+    shown: Annotated[int | None, typer.Option(help="Pairs on the page. Default: 40.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and pictures.")] = Path("compared"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+) -> None:
+    from sfumato import app
+
+    if sum(bool(source) for source in (prompts, prompt, task)) > 1:
+        raise BadInput("give one of --prompts, --prompt and --task.")
+    source: Any = prompts or prompt
+    if task:
+        from sfumato.toybox.oracle.prompts import prompt_set, write_prompts
+
+        out.mkdir(parents=True, exist_ok=True)
+        source, n = write_prompts(out / "prompts.jsonl", prompt_set(task, n or 20, seed or 0)), None
+        seed = None  # every prompt of the set has its own
+    settings = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "size": size and options.pixels(size)}
+    measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}
+    try:
+        with show.bar("pairs") as bar:
+            report = app.compare(
+                first, second, prompts=source, n=n, seed=seed, out=out, dtype=dtype, device=device, on_progress=bar,
+                options={name: value for name, value in settings.items() if value is not None},
+                **{name: value for name, value in measuring.items() if value is not None},
+            )  # fmt: skip
+    except (KeyboardInterrupt, WorkInterrupted):
+        raise WorkInterrupted(f"interrupted; what is made is in {out}, the same command goes on from it.") from None
+    show.report(report, json_)
