@@ -16,7 +16,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from sfumato.app.cli import options
-from sfumato.errors import SfumatoError
+from sfumato.errors import SfumatoError, UnknownName
 
 HERE = Path(__file__).parent
 #: the commands in the order in which help lists them; each is the module of this name, read when it is called
@@ -74,8 +74,10 @@ class _OneLine(TyperGroup):
         return TyperCommand(cmd_name, help=options.literal(about or ""))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] in COMMANDS:
+        if args[0] in COMMANDS:
             loaded(args[0])
+        elif not args[0].startswith("-"):
+            raise UnknownName("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
