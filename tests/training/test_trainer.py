@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from sfumato.errors import BadInput, BadWeights, Conflict, UnknownName
-from sfumato.training import checkpoint, run
-from sfumato.training.objective import Draw
+from sfumato.training import Draw, checkpoint, run
 from sfumato.training.optim import Muon, orthogonalise
-from sfumato.training.recipe import TrainOptions, load_recipe
-from sfumato.training.trainer import ExplicitAttention, Trainer, rate
+from sfumato.training.precision import ExplicitAttention
+from sfumato.training.recipe import load_recipe
+from sfumato.training.runs import Run
+from sfumato.training.schedules import warmup_decay
 
 RECIPE = """
 name = "tiny"
@@ -91,6 +92,21 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(home: 
     assert "sfumato train tiny" in (second.exported / "MODEL_CARD.md").read_text()
 
 
+def test_a_checkpoint_of_the_first_releases_goes_on_too(home: Path) -> None:
+    whole = run(write(home))
+    expected = losses(home)
+    (whole.folder / "checkpoints" / "step_00000006").rename(home / "late")
+    old = whole.folder / "checkpoints" / "step_00000004"
+    tensors, state = checkpoint.load(old)
+    # one player, whose moments bore no name; no accumulation in the recipe
+    tensors = {key.replace("moments.model.", "moments."): value for key, value in tensors.items()}
+    del state["recipe"]["train"]["accumulate"], state["plans"][0]["train"]["accumulate"]
+    checkpoint.save(old.parent, 4, tensors, {key: state[key] for key in ("recipe", "plans", "seconds")})
+    again = run(write(home), resume=True)
+    assert again.finished and losses(home) == expected and any(".momentum_buffer" in key for key in tensors)
+    assert len(json.loads((again.exported / "sfumato.json").read_text())["training"]["plans"]) == 1
+
+
 def test_minutes_stop_early_with_a_checkpoint_and_global_randomness_is_untouched(home: Path) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -144,19 +160,21 @@ def test_checkpoints_are_written_beside_and_only_the_last_two_stay(
 
 
 def test_averaged_weights_are_in_place_only_within(home: Path) -> None:
-    trainer = Trainer(load_recipe(write(home)), home)
-    mine = {key: p.detach().double() for key, p in trainer._parameters()}
+    this = Run(load_recipe(write(home)), home)
+    trainer, vae = this.trainer, this.objective.vae
+    parameters = trainer.players[0].parameters
+    mine = {key: p.detach().double() for key, p in parameters.items()}
     for step in range(3):
         trainer.train_step()
-        weight = max(1 - trainer.options.ema, 9 / (9 + step + 1))
-        mine = {key: mine[key] + weight * (p.detach().double() - mine[key]) for key, p in trainer._parameters()}
-    live = {key: p.detach().clone() for key, p in trainer._parameters()}
+        weight = max(1 - this.options.ema, 9 / (9 + step + 1))
+        mine = {key: mine[key] + weight * (p.detach().double() - mine[key]) for key, p in parameters.items()}
+    live = {key: p.detach().clone() for key, p in parameters.items()}
     with trainer.averaged():
-        assert not trainer.objective.vae.training
-        for key, p in trainer._parameters():
+        assert not vae.training
+        for key, p in parameters.items():
             torch.testing.assert_close(p.double(), mine[key], atol=1e-6, rtol=1e-5)
-    assert trainer.objective.vae.training
-    assert all(torch.equal(live[key], p) for key, p in trainer._parameters())
+    assert vae.training
+    assert all(torch.equal(live[key], p) for key, p in parameters.items())
 
 
 @pytest.mark.parametrize(
@@ -192,14 +210,12 @@ def test_unknown_names_and_minutes_are_refused(home: Path) -> None:
 
 def test_rate_warms_up_and_decays_to_zero() -> None:
     def at(step: int, **options) -> float:
-        return rate(step, TrainOptions(steps=110, batch=1, warmup=10, **options))
+        return warmup_decay(110, 10, **options)(step)
 
     assert [at(s, decay="none") for s in (0, 4, 9, 10, 109)] == [0.1, 0.5, 1.0, 1.0, 1.0]
     assert at(60, decay="linear") == 0.5 and at(110, decay="linear") == 0
     assert at(60, decay="cosine") == pytest.approx(0.5) and at(35, decay="cosine") == pytest.approx(0.8535534)
-    assert at(60, decay="wsd", decay_fraction=0.5) == 1 and at(85, decay="wsd", decay_fraction=0.5) == pytest.approx(
-        0.5
-    )
+    assert at(60, decay="wsd", fraction=0.5) == 1 and at(85, decay="wsd", fraction=0.5) == pytest.approx(0.5)
 
 
 def test_draws_visit_every_sample_once_an_epoch_and_ranks_share_a_batch() -> None:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, ResNetForImageClassification
 from sfumato.models.vision import is_vision, load_vision
 from sfumato.toybox.cues import CUE_TEXTURES, CUES
 from sfumato.training import run
-from sfumato.training.objective import Draw, build_objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe
 
 RECIPE = """

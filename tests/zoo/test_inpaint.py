@@ -11,7 +11,8 @@ from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
 from sfumato.models import load
 from sfumato.toybox import SHAPES, Scene, Toy
-from sfumato.training.objective import Draw, build_objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe
 from sfumato.zoo.objectives import inpaint
 

@@ -16,7 +16,8 @@ from sfumato.clip import codec_mark, load_clip, noised_input
 from sfumato.errors import BadInput, UnknownName
 from sfumato.toybox import sample_scene
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective, build_objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective, build_objective
 from sfumato.training.optim import build_optimizer
 from sfumato.training.recipe import Recipe, TrainOptions
 from sfumato.zoo.objectives.clip import hard_negative
@@ -296,8 +297,9 @@ def test_training_the_decoder_alone_leaves_the_latents(tmp_path: Path) -> None:
 def test_text_tower_learns_at_its_own_rate_and_is_exported(kind: str, parts: dict[str, str], tmp_path: Path) -> None:
     frozen, made = latent(kind, parts), latent(kind, parts, text_rate=0.5)
     assert not any(p.requires_grad for p in frozen.text.parameters()) and "text" not in frozen.modules
-    optimizer = build_optimizer(made, TrainOptions(steps=1, batch=1, optimizer="muon", lr=0.01, muon_lr=0.1))
-    peaks = {id(p): (group["muon"], group["peak"]) for group in optimizer.param_groups for p in group["params"]}
+    options = TrainOptions(steps=1, batch=1, optimizer="muon", lr=0.01, muon_lr=0.1)
+    optimizer = build_optimizer(made.modules, options, made.takes_muon, made.rates)
+    peaks = {id(p): (group["muon"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     text = made.text.text_model
     assert peaks[id(text.embeddings.token_embedding.weight)] == (False, 0.005)
     assert peaks[id(text.encoder.layers[0].mlp.fc1.weight)] == (True, 0.05)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, DetrForObjectDetection, LxmertForQuestio
 from sfumato.explain.asking import ask
 from sfumato.models.readers import load_reader
 from sfumato.toybox import ANSWERS, QUESTION_KINDS, questions_about
-from sfumato.training.objective import Draw, Objective, build_objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective, build_objective
 from sfumato.training.recipe import Recipe
 from sfumato.zoo.objectives.detr import to_centre, to_corners, toy_boxes
 from sfumato.zoo.objectives.vqa import draw_regions, question_tokenizer, region_labels

@@ -7,7 +7,8 @@ from transformers import CLIPModel
 
 from sfumato import registry
 from sfumato.toybox import SHAPES
-from sfumato.training.objective import Draw, build_objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe
 from sfumato.zoo.objectives.vit import cut
 

@@ -32,7 +32,7 @@ def train(
     Raises:
         UnknownName, BadInput: the recipe is not known or not valid. Conflict: its folder holds a run already.
     """
-    from sfumato.training.trainer import run
+    from sfumato.training import run
 
     return run(recipe, resume=resume, minutes=minutes, out=None if out is None else Path(out), on_progress=on_progress)
 

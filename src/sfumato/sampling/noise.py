@@ -104,6 +104,10 @@ class Path:
             return (alpha * x - x0) / sigma
         return x0 if self.kind == "sample" else (x - x0) / sigma
 
+    def target(self, x: Tensor, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
+        """What the network should say at ``x``, which is ``x0`` noised with ``eps``: for the denoising loss."""
+        return self.from_x0(x, x0, t)
+
     def with_less_noise(self, out: Tensor, less: Tensor, t: Any) -> Tensor:
         """The network output that implies ``less`` (b c h w) less noise than ``out`` at the same latents.
 

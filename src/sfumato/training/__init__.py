@@ -1,18 +1,23 @@
-"""Training: one recipe-driven trainer and the objectives it knows."""
+"""Training: one loop for whatever learns. :func:`fit` in memory, :func:`run` from a recipe."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfumato.training.trainer import Progress, RunResult, run
+    from sfumato.training.draw import Draw, shuffled
+    from sfumato.training.losses import denoising_loss
+    from sfumato.training.players import Player
+    from sfumato.training.runs import RunResult, run
+    from sfumato.training.trainer import Fitted, Progress, fit
 
-__all__ = ["Progress", "RunResult", "run"]
+__all__ = ["Draw", "Fitted", "Player", "Progress", "RunResult", "denoising_loss", "fit", "run", "shuffled"]
+_HOME = {"Draw": "draw", "shuffled": "draw", "denoising_loss": "losses", "Player": "players"}
+_HOME |= {"RunResult": "runs", "run": "runs", "Fitted": "trainer", "Progress": "trainer", "fit": "trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from sfumato.training import trainer
-
-        return getattr(trainer, name)
+    if name in _HOME:
+        return getattr(importlib.import_module(f"sfumato.training.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,21 +20,21 @@ def main() -> int:
         "--snapshots", type=Path, help="folder replaced now and then by an export of the averaged weights"
     )
     parser.add_argument("--threads", type=int, help="CPU threads")
-    asked = parser.parse_args()
+    options = parser.parse_args()
 
-    from sfumato.training.trainer import Progress, run
+    from sfumato.training import Progress, run
 
-    if asked.threads:
+    if options.threads:
         import torch
 
-        torch.set_num_threads(asked.threads)
+        torch.set_num_threads(options.threads)
 
     def show(progress: Progress) -> None:
         logs = "  ".join(f"{key} {value:.4g}" for key, value in progress.logs.items())
         print(f"{progress.step}/{progress.steps}  {progress.seconds:.0f} s  {logs}", flush=True)
 
     try:
-        result = run(asked.recipe, asked.resume, asked.minutes, asked.out, show, asked.snapshots)
+        result = run(options.recipe, options.resume, options.minutes, options.out, show, options.snapshots)
     except SfumatoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

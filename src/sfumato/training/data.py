@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.toybox import ToyboxDataset
-from sfumato.training.objective import Draw
+from sfumato.training.draw import Draw
 from sfumato.training.recipe import DataOptions
 
 

@@ -1,12 +1,15 @@
-"""What the trainer needs to know about a model in training: the :class:`Objective` protocol.
+"""What a training run needs to know about a model in training: the :class:`Objective`.
 
-An objective owns its modules and its data. The trainer owns optimiser, schedule, averaging, checkpoints and logs. To
-add one: subclass :class:`Objective`, name it in ``OBJECTIVES`` below, write a recipe.
+An objective owns its modules and its data; the run owns optimisers, schedule, averages, checkpoints and logs. To add
+one, write a file in ``zoo/objectives`` with a subclass that says ``NAME = "..."``, and a recipe that names it.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,76 +18,39 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UnknownName
-from sfumato.rng import hashed
+from sfumato.training import data
+from sfumato.training.draw import Draw
+from sfumato.training.players import Loss
 from sfumato.training.recipe import Options, Recipe, parse
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
     from PIL.Image import Image
-
-# key -> "module:class"; imported only when a recipe asks for it
-OBJECTIVES: dict[str, str] = {
-    "vae": "sfumato.zoo.objectives.vae:VAEObjective",
-    "clip": "sfumato.zoo.objectives.clip:CLIPObjective",
-    "noisy_clip": "sfumato.zoo.objectives.noisy_clip:NoisyCLIPObjective",
-    "diffusion": "sfumato.zoo.objectives.diffusion:DiffusionObjective",
-    "inpaint": "sfumato.zoo.objectives.inpaint:InpaintObjective",
-    "flow": "sfumato.zoo.objectives.flow:FlowObjective",
-    "judge": "sfumato.zoo.objectives.judge:JudgeObjective",
-    "cnn": "sfumato.zoo.objectives.cnn:CNNObjective",
-    "vit": "sfumato.zoo.objectives.vit:VitObjective",
-    "detr": "sfumato.zoo.objectives.detr:DetrObjective",
-    "vqa": "sfumato.zoo.objectives.vqa:VQAObjective",
-}
-
-
-def save_half(module: ModelMixin, folder: Path) -> None:
-    """Writes a diffusers model to ``folder`` in float16; ``module`` itself stays as it is."""
-    half = type(module).from_config(module.config).half()
-    half.load_state_dict(module.state_dict())
-    half.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The randomness of one step. Everything drawn is a pure function of (seed, step, rank, stream name)."""
+class Turn:
+    """What one player of an objective does: minimises ``loss(batch, draw)`` over the modules named (all, if none are),
+    at every so many-th step."""
 
-    seed: int
-    step: int
-    rank: int = 0
-    world: int = 1
-
-    def number(self, stream: str, *more: int) -> int:
-        """A 63-bit seed for the named stream."""
-        text = ":".join(map(str, (self.seed, self.step, self.rank, stream, *more)))
-        return hashed(text)
-
-    def generator(self, stream: str) -> torch.Generator:
-        """A fresh CPU generator for the named stream."""
-        return torch.Generator().manual_seed(self.number(stream))
-
-    def indices(self, n: int, batch: int) -> Tensor:
-        """This process's share of a batch of ``batch`` out of ``n`` samples, (b,) int64: epochs of a seeded shuffle."""
-        place = torch.arange(self.step * batch + self.rank, (self.step + 1) * batch, self.world)
-        out = torch.empty_like(place)
-        for epoch in (place // n).unique().tolist():
-            seed = Draw(self.seed, epoch).number("shuffle")
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            chosen = place // n == epoch
-            out[chosen] = order[place[chosen] % n]
-        return out
+    loss: Loss
+    modules: Sequence[str] = ()
+    every: int = 1
 
 
 class Objective:
-    """A model in training. Subclasses set ``Model`` and ``Loss`` (their recipe sections) and the methods below.
+    """A model in training. Subclasses set ``NAME``, ``Model`` and ``Loss`` (their recipe sections) and the methods
+    below.
 
     Life: ``__init__`` builds the modules from the recipe, seeded; ``setup(device)`` opens the data and
     moves the modules; then for every step ``loss(batch(draw), draw)``; now and then ``evaluate()``, ``grid()`` and
     ``export(folder)``, these three with the averaged weights in place and the modules in eval mode.
     """
 
+    NAME: ClassVar[str] = ""
     Model: ClassVar[type[Options]] = Options
     Loss: ClassVar[type[Options]] = Options
+    EXPORTED: ClassVar[str] = ""  # the module that is exported and loaded, a model of diffusers or transformers
+    HALF: ClassVar[bool] = True  # whether it is exported in float16
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -101,10 +67,16 @@ class Objective:
         raise NotImplementedError
 
     def setup(self, device: torch.device) -> None:
-        """Opens the data and moves everything to ``device``; subclasses extend it."""
+        """Moves everything to ``device`` and opens the data; subclasses extend it."""
         self.device = device
         for module in self.modules.values():
             module.to(device)
+        self.open_data()
+
+    def open_data(self) -> None:
+        """Opens the recipe's data as ``train_data`` and ``val_data``."""
+        self.train_data: Any = data.dataset("train", self.recipe.data)
+        self.val_data: Any = data.dataset("val", self.recipe.data)
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         """The samples of one step for this process: a pure function of ``draw``."""
@@ -114,7 +86,12 @@ class Objective:
         """The scalar to minimise and named scalars for the log (detached)."""
         raise NotImplementedError
 
-    def hidden(self, name: str, parameter: Tensor) -> bool:
+    def turns(self) -> dict[str, Turn]:
+        """The players by name, in the order of their turns: one that trains everything with :meth:`loss`. An objective
+        with an adversary gives two, each with its own loss and modules."""
+        return {"model": Turn(self.loss)}
+
+    def takes_muon(self, name: str, parameter: Tensor) -> bool:
         """Whether Muon may orthogonalise this parameter: matrices inside the network, not its ends."""
         ends = ("embed", "conv_in", "conv_out", "proj_out", "norm", "projection", "readout")
         return parameter.ndim in (2, 4) and not any(end in name for end in ends)
@@ -131,18 +108,58 @@ class Objective:
         """Quality for the card, measured once at the end: :meth:`evaluate` and what is too slow for the log."""
         return self.evaluate()
 
+    def companions(self) -> list[Any]:
+        """What is saved beside the exported model: tokenizer, image processor."""
+        return []
+
     def export(self, folder: Path) -> dict[str, Any]:
         """Writes the model in its library's standard folder format; returns entries of the card (sampling defaults)."""
-        raise NotImplementedError
+        module: Any = self.modules[self.EXPORTED]
+        save_half(module, folder) if self.HALF else module.save_pretrained(folder)
+        for part in self.companions():
+            part.save_pretrained(folder)
+        return {}
 
     def load(self, folder: Path) -> None:
         """Starts from the weights in an exported folder (``init_from``)."""
-        raise NotImplementedError
+        module = self.modules[self.EXPORTED]
+        module.load_state_dict(weights_in(folder, type(module)))
+
+
+def save_half(module: Any, folder: Path) -> None:
+    """Writes a model of diffusers or transformers to ``folder`` in float16; ``module`` itself stays as it is."""
+    make = getattr(type(module), "from_config", type(module))  # transformers makes models from a config directly
+    half = make(module.config).half()
+    half.load_state_dict(module.state_dict())
+    half.save_pretrained(folder)
+
+
+def weights_in(folder: Path, kind: type[nn.Module], **where: str) -> dict[str, Tensor]:
+    """The weights of a ``kind`` of model in an exported folder, in float32."""
+    name = "dtype" if kind.__module__.startswith("transformers.") else "torch_dtype"
+    return kind.from_pretrained(folder, **where, **{name: torch.float32}).state_dict()  # type: ignore[attr-defined]
+
+
+@functools.cache
+def objectives() -> dict[str, str]:
+    """The objectives of this package: name -> "module:class". Read from the source text; nothing is imported."""
+    package = Path(__file__).parent.parent
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "Objective)" not in source:
+            continue
+        module = ".".join(("sfumato", *path.relative_to(package).with_suffix("").parts))
+        for node in ast.parse(source).body:
+            for line in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") == "NAME":
+                    found[str(ast.literal_eval(line.value))] = f"{module}:{getattr(node, 'name', '')}"
+    return found
 
 
 def build_objective(recipe: Recipe) -> Objective:
     """The objective that ``recipe`` names, with its modules built."""
-    if recipe.objective not in OBJECTIVES:
-        raise UnknownName("objective", recipe.objective, OBJECTIVES)
-    module, _, name = OBJECTIVES[recipe.objective].partition(":")
+    if recipe.objective not in objectives():
+        raise UnknownName("objective", recipe.objective, objectives())
+    module, _, name = objectives()[recipe.objective].partition(":")
     return getattr(importlib.import_module(module), name)(recipe)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from sfumato.training.objective import Objective
 from sfumato.training.recipe import TrainOptions
 
 
@@ -31,7 +30,7 @@ class Muon(torch.optim.Optimizer):
     """AdamW groups and Muon groups in one optimiser; a group says ``muon=True`` to be orthogonalised.
 
     Convolution kernels are seen as (out, in * kh * kw). The update is scaled by sqrt(max(1, rows / columns)), as in
-    Jordan's original. A group ``lr`` is absolute, the trainer sets it at each step.
+    Jordan's original. A group's ``lr`` is absolute.
     """
 
     def __init__(self, groups: Iterable[dict], momentum: float = 0.95, precision: torch.dtype = torch.float32):
@@ -88,29 +87,34 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    objective: Objective, options: TrainOptions, precision: torch.dtype = torch.float32
+    modules: Mapping[str, nn.Module],
+    options: TrainOptions,
+    takes_muon: Callable[[str, Tensor], bool],
+    rates: Mapping[str, float] | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
-    """AdamW or Muon + AdamW over the objective's trainable parameters; ``peak`` of a group is its peak learning rate.
+    """AdamW or Muon + AdamW over the trainable parameters of ``modules``; each group's ``lr`` is its peak.
 
-    Weight decay acts on matrices and kernels only.
+    ``rates``: learning rates of modules as multiples of the others', where they differ. Weight decay acts on matrices
+    and kernels only.
     """
     betas = (options.beta1, options.beta2)
     groups = []
-    for name, module in objective.modules.items():
+    for name, module in modules.items():
         matrices: list[Tensor] = []
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
         for key, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if options.optimizer == "muon" and objective.hidden(f"{name}.{key}", parameter):
+            if options.optimizer == "muon" and takes_muon(f"{name}.{key}", parameter):
                 matrices.append(parameter)
             else:
                 (decayed if parameter.ndim >= 2 else plain).append(parameter)
-        rate, decay = objective.rates.get(name, 1.0), options.weight_decay
+        rate, decay = (rates or {}).get(name, 1.0), options.weight_decay
         groups += [
-            {"params": matrices, "muon": True, "peak": rate * options.muon_lr, "weight_decay": decay},
-            {"params": decayed, "muon": False, "peak": rate * options.lr, "weight_decay": decay, "betas": betas},
-            {"params": plain, "muon": False, "peak": rate * options.lr, "weight_decay": 0.0, "betas": betas},
+            {"params": matrices, "muon": True, "lr": rate * options.muon_lr, "weight_decay": decay},
+            {"params": decayed, "muon": False, "lr": rate * options.lr, "weight_decay": decay, "betas": betas},
+            {"params": plain, "muon": False, "lr": rate * options.lr, "weight_decay": 0.0, "betas": betas},
         ]
     return Muon([group for group in groups if group["params"]], precision=precision)

@@ -38,6 +38,7 @@ class TrainOptions(Options):
 
     steps: int = Field(..., ge=1, description="optimiser steps of the whole schedule")
     batch: int = Field(..., ge=1, description="samples per step over all processes")
+    accumulate: int = Field(1, ge=1, description="parts of a step's batch whose gradients are added up")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW)")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     decay: Literal["cosine", "linear", "wsd", "none"] = Field("cosine", description="decay to zero after warm-up")

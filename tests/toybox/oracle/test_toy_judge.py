@@ -25,7 +25,7 @@ from sfumato.toybox.oracle.toy_judge import (
     group,
     load_judge,
 )
-from sfumato.training.objective import Draw
+from sfumato.training.draw import Draw
 from sfumato.training.recipe import Recipe
 from sfumato.zoo.objectives.judge import JudgeLoss, JudgeObjective, augment, compress, labels, middle_loss, truth
 

@@ -10,7 +10,6 @@ toy's noun must carry the toy's attributes, and the patches of a picture must te
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +23,8 @@ from sfumato.toybox import COLORS, PATTERNS, SHAPES, Scene, ToyboxDataset
 from sfumato.toybox import caption as describe
 from sfumato.toybox.captions import Caption
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.tokenizer import build_tokenizer
@@ -106,6 +106,9 @@ def captions_with_negatives(source: ToyboxDataset, indices: Tensor, draw: Draw, 
 class CLIPObjective(Objective):
     """Symmetric contrastive loss with hard negative captions."""
 
+    NAME = "clip"
+    EXPORTED = "clip"
+    HALF = False  # whoever trains further from it loses nothing
     Model: ClassVar[type[Options]] = CLIPModelOptions
     Loss: ClassVar[type[Options]] = CLIPLoss
     clip: CLIPModel
@@ -144,8 +147,6 @@ class CLIPObjective(Objective):
     def setup(self, device: torch.device) -> None:
         super().setup(device)
         self.directions = labels.fixed_readout(self.model_options.text_width).to(device)
-        self.train_data = data.dataset("train", self.recipe.data)
-        self.val_data = data.dataset("val", self.recipe.data)
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids (b, t) int64, padded to the longest: attention is causal, what follows the end does not matter."""
@@ -239,15 +240,10 @@ class CLIPObjective(Objective):
             right["beats_colour_swap"] += (scores.diagonal()[pairs] > rival).tolist()
         return {name: float(np.mean(values)) for name, values in right.items()}
 
-    def export(self, folder: Path) -> dict[str, Any]:
-        self.clip.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def companions(self) -> list[Any]:
         size = self.recipe.data.size
         half = [0.5, 0.5, 0.5]
-        CLIPImageProcessorPil(
+        processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=half, image_std=half
-        ).save_pretrained(folder)
-        return {}
-
-    def load(self, folder: Path) -> None:
-        self.clip.load_state_dict(CLIPModel.from_pretrained(folder).state_dict())
+        )
+        return [self.tokenizer, processor]

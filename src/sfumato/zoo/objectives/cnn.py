@@ -7,7 +7,6 @@ cue.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,8 @@ from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClas
 from sfumato import sheets
 from sfumato.toybox.cues import CUE_TEXTURES, CUES, CueDataset
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 
 TEXTURE_CHANCE = 1 / len(CUES)
@@ -49,6 +49,8 @@ class CNNLoss(Options):
 class CNNObjective(Objective):
     """A ``ResNetForImageClassification`` of the four cues."""
 
+    NAME = "cnn"
+    EXPORTED = "cnn"
     Model, Loss = CNNModel, CNNLoss
 
     def build(self) -> dict[str, nn.Module]:
@@ -64,8 +66,7 @@ class CNNObjective(Objective):
     def cnn(self) -> ResNetForImageClassification:
         return self.modules["cnn"]  # type: ignore[return-value]
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
+    def open_data(self) -> None:
         o, cues = self.recipe.data, {"shape": self.loss_options.shape, "texture": self.loss_options.texture}
         self.train_data = CueDataset("train", o.train, o.size, o.seed, **cues)
         # measured on the same pictures whatever was trained on: here the texture says nothing about the shape
@@ -120,14 +121,12 @@ class CNNObjective(Objective):
         rows = [torch.from_numpy(np.flatnonzero(self.train_data.labels == k)[:8]) for k in range(len(CUES))]
         return sheets.sheet(torch.cat([data.pictures(self.train_data, row) for row in rows]), 8, scale=2, gap=0)
 
-    def export(self, folder: Path) -> dict[str, Any]:
-        copy.deepcopy(self.cnn).half().save_pretrained(folder)
+    def companions(self) -> list[Any]:
         size, half = self.recipe.data.size, [0.5, 0.5, 0.5]
-        CLIPImageProcessorPil(
+        processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=half, image_std=half
-        ).save_pretrained(folder)
-        return {"cues": [list(cue) for cue in CUES]}
+        )
+        return [processor]
 
-    def load(self, folder: Path) -> None:
-        state = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).state_dict()
-        self.cnn.load_state_dict(state)
+    def export(self, folder: Path) -> dict[str, Any]:
+        return {**super().export(folder), "cues": [list(cue) for cue in CUES]}

@@ -7,7 +7,6 @@ the sides of that toy's box are. It shapes features only: no attention map ever 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +19,8 @@ from transformers import ConvNextConfig, DetrConfig, DetrForObjectDetection, Det
 from sfumato.models.regions import box_overlap
 from sfumato.toybox import SHAPES, ToyboxDataset
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives import labels
 
@@ -74,6 +74,8 @@ def to_corners(boxes: Tensor) -> Tensor:
 class DetrObjective(Objective):
     """DETR's set loss over shapes and boxes, and the encoder's auxiliary loss."""
 
+    NAME = "detr"
+    EXPORTED = "detr"
     Model: ClassVar[type[Options]] = DetrModelOptions
     Loss: ClassVar[type[Options]] = DetrLoss
     detr: DetrForObjectDetection
@@ -108,16 +110,14 @@ class DetrObjective(Objective):
         self.detr = DetrForObjectDetection(config)
         return {"detr": self.detr, "readout": nn.Linear(o.width, labels.PLACE_CLASSES + 4)}
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
-        self.train_data = data.dataset("train", self.recipe.data)
-        self.val_data = data.dataset("val", self.recipe.data)
+    def open_data(self) -> None:
+        super().open_data()
         self.boxes = toy_boxes(self.train_data)
         self.cells = self.recipe.data.size // (PATCH * 2 ** (len(self.model_options.backbone) - 1))
 
-    def hidden(self, name: str, parameter: Tensor) -> bool:
+    def takes_muon(self, name: str, parameter: Tensor) -> bool:
         ends = ("dwconv", "class_labels", "bbox_predictor.layers.2", "input_projection")
-        return super().hidden(name, parameter) and not any(end in name for end in ends)
+        return super().takes_muon(name, parameter) and not any(end in name for end in ends)
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
@@ -222,16 +222,9 @@ class DetrObjective(Objective):
                 draw.rectangle((x0 + k * size, y0, max(x0, x1 - 1) + k * size, max(y0, y1 - 1)), outline=(255, 0, 0))
         return sheet
 
-    def export(self, folder: Path) -> dict[str, Any]:
-        half = DetrForObjectDetection(self.detr.config).half()
-        half.load_state_dict(self.detr.state_dict())
-        half.save_pretrained(folder)
+    def companions(self) -> list[Any]:
         size = self.recipe.data.size
         mean = [0.5, 0.5, 0.5]
-        DetrImageProcessorPil(
-            size={"height": size, "width": size}, image_mean=mean, image_std=mean, do_pad=False
-        ).save_pretrained(folder)
-        return {}
-
-    def load(self, folder: Path) -> None:
-        self.detr.load_state_dict(DetrForObjectDetection.from_pretrained(folder, dtype=torch.float32).state_dict())
+        return [
+            DetrImageProcessorPil(size={"height": size, "width": size}, image_mean=mean, image_std=mean, do_pad=False)
+        ]

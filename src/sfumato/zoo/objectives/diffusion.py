@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sfumato import registry
-from sfumato.training.objective import Draw, save_half
+from sfumato.training.draw import Draw
+from sfumato.training.losses import Noise, denoising_loss, min_snr
+from sfumato.training.objective import save_half, weights_in
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
 
@@ -52,6 +54,7 @@ class DiffusionLoss(LatentLoss):
 class DiffusionObjective(LatentObjective):
     """Denoising score matching: the network says which noise was added."""
 
+    NAME = "diffusion"
     Model: ClassVar[type[Options]] = UNetModel
     Loss: ClassVar[type[Options]] = DiffusionLoss
     unet: UNet2DConditionModel
@@ -83,7 +86,7 @@ class DiffusionObjective(LatentObjective):
         # the pipeline has no use for the projection
         return {**parts, "text": self.text.text_model} if o.text_rate else parts
 
-    def hidden(self, name: str, parameter: Tensor) -> bool:
+    def takes_muon(self, name: str, parameter: Tensor) -> bool:
         ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings", "readout")
         return parameter.ndim in (2, 4) and not any(end in name for end in ends)
 
@@ -98,16 +101,18 @@ class DiffusionObjective(LatentObjective):
         context = self.text.text_model(batch["tokens"]).last_hidden_state
         # the features that the last block starts from, at the size of the latents
         middle = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
-        with self.watching(middle) as kept:
-            guess = self.unet(self.seen(self.noise_schedule.add_noise(x0, noise, t), batch), t, context).sample.float()
-        error = (batch["weight"] * (guess - noise).square()).mean((1, 2, 3))
-        alpha = self.noise_schedule.alphas_cumprod.to(x0.device)[t]
-        snr = alpha / (1 - alpha)
+        path = Noise(self.noise_schedule)
+        snr = path.snr(t)
         # pure noise has nothing to say, hence the floor
-        weight = snr.clamp(max=self.loss_options.min_snr) / snr + self.loss_options.structure / snr.clamp(min=0.05)
-        halves = {"late": error[t >= steps // 2], "early": error[t < steps // 2]}
+        weight = min_snr(snr, self.loss_options.min_snr) + self.loss_options.structure / snr.clamp(min=0.05)
+        with self.watching(middle) as kept:
+            found = denoising_loss(
+                lambda x, t: self.unet(self.seen(x, batch), t, context).sample,
+                path, x0, noise, t, mask=batch["weight"], weight=weight,
+            )  # fmt: skip
+        halves = {"late": found.errors[t >= steps // 2], "early": found.errors[t < steps // 2]}
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
-        loss = logs["denoise"] = (weight * error).mean()
+        loss = logs["denoise"] = found.loss
         if self.loss_options.align:
             logs["align"] = self.alignment(kept[0].permute(0, 2, 3, 1), batch["places"]).mean()
             loss = loss + self.loss_options.align * logs["align"]
@@ -138,9 +143,8 @@ class DiffusionObjective(LatentObjective):
         return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
 
     def load(self, folder: Path) -> None:
-        self.take(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
-        text = CLIPTextModel.from_pretrained(registry.part(folder, "text_encoder"))
-        self.text.text_model.load_state_dict(text.state_dict())
+        self.take(weights_in(folder, UNet2DConditionModel, subfolder="unet"))
+        self.text.text_model.load_state_dict(weights_in(registry.part(folder, "text_encoder"), CLIPTextModel))
 
     def take(self, weights: dict[str, Tensor]) -> None:
         """Starts the U-Net from these weights."""

@@ -11,7 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
-from sfumato.training.objective import Draw, save_half
+from sfumato.training.draw import Draw
+from sfumato.training.losses import Flow, denoising_loss, density
+from sfumato.training.objective import save_half, weights_in
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
 
@@ -43,6 +45,7 @@ class FlowLoss(LatentLoss):
 class FlowObjective(LatentObjective):
     """Conditional flow matching: x_t = (1 - t) x0 + t eps, the network says eps - x0; t from a logit-normal."""
 
+    NAME = "flow"
     Model: ClassVar[type[Options]] = FlowModel
     Loss: ClassVar[type[Options]] = FlowLoss
     transformer: SD3Transformer2DModel
@@ -77,17 +80,18 @@ class FlowObjective(LatentObjective):
         o: FlowLoss = self.loss_options
         x0, noise = batch["x0"], batch["noise"]
         t = self.times(self.quantiles(len(x0), draw)).to(x0.device)
-        s = t[:, None, None, None]
         told = self.text(batch["tokens"], output_hidden_states=True)
         context = torch.cat([told.hidden_states[-2]] * 2, -1)
         pooled = torch.cat([told.text_embeds] * 2, -1)
         middle = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
         with self.watching(middle) as kept:
-            guess = self.transformer((1 - s) * x0 + s * noise, context, pooled, 1000 * t, return_dict=False)[0].float()
-        error = (batch["weight"] * (guess - (noise - x0)).square()).mean((1, 2, 3))
-        halves = {"late": error[t >= 0.5], "early": error[t < 0.5]}
+            found = denoising_loss(
+                lambda x, t: self.transformer(x, context, pooled, 1000 * t, return_dict=False)[0],
+                Flow(), x0, noise, t, mask=batch["weight"],
+            )  # fmt: skip
+        halves = {"late": found.errors[t >= 0.5], "early": found.errors[t < 0.5]}
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
-        loss = logs["denoise"] = error.mean()
+        loss = logs["denoise"] = found.loss
         if o.align:
             features = kept[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
             logs["align"] = self.alignment(features, batch["places"]).mean()
@@ -97,7 +101,7 @@ class FlowObjective(LatentObjective):
     def times(self, quantiles: Tensor) -> Tensor:
         """t in (0, 1) at quantiles of the logit-normal."""
         o: FlowLoss = self.loss_options
-        return torch.sigmoid(o.mean + o.deviation * torch.special.ndtri(quantiles.clamp(1e-6, 1 - 1e-6)))
+        return density(quantiles, "logit_normal", o.mean, o.deviation)
 
     def timestep(self, quantile: float) -> float:
         if quantile in (0.0, 1.0):
@@ -125,7 +129,5 @@ class FlowObjective(LatentObjective):
         return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
 
     def load(self, folder: Path) -> None:
-        loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
-        self.transformer.load_state_dict(loaded.state_dict())
-        text = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder")
-        self.text.load_state_dict(text.state_dict())
+        self.transformer.load_state_dict(weights_in(folder, SD3Transformer2DModel, subfolder="transformer"))
+        self.text.load_state_dict(weights_in(folder, CLIPTextModelWithProjection, subfolder="text_encoder"))

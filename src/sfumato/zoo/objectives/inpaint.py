@@ -25,7 +25,7 @@ from sfumato.toybox import caption as describe
 from sfumato.toybox.oracle.presence import Wanted, find, wanted
 from sfumato.toybox.oracle.toy_judge import load_judge
 from sfumato.training import data
-from sfumato.training.objective import Draw
+from sfumato.training.draw import Draw
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives.diffusion import DiffusionLoss, DiffusionObjective
 
@@ -56,6 +56,7 @@ class InpaintLoss(DiffusionLoss):
 class InpaintObjective(DiffusionObjective):
     """Denoising of pictures whose surroundings are known."""
 
+    NAME = "inpaint"
     Loss: ClassVar[type[Options]] = InpaintLoss
 
     def build(self) -> dict[str, nn.Module]:

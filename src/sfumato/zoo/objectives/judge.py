@@ -19,7 +19,8 @@ from sfumato.toybox import Scene, ToyboxDataset
 from sfumato.toybox.oracle.accuracy import measure
 from sfumato.toybox.oracle.toy_judge import ATTRIBUTES, SCENERY, Dense, JudgeConfig, JudgeNet, ToyJudge
 from sfumato.toybox.rendering import COLOR_RGB
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options, Recipe
 
 MOST_TOYS = 4
@@ -150,6 +151,7 @@ def augment(images: Tensor, options: JudgeLoss, generator: torch.Generator) -> T
 class JudgeObjective(Objective):
     """Masks, middles and attributes of toys, ground and sky. Trained on renders only (and their codec round trips)."""
 
+    NAME = "judge"
     Model, Loss = JudgeModel, JudgeLoss
 
     def __init__(self, recipe: Recipe):
@@ -159,8 +161,7 @@ class JudgeObjective(Objective):
     def build(self) -> dict[str, nn.Module]:
         return {"judge": JudgeNet(JudgeConfig(**self.model_options.model_dump()))}
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
+    def open_data(self) -> None:
         data = self.recipe.data
         self.sets = [ToyboxDataset("train", data.train, data.size, data.seed)]
         if self.loss_options.heldout:
@@ -236,7 +237,7 @@ class JudgeObjective(Objective):
         out = torch.where(fate < 0.2, grown, torch.where(fate < 0.4, shrunk, torch.where(fate < 0.7, seen, masks)))
         return torch.where(out.sum((1, 2), keepdim=True) >= 4, out, masks)
 
-    def hidden(self, name: str, parameter: Tensor) -> bool:
+    def takes_muon(self, name: str, parameter: Tensor) -> bool:
         return parameter.ndim == 4 and parameter.shape[-1] == 3 and "stem" not in name
 
     @torch.no_grad()

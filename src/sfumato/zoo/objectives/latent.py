@@ -24,7 +24,9 @@ from sfumato.toybox import caption as describe
 from sfumato.toybox.oracle.presence import check, wanted
 from sfumato.toybox.oracle.toy_judge import load_judge
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.losses import stratified
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 from sfumato.windows import Window
 from sfumato.zoo.objectives import labels
@@ -129,8 +131,6 @@ class LatentObjective(Objective):
         self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
         self.vae.register_to_config(_name_or_path=vae.name)  # exports name no folder of this machine
         self.text.to(device)
-        self.train_data = data.dataset("train", self.recipe.data)
-        self.val_data = data.dataset("val", self.recipe.data)
         weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
         self.key = hashlib.sha256(weights).hexdigest()[:16]
         self.train_latents = self.cached_latents(self.train_data)
@@ -168,9 +168,7 @@ class LatentObjective(Objective):
 
     def quantiles(self, n: int, draw: Draw) -> Tensor:
         """Places (n,) in the noise distribution: one from each of n equal parts of the interval, in random order."""
-        low, high = self.loss_options.interval
-        u = torch.rand(n, generator=draw.generator("time"))
-        return low + (high - low) * ((torch.randperm(n, generator=draw.generator("order")) + u) / n)
+        return stratified(n, draw.generator("time"), draw.generator("order"), self.loss_options.interval)
 
     def timestep(self, quantile: float) -> float:
         """The timestep, 0 to 1000, below which this share of the noise distribution lies."""

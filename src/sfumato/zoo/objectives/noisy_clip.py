@@ -22,7 +22,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from sfumato.clip.noised import PLANES, alpha_sigma, codec_mark, noised_input
 from sfumato.toybox import caption as describe
 from sfumato.training import data
-from sfumato.training.objective import Draw
+from sfumato.training.draw import Draw
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.clip import captions_with_negatives, hard_negative
@@ -52,6 +52,8 @@ class NoisyCLIPLoss(Options):
 class NoisyCLIPObjective(LatentObjective):
     """Symmetric contrastive loss of noised latents with captions and hard negative captions."""
 
+    NAME = "noisy_clip"
+    EXPORTED = "clip"
     Model: ClassVar[type[Options]] = NoisyCLIPModel
     Loss: ClassVar[type[Options]] = NoisyCLIPLoss
     clip: CLIPModel
@@ -204,12 +206,8 @@ class NoisyCLIPObjective(LatentObjective):
     def grid(self) -> None:
         return None
 
-    def export(self, folder: Path) -> dict[str, Any]:
-        half = CLIPModel(self.clip.config).half()
-        half.load_state_dict(self.clip.state_dict())
-        half.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        return {"latents_of": self.model_options.vae}
+    def companions(self) -> list[Any]:
+        return [self.tokenizer]
 
-    def load(self, folder: Path) -> None:
-        self.clip.load_state_dict(CLIPModel.from_pretrained(folder).state_dict())
+    def export(self, folder: Path) -> dict[str, Any]:
+        return {**super().export(folder), "latents_of": self.model_options.vae}

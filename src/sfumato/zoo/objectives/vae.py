@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sfumato import sheets
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective, save_half
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 
 
@@ -43,6 +44,8 @@ class VAELoss(Options):
 class VAEObjective(Objective):
     """Reconstruction of toybox pictures; the exported latents are standardised per channel."""
 
+    NAME = "vae"
+    EXPORTED = "vae"
     Model: ClassVar[type[Options]] = VAEModel
     Loss: ClassVar[type[Options]] = VAELoss
     vae: AutoencoderKL
@@ -66,11 +69,6 @@ class VAEObjective(Objective):
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
         return {"vae": self.vae}
-
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
-        self.train_data = data.dataset("train", self.recipe.data)
-        self.val_data = data.dataset("val", self.recipe.data)
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         o: VAELoss = self.loss_options
@@ -151,9 +149,6 @@ class VAEObjective(Objective):
     def export(self, folder: Path) -> dict[str, Any]:
         kept = {key: value.clone() for key, value in self.vae.state_dict().items()}
         before = {} if self.loss_options.decoder_only else {"latents_before_standardising": self.standardise()}
-        save_half(self.vae, folder)
+        super().export(folder)
         self.vae.load_state_dict(kept)
         return before
-
-    def load(self, folder: Path) -> None:
-        self.vae.load_state_dict(AutoencoderKL.from_pretrained(folder).state_dict())

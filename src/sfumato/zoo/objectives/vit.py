@@ -25,7 +25,8 @@ from transformers import CLIPModel, ViTConfig, ViTForImageClassification, ViTIma
 from sfumato.toybox import BIASED_SPLITS, COLORS, SHAPES, BiasedDataset, Toy, ToyboxDataset, render
 from sfumato.toybox.dataset import draw_scene
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 
 
@@ -51,6 +52,8 @@ class VitLoss(Options):
 class VitObjective(Objective):
     """Cross-entropy of one label (biased scenes), or of each label by itself (ordinary scenes)."""
 
+    NAME = "vit"
+    EXPORTED = "vit"
     Model: ClassVar[type[Options]] = VitModel
     Loss: ClassVar[type[Options]] = VitLoss
     vit: ViTForImageClassification
@@ -75,8 +78,7 @@ class VitObjective(Objective):
         self.vit = ViTForImageClassification(config)
         return {"vit": self.vit}
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
+    def open_data(self) -> None:
         o = self.recipe.data
         if self.biased:
             bias = {"size": o.size, "seed": o.seed, "scenery": self.loss_options.scenery}
@@ -162,8 +164,8 @@ class VitObjective(Objective):
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * batch["known"]
         return each.sum(1).mean(), logs
 
-    def hidden(self, name: str, parameter: Tensor) -> bool:
-        return super().hidden(name, parameter) and parameter.ndim == 2 and "classifier" not in name
+    def takes_muon(self, name: str, parameter: Tensor) -> bool:
+        return super().takes_muon(name, parameter) and parameter.ndim == 2 and "classifier" not in name
 
     def _logits(self, source: ToyboxDataset) -> Tensor:
         parts = torch.arange(len(source)).split(128)
@@ -186,14 +188,9 @@ class VitObjective(Objective):
                 figures[f"{split}_{name}s_of_several"] = float(right[~single].float().mean())
         return figures
 
-    def export(self, folder: Path) -> dict[str, Any]:
-        half = ViTForImageClassification(self.vit.config).half()
-        half.load_state_dict(self.vit.state_dict())
-        half.save_pretrained(folder)
-        side, middle = self.recipe.data.size, [0.5, 0.5, 0.5]
-        processor = ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=middle, image_std=middle)
-        processor.save_pretrained(folder)
-        return {}
+    def companions(self) -> list[Any]:
+        side, half = self.recipe.data.size, [0.5, 0.5, 0.5]
+        return [ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)]
 
     def load(self, folder: Path) -> None:
         if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "clip":

@@ -21,7 +21,8 @@ from sfumato.models.regions import box_overlap, region_features
 from sfumato.toybox import ANSWERS, QUESTION_KINDS, Scene, ToyboxDataset, sample_question
 from sfumato.toybox.questions import QUESTION_WORDS
 from sfumato.training import data
-from sfumato.training.objective import Draw, Objective
+from sfumato.training.draw import Draw
+from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.detr import toy_boxes
@@ -89,6 +90,8 @@ def region_labels(scene: Scene, owner: Tensor) -> Tensor:
 class VQAObjective(Objective):
     """Cross-entropy of the answer, and of what each region shows (read off by a head that is thrown away)."""
 
+    NAME = "vqa"
+    EXPORTED = "vqa"
     Model: ClassVar[type[Options]] = VQAModelOptions
     Loss: ClassVar[type[Options]] = VQALoss
     vqa: LxmertForQuestionAnswering
@@ -119,15 +122,13 @@ class VQAObjective(Objective):
             boxes.bias.copy_(-boxes.weight.normal_().sum(1) / 2)
         return {"vqa": self.vqa, "readout": nn.Linear(o.width, labels.PLACE_CLASSES)}
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
-        self.train_data = data.dataset("train", self.recipe.data)
-        self.val_data = data.dataset("val", self.recipe.data)
+    def open_data(self) -> None:
+        super().open_data()
         self.boxes = toy_boxes(self.train_data)
         self.val_boxes = toy_boxes(self.val_data)
 
-    def hidden(self, name: str, parameter: Tensor) -> bool:
-        return super().hidden(name, parameter) and not any(n in name for n in ("visn_fc", "box_fc", "logit_fc.3"))
+    def takes_muon(self, name: str, parameter: Tensor) -> bool:
+        return super().takes_muon(name, parameter) and not any(n in name for n in ("visn_fc", "box_fc", "logit_fc.3"))
 
     def _seen(self, source: ToyboxDataset, boxes: list[Tensor], i: int, seed: int) -> tuple[Tensor, Tensor]:
         o: VQAModelOptions = self.model_options
@@ -213,12 +214,8 @@ class VQAObjective(Objective):
         out = {f"right_{kind}": float(np.mean(values)) for kind, values in right.items() if values}
         return {"right": float(np.mean([value for values in right.values() for value in values])), **out}
 
-    def export(self, folder: Path) -> dict[str, Any]:
-        half = LxmertForQuestionAnswering(self.vqa.config).half()
-        half.load_state_dict(self.vqa.state_dict())
-        half.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        return {"regions": self.model_options.regions, "answers": list(ANSWERS)}
+    def companions(self) -> list[Any]:
+        return [self.tokenizer]
 
-    def load(self, folder: Path) -> None:
-        self.vqa.load_state_dict(LxmertForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).state_dict())
+    def export(self, folder: Path) -> dict[str, Any]:
+        return {**super().export(folder), "regions": self.model_options.regions, "answers": list(ANSWERS)}
