@@ -1,0 +1,281 @@
+"""What an adapter file holds, from its header alone: no tensor is read and nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sfumato import registry
+from sfumato.adapters.naming import DENOISER, FileKey, Index, Place, places, read_key
+from sfumato.errors import BadInput, BadWeights, nearest
+from sfumato.models.weights import TensorEntry, read_header, read_json
+
+__all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "read_contents"]
+
+ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers: settings of peft, as JSON
+_ENCODER_KEYS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "clip_h": "text_encoder",
+    "t5": "text_encoder_3",
+    "t5xxl": "text_encoder_3",
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+    "text_encoders_2": "text_encoder_3",
+}
+"""Keys of textual inversions for several encoders (ComfyUI, kohya; pivotal tuning) -> component."""
+_ARCHITECTURES = (
+    (re.compile(r"stable-diffusion-xl|sdxl", re.I), "SDXL"),
+    (re.compile(r"stable-diffusion-v?3|sd3", re.I), "SD 3"),
+    (re.compile(r"stable-diffusion-v?2|sd_v2|sd2", re.I), "SD 2"),
+    (re.compile(r"stable-diffusion-v?1|sd_v1|sd1|sd_1", re.I), "SD 1"),
+    (re.compile(r"flux", re.I), "Flux"),
+)
+
+
+def find_file(name: str) -> Path:
+    """The file of an adapter: a path, or the name of one in the ``adapters`` folder of the cache, with or without its
+    ``.safetensors``. A folder that peft or diffusers wrote stands for the weights in it. Raises BadInput."""
+    given = Path(name).expanduser()
+    shelf = registry.cache_folder() / "adapters"
+    tries = [given, given.with_name(f"{given.name}.safetensors")] if given.name else []
+    tries += [shelf / name, shelf / f"{name}.safetensors"] if given.name == name else []
+    for path in tries:
+        if path.is_dir():
+            for inside in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+                if (path / inside).is_file():
+                    return path / inside
+        elif path.is_file():
+            return path
+    known = [path.stem for path in sorted(shelf.glob("*.safetensors"))] if shelf.is_dir() else []
+    close = nearest(name, known)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise BadInput(f"no adapter file {name!r}, here or in {shelf}.{hint}")
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, as model sites and webui show it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileModule:
+    """One adapted module of a file: the key of each tensor by its part (``down``, ``up``, ``alpha`` ...), and shapes."""
+
+    network: str
+    name: str
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def __str__(self) -> str:
+        return f"{self.network or 'a network'}: {self.name}"
+
+    @property
+    def rank(self) -> int | None:
+        for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+            if part in self.shapes:
+                return self.shapes[part][0]
+        return None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(rows, columns) of the weight it was made for, for plain low-rank factors."""
+        if "down" not in self.shapes or "up" not in self.shapes:
+            return None
+        return self.shapes["up"][0], self.shapes["down"][1]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    ``kind``: ``lora`` (any low-rank adapter), ``word`` (a textual inversion), ``weights`` (whole parameters of
+    networks), or ``unknown``. ``modules`` of a low-rank adapter; ``words``: word -> component ("" where the file does
+    not say) -> (key, k, d); ``rest``: keys that are none of these.
+    """
+
+    path: Path
+    kind: str
+    dialects: tuple[str, ...]
+    entries: dict[str, TensorEntry]
+    modules: tuple[FileModule, ...] = ()
+    words: dict[str, dict[str, tuple[str, int, int]]] = field(default_factory=dict)
+    rest: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def algebras(self) -> list[str]:
+        from sfumato.adapters.layers import algebra_of
+
+        return list(dict.fromkeys(algebra_of(module.keys) for module in self.modules))
+
+    @cached_property
+    def ranks(self) -> dict[int, int]:
+        """Rank -> number of modules that have it."""
+        return dict(sorted(Counter(m.rank for m in self.modules if m.rank is not None).items()))
+
+    @property
+    def base(self) -> str:
+        """The architecture that it was made for, as its metadata or its shapes tell; empty where they do not."""
+        said = " ".join(self.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
+        for pattern, name in _ARCHITECTURES:
+            if pattern.search(said):
+                return name
+        names = [module.name for module in self.modules]
+        if any(name.startswith(("double_blocks", "single_blocks", "single_transformer_blocks")) for name in names):
+            return "Flux"
+        if any("joint_blocks" in name or "add_k_proj" in name for name in names):
+            return "SD 3"
+        widths = {m.size[1] for m in self.modules if m.size and m.name.endswith("attn2_to_k")}
+        widths |= {d for word in self.words.values() if len(word) == 1 for _, _, d in word.values()}
+        several = any(len(word) > 1 for word in self.words.values())
+        return {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}.get(min(widths, default=0), "SDXL" if several else "")
+
+
+def read_contents(path: Path) -> Contents:
+    """What the file holds. Raises BadWeights for pickles (with the way out), other formats and damaged files, OSError
+    where it cannot be read."""
+    if path.suffix.lower() == ".png":
+        raise BadWeights(f"{path} is a picture; textual inversions hidden in pictures are not read, only .safetensors.")
+    try:
+        entries = {entry.name: entry for entry in read_header(path)}
+    except BadWeights as error:
+        if "pickle" not in str(error):
+            raise
+        raise BadWeights(
+            f"{path} is a pickle, which can run code when read; sfumato never opens one. Get the .safetensors of this "
+            "adapter, or convert it on a machine you can lose: torch.load, then safetensors.torch.save_file."
+        ) from None
+    metadata = _metadata(path)
+    read = {key: read_key(key) for key in entries}
+    found: dict[tuple[str, str], dict[str, tuple[str, FileKey]]] = {}
+    for key, each in read.items():
+        if each is not None:
+            found.setdefault((each.network, each.name), {})[each.part] = (key, each)
+    modules = tuple(
+        FileModule(
+            network,
+            name,
+            {part: key for part, (key, _) in parts.items()},
+            {part: entries[key].shape for part, (key, _) in parts.items()},
+        )
+        for (network, name), parts in found.items()
+        if set(parts) != {"alpha"}
+    )
+    rest = tuple(key for key, each in read.items() if each is None)
+    about: dict[str, Any] = {"path": path, "entries": entries, "metadata": metadata}
+    if modules:
+        dialects = dict.fromkeys(each.dialect for each in read.values() if each is not None)
+        settings = _settings(path, metadata)
+        return Contents(
+            kind="lora", dialects=tuple(dialects), modules=modules, rest=rest, settings=settings, **about
+        )
+    if words := _words(path, entries, metadata):
+        dialect = "ComfyUI" if set(entries) <= set(_ENCODER_KEYS) else "kohya" if "emb_params" in entries else "diffusers"
+        return Contents(kind="word", dialects=(dialect,), words=words, **about)
+    shaped = any(key.startswith(("unet.", "transformer.", "text_encoder", "down_blocks.")) for key in entries)
+    kind = "weights" if shaped else "unknown"
+    return Contents(kind=kind, dialects=("diffusers",) if shaped else (), rest=rest, **about)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's settings of each network, by component ("": of all), from the metadata or the folder's config."""
+    beside = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        return {"": read_json(beside)}
+    try:
+        flat = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+    except ValueError:
+        return {}
+    out: dict[str, Any] = {}
+    for key, value in flat.items() if isinstance(flat, dict) else ():
+        component, _, name = key.partition(".")
+        out.setdefault(component, {})[name] = value
+    return out
+
+
+def _words(
+    path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
+) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """The words of a textual inversion, in any of its dialects; none where the file is something else."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for key, entry in entries.items():
+        if len(entry.shape) not in (1, 2) or not entry.dtype.startswith(("F", "BF")):
+            return {}
+        k, d = (1, *entry.shape) if len(entry.shape) == 1 else entry.shape
+        sizes[key] = (k, d)
+    given = metadata.get("sfumato.word") or metadata.get("name") or path.stem
+    if sizes and set(sizes) <= set(_ENCODER_KEYS):
+        return {given: {_ENCODER_KEYS[key]: (key, *size) for key, size in sizes.items()}}
+    if set(sizes) == {"emb_params"}:
+        return {given: {"": ("emb_params", *sizes["emb_params"])}}
+    if not sizes or len(sizes) > 64 or any(key.endswith((".weight", ".bias")) for key in sizes):
+        return {}
+    return {key: {"": (key, *size)} for key, size in sizes.items()}
+
+
+# --- what fits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a low-rank adapter lies in a model: each module of the file that was found, and those that were not."""
+
+    found: tuple[tuple[FileModule, tuple[Place, ...]], ...]
+    missing: tuple[FileModule, ...]
+    misshapen: tuple[tuple[FileModule, Place, tuple[int, ...]], ...]
+    names: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return len(self.found) + len(self.missing) + len(self.misshapen)
+
+
+def fit(modules: tuple[FileModule, ...], index: Index) -> Fit:
+    """Where in the model ``index`` describes the modules of a file lie."""
+    known = places(index)
+    networks = list(dict.fromkeys(network for network, _ in known))
+    found, missing, misshapen = [], [], []
+    for module in modules:
+        tries = [module.network] if module.network else networks
+        at = next((known[network, module.name] for network in tries if (network, module.name) in known), None)
+        if at is None:
+            missing.append(module)
+            continue
+        wrong = _misfit(module, at, index)
+        if wrong is not None:
+            misshapen.append((module, wrong, index[wrong.component][wrong.path]))
+        else:
+            found.append((module, tuple(at)))
+    names = tuple(name for network, name in known if network == DENOISER)
+    return Fit(tuple(found), tuple(missing), tuple(misshapen), names)
+
+
+def _misfit(module: FileModule, at: list[Place], index: Index) -> Place | None:
+    if module.size is None:
+        return None
+    rows = sum(stop - start for place in at for start, stop in place.rows)
+    for place in at:
+        shape = index[place.component][place.path]
+        if module.size[1] != shape[1] or module.size[0] != (rows or shape[0]):
+            return place
+    return None

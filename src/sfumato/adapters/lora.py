@@ -1,0 +1,208 @@
+"""LoRA: low-rank changes of a model's weights, from files of every dialect.
+
+Hu et al. 2021 (arXiv 2106.09685): W + scale * alpha / r * B A, for some modules of the denoiser and of the text
+encoders; with DoRA, LoHa and LoKr by the same file formats (:data:`~sfumato.adapters.layers.ALGEBRAS`). Read are the
+dialects of peft, diffusers (today's and its two older ones), kohya (A1111, ComfyUI, Civitai), LyCORIS, and the names of
+LDM, SGM, SD3's and Flux's own code.
+
+    >>> generate(model, "a red cube", interventions=[LoRA(file="x.safetensors", scale=0.8)])
+
+A module of the file that the model does not have is an error, unless ``partial`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import files
+from sfumato.adapters.base import Adapter, AdapterParams
+from sfumato.adapters.formats import FileModule, fit
+from sfumato.adapters.layers import Adapted, held
+from sfumato.adapters.naming import Place
+from sfumato.adapters.weights import Weights, like_own
+from sfumato.cards import Card, Field, register
+from sfumato.errors import BadWeights, NoMatch, NotSupported, nearest
+from sfumato.models import Model
+from sfumato.sampling import Run
+
+__all__ = ["LoRA", "index_of", "save_lora"]
+
+
+def index_of(model: Model) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Component -> path -> shape of the weight of every linear map and convolution of the denoiser and text encoders."""
+    family = model.family.denoiser_name
+    return {
+        component: {
+            path: tuple(module.weight.shape)
+            for path, module in network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        for component, network in model.modules.items()
+        if component == family or component.startswith("text_encoder")
+    }
+
+
+@register
+class LoRA(Adapter):
+    """A low-rank adapter of denoiser and text encoders, from a file."""
+
+    CARD = Card(
+        key="lora",
+        title="LoRA: Low-Rank Adaptation of Large Language Models",
+        authors="Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen",
+        year=2021,
+        arxiv="2106.09685",
+        verb="adapters",
+        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        defaults_from="the file: ranks and alphas; scale 1 as in diffusers, webui and ComfyUI",
+        cost="two small matrices per adapted module and call",
+        not_reproduced="GLoRA, OFT, (IA)^3 and full differences in LyCORIS files are named and refused",
+        summary="a trained low-rank change of the weights, from a file of any dialect, at any scale",
+        example="lora:file=example-lora,partial=true",
+    )
+
+    class Params(AdapterParams):
+        partial: bool = Field(
+            default=False, description="apply what fits even if some modules of the file are not in the model"
+        )
+
+    kind = "lora"
+    params: Params
+
+    def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
+        for name, adapted in self.adapted(model).items():
+            if scale:
+                hook = adapted.module.register_forward_hook(self._hook(name, adapted, scale))
+                stack.callback(hook.remove)
+
+    def _hook(self, name: str, adapted: Adapted, scale: float) -> Callable[..., Tensor]:
+        def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            self.acted(name)
+            return adapted.added(args[0], output, scale)
+
+        return add
+
+    def adapted(self, model: Model) -> dict[str, Adapted]:
+        """Every module that the file adapts, by ``component.path``.
+
+        Raises NoMatch where modules of the file are missing in the model (all of them, with ``partial``) or the file
+        changes nothing, BadWeights for shapes that do not fit and numbers that are not finite, NotSupported for an
+        algebra that is not supported.
+        """
+        found = fit(self.contents.modules, index_of(model))
+        self._check(model, found)
+        tensors = self._read()
+        out: dict[str, Adapted] = {}
+        for module, places in found.found:
+            parts = {part: tensors[key] for part, key in module.keys.items() if part != "alpha"}
+            alpha, rslora = self._alpha(module, places[0], tensors)
+            for place in places:
+                own = _rows(parts, place, f"{module}")
+                network = model.modules[place.component].get_submodule(place.path)
+                out[str(place)] = held(network, own, alpha, rslora, str(place))
+        if not any(_acts(each) for each in out.values()):
+            raise NoMatch(f"{self.path} changes nothing: in every module one of its factors is all zeros.")
+        return out
+
+    def _check(self, model: Model, found: Any) -> None:
+        if found.misshapen:
+            module, place, shape = found.misshapen[0]
+            more = f" (and {len(found.misshapen) - 1} more)" if len(found.misshapen) > 1 else ""
+            made = f", and was made for {self.contents.base}" if self.contents.base else ""
+            raise BadWeights(
+                f"{self.path} does not fit {model.name}: {module.name} adapts a weight of {module.size}, and "
+                f"{place} has {shape}{more}{made}."
+            )
+        if found.missing and (not self.params.partial or not found.found):
+            first = found.missing[0]
+            close = nearest(first.name, found.names)
+            made = f" It was made for {self.contents.base}." if self.contents.base else ""
+            candidates = ", ".join(close) or ", ".join(found.names[:6])
+            way = "" if not found.found else " Give partial=true to apply the others."
+            raise NoMatch(
+                f"{self.path} fits {len(found.found)} of {found.total} modules of {model.name}; it has none for "
+                f"{first.name}. The nearest: {candidates}.{made}{way}"
+            )
+
+    def _read(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        tensors = load_file(self.path)
+        for key, value in tensors.items():
+            if not value.isfinite().all():
+                raise BadWeights(f"{self.path}: {key} holds values that are no finite numbers; the file is damaged.")
+        return tensors
+
+    def _alpha(self, module: FileModule, place: Place, tensors: Mapping[str, Tensor]) -> tuple[float | None, bool]:
+        """Alpha of a module (None: its rank), and whether the rank counts by its root: from its own tensor, else from
+        peft's settings."""
+        if "alpha" in module.keys:
+            return float(tensors[module.keys["alpha"]].item()), False
+        settings = self.contents.settings.get(place.component) or self.contents.settings.get("") or {}
+        alpha = settings.get("lora_alpha", settings.get("alpha"))
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.search(rf"(^|.*\.){pattern}$", place.path):
+                alpha = value
+        return None if alpha is None else float(alpha), bool(settings.get("use_rslora"))
+
+    def weights(self, model: Model, scale: float | None = None) -> dict[str, Weights]:
+        out: dict[str, dict[str, nn.Parameter]] = {}
+        scale = self.scale if scale is None else float(scale)
+        for name, adapted in self.adapted(model).items():
+            component, _, path = name.partition(".")
+            own = adapted.module.weight
+            assert isinstance(own, Tensor)
+            with torch.no_grad():
+                out.setdefault(component, {})[f"{path}.weight"] = like_own(own, own + adapted.delta(scale))
+        return dict(out)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the adapter's file anew, tensors and metadata as they are. Raises OSError."""
+        return files.save_tensors(path, self._read(), self.contents.metadata or None)
+
+    def finish(self, run: Run) -> None:
+        if self.scale and not self.activity.calls:
+            raise NoMatch(f"{self.path} was attached, but none of its modules was used in this run.")
+
+
+def _rows(parts: Mapping[str, Tensor], place: Place, name: str) -> dict[str, Tensor]:
+    """A fused module's tensors as one of its parts has them: its rows of the way up, the way down as it is."""
+    if not place.rows:
+        return dict(parts)
+    if "up" not in parts:
+        raise NotSupported(f"{name} is one module in the file and several in diffusers; only LoRA can be divided.")
+    cut = {part: torch.cat([parts[part][a:b] for a, b in place.rows]) for part in ("up", "magnitude") if part in parts}
+    return {**parts, **cut}
+
+
+def _acts(adapted: Adapted) -> bool:
+    parameters = adapted.parameters()
+    if not adapted.is_lora:
+        return bool(adapted.delta(1.0).any())
+    return "magnitude" in parameters or all(bool(each.any()) for each in parameters.values())
+
+
+def save_lora(
+    path: str | Path, adapted: Mapping[str, Adapted], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes adapted modules in the dialect of diffusers (``unet.<path>.lora_A.weight``), which ``load_lora_weights``,
+    and this library, read. Alphas that differ from the rank are folded into the way up. Raises OSError."""
+    tensors: dict[str, Tensor] = {}
+    for name, each in adapted.items():
+        if not each.is_lora:
+            raise NotSupported(f"{name} is no LoRA; only LoRA and DoRA can be written.")
+        parts = {part: tensor.detach().cpu() for part, tensor in each.parameters().items()}
+        factor = each.delta_factor
+        tensors[f"{name}.lora_A.weight"] = parts["down"]
+        tensors[f"{name}.lora_B.weight"] = parts["up"] if math.isclose(factor, 1.0) else parts["up"] * factor
+        if "magnitude" in parts:
+            tensors[f"{name}.lora_magnitude_vector"] = parts["magnitude"].flatten()
+    return files.save_tensors(path, tensors, dict(metadata) if metadata else None)
