@@ -48,16 +48,13 @@ def record() -> dict[str, Any]:
     from sfumato.cards import build, methods
     from sfumato.errors import SfumatoError
     from sfumato.sampling import Intervention
-    from tests.experts import write_expert
+    from tests.examples import write_examples
     from tests.tiny import tiny_model
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     kinds = ("sd", "inpaint", "sd2", "sdxl", "sd3", "sd35", "flux", "pixart")
-    cache = Path(os.environ["SFUMATO_CACHE"])
-    for kind in kinds:
-        for i, ends in enumerate(((0, 500), (500, 1000))):
-            write_expert(cache, kind, f"tiny-{kind}-expert-1-{i}", ends, i)
+    write_examples(Path(os.environ["SFUMATO_CACHE"]))
     import sfumato
 
     models = {f"tiny-{kind}": (lambda kind=kind: tiny_model(kind), 2) for kind in kinds}

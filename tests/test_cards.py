@@ -218,7 +218,10 @@ def test_methods_by_verb(brush):
     assert "test_brush" not in methods("explain")
 
 
-def test_cards_as_read_from_source_are_the_cards_of_the_classes():
+def test_cards_as_read_from_source_are_the_cards_of_the_classes(tmp_path, monkeypatch):
+    from tests.examples import write_adapters
+
+    monkeypatch.setenv("SFUMATO_CACHE", str(write_adapters(tmp_path)))
     for key, card in cards._shipped().items():
         cls = method(key)
         assert cls.CARD == card and card.key == key == cls.__module__.rsplit(".", 1)[-1]

@@ -61,7 +61,7 @@ CAPABILITIES = {
 }
 """What a model may offer and a system may need, with the words of a refusal: "KEY needs ...; MODEL has none"."""
 
-ROOMS = ("explain", "steer", "edit", "teach", "animate", "judge")
+ROOMS = ("explain", "steer", "edit", "teach", "animate", "judge", "adapters")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,14 +86,11 @@ def table() -> str:
 
 
 def main() -> None:
-    from tests.contract.systems import KINDS
-    from tests.experts import write_expert
+    from tests.examples import write_examples
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SFUMATO_CACHE"] = folder
-        for kind in KINDS:
-            for i, ends in enumerate(((0, 500), (500, 1000))):
-                write_expert(Path(folder), kind, f"tiny-{kind}-expert-1-{i}", ends, i)
+        write_examples(Path(folder))
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
         PAGE.write_text(f"{before}{START}\n\n{table()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 

@@ -51,8 +51,9 @@ def maker(key: str):
 
 @functools.cache
 def weakener(key: str):
-    """The system at strength 0, if it has a strength."""
-    if "strength" not in method(key).Params.model_fields:
+    """The system at strength 0 (an adapter: at scale 0), if it has one."""
+    dial = next((name for name in ("strength", "scale") if name in method(key).Params.model_fields), None)
+    if dial is None:
         return None
     name, given = cards.parse_with(SYSTEMS[key].example)
-    return lambda: method(name)(**{**given, "strength": 0})
+    return lambda: method(name)(**{**given, dial: 0})

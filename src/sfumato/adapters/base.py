@@ -1,9 +1,10 @@
 """Adapters: parts that are added to a loaded model, and taken away again without a trace.
 
 An adapter is an intervention of the role that acts first and goes last, so it is given beside the systems, as
-``generate(..., interventions=[LoRA(file="x.safetensors", scale=0.8)])`` or ``--with lora:file=x.safetensors,scale=0.8``;
-outside a generation ``with adapter.attach(model): ...`` does the same. Several stack in the order given. Parameters,
-buffers, module trees, hooks and tokenizers are afterwards what they were, bit for bit, however it ends.
+``generate(..., interventions=[LoRA(file="x.safetensors", scale=0.8)])`` or, on the command line, as
+``--with lora:file=x.safetensors,scale=0.8``; outside a generation ``with adapter.attach(model): ...`` does the same.
+Several stack in the order given. Parameters, buffers, module trees, hooks and tokenizers are afterwards what they were,
+bit for bit, however it ends.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Adapter(Intervention):
 
     @contextmanager
     def attach(self, model: Model, scale: float | None = None) -> Iterator[None]:
-        """While it lasts, the model works with the adapter at ``scale`` (its own). Raises NoMatch and BadWeights for one
-        that does not fit the model; 0 attaches nothing, but the fit is checked."""
+        """While it lasts, the model works with the adapter at ``scale`` (its own). 0 attaches nothing, but the fit is
+        checked all the same. Raises NoMatch and BadWeights for an adapter that does not fit the model."""
         with ExitStack() as stack:
             self._attach(model, self.scale if scale is None else float(scale), stack)
             yield

@@ -71,7 +71,7 @@ def content_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class FileModule:
-    """One adapted module of a file: the key of each tensor by its part (``down``, ``up``, ``alpha`` ...), and shapes."""
+    """One adapted module of a file: key and shape of each tensor by its part (``down``, ``up``, ``alpha`` ...)."""
 
     network: str
     name: str
@@ -152,7 +152,7 @@ def read_contents(path: Path) -> Contents:
     try:
         entries = {entry.name: entry for entry in read_header(path)}
     except BadWeights as error:
-        if "pickle" not in str(error):
+        if "is a pickle" not in str(error):
             raise
         raise BadWeights(
             f"{path} is a pickle, which can run code when read; sfumato never opens one. Get the .safetensors of this "
@@ -179,11 +179,11 @@ def read_contents(path: Path) -> Contents:
     if modules:
         dialects = dict.fromkeys(each.dialect for each in read.values() if each is not None)
         settings = _settings(path, metadata)
-        return Contents(
-            kind="lora", dialects=tuple(dialects), modules=modules, rest=rest, settings=settings, **about
-        )
+        return Contents(kind="lora", dialects=tuple(dialects), modules=modules, rest=rest, settings=settings, **about)
     if words := _words(path, entries, metadata):
-        dialect = "ComfyUI" if set(entries) <= set(_ENCODER_KEYS) else "kohya" if "emb_params" in entries else "diffusers"
+        dialect = (
+            "ComfyUI" if set(entries) <= set(_ENCODER_KEYS) else "kohya" if "emb_params" in entries else "diffusers"
+        )
         return Contents(kind="word", dialects=(dialect,), words=words, **about)
     shaped = any(key.startswith(("unet.", "transformer.", "text_encoder", "down_blocks.")) for key in entries)
     kind = "weights" if shaped else "unknown"
@@ -233,7 +233,7 @@ def _words(
     return {key: {"": (key, *size)} for key, size in sizes.items()}
 
 
-# --- what fits ---------------------------------------------------------------------------------------------------------
+# --- what fits ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ tree stays as it is, and taking the hook away is all there is to detaching.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadWeights, NotSupported
 
-__all__ = ["ALGEBRAS", "Adapted", "algebra_of", "held"]
+__all__ = ["ALGEBRAS", "Adapted", "Scaling", "algebra_of", "held"]
 
 NAME = "default"  # of the only adapter in each peft layer
 
@@ -121,8 +122,18 @@ class Adapted:
         return F.linear(x, weight)
 
 
-def held(module: nn.Module, parts: Mapping[str, Tensor], alpha: float | None, rslora: bool, where: str) -> Adapted:
-    """A file's tensors beside their module, on its device and in its precision. ``alpha`` None: equal to the rank.
+@dataclass(frozen=True)
+class Scaling:
+    """``alpha`` of a module (None: equal to the rank), whether the ``rank`` counts by its root, and the rank itself
+    where the factors are whole matrices (LoKr) that do not tell it."""
+
+    alpha: float | None = None
+    rslora: bool = False
+    rank: int | None = None
+
+
+def held(module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling, where: str) -> Adapted:
+    """A file's tensors beside their module, on its device and in its precision.
 
     Raises NotSupported for an algebra or a kind of module that cannot be adapted, BadWeights for tensors that do not
     fit; ``where`` names the module in messages.
@@ -136,9 +147,9 @@ def held(module: nn.Module, parts: Mapping[str, Tensor], alpha: float | None, rs
     cast = {part: tensor.to(device=weight.device, dtype=weight.dtype) for part, tensor in parts.items()}
     try:
         if algebra in ("LoHa", "LoKr"):
-            adapted = _lycoris(algebra, module, cast, alpha)
+            adapted = _lycoris(algebra, module, cast, scaling)
         else:
-            adapted = _lora(module, cast, alpha, rslora)
+            adapted = _lora(module, cast, scaling)
         with torch.no_grad():
             _check_shapes(adapted, where)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -161,7 +172,7 @@ def _check_shapes(adapted: Adapted, where: str) -> None:
             raise ValueError(f"it makes {tuple(delta.shape)}")
 
 
-def _lora(module: Any, parts: Mapping[str, Tensor], alpha: float | None, rslora: bool) -> Adapted:
+def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted:
     from peft import LoraConfig
     from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
     from peft.tuners.lora.layer import Conv2d, Linear
@@ -175,11 +186,10 @@ def _lora(module: Any, parts: Mapping[str, Tensor], alpha: float | None, rslora:
     elif not convolves and down.ndim == 4:  # a 1x1 convolution in one library, a linear map in the other
         down, up = down.flatten(1), up.flatten(1)
     rank = int(down.shape[0])
-    config = LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, use_rslora=rslora, init_lora_weights=False
-    )  # type: ignore[arg-type]
+    alpha: Any = rank if scaling.alpha is None else scaling.alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=scaling.rslora, init_lora_weights=False)
     with torch.device("meta"):  # nothing is drawn, nothing allocated
-        layer: Any = (Conv2d if convolves else Linear)(module, NAME, config, r=rank, lora_alpha=config.lora_alpha)
+        layer: Any = (Conv2d if convolves else Linear)(module, NAME, config, r=rank, lora_alpha=alpha)
     layer.lora_A[NAME].weight = nn.Parameter(down.contiguous(), requires_grad=False)
     layer.lora_B[NAME].weight = nn.Parameter(up.contiguous(), requires_grad=False)
     if "magnitude" in parts:
@@ -193,7 +203,7 @@ def _lora(module: Any, parts: Mapping[str, Tensor], alpha: float | None, rslora:
     return Adapted(module, layer)
 
 
-def _lycoris(algebra: str, module: nn.Module, parts: Mapping[str, Tensor], alpha: float | None) -> Adapted:
+def _lycoris(algebra: str, module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted:
     from peft import LoHaConfig, LoKrConfig
     from peft.tuners.loha import layer as loha
     from peft.tuners.lokr import layer as lokr
@@ -201,13 +211,12 @@ def _lycoris(algebra: str, module: nn.Module, parts: Mapping[str, Tensor], alpha
     made, config = (loha, LoHaConfig) if algebra == "LoHa" else (lokr, LoKrConfig)
     kind = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
     factors = [parts[name] for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts]
-    rank = int(factors[0].shape[0]) if factors else 0
-    # LyCORIS does not scale Kronecker factors that are both whole
-    used = float(rank) if alpha is None else alpha
+    rank = int(factors[0].shape[0]) if factors else scaling.rank
+    # Kronecker factors that are both whole are scaled by peft, but not by LyCORIS, whose files do not tell a rank
+    alpha: Any = 1 if rank is None else rank if scaling.alpha is None else scaling.alpha
+    settings = {"r": rank or 1, "alpha": alpha}
     with torch.device("meta"):
-        layer: Any = getattr(made, kind)(
-            module, NAME, config=config(r=rank or 1, alpha=used or 1), r=rank or 1, alpha=used if rank else 1.0
-        )
+        layer: Any = getattr(made, kind)(module, NAME, config=config(**settings), **settings)
     for name in layer.adapter_layer_names:
         slots = getattr(layer, name)
         if NAME in slots:

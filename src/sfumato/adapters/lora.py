@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.formats import FileModule, fit
-from sfumato.adapters.layers import Adapted, held
+from sfumato.adapters.layers import Adapted, Scaling, held
 from sfumato.adapters.naming import Place
 from sfumato.adapters.weights import Weights, like_own
 from sfumato.cards import Card, Field, register
@@ -37,7 +37,7 @@ __all__ = ["LoRA", "index_of", "save_lora"]
 
 
 def index_of(model: Model) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Component -> path -> shape of the weight of every linear map and convolution of the denoiser and text encoders."""
+    """Component -> path -> shape of the weight of every linear map and convolution of denoiser and text encoders."""
     family = model.family.denoiser_name
     return {
         component: {
@@ -61,7 +61,7 @@ class LoRA(Adapter):
         year=2021,
         arxiv="2106.09685",
         verb="adapters",
-        families=("sd", "sdxl", "sd3", "flux", "pixart"),
+        needs=(),
         defaults_from="the file: ranks and alphas; scale 1 as in diffusers, webui and ComfyUI",
         cost="two small matrices per adapted module and call",
         not_reproduced="GLoRA, OFT, (IA)^3 and full differences in LyCORIS files are named and refused",
@@ -103,11 +103,11 @@ class LoRA(Adapter):
         out: dict[str, Adapted] = {}
         for module, places in found.found:
             parts = {part: tensors[key] for part, key in module.keys.items() if part != "alpha"}
-            alpha, rslora = self._alpha(module, places[0], tensors)
+            scaling = self._scaling(module, places[0], tensors)
             for place in places:
                 own = _rows(parts, place, f"{module}")
                 network = model.modules[place.component].get_submodule(place.path)
-                out[str(place)] = held(network, own, alpha, rslora, str(place))
+                out[str(place)] = held(network, own, scaling, str(place))
         if not any(_acts(each) for each in out.values()):
             raise NoMatch(f"{self.path} changes nothing: in every module one of its factors is all zeros.")
         return out
@@ -141,17 +141,16 @@ class LoRA(Adapter):
                 raise BadWeights(f"{self.path}: {key} holds values that are no finite numbers; the file is damaged.")
         return tensors
 
-    def _alpha(self, module: FileModule, place: Place, tensors: Mapping[str, Tensor]) -> tuple[float | None, bool]:
-        """Alpha of a module (None: its rank), and whether the rank counts by its root: from its own tensor, else from
-        peft's settings."""
+    def _scaling(self, module: FileModule, place: Place, tensors: Mapping[str, Tensor]) -> Scaling:
+        """From the module's own alpha, else from peft's settings."""
         if "alpha" in module.keys:
-            return float(tensors[module.keys["alpha"]].item()), False
+            return Scaling(float(tensors[module.keys["alpha"]].item()))
         settings = self.contents.settings.get(place.component) or self.contents.settings.get("") or {}
-        alpha = settings.get("lora_alpha", settings.get("alpha"))
+        alpha, rank = settings.get("lora_alpha", settings.get("alpha")), settings.get("r")
         for pattern, value in (settings.get("alpha_pattern") or {}).items():
             if re.search(rf"(^|.*\.){pattern}$", place.path):
                 alpha = value
-        return None if alpha is None else float(alpha), bool(settings.get("use_rslora"))
+        return Scaling(None if alpha is None else float(alpha), bool(settings.get("use_rslora")), rank)
 
     def weights(self, model: Model, scale: float | None = None) -> dict[str, Weights]:
         out: dict[str, dict[str, nn.Parameter]] = {}
@@ -190,9 +189,7 @@ def _acts(adapted: Adapted) -> bool:
     return "magnitude" in parameters or all(bool(each.any()) for each in parameters.values())
 
 
-def save_lora(
-    path: str | Path, adapted: Mapping[str, Adapted], metadata: Mapping[str, str] | None = None
-) -> Path:
+def save_lora(path: str | Path, adapted: Mapping[str, Adapted], metadata: Mapping[str, str] | None = None) -> Path:
     """Writes adapted modules in the dialect of diffusers (``unet.<path>.lora_A.weight``), which ``load_lora_weights``,
     and this library, read. Alphas that differ from the rank are folded into the way up. Raises OSError."""
     tensors: dict[str, Tensor] = {}

@@ -36,8 +36,8 @@ class Place:
 
 @dataclass(frozen=True)
 class FileKey:
-    """``network``: :data:`DENOISER`, ``text_encoder`` (``_2``, ``_3``), or empty where the file does not say; ``name`` of
-    the module with ``_`` for ``.``; ``part`` of the adapter, such as ``down``; ``dialect`` of the spelling."""
+    """``network``: :data:`DENOISER`, ``text_encoder`` (``_2``, ``_3``), or empty where the file does not say; ``name``
+    of the module with ``_`` for ``.``; ``part`` of the adapter, such as ``down``; ``dialect`` of the spelling."""
 
     network: str
     name: str
@@ -89,9 +89,9 @@ _PART = [(re.compile(f"(?P<name>.+?){end}$"), part, dialect) for end, part, dial
 
 def read_key(key: str) -> FileKey | None:
     """A key of an adapter file taken apart, or None for one that is no part of a low-rank adapter."""
-    for pattern, part, dialect in _PART:
+    for pattern, fixed, spelling in _PART:
         if match := pattern.match(key):
-            part = part or match[2]
+            part, dialect = fixed or match[2], spelling
             break
     else:
         return None
@@ -134,9 +134,7 @@ def places(index: Index) -> dict[tuple[str, str], list[Place]]:
         for name, several in _published(shapes):
             there = [(path, rows) for path, rows in several if path in shapes]
             if there:
-                found.setdefault(
-                    (DENOISER, _plain(name)), [Place(component, path, rows) for path, rows in there]
-                )
+                found.setdefault((DENOISER, _plain(name)), [Place(component, path, rows) for path, rows in there])
     if "text_encoder_3" not in index and "text_encoder_2" in index:  # Flux: kohya's third is its T5
         also = {("text_encoder_3", name): at for (network, name), at in found.items() if network == "text_encoder_2"}
         found |= {key: at for key, at in also.items() if key not in found}
@@ -157,7 +155,7 @@ def _published(shapes: Mapping[str, tuple[int, ...]]) -> Named:
         yield from _ldm(shapes)
 
 
-# --- U-Nets: Rombach et al.'s code (LDM, and "sgm" for SDXL) -----------------------------------------------------------
+# --- U-Nets: Rombach et al.'s code (LDM, and "sgm" for SDXL) -----------------------------------------------------
 
 _RESNET = {
     "conv1": "in_layers.2",
@@ -201,7 +199,7 @@ def _ldm(shapes: Mapping[str, tuple[int, ...]]) -> Named:
             yield name, [(path, ())]
 
 
-# --- transformers: the reference implementations -----------------------------------------------------------------------
+# --- transformers: the reference implementations -----------------------------------------------------------------
 
 
 def _fused(shapes: Mapping[str, tuple[int, ...]], paths: list[str]) -> list[tuple[str, Rows]]:

@@ -1,0 +1,241 @@
+"""LoRA: attached and gone without a trace, in any number, at any scale, refused in one line where it does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sfumato.adapters.layers import Adapted
+from sfumato.adapters.lora import LoRA, index_of, save_lora
+from sfumato.cards import build, from_recipe, to_recipe
+from sfumato.errors import BadInput, BadWeights, NoMatch, NotSupported, WorkInterrupted
+from sfumato.models import Model
+from sfumato.sampling import generate, recipe_args
+from tests.adapters.lora_files import factors, write_kohya, write_peft
+from tests.helpers import fingerprint
+from tests.tiny import tiny_model
+
+PROMPT = "a red cube and a blue ball"
+
+
+def latents(model, systems=(), **more):
+    given = {"steps": 1, "seed": 5, "guidance": 1.0, "scheduler": "ddim", "decode": False, **more}
+    return generate(model, PROMPT, interventions=systems, **given).latents
+
+
+@pytest.fixture
+def file(tmp_path):
+    return str(write_peft(tmp_path / "x.safetensors", factors(tiny_model("sd"))))
+
+
+def test_nothing_stays_after_a_run_a_failure_or_an_interruption(file):
+    model = tiny_model("sd")
+    before, keys, bare = fingerprint(model), list(model.denoiser.state_dict()), latents(model)
+    changed = latents(model, LoRA(file=file))
+    assert not torch.equal(changed, bare)
+    for error, raised in ((RuntimeError("boom"), RuntimeError), (KeyboardInterrupt(), WorkInterrupted)):
+
+        def fail(step, error=error):
+            raise error
+
+        with pytest.raises(raised):
+            generate(model, PROMPT, steps=2, interventions=LoRA(file=file), on_step=fail)
+    assert fingerprint(model) == {**before, "rng": fingerprint()["rng"]}
+    assert list(model.denoiser.state_dict()) == keys and torch.equal(latents(model), bare)
+
+
+def test_it_can_be_attached_outside_of_a_run(file):
+    model = tiny_model("sd")
+    inside = latents(model, LoRA(file=file, scale=0.6))
+    with LoRA(file=file).attach(model, 0.6):
+        assert torch.equal(latents(model), inside)
+
+
+def test_scales_have_a_sign_and_0_is_nothing(file):
+    model = tiny_model("sd")
+    bare = latents(model)
+    assert torch.equal(latents(model, LoRA(file=file, scale=0)), bare)
+    small = 1e-3
+    up, down = (latents(model, LoRA(file=file, scale=s)) - bare for s in (small, -small))
+    assert torch.cosine_similarity(up.flatten(), down.flatten(), dim=0) < -0.9  # the opposite, to first order
+
+
+def test_several_add_up_in_the_order_given(tmp_path):
+    model = tiny_model("sd")
+    one, other = (str(write_peft(tmp_path / f"{i}.safetensors", factors(model, seed=i))) for i in (1, 2))
+    both = latents(model, [LoRA(file=one, scale=0.5), LoRA(file=other, scale=-0.3)])
+    fresh = tiny_model("sd", fresh=True)
+    fresh.pipe.load_lora_weights(one, adapter_name="one")
+    fresh.pipe.load_lora_weights(other, adapter_name="other")
+    fresh.pipe.set_adapters(["one", "other"], [0.5, -0.3])
+    assert torch.equal(both, latents(fresh))
+    turned = latents(model, [LoRA(file=other, scale=-0.3), LoRA(file=one, scale=0.5)])
+    torch.testing.assert_close(turned, both, rtol=1e-4, atol=1e-4)
+
+
+def test_coverage_names_the_modules_and_steps(file):
+    model, lora = tiny_model("sd"), LoRA(file=file)
+    result = generate(model, PROMPT, steps=2, interventions=lora, decode=False, scheduler="ddim")
+    (covered,) = result.coverage.values()
+    assert covered["steps"] == [0, 1] and set(covered["sites"]) == set(lora.adapted(model))
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_merging_gives_the_same_weights_and_is_undone_to_the_bit(tmp_path, convolutions):
+    model = tiny_model("sd")
+    given = factors(model, alpha=2, convolutions=convolutions)
+    lora = LoRA(file=str(write_kohya(tmp_path / "x.safetensors", given)), scale=0.7)
+    before, attached, bare = fingerprint(model), latents(model, lora), latents(model)
+    merged = lora.merge(model)
+    torch.testing.assert_close(latents(model), attached, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(latents(model), bare)
+    merged.undo()
+    merged.undo()
+    assert fingerprint(model) == {**before, "rng": fingerprint()["rng"]} and torch.equal(latents(model), bare)
+
+
+def test_differences_are_relative_and_largest_first(tmp_path):
+    model = tiny_model("sd")
+    given = factors(model, text=False)
+    lora = LoRA(file=str(write_peft(tmp_path / "x.safetensors", given)))
+    found = lora.diff(model, scale=0.5)
+    name, parts = next(iter(given.items()))
+    weight = model.denoiser.get_submodule(name.removeprefix("unet.")).weight
+    expected = 0.5 * (parts["up"] @ parts["down"]).norm() / weight.norm()
+    assert found[f"{name}.weight"] == pytest.approx(float(expected), rel=1e-4)
+    assert list(found.values()) == sorted(found.values(), reverse=True) and len(found) == len(given)
+
+
+def test_half_precision_models_keep_their_precision(file):
+    model = tiny_model("sd", fresh=True).to(dtype=torch.bfloat16)
+    made = latents(model, LoRA(file=file))
+    assert made.dtype == torch.bfloat16 and not torch.equal(made, latents(model))
+
+
+def test_saving_writes_the_same_adapter(tmp_path, file):
+    model, lora = tiny_model("sd"), LoRA(file=file)
+    again = LoRA.load(lora.save(tmp_path / "again.safetensors"))
+    assert torch.equal(latents(model, again), latents(model, lora))
+
+
+def test_adapted_modules_are_written_for_everybody(tmp_path):
+    model = tiny_model("sd")
+    lora = LoRA(file=str(write_kohya(tmp_path / "x.safetensors", factors(model, alpha=2))))
+    written = save_lora(tmp_path / "y.safetensors", lora.adapted(model), {"sfumato.method": "test"})
+    fresh = tiny_model("sd", fresh=True)
+    fresh.pipe.load_lora_weights(str(written))
+    torch.testing.assert_close(latents(fresh), latents(model, lora), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_layers_train_beside_the_model():
+    """What a system that teaches does: peft's layers, gradients on their parameters only."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    model = tiny_model("sd")
+    module = model.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    adapted = Adapted(module, Linear(module, "default", LoraConfig(r=2, lora_alpha=2), r=2, lora_alpha=2))
+    handle = module.register_forward_hook(lambda m, args, out: adapted.added(args[0], out, 1.0))
+    module(torch.randn(3, 16)).square().sum().backward()
+    handle.remove()
+    assert adapted.parameters()["up"].grad.abs().sum() > 0 and module.weight.grad is None
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_holds_the_hash_and_repeats_the_picture(tmp_path, file):
+    model = tiny_model("sd")
+    lora = build(f"lora:file={file},scale=-0.8")
+    result = generate(model, PROMPT, steps=2, interventions=lora, decode=False)
+    recipe = json.loads(json.dumps(result.recipe))
+    assert recipe["with"][0]["params"]["hash"] == lora.hash and len(lora.hash) == 64
+    again = generate(model, **recipe_args(recipe), decode=False)
+    assert torch.equal(again.latents, result.latents)
+    save_file({key: value * 2 for key, value in load_file(file).items()}, file)
+    with pytest.raises(BadInput, match="has changed: its hash is .* give the file that was used then"):
+        from_recipe(recipe["with"][0])
+    assert to_recipe(lora)["params"]["scale"] == -0.8
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(kind, says, file, model=None, **params):
+    with pytest.raises(kind) as caught:
+        lora = LoRA(file=str(file), **params)
+        latents(model or tiny_model("sd"), lora)
+    message = str(caught.value)
+    assert all(part in message for part in says) and "\n" not in message and len(message) < 500, message
+
+
+def test_modules_that_the_model_lacks_are_told_with_the_nearest(tmp_path):
+    model = tiny_model("sd")
+    given = factors(model, text=False)
+    given["unet.down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"] = {
+        part: value.clone() for part, value in next(iter(given.values())).items()
+    }
+    path = write_peft(tmp_path / "x.safetensors", given)
+    says = [f"fits {len(given) - 1} of {len(given)} modules of tiny-sd", "down_blocks_7", "nearest: down_blocks_"]
+    refused(NoMatch, [*says, "partial=true"], path)
+    assert not torch.equal(latents(model, LoRA(file=str(path), partial=True)), latents(model))
+
+
+def test_an_adapter_of_another_family_fits_nothing_even_partially(tmp_path):
+    path = write_peft(tmp_path / "x.safetensors", factors(tiny_model("flux"), text=False))
+    refused(NoMatch, ["fits 0 of", "tiny-sd", "made for Flux"], path, partial=True)
+
+
+def test_other_widths_are_told(tmp_path):
+    path = write_peft(tmp_path / "x.safetensors", factors(tiny_model("sdxl"), text=False))
+    refused(BadWeights, ["does not fit tiny-sd", "adapts a weight of"], path, partial=True)
+
+
+def test_an_adapter_that_changes_nothing_is_told(tmp_path):
+    given = factors(tiny_model("sd"))
+    for parts in given.values():
+        parts["up"].zero_()
+    refused(NoMatch, ["changes nothing"], write_peft(tmp_path / "x.safetensors", given))
+
+
+def test_damaged_files_pickles_and_others(tmp_path, file):
+    given = load_file(file)
+    key = next(iter(given))
+    save_file({**given, key: given[key] * float("nan")}, tmp_path / "nan.safetensors")
+    refused(BadWeights, ["no finite numbers"], tmp_path / "nan.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-50])
+    refused(BadWeights, ["cut off"], tmp_path / "cut.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
+    refused(BadWeights, ["no safetensors file"], tmp_path / "junk.safetensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    refused(BadWeights, ["is a pickle", "save_file"], tmp_path / "x.pt")
+    save_file({"something.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    refused(BadInput, ["not a lora", "sfumato adapters"], tmp_path / "other.safetensors")
+    refused(BadInput, ["no adapter file", "nowhere"], tmp_path / "nowhere.safetensors")
+
+
+def test_names_are_found_in_the_cache(tmp_path, monkeypatch, file):
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "mine.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes())
+    assert LoRA(file="mine").hash == LoRA(file=file).hash
+    refused(BadInput, ["Did you mean 'mine'"], "mien")
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("oft_blocks", "OFT"), ("diff", "full differences"), ("a1.weight", "GLoRA")]
+)
+def test_other_algebra_is_named(tmp_path, part, name):
+    save_file({f"lora_unet_mid_block_attentions_0_proj_in.{part}": torch.ones(32, 32)}, tmp_path / "x.safetensors")
+    refused(NotSupported, [name, "not supported", "LoKr"], tmp_path / "x.safetensors")
+
+
+def test_the_index_of_a_model_is_its_linear_maps_and_convolutions():
+    index = index_of(tiny_model("sdxl"))
+    assert set(index) == {"unet", "text_encoder", "text_encoder_2"}
+    assert index["unet"]["conv_in"] == (16, 4, 3, 3)
+    assert isinstance(tiny_model("sdxl"), Model)
