@@ -54,7 +54,7 @@ def table_of(context: Context, name: str, factors: tuple[str, ...] = ("shape", "
     def made() -> LayerTable:
         pairs = context.count(300, 12)
         system = ShapeTexture(factors=list(factors), layers=STAGES, pairs=pairs, seed=REPORT, draws=200)
-        return system.explain_model(net_of(context, name), name)
+        return system.explain_net(net_of(context, name), name)
 
     return context.once(f"table {name} {factors}", made)
 
@@ -276,7 +276,7 @@ def unet(context: Context) -> list[Row]:
     tables = {
         f"toy-sd, {round(100 * at)} % denoised": ShapeTexture(
             factors=["shape", "texture", "color"], pairs=pairs, progress=at, seed=REPORT, draws=200
-        ).explain_model(model, f"toy-sd at {at}")
+        ).explain_net(model, f"toy-sd at {at}")
         for at in (0.5, 0.8)
     }
     clean = tables["toy-sd, 80 % denoised"].layers

@@ -405,7 +405,7 @@ def toybox_cues() -> Image.Image:
 def shape_texture() -> Image.Image:
     """Scores by stage of the net that was trained on shapes and of the one that could go by texture."""
     look = ShapeTexture(pairs=300, layers=[f"resnet.encoder.stages.{i}" for i in range(4)])
-    return plot({name: look.explain_model(load_vision(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
+    return plot({name: look.explain_net(load_vision(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
 
 
 def no_token_left_behind() -> Image.Image:

@@ -19,7 +19,7 @@ SOURCE = Path(sfumato.__file__).parent
 FLOORS = [
     {"errors"},
     {"sheets", "rng", "windows"},
-    {"files", "registry", "cards", "scale"},
+    {"files", "registry", "cards", "protocol", "scale"},
     {"clips"},
     {"metrics"},
     {"toybox"},

@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sfumato.app import compare, edit, explain, load, make, models, segment, teach, train
+    from sfumato.app.editing import edit
+    from sfumato.app.explaining import explain
+    from sfumato.app.jobs import load, make, models
+    from sfumato.app.judging import compare
+    from sfumato.app.segmenting import segment
+    from sfumato.app.teaching import teach, train
     from sfumato.cards import build, method, methods
 
 __all__ = [

@@ -61,7 +61,7 @@ CAPABILITIES = {
 }
 """What a model may offer and a system may need, with the words of a refusal: "KEY needs ...; MODEL has none"."""
 
-ROOMS = ("explain", "steer", "edit", "teach", "animate", "judge", "adapters")
+ROOMS = ("explain", "steer", "edit", "teach", "animate", "generate", "disentangle", "judge", "adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,8 @@ class Card:
     ``key`` is the file's name; ``verb`` one of :data:`ROOMS`; ``needs`` the :data:`CAPABILITIES` a model must have;
     ``defaults_from`` says where the default parameters come from; ``cost`` is stated in forward-equivalents
     (1 = one row through the denoiser); ``not_reproduced`` names what of the paper is missing here; ``example`` is a
-    ``--with`` text that works with the prompt "a red cube and a blue ball" (left out: the key alone works).
+    ``--with`` text that works with the prompt "a red cube and a blue ball" (left out: the key alone works);
+    ``default_for`` the wishes it serves where nobody names a system (:func:`default`).
     """
 
     key: str
@@ -86,6 +87,7 @@ class Card:
     arxiv: str = ""
     not_reproduced: str = ""
     example: str = ""
+    default_for: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.verb not in ROOMS:
@@ -206,6 +208,16 @@ def method(key: str) -> type:
             raise UnknownName("method", key, methods())
         importlib.import_module(f"sfumato.{shipped[key].verb}.{key}")
     return _registered[key]
+
+
+def default(wish: str) -> str:
+    """The key of the system that serves a wish - "explain", "edit", "edit mask", "segment" - where nobody names one.
+
+    Raises UnknownName for a wish that no card has."""
+    found = {each: key for key, card in methods().items() for each in card.default_for}
+    if wish not in found:
+        raise UnknownName("wish", wish, found)
+    return found[wish]
 
 
 @functools.cache

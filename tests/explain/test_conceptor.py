@@ -294,10 +294,10 @@ def test_bad_input(tmp_path):
     with pytest.raises(BadInput, match="template"):
         Conceptor(template="a photo")
     with pytest.raises(BadInput, match="explain finds"):
-        Conceptor(word="cube", mixture=["red=1"]).examine(model, "cube")
+        Conceptor(word="cube", mixture=["red=1"]).explain_concept(model, "cube")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no picture"):
-        Conceptor().examine(model, tmp_path / "empty")
+        Conceptor().explain_concept(model, tmp_path / "empty")
     (tmp_path / "x.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(BadInput, match="damaged"):
         Decomposition.load(tmp_path / "x.json")

@@ -240,10 +240,10 @@ class MeanColor(nn.Module):
 
 def test_a_net_that_sees_mean_colours_knows_the_scenery():
     system = ShapeTexture(factors=["shape", "scenery"], layers=["eye"], pairs=40, draws=50)
-    table = system.explain_model(MeanColor(), "mean colour", size=32)
+    table = system.explain_net(MeanColor(), "mean colour", size=32)
     found = table.layers["eye"]
     assert found.d == 3 and found.scores["scenery"].low > 0.6 and found.scores["shape"].high < 0.4
-    again = system.explain_model(MeanColor(), "mean colour", size=32)
+    again = system.explain_net(MeanColor(), "mean colour", size=32)
     assert again.to_json() == table.to_json() and table.lines()[0].startswith("eye: 3 units: shape ")
 
 
@@ -252,12 +252,12 @@ def test_denoisers_are_looked_into_through_the_family(kind):
     model = tiny_model(kind)
     system = cards.build("shape_texture:pairs=4,draws=0,factors=[shape|texture|pose]")
     before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
-    table = system.explain_model(model, size=32)
+    table = system.explain_net(model, size=32)
     assert len(table.layers) >= 2
     for found in table.layers.values():
         assert sum(found.dimensions.values()) == found.d and set(found.scores) == {"shape", "texture", "pose"}
     assert all(torch.equal(value, before[name]) for name, value in model.denoiser.state_dict().items())
-    assert system.explain_model(model, size=32).to_json() == table.to_json()
+    assert system.explain_net(model, size=32).to_json() == table.to_json()
 
 
 def test_shared_noise_is_a_shared_factor():
@@ -265,7 +265,7 @@ def test_shared_noise_is_a_shared_factor():
     layer = ["down_blocks.0"]
     score = {
         noise: ShapeTexture(pairs=12, draws=0, layers=layer, noise=noise, progress=0.1)
-        .explain_model(model, size=32)
+        .explain_net(model, size=32)
         .layers[layer[0]]
         .scores["texture"]
         .value
@@ -280,9 +280,9 @@ def test_wrong_parameters_are_refused():
     with pytest.raises(BadInput, match="pairs"):
         ShapeTexture(pairs=2)
     with pytest.raises(UnknownName, match="layer 'stages.9'"):
-        ShapeTexture(layers=["stages.9"], pairs=3).explain_model(tiny_resnet())
+        ShapeTexture(layers=["stages.9"], pairs=3).explain_net(tiny_resnet())
     with pytest.raises(NoMatch, match="puts out nothing for each picture"):
-        ShapeTexture(layers=["time_embedding.cond_proj"], pairs=3).explain_model(_silent())
+        ShapeTexture(layers=["time_embedding.cond_proj"], pairs=3).explain_net(_silent())
 
 
 def _silent() -> nn.Module:

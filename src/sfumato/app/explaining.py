@@ -1,18 +1,29 @@
-"""Explanations of pictures: where words acted, what an answer rests on, what a net or a model is made of."""
+"""Explanations: where words acted in a picture, what an answer rests on, what a net or a model is made of."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files
-from sfumato.app.jobs import DEFAULT_MODEL, Order, build_all, fitting_size, is_picture, load, make, picture_and_prompt
+from sfumato import cards, files, protocol
+from sfumato.app.jobs import (
+    DEFAULT_MODEL,
+    JobOptions,
+    Order,
+    carry_out,
+    fitting_size,
+    is_picture,
+    load,
+    make,
+    picture_and_prompt,
+)
 from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
 
     from sfumato.models import Model
@@ -21,15 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What :func:`explain` found: per picture, the picture and what the system says about it (heat maps, for DAAM).
+    """What :func:`explain` found: per picture, the picture and what the system says about it (heat maps, for words).
 
     ``result`` is the generation it was found in, None for pictures that existed already and for what is not about one
-    picture (conceptor: ``maps`` holds the decomposition, ``images`` pictures of the concept).
+    picture (a concept: ``maps`` holds what it is made of, ``images`` pictures of it).
     """
 
     images: list[Image]
     maps: list[Any]
     result: Result | None = None
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(sorted({type(each).__name__ for each in self.maps}))
+        return f"Explanation({len(self.images)} pictures, {kinds})"
 
 
 def explain(
@@ -38,122 +53,90 @@ def explain(
     *,
     words: str | Sequence[str] = (),
     model: str | Path | Model = DEFAULT_MODEL,
-    by: str = "daam",
+    by: str | None = None,
     **options: Any,
 ) -> Any:
-    """Where words of a prompt are in a picture; what in a picture led a reading model to its answer; or, with a system
-    that explains nets, what the layers of one know.
+    """Where words of a prompt are in a picture; what in a picture led a reading model to its answer; what a concept is
+    made of; or what the layers of a net know.
 
-    With such a system (``by="shape_texture"``) ``what`` is a net - a built-in name, a folder, a module, a
-    :class:`Model` - and its own table comes back; otherwise an :class:`Explanation`.
+    With a system that explains nets ``what`` is a net - a built-in name, a folder, a module, a :class:`Model` - and its
+    own table comes back; otherwise an :class:`Explanation`.
 
     Args:
         what: a prompt, to make pictures from and explain these; or a picture that exists (PIL, or a path together with
-            ``prompt``; a picture that carries a recipe brings its own prompt). For ``conceptor`` a concept in words, a
-            picture, or a folder of pictures.
+            ``prompt``; a picture that carries a recipe brings its own prompt). For systems that explain concepts a
+            text, a picture, or a folder of pictures.
         prompt: what the existing picture shows; what a model that reads (``toy-clip``, ``toy-vqa``, any transformers
             folder) is asked about it: a text, a question, a class. A classifier and a detector need none.
-        words: words or phrases to look for; none: every word of the prompt.
-        by: the system, as for ``--with`` (``"daam:heads=[0|1]"``).
+        words: words or phrases to look for; none: every word.
+        by: the system with its parameters, as for ``--with``; by default the one whose card says so.
         options: when making pictures those of :func:`make`; for an existing picture ``steps`` (noise levels to look
             at), ``seed``, ``scheduler`` and ``size`` (width, height; by default about the model's own area).
 
     Raises:
         NoMatch: a word is not in the prompt. BadInput, UnknownName, NotSupported: as :func:`make` and :func:`load`.
     """
-    key, params = cards.parse_with(by)
-    if words:
-        params["words"] = [words] if isinstance(words, str) else list(words)
-    system = cards.method(key)(**params)
-    if hasattr(system, "explain_model"):
-        return system.explain_model(open_net(what), **options)
-    if hasattr(system, "examine"):  # it looks at the model rather than at one picture
-        finding = system.examine(load(model) if isinstance(model, str | Path) else model, what, prompt, **options)
-        return Explanation(finding.pictures, [finding])
-    if getattr(system, "reads", False) and (isinstance(model, str | Path) or not hasattr(model, "denoiser")):
-        found = _explain_reading(what, prompt, model, system, options)
-        if found is not None:
-            return found
+    system = _built(by, words)
+    key = type(system).CARD.key
+    if isinstance(system, protocol.ExplainsNet):
+        return system.explain_net(open_net(what), **options)
+    if isinstance(system, protocol.ExplainsConcept):
+        found = system.explain_concept(load(model) if isinstance(model, str | Path) else model, what, prompt, **options)
+        return Explanation(found.pictures, [found])
+    if isinstance(system, protocol.ExplainsReading) and _reads(model):
+        return _explain_reading(what, prompt, model, system, options)
     if isinstance(what, str) and prompt is None and not is_picture(what):
-        if not hasattr(system, "taps"):
+        if not isinstance(system, protocol.TakesPart):
             raise NotSupported(f"{key} explains pictures that exist; give one, and the prompt beside it.")
         result = make(what, model=model, with_=[system], **options)
-        return Explanation(result.images, system.maps, result)
+        return Explanation(result.images, list(getattr(system, "maps", [])), result)
     image, prompt = picture_and_prompt(what, prompt)
-    # the function beside the class, because there is no generation that the object could take part in
-    look = getattr(importlib.import_module(type(system).__module__), "explain_image", None)
-    if look is None:
-        raise NotSupported(f"{key} explains pictures while they are made only; give a prompt instead of a picture.")
+    if not isinstance(system, protocol.ExplainsImage):
+        ways = protocol.serves(system)
+        other = "; ".join(ways.get("explain", ()))
+        raise NotSupported(
+            f"{key} explains {other}; {model if isinstance(model, str | Path) else model.name} draws."
+            if other
+            else f"{key} explains pictures while they are made only; give a prompt instead of a picture."
+        )
     loaded = load(model) if isinstance(model, str | Path) else model
     size = options.pop("size", None) or fitting_size(loaded, image.size)
-    return Explanation([image], [look(loaded, image, prompt, size=size, **system.params.model_dump(), **options)])
+    return Explanation([image], [system.explain_image(loaded, image, prompt, size=size, **options)])
+
+
+def _built(by: str | None, words: str | Sequence[str] = ()) -> Any:
+    """The system that explains, looking for ``words`` if any are given."""
+    key, params = cards.parse_with(by or cards.default("explain"))
+    if words:
+        params["words"] = [words] if isinstance(words, str) else list(words)
+    return cards.method(key)(**params)
+
+
+def _reads(model: Any) -> bool:
+    """Whether a model, loaded or not, reads pictures or texts instead of drawing them."""
+    if not isinstance(model, str | Path):
+        return not hasattr(model, "denoiser")
+    from sfumato.models.readers import is_reader
+
+    return is_reader(model)
 
 
 def _explain_reading(
-    what: str | Path | Image, prompt: str | None, model: Any, system: Any, options: dict[str, Any]
-) -> Explanation | None:
-    """What a model that reads says about a picture or a text; None if the model draws."""
-    from sfumato.models.readers import is_reader, load_reader
+    what: str | Path | Image, prompt: str | None, model: Any, system: protocol.ExplainsReading, options: dict[str, Any]
+) -> Explanation:
+    """What a model that reads says about a picture or a text."""
+    from sfumato.models.readers import load_reader
 
     if isinstance(model, str | Path):
-        if not is_reader(model):
-            return None
         model = load_reader(model)
-    look = importlib.import_module(type(system).__module__).explain_image
     if options.pop("size", None) is not None:
         raise BadInput(f"size is for models that draw; {model.name} looks at pictures in a size of its own.")
-    given = system.params.model_dump()
     if isinstance(what, str) and prompt is None and not is_picture(what):
         if model.kind != "texts":
             raise BadInput(f"{model.name} looks at pictures; give one, and what to ask as the prompt.")
-        return Explanation([], [look(model, None, what, **given, **options)])
+        return Explanation([], [system.explain_reading(model, None, what, **options)])
     image = files.read_picture(what) if isinstance(what, str | Path) else what
-    return Explanation([image], [look(model, image, prompt, **given, **options)])
-
-
-def is_read(by: str, order: Order) -> bool:
-    """Whether ``by`` explains, with this order's model, something read rather than something drawn."""
-    from sfumato.models.readers import is_reader
-
-    return getattr(cards.method(cards.parse_with(by)[0]), "reads", False) and is_reader(order.model or DEFAULT_MODEL)
-
-
-def explain_file(
-    picture: Path,
-    prompt: str | None,
-    by: str,
-    words: Sequence[str],
-    order: Order,
-    out: Path,
-    options: dict[str, Any],
-    text: bool = False,
-) -> list[Path]:
-    """Explain a picture that exists and write the heat maps into folder ``out``; returns the files.
-
-    ``text``: what is given as ``picture`` is a text, for a model that reads texts.
-
-    Raises:
-        Everything that :func:`explain` raises, and OSError.
-    """
-    key, params = cards.parse_with(by)
-    system = cards.method(key)(**params)
-    name = order.model or DEFAULT_MODEL
-    reader = _reader(name, order) if getattr(system, "reads", False) else None
-    image: Any = None
-    if reader is None:
-        image, prompt = picture_and_prompt(picture, prompt)
-    elif not text:
-        image = files.read_picture(picture)
-    with files.output_folder(out):
-        model = reader or load(name, dtype=order.dtype, device=order.device)
-        what, asked = (str(picture), None) if text else (image, prompt)
-        [maps] = explain(what, asked, words=words, by=by, model=model, **options).maps
-        path = files.free_name(out, f"{files.slug(str(picture) if text else picture.stem)}.heat")
-        recipe = {"prompt": prompt, "picture": picture.name, "model": model.name, "hash": model.weight_hash, "by": by}
-        written = [files.save_png(path, maps.grid(image), recipe)]
-        if order.maps:
-            written.append(maps.save(path.with_suffix(".safetensors")))
-        return written
+    return Explanation([image], [system.explain_reading(model, image, prompt, **options)])
 
 
 def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
@@ -169,41 +152,89 @@ def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
     return load_vision(what) if is_vision(what) else load(what, dtype=dtype, device=device)
 
 
-def explain_net(what: str, by: str, order: Order, out: Path) -> tuple[list[str], list[Path]]:
-    """What the layers of a net know, in lines, and written as table and plot into folder ``out``."""
-    key, params = cards.parse_with(by)
-    system: Any = cards.method(key)(**params)
-    with files.output_folder(out):
-        found = system.explain_model(open_net(what, order.dtype, order.device), Path(what).name)
-        stem = files.free_name(out, f"{files.slug(Path(what).name)}.{key}", ".json").stem
-        return found.lines(), found.save(out, stem)
+# --- into files ------------------------------------------------------------------------------------------------------
 
 
-def examines(by: str) -> bool:
-    """Whether a system explains a model's idea of something, and writes a report, rather than single pictures."""
-    return hasattr(cards.method(cards.parse_with(by)[0]), "examine")
+@dataclass
+class Explaining:
+    """An order to explain ``what`` and write what is found: ``order`` says model, device and whether to write maps.
+
+    ``given`` holds what was said besides: ``prompt``, ``words`` and the options of :func:`explain`.
+    """
+
+    what: str
+    by: str | None = None
+    order: Order = field(default_factory=lambda: Order([]))
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def refuse(self, allowed: Sequence[str], why: str) -> None:
+        """Raises BadInput for what was given and is not allowed."""
+        given = [*self.given, *(["maps"] if self.order.maps else []), *(["model"] if self.order.model else [])]
+        wrong = [f"-{name}" if len(name) == 1 else f"--{name}" for name in given if name not in allowed]
+        if wrong:
+            raise BadInput(f"{' and '.join(wrong)} cannot be given {why}.")
 
 
-def examine_into(
-    what: str, prompt: str | None, by: str, order: Order, out: Path, options: dict[str, Any], on_step: Any = None
-) -> list[Path]:
-    """Explain a model's idea of ``what`` and write the report into folder ``out``; returns the files.
+def explain_into(
+    job: Explaining, out: Path, on_step: Callable[[int, int, float], None] | None = None
+) -> Iterator[str | Path | list[Path]]:
+    """Explain and write what is found into folder ``out``: yields lines of text, and the files as soon as they are
+    whole.
 
     Raises:
-        Everything that :func:`explain` raises, and OSError.
+        Everything that :func:`explain` raises, and OSError. BadInput also for options that do not go with the system.
     """
-    build_all([by])
+    order, what = job.order, job.what
+    prompt, options = job.given.get("prompt"), {k: v for k, v in job.given.items() if k not in ("words", "prompt")}
+    system = _built(job.by)
+    key = type(system).CARD.key
+    model = order.model or DEFAULT_MODEL
+    reads = isinstance(system, protocol.ExplainsReading) and _reads(model)
+    if isinstance(system, protocol.ExplainsNet):
+        job.refuse((), f"with {key}, which explains a net: give its name and the parameters of --by, nothing else")
+        with files.output_folder(out):
+            table = system.explain_net(open_net(what, order.dtype, order.device), Path(what).name)
+            stem = files.free_name(out, f"{files.slug(Path(what).name)}.{key}", ".json").stem
+            yield from (*table.lines(), *table.save(out, stem))
+    elif isinstance(system, protocol.ExplainsConcept):
+        allowed = ("prompt", "model", *(set(JobOptions.model_fields) - {"n", "size"}))
+        job.refuse(allowed, f"with --by {key}; see: sfumato methods {key}")
+        with files.output_folder(out):
+            loaded = load(model, dtype=order.dtype, device=order.device)
+            yield from system.explain_concept(loaded, what, prompt, on_step=on_step, **options).save(out)
+    elif prompt is None and not is_picture(what) and not reads:
+        order.with_ = [cards.to_recipe(_built(job.by, job.given.get("words") or ()))]
+        order.jobs = [JobOptions(prompt=what, **options)]
+        yield from carry_out(order, out, on_step)
+    else:
+        allowed = ("prompt", "words", "model", "maps", *(set(JobOptions.model_fields) - {"n", "guidance"}))
+        job.refuse(allowed, "for a picture that exists; it is not made anew")
+        yield from _picture_into(job, key, reads, out, options)
+
+
+def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: dict[str, Any]) -> Iterator[Path]:
+    """Maps of a picture that exists, or of a text that is read."""
+    order, prompt = job.order, job.given.get("prompt")
+    name = order.model or DEFAULT_MODEL
+    text = prompt is None and not is_picture(job.what)
+    image: Any = None
+    if not reads:
+        image, prompt = picture_and_prompt(Path(job.what), prompt)
+    elif not text:
+        image = files.read_picture(job.what)
     with files.output_folder(out):
-        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
-        [found] = explain(what, prompt, by=by, model=model, on_step=on_step, **options).maps
-        return found.save(out)
+        model = _load_reader(name, order) if reads else load(name, dtype=order.dtype, device=order.device)
+        what, asked = (job.what, None) if text else (image, prompt)
+        [maps] = explain(what, asked, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
+        path = files.free_name(out, f"{files.slug(job.what if text else Path(job.what).stem)}.heat")
+        about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
+        yield files.save_png(path, maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about})
+        if order.maps:
+            yield maps.save(path.with_suffix(".safetensors"))
 
 
-def _reader(name: str | Path, order: Order) -> Any:
-    """The model that reads, if the order names one."""
-    from sfumato.models.readers import is_reader, load_reader
+def _load_reader(name: str | Path, order: Order) -> Any:
+    from sfumato.models.readers import load_reader
 
-    if not is_reader(name):
-        return None
     options = {} if order.dtype is None else {"dtype": order.dtype}
     return load_reader(name, device=order.device, **options)

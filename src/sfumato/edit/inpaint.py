@@ -46,6 +46,7 @@ class Inpaint(Intervention):
         cost="none; with source, one more generation",
         not_reproduced="the pixel-space model and its upsampler: ours works on latents, as Stable Diffusion's does",
         summary="redraws a region of a picture with a model fine-tuned to see the hole",
+        default_for=("edit mask",),
         example="inpaint:source=a green ball,box=[0.2|0.3|0.8|0.9]",
     )
 

@@ -76,6 +76,7 @@ class PromptToPrompt(Intervention):
         cost="the source's own rows once; then next to nothing beside the edited picture's rows",
         not_reproduced="masks and threshold per word; the joint attention of SD3 and Flux is our extension",
         summary="change words of the prompt and keep the picture",
+        default_for=("edit",),
         example="prompt_to_prompt:source=a red cube and a red ball",
     )
 

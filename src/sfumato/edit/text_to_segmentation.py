@@ -71,6 +71,7 @@ class TextToSegmentation:
         defaults_from="the released code (noise levels, threshold, filter, Adam 2e-3); 20 noise levels instead of 50",
         cost="per picture 16 forwards for its map and two per step for the removal; then the training of a small U-Net",
         not_reproduced="the fine-tune on background rectangles: an inpainting model removes the object instead",
+        default_for=("segment",),
         summary="a segmentation network from the name of an object, with no mask drawn",
     )
 

@@ -422,11 +422,16 @@ class AttentionRelevance:
         least: float = Field(default=0.5, ge=0, le=1, description="detectors: explain finds of this certainty")
         detector: str = Field(default="toy-detr", description="question answerers: the model that finds the regions")
 
-    #: it explains models that read pictures and texts too, not only those that draw
-    reads = True
-
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
+
+    def explain_image(self, model: Any, image: Any, prompt: str, **options: Any) -> Any:
+        """:func:`explain_image` with these parameters, by a model that draws."""
+        return explain_image(model, image, prompt, **{**self.params.model_dump(), **options})
+
+    def explain_reading(self, reader: Any, image: Any, prompt: str | None = None, **options: Any) -> Any:
+        """:func:`explain_image` with these parameters, by a model that reads."""
+        return explain_image(reader, image, prompt, **{**self.params.model_dump(), **options})
 
 
 def explain_image(

@@ -61,6 +61,7 @@ class DAAM(Intervention):
         defaults_from="the paper (tau 0.4, layers of the down and up blocks); scale per step instead of summed",
         cost="none: read beside the prediction; an existing picture costs one forward per step",
         not_reproduced="the human opinion scores, and replaying the attention of one run in another",
+        default_for=("explain",),
         summary="heat maps of where each word of the prompt acted",
     )
 
@@ -149,6 +150,10 @@ class DAAM(Intervention):
                 )
             )
         del self._store
+
+    def explain_image(self, model: Model, image: Any, prompt: str, **options: Any) -> Any:
+        """:func:`explain_image` with these parameters."""
+        return explain_image(model, image, prompt, **{**self.params.model_dump(), **options})
 
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """A sheet of overlays for one picture of a result, by file suffix."""

@@ -282,6 +282,10 @@ class LatentGeometry(Intervention):
         self.activity.cost += run.cost - before
         del self._places
 
+    def explain_image(self, model: Model, image: Any, prompt: str, **options: Any) -> Any:
+        """:func:`explain_image` with these parameters."""
+        return explain_image(model, image, prompt, **{**self.params.model_dump(), **options})
+
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """The plots, beside the first picture."""
         return {"geometry": self.maps[0].plots()} if self.maps and index == 0 else {}

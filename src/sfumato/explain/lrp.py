@@ -302,11 +302,12 @@ class LRP:
         start_layer: int = Field(default=0, ge=0, description="attribution begins at this attention layer")
         alpha: float = Field(default=1.0, ge=1, description="weight of what speaks for the label; 1: only that counts")
 
-    #: it explains models that read pictures and texts
-    reads = True
-
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
+
+    def explain_reading(self, reader: Any, image: Any, prompt: str | None = None, **options: Any) -> RelevanceMaps:
+        """:func:`explain_image` with these parameters."""
+        return explain_image(reader, image, prompt, **{**self.params.model_dump(), **options})
 
 
 def explain_image(model: Any, image: Any, prompt: str | None = None, **params: Any) -> RelevanceMaps:

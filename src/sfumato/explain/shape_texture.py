@@ -528,7 +528,7 @@ class ShapeTexture:
             if name not in FACTORS:
                 raise UnknownName("factor of shape_texture", name, FACTORS)
 
-    def explain_model(self, net: nn.Module | Model, name: str = "", size: int | None = None) -> LayerTable:
+    def explain_net(self, net: nn.Module | Model, name: str = "", size: int | None = None) -> LayerTable:
         """The table of a net.
 
         Args:

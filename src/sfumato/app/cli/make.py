@@ -79,16 +79,8 @@ def deliver(order: Any, out: Path, grid: bool = False) -> None:
     """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
     from sfumato import app, files
 
-    finished: list[Path] = []
-    try:
-        with show.bar("pictures") as bar:
-            for paths in app.carry_out(order, out, bar):
-                finished.append(paths[0])
-                for path in paths:
-                    typer.echo(path)
-    except (KeyboardInterrupt, WorkInterrupted):
-        kept = f"{len(finished)} finished pictures are in {out}" if finished else "no picture was finished"
-        raise WorkInterrupted(f"interrupted; {kept}, nothing half-written is left.") from None
+    with show.bar("pictures") as bar:
+        finished = show.written(app.carry_out(order, out, bar), out)
     if grid and finished:
         typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
 

@@ -31,6 +31,10 @@ With = Annotated[
         help=literal("A system that takes part; repeatable. Lists: words=[red cube|ball]."),
     ),
 ]
+By = Annotated[
+    str | None,
+    typer.Option("--by", metavar="KEY:name=value,...", help="The system that does it: see sfumato methods."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from sfumato.errors import WorkInterrupted
 
 
 @contextlib.contextmanager
@@ -37,6 +40,24 @@ def bar(unit: str) -> Iterator[Any]:
     finally:
         if drawn is not None:
             drawn.stop()
+
+
+def written(items: Iterable[Any], out: Path) -> list[Path]:
+    """Say each line of text and each file as soon as it is there; returns the files. A list holds the files of one
+    picture.
+
+    Raises WorkInterrupted, saying what is finished.
+    """
+    files: list[Path] = []
+    try:
+        for item in items:
+            for each in item if isinstance(item, list) else [item]:
+                typer.echo(each)
+            files += [item[0]] if isinstance(item, list) else [item] if isinstance(item, Path) else []
+    except (KeyboardInterrupt, WorkInterrupted):
+        finished = f"{len(files)} finished pictures are in {out}" if files else "no picture was finished"
+        raise WorkInterrupted(f"interrupted; {finished}, nothing half-written is left.") from None
+    return files
 
 
 def json_text(value: Any) -> None:

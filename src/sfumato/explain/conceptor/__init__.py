@@ -47,7 +47,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 @register
 class Conceptor(PseudoWord):
     """In a generation: a mixture of words stands for one word of the prompt. As ``sfumato explain``: finds the mixture
-    that stands for a concept (:meth:`examine`)."""
+    that stands for a concept (:meth:`explain_concept`)."""
 
     CARD = Card(
         key="conceptor",
@@ -123,7 +123,7 @@ class Conceptor(PseudoWord):
         mixture = read_mixture(self.params.mixture) if self.params.mixture else {}
         super().__init__(self.params.word, vectors, mixture)
 
-    def examine(
+    def explain_concept(
         self, model: Model, what: Any, prompt: str | None = None, on_step: Any = None, **options: Any
     ) -> Decomposition:
         """:func:`decompose` with this system's parameters. ``what``: a text, a picture, or a folder of pictures."""
