@@ -29,7 +29,8 @@ def fingerprint(*owners: Any) -> dict[str, Any]:
             continue
         for name, part in pipe.components.items():
             found[f"{i}.{name}"] = _module(part) if isinstance(part, nn.Module) else id(part)
-        found[f"{i}.scheduler.config"] = repr(sorted(pipe.scheduler.config.items()))
+        if (scheduler := pipe.components.get("scheduler")) is not None:
+            found[f"{i}.scheduler.config"] = repr(sorted(scheduler.config.items()))
     return found
 
 

@@ -18,6 +18,8 @@ schnell         as flux without guidance embedding
 pixart          PixArt-Sigma: T5 with a mask, learned sigma, DPM-Solver++
 inpaint         Stable Diffusion's inpainting pipeline: as sd, mask and masked latents beside the latents (9 channels)
 pixart_alpha    PixArt-Alpha with resolution and aspect-ratio conditions
+amused          aMUSEd: masked tokens of a VQ-GAN, U-ViT; cross attention at 16x16 around blocks at 16x16 (not in KINDS:
+                its state is token ids)
 ==============  =====================================================================================================
 """
 
@@ -29,6 +31,8 @@ import tempfile
 
 import torch
 from diffusers import (
+    AmusedPipeline,
+    AmusedScheduler,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
@@ -47,6 +51,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UVit2DModel,
+    VQModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -59,7 +65,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from sfumato.models import Model
+from sfumato.models import Model, quiet
 
 KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "schnell", "pixart", "pixart_alpha", "inpaint")
 
@@ -325,6 +331,49 @@ def _pixart(alpha: bool) -> PixArtSigmaPipeline | PixArtAlphaPipeline:
     )
 
 
+def _amused(downsample: bool = False) -> AmusedPipeline:
+    text_encoder, tokenizer = _clip(projection=16)
+    transformer = UVit2DModel(
+        hidden_size=32,
+        cond_embed_dim=16,
+        micro_cond_encode_dim=8,
+        micro_cond_embed_dim=40,
+        encoder_hidden_size=16,
+        vocab_size=34,
+        codebook_size=32,
+        in_channels=16,
+        block_out_channels=16,
+        num_res_blocks=1,
+        downsample=downsample,
+        upsample=downsample,
+        block_num_heads=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        sample_size=16,
+    )
+    vqvae = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+        sample_size=32,
+        mid_block_add_attention=False,
+        lookup_from_codebook=True,
+    )
+    with quiet():  # diffusers calls the pipeline deprecated
+        return AmusedPipeline(
+            vqvae=vqvae,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            transformer=transformer,
+            scheduler=AmusedScheduler(mask_token_id=33),
+        )
+
+
 _BUILDERS = {
     "sd": lambda: _stable_diffusion(1),
     "sd2": lambda: _stable_diffusion(2),
@@ -336,5 +385,7 @@ _BUILDERS = {
     "schnell": lambda: _flux(False),
     "pixart": lambda: _pixart(False),
     "pixart_alpha": lambda: _pixart(True),
+    "amused": lambda: _amused(),
+    "amused_down": lambda: _amused(downsample=True),
     "inpaint": lambda: _stable_diffusion(1, inpaint=True),
 }

@@ -6,7 +6,7 @@ import functools
 
 from sfumato import cards
 from sfumato.cards import build, method, methods
-from sfumato.models.families import FAMILIES, offering
+from sfumato.models.families import families, offering
 from sfumato.sampling import Intervention
 
 KINDS = {
@@ -20,7 +20,7 @@ KINDS = {
     "pixart": "pixart",
 }
 """Tiny model -> the family it belongs to."""
-BY_NAME = {family.name: family for family in FAMILIES}
+BY_NAME = {family.name: family for family in families().values()}
 
 SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
 PAIRS = [

@@ -228,7 +228,11 @@ def test_not_a_diffusers_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"_class_name": "AudioLDMPipeline"}, NotSupported, "'AudioLDMPipeline' is not supported; known: FluxPipeline"),
+        (
+            {"_class_name": "AudioLDMPipeline"},
+            NotSupported,
+            "'AudioLDMPipeline' is not supported; known: AmusedPipeline",
+        ),
         ({"_class_name": ["my_code", "Pipe"]}, NotSupported, "custom pipeline code is never run"),
         ({"_class_name": None}, NotSupported, "names no diffusers pipeline"),
         ({"unet": ["my_code", "UNet2DConditionModel"]}, NotSupported, "my_code.UNet2DConditionModel"),

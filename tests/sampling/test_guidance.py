@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
-from sfumato.sampling import Guidance, generate
-from sfumato.sampling.guidance import checked_compose, combine
+from sfumato.sampling import Guidance, Options, generate
+from sfumato.sampling.guidance import combine
 from tests.tiny import tiny_model
 
 
@@ -63,7 +63,7 @@ def test_bad_rescale_and_interval():
             Guidance(5.0, interval=interval)  # type: ignore[arg-type]
     for compose in [["a dog"], [("a dog", math.nan)], [(1, 2)], [("a", 1.0, 2.0)]]:
         with pytest.raises(BadInput, match="compose"):
-            checked_compose(compose)  # type: ignore[arg-type]
+            Options(prompt="a", compose=compose)
 
 
 def test_interval_runs_the_unconditional_branch_only_inside():

@@ -143,11 +143,10 @@ class InjectFusion(Intervention):
         self._region = layers.amax(0) if len(layers) else None
         if self._region is not None and not self._region.any():
             raise NoMatch("the mask of inject_fusion is empty, so nothing would be injected; make it white somewhere.")
-        if self.params.boost and "eta" not in run.step_options:
+        if self.params.boost and "eta" not in run.process.step_options:
             name = type(run.scheduler).__name__
             raise NotSupported(f"boost of inject_fusion draws noise by eta, which {name} does not; use ddim.")
         self._shift: Tensor | None = None
-        self._eta: float | None = None
         if run.samples.start == 0:
             self.contents = None
 
@@ -184,7 +183,7 @@ class InjectFusion(Intervention):
     def after_predict(self, step: Step) -> None:
         p = self.params
         if p.boost and self.strength and step.progress >= 1 - p.boost:
-            self._eta, step.run.step_options["eta"] = step.run.step_options["eta"], 1.0
+            step.options["eta"] = 1.0
         if p.calibration is not None or not self._injects(step):
             return
         plain = step.run.combined({name: step.outputs[name] for name in step.branches})
@@ -198,8 +197,6 @@ class InjectFusion(Intervention):
 
     def after_step(self, step: Step) -> None:
         """The asymmetric reverse process (Asyrp, equation 7)."""
-        if self._eta is not None:
-            step.run.step_options["eta"], self._eta = self._eta, None
         if self._shift is None:
             return
         t = step.t_next

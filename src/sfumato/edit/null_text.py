@@ -142,7 +142,7 @@ def null_text(
         pivot = trajectory.latents.to(run.model.device, run.model.dtype)
         x = pivot[0]
         for i in range(run.total):
-            run.scheduler = run.scheduler_at(i)
+            run.seek(i)
             step = Step(run, i, x)
             text, step.outputs, loss = _step(step, text, pivot[i + 1], inner, rates, tolerance)
             kept.append({name: each[0].to(run.model.dtype) for name, each in text.items()})

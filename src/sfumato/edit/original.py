@@ -179,7 +179,7 @@ def _recorder(model: Model, prompt: str, edit: Mapping[str, Any] | None, size: t
     given = {name: value for name, value in (edit or {}).items() if name != "source"}
     plan = PromptToPrompt(source=prompt, **given)
     width, height = size
-    return Recorder(plan.wants(model.sites(height, width), model.latent_shape(height, width)[1:]))
+    return Recorder(plan.wants(model.sites(height, width), model.grid(height, width)))
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

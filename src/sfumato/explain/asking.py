@@ -326,7 +326,7 @@ def word_maps(
         for i in range(run.total):
             noise = randn_tensor(tuple(clean.shape), generator=run.generators, device=clean.device, dtype=clean.dtype)
             t = run.timesteps[i]
-            run.scheduler = run.scheduler_at(i)
+            run.seek(i)
             x = run.path.add_noise(clean, noise, t).to(model.dtype)
 
             def predict(x: Tensor = x, t: Tensor = t) -> Tensor:

@@ -256,7 +256,7 @@ def explain_images(
         taps, sites = daam.taps(), run.sites
         for i in range(run.total):
             x = run.path.add_noise(clean, _noise(run, clean), run.timesteps[i]).to(model.dtype)
-            run.scheduler = run.scheduler_at(i)
+            run.seek(i)
             step = Step(run, i, x)
             if step.covered_by(daam):
                 run.denoise(x, step.t, step.condition, ("cond",), taps, step)

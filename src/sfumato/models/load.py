@@ -227,7 +227,10 @@ def _pipeline(index: dict[str, Any], where: Path) -> tuple[Any, type[Family]]:
         raise NotSupported(f"{where} names no diffusers pipeline but {name!r}; custom pipeline code is never run.")
     family = family_of(name)
     with quiet():
-        return getattr(diffusers, name), family
+        pipeline = getattr(diffusers, name, None)
+    if pipeline is None:
+        raise NotSupported(f"{where} is a {name}, which the installed diffusers does not have.")
+    return pipeline, family
 
 
 # --- single files ---------------------------------------------------------------------------------------------------
@@ -285,8 +288,10 @@ def _config_folder(path: Path, config: str | Path | None) -> Path:
 def _finish(pipe: Any, device: torch.device, folder: Path, files: list[tuple[str, Path]]) -> Model:
     card = read_json(folder / "sfumato.json") if (folder / "sfumato.json").is_file() else {}
     model = Model(pipe, card=card, files=files)
-    needed = {model.family.denoiser_name: model.denoiser, "vae": pipe.vae, "scheduler": pipe.scheduler}
-    lacking = [name for name, part in needed.items() if part is None] + ([] if model.tokenizers else ["tokenizer"])
+    needed = [model.family.denoiser_name, *model.family.components]
+    lacking = [name for name in needed if name != "tokenizer" and getattr(pipe, name, None) is None]
+    if "tokenizer" in needed and not model.tokenizers:
+        lacking.append("tokenizer")
     if lacking:
         raise BadInput(f"{folder} is not a whole {type(pipe).__name__}: it has no {' and no '.join(lacking)}.")
     for name, module in model.modules.items():

@@ -71,8 +71,9 @@ class Model:
 
     @property
     def flow(self) -> bool:
-        """Whether the model was trained by flow matching (else by diffusion)."""
-        return is_flow(self.pipe.scheduler)
+        """Whether the model was trained by flow matching (else by diffusion, or to draw in another way)."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        return scheduler is not None and is_flow(scheduler)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -128,8 +129,14 @@ class Model:
         """
         return hash_files(self._files) if self._files else hash_modules(self.modules)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of a picture. Raises `BadInput` for a size the model cannot make."""
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one sample's state, (c, h, w) for latents of a picture. Raises `BadInput` for a size the model
+        cannot make."""
+        return self.family.state_shape(*self.grid(height, width))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents or tokens of a picture of this size in pixels. Raises `BadInput` for a size the model
+        cannot make."""
         multiple = self.size_multiple
         for side, value in (("height", height), ("width", width)):
             if isinstance(value, bool) or not isinstance(value, int) or value < multiple or value % multiple:
@@ -138,11 +145,11 @@ class Model:
                 )
             if self.family.size_limit is not None and value > self.family.size_limit:
                 raise BadInput(f"{side}={value} is too long for {self.name}: {self.family.size_limit} pixels at most.")
-        return self.family.channels, height // self.family.scale, width // self.family.scale
+        return height // self.family.scale, width // self.family.scale
 
     def sites(self, height: int | None = None, width: int | None = None, text_length: int | None = None) -> list[Site]:
         """Attention sites of one denoiser call for a picture of this size in pixels, in the order of execution."""
-        _, h, w = self.latent_shape(*self._size(height, width))
+        h, w = self.grid(*self._size(height, width))
         return list(self.family.sites(h, w, self.text_length if text_length is None else text_length))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
@@ -221,19 +228,22 @@ class Model:
         branches: str | Sequence[str] | None = None,
         **extra: Any,
     ) -> Tensor:
-        """One denoiser call: its raw output (epsilon, v or velocity) in the layout of the latents.
+        """One denoiser call: its raw output (epsilon, v, velocity or logits).
 
-        ``x`` (b c h w) has one row per sample and is repeated for each branch, or already holds branches * b rows; it
-        must have been through the scheduler's ``scale_model_input`` where there is one. ``t`` is a value of
-        ``scheduler.timesteps``, or one per sample. Returns (branches * b, c, h, w), branch after branch; by default for
-        all branches of the condition. ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
+        ``x`` (b ..., such as b c h w) has one row per sample and is repeated for each branch, or already holds
+        branches * b rows; it must have been through the scheduler's ``scale_model_input`` where there is one. ``t`` is
+        a value of ``scheduler.timesteps``, or one per sample. Returns branches * b rows, branch after branch, in the
+        layout of the latents (logits of tokens: see the family); by default for all branches of the condition.
+        ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
         """
         for heard in self._listeners:
             heard(t)
         names = (branches,) if isinstance(branches, str) else tuple(branches or condition.branches)
         samples, rows = len(condition), len(names) * len(condition)
-        if x.ndim != 4 or x.shape[0] not in (samples, rows):
-            raise BadInput(f"x has shape {tuple(x.shape)}; expected (b c h w) with {samples} or {rows} rows.")
+        if x.ndim != self.family.state_dims or x.shape[0] not in (samples, rows):
+            raise BadInput(
+                f"x has shape {tuple(x.shape)}; expected (b {self.family.state}) with {samples} or {rows} rows."
+            )
         if x.shape[0] != rows:
             x = torch.cat([x] * len(names))
         time = torch.as_tensor(t, device=x.device)
@@ -273,7 +283,7 @@ class Model:
         """Set the scheduler up as the pipeline does, shifts by picture size included; returns its timesteps."""
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise BadInput(f"steps={steps!r} is not allowed: give a whole number from 1.")
-        _, h, w = self.latent_shape(*self._size(height, width))
+        h, w = self.grid(*self._size(height, width))
         self.family.set_timesteps(scheduler, steps, h, w, self.device)
         return scheduler.timesteps
 
@@ -283,76 +293,28 @@ class Model:
 
     # --- codec -------------------------------------------------------------------------------------------------------
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (b 3 H W), about [-1, 1] and not clamped, from latents (b c h w), as the pipeline decodes them."""
-        vae = self.pipe.vae
-        with _upcast(self.family, vae):
-            latents = latents.to(vae.dtype)
-            mean, std = _statistics(vae, latents) if self.family.upcasts_vae else (None, None)
-            scaling = vae.config.scaling_factor
-            if mean is not None and std is not None:
-                latents = latents * std / scaling + mean
-            else:
-                latents = latents / scaling
-                if vae.config.get("shift_factor") is not None:
-                    latents = latents + vae.config.shift_factor
-            return vae.decode(latents, return_dict=False)[0]
+    def decode(self, state: Tensor) -> Tensor:
+        """Pictures (b 3 H W), about [-1, 1] and not clamped, from final states (b ...) such as latents (b c h w), as
+        the pipeline decodes them."""
+        return self.family.decode(state)
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Latents (b c h w) of pictures (b 3 H W) in [-1, 1].
+        """States (b ...) such as latents (b c h w) of pictures (b 3 H W) in [-1, 1].
 
-        The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes.
+        The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes,
+        `NotSupported` where the model reads no pictures.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise BadInput(f"images have shape {tuple(images.shape)}; expected (b 3 H W).")
         self.latent_shape(images.shape[-2], images.shape[-1])
         if generators is not None and len(generators) != len(images):
             raise BadInput(f"generators has {len(generators)} entries for {len(images)} images; give one for each.")
-        vae = self.pipe.vae
-        with _upcast(self.family, vae):
-            images = images.to(vae.device, vae.dtype)
-            if generators is None:
-                latents = vae.encode(images).latent_dist.mode()
-            else:
-                rows = zip(images.split(1), generators, strict=True)
-                latents = torch.cat([vae.encode(image).latent_dist.sample(generator) for image, generator in rows])
-            mean, std = _statistics(vae, latents) if self.family.upcasts_vae else (None, None)
-            scaling = vae.config.scaling_factor
-            if mean is not None and std is not None:
-                latents = (latents - mean) * scaling / std
-            elif vae.config.get("shift_factor") is not None:
-                latents = (latents - vae.config.shift_factor) * scaling
-            else:
-                latents = latents * scaling
-        return latents.to(self.dtype)
+        encoded = self.family.encode_image(images, generators)
+        return encoded.to(self.dtype) if encoded.is_floating_point() else encoded
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.default_size
         return height or default[0], width or default[1]
-
-
-class _upcast:
-    """Lifts a float16 autoencoder that overflows in float16 to float32 for a while."""
-
-    def __init__(self, family: Family, vae: Any):
-        self.vae = vae
-        self.needed = family.upcasts_vae and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-
-    def __enter__(self) -> None:
-        if self.needed:
-            self.vae.to(dtype=torch.float32)
-
-    def __exit__(self, *_: object) -> None:
-        if self.needed:
-            self.vae.to(dtype=torch.float16)
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Per-channel mean and standard deviation of the latents (1 c 1 1), where the autoencoder states them."""
-    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is None or std is None:
-        return None, None
-    return torch.tensor(mean).view(1, -1, 1, 1).to(like), torch.tensor(std).view(1, -1, 1, 1).to(like)
 
 
 def _texts(given: Any, argument: str) -> list[str]:

@@ -1,20 +1,45 @@
-"""Sampling: the one loop between noise and latents, and what takes part in it."""
+"""Sampling: the one loop from nothing to a picture or clip, and what takes part in it. Loaded on first use: the options
+alone need no torch."""
 
 from __future__ import annotations
 
-from sfumato.sampling.guidance import Guidance
-from sfumato.sampling.intervention import ROLES, Coverage, Intervention, Stack
-from sfumato.sampling.inversion import Trajectory, invert
-from sfumato.sampling.loop import Result, generate
-from sfumato.sampling.noise import Path
-from sfumato.sampling.recipe import recipe_args
-from sfumato.sampling.run import Prediction, Run, Step
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.sampling.guidance import Guidance
+    from sfumato.sampling.intervention import ROLES, Coverage, Intervention, Stack
+    from sfumato.sampling.inversion import Trajectory, invert
+    from sfumato.sampling.loop import Result, generate
+    from sfumato.sampling.noise import Path
+    from sfumato.sampling.options import Options
+    from sfumato.sampling.recipe import recipe_args
+    from sfumato.sampling.run import Prediction, Run, Step
+
+_HOME = {
+    "Guidance": "guidance",
+    "ROLES": "intervention",
+    "Coverage": "intervention",
+    "Intervention": "intervention",
+    "Stack": "intervention",
+    "Trajectory": "inversion",
+    "invert": "inversion",
+    "Result": "loop",
+    "generate": "loop",
+    "Path": "noise",
+    "Options": "options",
+    "recipe_args": "recipe",
+    "Prediction": "run",
+    "Run": "run",
+    "Step": "run",
+}
 
 __all__ = [
     "ROLES",
     "Coverage",
     "Guidance",
     "Intervention",
+    "Options",
     "Path",
     "Prediction",
     "Result",
@@ -26,3 +51,9 @@ __all__ = [
     "invert",
     "recipe_args",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"sfumato.sampling.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'sfumato.sampling' has no attribute {name!r}")

@@ -21,6 +21,7 @@ from sfumato.errors import BadInput, NotFinite
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.noise import Path
 from sfumato.sampling.run import Step
+from sfumato.sampling.state import sample_axes
 from sfumato.windows import Window
 
 __all__ = ["GradientGuidance", "GradientParams", "step_variance"]
@@ -124,5 +125,5 @@ def step_variance(path: Path, t: Any, t_next: Any) -> float:
 
 
 def _length(x: Tensor) -> Tensor:
-    """Root mean square of each sample (b 1 1 1)."""
-    return x.square().mean((1, 2, 3), keepdim=True).sqrt()
+    """Root mean square of each sample (b 1 ...)."""
+    return x.square().mean(sample_axes(x), keepdim=True).sqrt()

@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sfumato.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,3 @@ def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
     axes = list(range(1, cond.dim()))
     matched = guided * (cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
     return amount * matched + (1 - amount) * guided
-
-
-def checked_compose(compose: Sequence[tuple[str, float]] | None) -> list[tuple[str, float]]:
-    """The further conditions of a composed prompt as (text, weight) pairs; raises BadInput on anything else."""
-    pairs: list[tuple[str, float]] = []
-    for entry in compose or ():
-        if not (isinstance(entry, Sequence) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise BadInput(f"compose has {entry!r}; each entry must be a pair (text, weight), such as ('a dog', 3.0).")
-        if not (isinstance(entry[1], Real) and math.isfinite(entry[1])):
-            raise BadInput(f"compose gives {entry[0]!r} the weight {entry[1]!r}; a weight must be a finite number.")
-        pairs.append((entry[0], float(entry[1])))
-    return pairs

@@ -20,6 +20,7 @@ from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, refuse_idle
 from sfumato.sampling.loop import opened, walk
+from sfumato.sampling.process import process_of
 from sfumato.sampling.request import as_pixels, checked, whole
 from sfumato.sampling.run import Run, Step
 
@@ -71,13 +72,14 @@ def invert(
 
     Raises BadInput, and what :func:`generate` raises for prompts, sizes and interventions.
     """
+    process_of(model).require_path(model, "invert")
     parts = arrange(interventions)
     refine = whole(refine, "refine", 0)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     latents = source
     if not (
         isinstance(source, Tensor)
-        and source.dim() == 4
+        and source.dim() == model.family.state_dims
         and source.shape[1] == model.latent_shape(*model.default_size)[0]
     ):
         with torch.no_grad():
@@ -119,5 +121,5 @@ def step_coefficients(run: Run, step: Step) -> tuple[float, float]:
     timesteps, its final level or its rounding, the inverse is that of the step which sampling will take."""
     units = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=step.x.device)
     x, out = (unit.view(2, 1, 1, 1) for unit in units)
-    a, b = run.scheduler_at(step.i).step(out, step.t, x, return_dict=False)[0].flatten().tolist()
+    a, b = run.process.scheduler_at(step.i).step(out, step.t, x, return_dict=False)[0].flatten().tolist()
     return a, b

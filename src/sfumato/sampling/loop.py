@@ -1,12 +1,12 @@
-"""The sampling loop: the only place that walks between noise and latents.
+"""The sampling loop: the only place that walks from nothing to a picture.
 
 With no intervention :func:`generate` makes the latents of the diffusers pipeline, bit for bit on a CPU. The model
-answers what a family is like, diffusers' schedulers make the step, interventions do everything else.
+answers what a family is like, the process (diffusion, masked tokens, ...) makes the step, interventions do everything
+else.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +14,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from sfumato import rng
-from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
+from sfumato.errors import Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
-from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import (
     Coverage,
     Intervention,
@@ -31,9 +29,9 @@ from sfumato.sampling.intervention import (
     refuse_idle,
     refuse_unfit,
 )
-from sfumato.sampling.noise import Path
+from sfumato.sampling.process import process_of
 from sfumato.sampling.recipe import recipe_of
-from sfumato.sampling.request import Request, Source, as_pictures, checked
+from sfumato.sampling.request import Request, as_pictures, checked
 from sfumato.sampling.run import Run, Step
 from sfumato.text.weights import encode_weighted, read_weights
 
@@ -42,7 +40,8 @@ from sfumato.text.weights import encode_weighted, read_weights
 class Result:
     """Finished samples, in the order of the request.
 
-    ``latents`` (b c h w) clean; ``pixels`` (b 3 H W), about [-1, 1] and not clamped, None with ``decode=False``.
+    ``latents``: the final states, clean latents (b c h w) or token ids (b n), (b h w); ``pixels`` (b 3 H W), about
+    [-1, 1] and not clamped, None with ``decode=False``.
     ``coverage``: what each intervention did, by name. ``cost``: forward-equivalents per sample.
     """
 
@@ -86,48 +85,29 @@ def generate(
     model: Model,
     prompt: str | Sequence[str],
     *,
-    negative: str | Sequence[str] | None = None,
-    steps: int | None = None,
-    guidance: float | Guidance | None = None,
-    true_guidance: float | Guidance | None = None,
-    rescale: float = 0.0,
-    compose: Sequence[tuple[str, float]] | None = None,
-    seed: int | Sequence[int] | None = 0,
-    n: int = 1,
-    size: tuple[int, int] | None = None,
-    scheduler: Any = None,
-    eta: float = 0.0,
     latents: Tensor | None = None,
-    start: int = 0,
     image: Any = None,
-    strength: float | None = None,
     interventions: Intervention | Sequence[Any] = (),
-    batch_size: int | None = None,
     grad: bool = False,
     decode: bool = True,
     on_step: Callable[[Step], None] | None = None,
+    **options: Any,
 ) -> Result:
     """Make pictures of prompts: ``n`` of each, all n of the first prompt first.
 
     Args:
         prompt: may hold weights, as may all other texts: see :mod:`sfumato.text.weights`.
-        negative: what to steer away from; one text for all prompts or one each.
-        steps, guidance, size, scheduler: None is the model's own choice.
-        size: (width, height) in pixels.
-        scheduler: a short name such as "ddim", or a diffusers scheduler. ``eta``: share of fresh noise in DDIM steps.
-        guidance: scale of classifier-free guidance (1 or below: none), or a :class:`Guidance` with an interval. A
-            guidance-distilled denoiser (Flux-dev) is told it; ``true_guidance`` then is the classifier-free scale.
-        rescale: share by which the guided output's spread is pulled back (Lin et al. 2023).
-        compose: further (text, weight) conditions added to every sample (Liu et al. 2022).
-        seed: sample i uses ``seed + i``; or one per sample; None draws one, told in the result. A sample's noise, also
-            that of stochastic schedulers, depends on its own seed only.
         latents: unit noise (b c h w) to begin with; or, with ``start`` > 0, the latents with which step ``start`` of
-            the schedule begins, as found in ``step.x``.
+            the schedule begins, as found in ``step.x``. Of models that draw tokens: token ids in the state's shape.
         image: a picture, several, or a tensor (b 3 H W) in [-1, 1], noised to ``strength`` (0.8) of the schedule.
         interventions: systems that watch or change generation; lists nest.
-        batch_size: how many samples to run at once (None: all). An interruption keeps the finished batches.
         grad: record gradients through the whole loop, for latents or texts that require them.
+        decode: also make ``pixels``.
         on_step: called with the :class:`Step` after every step.
+        options: :class:`sfumato.sampling.Options` - ``negative``, ``n``, ``steps``, ``guidance`` (a number or a
+            :class:`Guidance`), ``seed``, ``size`` (width, height) in pixels, ``scheduler`` and more. None is the
+            model's own choice. Sample i uses ``seed + i``; what it draws, noise of stochastic schedulers and tokens
+            included, depends on its own seed only. An interruption keeps the finished batches of ``batch_size``.
 
     Raises:
         BadInput, UnknownName, NotSupported: an argument. Conflict: interventions that cannot run together. NoMatch:
@@ -135,11 +115,7 @@ def generate(
         The ``result`` of whatever stops a later batch holds the samples finished before.
     """
     parts = arrange(interventions)
-    request = checked(
-        model, prompt, negative=negative, steps=steps, guidance=guidance, true_guidance=true_guidance, rescale=rescale,
-        compose=compose, seed=seed, n=n, size=size, scheduler=scheduler, eta=eta, latents=latents, start=start,
-        image=image, strength=strength, batch_size=batch_size,
-    )  # fmt: skip
+    request = checked(model, prompt, latents=latents, image=image, **options)
     batches = request.batches()
     coupled = [part.name for part in parts if part.couples_samples]
     if coupled and len(batches) > 1:
@@ -160,7 +136,7 @@ def generate(
     try:
         for samples in batches:
             with opened(model, request, samples, parts, grad=grad) as run:
-                x = walk(run, _initial(run, request.source), on_step)
+                x = walk(run, run.process.initial(slice(samples.start, samples.stop)), on_step)
                 pixels = None
                 if decode:
                     pixels = model.decode(x)
@@ -200,22 +176,19 @@ def opened(
     refuse_unfit(parts, model)
     rows = slice(samples.start, samples.stop)
 
-    def make_scheduler() -> Any:
-        scheduler = model.make_scheduler(request.scheduler)
-        trained = scheduler.config.get("num_train_timesteps", 1000)
-        if request.steps > trained:
-            raise BadInput(f"steps is {request.steps}; this scheduler has {trained} timesteps at most.")
-        try:
-            model.timesteps(scheduler, request.steps, request.height, request.width)
-        except SfumatoError:
-            raise
-        except ValueError as error:  # a limit of this scheduler's own
-            name = type(scheduler).__name__
-            raise BadInput(f"steps is {request.steps}, which {name} refuses: {' '.join(str(error).split())}") from error
-        return scheduler
-
-    scheduler = make_scheduler()
-    total = len(scheduler.timesteps)
+    process = process_of(model)(
+        model,
+        request.options,
+        request.source,
+        request.size,
+        rng.generators("sample", request.seeds[rows]),
+        backward=backward,
+    )
+    for part in parts:
+        if part.keeps_graph and not process.differentiable:
+            raise process.lacks("gradient with respect to the state", part.name)
+    if grad and not process.differentiable:
+        raise process.lacks("gradient with respect to the state", "grad")
     run = Run(
         model=model,
         parts=parts,
@@ -223,22 +196,15 @@ def opened(
         prompts=[read_weights(text).text for text in request.prompts[rows]],
         negatives=request.negatives and [read_weights(text).text for text in request.negatives[rows]],
         seeds=request.seeds[rows],
-        generators=rng.generators("sample", request.seeds[rows]),
-        size=(request.width, request.height),
-        grid=model.latent_shape(request.height, request.width)[1:],
+        generators=process.generators,
+        size=request.size,
+        grid=model.grid(request.size[1], request.size[0]),
         guidance=request.guidance,
-        make_scheduler=make_scheduler,
-        scheduler=scheduler,
-        timesteps=scheduler.timesteps,
-        path=Path(scheduler),
-        begin=total - 1 if backward else request.begin(scheduler, model.flow),
+        process=process,
         grad=grad,
         direction=-1 if backward else 1,
         request=request,
     )
-    run.step_options = _step_options(run, request.eta)
-    if run.begin and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(run.begin)
     with run:
         run.enter(torch.set_grad_enabled(grad))
         run.enter(torch.random.fork_rng([model.device] if model.device.type == "cuda" else []))
@@ -255,9 +221,10 @@ def opened(
 
 
 def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> Tensor:
-    """Carry latents (b c h w), in the scheduler's scaling, along the schedule from ``run.begin`` to its end."""
+    """Carry states (b ...), latents in the scheduler's scaling, along the schedule from ``run.begin`` to its end."""
     for part in overridden(run.parts, "on_noise"):
         x = part.on_noise(run, x)
+        run.process.refuse(x, part.name)
     before, after, last = (overridden(run.parts, name) for name in ("before_predict", "after_predict", "after_step"))
     finite: list[tuple[int, Tensor]] = []
     i = run.begin
@@ -266,6 +233,7 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> 
         for part in step.active(before):
             step.actor = part
             part.before_predict(step)
+            run.process.refuse(step.x, part.name)
         step.actor = None
         step.evaluate()
         for part in step.active(after):
@@ -277,6 +245,7 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> 
         for part in step.active(last):
             step.actor = part
             part.after_step(step)
+            run.process.refuse(step.x, part.name)
         step.actor = None
         x = step.x
         finite.append((i, torch.isfinite(x).all()))
@@ -286,31 +255,10 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> 
         if on_step is not None:
             on_step(step)
         if step.next != i + run.direction:
-            run.scheduler = run.scheduler_at(step.next)
+            run.seek(step.next)
         i = step.next
     _refuse_non_finite(finite, run)
     return x
-
-
-def _initial(run: Run, source: Source) -> Tensor:
-    """The latents to begin with (b c h w), in the scheduler's scaling: given ones, a noised picture, or noise."""
-    model, like = run.model, dict(device=run.model.device, dtype=run.model.dtype)
-    rows = slice(run.samples.start, run.samples.stop)
-    if source.latents is not None:
-        latents = source.latents[rows].to(**like)
-        return latents if run.begin else model.prepare(latents, run.scheduler)
-    shape = (len(run), *model.latent_shape(run.size[1], run.size[0]))
-    if source.pixels is None:
-        return model.prepare(randn_tensor(shape, generator=run.generators, **like), run.scheduler)
-    pixels = source.pixels[rows] if len(source.pixels) > 1 else source.pixels.expand(len(run), -1, -1, -1)
-    clean = model.encode_image(pixels, run.generators)
-    noise = randn_tensor(shape, generator=run.generators, **like)
-    if run.begin >= run.total:  # strength 0
-        return clean
-    t = run.timesteps[run.begin : run.begin + 1].repeat(len(run))
-    if hasattr(run.scheduler, "scale_noise"):
-        return run.scheduler.scale_noise(clean, t, noise)
-    return run.scheduler.add_noise(clean, noise, t)
 
 
 def _encode(run: Run, request: Request) -> None:
@@ -319,7 +267,7 @@ def _encode(run: Run, request: Request) -> None:
     negatives = request.negatives[rows] if request.negatives else [""] * len(run)
     pairs = list(zip(request.prompts[rows], negatives, strict=True))
     known = list(dict.fromkeys(pairs))
-    guided = request.guidance.on or bool(request.compose)
+    guided = request.guidance.on or bool(request.options.compose)
     encoded = encode_weighted(
         run.model,
         [prompt for prompt, _ in known],
@@ -328,19 +276,9 @@ def _encode(run: Run, request: Request) -> None:
         embedded_guidance=request.embedded,
     )
     run.condition = encoded.rows([known.index(pair) for pair in pairs])
-    for k, (text, weight) in enumerate(request.compose, 1):
+    for k, (text, weight) in enumerate(request.options.compose, 1):
         extra = encode_weighted(run.model, [text], None, guidance=False, embedded_guidance=request.embedded)
         run.compose[f"compose {k}"] = extra.rows([0] * len(run)), weight
-
-
-def _step_options(run: Run, eta: float) -> dict[str, Any]:
-    accepted = inspect.signature(run.scheduler.step).parameters
-    if eta and "eta" not in accepted:
-        raise BadInput(
-            f"eta is {eta:g}, but {type(run.scheduler).__name__} adds no noise by eta; use scheduler 'ddim'."
-        )
-    options = {"eta": eta, "generator": run.generators}
-    return {name: value for name, value in options.items() if name in accepted}
 
 
 @contextmanager

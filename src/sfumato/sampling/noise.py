@@ -52,11 +52,12 @@ class Path:
                 self._stated.setdefault(t, sigma)
         self.scaled = self.kind != "flow" and _scales_input(scheduler)
 
-    def alpha_sigma(self, t: Any) -> tuple[Any, Any]:
-        """(alpha, sigma) at ``t``: two floats, or two float32 tensors (b 1 1 1) when ``t`` has one entry per sample."""
+    def alpha_sigma(self, t: Any, like: Tensor | None = None) -> tuple[Any, Any]:
+        """(alpha, sigma) at ``t``: two floats, or two float32 tensors when ``t`` has one entry per sample, of the shape
+        that multiplies ``like`` (b ...), (b 1 1 1) without it."""
         if isinstance(t, Tensor) and t.dim() > 0:
             pairs = torch.tensor([self.alpha_sigma(each) for each in t.tolist()], dtype=torch.float32, device=t.device)
-            return tuple(pairs.T.reshape(2, -1, 1, 1, 1))  # type: ignore[return-value]
+            return tuple(pairs.T.reshape(2, -1, *[1] * (3 if like is None else like.dim() - 1)))  # type: ignore[return-value]
         t = float(t)
         level = self._stated.get(t)
         if self.kind == "flow":
@@ -69,15 +70,15 @@ class Path:
         alpha = 1.0 / math.sqrt(1.0 + level * level)
         return alpha, level * alpha
 
-    def scale(self, t: Any) -> Any:
+    def scale(self, t: Any, like: Tensor | None = None) -> Any:
         """What the scheduler's ``x`` is multiplied by relative to ``alpha x0 + sigma eps``; 1 for most schedulers."""
-        return 1.0 / self.alpha_sigma(t)[0] if self.scaled else 1.0
+        return 1.0 / self.alpha_sigma(t, like)[0] if self.scaled else 1.0
 
     def to_x0(self, x: Tensor, out: Tensor, t: Any) -> Tensor:
-        """The clean latents x0 (b c h w) that the network's output ``out`` implies at ``x``. Undefined (inf) where
+        """The clean latents x0 (b ...) that the network's output ``out`` implies at ``x``. Undefined (inf) where
         alpha = 0 and the kind is epsilon."""
-        alpha, sigma = self.alpha_sigma(t)
-        x = x / self.scale(t)
+        alpha, sigma = self.alpha_sigma(t, x)
+        x = x / self.scale(t, x)
         if self.kind == "epsilon":
             return (x - sigma * out) / alpha
         if self.kind == "v_prediction":
@@ -85,9 +86,9 @@ class Path:
         return out if self.kind == "sample" else x - sigma * out
 
     def to_eps(self, x: Tensor, out: Tensor, t: Any) -> Tensor:
-        """The noise eps (b c h w) that ``out`` implies at ``x``."""
-        alpha, sigma = self.alpha_sigma(t)
-        x = x / self.scale(t)
+        """The noise eps (b ...) that ``out`` implies at ``x``."""
+        alpha, sigma = self.alpha_sigma(t, x)
+        x = x / self.scale(t, x)
         if self.kind == "epsilon":
             return out
         if self.kind == "sample":
@@ -96,8 +97,8 @@ class Path:
 
     def from_x0(self, x: Tensor, x0: Tensor, t: Any) -> Tensor:
         """The network output that would imply ``x0``; inverse of :meth:`to_x0`."""
-        alpha, sigma = self.alpha_sigma(t)
-        x = x / self.scale(t)
+        alpha, sigma = self.alpha_sigma(t, x)
+        x = x / self.scale(t, x)
         if self.kind == "epsilon":
             return (x - alpha * x0) / sigma
         if self.kind == "v_prediction":
@@ -109,21 +110,21 @@ class Path:
         return self.from_x0(x, x0, t)
 
     def with_less_noise(self, out: Tensor, less: Tensor, t: Any) -> Tensor:
-        """The network output that implies ``less`` (b c h w) less noise than ``out`` at the same latents.
+        """The network output that implies ``less`` (b ...) less noise than ``out`` at the same latents.
 
         Where there is no data (the first step of a flow, zero terminal signal-to-noise ratio), what a change of the
         noise means for the data has no bound; alpha is taken as ``LEAST_DATA`` at least.
         """
-        alpha, sigma = self.alpha_sigma(t)
+        alpha, sigma = self.alpha_sigma(t, out)
         alpha = alpha.clamp_min(LEAST_DATA) if isinstance(alpha, Tensor) else max(alpha, LEAST_DATA)
         if self.kind == "epsilon":
             return out - less
         return out + sigma / alpha * less if self.kind == "sample" else out - less / alpha
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
-        """Clean latents noised to level ``t``, in the scheduler's scaling (b c h w)."""
-        alpha, sigma = self.alpha_sigma(t)
-        return self.scale(t) * (alpha * x0 + sigma * eps)
+        """Clean latents noised to level ``t``, in the scheduler's scaling (b ...)."""
+        alpha, sigma = self.alpha_sigma(t, x0)
+        return self.scale(t, x0) * (alpha * x0 + sigma * eps)
 
     def _trained_ratio(self, t: float) -> float:
         """sigma / alpha of the training schedule, log-linear between its integer timesteps."""

@@ -40,10 +40,10 @@ LIMIT = 8.0  # GiB; the queries of Stable Diffusion 1, 50 steps at 512 pixels in
 class Recording:
     """What a :class:`Recorder` wrote down of ``b`` samples.
 
-    ``latents`` (s+1 b c h w) in the scheduler's scaling: ``latents[0]`` is what the walk began with, ``latents[-1]``
-    its end. ``timesteps`` (total): the whole schedule, of which the walk began at index ``begin``. ``prompts``,
-    ``size`` (width, height), ``model``: of that run. ``facts``: plain JSON values that the maker adds. ``tensors``: by
-    ``"step|site path|what"``; equal ones are one object.
+    ``latents`` (s+1 b ...), such as (s+1 b c h w), in the scheduler's scaling: ``latents[0]`` is what the walk began
+    with, ``latents[-1]`` its end. ``timesteps`` (total): the whole schedule, of which the walk began at index
+    ``begin``. ``prompts``, ``size`` (width, height), ``model``: of that run. ``facts``: plain JSON values that the
+    maker adds. ``tensors``: by ``"step|site path|what"``; equal ones are one object.
     """
 
     latents: Tensor
@@ -59,7 +59,7 @@ class Recording:
         return len(self.prompts)
 
     def at(self, i: int) -> Tensor:
-        """The latents (b c h w) that step ``i`` of the schedule starts from; one behind the last: the clean ones."""
+        """The latents (b ...) that step ``i`` of the schedule starts from; one behind the last: the clean ones."""
         if not 0 <= i - self.begin < len(self.latents):
             raise NoMatch(f"step {i} is not recorded; there are {self.begin} to {self.begin + len(self.latents) - 1}.")
         return self.latents[i - self.begin]
@@ -116,7 +116,7 @@ class Recording:
             size, facts = tuple(map(int, told["size"])), dict(told["facts"])
             latents, timesteps = file.get_tensor("latents"), file.get_tensor("timesteps")
             prompts = [str(prompt) for prompt in told["prompts"]]
-            if latents.dim() != 5 or latents.shape[1] != len(prompts) or len(size) != 2:
+            if latents.dim() < 3 or latents.shape[1] != len(prompts) or len(size) != 2:
                 raise ValueError("shapes")
             return cls(latents, timesteps, int(told["begin"]), prompts, size, str(told["model"]), tensors, facts)
 
@@ -226,7 +226,7 @@ class Recorder(Intervention):
 
 
 def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorder) -> Recording:
-    """What ``run``, about to walk from latents ``x`` (b c h w), would be with other prompts and without its
+    """What ``run``, about to walk from latents ``x`` (b ...), would be with other prompts and without its
     interventions: walked now, with the same noise, and recorded. Weights that adapters have attached stay attached.
     Prompts may hold weights of words."""
     assert run.condition is not None
@@ -242,13 +242,14 @@ def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorde
         embedded_guidance=run.condition.guidance,
     )
     recorder.activity = Coverage()
+    process = run.process.beside()
     beside = replace(
         run,
+        process=process,
         parts=(recorder,),
         prompts=[read_weights(prompt).text for prompt in prompts],
         condition=encoded.rows([pairs.index(pair) for pair in zip(prompts, negatives, strict=True)]),
-        scheduler=run.scheduler_at(run.begin),
-        generators=[generator.clone_state() for generator in run.generators],
+        generators=process.generators,
         cost=0.0,
         _stack=ExitStack(),
         _taps=[],

@@ -7,7 +7,6 @@ import operator
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,173 +15,137 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import BadInput
-from sfumato.sampling.guidance import Guidance, checked_compose
+from sfumato.sampling.guidance import Guidance
+from sfumato.sampling.options import MAX_SIDE, Options
+from sfumato.sampling.process import Source, process_of
 
 DEFAULT_STRENGTH = 0.8  # of image-to-image, as in diffusers
-MAX_SIDE = 8192  # pixels; beyond it the latents alone outgrow any denoiser
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the walk begins with: unit noise drawn from the seeds (nothing given), given ``latents`` (1 or b, c h w), at
-    step ``start`` of the schedule, or ``pixels`` (1 or b, 3 H W) noised to ``strength`` of it."""
-
-    latents: Tensor | None = None
-    start: int = 0
-    pixels: Tensor | None = None
-    strength: float | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: one entry of ``prompts``, ``negatives`` and ``seeds`` per sample."""
+    """What to generate. ``options``: as given, with what was left open filled in by the model's own choice; one entry
+    of ``prompts``, ``negatives`` and ``seeds`` per sample. ``embedded``: the guidance scale that is an input of a
+    guidance-distilled denoiser."""
 
+    options: Options
     prompts: list[str]
     negatives: list[str] | None
     seeds: list[int]
-    width: int
-    height: int
-    steps: int
     guidance: Guidance
     embedded: float | None
-    compose: list[tuple[str, float]]
-    scheduler: Any
-    eta: float
     source: Source
-    batch_size: int
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        assert self.options.size is not None
+        return self.options.size
+
+    @property
+    def steps(self) -> int:
+        assert self.options.steps is not None
+        return self.options.steps
+
     def batches(self) -> list[range]:
         """The samples, cut into batches of at most ``batch_size``."""
-        return [range(i, min(i + self.batch_size, len(self))) for i in range(0, len(self), self.batch_size)]
-
-    def begin(self, scheduler: Any, flow: bool) -> int:
-        """Index of the schedule at which the walk begins."""
-        start = self.source.start
-        if self.source.strength is not None:
-            kept = self.steps * self.source.strength
-            # diffusers rounds the kept steps down for diffusion models and the skipped ones down for flow models
-            start = int(self.steps - kept) if flow else self.steps - int(kept)
-            if start == self.steps and kept:
-                raise BadInput(
-                    f"strength {self.source.strength:g} leaves no step out of {self.steps}; "
-                    f"give at least {1 / self.steps:g}."
-                )
-        return min(start * scheduler.order, len(scheduler.timesteps))
+        step = self.options.batch_size or len(self)
+        return [range(i, min(i + step, len(self))) for i in range(0, len(self), step)]
 
 
 def checked(
-    model: Any,
-    prompt: str | Sequence[str],
-    *,
-    negative: str | Sequence[str] | None = None,
-    steps: int | None = None,
-    guidance: float | Guidance | None = None,
-    true_guidance: float | Guidance | None = None,
-    rescale: float = 0.0,
-    compose: Sequence[tuple[str, float]] | None = None,
-    seed: int | Sequence[int] | None = 0,
-    n: int = 1,
-    size: tuple[int, int] | None = None,
-    scheduler: Any = None,
-    eta: float = 0.0,
-    latents: Tensor | None = None,
-    start: int = 0,
-    image: Any = None,
-    strength: float | None = None,
-    batch_size: int | None = None,
+    model: Any, prompt: str | Sequence[str], *, latents: Tensor | None = None, image: Any = None, **given: Any
 ) -> Request:
-    """A :class:`Request`, or an error naming the argument. Samples: all n of the first prompt, then of the next."""
-    own = model.defaults
-    steps = whole(own["steps"] if steps is None else steps, "steps", 1, 1000)
-    scheduler = own["scheduler"] if scheduler is None else scheduler
-    n = whole(n, "n", 1)
-    prompts = _texts(prompt, "prompt")
-    total = len(prompts) * n
-    negatives = None if negative is None else _texts(negative, "negative")
+    """A :class:`Request`, or an error naming the argument. ``given``: :class:`Options`. Samples: all n of the first
+    prompt, then of the next."""
+    if model.embeds_guidance and isinstance(given.get("guidance"), Guidance):
+        raise BadInput("guidance is an input of this model and must be a number; a Guidance goes into true_guidance.")
+    options = Options(prompt=prompt if isinstance(prompt, str | list) else _listed(prompt), **given)
+    process = process_of(model)
+    own = Options.model_fields
+    changed = {name for name in options.model_fields_set if getattr(options, name) != own[name].default}
+    process.check(model, options, changed | ({"image"} if image is not None else set()))
+    prompts = _texts(options.prompt)
+    total = len(prompts) * options.n
+    negatives = None if options.negative is None else _texts(options.negative)
     if negatives is not None and len(negatives) not in (1, len(prompts)):
         raise BadInput(f"negative has {len(negatives)} texts for {len(prompts)} prompts; give one for all or one each.")
     if negatives is not None and len(negatives) < len(prompts):
         negatives = negatives * len(prompts)
-    composed = checked_compose(compose)
-    mixed, embedded = _guidance(model, own["guidance"] if guidance is None else guidance, true_guidance, rescale)
-    if any(negatives or ()) and not mixed.on and not composed:
+    scale = model.defaults["guidance"] if options.guidance is None else options.guidance
+    mixed, embedded = _guidance(model, scale, options)
+    if any(negatives or ()) and not mixed.on and not options.compose:
         name = "true_guidance" if model.embeds_guidance else "guidance"
         raise BadInput(f"negative has no effect without classifier-free guidance; give {name} above 1.")
-    width, height, source = _source(model, size, latents, start, image, strength, total, steps)
+    steps = process.steps(model, options)
+    size, source = _source(model, options, latents, image, total, steps)
+    filled = {
+        "steps": steps,
+        "guidance": float(scale),
+        "size": size,
+        "scheduler": model.defaults["scheduler"] if options.scheduler is None else options.scheduler,
+        "strength": source.strength,
+    }
     return Request(
-        prompts=[text for text in prompts for _ in range(n)],
-        negatives=None if negatives is None else [text for text in negatives for _ in range(n)],
-        seeds=_seeds(seed, total),
-        width=width,
-        height=height,
-        steps=steps,
+        options=options.model_copy(update=filled),
+        prompts=[text for text in prompts for _ in range(options.n)],
+        negatives=None if negatives is None else [text for text in negatives for _ in range(options.n)],
+        seeds=_seeds(options.seed, total),
         guidance=mixed,
         embedded=embedded,
-        compose=composed,
-        scheduler=scheduler,
-        eta=fraction(eta, "eta"),
         source=source,
-        batch_size=total if batch_size is None else whole(batch_size, "batch_size", 1),
     )
 
 
-def _guidance(
-    model: Any, guidance: float | Guidance, true_guidance: float | Guidance | None, rescale: float
-) -> tuple[Guidance, float | None]:
+def _guidance(model: Any, scale: float, options: Options) -> tuple[Guidance, float | None]:
     """Classifier-free guidance, and the scale told to a guidance-distilled denoiser."""
-    embedded = None
+    mixed, embedded = scale, None
     if model.embeds_guidance:
-        if isinstance(guidance, Guidance):
-            raise BadInput(
-                "guidance is an input of this model and must be a number; a Guidance goes into true_guidance."
-            )
-        embedded, guidance = float(Guidance(guidance).scale), 1.0 if true_guidance is None else true_guidance
-    elif true_guidance is not None:
+        mixed, embedded = 1.0 if options.true_guidance is None else options.true_guidance, float(scale)
+    elif options.true_guidance is not None:
         raise BadInput("true_guidance is for guidance-distilled models; this one takes guidance alone.")
-    if not isinstance(guidance, Guidance):
-        return Guidance(guidance, rescale), embedded
-    if rescale:
-        raise BadInput("rescale is given twice: set it inside the Guidance object only.")
-    return guidance, embedded
+    return Guidance(mixed, options.rescale, options.guidance_interval), embedded
 
 
 def _source(
-    model: Any, size: Any, latents: Any, start: int, image: Any, strength: Any, total: int, steps: int
-) -> tuple[int, int, Source]:
-    """(width, height, source); the size is that asked for, else that of the picture or latents, else the model's."""
+    model: Any, options: Options, latents: Any, image: Any, total: int, steps: int
+) -> tuple[tuple[int, int], Source]:
+    """((width, height), source); the size is that asked for, else that of the picture or latents, else the model's."""
+    size, strength = options.size, options.strength
     if image is not None and latents is not None:
         raise BadInput("image and latents are both given; the walk can begin with one of them only.")
     if strength is not None and image is None:
         raise BadInput("strength says how much to change an image, but no image is given.")
-    start = whole(start, "start", 0, steps - 1)
+    start = whole(options.start, "start", 0, steps - 1)
     if start and latents is None:
         raise BadInput(f"start is {start}, but no latents are given to start from.")
     if image is not None:
         pixels = as_pixels(image, None if size is None else checked_size(model, size))
-        width, height = checked_size(model, (pixels.shape[-1], pixels.shape[-2]), "the picture, without size,")
+        size = checked_size(model, (pixels.shape[-1], pixels.shape[-2]), "the picture, without size,")
         _check_rows("image", len(pixels), total)
-        strength = fraction(DEFAULT_STRENGTH if strength is None else strength, "strength")
-        return width, height, Source(pixels=pixels, strength=strength)
+        return size, Source(pixels=pixels, strength=DEFAULT_STRENGTH if strength is None else strength)
     if latents is None:
-        width, height = checked_size(model, model.default_size[::-1] if size is None else size)
-        return width, height, Source()
-    if not isinstance(latents, Tensor) or latents.dim() != 4:
-        raise BadInput(f"latents has shape {tuple(getattr(latents, 'shape', ()))}; it must be a tensor (b, c, h, w).")
+        return checked_size(model, model.default_size[::-1] if size is None else size), Source()
+    family = model.family
+    if not isinstance(latents, Tensor) or latents.dim() != family.state_dims:
+        shape = tuple(getattr(latents, "shape", ()))
+        letters = ", ".join(("b", *family.state.split()))
+        raise BadInput(f"latents has shape {shape}; it must be a tensor ({letters}).")
     if size is None:
-        size = (latents.shape[-1] * model.family.scale, latents.shape[-2] * model.family.scale)
+        grid = family.state.split()[-2:] == ["h", "w"]
+        size = tuple(side * family.scale for side in latents.shape[:-3:-1]) if grid else model.default_size[::-1]
     width, height = checked_size(model, size)
     expected = tuple(model.latent_shape(height, width))
     if tuple(latents.shape[1:]) != expected:
-        raise BadInput(
-            f"latents has shape {tuple(latents.shape)}; {width}x{height} pixels need (b, {str(expected)[1:]}."
-        )
+        numbers = ", ".join(("b", *map(str, expected)))
+        raise BadInput(f"latents has shape {tuple(latents.shape)}; {width}x{height} pixels need ({numbers}).")
     if not torch.isfinite(latents).all():
         raise BadInput("latents holds values that are not finite.")
     _check_rows("latents", len(latents), total)
-    return width, height, Source(latents=latents.expand(total, -1, -1, -1), start=start)
+    return (width, height), Source(latents=latents, start=start)
 
 
 def _check_rows(name: str, given: int, total: int) -> None:
@@ -202,29 +165,24 @@ def whole(value: Any, name: str, low: int, high: int | None = None) -> int:
     return number
 
 
-def fraction(value: Any, name: str) -> float:
-    """``value`` as a number in [0, 1], or BadInput."""
-    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise BadInput(f"{name} is {value!r}; it must lie between 0 and 1.")
-    return float(value)
+def _listed(prompts: Any) -> Any:
+    """Several prompts as a list; anything else is left to the schema to refuse."""
+    return list(prompts) if isinstance(prompts, Sequence) else prompts
 
 
-def _texts(given: Any, name: str) -> list[str]:
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-        raise BadInput(f"{name} is {given!r}; it must be a text or a non-empty list of texts.")
-    return list(texts)
+def _texts(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
 
 
-def _seeds(seed: Any, total: int) -> list[int]:
+def _seeds(seed: int | list[int] | None, total: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(2**31)
-    if isinstance(seed, list | tuple):
+    if isinstance(seed, list):
         if len(seed) != total:
             raise BadInput(f"seed has {len(seed)} entries for {total} samples; give one number, or one per sample.")
-        return [whole(each, "seed", 0, 2**63 - 1) for each in seed]
-    first = whole(seed, "seed", 0, 2**63 - total)
-    return list(range(first, first + total))
+        return seed
+    whole(seed, "seed", 0, 2**63 - total)
+    return list(range(seed, seed + total))
 
 
 def checked_size(model: Any, size: Any, what: str = "size") -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The records that interventions work with: one :class:`Run` per batch, one :class:`Step` per denoising step."""
+"""The records that interventions work with: one :class:`Run` per batch, one :class:`Step` per step of its walk."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sfumato.models import Condition, Model, Site
 from sfumato.sampling.guidance import Guidance, combine
 from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.noise import Path
+from sfumato.sampling.process import Process
 from sfumato.text.weights import Weighted, read_weights
 from sfumato.text.words import Words
 
@@ -28,8 +29,8 @@ Branches = tuple[str, ...]
 
 @dataclass(eq=False)
 class Prediction:
-    """What one denoiser call said about ``x`` (b c h w, in the scheduler's scaling) at ``t``: ``outputs`` per branch
-    (b c h w each), empty when the call's taps ended it early."""
+    """What one denoiser call said about the state ``x`` (b ...; latents in the scheduler's scaling) at ``t``:
+    ``outputs`` per branch (b ... each), empty when the call's taps ended it early."""
 
     run: Run
     x: Tensor
@@ -46,24 +47,24 @@ class Prediction:
         return self.outputs[branch]
 
     def x0(self, branch: str = "cond") -> Tensor:
-        """The clean latents implied (b c h w)."""
+        """The clean latents implied (b ...). NotSupported without a noise path."""
         return self.run.path.to_x0(self.x, self.output(branch), self.t)
 
     def eps(self, branch: str = "cond") -> Tensor:
-        """The noise implied (b c h w)."""
+        """The noise implied (b ...). NotSupported without a noise path."""
         return self.run.path.to_eps(self.x, self.output(branch), self.t)
 
 
 @dataclass(eq=False)
 class Run:
-    """One batch on its way from noise to picture; interventions read it.
+    """One batch on its way to pictures; interventions read it.
 
     ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives`` (plain, without weights),
-    ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents.
-    ``timesteps``: all of the schedule; the walk begins at index ``begin`` and goes forward, or backward in time with
-    ``direction`` -1. ``request``: all that was asked for, of which this is a batch. ``condition`` is set after
-    ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through the denoiser, a backward pass
-    counts as one more).
+    ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents or
+    tokens. ``process``: how the model draws. The walk begins at index ``begin`` of ``timesteps`` and goes forward, or
+    backward in time with ``direction`` -1. ``request``: all that was asked for, of which this is a batch. ``condition``
+    is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through the denoiser, a
+    backward pass counts as one more).
     """
 
     model: Model
@@ -76,13 +77,8 @@ class Run:
     size: tuple[int, int]
     grid: tuple[int, int]
     guidance: Guidance
-    make_scheduler: Callable[[], Any]
-    scheduler: Any
-    timesteps: Tensor
-    path: Path
-    begin: int
+    process: Process
     grad: bool = False
-    step_options: dict[str, Any] = field(default_factory=dict)
     compose: dict[str, tuple[Condition, float]] = field(default_factory=dict)
     condition: Condition | None = None
     cost: float = 0.0
@@ -100,9 +96,29 @@ class Run:
         return len(self.prompts)
 
     @property
+    def timesteps(self) -> Tensor:
+        """What the network is told at each prediction of the whole schedule (total)."""
+        return self.process.timesteps
+
+    @property
     def total(self) -> int:
-        """Number of denoiser evaluations in the whole schedule; second-order schedulers take two per step."""
+        """Number of predictions in the whole schedule; second-order schedulers take two per step."""
         return len(self.timesteps)
+
+    @property
+    def begin(self) -> int:
+        """Index of the schedule at which the walk begins."""
+        return self.process.begin
+
+    @property
+    def path(self) -> Path:
+        """The noise path of diffusion and flow. Raises NotSupported where the model draws in another way."""
+        return self.process.path
+
+    @property
+    def scheduler(self) -> Any:
+        """The diffusers scheduler. Raises NotSupported where the model draws without one."""
+        return self.process.scheduler
 
     @property
     def sites(self) -> list[Site]:
@@ -150,18 +166,15 @@ class Run:
         guided = self.guidance.on and self.guidance.covers(progress)
         return ("uncond", "cond") if guided or self.compose else ("cond",)
 
-    def scheduler_at(self, i: int) -> Any:
-        """A fresh scheduler that takes its next step at index ``i``."""
-        scheduler = self.make_scheduler()
-        if i and hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(i)
-        return scheduler
+    def seek(self, i: int) -> None:
+        """Be ready to take the step at index ``i`` next, whatever came before."""
+        self.process.seek(i)
 
     def advance(self, step: Step) -> Tensor:
-        """The latents (b c h w) after ``step``."""
+        """The state (b ...) after ``step``."""
         if self.stepper is not None:
             return self.stepper(step)
-        return self.scheduler.step(step.output, step.t, step.x, **self.step_options, return_dict=False)[0]
+        return self.process.advance(step.output, step.i, step.x, step.options)
 
     def connect_taps(self) -> None:
         """Ask every intervention what it wants from attention. The step's own prediction never stops early."""
@@ -184,9 +197,8 @@ class Run:
         taps: Sequence[Tap],
         step: Step | None,
     ) -> dict[str, Tensor]:
-        """Outputs (b c h w) of the branches at latents ``x``, under ``taps``; empty if these ended the pass early."""
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        scaled = x if scale is None else scale(x, t)
+        """Outputs (b ...) of the branches at states ``x``, under ``taps``; empty if these ended the pass early."""
+        scaled = self.process.shown(x, t)
         outputs: dict[str, Tensor] = {}
         for names in self.model.calls(branches):
             if not taps:
@@ -234,12 +246,14 @@ class Run:
 
 
 class Step:
-    """One denoising step, handed to every intervention; (w) marks what they may replace.
+    """One step, handed to every intervention; (w) marks what they may replace.
 
-    Valid from ``before_predict``: ``i`` (index in the whole schedule), ``t``, ``x`` (w), ``condition`` (w). From
-    ``after_predict``: ``outputs`` per branch (w) and ``output`` (w), what the scheduler will step with. In
-    ``after_step`` ``x`` is already at the next level. Latents and outputs are (b c h w), ``x`` in the scheduler's
-    scaling.
+    Valid from ``before_predict``: ``i`` (index in the whole schedule), ``t``, ``x`` (w), ``condition`` (w), ``options``
+    (w: settings for the scheduler in this step, such as eta). From ``after_predict``: ``outputs`` per branch (w) and
+    ``output`` (w), what the process will step with. In ``after_step`` ``x`` is already at the next level.
+
+    ``x`` is the state, (b ...): latents (b c h w) in the scheduler's scaling, token ids (b n) or (b h w); outputs are
+    noise, velocity or the like in the layout of the latents, or logits of tokens.
     """
 
     def __init__(self, run: Run, i: int, x: Tensor):
@@ -249,6 +263,7 @@ class Step:
         self.condition: Condition = run.condition
         self.branches: Branches = run.branches(self.progress)
         self.outputs: dict[str, Tensor] = {}
+        self.options: dict[str, Any] = {}
         self._output: Tensor | None = None
         self.next = i + run.direction
         self.actor: Intervention | None = None  # whose method is running
@@ -260,11 +275,14 @@ class Step:
 
     @property
     def progress(self) -> float:
-        """Fraction of the schedule behind this step: 0 at pure noise, below 1 at the last step."""
+        """Fraction of the schedule behind this step: 0 at the first step, below 1 at the last."""
         return self.i / self.run.total
 
     @property
     def path(self) -> Path:
+        """The noise path. Raises NotSupported, naming who asked, where the model draws without one."""
+        if not self.run.process.noise_path:
+            raise self.run.process.lacks("noise path", self.actor.name if self.actor is not None else "step.path")
         return self.run.path
 
     @property
@@ -275,7 +293,7 @@ class Step:
 
     @property
     def output(self) -> Tensor:
-        """What the scheduler steps with (b c h w): the value set last, else what guidance makes of ``outputs``."""
+        """What the process steps with (b ...): the value set last, else what guidance makes of ``outputs``."""
         return self.run.combined(self.outputs) if self._output is None else self._output
 
     @output.setter
@@ -324,11 +342,14 @@ class Step:
         taps: Sequence[Tap] = (),
         samples: Sequence[int] | None = None,
     ) -> Tensor:
-        """Gradient (b c h w) with respect to ``x`` of ``loss(prediction)``, a number or one per sample (b), by an extra
+        """Gradient (b ...) with respect to ``x`` of ``loss(prediction)``, a number or one per sample (b), by an extra
         pass with frozen weights. In ``after_predict`` of an intervention with ``keeps_graph`` and without own
         ``taps`` it reuses the step's prediction instead. A loss per sample must use no other sample, or samples will
         mix. ``samples``: only these rows of the batch, as b; not while others edit attention, which is made for whole
-        batches (Conflict)."""
+        batches (Conflict). NotSupported where states have no gradients, such as token ids."""
+        if not self.run.process.differentiable:
+            who = self.actor.name if self.actor is not None else "step.grad"
+            raise self.run.process.lacks("gradient with respect to the state", who)
         recorded, spent = self._predicted_at, self.run.cost
         if samples is not None and self.active_taps(editors=True):
             raise Conflict("step.grad of some samples is not possible while others edit attention; take all of them.")

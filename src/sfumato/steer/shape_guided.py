@@ -454,7 +454,7 @@ class ShapeGuided(InsideOutside):
             raise BadInput("the regions of shape_guided cover the whole picture; there must be an outside, too.")
         if p.source and run.request is not None:
             wanted = "flow_euler" if run.model.flow else "ddim"
-            if type(run.model.make_scheduler(wanted)) is not type(run.scheduler) or run.request.eta:
+            if type(run.model.make_scheduler(wanted)) is not type(run.scheduler) or run.request.options.eta:
                 raise BadInput(
                     f"shape_guided follows an inversion, so the run needs scheduler {wanted!r} without eta; it has "
                     f"{type(run.scheduler).__name__}."

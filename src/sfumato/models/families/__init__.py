@@ -1,41 +1,47 @@
-"""The families of models that sfumato knows. Nothing outside this folder may know the class names of checkpoints."""
+"""The families of models that sfumato knows: every file of this folder, found by itself. Nothing outside may know the
+class names of checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator
 
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
-from sfumato.models.families.flux import Flux
-from sfumato.models.families.pixart import PixArtAlpha, PixArtSigma
-from sfumato.models.families.sd3 import StableDiffusion3
-from sfumato.models.families.unet import StableDiffusion, StableDiffusionInpaint, StableDiffusionXL
 
-FAMILIES: tuple[type[Family], ...] = (
-    StableDiffusion,
-    StableDiffusionInpaint,
-    StableDiffusionXL,
-    StableDiffusion3,
-    Flux,
-    PixArtSigma,
-    PixArtAlpha,
-)
+__all__ = ["Family", "TextStream", "families", "family_of", "offering"]
 
-_BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipeline_classes}
+
+def families() -> dict[str, type[Family]]:
+    """All families by the diffusers pipeline classes that they serve: those of this folder, and whatever subclass of
+    :class:`Family` the user has defined."""
+    _import_shipped()
+    return {pipeline: family for family in _below(Family) for pipeline in family.__dict__.get("pipeline_classes", ())}
 
 
 def family_of(pipeline_class: str) -> type[Family]:
     """The family that serves a diffusers pipeline class. Raises `NotSupported` with the list of known ones."""
-    if pipeline_class not in _BY_PIPELINE:
-        raise NotSupported(
-            f"model family {pipeline_class!r} is not supported; known: {', '.join(sorted(_BY_PIPELINE))}."
-        )
-    return _BY_PIPELINE[pipeline_class]
+    known = families()
+    if pipeline_class not in known:
+        raise NotSupported(f"model family {pipeline_class!r} is not supported; known: {', '.join(sorted(known))}.")
+    return known[pipeline_class]
 
 
 def offering(needs: Iterable[str]) -> list[str]:
-    """Names of the families that offer all of the capabilities ``needs``."""
-    return [family.name for family in FAMILIES if family.capabilities.issuperset(needs)]
+    """Names of the families of this folder that offer all of the capabilities ``needs``."""
+    shipped = dict.fromkeys(family for family in families().values() if family.__module__.startswith(__name__))
+    return [family.name for family in shipped if family.capabilities.issuperset(needs)]
 
 
-__all__ = ["FAMILIES", "Family", "TextStream", "family_of", "offering"]
+@functools.cache
+def _import_shipped() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+def _below(family: type[Family]) -> Iterator[type[Family]]:
+    for child in family.__subclasses__():
+        yield child
+        yield from _below(child)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import NotSupported
+from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.site import Layer, Site
 
@@ -52,6 +53,12 @@ class Family:
     pipeline_classes: ClassVar[tuple[str, ...]]
     #: attribute of the pipeline that holds the denoiser
     denoiser_name: ClassVar[str]
+    #: components besides the denoiser that a whole model has; "tokenizer" stands for one or several
+    components: ClassVar[tuple[str, ...]] = ("vae", "scheduler", "tokenizer")
+    #: how it draws: a key of ``sfumato.sampling.process.PROCESSES``
+    process: ClassVar[str] = "diffusion"
+    #: einops letters of one sample's state, behind the batch axis
+    state: ClassVar[str] = "c h w"
     #: steps and guidance of the pipeline's own ``__call__``
     defaults: dict[str, Any]
     #: text positions of T5-like encoders when the model's card says nothing
@@ -96,13 +103,27 @@ class Family:
 
     @property
     def scale(self) -> int:
-        """Pixels per latent, along one side."""
+        """Pixels per latent or token, along one side."""
         return int(self.pipe.vae_scale_factor)
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
         return int(self.config.in_channels)
+
+    @property
+    def state_dims(self) -> int:
+        """Number of axes of a batch of states."""
+        return 1 + len(self.state.split())
+
+    def state_shape(self, h: int, w: int) -> tuple[int, ...]:
+        """Shape of one sample's state where the picture's latents or tokens form a grid of h by w."""
+        return self.channels, h, w
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens a picture may be made of; only where the state is token ids."""
+        raise NotImplementedError
 
     @property
     def embeds_guidance(self) -> bool:
@@ -156,8 +177,17 @@ class Family:
         raise NotImplementedError
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
-        """One forward pass of the denoiser on (b c h w); ``t`` is a scalar or (b,), ``rows`` has ``b`` rows."""
+        """One forward pass of the denoiser on states (b ...); ``t`` is a scalar or (b,), ``rows`` has ``b`` rows."""
         raise NotImplementedError
+
+    def decode(self, state: Tensor) -> Tensor:
+        """Pictures (b 3 H W), about [-1, 1] and not clamped, from final states, as the pipeline decodes them."""
+        return codec.decode(self.pipe.vae, state, self.upcasts_vae)
+
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """States of pictures (b 3 H W) in [-1, 1]; a stochastic encoder draws with one generator per picture, or gives
+        its mean without."""
+        return codec.encode(self.pipe.vae, images, generators, self.upcasts_vae)
 
     def sites(self, h: int, w: int, text: int) -> list[Site]:
         """Attention sites for latents of h by w and ``text`` text positions, in the order of execution."""

@@ -1,0 +1,157 @@
+"""The options of :func:`sfumato.sampling.generate`, declared once: names, types, ranges, units, what they mean.
+
+The loop's checks, recipes, the command line's flags and the docs' tables are made from :class:`Options`. No torch here:
+the command line reads it before anything heavy is loaded. What no text can say (latents, pictures, interventions) is an
+argument of ``generate`` itself.
+
+Marks in a field's ``json_schema_extra``: ``unit``; ``"recipe": False`` for what says how samples are made together
+rather than what each of them is; ``"flag": False`` for what makes sense only beside a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema, field_validator
+
+from sfumato.cards import Field, Params
+from sfumato.errors import BadInput
+from sfumato.sampling.guidance import Guidance
+
+__all__ = ["MAX_SIDE", "Options", "recorded"]
+
+MAX_SIDE = 8192  # pixels; beyond it the latents alone outgrow any denoiser
+WHOLE_RUN = (0.0, 1.0)
+
+
+def _index(value: Any) -> Any:
+    """Whole numbers of any kind (numpy's too) as int; everything else is left to the type check."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+Whole = Annotated[int, BeforeValidator(_index)]
+
+
+class Options(Params):
+    """What can be said about samples beside the model. None leaves the choice to the model."""
+
+    prompt: str | list[str] = Field(description="what the picture shows; several: n samples of each")
+    negative: str | list[str] | None = Field(
+        default=None, description="what to steer away from; one text for all prompts or one each"
+    )
+    n: Whole = Field(
+        default=1, ge=1, description="how many samples of each prompt", json_schema_extra={"recipe": False}
+    )
+    steps: Whole | None = Field(default=None, ge=1, le=1000, description="how many steps from noise to picture")
+    guidance: float | None = Field(
+        default=None,
+        ge=0,
+        description="scale of classifier-free guidance (1 or below: none), or of a distilled model's own guidance",
+    )
+    true_guidance: float | None = Field(
+        default=None, ge=0, description="classifier-free guidance on top of a guidance-distilled model's own"
+    )
+    rescale: float = Field(
+        default=0.0, ge=0, le=1, description="share by which the guided output's spread is pulled back (0 off)"
+    )
+    guidance_interval: tuple[float, float] = Field(
+        default=WHOLE_RUN, description="between which classifier-free guidance acts",
+        json_schema_extra={"unit": "progress"},
+    )  # fmt: skip
+    compose: list[tuple[str, float]] = Field(
+        default=[], description="further (text, weight) conditions of every sample"
+    )
+    seed: Whole | list[Whole] | None = Field(
+        default=0, description="sample i uses seed + i; or one per sample; none: a random one, told in the recipe"
+    )
+    size: tuple[Whole, Whole] | None = Field(
+        default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
+    )
+    scheduler: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
+        default=None, description="a scheduler by short name, such as ddim, euler or dpm++, or a diffusers scheduler"
+    )
+    eta: float = Field(default=0.0, ge=0, le=1, description="share of fresh noise in DDIM steps")
+    temperature: float | tuple[float, float] | None = Field(
+        default=None, description="randomness of drawn tokens: one number, or the first and the last step's"
+    )
+    top_k: Whole | None = Field(default=None, ge=1, description="draw each token from the k likeliest only")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="draw each token from the likeliest ones that hold this probability"
+    )
+    start: Whole = Field(
+        default=0, ge=0, description="the step of the schedule with which given latents begin",
+        json_schema_extra={"flag": False},
+    )  # fmt: skip
+    strength: float | None = Field(
+        default=None, ge=0, le=1, description="how much of a given picture is drawn anew, 0 nothing, 1 all"
+    )
+    batch_size: Whole | None = Field(
+        default=None, ge=1, description="how many samples to draw at once (none: all)",
+        json_schema_extra={"recipe": False},
+    )  # fmt: skip
+
+    def __init__(self, **given: Any):
+        """Raises BadInput for an option out of its range, UnknownName for one that does not exist. A :class:`Guidance`
+        may stand for a scale; it says its rescale and interval as well."""
+        for name in ("guidance", "true_guidance"):
+            if isinstance(guidance := given.get(name), Guidance):
+                for twice in ("rescale", "guidance_interval"):
+                    if given.get(twice):
+                        raise BadInput(f"{twice} is given twice: set it inside the Guidance object only.")
+                given |= {name: guidance.scale, "rescale": guidance.rescale, "guidance_interval": guidance.interval}
+        super().__init__(**given)
+
+    @field_validator("prompt", "negative")
+    @classmethod
+    def _some(cls, texts: Any) -> Any:
+        if texts == []:
+            raise ValueError("give at least one text")
+        return texts
+
+    @field_validator("seed")
+    @classmethod
+    def _seeds(cls, seed: Any) -> Any:
+        for number in seed if isinstance(seed, list) else [seed]:
+            if number is not None and not 0 <= number < 2**63:
+                raise ValueError("a seed must be 0 or above and below 2**63")
+        return seed
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _pair(cls, size: Any) -> Any:
+        if size is not None and not (isinstance(size, list | tuple) and len(size) == 2):
+            raise ValueError("it must be (width, height), such as (512, 768)")
+        return size
+
+    @field_validator("size")
+    @classmethod
+    def _sides(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        if size is not None and not all(1 <= side <= MAX_SIDE for side in size):
+            raise ValueError(f"each side must lie between 1 and {MAX_SIDE}")
+        return size
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ordered(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError("it must be (start, end) with 0 <= start < end <= 1")
+        return interval
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, temperature: Any) -> Any:
+        ends = temperature if isinstance(temperature, tuple) else (temperature,)
+        if temperature is not None and not all(end >= 0 and math.isfinite(end) for end in ends):
+            raise ValueError("a temperature must be 0 or above")
+        return temperature
+
+
+def recorded() -> list[str]:
+    """Names of the options that a recipe holds."""
+    fields = Options.model_fields.items()
+    return [name for name, field in fields if (field.json_schema_extra or {}).get("recipe", True)]  # type: ignore[union-attr]

@@ -1,0 +1,129 @@
+"""Diffusion and flow: from noise along the levels of a diffusers scheduler, which makes every step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import BadInput, SfumatoError
+from sfumato.models import Model
+from sfumato.sampling.noise import Path
+from sfumato.sampling.options import Options
+from sfumato.sampling.process.base import Process, Source, taken
+
+
+class Diffusion(Process):
+    """States are latents (b c h w), (b c f h w), ... in the scheduler's scaling; predictions are epsilon, v, x0 or
+    velocity. The only process with a noise path."""
+
+    name = "diffusion"
+    title = "diffusion"
+    takes = frozenset({"steps", "scheduler", "eta", "start", "strength"})
+    noise_path = differentiable = takes_image = True
+
+    def __init__(
+        self,
+        model: Model,
+        options: Options,
+        source: Source,
+        size: tuple[int, int],
+        generators: Sequence[torch.Generator],
+        backward: bool = False,
+    ):
+        super().__init__(model, options, source, size, generators, backward)
+        self._scheduler = self.make_scheduler()
+        self.timesteps = self._scheduler.timesteps
+        self._path = Path(self._scheduler)
+        self.begin = len(self.timesteps) - 1 if backward else self._begin()
+        accepted = inspect.signature(self._scheduler.step).parameters
+        if options.eta and "eta" not in accepted:
+            raise BadInput(
+                f"eta is {options.eta:g}, but {type(self._scheduler).__name__} adds no noise by eta; use scheduler "
+                f"'ddim'."
+            )
+        wanted = {"eta": options.eta, "generator": self.generators}
+        self.step_options = {name: value for name, value in wanted.items() if name in accepted}
+        if self.begin and hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(self.begin)
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def scheduler(self) -> Any:
+        return self._scheduler
+
+    def make_scheduler(self) -> Any:
+        """A fresh scheduler with the whole schedule set. Raises BadInput for a number of steps that it refuses."""
+        scheduler = self.model.make_scheduler(self.options.scheduler)
+        steps = self.steps(self.model, self.options)
+        trained = scheduler.config.get("num_train_timesteps", 1000)
+        if steps > trained:
+            raise BadInput(f"steps is {steps}; this scheduler has {trained} timesteps at most.")
+        try:
+            self.model.timesteps(scheduler, steps, self.size[1], self.size[0])
+        except SfumatoError:
+            raise
+        except ValueError as error:  # a limit of this scheduler's own
+            name = type(scheduler).__name__
+            raise BadInput(f"steps is {steps}, which {name} refuses: {' '.join(str(error).split())}") from error
+        return scheduler
+
+    def scheduler_at(self, i: int) -> Any:
+        """A fresh scheduler that takes its next step at index ``i``."""
+        scheduler = self.make_scheduler()
+        if i and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(i)
+        return scheduler
+
+    def _begin(self) -> int:
+        """Index of the schedule at which the walk begins."""
+        source, steps = self.source, self.steps(self.model, self.options)
+        start = source.start
+        if source.strength is not None:
+            share = steps * source.strength
+            # diffusers rounds the steps it takes down for diffusion models and those it skips down for flow models
+            start = int(steps - share) if self.model.flow else steps - int(share)
+            if start == steps and share:
+                raise BadInput(
+                    f"strength {source.strength:g} leaves no step out of {steps}; give at least {1 / steps:g}."
+                )
+        return min(start * self._scheduler.order, len(self.timesteps))
+
+    def initial(self, rows: slice) -> Tensor:
+        model, source, b = self.model, self.source, len(self.generators)
+        like: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+        if source.latents is not None:
+            latents = taken(source.latents, rows, b).to(**like)
+            return latents if self.begin else model.prepare(latents, self._scheduler)
+        if source.pixels is None:
+            return model.prepare(self.noise(), self._scheduler)
+        clean = model.encode_image(taken(source.pixels, rows, b), self.generators)
+        eps = self.noise()
+        if self.begin >= len(self.timesteps):  # strength 0
+            return clean
+        t = self.timesteps[self.begin : self.begin + 1].repeat(b)
+        if hasattr(self._scheduler, "scale_noise"):
+            return self._scheduler.scale_noise(clean, t, eps)
+        return self._scheduler.add_noise(clean, eps, t)
+
+    def shown(self, x: Tensor, t: Tensor) -> Tensor:
+        scale = getattr(self._scheduler, "scale_model_input", None)
+        return x if scale is None else scale(x, t)
+
+    def advance(self, output: Tensor, i: int, x: Tensor, options: dict[str, Any]) -> Tensor:
+        settings = {**self.step_options, **options}
+        return self._scheduler.step(output, self.timesteps[i], x, **settings, return_dict=False)[0]
+
+    def seek(self, i: int) -> None:
+        self._scheduler = self.scheduler_at(i)
+
+    def beside(self) -> Process:
+        other = super().beside()
+        other.seek(self.begin)
+        return other
