@@ -139,7 +139,7 @@ def _read_video(path: Path) -> tuple[np.ndarray, float]:
         if not container.streams.video:
             raise BadInput(f"{path} holds no video.")
         stream = container.streams.video[0]
-        frames = []
+        frames: list[Any] = []
         for frame in container.decode(stream):
             _refuse_large(path, frame.width, frame.height, len(frames) + 1)
             frames.append(frame.to_ndarray(format="rgb24"))

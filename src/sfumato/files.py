@@ -274,10 +274,10 @@ def _texts_of_picture(path: Path) -> dict[str, str]:
             texts = dict(getattr(image, "text", {}))
         comment = image.info.get("comment", b"")  # of a GIF
         ours = comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
-        exif = image.getexif() if image.format == "WEBP" else {}
+        exif: Any = image.getexif() if image.format == "WEBP" else {}
         if exif:
             ours = str(exif.get(_EXIF_DESCRIPTION, ""))
-            theirs = exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT, b"")  # type: ignore[attr-defined]
+            theirs = exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT, b"")
             if isinstance(theirs, bytes) and theirs.startswith(b"UNICODE\0"):
                 texts.setdefault(A1111_CHUNK, theirs[8:].decode("utf-16-be", errors="replace"))
     if ours.startswith(f"{CHUNK} "):

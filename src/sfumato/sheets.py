@@ -56,7 +56,7 @@ def sheet(
     line = sum(font.getmetrics()) + 4 if font else 0
     above = line if labelled else 0
     rows = [_shortened(text, font, 30 * line) for text in rows] if font else []
-    side = max((math.ceil(font.getlength(text)) for text in rows), default=0)
+    side = max((math.ceil(font.getlength(text)) for text in rows if font), default=0)
     left = margin + (side + gap if side else 0)
     width = left + sum(widths) + gap * (columns - 1) + margin
     told = _wrapped(title, font, width - 2 * gap) if title else []
@@ -69,7 +69,7 @@ def sheet(
     for r in range(lines):
         x = left
         if r < len(rows):
-            spot = (margin, y + above + heights[r] / 2)
+            spot: tuple[float, float] = (margin, y + above + heights[r] / 2)
             draw.text(spot, rows[r], fill="black", font=font, anchor="lm")
         for c in range(columns):
             if not r and c < len(heads):
