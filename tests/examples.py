@@ -20,6 +20,9 @@ LORA_MODULES = {
 }
 """Module -> width; no two tiny models have a module of one name and different widths."""
 
+WORD_WIDTHS = {"clip_l": 16, "clip_g": 16, "t5xxl": 32}
+"""Widths of the text encoders of all tiny models."""
+
 
 def write_examples(cache: Path) -> Path:
     """Everything that the examples need besides a model."""
@@ -40,4 +43,6 @@ def write_adapters(cache: Path) -> Path:
         for part, shape in (("A", (4, width)), ("B", (width, 4)))
     }
     save_file(lora, folder / "example-lora.safetensors")
+    word = {key: torch.randn(2, width, generator=generator) for key, width in WORD_WIDTHS.items()}
+    save_file(word, folder / "example-word.safetensors")
     return cache

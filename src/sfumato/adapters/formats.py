@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -12,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sfumato import registry
+from sfumato import files, registry
 from sfumato.adapters.naming import DENOISER, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
 from sfumato.models.weights import TensorEntry, read_header, read_json
 
-__all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "read_contents"]
+__all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "picture_word", "read_contents"]
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers: settings of peft, as JSON
 _ENCODER_KEYS = {
@@ -148,7 +149,8 @@ def read_contents(path: Path) -> Contents:
     """What the file holds. Raises BadWeights for pickles (with the way out), other formats and damaged files, OSError
     where it cannot be read."""
     if path.suffix.lower() == ".png":
-        raise BadWeights(f"{path} is a picture; textual inversions hidden in pictures are not read, only .safetensors.")
+        name, rows = picture_word(path)
+        return Contents(path, "word", ("A1111 picture",), {}, words={name: {"": ("", len(rows), len(rows[0]))}})
     try:
         entries = {entry.name: entry for entry in read_header(path)}
     except BadWeights as error:
@@ -188,6 +190,27 @@ def read_contents(path: Path) -> Contents:
     shaped = any(key.startswith(("unet.", "transformer.", "text_encoder", "down_blocks.")) for key in entries)
     kind = "weights" if shaped else "unknown"
     return Contents(kind=kind, dialects=("diffusers",) if shaped else (), rest=rest, **about)
+
+
+def picture_word(path: Path) -> tuple[str, list[list[float]]]:
+    """Name and vectors (k d) of the textual inversion that A1111 writes into a PNG as text. Raises BadWeights for one
+    without, or with it hidden in the pixels; BadInput for no picture."""
+    with files.opened_picture(path) as image:
+        image.load()
+        text = getattr(image, "text", {}).get("sd-ti-embedding")
+    if text is None:
+        raise BadWeights(
+            f"{path} carries no textual inversion as text (sd-ti-embedding); those that A1111 hid in the pixels "
+            "are not read. Get the .safetensors."
+        )
+    try:
+        held = json.loads(base64.b64decode(text))
+        rows = [[float(x) for x in row] for row in held["string_to_param"]["*"]["TORCHTENSOR"]]
+        if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
+            raise ValueError("no rows of one width")
+        return str(held.get("name") or path.stem), rows
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadWeights(f"{path} carries a damaged textual inversion ({error}).") from None
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -35,6 +35,18 @@ class TextTower:
         """Embeddings (v d) of all tokens."""
         return self.encoder.get_input_embeddings().weight  # type: ignore[operator]
 
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules that look embeddings up."""
+        return table_holders(self.encoder)
+
+
+def table_holders(encoder: nn.Module) -> list[nn.Module]:
+    """The modules that hold an encoder's table of embeddings: T5 has the same weight in two, and not the one that it
+    names is the one that runs."""
+    table = encoder.get_input_embeddings().weight  # type: ignore[operator]
+    return [part for part in encoder.modules() if getattr(part, "weight", None) is table]
+
 
 def text_towers(model: Any) -> list[TextTower]:
     """The text encoders of a model in the pipeline's order. Raises NotSupported where there is none."""
@@ -63,10 +75,7 @@ def in_place(encoder: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> 
     def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return change(args[0], output)
 
-    table = encoder.get_input_embeddings().weight  # type: ignore[operator]
-    # T5 has the same weight in two modules, and not the one that is told is the one that runs
-    holders = [part for part in encoder.modules() if getattr(part, "weight", None) is table]
-    handles = [part.register_forward_hook(hook) for part in holders]
+    handles = [part.register_forward_hook(hook) for part in table_holders(encoder)]
     try:
         yield
     finally:

@@ -1,0 +1,125 @@
+"""Placeholders: words of a prompt that stand for vectors, any number of each, in every text encoder of a model.
+
+    >>> with placeholders(model, {"<rex>": {"text_encoder": vectors}}):  # (k d)
+    ...     condition = model.encode_text("a photo of <rex> on the grass")
+
+Each tokenizer is replaced by a copy that knows the placeholder as k tokens of its own: the copy's normalizer puts them
+in its place, so character offsets stay those of the prompt, ``Words`` finds it, and nobody who tokenizes has to know. A
+hook on the table of embeddings answers with the vectors where these tokens are, and gradients flow to them. Tokenizers
+and tables themselves are never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import BadInput, NotSupported
+from sfumato.models.slot import TextTower, text_towers
+
+__all__ = ["placeholders"]
+
+#: brackets and colons belong to the weights of prompts
+_FORBIDDEN = re.compile(r"[\s()\[\]\\]")
+
+
+@contextmanager
+def placeholders(
+    model: Any, words: Mapping[str, Mapping[str, Tensor]], used: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """While it lasts, each of ``words`` stands for vectors (k d), or one (d), by text encoder (``text_encoder``,
+    ``text_encoder_2`` ...), wherever it occurs as a whole word, in any case; an encoder without vectors reads it as it
+    is written. Contexts nest; of two for one word the inner holds. ``used`` is told whenever a word is read.
+
+    Raises BadInput for a word that cannot be written in a prompt, an encoder that the model lacks and vectors of
+    another width; NotSupported for tokenizers without a normalizer.
+    """
+    towers = {tower.name: tower for tower in text_towers(model)}
+    for word, vectors in words.items():
+        if not word or _FORBIDDEN.search(word):
+            raise BadInput(f"{word!r} cannot be a word of a prompt: blanks, brackets and backslashes have a meaning.")
+        for name, rows in vectors.items():
+            if name not in towers:
+                raise BadInput(f"{model.name} has no {name} to read {word}; it has {', '.join(towers)}.")
+            width = towers[name].table.shape[1]
+            if rows.ndim not in (1, 2) or rows.shape[-1] != width or not rows.numel():
+                raise BadInput(f"{word} has vectors of shape {tuple(rows.shape)}; {name} reads (k, {width}).")
+    with ExitStack() as stack:
+        for name, tower in towers.items():
+            known = {word: vectors[name].reshape(-1, vectors[name].shape[-1]) for word, vectors in words.items()
+                     if name in vectors}  # fmt: skip
+            if known:
+                attribute = name.replace("text_encoder", "tokenizer")
+                tokenizer, ids = _extended(tower.tokenizer, {word: len(rows) for word, rows in known.items()})
+                stack.enter_context(_instead(model.pipe, attribute, tokenizer))
+                for word, rows in known.items():
+                    stack.enter_context(_reading(tower, ids[word], rows, word, used))
+        yield
+
+
+@contextmanager
+def _instead(pipe: Any, attribute: str, value: Any) -> Iterator[None]:
+    """``value`` for an attribute of a pipeline, which is not told, so that its configuration stays the same."""
+    before = getattr(pipe, attribute)
+    object.__setattr__(pipe, attribute, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(pipe, attribute, before)
+
+
+def _extended(tokenizer: Any, words: Mapping[str, int]) -> tuple[Any, dict[str, int]]:
+    """A copy that reads each word as so many new tokens; and the id of the first of each."""
+    from tokenizers import Regex, normalizers
+
+    extended = copy.deepcopy(tokenizer)
+    backend = getattr(extended, "_tokenizer", None)
+    if not hasattr(backend, "normalizer"):
+        raise NotSupported(f"tokenizer {type(tokenizer).__name__} can learn no words; load its fast version.")
+    steps: list[Any] = []
+    tokens: dict[str, list[str]] = {}
+    number = len(extended)
+    for word in sorted(words, key=len, reverse=True):  # a longer word before one that it contains
+        # characters that no prompt has and no normalizer changes
+        tokens[word] = [f"\ue000{number + i}\ue001" for i in range(words[word])]
+        number += words[word]
+        start = r"(?<!\w)" if re.match(r"\w", word) else ""
+        end = r"(?!\w)" if re.search(r"\w$", word) else ""
+        steps.append(normalizers.Replace(Regex(f"(?i){start}{re.escape(word)}{end}"), "".join(tokens[word])))
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+    extended.add_tokens([token for each in tokens.values() for token in each])
+    return extended, {word: int(extended.convert_tokens_to_ids(each[0])) for word, each in tokens.items()}
+
+
+@contextmanager
+def _reading(
+    tower: TextTower, first: int, rows: Tensor, word: str, used: Callable[[str], None] | None
+) -> Iterator[None]:
+    """While it lasts, the encoder reads token ``first + i`` as ``rows[i]`` (k d)."""
+    asked: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids = args[0]
+        asked[:] = [ids - first]
+        mine = (ids >= first) & (ids < first + len(rows))
+        return (torch.where(mine, 0, ids), *args[1:])  # the table does not go so far
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        at = asked.pop()
+        mine = (at >= 0) & (at < len(rows))
+        if used is not None and bool(mine.any()):
+            used(word)
+        return torch.where(mine[..., None], rows.to(output)[at.clamp(0, len(rows) - 1)], output)
+
+    with ExitStack() as stack:
+        for part in tower.holders:
+            stack.callback(part.register_forward_pre_hook(before).remove)
+            stack.callback(part.register_forward_hook(after).remove)
+        yield
