@@ -11,6 +11,8 @@ from PIL import Image
 
 from sfumato.edit import text_to_segmentation as t2s
 from sfumato.edit.inpaint import Inpaint
+from sfumato.edit.text_to_segmentation import segmenter
+from sfumato.edit.text_to_segmentation.stages import grown
 from sfumato.errors import BadInput, NoMatch
 from sfumato.explain.daam import explain_image
 from sfumato.sampling import generate
@@ -100,7 +102,7 @@ def test_refined_masks_are_what_changed_within_the_hole():
     empty = shown.clone()
     empty[truth[:, None].expand(-1, 3, -1, -1)] -= 0.9
     empty += 0.02 * torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
-    holes = t2s._grown(truth, 3)
+    holes = grown(truth, 3)
     holes[2] = False
     found = t2s.refined_masks(shown, empty, holes)
     assert iou(found[:2], truth[:2]) > 0.9 and not found[2].any() and not (found & ~holes).any()
@@ -126,7 +128,7 @@ def test_a_segmenter_learns_a_disc_among_others():
 def test_negatives_are_pictures_without_the_object_and_an_empty_mask(monkeypatch):
     shown, truth = discs(5)
     without, seen = shown.flip(1), []
-    monkeypatch.setattr(t2s, "_cropped", lambda x, y, *_: seen.append((x, y)) or (x, y))
+    monkeypatch.setattr(segmenter, "cropped", lambda x, y, *_: seen.append((x, y)) or (x, y))
     t2s.train_segmenter(shown, truth, without, width=2, iterations=4, negatives=0.5)
     negative = 0
     for x, y in zip(*(torch.cat(each) for each in zip(*seen, strict=True)), strict=True):

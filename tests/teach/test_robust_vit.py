@@ -88,7 +88,7 @@ def test_teaching_moves_relevance_and_keeps_the_answers(part: str) -> None:
     taught = teach(model, images, masks, labels, lr=1e-3, epochs=10, validation=examples(6, seed=2), **weights)
     log = taught.log
     assert len(log) == 10 and log[-1][part] < 0.9 * log[0][part] and log[-1]["loss"] < log[0]["loss"]
-    assert taught.kept == min(range(10), key=lambda i: log[i]["validation"]) + 1
+    assert taught.epoch == min(range(10), key=lambda i: log[i]["validation"]) + 1
     was, now = model(images).logits.argmax(1), taught.model(images).logits.argmax(1)
     assert (was == now).float().mean() >= 0.75
     for name, value in model.state_dict().items():

@@ -32,6 +32,7 @@ from sfumato.explain.lrp import on_grid, target_scores
 from sfumato.metrics.segmentation import inside_share, normalise
 from sfumato.relevance.capture import captured, refuse_no_attention
 from sfumato.relevance.rules import fuse_heads
+from sfumato.training import Draw, Player, Progress, fit, shuffled
 
 __all__ = ["RobustVit", "Taught", "masks_from", "relevance_maps", "teach"]
 
@@ -77,11 +78,11 @@ class RobustVit:
 @dataclass(eq=False)
 class Taught:
     """A taught copy of a model. ``log`` has one entry per epoch (losses, share of relevance inside the masks, and
-    ``validation``, the loss on other pictures where there are any); ``kept`` is the epoch whose weights these are."""
+    ``validation``, the loss on other pictures where there are any); ``epoch`` is the one whose weights these are."""
 
     model: nn.Module
     log: list[dict[str, float]]
-    kept: int
+    epoch: int
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path | str) -> Path:
@@ -94,7 +95,7 @@ class Taught:
             raise BadInput(f"output folder {str(target)!r} is not empty; name a new one.")
         self.model.save_pretrained(target)  # type: ignore[operator]
         with files.replacing(target / "robust_vit.json") as file:
-            file.write(json.dumps({**self.facts, "kept": self.kept, "log": self.log}, indent=1).encode())
+            file.write(json.dumps({**self.facts, "epoch": self.epoch, "log": self.log}, indent=1).encode())
         return target
 
 
@@ -118,50 +119,60 @@ def teach(
         on_progress: called with epoch, epochs and the epoch's log entry.
         params: :class:`RobustVit.Params`. ``relevance=0, keep="label"`` is plain fine-tuning.
 
-    The model itself is not touched. Raises BadInput (half precision, shapes, labels out of range, empty masks),
-    UnknownName (a label's name), NotSupported (no softmax attention, linear attention by name).
+    Ctrl-C ends it with what was learnt until then. The model itself is not touched. Raises BadInput (half precision,
+    shapes, labels out of range, empty masks), UnknownName (a label's name), NotSupported (no softmax attention, linear
+    attention by name).
     """
     options = RobustVit(**params).params
-    pupil = copy.deepcopy(model).eval()
-    pupil.requires_grad_(True)
-    _check(pupil, images, masks, "pictures")
-    wanted = _numbers(pupil, images, labels)
-    held = None
+    taught = copy.deepcopy(model).eval()
+    taught.requires_grad_(True)
+    _check(taught, images, masks, "pictures")
+    targets = _numbers(taught, images, labels)
+    held_out = None
     if validation is not None:
-        _check(pupil, *validation[:2], "validation pictures")
-        held = (*validation[:2], _numbers(pupil, validation[0], validation[2]))
-    optimizer = torch.optim.AdamW(pupil.parameters(), lr=options.lr, weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: options.decay ** (epoch // 2))
-    order = torch.Generator().manual_seed(options.seed)
+        _check(taught, *validation[:2], "validation pictures")
+        held_out = (*validation[:2], _numbers(taught, validation[0], validation[2]))
+    rows = shuffled(len(images), options.batch, options.epochs, options.seed)
+    per_epoch = len(rows) // options.epochs
     log: list[dict[str, float]] = []
-    best, kept, weights = float("inf"), options.epochs, None
-    for epoch in range(1, options.epochs + 1):
-        sums: dict[str, float] = {}
-        for rows in torch.randperm(len(images), generator=order).split(options.batch):
-            loss, told = _loss(pupil, images[rows], masks[rows], wanted[rows], options)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            for name, value in told.items():
-                sums[name] = sums.get(name, 0.0) + value * len(rows) / len(images)
-        schedule.step()
-        if held is not None:
-            sums["validation"] = _whole_loss(pupil, held, options)
-            if sums["validation"] < best:
-                best, kept = sums["validation"], epoch
-                weights = {name: value.detach().clone() for name, value in pupil.state_dict().items()}
-        if sums["loss"] != sums["loss"]:
-            raise BadInput(f"robust_vit diverged in epoch {epoch}: lower lr, which is {options.lr}.")
+    sums: dict[str, float] = {}
+    best, epoch, weights = float("inf"), 0, None
+
+    def loss(draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        now = rows[draw.step]
+        return _loss(taught, images[now], masks[now], targets[now], options)
+
+    def decay(step: int) -> float:
+        return options.decay ** (step // per_epoch // 2)
+
+    def after(progress: Progress) -> None:
+        nonlocal sums, best, epoch, weights
+        n = len(rows[progress.step - 1])
+        losses = {name: value * n / len(images) for name, value in progress.logs.items() if name != "rate"}
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+        if progress.step % per_epoch:
+            return
+        if held_out is not None:
+            sums["validation"] = _whole_loss(taught, held_out, options)
+        if held_out is None or sums["validation"] < best:
+            best, epoch = sums.get("validation", best), len(log) + 1
+            if held_out is not None:
+                weights = {name: value.detach().clone() for name, value in taught.state_dict().items()}
         log.append(sums)
         if on_progress:
-            on_progress(epoch, options.epochs, sums)
+            on_progress(len(log), options.epochs, sums)
+        sums = {}
+
+    optimizer = torch.optim.AdamW(taught.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    done = fit(Player(loss, optimizer, taught, schedule=decay), len(rows), on_progress=after, name="robust_vit")
     if weights is not None:
-        pupil.load_state_dict(weights)
-    pupil.zero_grad(set_to_none=True)
-    for taught, was in zip(pupil.parameters(), model.parameters(), strict=True):
-        taught.requires_grad_(was.requires_grad)
+        taught.load_state_dict(weights)
+    for parameter, was in zip(taught.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(was.requires_grad)
     facts = {"method": "robust_vit", "params": options.model_dump(), "pictures": len(images)}
-    return Taught(pupil, log, kept, facts)
+    if done.interrupted:
+        facts["interrupted"] = f"after {done.step} of {len(rows)} steps"
+    return Taught(taught, log, epoch, facts)
 
 
 def relevance_maps(model: nn.Module, images: Tensor, labels: Tensor, second_order: bool = False) -> tuple[Tensor, Any]:
@@ -175,10 +186,10 @@ def relevance_maps(model: nn.Module, images: Tensor, labels: Tensor, second_orde
         refuse_no_attention(model, calls)
         scores, _ = target_scores(model, output, labels)
         maps = [call.probs for call in calls]
-        slopes = torch.autograd.grad(scores.sum(), maps, retain_graph=True, create_graph=second_order)
+        gradients = torch.autograd.grad(scores.sum(), maps, retain_graph=True, create_graph=second_order)
     rows = None  # the class token's row of the product, from the last layer down: n times less work than the matrix
-    for probs, slope in zip(reversed(maps), reversed(slopes), strict=True):
-        fused = fuse_heads(probs, slope)
+    for probs, gradient in zip(reversed(maps), reversed(gradients), strict=True):
+        fused = fuse_heads(probs, gradient)
         rows = (
             F.one_hot(torch.zeros(len(fused), 1, dtype=torch.long), fused.shape[-1]).to(fused) if rows is None else rows
         )
@@ -199,7 +210,7 @@ def masks_from(maps: Tensor, share: float | None = None) -> Tensor:
 
 def _loss(
     model: nn.Module, images: Tensor, masks: Tensor, labels: Tensor, options: Any
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its parts (equations 4 to 7)."""
     inside = masks.to(images.dtype)
     if options.relevance:
@@ -208,23 +219,23 @@ def _loss(
         background = (heat * (1 - inside)).square().mean()
         foreground = (heat * inside - inside).square().mean()
         look = options.background * background + options.foreground * foreground
-        told = {"background": float(background.detach()), "foreground": float(foreground.detach())}
-        told["inside"] = float(inside_share(heat.detach(), inside).mean())
+        parts = {"background": background.detach(), "foreground": foreground.detach()}
+        parts["inside"] = inside_share(heat.detach(), inside).mean()
     else:
-        output, look, told = model(images), torch.zeros(()), {}
+        output, look, parts = model(images), torch.zeros((), device=images.device), {}
     logits = output.logits / options.temperature
     answer = logits.detach().argmax(1) if options.keep == "own" else labels
     confidence = F.cross_entropy(logits, answer)
     loss = options.relevance * look + options.confidence * confidence
-    return loss, {"loss": float(loss.detach()), "confidence": float(confidence.detach()), **told}
+    return loss, {"confidence": confidence.detach(), **parts}
 
 
-def _whole_loss(model: nn.Module, held: tuple[Tensor, Tensor, Tensor], options: Any) -> float:
-    """The loss over all of ``held``."""
+def _whole_loss(model: nn.Module, held_out: tuple[Tensor, Tensor, Tensor], options: Any) -> float:
+    """The loss over all of ``held_out``."""
     total = 0.0
-    for rows in torch.arange(len(held[0])).split(32):
-        _, told = _loss(model, *(part[rows] for part in held), options)
-        total += told["loss"] * len(rows) / len(held[0])
+    for rows in torch.arange(len(held_out[0])).split(32):
+        loss, _ = _loss(model, *(part[rows] for part in held_out), options)
+        total += float(loss.detach()) * len(rows) / len(held_out[0])
     return total
 
 
