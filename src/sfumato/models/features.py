@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,14 +23,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
+from sfumato import registry
+from sfumato.errors import BadInput, NotSupported, UnknownName
+from sfumato.models.readers.clip import DTYPES, PLAIN, load_clip
+from sfumato.models.readers.loading import net_folder
 
-DEFAULT_NET = "toy-clip"
 INCEPTION = "inception"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FeatureNet(Protocol):
@@ -47,77 +46,6 @@ class FeatureNet(Protocol):
         ...
 
 
-def square(picture: Image.Image, side: int) -> Image.Image:
-    """The middle square of a picture in RGB at ``side`` x ``side`` pixels; unchanged when it is that already."""
-    picture = picture.convert("RGB")
-    if picture.size == (side, side):
-        return picture
-    short = min(picture.size)
-    left, top = (picture.width - short) // 2, (picture.height - short) // 2
-    # cropped first: with resize(box=...) the filter would see beyond the square
-    return picture.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as floats (b, 3, h, w) in [-1, 1]."""
-    array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class ClipNet:
-    """Any ``transformers.CLIPModel`` folder: picture and text embeddings, projected but not normalised."""
-
-    def __init__(self, folder: Path, name: str, dtype: str = "float32", device: str = "cpu"):
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
-        from sfumato.models import quiet
-        from sfumato.models.weights import find_weights, first_line, hash_files
-
-        self.name, self.device = name, device
-        self.hash = hash_files([("clip", path) for path in find_weights(folder)[0]])  # pickles are refused here
-        self.dtype = _dtype(dtype)
-        try:
-            with quiet():
-                self.model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=self.dtype)
-                self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-                processor = AutoImageProcessor.from_pretrained(folder)
-        except Exception as error:  # transformers has a complaint of its own for every damage
-            raise BadWeights(f"{folder} cannot be read as a CLIP model: {first_line(error)}") from None
-        self.model.eval().requires_grad_(False).to(device)
-        self.side = int(self.model.config.vision_config.image_size)
-        self.mean, self.std = (
-            torch.tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std)
-        )
-        self.rule = f"middle square, bicubic to {self.side}x{self.side}"
-        self.distance = f"FD({name})"
-
-    @torch.no_grad()
-    def features(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Image embeddings (b, d)."""
-        pixels = (as_tensor([square(picture, self.side) for picture in pictures]) / 2 + 0.5 - self.mean) / self.std
-        seen = self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
-        return self.model.visual_projection(seen).float().cpu().numpy()
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Text embeddings (b, d); what the text tower cannot read to the end is told by a warning."""
-        longest = self.model.config.text_config.max_position_embeddings
-        whole = self.tokenizer(list(texts))["input_ids"]
-        cut = sum(len(tokens) > longest for tokens in whole)
-        if cut:
-            from sfumato.models import TruncatedPrompt
-
-            told = f"{self.name} reads {longest} tokens: {cut} of {len(texts)} texts are longer and are cut off"
-            warnings.warn(TruncatedPrompt(f"{told}."), stacklevel=2)
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
-            self.device
-        )
-        seen = self.model.text_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
-        return self.model.text_projection(seen).float().cpu().numpy()
-
-
 class InceptionNet:
     """Inception v3 of torch-fidelity, when the package is installed and its weights are on this machine already."""
 
@@ -128,7 +56,9 @@ class InceptionNet:
             "FID",
             device,
         )
-        if _dtype(dtype) is not torch.float32:
+        if dtype not in DTYPES:
+            raise UnknownName("dtype", str(dtype), DTYPES)
+        if dtype != "float32":
             raise BadInput(f"dtype={dtype!r}; the standard FID is defined in float32.")
         if importlib.util.find_spec("torch_fidelity") is None:
             raise NotSupported("net 'inception' needs the package torch-fidelity: pip install 'sfumato[judge]'.")
@@ -158,33 +88,13 @@ class InceptionNet:
 
 
 @functools.lru_cache(maxsize=4)
-def feature_net(name: str = DEFAULT_NET, dtype: str = "float32", device: str = "cpu") -> FeatureNet:
-    """A net by name: ``toy-clip`` or another built-in CLIP, a ``CLIPModel`` folder, or ``inception``.
+def feature_net(name: str = PLAIN, dtype: str = "float32", device: str = "cpu") -> FeatureNet:
+    """A net by name: ``toy-clip``, a ``CLIPModel`` folder, or ``inception``.
 
     Raises:
         UnknownName: nothing of this name. BadWeights: the folder is no CLIP. NotSupported: ``inception`` is not here.
     """
-    return InceptionNet(dtype, device) if name == INCEPTION else clip_net(name, dtype, device)
-
-
-@functools.lru_cache(maxsize=4)
-def clip_net(name: str = DEFAULT_NET, dtype: str = "float32", device: str = "cpu") -> ClipNet:
-    """A CLIP model by built-in name or folder. Raises as :func:`feature_net`."""
-    folder = net_folder(name, "feature net", "clip", [INCEPTION])
-    return ClipNet(folder, folder.name, dtype, device)
-
-
-def net_folder(name: str, kind: str, built_in: str, more: Sequence[str] = ()) -> Path:
-    """The folder of a built-in net whose name holds ``built_in``, or ``name`` itself when it is a folder."""
-    from sfumato import registry
-
-    found = registry.find(name) or Path(name)
-    if not found.is_dir():
-        raise UnknownName(kind, name, [*(each for each in registry.names() if built_in in each), *more])
-    return found
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UnknownName("dtype", str(name), DTYPES)
-    return DTYPES[name]
+    if name == INCEPTION:
+        return InceptionNet(dtype, device)
+    net_folder(name, "feature net", [each for each in registry.names() if "clip" in each], [INCEPTION])
+    return load_clip(name, dtype, device)

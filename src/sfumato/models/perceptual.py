@@ -26,8 +26,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato import registry
 from sfumato.errors import BadInput, BadWeights
-from sfumato.models.features import as_tensor, net_folder, square
+from sfumato.models.readers.loading import net_folder
+from sfumato.models.readers.preprocessing import as_tensor, square
 
 DEFAULT_ENCODER = "toy-vae"
 
@@ -82,7 +84,7 @@ def load_perceptual(name: str = DEFAULT_ENCODER) -> Perceptual:
     from sfumato.models import quiet
     from sfumato.models.weights import find_weights, first_line, read_header
 
-    folder = net_folder(name, "autoencoder", "vae")
+    folder = net_folder(name, "autoencoder", [each for each in registry.names() if "vae" in each])
     for path in find_weights(folder)[0]:
         read_header(path)
     try:

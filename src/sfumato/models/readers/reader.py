@@ -1,4 +1,4 @@
-"""Models that read pictures and texts instead of making them: transformers checkpoints behind one small face.
+"""Models that are asked about pictures and texts: transformers checkpoints behind one small face.
 
 A :class:`Reader` holds a genuine transformers model (CLIP, ViT, DETR, LXMERT, VisualBERT, BERT ...), its tokenizer and
 what it wants done to a picture. ``kind`` says what can be asked of it:
@@ -16,28 +16,29 @@ texts       classifies a text                                       ``input_ids`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato import registry
-from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
-from sfumato.models.quiet import quiet
-from sfumato.models.weights import check_numbers, find_weights, hash_modules, read_header, read_json
+from sfumato.errors import BadInput, NotSupported, UnknownName
+from sfumato.models.load import _device, _dtype
+from sfumato.models.readers.loading import load_module
+from sfumato.models.readers.preprocessing import Preprocessing
+from sfumato.models.weights import hash_modules, read_json
 
-__all__ = ["Reader", "is_reader", "load_reader"]
+__all__ = ["Reader", "load_reader", "wrap"]
 
 Kind = Literal["matcher", "classifier", "detector", "answerer", "texts"]
 
 
 @dataclass(eq=False)
 class Reader:
-    """A reading model; ``mean`` and ``std`` of pixels in [0, 1], ``size`` (h, w) of pictures, None for any.
+    """A reading model and what it wants done to pictures.
 
     ``regions``: how many regions an answerer was trained with, 0 if unknown.
     """
@@ -46,9 +47,7 @@ class Reader:
     module: nn.Module
     kind: Kind
     tokenizer: Any = None
-    size: tuple[int, int] | None = None
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     regions: int = 0
 
     def __repr__(self) -> str:
@@ -91,7 +90,7 @@ class Reader:
         if 3 * cells * cells != wide or cells > 64:
             raise NotSupported(
                 f"{self.name} wants features of {wide} numbers per region from a detector of its own; "
-                f"give them in inputs= of sfumato.explain.attention_relevance.relevance."
+                f"give them in inputs= of sfumato.relevance.attention.attention_relevance."
             )
         return cells
 
@@ -99,11 +98,7 @@ class Reader:
         """Pictures (b 3 h w) in [-1, 1], resized and normalised as the model wants them."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise BadInput(f"images have shape {tuple(images.shape)}; (b 3 h w) is expected.")
-        images = (images.to(self.device, torch.float32) + 1) / 2
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        mean, std = (images.new_tensor(part)[:, None, None] for part in (self.mean, self.std))
-        return ((images - mean) / std).to(self.dtype)
+        return self.preprocessing.tensor(images.to(self.device, torch.float32), clamp=True).to(self.dtype)
 
     def tokens(self, texts: list[str]) -> dict[str, Tensor]:
         """Token ids and mask (b t), padded. BadInput for a text longer than the model reads."""
@@ -115,14 +110,6 @@ class Reader:
         return {key: value.to(self.device) for key, value in padded.items()}
 
 
-def is_reader(name_or_path: str | Path) -> bool:
-    """Whether a name or folder holds one transformers model rather than a pipeline that draws."""
-    folder = registry.find(str(name_or_path)) or Path(name_or_path)
-    if not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
-        return False
-    return bool(read_json(folder / "config.json").get("architectures"))
-
-
 def load_reader(
     name_or_path: str | Path, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
 ) -> Reader:
@@ -130,29 +117,11 @@ def load_reader(
 
     Raises `UnknownName` (no such folder), `NotSupported` (nothing this library can ask anything of), `BadWeights`.
     """
-    import transformers
-
-    from sfumato.models.load import _device, _dtype
-
-    dtype, device = _dtype(dtype) or torch.float32, _device(device)
     name = str(name_or_path)
     folder = registry.find(name) or Path(name)
     if not (folder / "config.json").is_file():
         raise UnknownName("reading model (a built-in name or a transformers folder)", name, registry.names())
-    config = read_json(folder / "config.json")
-    classes = config.get("architectures") or []
-    cls = getattr(transformers, classes[0], None) if classes else None
-    if cls is None:
-        raise NotSupported(f"{name} is a {', '.join(classes) or 'model of no named class'}, not one of transformers.")
-    for path in find_weights(folder)[0]:
-        read_header(path)
-    with quiet():
-        module, found = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if found["missing_keys"] or found["mismatched_keys"]:
-        lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
-        raise BadWeights(f"{name} lacks {len(lost)} of the tensors of {classes[0]}, such as {lost[0]}.")
-    check_numbers(name, module)
-    module.requires_grad_(False).eval().to(device)
+    module = load_module(folder, _dtype(dtype) or torch.float32, _device(device))
     return wrap(module, name, folder)
 
 
@@ -160,13 +129,9 @@ def wrap(module: nn.Module, name: str = "", folder: Path | None = None) -> Reade
     """A :class:`Reader` around a transformers model in memory; ``folder`` brings tokenizer and picture settings."""
     config: Any = getattr(module, "config", None)
     kind = _kind(module, config)
-    reader = Reader(name or type(module).__name__, module, kind, size=_size(config))
+    reader = Reader(name or type(module).__name__, module, kind, preprocessing=Preprocessing.of(folder, config))
     if folder is None:
         return reader
-    if (folder / "preprocessor_config.json").is_file():
-        given = read_json(folder / "preprocessor_config.json")
-        reader.mean, reader.std = (tuple(given.get(key) or (0.5,) * 3) for key in ("image_mean", "image_std"))
-        reader.size = reader.size or _side(given.get("crop_size") or given.get("size"))
     if kind in ("matcher", "answerer", "texts"):
         from transformers import AutoTokenizer
 
@@ -190,22 +155,9 @@ def _kind(module: nn.Module, config: Any) -> Kind:
         return "texts"
     raise NotSupported(
         f"{type(module).__name__} gives no scores to explain; readers are classifiers, detectors, picture-text "
-        f"matchers and question answerers. For any other scalar use sfumato.explain.attention_relevance.relevance."
+        f"matchers and question answerers. For any other scalar use sfumato.relevance.attention.attention_relevance."
     )
 
 
 def _has_head(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in ("classifier", "score", "cls_classifier"))
-
-
-def _size(config: Any) -> tuple[int, int] | None:
-    size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    return _side(size)
-
-
-def _side(size: Any) -> tuple[int, int] | None:
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
-    if isinstance(size, int):
-        return size, size
-    return (int(size[0]), int(size[1])) if size else None
