@@ -23,7 +23,7 @@ from sfumato.explain.daam import explain_images as daam_images
 from sfumato.metrics import segmentation, stats
 from sfumato.metrics.perturbation import Curve, perturb
 from sfumato.models.readers import Reader, load_reader
-from sfumato.models.regions import box_overlap, region_features
+from sfumato.models.readers.regions import box_overlap, region_features
 from sfumato.toybox import ANSWERS, COLORS, SHAPES, Question, Scene, render, sample_question
 from sfumato.toybox.dataset import draw_scene
 

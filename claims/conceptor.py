@@ -18,7 +18,7 @@ from sfumato.errors import NoMatch
 from sfumato.explain.conceptor import Conceptor, Decomposition, balance, decompose, dictionary, explain_seed
 from sfumato.judge.sad_pad import SadPad
 from sfumato.metrics import stats
-from sfumato.models.features import ClipNet, clip_net
+from sfumato.models.readers import Clip, load_clip
 from sfumato.sampling import generate
 from sfumato.sampling.request import as_pictures
 from sfumato.toybox import COLORS, SHAPES
@@ -73,16 +73,16 @@ def secrets(context: Context) -> list[Secret]:
     return context.once("secrets", made)
 
 
-def clip_of(context: Context) -> ClipNet:
+def clip_of(context: Context) -> Clip:
     """toy-clip, once per run."""
-    return context.once("clip net", lambda: clip_net(str(context.folder("toy-clip"))))
+    return context.once("clip net", lambda: load_clip(str(context.folder("toy-clip"))))
 
 
 def nearest(context: Context, pictures: Tensor, n: int) -> list[str]:
     """The words nearest to the mean picture for CLIP: the decomposition without any learning."""
     net = clip_of(context)
     names = [name for name in dictionary(common.load(context, MODEL)).names if name != SLOT]
-    texts = F.normalize(torch.from_numpy(net.texts([f"a {name}" for name in names])), dim=1)
+    texts = F.normalize(torch.from_numpy(net.text_features([f"a {name}" for name in names])), dim=1)
     mean = F.normalize(torch.from_numpy(net.features(as_pictures(pictures))), dim=1).mean(0)
     return [names[i] for i in (texts @ mean).argsort(descending=True)[:n].tolist()]
 

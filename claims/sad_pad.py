@@ -17,7 +17,7 @@ from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
 from sfumato.metrics.frechet import Moments, frechet
 from sfumato.metrics.kernel import kernel_distance
-from sfumato.models.features import ClipNet, clip_net
+from sfumato.models.readers import Clip, load_clip
 from sfumato.toybox import render, sample_scene, to_uint8
 from sfumato.toybox.scene import Scene
 
@@ -65,9 +65,9 @@ def toy_of(side: str, color: int, shape: int, j: int) -> Scene:
     return scene.replace(object=0, color=COLORS[color], shape=SHAPES[shape], pattern="plain", size="large")
 
 
-def clip_of(context: Context) -> ClipNet:
+def clip_of(context: Context) -> Clip:
     """toy-clip, once per run."""
-    return context.once("clip net", lambda: clip_net(str(context.folder("toy-clip"))))
+    return context.once("clip net", lambda: load_clip(str(context.folder("toy-clip"))))
 
 
 def set_of(context: Context, n: int, seed: int, red: float = 1 / 3, tied: bool = False) -> Set:
@@ -101,7 +101,7 @@ def reading(context: Context) -> list[Row]:
     real = set_of(context, n, REAL)
     clip = clip_of(context)
     hcs, _ = SadPad(template=TEMPLATE).scores(clip, NAMES, real.features, real.features[:1])
-    texts = clip.texts([TEMPLATE.format(name) for name in NAMES])
+    texts = clip.text_features([TEMPLATE.format(name) for name in NAMES])
     plain = np.stack([clip_scores(real.features, np.repeat(text[None], n, 0)) for text in texts], 1)
     ranks = [(auroc(hcs[:, k], real.shown[:, k]), auroc(plain[:, k], real.shown[:, k])) for k in range(len(NAMES))]
     # sign of HCS against a CLIPScore above its own mean over everything: neither has seen an answer

@@ -14,7 +14,7 @@ from claims.core import Context, Experiment, Part, Row
 from sfumato.explain import shape_texture as st
 from sfumato.explain.shape_texture import LayerTable, ShapeTexture
 from sfumato.metrics import stats
-from sfumato.models.vision import load_vision
+from sfumato.models.readers import load_net
 from sfumato.toybox import FACTORS, conflicts, cue_scenes, factor_pairs, render
 
 SOURCE = "Islam et al. 2021"
@@ -32,7 +32,7 @@ def net_of(context: Context, name: str) -> Any:
     """A net of the zoo, or one of its stages as ``name/step``, once per run."""
     where, _, step = name.partition("/")
     folder = context.folder(where) / "stages" / step if step else context.folder(where)
-    return context.once(f"net {name}", lambda: load_vision(folder))
+    return context.once(f"net {name}", lambda: load_net(folder))
 
 
 def steps_of(context: Context, name: str) -> list[tuple[int, str]]:

@@ -24,8 +24,7 @@ from sfumato.explain.lrp import explain_image as explain_lrp
 from sfumato.explain.relevance_maps import draw_words
 from sfumato.explain.shape_texture import ShapeTexture, plot
 from sfumato.metrics.segmentation import normalise
-from sfumato.models.readers import load_reader
-from sfumato.models.vision import load_vision
+from sfumato.models.readers import load_net, load_reader
 from sfumato.sampling.request import as_pictures
 from sfumato.sheets import sheet
 from sfumato.steer.clip_guidance import ClipGuidance
@@ -169,9 +168,9 @@ def prompt_to_prompt() -> Image.Image:
 def sad_pad() -> Image.Image:
     """Toys with too many red ones among them: what SaD says, attribute by attribute."""
     from sfumato.judge.sad_pad import SadPad, plots
-    from sfumato.models.features import clip_net
+    from sfumato.models.readers import load_clip
 
-    clip, rng = clip_net(), np.random.default_rng(21)
+    clip, rng = load_clip(), np.random.default_rng(21)
     names = ["red", "green", "blue", "cube", "ball", "ring"]
 
     def features(n: int, red: float) -> np.ndarray:
@@ -405,7 +404,7 @@ def toybox_cues() -> Image.Image:
 def shape_texture() -> Image.Image:
     """Scores by stage of the net that was trained on shapes and of the one that could go by texture."""
     look = ShapeTexture(pairs=300, layers=[f"resnet.encoder.stages.{i}" for i in range(4)])
-    return plot({name: look.explain_net(load_vision(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
+    return plot({name: look.explain_net(load_net(name), name) for name in ("toy-cnn", "toy-cnn-texture")})
 
 
 def no_token_left_behind() -> Image.Image:

@@ -24,7 +24,7 @@ FLOORS = [
     {"metrics"},
     {"toybox"},
     {"models", "masks"},
-    {"attention", "text", "clip", "hspace"},
+    {"attention", "text", "hspace"},
     {"relevance"},
     {"sampling"},
     {"adapters"},

@@ -16,7 +16,7 @@ from sfumato.bench.report import Figure, Report, Table
 from sfumato.bench.survey import CAP, Instruments, Reservoir, Tally, survey
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.metrics.stats import Interval
-from sfumato.models.features import ClipNet
+from sfumato.models.readers import load_clip
 from sfumato.toybox import SHAPES
 from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
@@ -56,7 +56,7 @@ def test_a_reservoir_draws_evenly():
 
 @pytest.fixture
 def net(clip_folder):
-    return ClipNet(clip_folder, "tiny")
+    return load_clip(clip_folder)
 
 
 def state(tally: Tally):

@@ -20,7 +20,7 @@ from sfumato.judge.sad_pad import (
     kl,
     plots,
 )
-from sfumato.models.features import ClipNet
+from sfumato.models.readers import load_clip
 
 
 def test_hcs_against_loops():
@@ -36,12 +36,14 @@ def test_hcs_against_loops():
 
 
 def test_the_template_is_centred_away_except_in_the_reference(clip_folder):
-    clip = ClipNet(clip_folder, "tiny")
+    clip = load_clip(clip_folder)
     names = ["red", "blue", "cube"]
     written, centre = attribute_embeddings(clip, names, "a photo of {}")
-    assert np.allclose(centre, written.mean(0)) and np.allclose(written, clip.texts([f"a photo of {n}" for n in names]))
+    assert np.allclose(centre, written.mean(0)) and np.allclose(
+        written, clip.text_features([f"a photo of {n}" for n in names])
+    )
     same, code = attribute_embeddings(clip, names, "a photo of {}", reference=True)
-    assert np.array_equal(same, written) and np.allclose(code, clip.texts(names).mean(0))
+    assert np.array_equal(same, written) and np.allclose(code, clip.text_features(names).mean(0))
     assert not np.allclose(code, centre)
 
 

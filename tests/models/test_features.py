@@ -16,6 +16,8 @@ from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.metrics.clip_score import clip_scores
 from sfumato.models import TruncatedPrompt, features, quiet
 from sfumato.models.perceptual import Perceptual, load_perceptual
+from sfumato.models.readers import load_clip
+from sfumato.models.readers.preprocessing import as_tensor, square
 from tests.tiny import tiny_pipeline
 
 
@@ -25,7 +27,7 @@ def pictures(n, seed=0, size=(32, 32)):
 
 
 def test_clip_features_are_the_models_own(clip_folder):
-    net = features.ClipNet(clip_folder, "tiny")
+    net = load_clip(clip_folder)
     looked, told = pictures(3), ["a red cube", "a ball and a cone", "grass"]
     with quiet():
         model = CLIPModel.from_pretrained(clip_folder).eval()
@@ -33,14 +35,14 @@ def test_clip_features_are_the_models_own(clip_folder):
     tokens = net.tokenizer(told, padding=True, return_tensors="pt")
     with torch.no_grad():
         whole = model(**processor(looked, return_tensors="pt"), **tokens)
-    images, texts = net.features(looked), net.texts(told)
+    images, texts = net.features(looked), net.text_features(told)
     assert images.shape == (3, 12) and np.linalg.norm(images, axis=1).std() > 0  # not normalised
     assert np.allclose(images / np.linalg.norm(images, axis=1, keepdims=True), whole.image_embeds, atol=1e-6)
     assert np.allclose(texts / np.linalg.norm(texts, axis=1, keepdims=True), whole.text_embeds, atol=1e-6)
     scale = float(model.logit_scale.detach().exp())
     expected = (100 * whole.logits_per_image.diagonal() / scale).clamp_min(0).numpy()
     assert np.allclose(clip_scores(images, texts), expected, atol=1e-4)
-    assert net.distance == "FD(tiny)" and len(net.hash) == 64
+    assert net.distance == "FD(tiny-clip)" and len(net.hash) == 64
 
 
 def test_square_pictures_are_prepared_as_clip_prepares_them(clip_folder):
@@ -48,32 +50,32 @@ def test_square_pictures_are_prepared_as_clip_prepares_them(clip_folder):
         processor = CLIPImageProcessorPil.from_pretrained(clip_folder)
     large = pictures(1, size=(80, 80))[0]
     theirs = processor(large, return_tensors="pt")["pixel_values"][0]
-    ours = features.as_tensor([features.square(large, 32)])[0] / 2 + 0.5 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    ours = as_tensor([square(large, 32)])[0] / 2 + 0.5 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     assert torch.allclose(ours / torch.tensor(processor.image_std).view(3, 1, 1), theirs, atol=1e-5)
 
 
 def test_the_middle_square_is_what_is_seen():
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste(Image.new("RGB", (30, 30), "blue"), (30, 0))
-    assert (np.asarray(features.square(wide, 15)) == (0, 0, 255)).all()
-    assert features.square(wide.rotate(90, expand=True), 15).size == (15, 15)
+    assert (np.asarray(square(wide, 15)) == (0, 0, 255)).all()
+    assert square(wide.rotate(90, expand=True), 15).size == (15, 15)
     same = pictures(1)[0]
-    assert np.array_equal(np.asarray(features.square(same, 32)), np.asarray(same))
-    assert features.square(Image.new("L", (32, 32)), 32).mode == "RGB"
+    assert np.array_equal(np.asarray(square(same, 32)), np.asarray(same))
+    assert square(Image.new("L", (32, 32)), 32).mode == "RGB"
 
 
 def test_long_texts_are_told_of(clip_folder):
-    net = features.ClipNet(clip_folder, "tiny")
-    with pytest.warns(TruncatedPrompt, match="tiny reads 16 tokens: 1 of 2 texts"):
-        assert net.texts(["a red cube", "red " * 40]).shape == (2, 12)
+    net = load_clip(clip_folder)
+    with pytest.warns(TruncatedPrompt, match="tiny-clip reads 16 tokens: 1 of 2 texts"):
+        assert net.text_features(["a red cube", "red " * 40]).shape == (2, 12)
 
 
 def test_half_precision_gives_nearly_the_same(clip_folder):
-    full, half = features.ClipNet(clip_folder, "t"), features.ClipNet(clip_folder, "t", "bfloat16")
+    full, half = load_clip(clip_folder), load_clip(clip_folder, "bfloat16")
     a, b = full.features(pictures(4)), half.features(pictures(4))
     assert b.dtype == np.float32 and np.allclose(a, b, atol=0.05 * np.abs(a).max())
     with pytest.raises(UnknownName, match="float99"):
-        features.ClipNet(clip_folder, "t", "float99")
+        load_clip(clip_folder, "float99")
 
 
 def test_nets_that_are_not_there(tmp_path, clip_folder, monkeypatch):
@@ -143,7 +145,7 @@ def perceptual():
 
 
 def test_perceptual_against_loops(perceptual):
-    a, b = features.as_tensor(pictures(2)), features.as_tensor(pictures(2, 1))
+    a, b = as_tensor(pictures(2)), as_tensor(pictures(2, 1))
     got = perceptual.distances(a, b)
     for row in range(2):
         expected = 0.0
@@ -167,7 +169,7 @@ def test_the_layers_are_those_of_the_encoder(perceptual):
         block.register_forward_hook(lambda _, __, out: seen.append(out))
         for block in [*vae.encoder.down_blocks, vae.encoder.mid_block]
     ]
-    pixels = features.as_tensor(pictures(1))
+    pixels = as_tensor(pictures(1))
     with torch.no_grad():
         vae.encode(pixels)
     for hook in hooks:
@@ -176,7 +178,7 @@ def test_the_layers_are_those_of_the_encoder(perceptual):
 
 
 def test_perceptual_axioms(perceptual):
-    a, b = features.as_tensor(pictures(2)), features.as_tensor(pictures(2, 1))
+    a, b = as_tensor(pictures(2)), as_tensor(pictures(2, 1))
     layers = len(perceptual.layers(a))
     assert torch.equal(perceptual.distances(a, a), torch.zeros(2, dtype=torch.float64))
     assert torch.equal(perceptual.distances(a, b), perceptual.distances(b, a))

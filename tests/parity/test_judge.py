@@ -78,7 +78,7 @@ def test_clip_score():
     rng = np.random.default_rng(5)
     pictures = [_picture(rng) for _ in range(4)]
     texts = ["a red ball on the grass", "a blue cube", "two green rings", "a large striped cone in the snow"]
-    mine = clip_scores(net.features(pictures), net.texts(texts))
+    mine = clip_scores(net.features(pictures), net.text_features(texts))
 
     def model_and_processor():
         return _Model(net.model), _Processor(net)

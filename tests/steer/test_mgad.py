@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sfumato.cards import build, from_recipe, to_recipe
-from sfumato.clip import load_clip
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
+from sfumato.models.readers import load_clip
 from sfumato.rng import stream
 from sfumato.sampling import generate
 from sfumato.steer.mgad import MGAD

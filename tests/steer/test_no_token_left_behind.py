@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.metrics.geometry import spherical_distance
-from sfumato.models.features import clip_net
+from sfumato.models.readers import load_clip
 from sfumato.relevance.clip import ClipLens
 from sfumato.sampling import generate
 from sfumato.steer.no_token_left_behind import (
@@ -36,7 +36,7 @@ PROMPT = "a red cube and a blue ball"
 
 @pytest.fixture(scope="module")
 def lens():
-    return ClipLens(clip_net())
+    return ClipLens(load_clip())
 
 
 @pytest.fixture(scope="module")

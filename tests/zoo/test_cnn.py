@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, ResNetForImageClassification
 
-from sfumato.models.vision import is_vision, load_vision
+from sfumato.models.readers import is_reader, load_net
 from sfumato.toybox.cues import CUE_TEXTURES, CUES
 from sfumato.training import run
 from sfumato.training.draw import Draw
@@ -91,11 +91,11 @@ def test_the_export_is_plain_transformers_with_its_stages(exported):
 
 
 def test_the_loaded_net_normalises_and_keeps_its_layer_names(exported):
-    net = load_vision(exported)
+    net = load_net(exported)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     plain = ResNetForImageClassification.from_pretrained(exported, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(net(pixels).logits, plain(pixels).logits, rtol=1e-5, atol=1e-5)
     assert "resnet.encoder.stages.1" in dict(net.named_modules()) and not net.training
-    assert is_vision(exported) and not is_vision("toy-sd") and not is_vision("a red cube")
+    assert is_reader(exported) and not is_reader("toy-sd") and not is_reader("a red cube")
     assert AutoConfig.from_pretrained(exported).model_type == "resnet"

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPProcessor
 
-from sfumato.clip import codec_mark, load_clip, noised_input
 from sfumato.errors import BadInput, UnknownName
+from sfumato.models.readers import load_clip
+from sfumato.models.readers.noised import codec_mark, noised_input
 from sfumato.toybox import sample_scene
 from sfumato.training import data
 from sfumato.training.draw import Draw

@@ -134,7 +134,7 @@ def test_exports_are_half_the_size_and_read_back(kind: str, cls: type, tmp_path:
     assert all(torch.allclose(p, own[n], atol=2e-3) for n, p in again.modules[kind].named_parameters())
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if kind == "detr":
-        assert reader.size == (64, 64)
+        assert reader.preprocessing.size == (64, 64)
         found = ask(reader, images, [None, None], least=0.0)
         assert [len(each.answers) for each in found] == [5, 5] and found[0].map(0).shape == (64, 64)
         return

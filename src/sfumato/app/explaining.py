@@ -145,11 +145,11 @@ def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
     Raises:
         UnknownName, BadWeights, NotSupported: nothing of this name, or nothing that looks at pictures.
     """
-    from sfumato.models.vision import is_vision, load_vision
+    from sfumato.models.readers import is_reader, load_net
 
     if not isinstance(what, str | Path):
         return what
-    return load_vision(what) if is_vision(what) else load(what, dtype=dtype, device=device)
+    return load_net(what) if is_reader(what) else load(what, dtype=dtype, device=device)
 
 
 # --- into files ------------------------------------------------------------------------------------------------------

@@ -68,13 +68,13 @@ def teach(
     if work is None or type(system).CARD.verb != "teach":  # type: ignore[attr-defined]
         raise UnknownName("system that teaches", key, cards.methods("teach"))
     reader = load_reader(model) if isinstance(model, str | Path) else model
-    if reader.kind != "classifier" or reader.size is None:
+    if reader.kind != "classifier" or reader.preprocessing.size is None:
         raise NotSupported(f"{key} teaches classifiers of pictures; {reader.name} is none.")
     if str(data) == "toybox":
         examples, held = toybox_examples(per_class, seed), toybox_examples(per_class, seed, "val")
         validation = (reader.pixels(held.pictures), held.masks, held.labels)
     else:
-        examples, validation = read_examples(data, reader.size), None
+        examples, validation = read_examples(data, reader.preprocessing.size), None
     given = system.params.model_dump()
     pixels = reader.pixels(examples.pictures)
     found = work(

@@ -26,8 +26,10 @@ from sfumato.metrics.clip_score import clip_scores
 from sfumato.metrics.frechet import Moments, frechet
 from sfumato.metrics.kernel import kernel_distance
 from sfumato.metrics.stats import Interval
-from sfumato.models.features import DEFAULT_NET, as_tensor, clip_net, feature_net, square
+from sfumato.models.features import feature_net
 from sfumato.models.perceptual import DEFAULT_ENCODER, load_perceptual
+from sfumato.models.readers import PLAIN, load_clip
+from sfumato.models.readers.preprocessing import as_tensor, square
 from sfumato.toybox.oracle.asked import Answer, answer, asked
 from sfumato.toybox.oracle.toy_judge import SIDE, load_judge
 
@@ -42,8 +44,8 @@ class CompareOptions(cards.Params):
 
     SYSTEM = "compare"
 
-    net: str = Field(default=DEFAULT_NET, description="net of the distances to the reference")
-    clip: str = Field(default=DEFAULT_NET, description="CLIP of the scores, by name or folder")
+    net: str = Field(default=PLAIN, description="net of the distances to the reference")
+    clip: str = Field(default=PLAIN, description="CLIP of the scores, by name or folder")
     reader: str = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
     encoder: str = Field(default=DEFAULT_ENCODER, description="autoencoder of the perceptual distance")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of bootstrap and samples")
@@ -123,7 +125,7 @@ def compare_folders(
         raise BadInput(f"{str(first)!r} is compared with itself; name two folders.")
     matched = matching(one, two)
     left = len(one) + len(two) - 2 * len(matched)
-    reader, clip, eye = load_judge(told.reader), clip_net(told.clip), load_perceptual(told.encoder)
+    reader, clip, eye = load_judge(told.reader), load_clip(told.clip), load_perceptual(told.encoder)
     net = None if reference is None else feature_net(told.net)
     pairs, gallery, failed, no_text = Pairs(), _Gallery(told.shown), [], 0
     moments: list[Moments | None] = [None, None]
@@ -228,7 +230,7 @@ def _scores(clip: Any, pictures: list[Image.Image], texts: list[str | None]) -> 
     told = [i for i, text in enumerate(texts) if text]
     out: list[float | None] = [None] * len(texts)
     if told:
-        values = clip_scores(clip.features([pictures[i] for i in told]), clip.texts([texts[i] for i in told]))
+        values = clip_scores(clip.features([pictures[i] for i in told]), clip.text_features([texts[i] for i in told]))
         for i, value in zip(told, values, strict=True):
             out[i] = float(value)
     return out

@@ -21,7 +21,8 @@ from sfumato.metrics import stats
 from sfumato.metrics.frechet import frechet
 from sfumato.metrics.kernel import kernel_distance
 from sfumato.metrics.manifold import manifold
-from sfumato.models.features import DEFAULT_NET, clip_net, feature_net
+from sfumato.models.features import feature_net
+from sfumato.models.readers import PLAIN, load_clip
 from sfumato.scale import Workers, check
 from sfumato.toybox.oracle.presence import Wanted
 from sfumato.toybox.oracle.toy_judge import load_judge
@@ -47,8 +48,8 @@ class JudgeOptions(cards.Params):
     metrics: list[str] = Field(default=[], description=f"which of {', '.join(METRICS)}; empty: all that apply")
     attributes: list[str] = Field(default=[], description="attributes to compare; 'captions': the captions' own")
     oracle: bool = Field(default=False, description="let the toy-judge say which attributes a picture shows, not CLIP")
-    net: str = Field(default=DEFAULT_NET, description="net of the distances: a CLIP by name or folder, or inception")
-    clip: str = Field(default=DEFAULT_NET, description="CLIP of scores and attributes, by name or folder")
+    net: str = Field(default=PLAIN, description="net of the distances: a CLIP by name or folder, or inception")
+    clip: str = Field(default=PLAIN, description="CLIP of scores and attributes, by name or folder")
     reader: str = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
     captions: bool = Field(default=True, description="whether captions are read")
     cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for what needs pairs of them")
@@ -185,7 +186,7 @@ def _instruments(
     """What looks at the pictures to judge, or at those of the reference."""
     wishes = tuple(Wanted.parse(name) for name in attributes) if asked.oracle else ()
     # nets are loaded once per process: the same name is the same object
-    clip = clip_net(asked.clip, asked.dtype, asked.device) if wanted & {"clip_score", "attributes"} else None
+    clip = load_clip(asked.clip, asked.dtype, asked.device) if wanted & {"clip_score", "attributes"} else None
     net = feature_net(asked.net, asked.dtype, asked.device) if wanted & {"frechet", "kernel", "manifold"} else None
     if not reference:
         reader = load_judge(asked.reader) if "presence" in wanted or wishes else None

@@ -27,7 +27,9 @@ from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
 from sfumato.metrics.frechet import Moments
-from sfumato.models.features import ClipNet, FeatureNet, as_tensor, square
+from sfumato.models.features import FeatureNet
+from sfumato.models.readers import Clip
+from sfumato.models.readers.preprocessing import as_tensor, square
 from sfumato.toybox.oracle.asked import answer, asked
 from sfumato.toybox.oracle.presence import Wanted
 from sfumato.toybox.oracle.toy_judge import SIDE, ToyJudge
@@ -78,7 +80,7 @@ class Instruments:
 
     judge: ToyJudge | None = None
     net: FeatureNet | None = None
-    clip: ClipNet | None = None
+    clip: Clip | None = None
     attributes: tuple[str, ...] = ()
     wishes: tuple[Wanted, ...] = ()
     captions: bool = True
@@ -321,7 +323,7 @@ def _look(
     indices, kept, pictures = (list(column) for column in zip(*opened, strict=True))
     tally.seen += len(kept)
     sizes = {SIDE} if tools.judge else set()
-    sizes |= {net.side for net in (tools.net, tools.clip) if isinstance(net, ClipNet)}
+    sizes |= {net.side for net in (tools.net, tools.clip) if isinstance(net, Clip)}
     tally.resized += sum(any(picture.size != (side, side) for side in sizes) for picture in pictures)
     about = [folder.about(name) if tools.captions else {"text": None} for name in kept]
     texts = [each["text"] for each in about]
@@ -354,7 +356,7 @@ def _score(tools: Instruments, tally: Tally, features: np.ndarray, texts: list[s
     told = [i for i, text in enumerate(texts) if text is not None]
     if not told or tools.clip is None:
         return
-    scores = clip_scores(features[told], tools.clip.texts([texts[i] for i in told]))  # type: ignore[misc]
+    scores = clip_scores(features[told], tools.clip.text_features([texts[i] for i in told]))  # type: ignore[misc]
     tally.scores = (tally.scores or Moments(1)).add(scores[:, None])
     for i, score in zip(told, scores, strict=True):
         rows[i]["clip_score"] = round(float(score), 4)

@@ -21,7 +21,7 @@ from sfumato.explain.attention_relevance import Relevances, relevance
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps, paint_regions
 from sfumato.models import Model
 from sfumato.models.readers import Reader, load_reader
-from sfumato.models.regions import fill_regions, region_features
+from sfumato.models.readers.regions import fill_regions, region_features
 from sfumato.sampling.loop import opened
 from sfumato.sampling.request import as_pixels, checked, checked_size
 from sfumato.text.words import Words, asked_for
@@ -203,7 +203,9 @@ def _answer(
     cells = reader.cells
     if regions is None:
         regions = find_regions(images, reader.regions or REGIONS, detector)
-    features = region_features((images + 1) / 2 if reader.mean[0] == 0 else images, regions, cells).to(reader.dtype)
+    features = region_features((images + 1) / 2 if reader.preprocessing.mean[0] == 0 else images, regions, cells).to(
+        reader.dtype
+    )
     tokens = reader.tokens([text.replace("colour", "color").replace("?", " ?") for text in questions])
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     joint = hasattr(reader.config, "visual_embedding_dim")

@@ -29,7 +29,7 @@ from sfumato.metrics.frechet import finite
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sfumato.models.features import ClipNet
+    from sfumato.models.readers import Clip
 
 FLOOR = 1e-10  # added to the probability of every cell, as in the authors' code
 SCALE = 1000.0  # figures are 1000 x KL in nats: what the authors' mean over 10,000 cells, times 1e7, comes to
@@ -52,14 +52,14 @@ def hcs(images: np.ndarray, attributes: np.ndarray, image_centre: np.ndarray, te
     return 100 * unit(finite(images) - image_centre) @ unit(finite(attributes) - text_centre).T
 
 
-def attribute_embeddings(clip: ClipNet, attributes: Sequence[str], template: str, reference: bool = False) -> Any:
+def attribute_embeddings(clip: Clip, attributes: Sequence[str], template: str, reference: bool = False) -> Any:
     """Text embeddings (m, d) of the attributes in the template, and their centre C_A (d,).
 
     The authors' code puts attributes into "a photo of" but centres on the bare words, which leaves the direction of
     the template in every attribute alike; here both wear it. ``reference=True`` follows the code.
     """
-    written = clip.texts([template.format(attribute) for attribute in attributes])
-    centred = clip.texts(list(attributes)) if reference else written
+    written = clip.text_features([template.format(attribute) for attribute in attributes])
+    centred = clip.text_features(list(attributes)) if reference else written
     return written, centred.mean(0)
 
 
@@ -378,7 +378,7 @@ class SadPad:
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
 
-    def scores(self, clip: ClipNet, attributes: Sequence[str], real: np.ndarray, fake: np.ndarray) -> Any:
+    def scores(self, clip: Clip, attributes: Sequence[str], real: np.ndarray, fake: np.ndarray) -> Any:
         """HCS (n, m) and (n', m) of two sets of picture embeddings (n, d), (n', d); both centred on the real one."""
         written, text_centre = attribute_embeddings(clip, attributes, self.params.template, self.params.reference)
         centre = finite(real).mean(0)

@@ -36,10 +36,23 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 class FeatureNet(Protocol):
     """What the distances need of a net."""
 
-    name: str
-    hash: str
-    rule: str  # how pictures are resized, in words
-    distance: str  # what the Frechet distance on these features is called
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the weights."""
+        ...
+
+    @property
+    def rule(self) -> str:
+        """How pictures are resized, in words."""
+        ...
+
+    @property
+    def distance(self) -> str:
+        """What the Frechet distance on these features is called."""
+        ...
 
     def features(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Pictures (RGB) as features (b, d) in float32."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,11 @@ from torch import Tensor
 from sfumato.attention.sites import Site, find_sites
 from sfumato.errors import BadInput
 from sfumato.models.families import TextStream
+from sfumato.models.readers import Clip
 from sfumato.relevance.gradients import map_gradients, recorded, self_relevance
 from sfumato.text.words import Reading, Words
 
 __all__ = ["ClipLens", "Looked"]
-
-
-class Clip(Protocol):
-    """What a lens needs of a CLIP: :class:`sfumato.models.features.ClipNet` has it."""
-
-    model: Any
-    tokenizer: Any
-    side: int
-    mean: Tensor
-    std: Tensor
 
 
 @dataclass(eq=False)
@@ -72,7 +63,7 @@ class ClipLens:
 
     def __init__(self, clip: Clip):
         self.clip, self.model, self.tokenizer = clip, clip.model, clip.tokenizer
-        self.length = int(self.model.config.text_config.max_position_embeddings)
+        self.length = clip.length
         patches = clip.side // int(self.model.config.vision_config.patch_size)
         self.grid = (patches, patches)
         self._text_sites, self._image_sites = self._find_sites()
@@ -94,10 +85,7 @@ class ClipLens:
         if images.shape[-1] != images.shape[-2]:
             raise BadInput(f"pictures are {images.shape[-1]}x{images.shape[-2]}; a CLIP sees squares: cut them out.")
         images = images.to(self.model.device, self.model.dtype)
-        if images.shape[-1] != self.clip.side:
-            images = F.interpolate(images, size=(self.clip.side,) * 2, mode="bicubic", antialias=True)
-        mean, std = (each.to(images) for each in (self.clip.mean, self.clip.std))
-        return (images / 2 + 0.5 - mean) / std
+        return self.clip.preprocessing.tensor(images)
 
     def look(
         self,

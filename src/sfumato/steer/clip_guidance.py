@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from sfumato.cards import Card, Field, register
-from sfumato.clip import Clip, clip_for, log_probability
 from sfumato.errors import BadInput
+from sfumato.models.readers import Clip, clip_for
 from sfumato.sampling import Run, Step
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
+from sfumato.sampling.objectives import log_probability
 
 __all__ = ["ClipGuidance"]
 

@@ -24,12 +24,13 @@ from torch.nn.functional import normalize
 
 from sfumato import masks, rng, sheets
 from sfumato.cards import Card, Field, register
-from sfumato.clip import Clip, Cutouts, clip_for, out_of_range, shares, total_variation, weighted
 from sfumato.errors import NoMatch
 from sfumato.metrics.geometry import spherical_distance
 from sfumato.models import Condition
+from sfumato.models.readers import Clip, clip_for
 from sfumato.sampling import Run, Step
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
+from sfumato.sampling.objectives import Cutouts, out_of_range, shares, total_variation, weighted
 
 __all__ = ["MGAD"]
 

@@ -35,7 +35,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch
 from sfumato.metrics.geometry import spherical_distance
 from sfumato.models import Model
-from sfumato.models.features import DEFAULT_NET, clip_net
+from sfumato.models.readers import PLAIN, load_clip
 from sfumato.models.slot import frozen, in_place
 from sfumato.relevance.clip import ClipLens
 from sfumato.sampling import Intervention, Run, Step
@@ -240,10 +240,10 @@ def cut_outs(
     return seen, None if covers is None else moved(covers).round()
 
 
-def diagnose(images: Tensor, texts: Sequence[str], words: Sequence[str] = (), clip: str = DEFAULT_NET) -> list[dict]:
+def diagnose(images: Tensor, texts: Sequence[str], words: Sequence[str] = (), clip: str = PLAIN) -> list[dict]:
     """Per picture (b 3 H W) with its text, how much CLIP's score rests on each of ``words`` (none: the nouns): the most
     relevant word of the text has 1. Low ones are neglected; compare with pictures that do show everything."""
-    lens = ClipLens(clip_net(clip))
+    lens = ClipLens(load_clip(clip))
     readings = [lens.read(text) for text in texts]
     spans = subjects(readings, words)
     with torch.no_grad():
@@ -333,7 +333,7 @@ class NoTokenLeftBehind(Intervention):
             default="denoiser",
             description="take gradients through the denoiser, or cheaper of the foreseen picture alone",
         )
-        clip: str = Field(default=DEFAULT_NET, description="a built-in CLIP or the folder of a CLIPModel")
+        clip: str = Field(default=PLAIN, description="a built-in CLIP or the folder of a CLIPModel")
         window: Window = Field(
             default=(0.0, 1.0), description="share of the denoising to act in", json_schema_extra={"unit": "progress"}
         )
@@ -362,7 +362,7 @@ class NoTokenLeftBehind(Intervention):
         p = self.params
         if run.samples.start == 0:
             self.guided = []
-        lens = ClipLens(clip_net(p.clip, device=str(run.model.device)))
+        lens = ClipLens(load_clip(p.clip, device=str(run.model.device)))
         readings = [lens.read(prompt) for prompt in run.prompts]
         spans = subjects(readings, p.words) if p.words or not p.phrases else [[] for _ in readings]
         layers = masks.regions(self._read, p.box, run.size)
@@ -480,7 +480,7 @@ def optimise(
     limit: float = 3.0,
     seed: int = 0,
     size: tuple[int, int] | None = None,
-    clip: str = DEFAULT_NET,
+    clip: str = PLAIN,
     on_step: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Optimised:
@@ -499,7 +499,7 @@ def optimise(
     Raises NoMatch for words, BadInput for unequal numbers.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    lens = ClipLens(clip_net(clip, device=str(model.device)))
+    lens = ClipLens(load_clip(clip, device=str(model.device)))
     found = subjects([lens.read(text) for text in texts], words)
     placed = list(regions) or [()] * len(texts)
     if len(placed) != len(texts) or (image is not None and len(image) != len(texts)):
@@ -566,7 +566,7 @@ class LearnedPrompt:
 
     def logits(self, images: Tensor) -> Tensor:
         """(b classes) of pictures (b 3 H W) in [-1, 1]."""
-        lens = ClipLens(clip_net(self.clip))
+        lens = ClipLens(load_clip(self.clip))
         with torch.no_grad():
             return (
                 _scale(lens)
@@ -606,7 +606,7 @@ def learn_prompt(
     batch: int = 32,
     flip: bool = True,
     seed: int = 0,
-    clip: str = DEFAULT_NET,
+    clip: str = PLAIN,
     on_epoch: Callable[[int, int], None] | None = None,
 ) -> LearnedPrompt:
     """Learn the prompt around class names from a few labelled pictures (CoOp, Zhou et al. 2022), so that CLIP decides
@@ -631,7 +631,7 @@ def learn_prompt(
         raise BadInput(
             f"learn_prompt: labels run from {min(labels)} to {max(labels)}; the {len(classes)} classes from 0."
         )
-    lens = ClipLens(clip_net(clip))
+    lens = ClipLens(load_clip(clip))
     slots = _Slots(lens, classes, context)
     generator = torch.Generator().manual_seed(seed)
     width = int(lens.model.config.text_config.hidden_size)

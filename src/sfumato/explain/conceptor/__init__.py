@@ -37,7 +37,7 @@ from sfumato.explain.conceptor.pseudo_word import PseudoWord, read_mixture
 from sfumato.explain.conceptor.single_image import explain_seed
 from sfumato.explain.conceptor.vocabulary import Dictionary, dictionary
 from sfumato.models import Model
-from sfumato.models.features import DEFAULT_NET
+from sfumato.models.readers import PLAIN
 
 __all__ = ["Balance", "Conceptor", "Decomposition", "Dictionary", "balance", "decompose", "dictionary", "explain_seed"]
 
@@ -104,7 +104,7 @@ class Conceptor(PseudoWord):
         learning_rate: float = Field(default=1e-3, gt=0, le=10, description="explain: learning rate of AdamW")
         batch: int = Field(default=6, ge=1, description="explain: pictures per step")
         flip: bool = Field(default=True, description="explain: mirror pictures at random")
-        clip: str = Field(default=DEFAULT_NET, description="explain: the CLIP that checks; built in, or a folder")
+        clip: str = Field(default=PLAIN, description="explain: the CLIP that checks; built in, or a folder")
 
         @field_validator("mixture", mode="before")
         @classmethod

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from sfumato.errors import NoMatch
 from sfumato.explain.conceptor.vocabulary import PIECE, Dictionary
-from sfumato.models.features import ClipNet
+from sfumato.models.readers import Clip
 from sfumato.sampling.request import as_pictures
 
 
 def candidates_of(
     known: Dictionary,
     excluded: Set[str],
-    net: ClipNet | None,
+    net: Clip | None,
     pixels: Tensor,
     template: str,
     concept: str,
@@ -30,10 +30,10 @@ def candidates_of(
     if not keep:
         raise NoMatch(f"the dictionary holds nothing but the concept's own words: {', '.join(sorted(excluded))}.")
     if net is not None and (similar < 1 or len(keep) > limit):
-        texts = torch.from_numpy(net.texts([template.format(known.names[i].removesuffix(PIECE)) for i in keep]))
+        texts = torch.from_numpy(net.text_features([template.format(known.names[i].removesuffix(PIECE)) for i in keep]))
         texts = F.normalize(texts, dim=1)
         if similar < 1 and concept:
-            target = F.normalize(torch.from_numpy(net.texts([template.format(concept)])), dim=1)[0]
+            target = F.normalize(torch.from_numpy(net.text_features([template.format(concept)])), dim=1)[0]
             near = texts @ target > similar
             keep, texts = [i for i, no in zip(keep, near.tolist(), strict=True) if not no], texts[~near]
             if not keep:

@@ -18,7 +18,8 @@ from sfumato.explain.conceptor.decomposition import Decomposition, effective_num
 from sfumato.explain.conceptor.pseudo_word import PseudoWord, draw
 from sfumato.explain.conceptor.vocabulary import Dictionary, placeholder, usual_norms
 from sfumato.models import Model
-from sfumato.models.features import DEFAULT_NET, ClipNet, as_tensor, clip_net
+from sfumato.models.readers import PLAIN, Clip, load_clip
+from sfumato.models.readers.preprocessing import as_tensor
 from sfumato.models.slot import frozen, pseudo_word
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling import generate
@@ -70,7 +71,7 @@ def decompose(
     learning_rate: float = 1e-3,
     batch: int = 6,
     flip: bool = True,
-    clip: str = DEFAULT_NET,
+    clip: str = PLAIN,
     seed: int = 1024,
     on_step: Callable[[int, int], None] | None = None,
     **drawing: Any,
@@ -103,7 +104,7 @@ def decompose(
     else:
         examples = _given_examples(model, pictures, images, checked, seeds, seed, drawing)
     needs_clip = len(examples.check) or similar < 1 or len(known.names) > candidates
-    net = clip_net(clip) if needs_clip else None
+    net = load_clip(clip) if needs_clip else None
     known = candidates_of(known, set(exclude), net, examples.pixels, template, concept, similar, candidates)
 
     def picture(alphas: Tensor, seeds: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -249,7 +250,7 @@ class _NoisedExamples:
 class _Check:
     """CLIP similarity of drawn pictures to the concept's, by iteration, and the coefficients where it was best."""
 
-    def __init__(self, net: ClipNet, examples: _Examples):
+    def __init__(self, net: Clip, examples: _Examples):
         self.net, self.paired = net, examples.paired
         self.target = self._features(examples.check)
         self.similarities: list[tuple[int, float]] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.explain.conceptor.decomposition import Decomposition
 from sfumato.explain.conceptor.vocabulary import PIECE
 from sfumato.models import Model
-from sfumato.models.features import DEFAULT_NET, clip_net
+from sfumato.models.readers import PLAIN, load_clip
 from sfumato.sampling.request import as_pictures
 
 
@@ -24,18 +24,19 @@ def explain_seed(
     keep: int | None = None,
     enough: float = 0.93,
     alike: float = 0.95,
-    clip: str = DEFAULT_NET,
+    clip: str = PLAIN,
     **drawing: Any,
 ) -> Decomposition:
     """What one picture needs of a decomposition: words are taken out from the least on, each with words whose text is
     more than ``alike`` it for CLIP, and stay out where the picture of ``seed`` stays at least ``enough`` similar for
     CLIP to what the whole decomposition draws; passes are repeated until none takes a word out."""
-    net = clip_net(clip)
+    net = load_clip(clip)
     top = found.alphas.argsort(descending=True, stable=True)[: found.keep if keep is None else keep].tolist()
     alphas = torch.zeros_like(found.alphas)
     alphas[top] = found.alphas[top]
     texts = F.normalize(
-        torch.from_numpy(net.texts([found.template.format(found.names[i].removesuffix(PIECE)) for i in top])), dim=1
+        torch.from_numpy(net.text_features([found.template.format(found.names[i].removesuffix(PIECE)) for i in top])),
+        dim=1,
     )
     near = texts @ texts.T > alike
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessorPil
 
-from sfumato.models.regions import box_overlap
+from sfumato.models.readers.regions import box_overlap
 from sfumato.toybox import SHAPES, ToyboxDataset
 from sfumato.training import data
 from sfumato.training.draw import Draw

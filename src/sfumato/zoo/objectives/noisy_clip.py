@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from sfumato.clip.noised import PLANES, alpha_sigma, codec_mark, noised_input
+from sfumato.models.readers.noised import PLANES, alpha_sigma, codec_mark, noised_input
 from sfumato.toybox import caption as describe
 from sfumato.training import data
 from sfumato.training.draw import Draw

@@ -1,8 +1,8 @@
 """toy-vqa: a small ``transformers.LxmertForQuestionAnswering`` (Tan & Bansal 2019) that answers toybox questions.
 
 It sees what LXMERT sees: a question, and a few regions of the picture with their boxes. A region's feature is its own
-pixels (:func:`sfumato.models.regions.region_features`), so that nothing but the picture tells the answer. The regions
-are the toys' boxes, somewhat displaced, and boxes of the background, in random order.
+pixels (:func:`sfumato.models.readers.regions.region_features`), so that nothing but the picture tells the answer. The
+regions are the toys' boxes, somewhat displaced, and boxes of the background, in random order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import BertTokenizer, LxmertConfig, LxmertForQuestionAnswering
 
-from sfumato.models.regions import box_overlap, region_features
+from sfumato.models.readers.regions import box_overlap, region_features
 from sfumato.toybox import ANSWERS, QUESTION_KINDS, Scene, ToyboxDataset, sample_question
 from sfumato.toybox.questions import QUESTION_WORDS
 from sfumato.training import data

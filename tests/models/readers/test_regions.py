@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sfumato.errors import BadInput
-from sfumato.models.regions import box_overlap, fill_regions, region_features
+from sfumato.models.readers.regions import box_overlap, fill_regions, region_features
 
 
 def test_features_are_the_pixels_inside():

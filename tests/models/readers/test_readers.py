@@ -31,7 +31,7 @@ def test_what_answers_nothing_is_refused():
 def test_built_in_and_folders():
     assert is_reader("toy-clip") and not is_reader("toy-sd") and not is_reader("toy-judge") and not is_reader("nothing")
     reader = load_reader("toy-clip")
-    assert reader.kind == "matcher" and reader.size == (64, 64) and reader.dtype == torch.float32
+    assert reader.kind == "matcher" and reader.preprocessing.size == (64, 64) and reader.dtype == torch.float32
     assert not reader.module.training and not any(p.requires_grad for p in reader.module.parameters())
     assert len(reader.weight_hash) == 64
     pixels = reader.pixels(torch.full((1, 3, 32, 48), 0.5))
