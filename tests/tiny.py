@@ -20,6 +20,7 @@ inpaint         Stable Diffusion's inpainting pipeline: as sd, mask and masked l
 pixart_alpha    PixArt-Alpha with resolution and aspect-ratio conditions
 amused          aMUSEd: masked tokens of a VQ-GAN, U-ViT; cross attention at 16x16 around blocks at 16x16 (not in KINDS:
                 its state is token ids)
+animatediff     clips: as sd with DDIM, and a motion module behind every layer; 4 frames unless told
 ==============  =====================================================================================================
 """
 
@@ -33,6 +34,7 @@ import torch
 from diffusers import (
     AmusedPipeline,
     AmusedScheduler,
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
@@ -41,6 +43,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    MotionAdapter,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -82,6 +85,8 @@ def tiny_pipeline(kind: str, seed: int = 0, fresh: bool = False) -> DiffusionPip
 def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
     """The same as a `sfumato.models.Model`."""
     card = {"sampling": {"size": [32, 32]}}
+    if kind == "animatediff":
+        card["sampling"]["frames"] = 4
     if kind == "sd3clip":
         card["sampling"]["max_sequence_length"] = 0
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
@@ -216,6 +221,26 @@ def _stable_diffusion(version: int, inpaint: bool = False) -> StableDiffusionPip
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def _animatediff() -> AnimateDiffPipeline:
+    pictures = _stable_diffusion(1)
+    motion = MotionAdapter(
+        block_out_channels=(16, 32, 32),
+        motion_layers_per_block=1,
+        motion_mid_block_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        motion_max_seq_length=8,
+    )
+    return AnimateDiffPipeline(
+        vae=pictures.vae,
+        text_encoder=pictures.text_encoder,
+        tokenizer=pictures.tokenizer,
+        unet=pictures.unet,
+        motion_adapter=motion,
+        scheduler=DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False),
     )
 
 
@@ -388,4 +413,5 @@ _BUILDERS = {
     "amused": lambda: _amused(),
     "amused_down": lambda: _amused(downsample=True),
     "inpaint": lambda: _stable_diffusion(1, inpaint=True),
+    "animatediff": _animatediff,
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from sfumato.attention import Tap
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.daam import DAAM, explain_image, explain_images
+from sfumato.explain.heatmaps import HeatMaps
 from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, Path, generate
 from sfumato.text.words import Words
@@ -398,3 +401,80 @@ def test_half_precision_keeps_bits_and_maps():
     generate(tiny_model("sd"), PROMPTS[0], interventions=full, **options)
     ours, theirs = daam.maps[0].map("cube"), full.maps[0].map("cube")
     assert ours.dtype == torch.float32 and (ours - theirs).abs().max() < 0.05 * theirs.max()
+
+
+# -- clips ------------------------------------------------------------------------------------------------------------
+
+
+def test_maps_of_a_clip_are_those_of_its_frames_by_hand():
+    """Frames are folded into the batch inside AnimateDiff: rows (b f), samples first."""
+    model, frames, size = tiny_model("animatediff"), 3, (48, 32)
+    options = dict(steps=2, seed=3, size=size, frames=frames, guidance=3.0, decode=False)
+    plain = generate(model, PROMPTS, **options)
+    daam = DAAM(coarsest=100)
+    assert torch.equal(generate(model, PROMPTS, interventions=daam, **options).latents, plain.latents)
+
+    witness, sites = Witness(), model.sites(size[1], size[0], frames=frames)
+    with quiet(), witness:
+        generate(model, PROMPTS, **options)
+    probs = witness.probs[-2 * len(sites) :]
+    words = Words(model)
+    for sample, prompt in enumerate(PROMPTS):
+        maps = daam.maps[sample]
+        (positions,) = {tuple(p) for p in words.one(prompt, "red cube").tokens.values()}
+        assert maps.frames == frames and maps.map("red cube").shape == (frames, 32, 48)
+        expected = []
+        for frame in range(frames):
+            row = (2 + sample) * frames + frame
+            per_layer = {}
+            for site, each in zip(sites * 2, probs, strict=True):
+                if site.kind == "cross":
+                    columns = each[row].mean(0)[:, list(positions)].T.unflatten(-1, site.grid)
+                    per_layer.setdefault(site.path, []).append(columns)
+            layers = [torch.stack(calls).mean(0).float()[None] for calls in per_layer.values()]
+            layers = [F.interpolate(one, size=maps.resolution, mode="bicubic")[0].clamp(min=0) for one in layers]
+            expected.append(torch.stack(layers).mean((0, 1)))
+        found = maps.map("red cube", size=maps.resolution)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-7)
+        assert (found[0] - found[1]).abs().max() > 1e-6  # frames are told apart
+
+
+def test_tokens_of_every_frame_sum_to_one():
+    model = tiny_model("animatediff")
+    daam = DAAM(padding=True, layers=["up.2"])
+    generate(model, PROMPTS[0], steps=1, frames=2, interventions=daam, decode=False)
+    maps = daam.maps[0]
+    assert len(maps.positions) == 77
+    for layer in maps.layers:
+        assert layer.maps.shape == (1, 1, 77, 2, *layer.site.grid)
+        torch.testing.assert_close(layer.maps.sum(2), torch.ones(1, 1, 2, *layer.site.grid), rtol=1e-5, atol=1e-5)
+
+
+def test_a_clip_does_not_depend_on_its_neighbours_and_leaves_no_trace():
+    model = tiny_model("animatediff")
+    before = fingerprint(model)
+    options = dict(steps=2, guidance=3.0, frames=3, decode=False)
+    together, alone = DAAM(), DAAM()
+    generate(model, PROMPTS, seed=5, interventions=together, **options)
+    generate(model, PROMPTS[1], seed=6, interventions=alone, **options)
+    expected = alone.maps[0].map("red cube")
+    torch.testing.assert_close(together.maps[1].map("red cube"), expected, rtol=1e-4, atol=1e-7)
+    assert fingerprint(model) == before
+
+
+def test_heat_of_a_clip_is_drawn_frame_by_frame_and_kept(tmp_path):
+    model = tiny_model("animatediff")
+    daam = DAAM(words=["cube", "red"])
+    result = generate(model, PROMPTS[0], steps=1, frames=3, interventions=daam)
+    maps, clip = daam.maps[0], result.clips[0]
+    picture = daam.pictures(result, 0)["heat"]
+    assert picture.width > 3 * 256 and picture.height > 3 * 256  # frames in columns, clip and words in rows
+    painted = maps.overlays(clip, "cube")
+    assert painted.shape == (3, 256, 256, 3) and painted.dtype == np.uint8
+    assert np.array_equal(np.asarray(maps.overlay(Image.fromarray(clip[2]), "cube", frame=2)), painted[2])
+    assert maps.mask("cube").shape == (3, 32, 32) and maps.iou("cube", maps.mask("cube")) == 1
+    assert float(maps.normalized("minmax").map("cube").max()) == 1  # over all frames together
+    again = HeatMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    assert torch.equal(again.map("cube"), maps.map("cube")) and again.frames == 3
+    with pytest.raises(BadInput, match="the clip has 2 frames; the maps are of 3"):
+        maps.grid(clip[:2])

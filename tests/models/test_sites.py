@@ -72,13 +72,50 @@ def check_against_calls(model: Model, x: torch.Tensor, sites: list[Site]) -> Non
     assert len(calls.seen) == len(sites)
     for site, (q, k) in zip(sites, calls.seen, strict=True):
         n, t = site.grid[0] * site.grid[1], model.text_length
+        n = site.frames if site.kind == "temporal" else n
         assert site.image[1] - site.image[0] == n
-        assert q.shape[1] == site.heads
-        assert (q.shape[2], k.shape[2]) == {"self": (n, n), "cross": (n, t), "joint": (n + t, n + t)}[site.kind]
-        assert site.text is None if site.kind == "self" else site.text[1] - site.text[0] == t
+        assert q.shape[:2] == (site.fold, site.heads)
+        lengths = {"self": (n, n), "cross": (n, t), "joint": (n + t, n + t), "temporal": (n, n)}
+        assert (q.shape[2], k.shape[2]) == lengths[site.kind]
+        assert site.text is None if site.kind in ("self", "temporal") else site.text[1] - site.text[0] == t
         if site.kind == "joint":  # the two ranges tile the sequence
             first, second = sorted([site.image, site.text])
             assert (first[0], first[1], second[1]) == (0, second[0], n + t)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sites_of_a_clip_fold_frames_or_cells(size: tuple[int, int]) -> None:
+    model = tiny_model("animatediff")
+    x = torch.randn(1, *model.latent_shape(*size, 3), generator=torch.Generator().manual_seed(0))
+    sites = model.sites(*size, frames=3)
+    check_against_calls(model, x, sites)
+    assert {(site.kind, site.fold) for site in sites if site.grid == (size[0] // 2, size[1] // 2)} == {
+        ("self", 3), ("cross", 3), ("temporal", size[0] // 2 * (size[1] // 2))
+    }  # fmt: skip
+
+
+def test_rows_of_a_clip_are_samples_then_frames_or_cells() -> None:
+    """Move one latent of one frame of the second clip: in the first picture layer only its row moves, in the first
+    temporal layer rows of its sample move, most of all that of its cell at its frame."""
+    model, size, frames = tiny_model("animatediff"), (32, 48), 3
+    condition = model.encode_text(["a red cube", "a dog"], guidance=False)
+    x = torch.randn(2, *model.latent_shape(*size, frames), generator=torch.Generator().manual_seed(0))
+    moved = x.clone()
+    moved[1, :, 2, 5, 9] += 3
+    sites = model.sites(*size, frames=frames)
+    first = next(site for site in sites if site.kind == "self")
+    temporal = next(site for site in sites if site.kind == "temporal")
+    change = {
+        site.kind: (queries(model, moved, condition, site) - queries(model, x, condition, site)).abs().sum((1, 3))
+        for site in (first, temporal)
+    }  # (rows, queries)
+    assert change["self"].sum(1).nonzero().flatten().tolist() == [1 * frames + 2]
+    cells = temporal.grid[0] * temporal.grid[1]
+    rows = change["temporal"].sum(1)
+    assert rows[:cells].sum() == 0 and rows[cells:].sum() > 0
+    row, frame = divmod(int(change["temporal"].argmax()), frames)
+    hottest = divmod(row - cells, temporal.grid[1])
+    assert max(abs(hottest[0] - 5), abs(hottest[1] - 9)) <= 1 and frame == 2
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd35", "sd3clip", "flux", "schnell"])
@@ -155,6 +192,7 @@ def test_names_and_kinds() -> None:
     assert blocks("sd3") == ["joint.0:joint", "joint.1:joint"]
     assert blocks("sd35") == ["joint.0:joint", "joint.0:self", "joint.1:joint"]
     assert blocks("flux") == ["joint.0:joint", "single.0:joint", "single.1:joint"]
+    assert blocks("animatediff")[:4] == ["down.0:self", "down.0:cross", "down.0:temporal", "down.0:temporal"]
     assert blocks("pixart") == ["block.0:self", "block.0:cross", "block.1:self", "block.1:cross"]
 
 
@@ -163,6 +201,11 @@ def test_sites_of_a_size_the_model_cannot_make() -> None:
         tiny_model("sd").sites(32, 33)
     with pytest.raises(BadInput, match="height=-8"):
         tiny_model("sd").sites(-8, 32)
+    with pytest.raises(BadInput, match="frames=2, but tiny-sd makes pictures, not clips"):
+        tiny_model("sd").sites(frames=2)
+    for frames in (0, 9, True):
+        with pytest.raises(BadInput, match=f"frames={frames} does not fit tiny-animatediff: give 1 to 8"):
+            tiny_model("animatediff").latent_shape(32, 32, frames)
 
 
 def test_other_text_length() -> None:

@@ -376,3 +376,53 @@ def test_attention_that_another_system_holds_is_a_conflict_that_names_it():
     held = PromptToPrompt(source="a red cube", cross_replace=[1.0])
     with pytest.raises(Conflict, match="prompt_to_prompt replaces that attention"):
         generate(model, "a red ball", steps=2, interventions=[AttendExcite(words=["ball"]), held], decode=False)
+
+
+# -- clips ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_step_of_a_clip_is_the_gradient_by_hand():
+    """A word's loss is the mean over the frames of how far each is from attending to it; the worst word counts."""
+    model, frames = tiny_model("animatediff", fresh=True), 3
+    model.to(dtype=torch.float64)
+    options = dict(steps=1, seed=3, frames=frames, guidance=3.0, decode=False)
+    nurse, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
+    generate(model, PROMPTS, interventions=[nurse, watch], **options)
+    scheduler = model.make_scheduler(None)
+    t = model.timesteps(scheduler, 1, 32, 32)[0]
+    condition = model.encode_text(PROMPTS, guidance=False)
+    for row, wanted in enumerate([["cube", "green ball"], ["dog", "cone"]]):
+        x = watch.noise[row : row + 1].detach().requires_grad_(True)
+        probs = Probabilities()
+        with quiet(), probs:
+            model.predict(x, t, condition.rows([row]))
+        sites = model.sites(32, 32, frames=frames)
+        by_word = []
+        for word in wanted:
+            by_frame = [loss_by_hand(model, sites, probs.found, f, PROMPTS[row], [word], True) for f in range(frames)]
+            by_word.append(sum(by_frame) / frames)
+        loss = max(by_word)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert nurse.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
+        assert nurse.attended[row].before.shape == (2, frames, 8, 8)
+        shift = watch.seen[0][row] - watch.noise[row]
+        torch.testing.assert_close(shift, -30.0 * gradient[0], rtol=1e-4, atol=1e-9)
+        assert (shift.abs().amax((0, 2, 3)) > 1e-7).all()  # every frame is moved
+
+
+def test_clips_are_independent_and_strength_0_changes_nothing():
+    model = tiny_model("animatediff")
+    before = fingerprint(model)
+    options = dict(steps=2, guidance=3.0, frames=2, decode=False)
+    plain = generate(model, PROMPTS, seed=4, **options).latents
+    idle = generate(model, PROMPTS, seed=4, interventions=AttendExcite(words=WORDS, strength=0), **options).latents
+    assert torch.equal(plain, idle)
+    given = {"words": ["red"], "thresholds": [], "step": "relative", "strength": 0.1}
+    together = generate(model, PROMPTS, seed=4, interventions=AttendExcite(**given), **options).latents
+    alone = generate(model, PROMPTS[1], seed=5, interventions=AttendExcite(**given), **options).latents
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+    assert (together - plain).flatten(1).abs().amax(1).min() > 1e-3
+    nurse = AttendExcite(words=["cube", "ball"], thresholds=[])
+    result = generate(model, PROMPTS[0], steps=2, frames=2, interventions=nurse)
+    assert nurse.pictures(result, 0)["attended"].height > 2 * 192
+    assert fingerprint(model) == before

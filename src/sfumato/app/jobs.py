@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, files
+from sfumato import cards, clips, files
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.windows import Window
@@ -60,6 +60,14 @@ class JobOptions(Params):
     rescale: float | None = Field(default=None, ge=0, le=1, description="guidance rescale, 0 off")
     size: tuple[int, int] | None = Field(
         default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
+    )
+    frames: int | None = Field(default=None, ge=1, le=4096, description="how many frames a clip has; models of clips")
+    fps: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="speed at which a clip is shown",
+        json_schema_extra={"unit": "frame per second"},
     )
     seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")
     scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
@@ -163,7 +171,8 @@ def make(
             and depends on its own seed only.
 
     Returns:
-        A result with ``images`` (PIL), ``latents`` (b c h w), ``seeds``, ``recipes`` and ``coverage`` of each system.
+        A result with ``images`` (PIL; of clips their first frames), ``clips`` (bytes f h w 3), ``latents`` (b c h w),
+        ``seeds``, ``recipes`` and ``coverage`` of each system.
 
     Raises:
         BadInput: an option is out of its range. UnknownName: model, system, option or parameter. NoMatch: a system
@@ -291,19 +300,25 @@ class RecipeDiffers(UserWarning):
 def carry_out(
     order: Order, out: Path, on_step: Callable[[int, int, float], None] | None = None
 ) -> Iterator[list[Path]]:
-    """Make the pictures of ``order`` one by one in folder ``out``, yielding the files of each as soon as it is whole.
+    """Make the pictures or clips of ``order`` one by one, yielding the files of each as soon as it is whole.
 
+    ``out``: a folder, or the name of a file, which then also names the format; several go beside each other, numbered.
     One by one, so that each file is the same however many are made with it, and an interruption keeps what is finished.
     ``on_step`` hears (picture, of so many, share of it done).
 
     Raises:
-        BadInput: ``out`` is a file. OSError: it cannot be written. Everything that :func:`make` raises.
+        BadInput: ``out`` is a file of another format, or a file where a folder is meant. OSError: it cannot be written.
+        Everything that :func:`make` raises.
     """
     pictures = order.pictures()
     build_all(order.with_)  # misspelt systems are told before the model is loaded
     image = None if order.image is None else files.read_picture(order.image)
-    with files.output_folder(out):
+    named = out.suffix.lower() in (".png", *clips.FORMATS) and not out.is_dir()
+    with files.output_folder(out.parent if named else out) as folder:
         model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        if named and (out.suffix.lower() == ".png") == model.clips:
+            kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
+            raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")
         warn_if_different(order.expected, model)
         from sfumato.sampling import generate
 
@@ -315,19 +330,24 @@ def carry_out(
 
             systems = build_all(order.with_)
             result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
-            yield write(result, out, order.maps)
+            number = f"-{index + 1}" if len(pictures) > 1 else ""
+            yield write(result, folder, order.maps, out.with_stem(f"{out.stem}{number}") if named else None)
 
 
 def write(result: Result, out: Path, maps: bool = False, at: Path | None = None) -> list[Path]:
-    """Write each picture of ``result`` with its recipe, and beside it whatever pictures its systems drew.
+    """Write each picture or clip of ``result`` with its recipe, and beside it whatever pictures its systems drew.
 
     ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes.
     """
     written = []
+    suffix = ".mp4" if result.clips else ".png"
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
-        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}")
-        written.append(files.save_png(path, image, recipe))
+        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}", suffix)
+        if result.clips:
+            written.append(clips.save_clip(path, result.clips[index], recipe, recipe["fps"]))
+        else:
+            written.append(files.save_png(path, image, recipe))
         for part in result.parts:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
             for name, picture in drawn.items():

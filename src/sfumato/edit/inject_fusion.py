@@ -35,6 +35,7 @@ from sfumato.sampling import Intervention, Run, Step, invert
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.loop import opened, walk
 from sfumato.sampling.request import Source, as_pictures
+from sfumato.sampling.state import sample_axes
 from sfumato.windows import Window, inside
 
 __all__ = ["InjectFusion"]
@@ -172,7 +173,7 @@ class InjectFusion(Intervention):
         path, t, out = step.path, step.t, plain.output("guided")
         alpha, sigma = path.alpha_sigma(t)
         was, now = (path.to_x0(step.x.float(), each.float(), t) for each in (out, out + change))
-        axes = (1, 2, 3)
+        axes = sample_axes(step.x)
         mean, spread = now.mean(axes, keepdim=True), now.std(axes, keepdim=True)
         now = mean + (now - mean) * was.std(axes, keepdim=True) / spread.clamp_min(torch.finfo(now.dtype).tiny)
         noise = path.to_eps(step.x.float(), (out + change).float(), t) - path.to_eps(step.x.float(), out.float(), t)

@@ -1,4 +1,4 @@
-"""DAAM: for each word of a prompt, where in the picture it acted while the picture was drawn.
+"""DAAM: for each word of a prompt, where in the picture, or in each frame of a clip, it acted while that was drawn.
 
 The queries of the picture attend to the text; column k of the softmax, laid out on the grid, is where token k acted.
 Maps are averaged over heads and denoising steps, interpolated to one grid, averaged over layers, and a word's map is
@@ -11,7 +11,8 @@ the mean over its sub-tokens.
 or, for a picture that exists already, ``explain_image(model, picture, "a red cube and a ball").map("red cube")``.
 
 Beyond the original: joint attention (SD3, Flux), where text columns share the softmax with image columns; batches of
-different prompts; any picture size; repeated words kept apart; a scale that does not depend on the number of steps.
+different prompts; any picture size; clips; repeated words kept apart; a scale that does not depend on the number of
+steps.
 """
 
 from __future__ import annotations
@@ -157,7 +158,9 @@ class DAAM(Intervention):
 
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """A sheet of overlays for one picture of a result, by file suffix."""
-        return {"heat": self.maps[index].grid(result.images[index])} if self.maps[index].words else {}
+        if not self.maps[index].words:
+            return {}
+        return {"heat": self.maps[index].grid(result.clips[index] if result.clips else result.images[index])}
 
     # -- inside attention ----------------------------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class DAAM(Intervention):
         within = call.site.text if joint and self.params.over == "text" else None
         with torch.no_grad():
             part = call.branch(self._branch)
-            maps = part.word_probs([first + p for p in self._positions], within=within)
+            maps = call.site.unfold(part.word_probs([first + p for p in self._positions], within=within))
             if self.params.heads:
                 maps = maps[:, self.params.heads]
             self._store.add(call.site, maps, call.step.i)
@@ -207,8 +210,8 @@ class DAAM(Intervention):
             places = ", ".join(dict.fromkeys(site.block for site in candidates))
             raise NoMatch(f"layers={p.layers} of daam match none of {model}'s: {places}.")
         if not p.layers:
-            finest = max(_cells(site) for site in chosen)
-            chosen = [site for site in chosen if _cells(site) * p.coarsest**2 >= finest]
+            finest = max(site.cells for site in chosen)
+            chosen = [site for site in chosen if site.cells * p.coarsest**2 >= finest]
         few = min(chosen, key=lambda site: site.heads)
         if p.heads and max(p.heads) >= few.heads:
             raise BadInput(f"heads={p.heads} of daam: {few.path} has {few.heads} heads, numbered from 0.")
@@ -277,8 +280,3 @@ def explain_image(
 def _noise(run: Run, like: Tensor) -> Tensor:
     """Noise (b c h w) from each sample's own generator."""
     return randn_tensor(tuple(like.shape), generator=run.generators, device=like.device, dtype=like.dtype)
-
-
-def _cells(site: Site) -> int:
-    assert site.grid is not None
-    return site.grid[0] * site.grid[1]

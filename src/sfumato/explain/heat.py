@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato import sheets
 from sfumato.errors import BadInput
 
-__all__ = ["colour", "enlarged_size", "overlay", "unit"]
+__all__ = ["colour", "enlarged_size", "overlay", "overlays", "strips", "unit"]
 
 #: Pictures are enlarged by whole factors until their longer side has about this many pixels.
 LEGIBLE = 256
@@ -48,9 +52,28 @@ def overlay(image: Image.Image, heat: Tensor, colours: str = COLOURS) -> Image.I
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 
 
-def unit(heat: Tensor, how: str = "minmax") -> Tensor:
+def overlays(clip: Sequence[np.ndarray] | np.ndarray, heat: Tensor, colours: str = COLOURS) -> np.ndarray:
+    """Frames (f h w 3) uint8 with heat (f H W) in [0, 1] over each, (f H W 3) uint8."""
+    pairs = zip(clip, heat, strict=True)
+    return np.stack([np.asarray(overlay(Image.fromarray(frame), one, colours)) for frame, one in pairs])
+
+
+def strips(clip: np.ndarray, heats: Mapping[str, Tensor], title: str = "", colours: str = COLOURS) -> Image.Image:
+    """A strip of the frames (f h w 3) uint8 of a clip, below it one of overlays for every heat (f H W) in [0, 1]."""
+    chosen = sheets.strip(range(len(clip)))
+    frames = [clip[i] for i in chosen]
+    w, h = enlarged_size(clip.shape[1:3])[::-1]
+    cells: list[Any] = [Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC) for frame in frames]
+    for heat in heats.values():
+        cells += list(overlays(frames, heat[chosen], colours))
+    heads = [f"frame {i + 1}" for i in chosen]
+    return sheets.sheet(cells, len(chosen), title=title, rows=["", *heats], heads=heads)
+
+
+def unit(heat: Tensor, how: str = "minmax", axes: int = 2) -> Tensor:
     """Heat (... h w) brought to [0, 1], each map by itself: "minmax", or "max" which only divides by the maximum.
-    A constant map becomes 0 ("minmax")."""
-    low = heat.amin((-2, -1), keepdim=True) if how == "minmax" else torch.zeros_like(heat[..., :1, :1])
-    span = heat.amax((-2, -1), keepdim=True) - low
+    A constant map becomes 0 ("minmax"). ``axes``: how many of the last ones are one map; 3 for the frames of a clip."""
+    over = tuple(range(-axes, 0))
+    low = heat.amin(over, keepdim=True) if how == "minmax" else torch.zeros_like(heat[(..., *[slice(1)] * axes)])
+    span = heat.amax(over, keepdim=True) - low
     return torch.where(span > 0, (heat - low) / span.clamp_min(torch.finfo(heat.dtype).tiny), torch.zeros_like(heat))

@@ -1,4 +1,5 @@
-"""`HeatMaps`: where the words of one prompt acted in one picture, as recorded, with every reduction done on demand."""
+"""`HeatMaps`: where the words of one prompt acted in one picture or clip, as recorded, with every reduction done on
+demand."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class HeatMaps:
     ``reading`` is the prompt as the text encoders read it, so any word or phrase of it can be asked for, also after
     :meth:`load`. ``size`` is the picture's (H, W). ``words`` are the labels asked for, in order.
     ``reference``: sums over steps, clamps each head after interpolation and averages heads of all layers alike, as the
-    original implementation does; else steps are averaged and every layer counts the same.
+    original implementation does; else steps are averaged and every layer counts the same. Maps of a clip have an axis
+    of ``frames`` in front of (h w), and are scaled over all frames together.
     ``facts``: model, seed, number of steps and whatever else is worth knowing, as plain JSON values.
     """
 
@@ -59,6 +61,11 @@ class HeatMaps:
         return self.reading.prompt
 
     @property
+    def frames(self) -> int:
+        """How many frames the clip has; 1 for a picture."""
+        return self.layers[0].site.frames if self.layers else 1
+
+    @property
     def resolution(self) -> tuple[int, int]:
         """(h, w) of the finest layer: the common resolution at which layers are averaged."""
         grids = [layer.maps.shape[-2:] for layer in self.layers]
@@ -70,7 +77,7 @@ class HeatMaps:
         heads: Sequence[int] | None = None,
         steps: Sequence[int] | None = None,
     ) -> Tensor:
-        """(c h w): one map per recorded position, at :attr:`resolution`; mean over layers of the upscaled maps.
+        """(c [f] h w): one map per recorded position, at :attr:`resolution`; mean over layers of the upscaled maps.
 
         ``layers``: shell patterns on block ("up", "joint.3") or module path. ``heads`` and ``steps``: numbers, which
         must have been kept while recording. Raises NoMatch when nothing is left.
@@ -90,7 +97,8 @@ class HeatMaps:
     def _averaged(
         self, layers: Sequence[LayerMaps], heads: Sequence[int] | None = None, steps: Sequence[int] | None = None
     ) -> Tensor:
-        total, weight = torch.zeros(len(self.positions), *self.resolution), 0
+        frames = (self.frames,) if self.frames > 1 else ()
+        total, weight = torch.zeros(len(self.positions), *frames, *self.resolution), 0
         for layer in layers:
             maps = layer.mean(steps, heads)
             if self.reference:
@@ -113,7 +121,7 @@ class HeatMaps:
         heads: Sequence[int] | None = None,
         steps: Sequence[int] | None = None,
     ) -> Tensor:
-        """(H W) float32: where a word, phrase or special token acted; the mean over its sub-tokens.
+        """([f] H W) float32: where a word, phrase or special token acted; the mean over its sub-tokens.
 
         Args:
             word: any words of the prompt, "cube#2" for the second cube, "<start>", "<end>", or a span of ``reading``.
@@ -131,7 +139,7 @@ class HeatMaps:
         if self.normalization == "tokens":
             real = [self.positions.index(p) for group in self.reading.tokens().values() for p in group]
             tokens = tokens / (tokens[sorted(set(real))].sum(0, keepdim=True) + 1e-6)
-        total = torch.zeros(tokens.shape[-2:])
+        total = torch.zeros(tokens.shape[1:])
         parts = [self._positions(spans, streams) for streams in self._axes(stream)]
         for positions in parts:
             if positions:
@@ -139,7 +147,7 @@ class HeatMaps:
         if not any(parts):
             raise NoMatch(f"{spans[0].label!r} has no token in the text encoder {stream!r}.")
         total = upscale(total, self.size if size is None else size)
-        return heat.unit(total, self.normalization) if self.normalization in ("minmax", "max") else total
+        return self._unit(total, self.normalization) if self.normalization in ("minmax", "max") else total
 
     def normalized(self, how: str) -> HeatMaps:
         """The same maps under another scale: "raw"; "minmax" or "max", each word's map to [0, 1] at its final size;
@@ -149,30 +157,44 @@ class HeatMaps:
         return replace(self, normalization=how)
 
     def mask(self, word: str | WordSpan, tau: float = 0.4, **options: Any) -> Tensor:
-        """(H W) bool: where the word's map exceeds ``tau`` of its range. The range is [min, max] as in the original
+        """([f] H W) bool: where the word's map exceeds ``tau`` of its range. The range is [min, max] as in the original
         code, or [0, max] as in the paper after ``normalized("max")``."""
         if not 0 <= tau <= 1:
             raise BadInput(f"tau={tau!r} is not a share between 0 and 1.")
         found = self.map(word, **options)
-        return heat.unit(found, "max" if self.normalization == "max" else "minmax") > tau
+        return self._unit(found, "max" if self.normalization == "max" else "minmax") > tau
 
     def iou(self, word: str | WordSpan, other: Any, tau: float = 0.4) -> float:
-        """Intersection over union of the word's mask with another word's, or with a mask (H W); 1 if both are empty."""
+        """Intersection over union of the word's mask with another word's, or with a mask ([f] H W); 1 if both are
+        empty."""
         a, b = self.mask(word, tau), self._other(other, tau)
         union = int((a | b).sum())
         return int((a & b).sum()) / union if union else 1.0
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
-    def overlay(self, image: Image.Image, word: str | WordSpan, colours: str = heat.COLOURS) -> Image.Image:
-        """The picture, enlarged if it is small, with the word's map over it."""
-        found = self.map(word, size=heat.enlarged_size(self.size))
-        return heat.overlay(image, heat.unit(found), colours)
+    def overlay(
+        self, image: Image.Image, word: str | WordSpan, colours: str = heat.COLOURS, frame: int = 0
+    ) -> Image.Image:
+        """The picture, enlarged if it is small, with the word's map over it; of a clip, one ``frame`` of it."""
+        return heat.overlay(image, self._shown(word)[frame], colours)
 
-    def grid(self, image: Image.Image, words: Sequence[str] | None = None, colours: str = heat.COLOURS) -> Image.Image:
-        """One labelled picture: the image, then an overlay for every word (by default :attr:`words`)."""
+    def overlays(self, clip: np.ndarray, word: str | WordSpan, colours: str = heat.COLOURS) -> np.ndarray:
+        """All frames (f h w 3) of a clip with the word's map over them, (f H W 3) uint8 like the clip: to be saved with
+        :func:`sfumato.clips.save_clip`."""
+        self._check_frames(clip)
+        return heat.overlays(clip, self._shown(word), colours)
+
+    def grid(
+        self, image: Image.Image | np.ndarray, words: Sequence[str] | None = None, colours: str = heat.COLOURS
+    ) -> Image.Image:
+        """One labelled picture: the image, then an overlay for every word (by default :attr:`words`). Of a clip (f h w
+        3) uint8: a strip of its frames, and one of overlays for every word."""
         labels = list(self.words if words is None else _strings(words))
         h, w = heat.enlarged_size(self.size)
+        if not isinstance(image, Image.Image):
+            self._check_frames(image)
+            return heat.strips(image, {label: self._shown(label) for label in labels}, self.prompt, colours)
         cells = [("", image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC))]
         cells += [(label, self.overlay(image, label, colours)) for label in labels]
         return sheets.sheet(cells, title=self.prompt)
@@ -203,7 +225,8 @@ class HeatMaps:
                 facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["site"].items()}
                 maps, site = file.get_tensor(str(i)).float(), Site(**facts)
                 calls, steps = tuple(layer["calls"]), tuple(layer["steps"])
-                if maps.dim() != 5 or len(maps) != len(calls) or maps.shape[2] != len(told["positions"]):
+                fits = maps.shape[3:] == site.shape and maps.shape[2] == len(told["positions"])
+                if not fits or len(maps) != len(calls):
                     raise ValueError("shapes")
                 layers.append(LayerMaps(site, maps, int(layer["heads"]), calls, steps))
             return cls(
@@ -218,6 +241,19 @@ class HeatMaps:
             )
 
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _shown(self, word: str | WordSpan) -> Tensor:
+        """The map (f H W) of a word in [0, 1] as it is drawn: large enough to see, a picture being one frame."""
+        found = self._unit(self.map(word, size=heat.enlarged_size(self.size)))
+        return found if found.dim() == 3 else found[None]
+
+    def _check_frames(self, clip: np.ndarray) -> None:
+        if len(clip) != self.frames:
+            raise BadInput(f"the clip has {len(clip)} frames; the maps are of {self.frames}.")
+
+    def _unit(self, found: Tensor, how: str = "minmax") -> Tensor:
+        """A word's map ([f] h w) brought to [0, 1], all frames alike."""
+        return heat.unit(found, how, 3 if self.frames > 1 else 2)
 
     def _resolve(self, word: str, merge: bool) -> list[WordSpan]:
         return self.reading.find(word) if merge else [self.reading.one(word)]
@@ -246,8 +282,9 @@ class HeatMaps:
         if isinstance(other, str | WordSpan):
             return self.mask(other, tau)
         mask = torch.as_tensor(np.asarray(other)).bool()
-        if tuple(mask.shape) != tuple(self.size):
-            raise BadInput(f"the mask has shape {tuple(mask.shape)}; the picture's is {tuple(self.size)}.")
+        expected = (self.frames, *self.size) if self.frames > 1 else tuple(self.size)
+        if tuple(mask.shape) != expected:
+            raise BadInput(f"the mask has shape {tuple(mask.shape)}; the picture's is {expected}.")
         return mask
 
 

@@ -82,7 +82,8 @@ class Model:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """``steps``, ``guidance`` and ``scheduler`` to use when not told: the model card's, else the pipeline's."""
+        """``steps``, ``guidance``, ``scheduler``, and of clips ``frames`` and ``fps``, to use when not told: the model
+        card's, else the pipeline's."""
         return {"scheduler": None, **self.family.defaults, **self.card.get("sampling", {})}
 
     @property
@@ -90,6 +91,11 @@ class Model:
         """(height, width) in pixels."""
         size = self.card.get("sampling", {}).get("size")
         return (int(size[0]), int(size[1])) if size else self.family.default_size
+
+    @property
+    def clips(self) -> bool:
+        """Whether the model makes clips of several frames rather than pictures."""
+        return self.family.has("clips")
 
     @property
     def size_multiple(self) -> int:
@@ -129,10 +135,24 @@ class Model:
         """
         return hash_files(self._files) if self._files else hash_modules(self.modules)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one sample's state, (c, h, w) for latents of a picture. Raises `BadInput` for a size the model
-        cannot make."""
-        return self.family.state_shape(*self.grid(height, width))
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """Shape of one sample's state, (c, h, w) for latents of a picture, (c, f, h, w) for those of a clip. Raises
+        `BadInput` for a size or a number of frames the model cannot make."""
+        return self.family.state_shape(*self.grid(height, width), self.frames(frames) or 1)
+
+    def frames(self, frames: int | None = None) -> int | None:
+        """``frames`` of a clip, by default the model's own number; None for models of pictures. Raises `BadInput` for a
+        number the model cannot make."""
+        if not self.clips:
+            if frames is not None:
+                raise BadInput(f"frames={frames!r}, but {self.name} makes pictures, not clips.")
+            return None
+        most = self.family.frames_limit
+        if frames is None:
+            return min(int(self.defaults["frames"]), most or int(self.defaults["frames"]))
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or (most and frames > most):
+            raise BadInput(f"frames={frames!r} does not fit {self.name}: give 1 to {most or 'as many as you like'}.")
+        return frames
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latents or tokens of a picture of this size in pixels. Raises `BadInput` for a size the model
@@ -147,10 +167,18 @@ class Model:
                 raise BadInput(f"{side}={value} is too long for {self.name}: {self.family.size_limit} pixels at most.")
         return height // self.family.scale, width // self.family.scale
 
-    def sites(self, height: int | None = None, width: int | None = None, text_length: int | None = None) -> list[Site]:
-        """Attention sites of one denoiser call for a picture of this size in pixels, in the order of execution."""
+    def sites(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        text_length: int | None = None,
+        frames: int | None = None,
+    ) -> list[Site]:
+        """Attention sites of one denoiser call for a picture of this size in pixels, or for a clip of so many frames,
+        in the order of execution."""
         h, w = self.grid(*self._size(height, width))
-        return list(self.family.sites(h, w, self.text_length if text_length is None else text_length))
+        text = self.text_length if text_length is None else text_length
+        return list(self.family.sites(h, w, text, self.frames(frames) or 1))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
         """Move the whole pipeline; returns self."""
@@ -294,8 +322,8 @@ class Model:
     # --- codec -------------------------------------------------------------------------------------------------------
 
     def decode(self, state: Tensor) -> Tensor:
-        """Pictures (b 3 H W), about [-1, 1] and not clamped, from final states (b ...) such as latents (b c h w), as
-        the pipeline decodes them."""
+        """Pictures (b 3 H W) or clips (b 3 f H W), about [-1, 1] and not clamped, from final states (b ...) such as
+        latents (b c h w), as the pipeline decodes them."""
         return self.family.decode(state)
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:

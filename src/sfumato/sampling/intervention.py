@@ -105,7 +105,7 @@ class Intervention:
         """May replace ``step.x``, now at the next noise level (``step.t_next``)."""
 
     def on_decode(self, run: Run, pixels: Tensor) -> Tensor:
-        """Return the pixels (b 3 H W), in [-1, 1]."""
+        """Return the pixels (b 3 H W), of clips (b 3 f H W), in [-1, 1]."""
         return pixels
 
     def finish(self, run: Run) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from sfumato.sampling.intervention import (
 )
 from sfumato.sampling.process import process_of
 from sfumato.sampling.recipe import recipe_of
-from sfumato.sampling.request import Request, as_pictures, checked
+from sfumato.sampling.request import Request, as_clips, as_pictures, checked
 from sfumato.sampling.run import Run, Step
 from sfumato.text.weights import encode_weighted, read_weights
 
@@ -40,8 +41,8 @@ from sfumato.text.weights import encode_weighted, read_weights
 class Result:
     """Finished samples, in the order of the request.
 
-    ``latents``: the final states, clean latents (b c h w) or token ids (b n), (b h w); ``pixels`` (b 3 H W), about
-    [-1, 1] and not clamped, None with ``decode=False``.
+    ``latents``: the final states, clean latents (b c h w) or token ids (b n), (b h w); ``pixels`` (b 3 H W), of
+    clips (b 3 f H W), about [-1, 1] and not clamped, None with ``decode=False``.
     ``coverage``: what each intervention did, by name. ``cost``: forward-equivalents per sample.
     """
 
@@ -66,8 +67,16 @@ class Result:
 
     @cached_property
     def images(self) -> list[Image]:
-        """The pictures as PIL images; empty with ``decode=False``."""
-        return [] if self.pixels is None else as_pictures(self.pixels)
+        """The pictures as PIL images, of clips their first frames; empty with ``decode=False``."""
+        if self.pixels is None:
+            return []
+        return as_pictures(self.pixels if self.pixels.dim() == 4 else self.pixels[:, :, 0])
+
+    @cached_property
+    def clips(self) -> list[np.ndarray]:
+        """The clips as bytes (f h w 3), ready for :func:`sfumato.clips.save_clip`; empty where pictures were made, and
+        with ``decode=False``."""
+        return [] if self.pixels is None or self.pixels.dim() != 5 else as_clips(self.pixels)
 
     @cached_property
     def recipes(self) -> list[dict[str, Any]]:

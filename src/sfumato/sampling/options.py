@@ -72,6 +72,11 @@ class Options(Params):
     size: tuple[Whole, Whole] | None = Field(
         default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
     )
+    frames: Whole | None = Field(default=None, ge=1, le=4096, description="how many frames a clip has; models of clips")
+    fps: float | None = Field(
+        default=None, gt=0, le=1000, description="speed at which a clip is shown",
+        json_schema_extra={"unit": "frame per second"},
+    )  # fmt: skip
     scheduler: Annotated[Any, WithJsonSchema({"type": "string"})] = Field(
         default=None, description="a scheduler by short name, such as ddim, euler or dpm++, or a diffusers scheduler"
     )

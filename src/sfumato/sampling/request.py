@@ -80,12 +80,16 @@ def checked(
     if any(negatives or ()) and not mixed.on and not options.compose:
         name = "true_guidance" if model.embeds_guidance else "guidance"
         raise BadInput(f"negative has no effect without classifier-free guidance; give {name} above 1.")
+    if options.fps is not None and not model.clips:
+        raise BadInput(f"fps={options.fps:g}, but {model.name} makes pictures, not clips.")
     steps = process.steps(model, options)
     size, source = _source(model, options, latents, image, total, steps)
     filled = {
         "steps": steps,
         "guidance": float(scale),
         "size": size,
+        "frames": model.frames(_frames(model, options, latents)),
+        "fps": options.fps if options.fps is not None or not model.clips else float(model.defaults["fps"]),
         "scheduler": model.defaults["scheduler"] if options.scheduler is None else options.scheduler,
         "strength": source.strength,
     }
@@ -122,6 +126,8 @@ def _source(
     start = whole(options.start, "start", 0, steps - 1)
     if start and latents is None:
         raise BadInput(f"start is {start}, but no latents are given to start from.")
+    if image is not None and model.clips:
+        raise BadInput(f"image is given, but {model.name} draws clips from noise or given latents, from no picture.")
     if image is not None:
         pixels = as_pixels(image, None if size is None else checked_size(model, size))
         size = checked_size(model, (pixels.shape[-1], pixels.shape[-2]), "the picture, without size,")
@@ -138,14 +144,24 @@ def _source(
         grid = family.state.split()[-2:] == ["h", "w"]
         size = tuple(side * family.scale for side in latents.shape[:-3:-1]) if grid else model.default_size[::-1]
     width, height = checked_size(model, size)
-    expected = tuple(model.latent_shape(height, width))
+    frames = _frames(model, options, latents)
+    expected = tuple(model.latent_shape(height, width, frames))
     if tuple(latents.shape[1:]) != expected:
         numbers = ", ".join(("b", *map(str, expected)))
-        raise BadInput(f"latents has shape {tuple(latents.shape)}; {width}x{height} pixels need ({numbers}).")
+        clip = f"{frames} frames of " if model.clips else ""
+        raise BadInput(f"latents has shape {tuple(latents.shape)}; {clip}{width}x{height} pixels need ({numbers}).")
     if not torch.isfinite(latents).all():
         raise BadInput("latents holds values that are not finite.")
     _check_rows("latents", len(latents), total)
     return (width, height), Source(latents=latents, start=start)
+
+
+def _frames(model: Any, options: Options, latents: Any) -> int | None:
+    """How many frames are asked for, or those of given latents; None is the model's own choice."""
+    letters = model.family.state.split()
+    if options.frames is not None or latents is None or "f" not in letters:
+        return options.frames
+    return model.family.frames_of(latents.shape[1 + letters.index("f")])
 
 
 def _check_rows(name: str, given: int, total: int) -> None:
@@ -229,5 +245,15 @@ def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
 
 def as_pictures(pixels: Tensor) -> list[Image.Image]:
     """Pixels (b 3 H W) in [-1, 1] as PIL pictures, rounded as diffusers rounds them."""
+    return [Image.fromarray(picture) for picture in _bytes(pixels)]
+
+
+def as_clips(pixels: Tensor) -> list[np.ndarray]:
+    """Pixels (b 3 f H W) in [-1, 1] as clips of bytes (f H W 3), rounded likewise."""
+    return [_bytes(clip) for clip in pixels.transpose(1, 2)]
+
+
+def _bytes(pixels: Tensor) -> np.ndarray:
+    """(b 3 H W) in [-1, 1] as bytes (b H W 3)."""
     array = (pixels.detach() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
-    return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
+    return (array * 255).round().astype("uint8")

@@ -111,6 +111,11 @@ class Run:
         return self.process.begin
 
     @property
+    def frames(self) -> int | None:
+        """Number of frames of a clip; None where pictures are made."""
+        return self.process.options.frames
+
+    @property
     def path(self) -> Path:
         """The noise path of diffusion and flow. Raises NotSupported where the model draws in another way."""
         return self.process.path
@@ -125,7 +130,7 @@ class Run:
         """Attention sites of a denoiser call at this size, in the order of execution."""
         text = None if self.condition is None else self.condition.cond["embeds"].shape[1]
         if self._sites is None or self._sites[0] != text:
-            self._sites = text, self.model.sites(self.size[1], self.size[0], text)
+            self._sites = text, self.model.sites(self.size[1], self.size[0], text, self.frames)
         return self._sites[1]
 
     @property

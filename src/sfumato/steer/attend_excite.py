@@ -8,8 +8,9 @@ how far the most neglected word is from having such a place (Chefer et al. 2023,
     >>> result = generate(model, "a cat and a frog", interventions=nurse)
 
 Beyond the original: words and phrases instead of token numbers (the nouns of the prompt when none are given), batches
-with different subjects, words of several tokens, any picture size and schedule, joint attention (SD3, Flux), and a
-gradient that costs less: the pass ends after the last layer that is read and weights take no part in it.
+with different subjects, words of several tokens, any picture size and schedule, joint attention (SD3, Flux), clips (a
+word's loss is the mean over the frames, so that it is drawn in all of them), and a gradient that costs less: the pass
+ends after the last layer that is read and weights take no part in it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
-from sfumato import cards
+from sfumato import cards, sheets
 from sfumato.attention.accumulate import upscale
 from sfumato.attention.call import Call
 from sfumato.attention.sites import Site, matches_place
@@ -33,6 +34,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
+from sfumato.sampling.state import per_sample, sample_axes
 from sfumato.text.phrases import noun_phrases
 from sfumato.text.words import Reading, WordSpan, asked_for
 from sfumato.windows import Window
@@ -49,8 +51,8 @@ COARSER, FEWEST = 4, 8
 class Attended:
     """What was asked for in one sample, and the attention it got.
 
-    ``words`` (s) by label; ``before`` and ``after`` (s h w): the share of each place's attention to the text that went
-    to each word, when first and when last looked at; ``losses``: by step, one entry per look.
+    ``words`` (s) by label; ``before`` and ``after`` (s [f] h w): the share of each place's attention to the text that
+    went to each word, when first and when last looked at; ``losses``: by step, one entry per look.
     """
 
     words: tuple[str, ...]
@@ -180,7 +182,7 @@ class AttendExcite(Intervention):
         for at, level in self.params.thresholds:
             i = round(at * run.total)
             self._levels[i] = max(level, self._levels.get(i, 0.0))
-        self._grid = sites[0].grid
+        self._shape = sites[0].shape  # ([f] h w)
         paths = {site.path for site in sites}
         self._tap = Tap(lambda site: site.path in paths, observe=self._look, stop_after=True, name="attend_excite")
 
@@ -214,7 +216,7 @@ class AttendExcite(Intervention):
         one = self.attended[index]
         if one.before is None or one.after is None:
             return {}
-        return {"attended": _sheet(result.images[index], one)}
+        return {"attended": _sheet(list(result.clips[index]) if result.clips else [result.images[index]], one)}
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -232,9 +234,10 @@ class AttendExcite(Intervention):
                     f"attend_excite moves latents by their attention, but {held or 'another system'} replaces that "
                     f"attention at progress {step.progress:g}; leave one of them out or give them different windows."
                 )
-            peaks = maps.flatten(2).amax(-1)  # (b s)
+            peaks = maps.flatten(-2).amax(-1)  # (b s [f])
             named = self._weights[looked].any(-1)
-            each = torch.where(named, 1 - peaks, 0).clamp_min(0).amax(1)
+            short = (1 - peaks).clamp_min(0)
+            each = torch.where(named, short if short.dim() == 2 else short.mean(2), 0).amax(1)
             found.extend((maps.detach(), each.detach()))
             return each
 
@@ -244,7 +247,7 @@ class AttendExcite(Intervention):
         meant = torch.tensor([row in rows for row in looked], device=each.device)
         moving = meant & (each > 1 - self.params.enough)
         x = step.x.clone()
-        x[looked] = x[looked] + (moving.view(-1, 1, 1, 1) * self._shift(step, x[looked], gradient)).to(x.dtype)
+        x[looked] = x[looked] + (per_sample(moving, x) * self._shift(step, x[looked], gradient)).to(x.dtype)
         step.x = x
         self.mark(step, sites=self._seen)
         del self._seen
@@ -257,28 +260,29 @@ class AttendExcite(Intervention):
         first = call.site.text[0]
         within = call.site.text if call.site.kind == "joint" else None  # there pixels share it with pixels
         columns = [first + position for position in self._columns]
-        self._seen[call.site.path] = call.branch("cond").word_probs(columns, within=within)
+        probs = call.branch("cond").word_probs(columns, within=within)
+        self._seen[call.site.path] = call.site.unfold(probs)
 
     def _word_maps(self, attention: Tensor, rows: Sequence[int]) -> Tensor:
-        """From attention to tokens (b n c) to maps of words (b s h w): without the start token, shared out among the
-        others by a sharp softmax, the tokens of a word averaged, smoothed (section 3; the softmax is the code's)."""
+        """From attention to tokens (b n c) to maps of words (b s [f] h w): without the start token, shared out among
+        the others by a sharp softmax, the tokens of a word averaged, smoothed (section 3; the softmax is the
+        code's)."""
         rivals = self._rivals[rows][:, None]
         shares = (SHARPNESS * attention).masked_fill(~rivals, float("-inf")).softmax(-1)
-        maps = torch.einsum("bnc,bsc->bsn", shares, self._weights[rows].to(shares.dtype)).unflatten(-1, self._grid)
-        if self.params.smooth:
-            b, s = maps.shape[:2]
-            padded = F.pad(maps.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
-            maps = F.conv2d(padded, self._kernel.to(maps.dtype)).unflatten(0, (b, s))[:, :, 0]
+        maps = torch.einsum("bnc,bsc->bsn", shares, self._weights[rows].to(shares.dtype)).unflatten(-1, self._shape)
+        if self.params.smooth:  # every frame by itself
+            padded = F.pad(maps.flatten(0, -3)[:, None], (1, 1, 1, 1), mode="reflect")
+            maps = F.conv2d(padded, self._kernel.to(maps.dtype))[:, 0].unflatten(0, maps.shape[:-2])
         return maps
 
     def _shift(self, step: Step, x: Tensor, gradient: Tensor) -> Tensor:
-        """What to add to latents (b c h w), in the scheduler's scaling."""
+        """What to add to latents (b c [f] h w), in the scheduler's scaling."""
         p = self.params
         high, low = p.scale_range
         size = p.strength * (high + (low - high) * step.i / max(step.total - 1, 1)) ** 0.5
         x, gradient = x.float(), gradient.float()
         if p.step == "relative":
-            axes = (1, 2, 3)
+            axes = sample_axes(x)
             spread = x.square().mean(axes, keepdim=True).sqrt()
             length = gradient.square().mean(axes, keepdim=True).sqrt()
             return -size * spread * gradient / length.clamp_min(torch.finfo(torch.float32).tiny)
@@ -372,22 +376,22 @@ def _rivals(reading: Reading, whole: bool) -> set[int]:
     return words | rest - {max(words | rest)}
 
 
-def _sheet(image: Image.Image, one: Attended) -> Image.Image:
-    """The picture, then per word two overlays on it: before and after, in brightness from none to all attention."""
+def _sheet(frames: Sequence[Any], one: Attended) -> Image.Image:
+    """A picture, or some frames of a clip, then per word two overlays on it: before and after, in brightness from none
+    to all attention."""
     assert one.before is not None and one.after is not None
-    factor = max(1, round(192 / max(image.size)))
-    w, h = image.width * factor, image.height * factor
-    picture = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32)
-    line, gap = 14, 4
-    canvas = Image.new("RGB", ((w + gap) * (2 * len(one.words) + 1) - gap, h + line), "white")
-    draw = ImageDraw.Draw(canvas)
-    canvas.paste(Image.fromarray(picture.astype(np.uint8)), (0, line))
-    x = w + gap
+    chosen = sheets.strip(range(len(frames)))
+    pictures = [sheets.as_picture(frames[i]) for i in chosen]
+    factor = max(1, round(192 / max(pictures[0].size)))
+    w, h = pictures[0].width * factor, pictures[0].height * factor
+    pictures = [picture.resize((w, h), Image.Resampling.BICUBIC) for picture in pictures]
+    rows: list[list[tuple[str, Image.Image]]] = [[("", picture)] for picture in pictures]
     for s, word in enumerate(one.words):
-        for label, maps in (("first", one.before), ("last", one.after)):
-            heat = upscale(maps[s], (h, w)).clamp(0, 1).sqrt().numpy()[..., None]
-            lit = picture * (0.15 + 0.85 * heat)
-            canvas.paste(Image.fromarray(lit.round().clip(0, 255).astype(np.uint8)), (x, line))
-            draw.text((x, 0), f"{word}, {label}: {float(maps[s].max()):.2f}", fill="black")
-            x += w + gap
-    return canvas
+        for label, maps in (("first", one.before[s]), ("last", one.after[s])):
+            by_frame = maps.reshape(-1, *maps.shape[-2:])  # a picture is one frame
+            for row, picture, i in zip(rows, pictures, chosen, strict=True):
+                lit = upscale(by_frame[i], (h, w)).clamp(0, 1).sqrt().numpy()[..., None]
+                shown = np.asarray(picture, dtype=np.float32) * (0.15 + 0.85 * lit)
+                told = f"{word}, {label}: {float(by_frame[i].max()):.2f}"
+                row.append((told, Image.fromarray(shown.round().clip(0, 255).astype(np.uint8))))
+    return sheets.sheet([cell for row in rows for cell in row], len(rows[0]))

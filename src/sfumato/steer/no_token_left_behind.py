@@ -41,6 +41,7 @@ from sfumato.relevance.clip import ClipLens
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.request import as_pictures
+from sfumato.sampling.state import sample_axes
 from sfumato.text.phrases import noun_phrases
 from sfumato.text.words import Reading, WordSpan, asked_for
 from sfumato.windows import Window
@@ -411,7 +412,7 @@ class NoTokenLeftBehind(Intervention):
         alpha, sigma = step.path.alpha_sigma(step.t)
         size = self.strength * (1.0 if sigma >= alpha else sigma / alpha)
         gradient = gradient.float()
-        length = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+        length = gradient.square().mean(sample_axes(gradient), keepdim=True).sqrt()
         moved = x0.float() - size * gradient / length.clamp_min(torch.finfo(torch.float32).tiny)
         step.output = step.path.from_x0(step.x.detach().float(), moved, step.t).to(x0.dtype)
         for one, total, relevance in zip(self._guided, told[0].total.tolist(), told[0].relevance, strict=True):

@@ -1,4 +1,4 @@
-"""Make pictures from a prompt. Each PNG carries its recipe."""
+"""Make pictures or clips from a prompt. Each file carries its recipe."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def make(
     guidance: options.Scale = None,
     negative: options.Negative = None,
     size: options.Size = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
     seed: options.Seed = None,
     scheduler: options.Scheduler = None,
     with_: options.With = None,
@@ -59,6 +61,8 @@ def make(
         "guidance": guidance,
         "negative": negative,
         "size": None if size is None else options.pixels(size),
+        "frames": frames,
+        "fps": fps,
         "seed": seed,
         "scheduler": scheduler,
         "strength": strength,

@@ -39,7 +39,7 @@ class Amused(Family):
     def vocabulary(self) -> int:
         return int(self.config.codebook_size)
 
-    def state_shape(self, h: int, w: int) -> tuple[int, ...]:
+    def state_shape(self, h: int, w: int, frames: int = 1) -> tuple[int, ...]:
         return h, w
 
     @property
@@ -99,7 +99,7 @@ class Amused(Family):
             features = vqvae.encode((images.to(vqvae.device, vqvae.dtype) + 1) / 2).latents
             return vqvae.quantize(features)[2][2].reshape(len(features), *features.shape[-2:])
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         unit = 2 if self.config.downsample else 1
         grid = (h // unit, w // unit)
         found = SiteList()

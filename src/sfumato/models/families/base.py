@@ -116,9 +116,14 @@ class Family:
         """Number of axes of a batch of states."""
         return 1 + len(self.state.split())
 
-    def state_shape(self, h: int, w: int) -> tuple[int, ...]:
-        """Shape of one sample's state where the picture's latents or tokens form a grid of h by w."""
+    def state_shape(self, h: int, w: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of one sample's state where a picture's latents or tokens form a grid of h by w; of a clip of so many
+        ``frames``."""
         return self.channels, h, w
+
+    def frames_of(self, f: int) -> int:
+        """How many frames a clip has whose state has f along its axis of frames."""
+        return f
 
     @property
     def vocabulary(self) -> int:
@@ -143,6 +148,11 @@ class Family:
     @property
     def size_limit(self) -> int | None:
         """Longest picture side that the position embedding reaches; ``None`` where any length will do."""
+        return None
+
+    @property
+    def frames_limit(self) -> int | None:
+        """Most frames that a clip may have; ``None`` where any number will do. Models of pictures make none."""
         return None
 
     @property
@@ -189,8 +199,9 @@ class Family:
         its mean without."""
         return codec.encode(self.pipe.vae, images, generators, self.upcasts_vae)
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
-        """Attention sites for latents of h by w and ``text`` text positions, in the order of execution."""
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
+        """Attention sites for latents of h by w, ``text`` text positions and a clip of so many ``frames``, in the order
+        of execution."""
         raise NotImplementedError
 
     def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:

@@ -102,7 +102,7 @@ class Flux(Family):
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         return noise
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         grid = (h // 2, w // 2)
         image = (text, text + grid[0] * grid[1])
         found = SiteList()

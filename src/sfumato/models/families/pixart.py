@@ -71,7 +71,7 @@ class PixArtSigma(Family):
     def _added(self, x: Tensor, rows: Rows) -> dict[str, Tensor | None]:
         return {"resolution": None, "aspect_ratio": None}
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         patch = int(self.config.patch_size)
         grid = (h // patch, w // patch)
         found = SiteList()

@@ -83,7 +83,7 @@ class StableDiffusion3(Family):
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         return noise
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         patch = int(self.config.patch_size)
         grid = (h // patch, w // patch)
         image = (0, grid[0] * grid[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,22 +79,22 @@ class StableDiffusion(Family):
         scale = torch.tensor(guidance - 1).repeat(x.shape[0])
         return self.pipe.get_guidance_scale_embedding(scale, embedding_dim=self.config.time_cond_proj_dim).to(x)
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         unet = self.denoiser
         found = SiteList()
 
         def walk(block: nn.Module, path: str, name: str, grid: tuple[int, int]) -> None:
-            for inner, module in block.named_modules():
-                if is_attention(module):
-                    cross = bool(module.is_cross_attention)
-                    found.put(
-                        f"{path}.{inner}",
-                        module,
-                        kind="cross" if cross else "self",
-                        grid=grid,
-                        block=name,
-                        text=(0, text) if cross else None,
-                    )
+            for inner, module in self._attentions(block):
+                kind = self._kind(inner, module)
+                found.put(
+                    f"{path}.{inner}",
+                    module,
+                    kind=kind,
+                    grid=grid,
+                    block=name,
+                    text=(0, text) if kind == "cross" else None,
+                    frames=frames,
+                )
 
         grid, grids = (h, w), []
         for i, block in enumerate(unet.down_blocks):
@@ -106,6 +107,14 @@ class StableDiffusion(Family):
         for i, (block, grid) in enumerate(zip(unet.up_blocks, reversed(grids), strict=True)):
             walk(block, f"up_blocks.{i}", f"up.{i}", grid)
         return found
+
+    def _attentions(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The attention layers of a block by their path in it, in the order of execution."""
+        yield from ((path, module) for path, module in block.named_modules() if is_attention(module))
+
+    def _kind(self, path: str, module: Any) -> str:
+        """The kind of attention at this path of a block."""
+        return "cross" if module.is_cross_attention else "self"
 
 
 class StableDiffusionInpaint(StableDiffusion):

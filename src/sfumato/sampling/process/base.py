@@ -92,7 +92,7 @@ class Process:
 
     def noise(self) -> Tensor:
         """Unit noise (b ...) in the shape of the state, each sample from its own generator."""
-        shape = (len(self.generators), *self.model.latent_shape(self.size[1], self.size[0]))
+        shape = (len(self.generators), *self.model.latent_shape(self.size[1], self.size[0], self.options.frames))
         return randn_tensor(shape, generator=self.generators, device=self.model.device, dtype=self.model.dtype)
 
     # --- during the walk ---------------------------------------------------------------------------------------------
