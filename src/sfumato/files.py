@@ -189,9 +189,9 @@ def save_grid(path: Path, pictures: list[Path]) -> Path:
     return path
 
 
-def read_picture(path: Path | str) -> Image.Image:
-    """A picture from a file, upright and in RGB: turned as its EXIF says, transparent parts on white, deep greys
-    (16 bit and more) brought to 8 bit by their range.
+def read_picture(path: Path | str | IO[bytes]) -> Image.Image:
+    """A picture from a file (or an open one with a ``name``), upright and in RGB: turned as its EXIF says, transparent
+    parts on white, deep greys (16 bit and more) brought to 8 bit by their range.
 
     Raises:
         BadInput: the file is no picture, is damaged or too large. OSError: it cannot be opened.
@@ -228,13 +228,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_upright(path: Path | str) -> Image.Image:
+def read_upright(path: Path | str | IO[bytes]) -> Image.Image:
     """A picture from a file, upright, in its own mode (masks and label maps); errors as for :func:`read_picture`."""
     from PIL import ImageOps
 
-    with opened_picture(Path(path)) as image:
+    path = Path(path) if isinstance(path, str) else path
+    with opened_picture(path) as image:
         if image.width * image.height > MOST_PIXELS:
-            raise BadInput(f"{path} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
+            name = path if isinstance(path, Path) else path.name
+            raise BadInput(f"{name} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
         image.load()
         return ImageOps.exif_transpose(image)
 
@@ -307,12 +309,13 @@ def opened_video(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def opened_picture(path: Path) -> Iterator[Image.Image]:
+def opened_picture(path: Path | IO[bytes]) -> Iterator[Image.Image]:
     """A stranger's picture, open, with whatever is wrong about it told in one line. Raises BadInput, OSError when it
     cannot be opened."""
     from PIL import Image, UnidentifiedImageError
 
-    if path.stat().st_size > LARGEST_PICTURE:
+    name = path if isinstance(path, Path) else path.name
+    if isinstance(path, Path) and path.stat().st_size > LARGEST_PICTURE:
         raise BadInput(f"{path} is larger than {LARGEST_PICTURE >> 20} MB, the most that is read.")
     try:
         with warnings.catch_warnings():
@@ -322,7 +325,7 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, OSError) as error:
         if isinstance(error, BadInput) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise BadInput(f"{path} cannot be read as a picture: {_line(error)}.") from None
+        raise BadInput(f"{name} cannot be read as a picture: {_line(error)}.") from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.rng import sequence
-from sfumato.sampling.request import as_pixels
 from sfumato.toybox import SHAPES, BiasedDataset
+from sfumato.training.samples import open_samples
 
 __all__ = ["Examples", "read_examples", "toybox_examples"]
 
@@ -33,27 +30,20 @@ def read_examples(folder: Path | str, size: tuple[int, int]) -> Examples:
     """The pictures of an imagefolder whose ``metadata.jsonl`` has ``file_name``, ``mask`` (a picture, black off the
     thing) and ``label`` in each line, all brought to ``size`` (height, width).
 
-    Raises BadInput: no such file, a line that is not JSON or lacks one of them, a file that is no picture.
+    Pictures are scaled until they cover the size and cut at equal parts from both sides. Raises BadInput: no such file,
+    a line that is not JSON or lacks one of them, a file that is no picture.
     """
     table = Path(folder) / "metadata.jsonl"
     if not table.is_file():
         raise BadInput(f"{folder} has no metadata.jsonl with a file_name, a mask and a label in each line.")
-    pictures, masks, labels = [], [], []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, mask, label = (str(row[key]) for key in ("file_name", "mask", "label"))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"line {number} of {table} needs file_name, mask and label as JSON: {error}.") from None
-        pictures.append(as_pixels(files.read_picture(Path(folder) / name), size[::-1])[0])
-        drawn = files.read_picture(Path(folder) / mask).convert("L").resize(size[::-1], Image.Resampling.NEAREST)
-        masks.append(torch.from_numpy(np.asarray(drawn) > 0).float())
-        labels.append(label)
-    if not labels:
-        raise BadInput(f"{table} names no picture.")
-    return Examples(torch.stack(pictures), torch.stack(masks), tuple(labels))
+    data = open_samples(folder, size[::-1])
+    found = [data.sample(i) for i in range(len(data))]
+    for each in found:
+        if each.mask is None or not each.facts.get("label"):
+            raise BadInput(f"{each.name} has no mask or no label in {table}; each line needs both.")
+    masks = [each.mask for each in found if each.mask is not None]
+    labels = tuple(str(each.facts["label"]) for each in found)
+    return Examples(torch.stack([each.pixels for each in found]), torch.stack(masks), labels)
 
 
 def toybox_examples(
