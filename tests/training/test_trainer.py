@@ -7,15 +7,18 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from sfumato.errors import BadInput, BadWeights, Conflict, UnknownName
-from sfumato.training import Draw, checkpoint, run
+from sfumato import files
+from sfumato.errors import BadInput, BadWeights, Conflict, NotSupported, UnknownName
+from sfumato.training import Draw, checkpoint, data, run
 from sfumato.training.optim import Muon, orthogonalise
 from sfumato.training.precision import ExplicitAttention
-from sfumato.training.recipe import load_recipe
+from sfumato.training.recipe import DataOptions, load_recipe
 from sfumato.training.runs import Run
 from sfumato.training.schedules import warmup_decay
 
@@ -269,3 +272,36 @@ def test_the_adamw_half_of_muon_is_torch_adamw_and_the_muon_half_its_formula() -
         expected = expected * (1 - 0.1 * 0.05) - 0.1 * update  # 4 rows, 18 columns: no further scale
     assert torch.equal(ours, reference)
     torch.testing.assert_close(kernel.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_recipe_trains_on_a_folder_of_pictures(home: Path) -> None:
+    folder = home / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(generator.integers(0, 256, (40, 60, 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a red ball {i}")
+    recipe = write(home, steps=2)
+    recipe.write_text(recipe.read_text().replace("train = 24", f'train = 100\nfolder = "{folder}"'))
+    done = run(recipe)
+    assert done.finished and set(done.quality) == {"psnr", "psnr_pooled"}
+    card = json.loads((done.exported / "sfumato.json").read_text())
+    assert (
+        card["data"]["folder"]["name"] == "pictures"
+        and "no photographs" not in (done.exported / "MODEL_CARD.md").read_text()
+    )
+    options = DataOptions(folder=str(folder), size=32, val=3)
+    train, val = data.dataset("train", options), data.dataset("val", options)
+    assert len(train) == 11 and len(val) == 1 and not set(train.rows) & set(val.rows)
+    row = train.rows[4]
+    picture = Image.open(train.samples.entries[row].shown.path)
+    expected = np.asarray(files.fitted(picture, (32, 32)))
+    assert (train.images[4] == expected).all() and (train.images[np.array([4, 5])][0] == expected).all()
+    assert train.caption(4).text == (folder / f"{Path(picture.filename).stem}.txt").read_text()
+    assert (train.masks[4] == -1).all()
+    name = train.folder
+    assert train.folder == name
+    os.utime(picture.filename, (1, 1))
+    assert train.folder != name
+    with pytest.raises(NotSupported, match="what the toybox knows"):
+        _ = train.scenes

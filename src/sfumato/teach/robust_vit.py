@@ -234,7 +234,8 @@ def _whole_loss(model: nn.Module, held_out: tuple[Tensor, Tensor, Tensor], optio
     """The loss over all of ``held_out``."""
     total = 0.0
     for rows in torch.arange(len(held_out[0])).split(32):
-        loss, _ = _loss(model, *(part[rows] for part in held_out), options)
+        images, masks, labels = (part[rows] for part in held_out)
+        loss, _ = _loss(model, images, masks, labels, options)
         total += float(loss.detach()) * len(rows) / len(held_out[0])
     return total
 

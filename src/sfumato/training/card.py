@@ -27,16 +27,27 @@ def write_card(
         **recipe.card,
         "quality": quality,
         "training": {"steps": step, "batch": recipe.train.batch, "seconds": round(seconds), "plans": plans},
-        "data": {"toybox": recipe.data.model_dump()},
+        "data": data_card(recipe),
         "recipe": recipe.model_dump(),
     }
     (folder / "sfumato.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(markdown(card), encoding="utf-8")
 
 
+def data_card(recipe: Recipe) -> dict[str, Any]:
+    """What was learnt from."""
+    facts = recipe.data.model_dump()
+    folder = facts.pop("folder")
+    return {"folder": {"name": Path(folder).name, **facts}} if folder else {"toybox": facts}
+
+
 def markdown(card: dict[str, Any]) -> str:
     """The card as a short page."""
-    data, training = card["data"]["toybox"], card["training"]
+    (kind, data), training = next(iter(card["data"].items())), card["training"]
+    source = f"the pictures of {data.get('name')!r} at {data['size']} x {data['size']}."
+    if kind == "toybox":
+        source = f"{data['train']} toybox scenes at {data['size']} x {data['size']}, rendered by this library"
+        source += f" (seed {data['seed']}); nothing else, no photographs, no people."
     quality = "\n".join(f"| {key} | {value:.4g} |" for key, value in card["quality"].items())
     sampling = card.get("sampling")
     replanned = [str(plan["from_step"]) for plan in training["plans"][1:]]
@@ -44,8 +55,7 @@ def markdown(card: dict[str, Any]) -> str:
         f"# {card['name']}\n\n{card['summary']}",
         f"- Objective: `{card['objective']}`; {training['steps']} steps of {training['batch']}, "
         f"{training['seconds'] / 60:.0f} minutes of training.\n"
-        f"- Data: {data['train']} toybox scenes at {data['size']} x {data['size']}, rendered by this library"
-        f" (seed {data['seed']}); nothing else, no photographs, no people.\n"
+        f"- Data: {source}\n"
         f"- Reproduce: `sfumato train {card['name']}`.",
     ]
     if replanned:
@@ -59,8 +69,10 @@ def markdown(card: dict[str, Any]) -> str:
         parts.append(f"## With plain diffusers\n\n```python\n{card['plain']}\n```")
     if quality:
         parts.append("## Quality, measured on held-out scenes\n\n| figure | value |\n|---|---|\n" + quality)
-    parts.append(
-        "## Use and limits\n\nA tiny model for research, teaching and tests. It knows toys on plain grounds and nothing"
-        " else; words outside the toybox vocabulary are accepted and mean nothing to it. Licence: Apache-2.0."
-    )
+    if kind == "toybox":
+        parts.append(
+            "## Use and limits\n\nA tiny model for research, teaching and tests. It knows toys on plain grounds and"
+            " nothing else; words outside the toybox vocabulary are accepted and mean nothing to it. Licence:"
+            " Apache-2.0."
+        )
     return "\n\n".join(parts) + "\n"

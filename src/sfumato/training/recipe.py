@@ -15,7 +15,7 @@ from sfumato.errors import BadInput, UnknownName
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[no-redef]
 
 
 class Options(BaseModel):
@@ -25,12 +25,15 @@ class Options(BaseModel):
 
 
 class DataOptions(Options):
-    """Which toybox scenes are used (:class:`sfumato.toybox.ToyboxDataset`)."""
+    """Which toybox scenes are used (:class:`sfumato.toybox.ToyboxDataset`), or a folder of pictures with captions."""
 
-    train: int = Field(24_000, ge=1, description="training scenes")
-    val: int = Field(1_000, ge=1, description="held-out scenes for measuring")
-    size: int = Field(64, ge=16, le=512, description="side of the pictures in pixels")
-    seed: int = Field(0, ge=0, description="seed of the scenes")
+    train: int = Field(default=24_000, ge=1, description="training scenes; of a folder, the most pictures used")
+    val: int = Field(default=1_000, ge=1, description="held-out scenes; of a folder, no more than every tenth picture")
+    size: int = Field(default=64, ge=16, le=1024, description="side of the pictures in pixels")
+    seed: int = Field(default=0, ge=0, description="seed of the scenes, or of what is held out of a folder")
+    folder: str = Field(
+        default="", description="pictures with captions in the place of scenes (docs/training.md); none: the toybox"
+    )
 
 
 class TrainOptions(Options):

@@ -248,4 +248,8 @@ class LatentObjective(Objective):
     def grid(self) -> Image | None:
         if self.expert:
             return None
-        return sheets.sheet(self.sample(list(GRID_PROMPTS), 20, 3.0), 8, scale=2, gap=0)
+        prompts = list(GRID_PROMPTS)
+        if self.recipe.data.folder:
+            said = [self.val_data.caption(i).text for i in range(min(len(self.val_data), len(prompts)))]
+            prompts = [said[i % len(said)] for i in range(len(prompts))]
+        return sheets.sheet(self.sample(prompts, 20, 3.0), 8, scale=2, gap=0)

@@ -115,15 +115,14 @@ class VAEObjective(Objective):
             toys.append(torch.from_numpy(self.val_data.masks[part.numpy()] >= 0).to(self.device))
         error, toys = torch.cat(error), torch.cat(toys)
         per_picture = -10 * torch.log10(error.mean((1, 2)))
-        return {
-            "psnr": float(per_picture.mean()),
-            "psnr_pooled": float(-10 * torch.log10(error.mean())),
-            "psnr_toys": float(-10 * torch.log10(error[toys].mean())),
-        }
+        figures = {"psnr": per_picture, "psnr_pooled": -10 * torch.log10(error.mean())}
+        if toys.any():
+            figures["psnr_toys"] = -10 * torch.log10(error[toys].mean())
+        return {name: float(value.mean()) for name, value in figures.items()}
 
     def grid(self) -> Image:
-        x = data.pictures(self.val_data, torch.arange(8)).to(self.device)
-        return sheets.sheet(torch.cat([x, self.reconstruct(x)]), 8, scale=2, gap=0)
+        x = data.pictures(self.val_data, torch.arange(min(8, len(self.val_data)))).to(self.device)
+        return sheets.sheet(torch.cat([x, self.reconstruct(x)]), len(x), scale=2, gap=0)
 
     def standardise(self, n: int = 512) -> dict[str, list[float]]:
         """Folds the per-channel mean and deviation of the latents into the 1x1 convolutions on either side of them.
