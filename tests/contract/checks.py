@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from sfumato.attention import Call
-from sfumato.cards import from_recipe, to_recipe
-from sfumato.errors import Conflict, NoMatch, SfumatoError, WorkInterrupted
+from sfumato.cards import CAPABILITIES, from_recipe, to_recipe
+from sfumato.errors import Conflict, NoMatch, NotSupported, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling import Guidance, Intervention, Result, Step, generate, recipe_args
 from tests.helpers import fingerprint
@@ -186,24 +186,46 @@ def check_batch_independent(make: Make, model: Model) -> None:
 
 
 def check_wide_pictures(make: Make, model: Model) -> None:
-    """Pictures need not be square."""
+    """Pictures need not be square: the system acts at the same steps and sites, and draws pictures of that shape."""
     size = (48, 32)
     result = run(model, make(), size=size, decode=True)
     assert result.latents.shape[1:] == model.latent_shape(size[1], size[0])
-    assert torch.isfinite(result.latents).all()
+    _same_acts(result, alone(make, model))
+    _changes(make, result.latents, alone(None, model, size=size).latents)
     drawn(result)
 
 
-def check_half_precision(make: Make, model: Model) -> None:
-    """bfloat16 models are served, and stay bfloat16."""
+def check_half_precision(make: Make, model: Model, full: Model) -> None:
+    """bfloat16 models are served and stay bfloat16; the system does there what it does in float32, up to rounding."""
     assert model.dtype == torch.bfloat16
     result = run(model, make(), steps=1)
-    assert result.latents.dtype == torch.bfloat16 and torch.isfinite(result.latents).all()
+    assert result.latents.dtype == torch.bfloat16
+    _changes(make, result.latents, alone(None, model, steps=1).latents)
+    precise = alone(make, full, steps=1)
+    _same_acts(result, precise)
+    error = (result.latents.float() - precise.latents).norm() / precise.latents.norm()
+    assert error < 0.1, f"in bfloat16 the result is {error:.2g} of its norm away from float32's"
 
 
 def check_without_guidance(make: Make, model: Model) -> None:
-    """A run without an unconditional branch is served as well."""
-    assert torch.isfinite(run(model, make(), guidance=1.0).latents).all()
+    """A run without an unconditional branch is served as well: the system acts as it does with one."""
+    result = run(model, make(), guidance=1.0)
+    _same_acts(result, alone(make, model))
+    _changes(make, result.latents, alone(None, model, guidance=1.0).latents)
+
+
+def _same_acts(result: Result, other: Alone) -> None:
+    (here,), (there,) = result.coverage.values(), other.coverage.values()
+    assert here["steps"] == there["steps"], "acts at other steps"
+    assert set(here["sites"]) == set(there["sites"]), "acts at other sites"
+
+
+def _changes(make: Make, latents: Tensor, bare: Tensor) -> None:
+    assert torch.isfinite(latents).all()
+    if make().role == "observer":
+        assert same(latents, bare), "the observer changed the picture"
+    else:
+        assert not same(latents, bare), "the picture is the same with and without the system"
 
 
 def check_recipe(make: Make, model: Model) -> None:
@@ -236,32 +258,49 @@ def plain(model: Model) -> dict[str, Any]:
     return {"scheduler": "flow_euler" if model.flow else "ddim"}
 
 
-def check_composes(make: Make, other: Make, model: Model, swap: bool = True) -> str:
-    """Two systems run together, each where and when it acts alone, and, if ``swap``, in either order the same; or they
-    refuse with a Conflict. The model is unharmed. Returns the reason of a refusal, else nothing."""
+def check_composes(makes: Sequence[Make], model: Model) -> None:
+    """Systems that do not conflict run together: each where and when it acts alone, none undone by the others,
+    observers changing nothing, in any order the same."""
+    roles = [make().role for make in makes]
     with unharmed(model):
-        try:
-            one = run(model, [make(), other()], **plain(model))
-        except Conflict as refusal:
-            with pytest.raises(Conflict):
-                run(model, [other(), make()], **plain(model))
-            assert "\n" not in str(refusal)
-            return str(refusal)
-        roles = [system().role for system in (make, other)]
-        if swap and roles[0] != roles[1]:
-            two = run(model, [other(), make()], **plain(model))
-            assert same(one.latents, two.latents), "roles fix the order, but the order given mattered"
-    singles = [alone(system, model, **plain(model)) for system in (make, other)]
-    parts = (make().name, other().name if make().name != other().name else f"{other().name} 2")
-    for name, single in zip(parts, singles, strict=True):
-        (told,), together = single.coverage.values(), one.coverage[name]
-        assert together["steps"] == told["steps"], f"{name} acts at other steps than alone"
-        assert set(together["sites"]) == set(told["sites"]), f"{name} acts at other sites than alone"
-    if "observer" not in roles:
-        assert not any(same(one.latents, single.latents) for single in singles), "the effect of one of them is gone"
-    elif roles != ["observer", "observer"]:
-        assert same(one.latents, singles[roles[0] == "observer"].latents), "the observer changed the picture"
-    return ""
+        whole = run(model, [make() for make in makes], **plain(model))
+        if len(set(roles)) == len(roles):
+            swapped = run(model, [make() for make in reversed(makes)], **plain(model))
+            assert same(whole.latents, swapped.latents), "roles fix the order, but the order given mattered"
+    for make, (name, coverage) in zip(makes, _by_name(makes, whole.coverage), strict=True):
+        (expected,) = alone(make, model, **plain(model)).coverage.values()
+        assert coverage["steps"] == expected["steps"], f"{name} acts at other steps than alone"
+        assert set(coverage["sites"]) == set(expected["sites"]), f"{name} acts at other sites than alone"
+    for k, make in enumerate(makes):
+        rest = [*makes[:k], *makes[k + 1 :]]
+        without = (
+            alone(rest[0], model, **plain(model)).latents
+            if len(rest) == 1
+            else run(model, [other() for other in rest], **plain(model)).latents
+        )
+        if roles[k] == "observer":
+            assert same(whole.latents, without), f"{make().name} observes and changed the picture"
+        else:
+            assert not same(whole.latents, without), f"the effect of {make().name} is gone"
+
+
+def _by_name(makes: Sequence[Make], coverage: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Name and coverage of each system, in the order of ``makes``; the second of a kind is called "name 2"."""
+    names = [make().name for make in makes]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    full = [name if n == 1 else f"{name} {n}" for name, n in zip(names, counts, strict=True)]
+    return [(name, coverage[name]) for name in full]
+
+
+def check_conflicts(make: Make, other: Make, model: Model) -> str:
+    """Two systems refuse each other with a one-line Conflict, in either order. Returns its text."""
+    with unharmed(model):
+        with pytest.raises(Conflict) as refusal:
+            run(model, [make(), other()], **plain(model))
+        with pytest.raises(Conflict):
+            run(model, [other(), make()], **plain(model))
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
 
 
 def check_neutral(make: Make, weaken: Sequence[Make], model: Model) -> None:
@@ -315,8 +354,12 @@ def check_unknown_words(make_with_words: Callable[[list[str]], Intervention], mo
     assert "cubes" in message and "cube" in message.replace("cubes", "") and "\n" not in message
 
 
-def check_refuses(make: Make, model: Model) -> None:
-    """On a family that the card does not name, the refusal is one clear line."""
+def check_refuses(make: Make, model: Model, missing: str) -> None:
+    """On a model without the capability ``missing`` the refusal is NotSupported, in one line that names the system,
+    what it needs, and the model."""
     with unharmed(model), pytest.raises(SfumatoError) as caught:
         run(model, make())
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert isinstance(caught.value, NotSupported) and "\n" not in message, message
+    expected = f"{make().name} needs {CAPABILITIES[missing]}; {model.name} ({model.family.name}) has none."
+    assert message.startswith(expected), f"{message!r} does not begin with {expected!r}"

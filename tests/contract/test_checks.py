@@ -11,10 +11,10 @@ from PIL import Image
 from sfumato import cards
 from sfumato.attention import Tap
 from sfumato.cards import Card, Field, Params, register
-from sfumato.errors import NoMatch
+from sfumato.errors import Conflict, NoMatch
 from sfumato.sampling import Intervention
 from sfumato.text import Words
-from tests.contract import checks
+from tests.contract import checks, covering
 from tests.tiny import tiny_model
 
 
@@ -115,11 +115,15 @@ def test_good_systems_pass(make, check, model):
 def test_good_systems_pass_the_rest(model):
     checks.check_identity(Nudge, model, lambda: Nudge(strength=0))
     checks.check_identity(Watcher, model, None)
-    assert checks.check_composes(Nudge, Watcher, model) == "" == checks.check_composes(Nudge, Nudge, model)
+    checks.check_composes([Nudge, Watcher], model)
+    checks.check_composes([Nudge, Nudge], model)
     checks.check_neutral(Watcher, [lambda: Nudge(strength=0)] * 2, model)
     assert checks.check_guidance(Nudge, "negative", model) == "" == checks.check_guidance(Watcher, "compose", model)
     checks.check_unknown_words(lambda words: Watcher(words=words), model)
-    checks.check_half_precision(Watcher, model.to(dtype=torch.bfloat16))
+    half = tiny_model("sd", fresh=True).to(dtype=torch.bfloat16)
+    for system in (Watcher, Nudge):
+        checks.check_half_precision(system, half, model)
+    checks.check_refuses(Nudge, tiny_model("sd3"), "linear_text_values")
 
 
 def test_a_file_that_loses_something_is_caught(model, tmp_path):
@@ -246,6 +250,58 @@ def test_tensors_in_cycles_are_caught(model):
     _fails(checks.check_frees, Loops, model)
 
 
+def test_a_system_that_gives_up_elsewhere_is_caught(model):
+    class Square(Nudge):
+        def after_step(self, step):
+            if step.x.shape[-1] == step.x.shape[-2]:
+                super().after_step(step)
+            self.mark(step)
+
+    class Guided(Nudge):
+        def after_step(self, step):
+            if "uncond" in step.outputs:
+                super().after_step(step)
+            self.mark(step)
+
+    class Precise(Nudge):
+        def after_step(self, step):
+            super().after_step(step)
+            if step.x.dtype == torch.bfloat16:
+                step.x = 2 * step.x
+
+    _fails(checks.check_wide_pictures, Square, model)
+    _fails(checks.check_without_guidance, Guided, model)
+    _fails(checks.check_half_precision, Precise, tiny_model("sd", fresh=True).to(dtype=torch.bfloat16), model)
+
+
+def test_a_refusal_for_another_reason_is_caught(model):
+    class Picky(Nudge):
+        def start(self, run):
+            raise NoMatch("no words.")
+
+    _fails(checks.check_refuses, Picky, model, "linear_text_values")
+
+
+def test_a_conflict_in_one_order_only_is_caught(model):
+    class First(Nudge):
+        CARD = card("test_first")
+
+        def start(self, run):
+            if run.parts[0] is self and len(run.parts) > 1:
+                raise Conflict("test_first will not come first.")
+
+    _fails(checks.check_conflicts, First, Nudge, model)
+
+
+def test_groups_cover_every_pair_once_told_which_go_together():
+    items = list("abcdefgh")
+    apart = {("a", "b"), ("c", "h")}
+    found = covering.groups(items, lambda one, other: (one, other) not in apart, size=4)
+    pairs = {pair for group in found for pair in itertools.combinations(group, 2)}
+    assert pairs == set(itertools.combinations(items, 2)) - apart and max(map(len, found)) == 4
+    assert len(found) <= 8  # 26 pairs, 6 a group
+
+
 def test_words_taken_for_granted_are_caught(model):
     class Gullible(Watcher):
         def start(self, run):
@@ -286,8 +342,8 @@ def test_an_effect_that_gets_lost_beside_another_system_is_caught(model):
             if self.alone or step.i == 0:
                 super().after_step(step)
 
-    _fails(checks.check_composes, Overrules, Nudge, model)
-    _fails(checks.check_composes, GivesUp, Watcher, model)
+    _fails(checks.check_composes, [Overrules, Nudge], model)
+    _fails(checks.check_composes, [GivesUp, Watcher], model)
     _fails(checks.check_guidance, Overrules, "negative", model)
 
 

@@ -2,52 +2,81 @@
 
 from __future__ import annotations
 
+from itertools import combinations, combinations_with_replacement
+
 import pytest
 
-from tests.contract import checks
+from tests.contract import checks, covering, matrix
 from tests.contract.systems import PAIRS, SYSTEMS, maker, weakener
 from tests.tiny import tiny_model
 
-TOGETHER = [
+TRIED = ("sd", "sd3")
+RUNNING = {kind: [key for key in SYSTEMS if (key, kind) in PAIRS] for kind in TRIED}
+
+
+def together(one: str, other: str, kind: str) -> bool:
+    """Whether the page says that two systems run together on this kind of model."""
+    cell = matrix.cell(one, other)
+    return cell == matrix.TOGETHER or (cell == matrix.UNETS and kind == "sd")
+
+
+GROUPS = [
+    (kind, tuple(group))
+    for kind in TRIED
+    for group in covering.groups(RUNNING[kind], lambda one, other, kind=kind: together(one, other, kind))
+]
+REFUSED = [
     (one, other, kind)
-    for i, one in enumerate(SYSTEMS)
-    for other in list(SYSTEMS)[i:]
-    for kind in ("sd", "sd3")
-    if (one, kind) in PAIRS and (other, kind) in PAIRS
+    for kind in TRIED
+    for one, other in combinations_with_replacement(RUNNING[kind], 2)
+    if not together(one, other, kind)
 ]
 
 
-@pytest.mark.parametrize(("one", "other", "kind"), TOGETHER)
-def test_composes(one, other, kind):
-    """... and docs/composition.md says so; `python -m tests.contract.matrix` writes its table anew."""
-    from tests.contract import matrix
-
-    both = (one, "sd3") in PAIRS and (other, "sd3") in PAIRS
-    swap = kind == "sd3" or not both  # what order they are given in is a question of systems, not of networks
-    refused = checks.check_composes(maker(one), maker(other), tiny_model(kind), swap)
-    told = matrix.cell(one, other)
-    assert told == (matrix.REFUSED if refused else matrix.TOGETHER) or (
-        told == matrix.UNETS and bool(refused) == (kind == "sd3")
-    ), f"docs/composition.md says {told!r} of {one} and {other} on {kind}: {refused or 'they compose'}"
-    assert not refused or refused in matrix.page(), "docs/composition.md does not tell this reason"
+@pytest.mark.parametrize(
+    ("kind", "group"), GROUPS, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_composes(kind, group):
+    """... as docs/composition.md says; `python -m tests.contract.matrix` writes its table anew."""
+    try:
+        checks.check_composes([maker(key) for key in group], tiny_model(kind))
+    except Exception:
+        for pair in combinations(group, 2):  # which two it is
+            checks.check_composes([maker(key) for key in pair], tiny_model(kind))
+        raise
 
 
-@pytest.mark.parametrize(("key", "kind"), [(key, kind) for key, kind in PAIRS if kind in ("sd", "sd3")])
+@pytest.mark.parametrize(("key", "kind"), [(k, kind) for kind in TRIED for k in RUNNING[kind] if together(k, k, kind)])
+def test_twice(key, kind):
+    checks.check_composes([maker(key)] * 2, tiny_model(kind))
+
+
+@pytest.mark.parametrize(("one", "other", "kind"), REFUSED)
+def test_conflicts(one, other, kind):
+    assert checks.check_conflicts(maker(one), maker(other), tiny_model(kind)) in matrix.page(), (
+        "docs/composition.md does not tell this reason"
+    )
+
+
+def test_every_pair_is_covered():
+    for kind in TRIED:
+        tried = {pair for k, group in GROUPS if k == kind for pair in combinations(group, 2)}
+        refused = {(one, other) for one, other, k in REFUSED if k == kind}
+        assert tried | refused >= set(combinations(RUNNING[kind], 2)) and not tried & refused
+
+
+@pytest.mark.parametrize(("key", "kind"), [(key, kind) for kind in TRIED for key in RUNNING[kind]])
 def test_neutral_beside_systems_of_strength_0(key, kind):
-    weak = [weakener(other) for other in SYSTEMS if (other, kind) in PAIRS]
+    weak = [weakener(other) for other in RUNNING[kind]]
     checks.check_neutral(maker(key), [each for each in weak if each], tiny_model(kind))
 
 
 @pytest.mark.parametrize("variant", checks.GUIDANCE)
-@pytest.mark.parametrize(("key", "kind"), [(key, kind) for key, kind in PAIRS if kind in ("sd", "sd3")])
+@pytest.mark.parametrize(("key", "kind"), [(key, kind) for kind in TRIED for key in RUNNING[kind]])
 def test_composes_with_guidance(key, kind, variant):
-    from tests.contract import matrix
-
     refused = checks.check_guidance(maker(key), variant, tiny_model(kind))
     assert matrix.cell(key, variant) == (matrix.REFUSED if refused else matrix.TOGETHER), refused
 
 
 def test_the_matrix_of_the_docs_names_every_system():
-    from tests.contract import matrix
-
     assert matrix.names() == [*SYSTEMS]

@@ -1,0 +1,33 @@
+"""Groups of systems that cover every pair: a run of several systems tests all pairs among them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+
+def groups(items: Sequence[str], together: Callable[[str, str], bool], size: int = 6) -> list[list[str]]:
+    """Groups of at most ``size`` items whose pairs all go ``together``, such that every such pair is in one of them.
+
+    Greedy: a group grows by the item that brings most pairs not yet covered.
+    """
+    left = {pair for pair in combinations(items, 2) if together(*pair)}
+    found = []
+    while left:
+        group = list(min(left, key=lambda pair: (items.index(pair[0]), items.index(pair[1]))))
+        while len(group) < size:
+            others = [each for each in items if each not in group]
+            fitting = [each for each in others if all(together(*_pair(each, g, items)) for g in group)]
+            gains = {each: sum(_pair(each, g, items) in left for g in group) for each in fitting}
+            best = max(fitting, key=lambda each: gains[each], default=None)
+            if best is None or not gains[best]:
+                break
+            group.append(best)
+        group.sort(key=items.index)
+        left -= set(combinations(group, 2))
+        found.append(group)
+    return found
+
+
+def _pair(one: str, other: str, items: Sequence[str]) -> tuple[str, str]:
+    return (one, other) if items.index(one) < items.index(other) else (other, one)
