@@ -12,14 +12,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato import files
 from sfumato.errors import BadInput
-from sfumato.files import free_name, output_folder, parse_a1111, read_picture, read_recipe, replacing, save_png, slug
+from sfumato.files import free_name, output_folder, read_picture, read_recipe, replacing, save_png, slug
 
 RECIPE = {
     "sfumato": "0.1.0",
@@ -76,17 +74,6 @@ def test_a_picture_of_another_tool(tmp_path):
         },
         False,
     )
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(max_size=200))
-def test_any_parameters_text_is_read_without_error(text):
-    recipe = parse_a1111(text)
-    assert set(recipe) <= {"prompt", "negative", "steps", "guidance", "seed", "size", "scheduler"}
-
-
-def test_prompt_without_settings_stays_a_prompt():
-    assert parse_a1111("a cube,\na ball: red") == {"prompt": "a cube,\na ball: red"}
 
 
 def _png_with(chunk, text, path):

@@ -18,7 +18,7 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"sheets", "rng", "windows"},
+    {"sheets", "rng", "windows", "dialects"},
     {"files", "registry", "cards", "protocol", "scale"},
     {"clips"},
     {"metrics"},

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from sfumato.dialects import a1111_text, parse_a1111, parse_comfy
 from sfumato.errors import BadInput
 from sfumato.sheets import sheet
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 CHUNK = "sfumato"
 A1111_CHUNK = "parameters"
+COMFY_CHUNK = "prompt"
 LONGEST_RECIPE = 1_000_000  # characters of one chunk; Pillow itself stops at a megabyte per compressed chunk
 LARGEST_PICTURE = 256 * 2**20  # bytes
 LARGEST_VIDEO = 4 * 2**30
@@ -115,7 +117,7 @@ def slug(text: str, longest: int = 60) -> str:
 def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any]) -> Path:
     """Write ``image`` with its recipe to ``path``, whole or not at all.
 
-    ``recipe`` holds plain JSON values; :func:`a1111_text` names the keys that are also told in A1111's dialect.
+    ``recipe`` holds plain JSON values; :func:`.dialects.a1111_text` says which keys A1111's dialect has a word for.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -242,7 +244,9 @@ def read_upright(path: Path | str | IO[bytes]) -> Image.Image:
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
-    """The recipe in a picture or clip, and whether it is our exact one (otherwise it was read from ``parameters``).
+    """The recipe in a picture or clip, and whether it is our exact one. Otherwise it was read from A1111's
+    ``parameters`` (in JPEG and WebP an EXIF comment) or ComfyUI's ``prompt``; ``dropped`` then lists what has no
+    counterpart here.
 
     Raises:
         BadInput: the file is no picture or clip, is too large, carries no recipe, or one that cannot be read.
@@ -250,8 +254,8 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
     """
     path = Path(path)
     texts = _texts_of_video(path) if path.suffix.lower() in VIDEOS else _texts_of_picture(path)
-    for chunk in (CHUNK, A1111_CHUNK):
-        if len(texts.get(chunk, "")) > LONGEST_RECIPE:
+    for text in texts.values():
+        if len(text) > LONGEST_RECIPE:
             raise BadInput(f"{path} carries a recipe of more than {LONGEST_RECIPE} characters; it is not read.")
     if CHUNK in texts:
         try:
@@ -263,28 +267,49 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
         return recipe, True
     if A1111_CHUNK in texts:
         return parse_a1111(texts[A1111_CHUNK]), False
-    raise BadInput(f"{path} carries no recipe: neither a {CHUNK!r} nor a {A1111_CHUNK!r} text was found in it.")
+    if COMFY_CHUNK in texts and (read := parse_comfy(texts[COMFY_CHUNK])) is not None:
+        return read, False
+    raise BadInput(
+        f"{path} carries no recipe: no {CHUNK!r}, {A1111_CHUNK!r} or ComfyUI {COMFY_CHUNK!r} text was found in it."
+    )
+
+
+def _comment(raw: bytes) -> str:
+    """The text of an EXIF UserComment: eight bytes name its encoding; UTF-16 of either byte order."""
+    code, body = raw[:8], raw[8:]
+    if not code.startswith(b"UNICODE"):
+        return (body if code.startswith(b"ASCII") else raw).decode("utf-8", errors="replace").strip("\0")
+    big = body[0:2] == b"\xfe\xff" or (body[0:2] != b"\xff\xfe" and body[0:1] == b"\0")
+    return body.decode("utf-16-be" if big else "utf-16-le", errors="replace").strip("\ufeff\0")
 
 
 def _texts_of_picture(path: Path) -> dict[str, str]:
-    """What a picture says, by the name of its chunk."""
+    """The recipes in a picture, by the name of their chunk."""
     with opened_picture(path) as image:
-        texts = dict(getattr(image, "text", {}))
-        # chunks behind the pixels are found by load() only
-        if CHUNK not in texts and A1111_CHUNK not in texts and image.width * image.height <= MOST_PIXELS:
+        texts = _chunks(image)
+        if not texts and image.width * image.height <= MOST_PIXELS:  # chunks behind the pixels are found by load() only
             image.load()
-            texts = dict(getattr(image, "text", {}))
+            texts = _chunks(image)
         comment = image.info.get("comment", b"")  # of a GIF
-        ours = comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)
-        exif: Any = image.getexif() if image.format == "WEBP" else {}
+        ours = [comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)]
+        exif: Any = image.getexif() if image.format in ("JPEG", "WEBP") else {}
         if exif:
-            ours = str(exif.get(_EXIF_DESCRIPTION, ""))
+            ours.append(str(exif.get(_EXIF_DESCRIPTION, "")))
             theirs = exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT, b"")
-            if isinstance(theirs, bytes) and theirs.startswith(b"UNICODE\0"):
-                texts.setdefault(A1111_CHUNK, theirs[8:].decode("utf-16-be", errors="replace"))
-    if ours.startswith(f"{CHUNK} "):
-        texts[CHUNK] = ours[len(CHUNK) + 1 :]
-    return texts
+            texts.setdefault(A1111_CHUNK, _comment(theirs) if isinstance(theirs, bytes) else str(theirs))
+            for tag in (0x010F, 0x0110, _EXIF_DESCRIPTION):  # Make and Model too: where ComfyUI writes
+                said = exif.get(tag)
+                if isinstance(said, str) and said.lower().startswith("prompt:"):
+                    texts[COMFY_CHUNK] = said[len("prompt:") :]
+    for said in ours:
+        if said.startswith(f"{CHUNK} "):
+            texts[CHUNK] = said[len(CHUNK) + 1 :]
+    return {name: text for name, text in texts.items() if text.strip()}
+
+
+def _chunks(image: Image.Image) -> dict[str, str]:
+    names = (CHUNK, A1111_CHUNK, COMFY_CHUNK)
+    return {name: str(text) for name, text in dict(getattr(image, "text", {})).items() if name in names}
 
 
 def _texts_of_video(path: Path) -> dict[str, str]:
@@ -334,75 +359,3 @@ def _refuse_constant(name: str) -> None:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
-
-
-# --- AUTOMATIC1111's dialect -----------------------------------------------------------------------------------------
-
-_SAMPLERS = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm++": "DPM++ 2M",
-    "unipc": "UniPC",
-    "pndm": "PLMS",
-    "ddpm": "DDPM",
-}
-_FIELD = re.compile(r'\s*([\w][\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-
-
-def a1111_text(recipe: dict[str, Any]) -> str:
-    """The ``parameters`` text of a recipe.
-
-    Keys told: prompt, negative, steps, scheduler, guidance, seed, size (w, h), model, hash, sfumato (our version).
-    """
-    size = recipe.get("size")
-    scheduler = recipe.get("scheduler")
-    facts = {
-        "Steps": recipe.get("steps"),
-        "Sampler": _SAMPLERS.get(str(scheduler), scheduler),
-        "CFG scale": recipe.get("guidance"),
-        "Seed": recipe.get("seed"),
-        "Size": f"{size[0]}x{size[1]}" if size else None,
-        "Model hash": str(recipe.get("hash") or "")[:10],
-        "Model": recipe.get("model"),
-        "Version": f"sfumato {recipe.get('sfumato', '')}".strip(),
-    }
-    lines = [str(recipe.get("prompt", ""))]
-    if recipe.get("negative"):
-        lines.append(f"Negative prompt: {recipe['negative']}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value not in (None, "")))
-    return "\n".join(lines)
-
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
-
-
-def parse_a1111(text: str) -> dict[str, Any]:
-    """What can be understood of a ``parameters`` text, in our keys; the rest is left out. Never raises on content."""
-    *lines, last = text.strip().split("\n")
-    facts = {name.strip().lower(): value.strip() for name, value in _FIELD.findall(last[:10_000])}
-    if "steps" not in facts:
-        lines, facts = [*lines, last], {}
-    prompt: list[str] = []
-    negative: list[str] = []
-    target = prompt
-    for line in lines:
-        if line.startswith("Negative prompt:"):
-            target, line = negative, line[len("Negative prompt:") :].strip()
-        target.append(line)
-    recipe: dict[str, Any] = {"prompt": "\n".join(prompt).strip()}
-    if negative:
-        recipe["negative"] = "\n".join(negative).strip()
-    for key, name, read in (("steps", "steps", int), ("guidance", "cfg scale", float), ("seed", "seed", int)):
-        with contextlib.suppress(KeyError, ValueError):
-            recipe[key] = read(facts[name][:40])
-    if found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", facts.get("size", "")):
-        recipe["size"] = [int(found[1]), int(found[2])]
-    samplers = {name.lower(): ours for ours, name in _SAMPLERS.items()}
-    sampler = facts.get("sampler", "").lower().removesuffix(" karras")
-    if sampler in samplers or sampler in _SAMPLERS:
-        recipe["scheduler"] = samplers.get(sampler, sampler)
-    return recipe
