@@ -158,3 +158,11 @@ def test_half_precision_stays_half():
     model = tiny_model("sd3", fresh=True).to(dtype=torch.bfloat16)
     embeds = encode_weighted(model, ["a (red:1.5) cube"], guidance=False).cond["embeds"]
     assert embeds.dtype == torch.bfloat16 and torch.isfinite(embeds).all()
+
+
+def test_deep_and_long_prompts_are_read_in_proportion_to_their_length():
+    deep = read_weights("(" * 20_000 + "a" + ")" * 20_000)
+    assert deep.text.count("(") == 19_900 and max(deep.weights) == pytest.approx(1.1**100, rel=1e-3)
+    assert read_weights("(" * 100 + "a" + ")" * 100).text == "a"
+    many = read_weights("(a:1.2) " * 5_000)
+    assert many.text == ("a " * 5_000) and set(many.weights) == {1.0, 1.2}

@@ -3,7 +3,7 @@
 The notation is that of AUTOMATIC1111's web UI, which ComfyUI shares but for the square brackets: round brackets
 multiply the weight of what they hold by 1.1 or by the number named, square ones divide it by 1.1, brackets nest, a
 backslash makes a bracket (or a backslash) ordinary text. Unlike there, a bracket without its partner is ordinary text
-too, as are brackets that hold nothing. What A1111 calls prompt editing (``[a:b:0.5]``, ``[a|b]``) is not known here.
+too, as are brackets that hold nothing or are nested more than 100 deep. What A1111 calls prompt editing (``[a:b:0.5]``, ``[a|b]``) is not known here.
 
 A token of weight w is moved along the line from what the *empty* prompt has at its position to what the encoder says
 (ComfyUI's convention, in every text encoder alike): ``e_0 + w (e - e_0)``. At 1 the embedding keeps its bits, at 0 it
@@ -26,6 +26,8 @@ __all__ = ["Weighted", "encode_weighted", "read_weights"]
 
 #: By how much a pair of brackets without a number changes the weight.
 STEP = 1.1
+#: Brackets nested deeper than this are ordinary text, so that reading takes time in proportion to the prompt's length.
+DEEPEST = 100
 
 _CLOSES = {")": "(", "]": "["}
 _NUMBER = re.compile(r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
@@ -100,7 +102,7 @@ def read_weights(prompt: str) -> Weighted:
             i += 1
             continue
         put(char)
-        if char in _CLOSES.values():
+        if char in _CLOSES.values() and len(opened) < DEEPEST:
             opened.append((char, len(chars) - 1))
         i += 1
     return Weighted("".join(chars), tuple(round(weight, 6) for weight in weights))
