@@ -6,12 +6,18 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 
-def groups(items: Sequence[str], together: Callable[[str, str], bool], size: int = 6) -> list[list[str]]:
-    """Groups of at most ``size`` items whose pairs all go ``together``, such that every such pair is in one of them.
+def groups(
+    items: Sequence[str],
+    together: Callable[[str, str], bool],
+    size: int = 6,
+    needed: Callable[[str, str], bool] = lambda one, other: True,
+) -> list[list[str]]:
+    """Groups of at most ``size`` items whose pairs all go ``together``, such that every such pair that is ``needed``
+    is in one of them.
 
     Greedy: a group grows by the item that brings most pairs not yet covered.
     """
-    left = {pair for pair in combinations(items, 2) if together(*pair)}
+    left = {pair for pair in combinations(items, 2) if together(*pair) and needed(*pair)}
     found = []
     while left:
         group = list(min(left, key=lambda pair: (items.index(pair[0]), items.index(pair[1]))))

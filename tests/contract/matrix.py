@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sfumato.errors import Conflict
 
 PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
 START, END = "<!-- written by python -m tests.contract.matrix -->", "<!-- end -->"
-TOGETHER, REFUSED, UNETS = "+", "x", "u"
+TOGETHER, REFUSED, UNETS, NOWHERE = "+", "x", "u", "-"
 
 
 def page() -> str:
@@ -42,6 +43,14 @@ def names() -> list[str]:
     return list(dict.fromkeys(row for row, _ in _cells()))
 
 
+def kinds(*keys: str) -> list[str]:
+    """The tiny models on which systems are tried together: a U-Net and joint attention, else the inpainting model."""
+    from tests.contract.systems import PAIRS
+
+    fitting = [kind for kind in ("sd", "sd3", "inpaint") if all((key, kind) in PAIRS for key in keys)]
+    return [kind for kind in fitting if kind != "inpaint"] or fitting
+
+
 def _outcome(one: str, other: str, kind: str) -> str:
     from tests.contract import checks
     from tests.contract.systems import maker
@@ -57,19 +66,25 @@ def _outcome(one: str, other: str, kind: str) -> str:
     return ""
 
 
-def table() -> str:
-    """The table and the reasons of the refusals, by running every pair."""
+def table(anew: bool = False) -> str:
+    """The table and the reasons of the refusals, by running every pair that the page does not have yet as running
+    together (the suite runs those in groups), or, ``anew``, every pair."""
     from tests.contract import checks
-    from tests.contract.systems import PAIRS, SYSTEMS
+    from tests.contract.systems import SYSTEMS
 
     reasons: dict[str, list[str]] = {}
     found: dict[tuple[str, str], str] = {}
     keys = list(SYSTEMS)
     for i, one in enumerate(keys):
         for other in [*keys[i:], *checks.GUIDANCE]:
+            if not anew and _cells().get((one, other)) == TOGETHER:
+                found[one, other] = found[other, one] = TOGETHER
+                continue
             both = [one] if other in checks.GUIDANCE else [one, other]
-            kinds = [kind for kind in ("sd", "sd3") if all((key, kind) in PAIRS for key in both)]
-            said = {kind: _outcome(one, other, kind) for kind in kinds}
+            said = {kind: _outcome(one, other, kind) for kind in kinds(*both)}
+            if not said:  # no model here has what both need
+                found[one, other] = found[other, one] = NOWHERE
+                continue
             refused = [reason for reason in said.values() if reason]
             mark = TOGETHER if not refused else REFUSED if len(refused) == len(said) else UNETS
             assert mark != UNETS or said["sd3"], f"{one} and {other} refuse on U-Nets only, for which there is no mark"
@@ -92,7 +107,8 @@ def main() -> None:
         os.environ["SFUMATO_CACHE"] = folder
         write_examples(Path(folder))
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-        PAGE.write_text(f"{before}{START}\n\n{table()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        written = table(anew="--all" in sys.argv)
+        PAGE.write_text(f"{before}{START}\n\n{written}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The notation is that of AUTOMATIC1111's web UI, which ComfyUI shares but for the square brackets: round brackets
 multiply the weight of what they hold by 1.1 or by the number named, square ones divide it by 1.1, brackets nest, a
 backslash makes a bracket (or a backslash) ordinary text. Unlike there, a bracket without its partner is ordinary text
-too, as are brackets that hold nothing or are nested more than 100 deep. What A1111 calls prompt editing (``[a:b:0.5]``, ``[a|b]``) is not known here.
+too, as are brackets that hold nothing or are nested more than 100 deep. What A1111 calls prompt editing
+(``[a:b:0.5]``, ``[a|b]``) is not known here.
 
 A token of weight w is moved along the line from what the *empty* prompt has at its position to what the encoder says
 (ComfyUI's convention, in every text encoder alike): ``e_0 + w (e - e_0)``. At 1 the embedding keeps its bits, at 0 it
