@@ -198,7 +198,7 @@ def read_picture(path: Path | str | IO[bytes]) -> Image.Image:
     Raises:
         BadInput: the file is no picture, is damaged or too large. OSError: it cannot be opened.
     """
-    return _as_rgb(read_upright(path))
+    return as_rgb(read_upright(path))
 
 
 def fitted(image: Image.Image, size: tuple[int, int], smooth: bool = True) -> Image.Image:
@@ -216,9 +216,12 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(f"{rgb.width}x{rgb.height}".encode() + rgb.tobytes()).hexdigest()
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture upright and in RGB, whatever it was: the rules of :func:`read_picture` for one that is open already."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow itself would cut these off at 255
         grey = np.nan_to_num(np.asarray(image).astype(np.float64))

@@ -36,6 +36,7 @@ __all__ = [
     "as_text",
     "box_mask",
     "close",
+    "decided",
     "dilate",
     "feather",
     "fill_holes",
@@ -313,11 +314,14 @@ def on_grid(mask: Tensor, grid: tuple[int, int], level: float = 0.5, soft: bool 
     coverage itself. A mask too thin to cover any cell so far keeps the cells it covers most (at least half as much as
     the best one)."""
     covered = area(mask, grid)
-    if soft:
-        return covered
-    best = covered.amax((-2, -1), keepdim=True)
+    return covered if soft else decided(covered, level)
+
+
+def decided(coverage: Tensor, level: float = 0.5) -> Tensor:
+    """Yes or no (1 or 0) for every cell of a mask (... h w): as :func:`on_grid`, on the mask's own grid."""
+    best = coverage.amax((-2, -1), keepdim=True)
     bar = torch.where(best >= level, torch.full_like(best, level), best / 2)
-    return ((covered >= bar) & (covered > 0)).float()
+    return ((coverage >= bar) & (coverage > 0)).float()
 
 
 def dilate(mask: Tensor, cells: int) -> Tensor:

@@ -72,6 +72,9 @@ class Blend(Intervention):
         )
         strength: float = Field(default=1.0, ge=0, le=1, description="how firmly the surroundings are held; 1: exactly")
 
+        def soft_edges(self) -> bool:
+            return self.soft
+
     role = "path"
 
     def __init__(self, **given: Any):
@@ -112,7 +115,7 @@ class Blend(Intervention):
         if self.params.paste is None or self.strength == 0:
             return pixels
         original = run.model.decode(self._clean) if self._pixels is None else self._pixels.to(pixels)
-        share = masks.feather((self._region >= self.params.level).float(), self.params.paste).to(pixels)
+        share = masks.feather(masks.decided(self._region, self.params.level), self.params.paste).to(pixels)
         return share * pixels + (1 - share) * original
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Inpaint(Intervention):
         self._pixels, self._clean = kept_picture(run, x, self.params, self)
         pixels = run.model.decode(self._clean) if self._pixels is None else self._pixels
         self._share = self._share.to(x)
-        erased = (self._region >= self.params.level).to(pixels)[:, None]
+        erased = masks.decided(self._region, self.params.level).to(pixels)[:, None]
         hole = hole_of(run.model, pixels, erased, self._share).expand(len(run), -1, -1, -1)
         assert run.condition is not None
         run.condition = _told(run.condition, hole)
@@ -105,7 +105,7 @@ class Inpaint(Intervention):
         if self.params.paste is None:
             return pixels
         original = run.model.decode(self._clean) if self._pixels is None else self._pixels.to(pixels)
-        erased = (self._region >= self.params.level).float()
+        erased = masks.decided(self._region, self.params.level)
         share = torch.stack([masks.feather(each, self.params.paste) for each in erased])[:, None].to(pixels)
         return share * pixels + (1 - share) * original
 

@@ -31,6 +31,10 @@ class RegionParams(cards.Params):
         default=None, description="without a picture: the prompt whose picture, from the same seed, is kept"
     )
 
+    def soft_edges(self) -> bool:
+        """Whether grey levels of the mask count as shares instead of being decided at a level."""
+        return False
+
 
 def region_of(
     run: Run, name: str, params: RegionParams, read: Sequence[Tensor], level: float = 0.5, each: bool = False
@@ -40,6 +44,12 @@ def region_of(
     Warns `MaskWarning` where it makes no difference at ``level``. Raises `BadInput` without a region, and unless the
     run has exactly one of a picture and ``source``.
     """
+    lightest = max((float(mask.max()) for mask in read), default=0.0)
+    if 0 < lightest < level and not params.soft_edges():
+        raise BadInput(
+            f"the mask of {name} is nowhere lighter than {lightest:.2f}, but what is drawn anew begins at {level:g}; "
+            f"give a lighter mask or a lower level."
+        )
     layers = masks.regions(read, params.box, run.size)
     if not len(layers):
         raise BadInput(f"{name} needs a region to draw anew: give mask (a picture, white there) or box=x0|y0|x1|y1.")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_SIDE, Options
@@ -222,7 +223,9 @@ def _round(side: int, step: int, up: bool) -> int:
 def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
     """Pictures as a tensor (b 3 H W) in [-1, 1], resized to ``size`` = (width, height) when given.
 
-    ``image``: a PIL picture, a list of them, or such a tensor already.
+    ``image``: a PIL picture, an array (H W), (H W 3) or (H W 4) of bytes, 16-bit numbers or floats in [0, 1], a list of
+    these, or such a tensor already. Pictures and arrays are read as a file of the same content is: upright, transparent
+    parts on white, deep greys in full range.
     """
     if isinstance(image, Tensor):
         if image.dim() != 4 or image.shape[1] != 3:
@@ -234,13 +237,44 @@ def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
         if not torch.isfinite(image).all():
             raise BadInput("image holds values that are not finite.")
         return image
-    pictures = image if isinstance(image, list | tuple) else [image]
-    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise BadInput(f"image is {image!r}; it must be a PIL picture, a list of them, or a tensor (b, 3, H, W).")
+    pictures = [_opened(each) for each in (image if isinstance(image, list | tuple) else [image])]
+    if not pictures:
+        raise BadInput("image is an empty list; give a picture or several.")
     size = size or pictures[0].size
-    resized = [p.convert("RGB") if p.size == size else p.convert("RGB").resize(size, Image.LANCZOS) for p in pictures]
+    resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
     array = np.stack([np.asarray(picture) for picture in resized]).astype(np.float32) / 255.0
     return torch.from_numpy(array.transpose(0, 3, 1, 2)) * 2.0 - 1.0
+
+
+def _opened(given: Any) -> Image.Image:
+    """A picture or an array as an upright RGB picture."""
+    if isinstance(given, np.ndarray):
+        given = _from_array(given)
+    if not isinstance(given, Image.Image):
+        raise BadInput(
+            f"image is {type(given).__name__}; it must be a PIL picture, an array, a list of these, or a tensor "
+            f"(b, 3, H, W)."
+        )
+    return files.as_rgb(given)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    told = f"image is an array {array.dtype} {array.shape}"
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise BadInput(f"{told}; it must be (height, width), with 3 channels for colour and a fourth for transparency.")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise BadInput(f"{told} from {array.min():g} to {array.max():g}; floats must lie in [0, 1].")
+        array = array * 255
+    elif array.dtype == np.uint16:
+        array = array / 257
+    elif array.dtype == bool:
+        array = array * 255
+    elif not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+        raise BadInput(f"{told}; it must hold bytes, 16-bit numbers (uint16) or floats in [0, 1].")
+    return Image.fromarray(array.round().astype(np.uint8))
 
 
 def as_pictures(pixels: Tensor) -> list[Image.Image]:

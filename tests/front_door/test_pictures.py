@@ -1,0 +1,156 @@
+"""Pictures and masks are read alike however they are given: file, PIL picture, array, tensor, of any depth and mode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato import masks
+from sfumato.edit.blend import Blend
+from sfumato.edit.inpaint import Inpaint
+from sfumato.errors import BadInput
+from sfumato.files import read_picture
+from sfumato.sampling import generate
+from sfumato.sampling.request import as_pixels
+from tests.tiny import tiny_model
+
+GREY = np.linspace(0, 255, 48).round().astype(np.uint8).reshape(6, 8)
+COLOR = np.stack([GREY, GREY[::-1], 255 - GREY], -1)
+ALPHA = np.where(np.arange(48).reshape(6, 8) % 3 == 0, 0, 255).astype(np.uint8)
+LAYERED = np.concatenate([COLOR, ALPHA[..., None]], -1)
+PALETTE = Image.fromarray(COLOR).quantize(48)
+
+
+def on_white(layered):
+    share = layered[..., 3:] / 255
+    return (layered[..., :3] * share + 255 * (1 - share)).round().astype(np.uint8)
+
+
+def turned(image, path):
+    exif = Image.Exif()
+    exif[274] = 6  # turn by 90 degrees clockwise to see it upright
+    image.save(path, exif=exif, quality=100, subsampling=0)
+    return path
+
+
+PICTURES = {
+    "RGB": (Image.fromarray(COLOR), COLOR),
+    "L": (Image.fromarray(GREY), np.stack([GREY] * 3, -1)),
+    "1": (Image.fromarray(GREY > 99), np.stack([(GREY > 99) * np.uint8(255)] * 3, -1)),
+    "I;16": (Image.fromarray(GREY.astype(np.uint16) * 257), np.stack([GREY] * 3, -1)),
+    "I": (Image.fromarray(GREY.astype(np.int32) * 257), np.stack([GREY] * 3, -1)),
+    "RGBA": (Image.fromarray(LAYERED), on_white(LAYERED)),
+    "LA": (Image.fromarray(LAYERED[..., [0, 3]]), on_white(LAYERED[..., [0, 0, 0, 3]])),
+    "P": (PALETTE, np.asarray(PALETTE.convert("RGB"))),
+    "CMYK": (Image.fromarray(COLOR).convert("CMYK"), np.asarray(Image.fromarray(COLOR).convert("CMYK").convert("RGB"))),
+}
+
+
+def read(pixels):
+    return ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("mode", PICTURES)
+def test_a_picture_in_every_mode(mode, tmp_path):
+    picture, expected = PICTURES[mode]
+    np.testing.assert_array_equal(read(as_pixels(picture, None)), expected)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    picture.save(path)
+    np.testing.assert_array_equal(np.asarray(read_picture(path)), expected)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(read(as_pixels(opened, None)), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (COLOR, COLOR),
+        (GREY, np.stack([GREY] * 3, -1)),
+        (GREY[..., None], np.stack([GREY] * 3, -1)),
+        (GREY.astype(np.uint16) * 257, np.stack([GREY] * 3, -1)),
+        (COLOR.astype(np.int64), COLOR),
+        ((COLOR / 255).astype(np.float32), COLOR),
+        (LAYERED, on_white(LAYERED)),
+        (GREY > 99, np.stack([(GREY > 99) * np.uint8(255)] * 3, -1)),
+    ],
+)
+def test_arrays_are_pictures(array, expected):
+    np.testing.assert_array_equal(read(as_pixels(array, None)), expected)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        COLOR - 300.0,
+        np.full((4, 4), np.nan),
+        np.zeros((4, 0)),
+        np.zeros((2, 4, 4)),
+        COLOR.astype(np.int32) * 9,
+        np.array("x"),
+    ],
+)
+def test_other_arrays_are_refused_in_one_line(array):
+    with pytest.raises(BadInput, match="^image is an array [^\n]*$"):
+        as_pixels(array, None)
+
+
+def test_an_upright_picture_however_it_is_opened(tmp_path):
+    path = turned(Image.fromarray(COLOR), tmp_path / "a.jpg")
+    upright = np.asarray(read_picture(path))
+    assert upright.shape == (8, 6, 3)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(read(as_pixels(opened, None)), upright)
+        np.testing.assert_array_equal(masks.read_mask(opened), masks.read_mask(path))
+    assert masks.read_mask(path).shape == (8, 6)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Image.fromarray(GREY),
+        Image.fromarray(GREY.astype(np.uint16) * 257),
+        Image.fromarray((GREY / 255).astype(np.float32)),
+        Image.fromarray(np.stack([GREY] * 3, -1)),
+        Image.fromarray(np.stack([np.full_like(GREY, 255)] * 3 + [GREY], -1)),
+        GREY,
+        GREY[None],
+        GREY.astype(np.uint16) * 257,
+        (GREY / 255).astype(np.float32),
+        torch.from_numpy(GREY),
+        torch.from_numpy(GREY / 255),
+    ],
+    ids=lambda given: f"{type(given).__name__}-{getattr(given, 'mode', getattr(given, 'dtype', ''))}",
+)
+def test_a_mask_in_every_form(given, tmp_path):
+    expected = torch.from_numpy(GREY.astype(np.float32) / 255)
+    torch.testing.assert_close(masks.read_mask(given), expected, atol=1e-6, rtol=0)
+    if isinstance(given, Image.Image):
+        path = tmp_path / ("a.tif" if given.mode == "F" else "a.png")
+        given.save(path)
+        torch.testing.assert_close(masks.read_mask(path), expected, atol=1e-6, rtol=0)
+
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("kind", "system"), [("inpaint", Inpaint), ("sd", Blend), ("sd3", Blend)])
+def test_a_mask_means_the_same_to_every_system(kind, system):
+    """Nowhere light enough: refused by all. A thin line: the cells that it covers most, also among the pixels."""
+    model = tiny_model(kind)
+
+    def draw(mask, **more):
+        systems = system(mask=mask, paste=0, **more)
+        return generate(model, "a red cube", image=PHOTO, strength=1.0, steps=2, seed=3, interventions=systems)
+
+    dark = np.full((32, 32), 120, dtype=np.uint8)
+    dark[:8] = 0
+    with pytest.raises(BadInput, match="nowhere lighter than 0.47"):
+        draw(dark)
+    changed = np.asarray(draw(dark, level=0.4).images[0]) != np.asarray(PHOTO)
+    assert changed[8:].any() and not changed[:8].any()
+    line = np.zeros((320, 320), dtype=np.uint8)
+    line[160:163] = 255  # a third of a pixel high
+    changed = (np.asarray(draw(line).images[0]) != np.asarray(PHOTO)).any((1, 2))
+    assert changed.any() and set(np.flatnonzero(changed)) <= {15, 16, 17}
