@@ -86,7 +86,7 @@ def test_arrays_are_pictures(array, expected):
         COLOR - 300.0,
         np.full((4, 4), np.nan),
         np.zeros((4, 0)),
-        np.zeros((2, 4, 4)),
+        np.zeros((2, 4, 5)),
         COLOR.astype(np.int32) * 9,
         np.array("x"),
     ],
