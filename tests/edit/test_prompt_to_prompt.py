@@ -17,7 +17,6 @@ from sfumato.explain.daam import DAAM
 from sfumato.models.quiet import quiet
 from sfumato.sampling import generate
 from sfumato.sampling.recording import Recorder, Recording
-from sfumato.text.align import align
 from sfumato.text.words import Words
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -90,9 +89,49 @@ def naive(model, source, target, edit, blend=None, size=None):
     return x[:1], x[1:]
 
 
-def paper(model, source, target, mode, *, cross=(0, 0.8), own=(0, 0.4), factors=None, words=None, cells=None):
+PARTNERS = {  # by hand: for every word of a target the word of SOURCE that it stands for
+    SOURCE: (0, 1, 2, 3, 4, 5),
+    SWAPPED: (0, 1, 2, 3, 4, 5),
+    LONGER: (0, None, 1, 2, 3, 4, None, 5),
+}
+
+
+def laid_out(stream, prompt):
+    """(positions of each word's tokens, of the end, of the filling) of a prompt on the text axis, from the tokenizer."""
+    count = lambda text: len(stream.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+    place = stream.offset + len(stream.tokenizer("").input_ids) - 1  # behind a start token, where there is one
+    words = []
+    for word in prompt.split():
+        words.append(list(range(place, place + count(word))))
+        place += count(word)
+    return words, place, list(range(place + 1, stream.offset + stream.length))
+
+
+def mapper(model, target, mode):
+    """R (s t) and which target tokens have a counterpart, from :data:`PARTNERS`."""
+    matrix, taken = torch.eye(model.text_length), torch.ones(model.text_length)
+    streams = {stream.offset: stream for stream in reversed(Words(model).streams)}  # of two on one axis the first
+    for stream in streams.values():
+        (ours, end, pads), (theirs, other_end, other_pads) = (laid_out(stream, text) for text in (SOURCE, target))
+        whole = slice(min(ours[0][0], theirs[0][0]), stream.offset + stream.length)
+        matrix[whole, whole], taken[whole] = 0, 0
+        groups = [(ours[i], there) for i, there in zip(PARTNERS[target], theirs, strict=True) if i is not None]
+        groups += [([end], [other_end])] + [([i], [j]) for i, j in zip(pads, other_pads, strict=False)]
+        if mode == "replace":  # nothing that the source attends to is lost, no token keeps attention of its own
+            groups.append((pads[len(other_pads) :], other_pads[-1:]))
+            taken[whole] = 1
+        for sources, targets in groups:
+            one_to_one = len(sources) == len(targets)
+            for a, i in enumerate(sources):
+                for b, j in enumerate(targets):
+                    matrix[i, j] = float(a == b) if one_to_one else 1 / len(targets)
+                    taken[j] = 1
+    return matrix.double(), taken
+
+
+def paper(model, target, mode, *, cross=(0, 0.8), own=(0, 0.4), factors=None, words=None, cells=None):
     """The paper's edit of one map, column by column."""
-    found = align(Words(model), source, target, mode, model.text_length)
+    matrix, taken = mapper(model, target, mode)
     reading = Words(model).read(target)
     h, w = model.latent_shape(*model.default_size)[1:]
     limit = cells or max(64, h * w // 16)
@@ -115,8 +154,8 @@ def paper(model, source, target, mode, *, cross=(0, 0.8), own=(0, 0.4), factors=
                 out[:, rows, rows] = m[:, rows, rows]
         if site.text is not None:
             block = (slice(None), rows, slice(*site.text))
-            made = torch.einsum("hpw,wn->hpn", m[block], found.matrix.double())
-            made = factor * torch.where(found.taken > 0, made, mine[block])
+            made = torch.einsum("hpw,wn->hpn", m[block], matrix)
+            made = factor * torch.where(taken > 0, made, mine[block])
             open_ = (start <= i / STEPS + 1e-6) & (i / STEPS + 1e-6 < end)
             out[block] = torch.where(open_, made, mine[block])
         if site.kind == "joint":
@@ -160,7 +199,7 @@ def test_edits_are_those_of_the_paper(kind, case):
     target, mode, given, told = CASES[case]
     model = tiny_model(kind)
     expected_source, expected = naive(
-        model, SOURCE, target, paper(model, SOURCE, target, "refine" if mode == "refine" else "replace", **told)
+        model, SOURCE, target, paper(model, target, "refine" if mode == "refine" else "replace", **told)
     )
     edit = PromptToPrompt(source=SOURCE, mode=mode, **given)
     edited = generate(model, target, interventions=edit, **options(model)).latents
@@ -180,7 +219,7 @@ def test_local_blend_is_that_of_the_notebooks(own):
     model = tiny_model("sd")
     reader = Words(model)
     steps: dict[str, list] = {"source": [], "own": []}
-    edit_map = paper(model, SOURCE, LONGER, "refine")
+    edit_map = paper(model, LONGER, "refine")
     sums: dict[tuple, torch.Tensor] = {}
     blended = [site.path for site in model.sites(32, 32) if site.kind == "cross" and site.grid == (8, 8)]
     assert blended
