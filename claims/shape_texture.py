@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from sfumato.explain import shape_texture as st
 from sfumato.explain.shape_texture import LayerTable, ShapeTexture
 from sfumato.metrics import stats
 from sfumato.models.readers import load_net
-from sfumato.toybox import FACTORS, conflicts, cue_scenes, factor_pairs, render
+from sfumato.toybox import FACTORS, Scene, conflicts, cue_scenes, factor_pairs, render
+from sfumato.toybox.cues import CUE_SHAPES
 
 SOURCE = "Islam et al. 2021"
 NETS = ("toy-cnn", "toy-cnn-texture")
@@ -182,6 +184,21 @@ def pair_units(context: Context, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     return {f: (st.features(net, a, [LAST])[LAST], st.features(net, b, [LAST])[LAST]) for f, (a, b) in sides.items()}
 
 
+@torch.no_grad()
+def decisions(net: Any, pixels: Tensor, batch: int = 100) -> np.ndarray:
+    """The class (n,) that a classifier in eval mode names for pictures (n 3 h w)."""
+    return torch.cat([net(chunk).logits.argmax(1) for chunk in pixels.split(batch)]).numpy()
+
+
+def shape_classes(masks: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """Toybox masks (n h w) as classes: 0 background, 1 and up the shape of the toy, in the order of the cues."""
+    out = torch.zeros_like(masks, dtype=torch.long)
+    for row, mask, scene in zip(out, masks, scenes, strict=True):
+        for k, toy in enumerate(scene.toys):
+            row[mask == k] = 1 + CUE_SHAPES.index(toy.shape)
+    return out
+
+
 def silencing(context: Context) -> list[Row]:
     """Units ranked high for what a net decides by are those it needs."""
     n = context.count(300, 24)
@@ -192,7 +209,7 @@ def silencing(context: Context) -> list[Row]:
         net = net_of(context, name)
         ranks = table_of(context, name).layers[SILENCED]
         count = max(1, round(SHARE * ranks.d))
-        whole = st.decisions(net, pixels) == truth
+        whole = decisions(net, pixels) == truth
         right = {f: _without(net, ranks.ranked(f)[:count], pixels) == truth for f in (own, other)}
         rng = np.random.default_rng(REPORT)
         control = [
@@ -220,7 +237,7 @@ def silencing(context: Context) -> list[Row]:
 
 def _without(net: Any, units: list[int], pixels: Tensor) -> np.ndarray:
     with st.silenced(net, SILENCED, units):
-        return st.decisions(net, pixels)
+        return decisions(net, pixels)
 
 
 def read_outs(context: Context) -> list[Row]:
@@ -230,7 +247,7 @@ def read_outs(context: Context) -> list[Row]:
     def drawn() -> tuple[Tensor, Tensor, Tensor]:
         scenes, _ = cue_scenes(learn + held, REPORT, split="test")
         frames = render(scenes, 64)
-        return frames.image, (frames.mask >= 0).long(), st.semantic(frames.mask, scenes)
+        return frames.image, (frames.mask >= 0).long(), shape_classes(frames.mask, scenes)
 
     pixels, binary, semantic = context.once("readout scenes", drawn)
     names = (NETS[0], NETS[1], f"{NETS[0]}/step_000000")
@@ -240,9 +257,8 @@ def read_outs(context: Context) -> list[Row]:
         got[name] = {"binary": [], "semantic": []}
         for stage in STAGES:
             for task, truth, classes in (("binary", binary, 2), ("semantic", semantic, 5)):
-                head = st.train_readout(
-                    maps[stage][:learn], truth[:learn], classes, widths=WIDTHS, epochs=context.count(EPOCHS, 2), lr=0.05
-                )
+                settings = {"widths": WIDTHS, "epochs": context.count(EPOCHS, 2), "learning_rate": 0.05}
+                head = st.train_readout(maps[stage][:learn], truth[:learn], classes, **settings)
                 value = st.mean_iou(head, maps[stage][learn:], truth[learn:], classes)
                 # always background: its share of the pixels for that class, nothing for the others
                 chance = float((truth[learn:] == 0).float().mean()) / classes

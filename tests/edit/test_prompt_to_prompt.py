@@ -97,7 +97,7 @@ PARTNERS = {  # by hand: for every word of a target the word of SOURCE that it s
 
 
 def laid_out(stream, prompt):
-    """(positions of each word's tokens, of the end, of the filling) of a prompt on the text axis, from the tokenizer."""
+    """Positions on the text axis of each word's tokens, of the end, and of the filling, from the tokenizer itself."""
     count = lambda text: len(stream.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
     place = stream.offset + len(stream.tokenizer("").input_ids) - 1  # behind a start token, where there is one
     words = []

@@ -181,18 +181,18 @@ def test_the_picture_half_of_a_joint_block_is_the_one_read():
 def test_a_readout_finds_what_is_there_and_only_that():
     rng = torch.Generator().manual_seed(1)
     truth = (torch.rand(40, 4, 4, generator=rng) < 0.5).long().repeat_interleave(4, 1).repeat_interleave(4, 2)
-    told = torch.randn(40, 6, 4, 4, generator=rng)
-    told[:, 2] += 4 * truth[:, ::4, ::4]
+    informative = torch.randn(40, 6, 4, 4, generator=rng)
+    informative[:, 2] += 4 * truth[:, ::4, ::4]
     empty = torch.randn(40, 6, 4, 4, generator=rng)
     for depth in (1, 3):
-        options = {"depth": depth, "widths": (16, 8), "epochs": 15, "batch": 8, "lr": 0.1}
+        options = {"depth": depth, "widths": (16, 8), "epochs": 15, "batch": 8, "learning_rate": 0.1}
         scores = []
-        for maps in (told, empty):
+        for maps in (informative, empty):
             head = st.train_readout(maps[:30], truth[:30], 2, **options)
             scores.append(st.mean_iou(head, maps[30:], truth[30:], 2))
         assert scores[0] > 0.6 > 0.45 > scores[1]
-    again = st.train_readout(told[:30], truth[:30], 2, **options)
-    twice = st.train_readout(told[:30], truth[:30], 2, **options)
+    again = st.train_readout(informative[:30], truth[:30], 2, **options)
+    twice = st.train_readout(informative[:30], truth[:30], 2, **options)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), twice.state_dict().values(), strict=True))
 
 
@@ -289,15 +289,3 @@ def _silent() -> nn.Module:
     net = MeanColor()
     net.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(2, 2)})  # never runs
     return net
-
-
-def test_decisions_are_what_a_classifier_names():
-    pixels = torch.zeros(5, 3, 8, 8)
-    pixels[:, 0, 0, 0] = torch.tensor([2.0, 0, 3, 1, 1])
-
-    class Named(nn.Module):
-        def forward(self, x):
-            assert not self.training
-            return nn.functional.one_hot(x[:, 0, 0, 0].long(), 4).float()
-
-    assert st.decisions(Named(), pixels, 2).tolist() == [2, 0, 3, 1, 1]
