@@ -58,17 +58,19 @@ def prompts(context: Context) -> list[Row]:
 
     val = shots(TUNE, context.count(40, 4))
     splits = [TUNE + 1 + i for i in range(context.count(4, 1))]
-    rates = {r: np.mean([rate_of(s, *val, rate=r, explain=0)[0] for s in splits]) for r in (0.002, 0.02, 0.1)}
+    rates = {r: np.mean([rate_of(s, *val, learning_rate=r, explain=0)[0] for s in splits]) for r in (0.002, 0.02, 0.1)}
     rate = max(rates, key=lambda r: rates[r])
-    weights = {w: np.mean([rate_of(s, *val, rate=rate, explain=w)[0] for s in splits]) for w in (0.3, 1.0, 3.0)}
+    weights = {
+        w: np.mean([rate_of(s, *val, learning_rate=rate, explain=w)[0] for s in splits]) for w in (0.3, 1.0, 3.0)
+    }
     weight = max(weights, key=lambda w: weights[w])
     ours, plain, shares = [], [], []
     for i in range(context.count(10, 2)):
         seed = REPORT + 1 + i
-        mine, kept = rate_of(seed, *test, rate=rate, explain=weight)
+        mine, kept = rate_of(seed, *test, learning_rate=rate, explain=weight)
         ours.append(mine)
         shares.append(float(kept.shares[-1] - kept.shares[0]))
-        plain.append(rate_of(seed, *test, rate=rate, explain=0)[0])
+        plain.append(rate_of(seed, *test, learning_rate=rate, explain=0)[0])
     more, up = stats.paired_difference(ours, plain), stats.mean(shares)
     return [
         Row(

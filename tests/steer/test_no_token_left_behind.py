@@ -20,13 +20,14 @@ from sfumato.steer.no_token_left_behind import (
     LearnedPrompt,
     NoTokenLeftBehind,
     Region,
-    Wish,
+    Target,
     cut_outs,
     diagnose,
     learn_prompt,
     optimise,
     overlap,
 )
+from sfumato.steer.no_token_left_behind.class_prompts import ClassPrompts, image_embeds
 from sfumato.toybox import Scene, Toy, render
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -52,7 +53,7 @@ def seeds(n):
 
 def wish(lens, text, words, regions=()):
     reading = lens.read(text)
-    return Wish(text, tuple(reading.one(word).tokens["clip"] for word in words), tuple(regions))
+    return Target(text, tuple(reading.one(word).tokens["clip"] for word in words), tuple(regions))
 
 
 def test_words_term_is_one_less_the_mean_relative_relevance(lens, toys):
@@ -100,8 +101,8 @@ def test_regions_prefer_the_toy_inside(lens, toys):
     left, right = torch.zeros(64, 64), torch.zeros(64, 64)
     left[:, :32], right[:, 32:] = 1, 1
     loss = ExplainedLoss(lens, cutouts=1, augment=0, explain=0)
-    here = loss(toys[:1], [Wish(PROMPT, (), (Region("a red cube", left), Region("a blue ball", right)))], seeds(1))
-    there = loss(toys[:1], [Wish(PROMPT, (), (Region("a red cube", right), Region("a blue ball", left)))], seeds(1))
+    here = loss(toys[:1], [Target(PROMPT, (), (Region("a red cube", left), Region("a blue ball", right)))], seeds(1))
+    there = loss(toys[:1], [Target(PROMPT, (), (Region("a red cube", right), Region("a blue ball", left)))], seeds(1))
     assert here.regions.item() < there.regions.item() - 0.1
 
 
@@ -160,15 +161,15 @@ def test_the_gradient_is_that_of_finite_differences(lens, toys):
 def test_optimising_latents_lowers_the_loss():
     model = tiny_model("sd", fresh=True)
     before = fingerprint(model)
-    done = optimise(model, [PROMPT] * 2, steps=12, rate=0.2, cutouts=2, augment=0.0, seed=3)
+    done = optimise(model, [PROMPT] * 2, steps=12, learning_rate=0.2, cutouts=2, augment=0.0, seed=3)
     assert fingerprint(model) == before
     assert done.losses.shape == (12, 2) and (done.losses[-1] < done.losses[0]).all()
     assert done.latents.abs().max() <= 3 and len(done.images) == 2
-    alone = optimise(model, PROMPT, steps=12, rate=0.2, cutouts=2, augment=0.0, seed=4)
+    alone = optimise(model, PROMPT, steps=12, learning_rate=0.2, cutouts=2, augment=0.0, seed=4)
     torch.testing.assert_close(done.latents[1:], alone.latents, atol=2e-3, rtol=0)
     picture = done.pixels[:1].clamp(-1, 1)
-    near = optimise(model, PROMPT, image=picture, steps=6, rate=0.05, anchor=50.0, cutouts=2)
-    far = optimise(model, PROMPT, image=picture, steps=6, rate=0.05, anchor=0.0, cutouts=2)
+    near = optimise(model, PROMPT, image=picture, steps=6, learning_rate=0.05, anchor=50.0, cutouts=2)
+    far = optimise(model, PROMPT, image=picture, steps=6, learning_rate=0.05, anchor=0.0, cutouts=2)
     start = model.encode_image(picture)
     assert (near.latents - start).norm() < (far.latents - start).norm()
 
@@ -186,9 +187,9 @@ def tiny_task(n=1, seed=0):
 def test_a_prompt_is_learnt(tmp_path):
     images, labels = tiny_task()
     classes = ["ball", "cube", "cone"]
-    options = dict(epochs=15, context=4, rate=0.02, seed=1, flip=False)
+    options = dict(epochs=15, context=4, learning_rate=0.02, seed=1, flip=False)
     turned = [(label + 1) % 3 for label in labels]  # names that are wrong on purpose, so that there is much to learn
-    coop = learn_prompt(images, turned, classes, explain=0, **{**options, "rate": 0.5})
+    coop = learn_prompt(images, turned, classes, explain=0, **{**options, "learning_rate": 0.5})
     assert coop.losses[-1] < 0.8 * coop.losses[0] and coop.shares.abs().sum() == 0
     # here CLIP is certain from the start: what falls is the relevance of wrong names less that of the right one
     kept = learn_prompt(images, labels, classes, explain=1.0, **options)
@@ -207,18 +208,16 @@ def test_a_prompt_is_learnt(tmp_path):
 
 def test_class_name_relevance_against_one_pair_at_a_time(lens):
     """The batched relevance of names equals that of each image and class alone, whatever the names' lengths."""
-    from sfumato.steer.no_token_left_behind import _embed, _Slots
-
     images, _ = tiny_task()
     classes = ["ball", "small red cone", "blue cube"]
-    slots = _Slots(lens, classes, 5)
+    slots = ClassPrompts(lens, classes, 5)
     context = 0.2 * torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        seen = _embed(lens, images)
+        seen = image_embeds(lens, images)
         cosines, shares = slots.relevance(context, seen)
         torch.testing.assert_close(cosines, seen @ slots.embeds(context).T, atol=1e-5, rtol=1e-4)
         for c, name in enumerate(classes):
-            lone = _Slots(lens, [name], 5)
+            lone = ClassPrompts(lens, [name], 5)
             for i in range(3):
                 _, share = lone.relevance(context, seen[i : i + 1])
                 assert share.item() == pytest.approx(shares[i, c].item(), abs=1e-5)

@@ -24,6 +24,8 @@ from sfumato.models.slot import frozen, pseudo_word
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling import generate
 from sfumato.sampling.request import as_pictures
+from sfumato.training import Draw, Player, Progress, denoising_loss, fit
+from sfumato.training.losses import stratified
 
 FRESH = 7919  # added to the seed of pictures that check a concept whose own seeds are not known
 WEIGHT_DECAY = 1e-2
@@ -113,32 +115,36 @@ def decompose(
 
     inputs = torch.cat(list(known.tables.values()), 1)
     network = Coefficients(inputs.shape[1], coefficients, len(known.names), seed).to(inputs.device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    noised = _NoisedExamples(model, examples.pixels, flip, batch, seed)
+    examples_loss = _NoisedExamples(model, examples.pixels, flip, batch, seed)
     check = _Check(net, examples) if net is not None and len(examples.check) else None
     history: list[tuple[int, float, float, float]] = []
-    with frozen(model), torch.enable_grad():
-        for k in range(iterations):
+
+    def loss(draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        alphas = network(inputs)
+        vectors = known.vectors(alphas, norms)
+        with pseudo_word(model, word, vectors):
+            condition = model.encode_text(template.format(word), guidance=False).rows([0] * batch)
+        errors = examples_loss.errors(condition)
+        denoising = errors.mean() if levels_count == "paper" else errors.log().mean()
+        few = known.vectors(largest(alphas, keep), norms)
+        sparse = torch.stack([1 - torch.cosine_similarity(few[n], vectors[n], dim=0) for n in few]).mean()
+        number = effective_number(alphas.detach())
+        history.append((draw.step, float(denoising.detach()), float(sparse.detach()), number))
+        return denoising + sparsity * sparse, {}
+
+    @torch.no_grad()
+    def after(progress: Progress) -> None:
+        if check is not None and (progress.step % every == 0 or progress.step == iterations):
             alphas = network(inputs)
-            vectors = known.vectors(alphas, norms)
-            with pseudo_word(model, word, vectors):
-                condition = model.encode_text(template.format(word), guidance=False).rows([0] * batch)
-            errors = noised.errors(condition)
-            loss = errors.mean() if levels_count == "paper" else errors.log().mean()
-            few = known.vectors(largest(alphas, keep), norms)
-            sparse = torch.stack([1 - torch.cosine_similarity(few[n], vectors[n], dim=0) for n in few]).mean()
-            optimizer.zero_grad()
-            (loss + sparsity * sparse).backward(inputs=list(network.parameters()))
-            optimizer.step()
-            history.append((k, float(loss.detach()), float(sparse.detach()), effective_number(alphas.detach())))
-            if check is not None and ((k + 1) % every == 0 or k + 1 == iterations):
-                with torch.no_grad():
-                    alphas = network(inputs)
-                    check(k + 1, alphas, picture(alphas, examples.check_seeds)[0])
-            if on_step is not None:
-                on_step(k + 1, iterations)
+            check(progress.step, alphas, picture(alphas, examples.check_seeds)[0])
+        if on_step is not None:
+            on_step(progress.step, iterations)
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    with frozen(model):
+        fitted = fit(Player(loss, optimizer, network), iterations, on_progress=after, name="conceptor")
     with torch.no_grad():
-        alphas = check.best if check is not None else network(inputs).cpu()
+        alphas = check.best if check is not None and check.similarities else network(inputs).cpu()
         shown_seeds = examples.check_seeds or [seed + FRESH + i for i in range(8)]
         shown, vectors = picture(alphas.to(inputs), shown_seeds[:8])
     return Decomposition(
@@ -152,7 +158,7 @@ def decompose(
         checks=() if check is None else tuple(check.similarities),
         pictures=as_pictures((examples.check if len(examples.check) else examples.pixels)[:8]),
         drawn=as_pictures(shown),
-        facts={"hash": model.weight_hash, "seed": seed, "iterations": iterations, "coefficients": coefficients},
+        facts={"hash": model.weight_hash, "seed": seed, "iterations": fitted.step, "coefficients": coefficients},
         vectors=vectors,
     )
 
@@ -236,12 +242,12 @@ class _NoisedExamples:
             flipped = torch.rand(b, generator=generator) < 0.5
             x0 = torch.where(flipped.view(-1, *[1] * (x0.ndim - 1)).to(x0.device), self.mirrored[rows], x0)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
-        # stratified, one from each of as many equal parts: far less noise than independent draws
-        t = (torch.arange(b) + torch.rand(b, generator=generator)) / b * (self.levels - 1)
-        t = (t.long() + 1).to(x0.device)
-        x = self.path.add_noise(x0, noise, t)
-        guess = self.model.predict(x.to(self.model.dtype), t, condition, "cond").float()
-        return (guess - self.path.from_x0(x, x0, t)).square().flatten(1).mean(1)
+        t = (stratified(b, generator) * (self.levels - 1)).long().to(x0.device) + 1
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.model.predict(x.to(self.model.dtype), t, condition, "cond")
+
+        return denoising_loss(predict, self.path, x0, noise, t).errors
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
