@@ -25,9 +25,9 @@ from sfumato.steer.no_token_left_behind import (
     diagnose,
     learn_prompt,
     optimise,
-    overlap,
 )
 from sfumato.steer.no_token_left_behind.class_prompts import ClassPrompts, image_embeds
+from sfumato.steer.no_token_left_behind.explained_loss import overlap
 from sfumato.toybox import Scene, Toy, render
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
