@@ -8,7 +8,8 @@ import torch
 from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch
 from sfumato.sampling import Intervention, generate
-from sfumato.steer.shape_guided import DECAYS, InsideOutside, ShapeGuided, Sides, _split, infer_region
+from sfumato.steer.shape_guided import DECAYS, InsideOutside, ShapeGuided, Sides, infer_region
+from sfumato.steer.shape_guided.pieces import split
 from sfumato.text.words import Words
 from tests.tiny import tiny_model
 
@@ -294,8 +295,8 @@ def test_on_a_picture_the_outside_is_kept(kind, scheduler):
         assert (result.latents[..., :8] - clean[..., :8]).abs().max() > 1e-2
         late = 0 if reference else 1
         for i in (0, 1):
-            assert torch.equal(seen[i][..., 8:], guided._way[i + late][..., 8:])
-        way[reference] = guided._way
+            assert torch.equal(seen[i][..., 8:], guided._trajectory[i + late][..., 8:])
+        way[reference] = guided._trajectory
         assert result.cost == pytest.approx(3 + 6)  # the way back costs one forward per step, the way forth two
     assert torch.equal(way[False], way[True]) and torch.equal(way[False][-1], clean)
     outside = ShapeGuided(words=["cube"], source=["a big ball"], mask=HALF, invert=True)
@@ -362,7 +363,7 @@ def test_prompts_are_split_by_their_phrases():
         ("a cat on a mat", [], (["a cat on a mat"], "")),
         ("a cat and a cat", ["cat"], (["a cat and a cat"], "")),
     ):
-        inside, rest = _split(words, prompt, asked)
+        inside, rest = split(words, prompt, asked)
         assert ([piece.text for piece in inside], rest.text) == expected
         for piece in (*inside, rest):  # every character comes from where it says
             told = zip(piece.text, piece.home, strict=True)
