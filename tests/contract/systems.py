@@ -18,6 +18,7 @@ KINDS = {
     "sd35": "sd3",
     "flux": "flux",
     "pixart": "pixart",
+    "animatediff": "animatediff",
 }
 """Tiny model -> the family it belongs to."""
 BY_NAME = {family.name: family for family in families().values()}
