@@ -38,6 +38,13 @@ class Path:
                 f"scheduler {type(scheduler).__name__} predicts {kind!r}, which has no place on an (alpha, sigma) "
                 f"path; supported kinds: {', '.join(KINDS)}."
             )
+        if not scheduler.config.get("num_train_timesteps") or (
+            self.kind != "flow" and getattr(scheduler, "alphas_cumprod", None) is None
+        ):
+            raise NotSupported(
+                f"scheduler {type(scheduler).__name__} has no table of noise levels, as those for diffusion and flow "
+                f"models have."
+            )
         self._steps_of_training = int(scheduler.config.num_train_timesteps)
         self._log_ratios: Tensor | None = None
         if self.kind != "flow":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.errors import BadInput, SfumatoError
+from sfumato.errors import BadInput, NotSupported, SfumatoError
 from sfumato.models import Model
 from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
@@ -38,6 +38,7 @@ class Diffusion(Process):
         self._scheduler = self.make_scheduler()
         self.timesteps = self._scheduler.timesteps
         self._path = Path(self._scheduler)
+        self._refuse_unfit()
         self.begin = len(self.timesteps) - 1 if backward else self._begin()
         accepted = inspect.signature(self._scheduler.step).parameters
         if options.eta and "eta" not in accepted:
@@ -65,14 +66,34 @@ class Diffusion(Process):
         trained = scheduler.config.get("num_train_timesteps", 1000)
         if steps > trained:
             raise BadInput(f"steps is {steps}; this scheduler has {trained} timesteps at most.")
+        name = type(scheduler).__name__
         try:
             self.model.timesteps(scheduler, steps, self.size[1], self.size[0])
         except SfumatoError:
             raise
         except ValueError as error:  # a limit of this scheduler's own
-            name = type(scheduler).__name__
             raise BadInput(f"steps is {steps}, which {name} refuses: {' '.join(str(error).split())}") from error
+        except (AttributeError, LookupError, TypeError) as error:  # one that is set up in another way
+            raise self._unfit(f"its schedule cannot be set ({type(error).__name__}: {error})") from error
+        if hasattr(scheduler, "noise_sampler_seed"):  # Brownian motion: one path per sample, from its own seed
+            scheduler.noise_sampler_seed = [generator.initial_seed() for generator in self.generators]
         return scheduler
+
+    def _refuse_unfit(self) -> None:
+        if (self._path.kind == "flow") != self.model.flow:
+            raise self._unfit(f"it predicts {self._path.kind}")
+        needed = [
+            name
+            for name, parameter in inspect.signature(self._scheduler.step).parameters.items()
+            if parameter.default is parameter.empty and name not in ("model_output", "timestep", "sample")
+        ]
+        if needed:
+            raise self._unfit(f"its step needs {', '.join(needed)} as well")
+
+    def _unfit(self, why: str) -> NotSupported:
+        name = self.options.scheduler if isinstance(self.options.scheduler, str) else type(self.options.scheduler)
+        name = name if isinstance(name, str) else name.__name__
+        return NotSupported(f"scheduler {name} does not serve {self.model.name}: {' '.join(why.split())}.")
 
     def scheduler_at(self, i: int) -> Any:
         """A fresh scheduler that takes its next step at index ``i``."""
@@ -118,7 +139,14 @@ class Diffusion(Process):
 
     def advance(self, output: Tensor, i: int, x: Tensor, options: dict[str, Any]) -> Tensor:
         settings = {**self.step_options, **options}
-        return self._scheduler.step(output, self.timesteps[i], x, **settings, return_dict=False)[0]
+        before = _global_state(x)
+        x = self._scheduler.step(output, self.timesteps[i], x, **settings, return_dict=False)[0]
+        if not torch.equal(before, _global_state(x)):
+            raise NotSupported(
+                f"scheduler {type(self._scheduler).__name__} draws from torch's global random state, so a sample would "
+                f"depend on its neighbours and no recipe could repeat it; use another one."
+            )
+        return x
 
     def seek(self, i: int) -> None:
         self._scheduler = self.scheduler_at(i)
@@ -127,3 +155,8 @@ class Diffusion(Process):
         other = super().beside()
         other.seek(self.begin)
         return other
+
+
+def _global_state(x: Tensor) -> Tensor:
+    """torch's global random state on the device of ``x``."""
+    return torch.cuda.get_rng_state(x.device) if x.device.type == "cuda" else torch.get_rng_state()
