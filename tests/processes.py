@@ -94,7 +94,7 @@ class TinyTokens(_WithText):
     def default_size(self) -> tuple[int, int]:
         return GRID * self.scale, GRID * self.scale
 
-    def state_shape(self, h: int, w: int) -> tuple[int, ...]:
+    def state_shape(self, h: int, w: int, frames: int = 1) -> tuple[int, ...]:
         return (h * w,)
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
@@ -108,7 +108,7 @@ class TinyTokens(_WithText):
         shape = (len(state), GRID, GRID, vqvae.config.latent_channels)
         return vqvae.decode(state, force_not_quantize=True, shape=shape).sample
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         found = []
         for i in range(self.config.n_layer):
             for name, kind, span in (("attn", "self", None), ("crossattention", "cross", (0, text))):
@@ -131,7 +131,7 @@ class TinyGenerator(_WithText):
     size_limit = 8  # type: ignore[assignment]
     default_size = (8, 8)  # type: ignore[assignment]
 
-    def state_shape(self, h: int, w: int) -> tuple[int, ...]:
+    def state_shape(self, h: int, w: int, frames: int = 1) -> tuple[int, ...]:
         return (self.config.d,)
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
@@ -140,7 +140,7 @@ class TinyGenerator(_WithText):
     def decode(self, state: Tensor) -> Tensor:
         return state
 
-    def sites(self, h: int, w: int, text: int) -> list[Site]:
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         return []
 
 
