@@ -127,11 +127,10 @@ class Segments(Protocol):
         pictures: Sequence[Any] | None = None,
         *,
         remover: Any = None,
-        size: tuple[int, int] | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> Any:
-        """``pictures`` (PIL) show the object; None makes some. ``remover`` redraws pictures without it. Returns a
-        finding with ``save(folder, names)``, the files it wrote."""
+        """``pictures`` (PIL, all of one size) show the object; None makes some. ``remover`` redraws pictures without
+        it. Returns a finding with ``save(folder, names)``, the files it wrote."""
 
     @staticmethod
     def open_segmenter(path: Path) -> Any:

@@ -174,7 +174,7 @@ def test_a_changed_picture_of_ours_is_told(sfumato, tiny_sd, made):
         (("photo.jpg", TARGET, "--from", SOURCE, "--inner", 200), ["inner"]),
         (("photo.jpg", " ", "--from", SOURCE), ["must say something"]),
         (("photo.jpg", TARGET, "--from", ""), ["from_ of edit is '': a prompt must say something"]),
-        (("photo.jpg", TARGET, "--from", SOURCE, "--with", "blend:mask=dark.png"), ["--mask", "sfumato make PROMPT"]),
+        (("photo.jpg", TARGET, "--from", SOURCE, "--with", "blend:mask=dark.png"), ["from cannot be given to blend"]),
         (("photo.jpg", "--like", "photo.jpg"), ["carries no recipe"]),
         (("cut.jpg", TARGET, "--from", SOURCE), ["cut.jpg cannot be read as a picture", "truncated"]),
         (("text.png", TARGET, "--from", SOURCE), ["text.png cannot be read as a picture"]),

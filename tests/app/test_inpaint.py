@@ -84,8 +84,8 @@ def test_what_does_not_fit_is_refused(refused, tiny_sd, tiny_inpaint, photo):
     given = (photo[0], PROMPT, "--model", tiny_inpaint)
     masked = (*given, "--mask", "mask.png")
     refused("edit", *given, "--with", "inpaint", says=["needs a region"])
-    refused("edit", *masked, "--from", "a cube", says=["from", "Prompt-to-Prompt"])
-    refused("edit", *masked, "--reweight", "ball=2", says=["reweight", "Prompt-to-Prompt"])
+    refused("edit", *masked, "--from", "a cube", says=["from cannot be given to inpaint", "size, seed"])
+    refused("edit", *masked, "--reweight", "ball=2", says=["parameter of inpaint 'reweight'"])
     refused("edit", *masked, "--with", "inpaint:mask=mask.png", says=["given twice"])
     refused("edit", *masked, "--with", "inpaint:feather=3", says=["parameter of inpaint 'feather'"])
     refused("edit", *masked, "--seed", -1, says=["seed", "greater than or equal to 0"])
@@ -93,7 +93,16 @@ def test_what_does_not_fit_is_refused(refused, tiny_sd, tiny_inpaint, photo):
         "edit", photo[0], PROMPT, "--model", tiny_sd, "--with", "inpaint", "--mask", "mask.png", says=["sees a mask"]
     )
     refused(
-        "edit", photo[0], PROMPT, "--from", "a cube", "--model", tiny_sd, "--seed", 1, says=["seed is for inpainting"]
+        "edit",
+        photo[0],
+        PROMPT,
+        "--from",
+        "a cube",
+        "--model",
+        tiny_sd,
+        "--seed",
+        1,
+        says=["seed cannot be given to prompt_to_prompt"],
     )
     Image.new("L", (16, 32), 255).save("small.png")
     refused("edit", *given, "--mask", "small.png", says=["16x32", "32x32"])

@@ -10,8 +10,8 @@ from typing import Any
 
 MODULES = {
     "jobs": ("DEFAULT_MODEL", "JobOptions", "MakeOptions", "Order", "RecipeDiffers", "build_all", "carry_out")
-    + ("fitting_size", "is_picture", "like", "load", "make", "models", "write", "INPAINT_MODEL", "PICTURES")
-    + ("LONGEST_PROMPT",),
+    + ("fitting_size", "is_picture", "like", "load", "make", "models", "write", "PICTURES")
+    + ("LONGEST_PROMPT", "offers", "suitable_model"),
     "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "carry_out_lines", "read_prompts"),
     "explaining": ("Explaining", "Explanation", "explain", "explain_into", "open_net"),
     "editing": ("EditOptions", "Edits", "edit", "edit_file", "edit_like"),

@@ -1,4 +1,4 @@
-"""Edits of pictures: of sfumato's own by playing their recipe again, of any other by inversion or inpainting."""
+"""Edits of pictures that exist: what a picture is and shows, and which system edits it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, files
+from sfumato import cards, files, protocol
 from sfumato.app.jobs import (
     DEFAULT_MODEL,
-    INPAINT_MODEL,
     JobOptions,
     Order,
     RecipeDiffers,
@@ -21,11 +20,13 @@ from sfumato.app.jobs import (
     fitting_size,
     like,
     load,
+    offers,
     readable,
+    suitable_model,
     warn_if_different,
 )
 from sfumato.cards import Field, Params
-from sfumato.errors import BadInput
+from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
 
 
 class EditOptions(Params):
-    """What can be said about an edit, besides the model and the parameters of the systems."""
+    """What can be said about an edit, besides the model and the parameters of the systems; a system takes those that
+    its ``OPENING`` names (:class:`sfumato.protocol.Edits`)."""
 
     SYSTEM = "edit"
 
     prompt: list[str] = Field(min_length=1, description="what the edited pictures show")
-    from_: str | None = Field(default=None, description="what the picture shows now")
+    from_: str | None = Field(default=None, description="what the picture shows now; none: the prompt in it")
     steps: int | None = Field(default=None, ge=1, le=1000, description="how many denoising steps")
     guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance")
     size: tuple[int, int] | None = Field(
@@ -53,14 +55,16 @@ class EditOptions(Params):
     )
     refine: int | None = Field(default=None, ge=0, le=20, description="fixed-point iterations per step of inversion")
     invert: bool = Field(default=False, description="invert the picture even if it carries its recipe")
-    seed: int | None = Field(default=None, ge=0, lt=2**62, description="inpainting: where the noise comes from, 0")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**62, description="regions drawn anew: where the noise comes from, 0"
+    )
 
     @field_validator("prompt", "from_")
     @classmethod
     def readable(cls, given: Any) -> Any:
         return given if given is None else readable(given)
 
-    def told(self) -> dict[str, Any]:
+    def opening(self) -> dict[str, Any]:
         """How to open the picture, as far as it was said."""
         names = ("steps", "guidance", "size", "inner", "refine", "seed")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -69,7 +73,7 @@ class EditOptions(Params):
 @dataclass(frozen=True, eq=False)
 class Edits:
     """What :func:`edit` made: one result per new prompt, and the opened ``original``, which further edits can be given
-    in place of the picture (inpainting: the picture itself, as it was cut)."""
+    in place of the picture (where a region was drawn anew: the picture itself, as it was cut)."""
 
     original: Any
     results: list[Result]
@@ -80,6 +84,24 @@ class Edits:
         """The edited pictures."""
         return [result.images[0] for result in self.results]
 
+    def __repr__(self) -> str:
+        return f"Edits({len(self.results)} pictures: {', '.join(repr(each.prompts[0]) for each in self.results)})"
+
+
+@dataclass(frozen=True)
+class Editor:
+    """The system that edits, with its parameters, and what takes part beside it. ``plain``: another system that takes
+    part does the editing, so the picture is only drawn again with it."""
+
+    cls: Any
+    params: dict[str, Any]
+    others: list[Any]
+    plain: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.cls.CARD.key
+
 
 def edit(
     image: str | Path | Image | Any,
@@ -88,14 +110,12 @@ def edit(
     from_: str | None = None,
     mask: Any = None,
     model: str | Path | Model | None = None,
+    by: str | None = None,
     with_: Any = (),
     on_step: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Edits:
     """Change what a picture shows by its prompt, and keep the rest of it.
-
-    By Prompt-to-Prompt; or by inpainting, where ``inpaint`` is among the systems or the model is an inpainting one and
-    there is a mask: the region is then drawn anew without regard to what was there, and nothing is inverted.
 
     Args:
         image: a PNG made by sfumato, which is drawn again from its own noise; any other picture (path or PIL), which is
@@ -103,224 +123,159 @@ def edit(
         prompt: what the edited picture shows; several make several pictures.
         from_: what the picture shows now.
         mask: white where the picture may change, as a file, picture, array or tensor; everything else is kept.
-        model: by default the one in the recipe, else toy-sd; for inpainting toy-sd-inpaint.
-        with_: systems that take part; ``prompt_to_prompt`` or ``inpaint`` among them sets the edit's own parameters.
-            With another system of the verb edit (``inject_fusion``, ``pullback``), and no such parameters, that one
-            edits alone.
-        options: parameters of ``prompt_to_prompt`` (``mode``, ``reweight={"ball": 2.0}``, ``blend="ball"`` ...), and
-            for pictures that are inverted those of :class:`EditOptions`: ``steps``, ``guidance``, ``size``, ``inner``,
-            ``refine``, ``invert``. For inpainting ``steps``, ``guidance``, ``size`` and ``seed``.
+        model: by default the one in the recipe, else toy-sd, or one that the system runs on.
+        by: the system that edits, as for ``--with``. By default one among ``with_``, or the one whose card says so
+            (with a mask and an inpainting model another one: the region is then drawn anew without regard to what was
+            there, and nothing is inverted).
+        with_: systems that take part. With one of the verb edit that only takes part, and no parameters of an editing
+            system, that one edits alone.
+        options: parameters of the editing system (``sfumato methods KEY``), and those of :class:`EditOptions` that it
+            takes: ``steps``, ``guidance``, ``size``, ``seed``, ``inner``, ``refine``, ``invert``.
 
     Raises:
         BadInput: no recipe and no ``from_``, or an option is out of its range. NoMatch: a word is in neither prompt.
     """
-    from sfumato.edit.original import Original
-
-    systems = with_ if isinstance(with_, list | tuple) else [with_]
-    asked = any(_named(each)[0] == "inpaint" for each in systems)
-    if asked or (mask is not None and _inpaints(model)):
-        return _inpainted(
-            image, prompt, from_, mask, INPAINT_MODEL if model is None else model, systems, on_step, options
-        )
-    named = cards.method("prompt_to_prompt").Params.model_fields  # type: ignore[attr-defined]
-    params: dict[str, Any] = {name: options.pop(name) for name in list(options) if name in named}
-    others = []
-    for each in systems:
-        key, given = _named(each)
-        if key == "prompt_to_prompt":
-            params = {**given, **params}
-        elif key == "blend" and given.get("source") is None:
-            raise BadInput(
-                "blend redraws a region of a picture to begin from; in an edit --mask (mask=) says what may change, or "
-                "begin from the picture: sfumato make PROMPT --image PICTURE --strength 1 --with blend:mask=MASK."
-            )
-        else:
-            others.append(each)
-    params = {name: value for name, value in params.items() if value is not None}
-    shipped = cards.methods("edit")
-    if not params and any(_named(each)[0] in shipped for each in others):
-        params = {"strength": 0.0}  # another system does the editing
-    if params.get("source") is not None:
-        from_ = from_ or params["source"]
-    params.pop("source", None)
-    checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), from_=from_, **options)
-    if checked.seed is not None:
-        raise BadInput("seed is for inpainting (--with inpaint); Prompt-to-Prompt begins from the picture's own noise.")
-    cards.method("prompt_to_prompt")(source="x", **params)  # told before anything heavy is loaded
-    build_all(others)
-    whole_mask = None if mask is None else _mask(mask)
-    if isinstance(image, Original):
-        if checked.told() or from_ is not None:
+    if by is not None and not _edits(cards.method(cards.parse_with(by)[0])):
+        raise NotSupported(f"{by} edits no pictures by itself; give it as with_, or --with.")
+    systems = [*([by] if by else []), *(with_ if isinstance(with_, list | tuple) else [with_])]
+    general = {name: options.pop(name) for name in list(options) if name in EditOptions.model_fields}
+    editor = _editor(systems, {k: v for k, v in options.items() if v is not None}, model, mask)
+    if "from_" in editor.cls.OPENING:
+        from_ = editor.params.pop("source", None) if from_ is None else from_
+        editor.params.pop("source", None)
+    checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), from_=from_, **general)
+    _refuse_foreign(editor, checked)
+    editor.cls.Params(**editor.params)  # misspelt parameters are refused before anything heavy is loaded
+    build_all(editor.others)
+    if mask is not None and editor.params.get("mask"):
+        raise BadInput(f"the mask is given twice: as mask, and within {editor.key}.")
+    whole = None if mask is None else _mask(mask)
+    opened: Any
+    if hasattr(image, "edit"):
+        if checked.opening() or from_ is not None:
             raise BadInput(
                 "an opened original is edited as it was opened; only its prompt, mask and systems can be set."
             )
-        original, about = image, dict(image.facts.get("about", {}))
+        opened, about = image, dict(getattr(image, "facts", {}).get("about", {}))
     else:
-        original, about = _open(image, checked, params, model, on_step)
-        original.facts["about"] = about
-        size = files.read_picture(image).size if isinstance(image, str | Path) else image.size
-        if whole_mask is not None and whole_mask.size != size:
-            told = f"{whole_mask.width}x{whole_mask.height}"
-            raise BadInput(f"the mask is {told}, but the picture is {size[0]}x{size[1]}; they must agree.")
-    results, recipes = [], []
+        opened, about = _open(image, checked, editor, whole, model, on_step)
+    results: list[Result] = []
+    recipes: list[dict[str, Any]] = []
     for text in checked.prompt:
-        result = original.edit(text, mask=whole_mask, with_=build_all(others), on_step=on_step, **params)
-        edited = next(part for part in result.parts if part.name == "prompt_to_prompt")
-        block = {
-            **about,
-            "mask": None if whole_mask is None else files.pixel_hash(whole_mask),
-            "with": [cards.to_recipe(edited), *[_recipe_of_system(each) for each in build_all(others)]],
-        }
+        given: dict[str, Any] = {"with_": build_all(editor.others), "on_step": on_step}
+        given |= {} if whole is None else {"mask": whole}
+        result = opened.redraw(text, **given) if editor.plain else opened.edit(text, **{**editor.params, **given})
+        edited = [] if editor.plain else [next(part for part in result.parts if isinstance(part, editor.cls))]
+        about["mask"] = None if whole is None else files.pixel_hash(whole)
+        about["with"] = [_recipe_of(each) for each in (*edited, *build_all(editor.others))]
+        if edited and whole is not None:  # it is given beside the recipe
+            about["with"][0]["params"].pop("mask", None)
         results.append(result)
-        recipes.append({**result.recipe, "edit": block})
-    return Edits(original, results, recipes)
+        recipes.append({**result.recipe, "edit": dict(about)})
+    return Edits(getattr(opened, "original", opened), results, recipes)
 
 
-def _inpaints(model: Any) -> bool:
-    """Whether this model, loaded or not, is made for redrawing regions."""
-    if model is None:
-        return False
-    if isinstance(model, str | Path):
-        from sfumato.models import family_at
+def _editor(systems: Sequence[Any], params: dict[str, Any], model: Any, mask: Any) -> Editor:
+    """The system that edits among those given, or the default one."""
+    named = [_named(each) for each in systems]
+    editing = [i for i, (key, _) in enumerate(named) if key and _edits(cards.method(key))]
+    if editing:
+        key, cls = named[editing[0]][0], cards.method(named[editing[0]][0])
+        mine = [i for i in editing if named[i][0] == key]
+        given = {name: value for i in mine for name, value in named[i][1].items() if value is not None}
+        return Editor(cls, {**given, **params}, [each for i, each in enumerate(systems) if i not in mine])
+    masked = cards.default("edit mask")
+    if mask is not None and model is not None and offers(model, cards.methods()[masked].needs):
+        return Editor(cards.method(masked), params, list(systems))
+    alone = not params and any(key in cards.methods("edit") for key, _ in named)
+    return Editor(cards.method(cards.default("edit")), params, list(systems), plain=alone)
 
-        family = family_at(model)
-        return family is not None and family.inpaints
-    return model.family.inpaints
+
+def _edits(cls: Any) -> bool:
+    return "edit" in protocol.serves(cls)
 
 
-def _inpainted(
-    image: Any,
-    prompt: str | Sequence[str],
-    from_: str | None,
-    mask: Any,
-    model: str | Path | Model,
-    with_: Sequence[Any],
-    on_step: Any,
-    options: dict[str, Any],
-) -> Edits:
-    """Edits by an inpainting model: the region is drawn anew, the pixels around it are kept."""
-    params: dict[str, Any] = {}
-    others: list[Any] = []
-    for each in with_:
-        key, given = _named(each)
-        if key == "inpaint":
-            params |= given
-        else:
-            others.append(each)
-    foreign = [name for name in ("inner", "refine", "invert") if options.get(name)]
-    foreign += [name for name in cards.method("prompt_to_prompt").Params.model_fields if options.get(name)]  # type: ignore[attr-defined]
-    foreign += ["from"] if from_ is not None else []
-    if foreign:
-        raise BadInput(f"{foreign[0]} is for edits by Prompt-to-Prompt; inpainting takes a prompt and a region only.")
-    if not (isinstance(image, str | Path) or hasattr(image, "convert")):
-        raise BadInput("inpainting takes a picture (a path or PIL), not one opened for Prompt-to-Prompt.")
-    checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), **options)
-    picture = files.read_picture(image) if isinstance(image, str | Path) else image
-    whole = None if mask is None else _mask(mask)
-    if whole is not None:
-        if params.get("mask"):
-            raise BadInput("the mask is given twice: as mask and within inpaint.")
-        if whole.size != picture.size:
-            told = f"{whole.width}x{whole.height}"
-            raise BadInput(f"the mask is {told}, but the picture is {picture.width}x{picture.height}; they must agree.")
-    system = cards.method("inpaint")
-    system(**params)  # told before anything heavy is loaded
-    build_all(others)
-
-    from sfumato.sampling import generate
-
-    loaded = load(model) if isinstance(model, str | Path) else model
-    size = checked.size or fitting_size(loaded, picture.size)
-    fitted = files.fitted(picture.convert("RGB"), size)
-    region = {} if whole is None else {"mask": files.fitted(whole, size, smooth=False)}
-    about = {
-        "picture": Path(image).name if isinstance(image, str | Path) else None,
-        "pixels": files.pixel_hash(picture),
-        "from": None,
-        "invert": False,
-        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in checked.told().items()},
-        "mask": None if whole is None else files.pixel_hash(whole),
-        "with": [cards.to_recipe(system(**params)), *[_recipe_of_system(each) for each in build_all(others)]],
-    }
-    asked = (("steps", checked.steps), ("guidance", checked.guidance))
-    settings: dict[str, Any] = {name: v for name, v in asked if v is not None}
-    results, recipes = [], []
-    for text in checked.prompt:
-        parts = [system(**{**params, **region}), *build_all(others)]
-        result = generate(
-            loaded, text, image=fitted, strength=1.0, seed=checked.seed or 0, interventions=parts, on_step=on_step,
-            **settings,
-        )  # fmt: skip
-        results.append(result)
-        recipes.append({**result.recipe, "edit": about})
-    return Edits(fitted, results, recipes)
+def _refuse_foreign(editor: Editor, options: EditOptions) -> None:
+    """Raises BadInput for options that the system which edits does not take."""
+    for name in EditOptions.model_fields:
+        if name != "prompt" and getattr(options, name) not in (None, False) and name not in editor.cls.OPENING:
+            takes = ", ".join(each.rstrip("_") for each in editor.cls.OPENING)
+            raise BadInput(f"{name.rstrip('_')} cannot be given to {editor.key}; it takes {takes} and its parameters.")
 
 
 def _open(
-    image: Any, options: EditOptions, params: dict[str, Any], model: str | Path | Model | None, on_step: Any
+    image: Any, options: EditOptions, editor: Editor, mask: Image | None, model: Any, on_step: Any
 ) -> tuple[Any, dict[str, Any]]:
     """A picture opened for editing, and what a recipe says about that."""
-    from sfumato.edit.original import Original
-
     path = Path(image) if isinstance(image, str | Path) else None
     picture = files.read_picture(path) if path is not None else image
+    if mask is not None and mask.size != picture.size:
+        sizes = f"{mask.width}x{mask.height}, but the picture is {picture.width}x{picture.height}"
+        raise BadInput(f"the mask is {sizes}; they must agree.")
     about = {
         "picture": path.name if path is not None else None,
         "pixels": files.pixel_hash(picture),
         "from": options.from_,
         "invert": options.invert,
-        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.told().items()},
+        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.opening().items()},
     }
     recipe: dict[str, Any] = {}
-    if path is not None:
+    exact = False
+    if path is not None and "from_" in editor.cls.OPENING:
         try:
             recipe, exact = files.read_recipe(path)
         except BadInput:
-            exact = False
-        fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents"))
-        if exact and fresh and not options.invert:
-            return _replayed(path, picture, options, params, model, on_step), about
-    prompt = options.from_ or (str(recipe["prompt"]) if recipe.get("prompt") else None)
-    if prompt is None:
-        what = f"{path} carries" if path is not None else "the picture carries"
-        raise BadInput(f"{what} no recipe, so say what it shows now: --from, or from_=.")
-    prompt = JobOptions(prompt=prompt).prompt
-    loaded = load(DEFAULT_MODEL if model is None else model) if isinstance(model, str | Path | None) else model
-    told = {"size": fitting_size(loaded, picture.size), **options.told()}
-    return Original.inverted(loaded, picture, prompt, edit=params, on_step=on_step, **told), about
+            pass
+    fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents"))
+    if path is not None and exact and fresh and not options.invert:
+        opened = _replayed(path, picture, options, editor, model, on_step)
+    else:
+        shown = options.from_ or (str(recipe["prompt"]) if recipe.get("prompt") else None)
+        if shown is None and "from_" in editor.cls.OPENING:
+            what = f"{path} carries" if path is not None else "the picture carries"
+            raise BadInput(f"{what} no recipe, so say what it shows now: --from, or from_=.")
+        shown = None if shown is None else JobOptions(prompt=shown).prompt
+        system = _built(editor, shown)
+        if model is None:
+            model = suitable_model(editor.cls.CARD.needs)
+        loaded = load(model) if isinstance(model, str | Path) else model
+        opening = {"size": fitting_size(loaded, picture.size), **options.opening()}
+        opened = system.open(loaded, protocol.Picture(picture, shown), on_step, **opening)
+    if hasattr(opened, "facts"):
+        opened.facts["about"] = about
+    return opened, about
 
 
 def _replayed(
-    path: Path, picture: Image, options: EditOptions, params: dict[str, Any], model: Any, on_step: Any
-) -> Any:
-    from sfumato.edit.original import Original
-
-    if options.told():
-        names = " and ".join(options.told())
+    path: Path, picture: Image, options: EditOptions, editor: Editor, model: Any, on_step: Any
+) -> protocol.Opened:
+    """A picture of ours opened by its recipe."""
+    if options.opening():
+        names = " and ".join(options.opening())
         raise BadInput(f"{names} cannot be given for {path}, which is drawn again by its recipe; or add invert.")
     named = str(model) if isinstance(model, str | Path) else getattr(model, "name", None)
     order = like(path, {}, Order([], named))
-    if options.from_ is not None and options.from_ != order.jobs[0].prompt:
-        raise BadInput(
-            f"from is {options.from_!r}, but {path} says that it shows {order.jobs[0].prompt!r}; or add invert."
-        )
+    shown = order.jobs[0].prompt
+    if options.from_ is not None and options.from_ != shown:
+        raise BadInput(f"from is {options.from_!r}, but {path} says that it shows {shown!r}; or add invert.")
+    system = _built(editor, shown)
     loaded = load(order.model or DEFAULT_MODEL, dtype=order.dtype) if isinstance(model, str | Path | None) else model
     warn_if_different(order.expected, loaded)
-    original = Original.replayed(
-        loaded,
-        picture,
-        order.jobs[0].arguments() | {"n": 1},
-        parts=build_all(order.with_),
-        edit=params,
-        on_step=on_step,
-    )
-    if original.fidelity < 60:  # rounding to 8 bits alone leaves equal pictures
-        told = "its recipe makes another picture here" if original.fidelity else "it was cut or resized"
+    settings = order.jobs[0].arguments() | {"n": 1}
+    opened = system.open(loaded, protocol.Picture(picture, shown, settings, build_all(order.with_)), on_step)
+    if opened.fidelity < 60:  # rounding to 8 bits alone leaves equal pictures
+        why = "its recipe makes another picture here" if opened.fidelity else "it was cut or resized"
         warnings.warn(
-            RecipeDiffers(f"{path}: {told}, and that one is edited; --invert edits the picture in the file."),
+            RecipeDiffers(f"{path}: {why}, and that one is edited; --invert edits the picture in the file."),
             stacklevel=3,
         )
-    return original
+    return opened
+
+
+def _built(editor: Editor, shown: str | None) -> Any:
+    """The system that edits, to open a picture with."""
+    params = {} if editor.plain else editor.params
+    return editor.cls(**params, **({"source": shown} if "from_" in editor.cls.OPENING else {}))
 
 
 def _named(system: Any) -> tuple[str, dict[str, Any]]:
@@ -343,7 +298,7 @@ def _mask(given: Any) -> Image:
     return pictures.fromarray((masks.read_mask(given) * 255).round().byte().numpy())
 
 
-def _recipe_of_system(system: Any) -> dict[str, Any]:
+def _recipe_of(system: Any) -> dict[str, Any]:
     return cards.to_recipe(system) if hasattr(system, "CARD") else {"method": system.name, "params": {}}
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MODEL = "toy-sd"
-INPAINT_MODEL = "toy-sd-inpaint"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
 
@@ -163,7 +162,7 @@ def make(
         prompt: one text, or several: ``n`` pictures of each.
         model: a name for :func:`load`, or a loaded model.
         with_: systems that watch or change the generation: objects, or texts as on the command line
-            (``"daam:words=[red cube|ball]"``).
+            (``"KEY:words=[red cube|ball]"``).
         image: a PIL picture to begin from instead of noise; ``strength`` says how much of it is drawn anew.
         on_step: called after every denoising step with the loop's step record.
         options: see :class:`MakeOptions`: ``n``, ``negative``, ``steps``, ``guidance``, ``size`` (width, height in
@@ -212,6 +211,23 @@ def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
     scale, step = math.sqrt(w * h / (size[0] * size[1])), model.size_multiple
     width, height = (max(step, round(side * scale / step) * step) for side in size)
     return width, height
+
+
+def offers(model: str | Path | Model, needs: Sequence[str]) -> bool:
+    """Whether a model, loaded or not, has these capabilities; False where only loading will tell."""
+    if not isinstance(model, str | Path):
+        return all(model.family.has(each) for each in needs)
+    from sfumato.models import family_at
+
+    family = family_at(model)
+    return family is not None and family.capabilities.issuperset(needs)
+
+
+def suitable_model(needs: Sequence[str]) -> str:
+    """The built-in model to use where nobody names one: the default one, or the first that has these capabilities."""
+    from sfumato import registry
+
+    return next((name for name in (DEFAULT_MODEL, *registry.names()) if offers(name, needs)), DEFAULT_MODEL)
 
 
 def build_all(with_: Any) -> list[Any]:

@@ -42,7 +42,7 @@ class Side:
 
 def side(given: Any) -> Side:
     """A side from a folder, a loaded model, ``dict(model=..., with_=[...], steps=...)``, or text as on the command
-    line: a folder of pictures, or ``MODEL`` or ``MODEL:steps=10,guidance=3,with='daam:words=cube'``.
+    line: a folder of pictures, or ``MODEL`` or ``MODEL:steps=10,guidance=3,with='KEY:name=value'``.
 
     Raises BadInput for anything else.
     """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files
-from sfumato.app.jobs import DEFAULT_MODEL, INPAINT_MODEL, PICTURES, fitting_size, load
-from sfumato.errors import BadInput
+from sfumato import cards, files, protocol
+from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, fitting_size, load, suitable_model
+from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +24,7 @@ def segment(
     *,
     model: str | Path | Model = DEFAULT_MODEL,
     remover: str | Path | Model | None = None,
+    by: str | None = None,
     size: tuple[int, int] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
@@ -35,27 +35,25 @@ def segment(
         concept: the object's name, such as ``"ball"``.
         pictures: a folder, files or PIL pictures that show it; None makes ``n`` of them.
         model: knows the object and says roughly where it is.
-        remover: redraws pictures without it: an inpainting model; toy-sd-inpaint for toy-sd, else ``model`` itself.
+        remover: redraws pictures without it: a built-in inpainting model for the default model, else ``model`` itself.
+        by: the system that does it, as for ``--with``; by default the one whose card says so.
         size: (width, height) to which pictures are cut; by default about the model's own area.
-        on_progress: told (stage, done, of how many).
-        options: parameters of ``text_to_segmentation`` (``prompt``, ``background``, ``n``, ``iterations`` ...).
+        on_progress: called with (stage, done, of how many).
+        options: parameters of the system (``prompt``, ``background``, ``n``, ``iterations`` ...).
 
     Returns:
-        A :class:`sfumato.edit.text_to_segmentation.Segmented`: masks of every stage, ``segmenter``, ``save(folder)``.
+        What the system found: masks of every stage, ``segmenter``, ``save(folder)``.
     """
-    system: Any = cards.method("text_to_segmentation")(**options)
+    system = _built(by, options)
     shown = None if pictures is None else [image for _, image in _listed(pictures)]
     if remover is None:
-        remover = INPAINT_MODEL if str(model) == DEFAULT_MODEL else model
+        remover = suitable_model(cards.methods()[cards.default("edit mask")].needs) if model == DEFAULT_MODEL else model
     loaded = load(model) if isinstance(model, str | Path) else model
     other = loaded if remover is model else load(remover) if isinstance(remover, str | Path) else remover
-    pixels = None
     if shown is not None:
-        from sfumato.sampling.request import as_pixels
-
         size = size or fitting_size(loaded, shown[0].size)
-        pixels = as_pixels([files.fitted(image.convert("RGB"), size) for image in shown], None)
-    return system.run(loaded, other, concept, pixels, on_progress)
+        shown = [files.fitted(image.convert("RGB"), size) for image in shown]
+    return system.segment(loaded, concept, shown, remover=other, on_progress=on_progress)
 
 
 def segment_files(
@@ -67,6 +65,7 @@ def segment_files(
     dtype: str | None = None,
     device: str = "cpu",
     on_progress: Callable[[str, int, int], None] | None = None,
+    by: str | None = None,
     **options: Any,
 ) -> list[Path]:
     """:func:`segment` with everything written into the new folder ``out``; or, where ``what`` is a segmenter's file,
@@ -86,33 +85,29 @@ def segment_files(
             raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
         if not Path(what).is_file():
             raise BadInput(f"there is no file {what}; name an object, or a segmenter made before.")
-        return _segmented_by(Path(what), listed, out)
-    cards.method("text_to_segmentation")(**{k: v for k, v in options.items() if k != "size"})
-    named = {"model": model or DEFAULT_MODEL, "remover": remover or (None if model else INPAINT_MODEL)}
+        with files.output_folder(out):
+            segmenter = _built(by, {}).open_segmenter(Path(what))
+            about = {"segmenter": Path(what).name}
+            return [files.save_png(out / f"{name}.png", segmenter.mask(image), about) for name, image in listed]
+    _built(by, {k: v for k, v in options.items() if k != "size"})
     with files.output_folder(out):
-        loaded: dict[str, Any] = {k: load(n, dtype=dtype, device=device) for k, n in named.items() if n is not None}
+        loaded: dict[str, Any] = {"model": load(model or DEFAULT_MODEL, dtype=dtype, device=device)}
+        if remover is None and model is None:
+            remover = suitable_model(cards.methods()[cards.default("edit mask")].needs)
+        if remover is not None:
+            loaded["remover"] = load(remover, dtype=dtype, device=device)
         images = [image for _, image in listed] or None
-        found = segment(what, images, on_progress=on_progress, **loaded, **options)
+        found = segment(what, images, by=by, on_progress=on_progress, **loaded, **options)
         return found.save(out, names or None)
 
 
-def _segmented_by(weights: Path, listed: list[tuple[str, Image]], out: Path) -> list[Path]:
-    from PIL import Image as pictures
-
-    from sfumato.edit.text_to_segmentation import Segmenter, as_masks
-    from sfumato.sampling.request import as_pixels
-
-    net = Segmenter.load(weights)
-    written = []
-    with files.output_folder(out):
-        for name, image in listed:
-            size = net.config.size or image.size
-            scale = math.sqrt(size[0] * size[1] / (image.width * image.height))
-            pixels = as_pixels(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-            [mask] = as_masks(net.masks(pixels))
-            mask = mask.resize(image.size, pictures.Resampling.NEAREST)
-            written.append(files.save_png(out / f"{name}.png", mask, {"segmenter": weights.name}))
-    return written
+def _built(by: str | None, options: dict[str, Any]) -> protocol.Segments:
+    """The system that segments. Raises NotSupported for one that does not."""
+    key, params = cards.parse_with(by or cards.default("segment"))
+    system = cards.method(key)(**{**params, **options})
+    if not isinstance(system, protocol.Segments):
+        raise NotSupported(f"{key} does not learn to segment; by default {cards.default('segment')} does.")
+    return system
 
 
 def _listed(given: Any) -> list[tuple[str, Image]]:

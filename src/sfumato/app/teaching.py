@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards
-from sfumato.errors import NotSupported, UnknownName
+from sfumato import cards, protocol
+from sfumato.errors import UnknownName
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,45 +41,27 @@ def teach(
     model: str | Path | Any,
     data: str | Path = "toybox",
     *,
-    per_class: int = 3,
-    seed: int = 0,
     out: str | Path | None = None,
     on_progress: Callable[..., None] | None = None,
+    **options: Any,
 ) -> Any:
-    """Teach a classifier better habits from a few masked pictures, by a system such as ``robust_vit``.
+    """Teach a model that exists by a system of the verb teach; the model itself is not changed.
 
     Args:
-        by: the system, as for ``--with`` (``"robust_vit:lr=3e-5,epochs=30"``).
-        model: a built-in name, a transformers folder, or a :class:`~sfumato.models.readers.Reader`; it is not changed.
-        data: an imagefolder whose ``metadata.jsonl`` names ``file_name``, ``mask`` and ``label``, or "toybox": pictures
-            whose backdrop gives the shape away, ``per_class`` of each drawn by ``seed``.
+        by: the system with its parameters, as for ``--with``.
+        model: a name, a folder, or a loaded model of the kind that the system teaches.
+        data: a folder of examples, or "toybox".
         out: a new folder for the taught model.
         on_progress: called with epoch, epochs and what is logged.
+        options: what the system takes besides, such as ``per_class`` and ``seed`` of the toybox's examples.
 
     Returns the system's record; its ``model`` is the taught copy. Raises BadInput, UnknownName, NotSupported.
     """
-    from sfumato.models.readers import load_reader
-    from sfumato.teach.examples import read_examples, toybox_examples
-
     key, params = cards.parse_with(by)
     system = cards.method(key)(**params)
-    work = getattr(importlib.import_module(type(system).__module__), "teach", None)
-    if work is None or type(system).CARD.verb != "teach":  # type: ignore[attr-defined]
+    if not isinstance(system, protocol.Teaches):
         raise UnknownName("system that teaches", key, cards.methods("teach"))
-    reader = load_reader(model) if isinstance(model, str | Path) else model
-    if reader.kind != "classifier" or reader.preprocessing.size is None:
-        raise NotSupported(f"{key} teaches classifiers of pictures; {reader.name} is none.")
-    if str(data) == "toybox":
-        examples, held = toybox_examples(per_class, seed), toybox_examples(per_class, seed, "val")
-        validation = (reader.pixels(held.pictures), held.masks, held.labels)
-    else:
-        examples, validation = read_examples(data, reader.preprocessing.size), None
-    given = system.params.model_dump()
-    pixels = reader.pixels(examples.pictures)
-    found = work(
-        reader.module, pixels, examples.masks, examples.labels, validation=validation, on_progress=on_progress, **given
-    )
-    found.facts |= {"model": reader.name, "data": str(data), "labels": list(examples.labels)}
+    found = system.teach(model, data, on_progress=on_progress, **options)
     if out is not None:
         found.save(out)
     return found

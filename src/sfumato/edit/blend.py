@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sfumato import masks, rng
 from sfumato.cards import Card, Field, register
+from sfumato.edit.redraw import Redraws
 from sfumato.edit.region import RegionParams, kept_picture, region_of
 from sfumato.errors import NotSupported
 from sfumato.sampling import Intervention, Path, Run, Step
@@ -29,7 +30,7 @@ __all__ = ["Blend", "renoised"]
 
 
 @register
-class Blend(Intervention):
+class Blend(Redraws, Intervention):
     """Keeps a picture outside a region while the region is drawn anew."""
 
     CARD = Card(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sfumato import masks, rng
 from sfumato.cards import Card, Field, register
+from sfumato.edit.redraw import Redraws
 from sfumato.edit.region import RegionParams, kept_picture, region_of
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step
@@ -31,7 +32,7 @@ __all__ = ["Inpaint", "hole_of"]
 
 
 @register
-class Inpaint(Intervention):
+class Inpaint(Redraws, Intervention):
     """Tells an inpainting model the hole, and holds what is known."""
 
     CARD = Card(

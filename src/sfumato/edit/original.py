@@ -3,15 +3,17 @@
 A picture that sfumato made is drawn again from its own noise, which its recipe knows; any other picture is inverted
 (DDIM inversion, or the Euler path of a flow model, and null-text optimisation where there is guidance).
 
-    >>> original = Original.inverted(model, picture, "a cat on a sofa")
+    >>> original = PromptToPrompt(source="a cat on a sofa").open(model, Picture(photo, "a cat on a sofa"))
     >>> original.edit("a dog on a sofa").images[0]
     >>> original.edit("a cat on a sofa", reweight={"sofa": 2.0}).images[0]
+
+What edits is a system that follows the recorded source, such as :mod:`sfumato.edit.prompt_to_prompt`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +24,19 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
+from sfumato.attention.sites import Site
 from sfumato.edit.null_text import null_text
-from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, NoMatch
 from sfumato.models import Model
+from sfumato.protocol import Picture
 from sfumato.sampling import Intervention, Result, Run, Step, generate, invert
 from sfumato.sampling.recording import Recorder, Recording
 from sfumato.sampling.request import as_pixels, checked_size
 
-__all__ = ["Keep", "Original", "read_mask"]
+__all__ = ["FollowsSource", "Keep", "Original", "read_mask"]
+
+#: sites and grid (h, w) of the latents -> what to keep of the attention at a site and progress
+Wants = Callable[[Sequence[Site], tuple[int, int]], Callable[[Site, float], bool]]
 
 
 class Keep(Intervention):
@@ -67,6 +73,7 @@ class Original:
     ``recording`` is its walk from noise; ``settings`` the arguments of ``generate`` that walk it; ``parts`` what takes
     part in the walk, of the source and of every edit; ``pixels`` (1 3 H W) the picture, which masks keep; ``facts``
     plain values about how it was opened, ``fidelity`` the PSNR in dB between the picture and what the walk ends in.
+    ``editor`` makes what edits from the recording and its parameters.
     """
 
     model: Model
@@ -76,74 +83,8 @@ class Original:
     parts: list[Intervention]
     pixels: Tensor
     fidelity: float
+    editor: Callable[..., Intervention]
     facts: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def replayed(
-        cls,
-        model: Model,
-        image: Image.Image,
-        settings: Mapping[str, Any],
-        *,
-        parts: Sequence[Intervention] = (),
-        edit: Mapping[str, Any] | None = None,
-        on_step: Callable[[Step], None] | None = None,
-    ) -> Original:
-        """The picture that ``generate(model, **settings)`` with ``parts`` made, drawn again from its noise.
-
-        ``edit``: parameters of :class:`PromptToPrompt` whose needs are recorded; the defaults if left out.
-        """
-        given = dict(settings)
-        prompt = given.pop("prompt")
-        parts = [part for part in parts if part.role != "observer"]
-        size = checked_size(model, given.get("size") or model.default_size[::-1])
-        recorder = _recorder(model, prompt, edit, size)
-        result = generate(model, prompt, **given, interventions=[*parts, recorder], on_step=on_step)
-        assert recorder.recording is not None and result.pixels is not None
-        drawn = result.pixels.clamp(-1, 1)
-        same = image.size == size
-        fidelity = _psnr(as_pixels(result.images, None), as_pixels(image, None)) if same else 0.0
-        return cls(model, prompt, recorder.recording, given, parts, drawn, fidelity, {"inverted": False})
-
-    @classmethod
-    def inverted(
-        cls,
-        model: Model,
-        image: Image.Image,
-        prompt: str,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        size: tuple[int, int] | None = None,
-        inner: int = 10,
-        refine: int = 0,
-        edit: Mapping[str, Any] | None = None,
-        on_step: Callable[[Step], None] | None = None,
-    ) -> Original:
-        """A picture that exists, shown as ``prompt``: inverted with ``steps`` (the model's own, or 50), then led back
-        under ``guidance`` by null-text optimisation of ``inner`` iterations per step (0: plain inversion).
-
-        ``size`` (width, height) cuts the picture as :func:`sfumato.files.fitted` says. ``refine``: fixed-point
-        iterations per step of inversion. A guidance-distilled model is inverted at its own embedded guidance, which
-        leads back without null-text.
-        """
-        if model.embeds_guidance and guidance is not None:
-            raise BadInput(f"guidance cannot be given here: {model.name} is inverted at its own embedded guidance.")
-        width, height = checked_size(model, size or image.size)
-        pixels = as_pixels(files.fitted(image, (width, height)), None)
-        trajectory = invert(model, pixels, prompt, steps=steps, refine=refine, on_step=on_step)
-        settings = {**trajectory.settings, "size": (width, height)}
-        scale = model.defaults["guidance"] if guidance is None else guidance
-        settings["guidance"] = scale
-        parts: list[Intervention] = []
-        facts = {"inverted": True, "inner": inner, "refine": refine}
-        if scale > 1 and inner and not model.embeds_guidance:
-            parts.append(null_text(model, trajectory, guidance=scale, inner=inner, on_step=on_step))
-        recorder = _recorder(model, prompt, edit, (width, height))
-        result = generate(model, prompt, **settings, interventions=[*parts, recorder], on_step=on_step)
-        assert recorder.recording is not None and result.pixels is not None
-        fidelity = _psnr(result.pixels.clamp(-1, 1), pixels)
-        return cls(model, prompt, recorder.recording, settings, parts, pixels, fidelity, facts)
 
     def edit(
         self,
@@ -152,14 +93,106 @@ class Original:
         mask: Image.Image | None = None,
         with_: Sequence[Intervention] = (),
         on_step: Callable[[Step], None] | None = None,
-        **edit: Any,
+        **params: Any,
     ) -> Result:
-        """The picture with ``prompt`` for its own. ``mask``: white where it may change. ``edit``: parameters of
-        :class:`PromptToPrompt`. Raises NoMatch, BadInput."""
-        parts = [*self.parts, PromptToPrompt(self.recording, **edit), *with_]
+        """The picture with ``prompt`` for its own. ``mask``: white where it may change. ``params``: those of what
+        edits. Raises NoMatch, BadInput."""
+        return self.redraw(prompt, mask=mask, with_=[self.editor(self.recording, **params), *with_], on_step=on_step)
+
+    def redraw(
+        self,
+        prompt: str,
+        *,
+        mask: Image.Image | None = None,
+        with_: Sequence[Intervention] = (),
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Result:
+        """The picture drawn again from its own noise with ``prompt``, followed by nothing but ``with_``."""
+        parts = [*self.parts, *with_]
         if mask is not None:
             parts.append(Keep(read_mask(mask, self.recording.size), self.recording, self.pixels))
         return generate(self.model, prompt, **self.settings, interventions=parts, on_step=on_step)
+
+
+class FollowsSource:
+    """Makes a system that follows the recording of a source one that edits."""
+
+    OPENING = ("from_", "steps", "guidance", "size", "inner", "refine", "invert")
+    wants: Wants
+
+    def open(
+        self, model: Model, picture: Picture, on_step: Callable[[Step], None] | None = None, **opening: Any
+    ) -> Original:
+        """The picture with all that this system wants of its walk: drawn again from its settings, if it has some, else
+        inverted; ``opening`` are then the options of :func:`inverted`. Raises BadInput."""
+        if picture.settings is not None:
+            return replayed(model, picture, type(self), self.wants, on_step)  # type: ignore[arg-type]
+        return inverted(model, picture, type(self), self.wants, on_step, **opening)  # type: ignore[arg-type]
+
+
+def replayed(
+    model: Model,
+    picture: Picture,
+    editor: Callable[..., Intervention],
+    wants: Wants,
+    on_step: Callable[[Step], None] | None = None,
+) -> Original:
+    """The picture that ``generate(model, **picture.settings)`` made with ``picture.parts``, drawn again from its
+    noise."""
+    settings = dict(picture.settings or {})
+    prompt = settings.pop("prompt")
+    parts = [part for part in picture.parts if part.role != "observer"]
+    size = checked_size(model, settings.get("size") or model.default_size[::-1])
+    recorder = _recorder(model, wants, size)
+    result = generate(model, prompt, **settings, interventions=[*parts, recorder], on_step=on_step)
+    assert recorder.recording is not None and result.pixels is not None
+    drawn, image = result.pixels.clamp(-1, 1), picture.image
+    fidelity = _psnr(as_pixels(result.images, None), as_pixels(image, None)) if image.size == size else 0.0
+    return Original(
+        model, prompt, recorder.recording, settings, parts, drawn, fidelity, editor, {"inverted": False}
+    )  # fmt: skip
+
+
+def inverted(
+    model: Model,
+    picture: Picture,
+    editor: Callable[..., Intervention],
+    wants: Wants,
+    on_step: Callable[[Step], None] | None = None,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: tuple[int, int] | None = None,
+    inner: int = 10,
+    refine: int = 0,
+) -> Original:
+    """A picture that exists, shown as ``picture.prompt``: inverted with ``steps`` (the model's own, or 50), then led
+    back under ``guidance`` by null-text optimisation of ``inner`` iterations per step (0: plain inversion).
+
+    ``size`` (width, height) cuts the picture as :func:`sfumato.files.fitted` says. ``refine``: fixed-point iterations
+    per step of inversion. A guidance-distilled model is inverted at its own embedded guidance, which leads back without
+    null-text.
+    """
+    if model.embeds_guidance and guidance is not None:
+        raise BadInput(f"guidance cannot be given here: {model.name} is inverted at its own embedded guidance.")
+    if picture.prompt is None:
+        raise BadInput("a picture that is inverted needs a prompt: what does it show?")
+    image, prompt = picture.image, picture.prompt
+    width, height = checked_size(model, size or image.size)
+    pixels = as_pixels(files.fitted(image, (width, height)), None)
+    trajectory = invert(model, pixels, prompt, steps=steps, refine=refine, on_step=on_step)
+    settings = {**trajectory.settings, "size": (width, height)}
+    scale = model.defaults["guidance"] if guidance is None else guidance
+    settings["guidance"] = scale
+    parts: list[Intervention] = []
+    facts = {"inverted": True, "inner": inner, "refine": refine}
+    if scale > 1 and inner and not model.embeds_guidance:
+        parts.append(null_text(model, trajectory, guidance=scale, inner=inner, on_step=on_step))
+    recorder = _recorder(model, wants, (width, height))
+    result = generate(model, prompt, **settings, interventions=[*parts, recorder], on_step=on_step)
+    assert recorder.recording is not None and result.pixels is not None
+    fidelity = _psnr(result.pixels.clamp(-1, 1), pixels)
+    return Original(model, prompt, recorder.recording, settings, parts, pixels, fidelity, editor, facts)
 
 
 def read_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -174,12 +207,10 @@ def read_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
     return inside
 
 
-def _recorder(model: Model, prompt: str, edit: Mapping[str, Any] | None, size: tuple[int, int]) -> Recorder:
-    """A recorder of all that an edit with these parameters needs."""
-    given = {name: value for name, value in (edit or {}).items() if name != "source"}
-    plan = PromptToPrompt(source=prompt, **given)
+def _recorder(model: Model, wants: Wants, size: tuple[int, int]) -> Recorder:
+    """A recorder of what is wanted of a walk at ``size`` (width, height)."""
     width, height = size
-    return Recorder(plan.wants(model.sites(height, width), model.grid(height, width)))
+    return Recorder(wants(model.sites(height, width), model.grid(height, width)))
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 
 from sfumato import cards, files
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput
+from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.lrp import on_grid, target_scores
 from sfumato.metrics.segmentation import inside_share, normalise
+from sfumato.models.readers import load_reader
 from sfumato.relevance.capture import captured, refuse_no_attention
 from sfumato.relevance.rules import fuse_heads
+from sfumato.teach.examples import read_examples, toybox_examples
 from sfumato.training import Draw, Player, Progress, fit, shuffled
 
 __all__ = ["RobustVit", "Taught", "masks_from", "relevance_maps", "teach"]
@@ -73,6 +75,39 @@ class RobustVit:
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
+
+    def teach(
+        self,
+        model: Any,
+        data: str | Path = "toybox",
+        *,
+        per_class: int = 3,
+        seed: int = 0,
+        on_progress: Callable[..., None] | None = None,
+    ) -> Taught:
+        """:func:`teach` with these parameters.
+
+        Args:
+            model: a built-in name, a transformers folder, or a :class:`~sfumato.models.readers.Reader`.
+            data: an imagefolder whose ``metadata.jsonl`` names ``file_name``, ``mask`` and ``label``, or "toybox":
+                pictures whose backdrop gives the shape away, ``per_class`` of each drawn by ``seed``.
+
+        Raises NotSupported for a model that is no classifier of pictures.
+        """
+        reader = load_reader(model) if isinstance(model, str | Path) else model
+        if reader.kind != "classifier" or reader.preprocessing.size is None:
+            raise NotSupported(f"{self.CARD.key} teaches classifiers of pictures; {reader.name} is none.")
+        if str(data) == "toybox":
+            examples, held_out = toybox_examples(per_class, seed), toybox_examples(per_class, seed, "val")
+            validation = (reader.pixels(held_out.pictures), held_out.masks, held_out.labels)
+        else:
+            examples, validation = read_examples(data, reader.preprocessing.size), None
+        found = teach(
+            reader.module, reader.pixels(examples.pictures), examples.masks, examples.labels, validation=validation,
+            on_progress=on_progress, **self.params.model_dump(),
+        )  # fmt: skip
+        found.facts |= {"model": reader.name, "data": str(data), "labels": list(examples.labels)}
+        return found
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Change a picture by its words and keep the rest of it. The PNG carries its recipe.
 
-With --mask and an inpainting model (--with inpaint: toy-sd-inpaint) the region is drawn anew from the prompt alone.
+With --mask and an inpainting model, or with a system that redraws regions (--with), the region is drawn anew from the
+prompt alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def edit(
     ] = None,
     from_: Annotated[str | None, typer.Option("--from", help="What it shows now. Default: the prompt in it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="A picture that is white where this one may change.")] = None,
-    seed: Annotated[int | None, typer.Option(help="With --with inpaint: where the noise comes from.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Regions drawn anew: where the noise comes from.")] = None,
     mode: Annotated[
         str | None, typer.Option(help="replace (word for word) or refine (words added). Default: by the prompts.")
     ] = None,

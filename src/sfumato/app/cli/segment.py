@@ -20,7 +20,7 @@ def segment(
     ] = None,
     model: options.Model = None,
     remover: Annotated[
-        str | None, typer.Option(help="The model that redraws pictures without it. Default: toy-sd-inpaint.")
+        str | None, typer.Option(help="The model that redraws pictures without it. Default: an inpainting one.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the pictures show, {} for the name. Default: a {}")] = None,
     background: Annotated[

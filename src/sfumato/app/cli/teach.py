@@ -1,4 +1,4 @@
-"""Teach a classifier, from a few masked pictures, to look at the thing instead of its surroundings."""
+"""Teach a model that exists: a classifier, from a few masked pictures, to look at the thing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from sfumato.errors import BadInput
 
 @command()
 def teach(
-    by: Annotated[str, typer.Argument(metavar="KEY:name=value,...", help="The system that teaches: robust_vit.")],
-    model: Annotated[str, typer.Option(help="A classifier: a built-in name or a transformers folder.")],
+    by: Annotated[
+        str,
+        typer.Argument(metavar="KEY:name=value,...", help="The system that teaches: see sfumato methods --verb teach."),
+    ],
+    model: Annotated[str, typer.Option(help="The model: a built-in name or a folder.")],
     data: Annotated[
         str, typer.Option(help="A folder whose metadata.jsonl has file_name, mask and label, or toybox.")
     ] = "toybox",

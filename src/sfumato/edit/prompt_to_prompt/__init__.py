@@ -27,6 +27,7 @@ from sfumato.attention.call import Call
 from sfumato.attention.sites import Site
 from sfumato.attention.tap import OtherMap, Tap
 from sfumato.cards import Card, Field, register
+from sfumato.edit.original import FollowsSource
 from sfumato.edit.prompt_to_prompt.blend import LocalBlend
 from sfumato.edit.prompt_to_prompt.mixed_map import MixedMap, StepEdit
 from sfumato.edit.prompt_to_prompt.sites import EditedSites, edited_sites
@@ -55,7 +56,7 @@ __all__ = ["PromptToPrompt"]
 
 
 @register
-class PromptToPrompt(Intervention):
+class PromptToPrompt(FollowsSource, Intervention):
     """Edits by attention control. ``recording`` is the source, given or drawn when the run begins."""
 
     CARD = Card(

@@ -37,7 +37,7 @@ from sfumato.edit.text_to_segmentation.stages import (
 )
 from sfumato.errors import BadInput
 from sfumato.models import Model
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.request import as_pictures, as_pixels
 from sfumato.windows import Window
 
 __all__ = [
@@ -117,6 +117,24 @@ class TextToSegmentation:
         self.params = self.Params(**given)
         if "{}" not in self.params.prompt:
             raise BadInput(f"prompt of text_to_segmentation is {self.params.prompt!r}; it must hold {{}} for the name.")
+
+    def segment(
+        self,
+        model: Model,
+        concept: str,
+        pictures: Sequence[Image.Image] | None = None,
+        *,
+        remover: Model | None = None,
+        on_progress: Report | None = None,
+    ) -> Segmented:
+        """:meth:`run` with pictures (PIL, all of one size) that show the concept; ``remover``: ``model`` if None."""
+        shown = None if pictures is None else as_pixels(list(pictures), None)
+        return self.run(model, remover or model, concept, shown, on_progress)
+
+    @staticmethod
+    def open_segmenter(path: Path) -> Segmenter:
+        """A segmenter that was written before."""
+        return Segmenter.load(path)
 
     def named(self, concept: str) -> str:
         """The prompt for this concept, with the article that its first letter asks for."""

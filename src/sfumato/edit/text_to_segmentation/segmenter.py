@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from sfumato import files, masks
 from sfumato.errors import NoMatch
 from sfumato.models.precision import fast_bf16
+from sfumato.sampling.request import as_pixels
 from sfumato.training import Draw, Player, fit
 
 FORMAT = "sfumato.segmenter.1"
@@ -60,6 +63,14 @@ class Segmenter(nn.Module):
         if not tidy:
             return found
         return torch.stack([masks.fill_holes(masks.close(each.float())).bool() for each in found])
+
+    def mask(self, image: Image.Image) -> Image.Image:
+        """The mask of a picture, in the picture's size; it is looked at in the area the segmenter was trained in."""
+        width, height = self.config.size or image.size
+        scale = math.sqrt(width * height / (image.width * image.height))
+        pixels = as_pixels(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        mask = Image.fromarray(self.masks(pixels)[0].cpu().byte().numpy() * 255)
+        return mask.resize(image.size, Image.Resampling.NEAREST)
 
     def save(self, path: Path | str, concept: str = "") -> Path:
         """Write the weights as safetensors, whole or not at all."""

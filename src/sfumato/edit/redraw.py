@@ -1,0 +1,66 @@
+"""Pictures opened for edits that draw a region anew and keep the rest: what :mod:`sfumato.edit.inpaint` and
+:mod:`sfumato.edit.blend` share as systems that edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from sfumato import files
+from sfumato.models import Model
+from sfumato.protocol import Picture
+from sfumato.sampling import Intervention, Result, Step, generate
+
+__all__ = ["Redrawn", "Redraws"]
+
+
+@dataclass(eq=False)
+class Redrawn:
+    """A picture opened for redrawing regions: ``original``, cut to the size that the model draws."""
+
+    model: Model
+    original: Image.Image
+    system: Callable[..., Intervention]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def edit(
+        self,
+        prompt: str,
+        *,
+        mask: Any = None,
+        with_: Sequence[Intervention] = (),
+        on_step: Callable[[Step], None] | None = None,
+        **params: Any,
+    ) -> Result:
+        """The picture with its region drawn anew from ``prompt``. ``mask``: white there; a picture is cut as the
+        original was, anything else is read as the system's own parameter."""
+        if isinstance(mask, Image.Image):
+            mask = files.fitted(mask, self.original.size, smooth=False)
+        region = {} if mask is None else {"mask": mask}
+        parts = [self.system(**params, **region), *with_]
+        return generate(
+            self.model, prompt, image=self.original, strength=1.0, interventions=parts, on_step=on_step, **self.settings
+        )
+
+
+class Redraws:
+    """Makes a system that keeps a picture around a region one that edits."""
+
+    OPENING = ("steps", "guidance", "size", "seed")
+
+    def open(
+        self,
+        model: Model,
+        picture: Picture,
+        on_step: Callable[[Step], None] | None = None,
+        *,
+        size: tuple[int, int],
+        seed: int = 0,
+        **settings: Any,
+    ) -> Redrawn:
+        """The picture, cut to ``size`` (width, height); ``settings`` are ``steps`` and ``guidance``."""
+        fitted = files.fitted(picture.image.convert("RGB"), size)
+        return Redrawn(model, fitted, type(self), {"seed": seed, **settings})  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""Verbs by protocol: what a system serves is read off its methods, and the public face knows no system by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import sfumato
+from sfumato import app, cards, protocol
+from sfumato.errors import NotSupported, UnknownName
+
+ROOM = Path(sfumato.__file__).parent / "app"
+
+
+@pytest.mark.parametrize("path", sorted(ROOM.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOM)))
+def test_no_file_of_the_face_names_a_system(path):
+    text = path.read_text(encoding="utf-8")
+    # a key that is also a common word may stand in running text (blend, lora), never as a name in quotes
+    named = [key for key in cards.methods() if re.search(rf"\b{key}\b" if "_" in key else rf"[\"'`]{key}\b", text)]
+    assert named == []
+
+
+def test_every_system_serves_a_verb():
+    for key in cards.methods():
+        served = protocol.serves(cards.method(key))
+        if cards.methods()[key].verb == "judge":
+            continue
+        assert served, f"{key} serves no verb: it has none of the methods of sfumato.protocol"
+        assert all(words for words in served.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "verbs"),
+    [
+        ("daam", {"make", "explain"}),
+        ("lrp", {"explain"}),
+        ("conceptor", {"make", "explain"}),
+        ("prompt_to_prompt", {"make", "edit"}),
+        ("blend", {"make", "edit"}),
+        ("inject_fusion", {"make"}),
+        ("text_to_segmentation", {"segment"}),
+        ("robust_vit", {"teach"}),
+    ],
+)
+def test_verbs_of_systems(key, verbs):
+    assert set(protocol.serves(cards.method(key))) == verbs
+
+
+@pytest.mark.parametrize("wish", ["explain", "edit", "edit mask", "segment"])
+def test_every_wish_has_one_default(wish):
+    assert [key for key, card in cards.methods().items() if wish in card.default_for] == [cards.default(wish)]
+
+
+def test_an_unknown_wish_is_refused():
+    with pytest.raises(UnknownName, match="unknown wish 'edits'.*'edit'"):
+        cards.default("edits")
+
+
+def test_systems_that_do_not_serve_a_verb_are_refused():
+    with pytest.raises(NotSupported, match="daam edits no pictures by itself"):
+        app.edit("x.png", "a cube", by="daam")
+    with pytest.raises(NotSupported, match="daam does not learn to segment"):
+        app.segment("cube", by="daam")
+    with pytest.raises(UnknownName, match="unknown system that teaches 'daam'.*robust_vit"):
+        app.teach("daam", "toy-vit")
