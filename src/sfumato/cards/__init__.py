@@ -30,21 +30,32 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sfumato.cards.parameters import Parameter, parameter_rows, parameters_in, parameters_of
+from sfumato.cards.text import WITH_GRAMMAR, brief, parse_with
 from sfumato.errors import BadInput, Conflict, UnknownName
 
 __all__ = [
     "CAPABILITIES",
+    "ROOMS",
+    "WITH_GRAMMAR",
     "Card",
     "Field",
+    "Parameter",
     "Params",
-    "register",
-    "methods",
-    "method",
     "build",
-    "parse_with",
-    "to_recipe",
+    "default",
     "from_recipe",
+    "method",
+    "methods",
+    "parameter_rows",
+    "parameters",
+    "parameters_of",
+    "parse_with",
+    "register",
+    "to_recipe",
 ]
+
+ROOT = Path(__file__).parents[1]
 
 CAPABILITIES = {
     "pictures": "single pictures, not clips",
@@ -145,29 +156,10 @@ def _one_line(system: str, params: type[Params], error: ValidationError) -> BadI
     field = params.model_fields.get(name)
     unit = (field.json_schema_extra or {}).get("unit") if field and isinstance(field.json_schema_extra, dict) else None
     said = first["msg"].removeprefix("Value error, ")
-    message = f"{name}{inside}{of} is {_brief(first['input'])}: {said[:1].lower()}{said[1:]}"
+    message = f"{name}{inside}{of} is {brief(first['input'])}: {said[:1].lower()}{said[1:]}"
     message += f" (unit: {unit})" if unit else ""
     message += f"; {name} is {field.description}" if field is not None and field.description else ""
     return BadInput(" ".join(message.split()) + ".")
-
-
-def _brief(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def parameter_rows(params: type[Params]) -> list[tuple[str, str, str]]:
-    """(name, default, meaning with unit and range) of every parameter, for tables."""
-    rows = []
-    for name, field in params.model_fields.items():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-        limits = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in signs.items() if hasattr(m, key)]
-        notes = [*([f"unit: {extra['unit']}"] if "unit" in extra else []), *limits]
-        rows.append(
-            (name, repr(field.default), (field.description or "") + (f" ({', '.join(notes)})" if notes else ""))
-        )
-    return rows
 
 
 # --- the registry ------------------------------------------------------------------------------------------------
@@ -210,6 +202,17 @@ def method(key: str) -> type:
     return _registered[key]
 
 
+def parameters(key: str) -> list[Parameter]:
+    """The parameters of the system ``key``. Those of a shipped one are read without importing it, unless it inherits
+    some. Raises UnknownName."""
+    card = _shipped().get(key.replace("-", "_"))
+    found = None
+    if card is not None:
+        place = ROOT / card.verb / card.key
+        found = parameters_in(place / "__init__.py" if place.is_dir() else place.with_suffix(".py"))
+    return parameters_of(method(key).Params) if found is None else found  # type: ignore[attr-defined]
+
+
 def default(wish: str) -> str:
     """The key of the system that serves a wish - "explain", "edit", "edit mask", "segment" - where nobody names one.
 
@@ -222,7 +225,7 @@ def default(wish: str) -> str:
 
 @functools.cache
 def _shipped() -> dict[str, Card]:
-    return _cards_under(Path(__file__).parent)
+    return _cards_under(ROOT)
 
 
 def _cards_under(root: Path) -> dict[str, Card]:
@@ -247,136 +250,13 @@ def _card_in(path: Path) -> Card | None:
     return None
 
 
-# --- from the command line -----------------------------------------------------------------------------------------
-
-WITH_GRAMMAR = "KEY:name=value,name=value - lists as [red cube|ball], quotes around anything with , | [ ] or quotes"
+# --- from text and back ---------------------------------------------------------------------------------------------
 
 
 def build(text: str) -> Any:
     """Construct a system from ``KEY`` or ``KEY:name=value,...`` (grammar: :func:`parse_with`)."""
     key, given = parse_with(text)
     return method(key)(**given)
-
-
-def parse_with(text: str) -> tuple[str, dict[str, Any]]:
-    """Read one ``--with`` argument into a key and its parameters.
-
-    ::
-
-        with   := key [ ":" [ param ("," param)* ] ]
-        param  := name "=" value
-        value  := item ( "|" item )*          one item: a value; several: a list
-        item   := "[" [ value ] "]"           always a list, possibly empty; lists may hold lists
-                | quoted | bare
-        quoted := '"' ... '"' | "'" ... "'"   backslash escapes the next character
-        bare   := characters other than , | [ ] " '   with the blanks at its ends dropped; none (unquoted) is None
-
-    ``daam:words=[red cube|ball],heads=[0|3]`` gives ``("daam", {"words": ["red cube", "ball"], "heads": ["0", "3"]})``.
-    Values stay text: the system's :class:`Params` turn them into numbers, switches and words.
-    """
-    key, colon, rest = text.partition(":")
-    key = key.strip()
-    if not key:
-        raise BadInput(f"--with {_brief(text)}: the name of a system is missing. Write {WITH_GRAMMAR}.")
-    if not rest.strip():
-        return key, {}
-    return key, _WithReader(text, rest).params()
-
-
-class _WithReader:
-    """A reader over the parameters of one ``--with`` argument; ``at`` is the next character to read."""
-
-    def __init__(self, whole: str, text: str):
-        self.whole, self.text, self.at, self.depth = whole, text, 0, 0
-
-    def params(self) -> dict[str, Any]:
-        given: dict[str, Any] = {}
-        while True:
-            name = self._until("=,|[]\"'").strip()
-            if not name or self._peek() != "=":
-                raise self._bad(f"expected name=value at {self.text[self.at - len(name) :][:20]!r}")
-            if name in given:
-                raise self._bad(f"{name} is given twice")
-            self.at += 1
-            given[name] = self._value(stop=",")
-            if self.at == len(self.text):
-                return given
-            self.at += 1
-
-    def _value(self, stop: str) -> Any:
-        items = self._items()
-        if self._peek() != stop and self._peek():
-            raise self._bad(f"expected {stop!r} but found {self._peek()!r}")
-        return items[0] if len(items) == 1 else items
-
-    def _items(self) -> list[Any]:
-        items = [self._item()]
-        while self._peek() == "|":
-            self.at += 1
-            items.append(self._item())
-        return items
-
-    def _item(self) -> Any:
-        self._skip_blanks()
-        first = self._peek()
-        if first == "[":
-            return self._list()
-        if first and first in "'\"":
-            return self._quoted(first)
-        bare = self._until(",|[]\"'").strip()
-        if not bare:
-            raise self._bad("a value is missing")
-        return None if bare.lower() == "none" else bare
-
-    def _list(self) -> list[Any]:
-        start = self.at
-        self.at += 1
-        self.depth += 1
-        if self.depth > 4:
-            raise self._bad("lists are nested deeper than 4")
-        self._skip_blanks()
-        items = [] if self._peek() == "]" else self._items()
-        if self._peek() != "]":
-            found = f"found {self._peek()!r} (items are parted by |)" if self._peek() else "ends without"
-            raise self._bad(f"the list {_brief(self.text[start:], 24)} needs ']' but {found}")
-        self.at += 1
-        self.depth -= 1
-        self._skip_blanks()
-        return items
-
-    def _quoted(self, quote: str) -> str:
-        self.at += 1
-        out = []
-        while (char := self._peek()) != quote:
-            if not char:
-                raise self._bad(f"the quote {quote} is never closed")
-            if char == "\\" and self.at + 1 < len(self.text):
-                self.at += 1
-                char = self.text[self.at]
-            out.append(char)
-            self.at += 1
-        self.at += 1
-        self._skip_blanks()
-        return "".join(out)
-
-    def _peek(self) -> str:
-        return self.text[self.at] if self.at < len(self.text) else ""
-
-    def _until(self, stops: str) -> str:
-        start = self.at
-        while self.at < len(self.text) and self.text[self.at] not in stops:
-            self.at += 1
-        return self.text[start : self.at]
-
-    def _skip_blanks(self) -> None:
-        while self._peek() == " ":
-            self.at += 1
-
-    def _bad(self, what: str) -> BadInput:
-        return BadInput(f"--with {_brief(self.whole)}: {what}. Write {WITH_GRAMMAR}.")
-
-
-# --- recipes -------------------------------------------------------------------------------------------------------
 
 
 def to_recipe(system: Any) -> dict[str, Any]:
@@ -388,7 +268,7 @@ def from_recipe(recipe: dict[str, Any]) -> Any:
     """The system that :func:`to_recipe` described. Raises BadInput, UnknownName for anything else."""
     key, params = recipe.get("method"), recipe.get("params", {})
     if not (isinstance(key, str) and isinstance(params, dict)):
-        raise BadInput(f"{_brief(recipe)} describes no system; it must be {{'method': key, 'params': {{...}}}}.")
+        raise BadInput(f"{brief(recipe)} describes no system; it must be {{'method': key, 'params': {{...}}}}.")
     system = method(key)
     renamed = system.Params.RENAMED  # type: ignore[attr-defined]
     return system(**{renamed.get(name, name): value for name, value in params.items()})
