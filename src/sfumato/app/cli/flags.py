@@ -71,7 +71,7 @@ def _flag(parameter: cards.Parameter, title: str) -> inspect.Parameter:
         help=literal(about.rstrip(".") + (default if default == "." else "." + default)),
         rich_help_panel=title or None,
     )
-    annotation = Annotated[kind | None, option]
+    annotation = Annotated[typing.Optional[kind], option]  # type: ignore[valid-type]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
