@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MODULES = {"pillow": "PIL", "huggingface_hub": "huggingface_hub", "torch-fidelity": "torch_fidelity"}
-TOOLS = {"pytest", "pytest-xdist", "ruff", "mypy"}  # run, not imported
+TOOLS = {"pytest", "pytest-xdist", "ruff", "mypy", "torchsde"}  # run, or imported by diffusers
 
 
 def _imported(*folders: str) -> set[str]:
