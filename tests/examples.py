@@ -43,6 +43,10 @@ def write_adapters(cache: Path) -> Path:
         for part, shape in (("A", (4, width)), ("B", (width, 4)))
     }
     save_file(lora, folder / "example-lora.safetensors")
+    whole = {
+        f"{name}.weight": torch.randn(width, width, generator=generator) * 0.5 for name, width in LORA_MODULES.items()
+    }
+    save_file(whole, folder / "example-weights.safetensors")
     word = {key: torch.randn(2, width, generator=generator) for key, width in WORD_WIDTHS.items()}
     save_file(word, folder / "example-word.safetensors")
     return cache

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from sfumato import cards
 from sfumato.adapters.formats import Contents, content_hash, find_file, read_contents
-from sfumato.adapters.weights import Weights, exchanged
+from sfumato.adapters.weight_sets import Weights, exchanged
 from sfumato.cards import Field
 from sfumato.errors import BadInput
 from sfumato.models import Model

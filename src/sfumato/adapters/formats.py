@@ -21,6 +21,10 @@ from sfumato.models.weights import TensorEntry, read_header, read_json
 __all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "picture_word", "read_contents"]
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers: settings of peft, as JSON
+_IN_FOLDERS = (
+    "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "pytorch_custom_diffusion_weights.safetensors",
+    "learned_embeds.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors",
+)  # fmt: skip
 _ENCODER_KEYS = {
     "clip_l": "text_encoder",
     "clip_g": "text_encoder_2",
@@ -32,6 +36,10 @@ _ENCODER_KEYS = {
     "text_encoders_2": "text_encoder_3",
 }
 """Keys of textual inversions for several encoders (ComfyUI, kohya; pivotal tuning) -> component."""
+_PARAMETER = re.compile(r"(^|[._])(weight|bias)$|\.(scale_shift_table|freqs|gamma)$")
+_NETWORK = re.compile(
+    r"(unet|transformer|text_encoder(_\d)?)\.|(down|up|mid)_blocks?\.|(single_)?transformer_blocks\.|text_model\."
+)
 _ARCHITECTURES = (
     (re.compile(r"stable-diffusion-xl|sdxl", re.I), "SDXL"),
     (re.compile(r"stable-diffusion-v?3|sd3", re.I), "SD 3"),
@@ -50,7 +58,7 @@ def find_file(name: str) -> Path:
     tries += [shelf / name, shelf / f"{name}.safetensors"] if given.name == name else []
     for path in tries:
         if path.is_dir():
-            for inside in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+            for inside in _IN_FOLDERS:
                 if (path / inside).is_file():
                     return path / inside
         elif path.is_file():
@@ -102,8 +110,8 @@ class Contents:
     """What a file holds.
 
     ``kind``: ``lora`` (any low-rank adapter), ``word`` (a textual inversion), ``weights`` (whole parameters of
-    networks), or ``unknown``. ``modules`` of a low-rank adapter; ``words``: word -> component ("" where the file does
-    not say) -> (key, k, d); ``rest``: keys that are none of these.
+    networks), ``checkpoint`` (a whole model in LDM's layout), or ``unknown``. ``modules`` of a low-rank adapter;
+    ``words``: word -> component ("" where the file does not say) -> (key, k, d); ``rest``: keys that are none of these.
     """
 
     path: Path
@@ -187,9 +195,12 @@ def read_contents(path: Path) -> Contents:
             "ComfyUI" if set(entries) <= set(_ENCODER_KEYS) else "kohya" if "emb_params" in entries else "diffusers"
         )
         return Contents(kind="word", dialects=(dialect,), words=words, **about)
-    shaped = any(key.startswith(("unet.", "transformer.", "text_encoder", "down_blocks.")) for key in entries)
-    kind = "weights" if shaped else "unknown"
-    return Contents(kind=kind, dialects=("diffusers",) if shaped else (), rest=rest, **about)
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in entries):
+        return Contents(kind="checkpoint", dialects=("LDM",), rest=rest, **about)
+    if all(_PARAMETER.search(key) for key in entries) and any(_NETWORK.match(key) for key in entries):
+        custom = any("_custom_diffusion." in key for key in entries)
+        return Contents(kind="weights", dialects=("Custom Diffusion" if custom else "diffusers",), rest=rest, **about)
+    return Contents(kind="unknown", dialects=(), rest=rest, **about)
 
 
 def picture_word(path: Path) -> tuple[str, list[list[float]]]:

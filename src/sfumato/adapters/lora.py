@@ -27,7 +27,7 @@ from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.formats import FileModule, fit
 from sfumato.adapters.layers import Adapted, Scaling, held
 from sfumato.adapters.naming import Place
-from sfumato.adapters.weights import Weights, like_own
+from sfumato.adapters.weight_sets import Weights, like_own
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadWeights, NoMatch, NotSupported, nearest
 from sfumato.models import Model

@@ -1,94 +1,133 @@
-"""Weight sets: other parameters in the place of a network's own, for a while.
+"""Weights: parameters of a fine-tuned model in the place of a model's own, at any scale of the way to them.
 
-Whole :class:`torch.nn.Parameter` objects are exchanged, never values in place: a graph recorded with one set keeps what
-it was recorded with, and putting the own ones back restores every bit.
+W + scale (W' - W), for every parameter W' that the file holds: all of a network (a DreamBooth or an ordinary fine-tune)
+or some (Custom Diffusion's keys and values; Kumari et al. 2023, arXiv 2212.04488). Scales beyond 1 exaggerate what the
+fine-tune learned, scales below 0 take the opposite way; merging by differences as in webui and Ilharco et al. 2023
+(arXiv 2212.04089).
+
+    >>> generate(model, "a red cube", interventions=Weights(file="finetuned/unet", scale=0.7))
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.errors import BadWeights
-from sfumato.models.weights import find_weights, read_header
+from sfumato.adapters import weight_sets
+from sfumato.adapters.base import Adapter, AdapterParams
+from sfumato.adapters.weight_sets import exchanged, fitting, like_own
+from sfumato.cards import Card, Field, register
+from sfumato.errors import Conflict, NoMatch, nearest
+from sfumato.models import Model
+from sfumato.sampling import Step
 
-__all__ = ["Weights", "WeightSets", "exchanged", "like_own", "parameters_of", "read_weights"]
-
-Weights = Mapping[str, nn.Parameter]
-"""Parameters of a network by their path; those that are missing stay the network's own."""
-
-
-def parameters_of(network: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where the parameters of a network hang: path -> (module, name in it)."""
-    return {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in network.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
+__all__ = ["Weights"]
 
 
-class WeightSets:
-    """Several sets of parameters for one network, of which at most one is in place.
+@register
+class Weights(Adapter):
+    """Whole parameters of the denoiser or the text encoders, from a file."""
 
-    >>> sets = WeightSets(network, {"early": weights, "late": others})
-    >>> sets.use("early"); sets.use(None)
-    """
+    CARD = Card(
+        key="weights",
+        title="Editing Models with Task Arithmetic",
+        authors="Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi",
+        year=2023,
+        arxiv="2212.04089",
+        verb="adapters",
+        needs=(),
+        defaults_from="scale 1: the fine-tuned model itself",
+        cost="none per step; the memory of the changed weights",
+        not_reproduced="finding scales on a validation set",
+        summary="weights of a fine-tuned model, whole or in part, at any scale of the way to them",
+        example="weights:file=example-weights,partial=true",
+    )
 
-    def __init__(self, network: nn.Module, sets: Mapping[Hashable, Weights]):
-        self.sets = sets
-        self._slots = parameters_of(network)
-        self._own = {path: module._parameters[name] for path, (module, name) in self._slots.items()}
-        self.current: Hashable | None = None
+    class Params(AdapterParams):
+        scale: float = Field(
+            default=1.0, description="share of the way from the model's weights to the file's; below 0 the other way"
+        )
+        partial: bool = Field(
+            default=False, description="apply what fits even if some parameters of the file are not in the model"
+        )
 
-    def use(self, key: Hashable | None) -> None:
-        """Puts a set in place; None: the network's own."""
-        if key == self.current:
-            return
-        weights = {} if key is None else self.sets[key]
-        for path, (module, name) in self._slots.items():
-            module._parameters[name] = weights.get(path, self._own[path])
-        self.current = key
+    kind = "weights"
+    params: Params
+
+    def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
+        weights = self.weights(model, scale)
+        self._mine = {} if not scale else {
+            component: (weight_sets.parameters_of(model.modules[component]), chosen)
+            for component, chosen in weights.items()
+        }  # fmt: skip
+        if scale:
+            stack.enter_context(exchanged(model.modules, weights))
+
+    def weights(self, model: Model, scale: float | None = None) -> dict[str, weight_sets.Weights]:
+        """Raises NoMatch where parameters of the file are missing in the model (all of them, with ``partial``) or equal
+        the model's own, BadWeights for shapes that do not fit and numbers that are not finite."""
+        from safetensors.torch import load_file
+
+        scale = self.scale if scale is None else float(scale)
+        state, found, missing = load_file(self.path), [], []
+        own = {name: dict(network.named_parameters(remove_duplicate=False)) for name, network in model.modules.items()}
+        for key in state:
+            place = _place(key, own, model.family.denoiser_name)
+            if place is None:
+                missing.append(key)
+            else:
+                found.append((key, *place))
+        if missing and not (self.params.partial and found):
+            names = [f"{component}.{path}" for component, each in own.items() for path in each]
+            close = ", ".join(nearest(missing[0], names)) or ", ".join(names[:3])
+            way = " Give partial=true to apply the others." if found else ""
+            raise NoMatch(
+                f"{self.path} fits {len(found)} of {len(state)} parameters of {model.name}; it has no {missing[0]}. "
+                f"The nearest: {close}.{way}"
+            )
+        out: dict[str, dict[str, Any]] = {}
+        changed = False
+        for key, component, path in found:
+            base: Tensor = own[component][path]
+            value = fitting(str(self.path), path, state[key], base, model.name)
+            changed = changed or not torch.equal(value, base)
+            with torch.no_grad():
+                value = value if scale == 1 else torch.lerp(base, value, scale)
+            out.setdefault(component, {})[path] = like_own(base, value)
+        if not changed:
+            raise NoMatch(f"{self.path} changes nothing: {model.name} has these very weights.")
+        return dict(out)
+
+    def after_predict(self, step: Step) -> None:
+        for component, (slots, chosen) in self._mine.items():
+            for path, parameter in chosen.items():
+                module, name = slots[path]
+                if module._parameters[name] is not parameter:
+                    raise Conflict(
+                        f"weights and another system both exchange {component}.{path}; only one set can be in place."
+                    )
+        if self._mine:
+            self.mark(
+                step, sites=[f"{component}.{path}" for component, (_, each) in self._mine.items() for path in each]
+            )
+
+    def on_text(self, run: Any, condition: Any) -> Any:
+        return condition
+
+    def finish(self, run: Any) -> None:
+        self._mine = {}
 
 
-@contextmanager
-def exchanged(networks: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> Iterator[None]:
-    """While it lasts, the networks named have these parameters: component -> path -> parameter."""
-    with ExitStack() as stack:
-        for component, chosen in weights.items():
-            sets = WeightSets(networks[component], {True: chosen})
-            stack.callback(sets.use, None)
-            sets.use(True)
-        yield
-
-
-@torch.no_grad()
-def like_own(own: Tensor, value: Tensor) -> nn.Parameter:
-    """``value`` as a parameter laid out in memory as ``own``, for the same kernels, on its device, in its precision."""
-    return nn.Parameter(torch.empty_like(own).copy_(value), requires_grad=False)
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a component's folder. Raises BadWeights for pickles, damaged files, or none."""
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for file in find_weights(folder)[0]:
-        read_header(file)
-        state.update(load_file(file))
-    return state
-
-
-def fitting(name: str, path: str, other: Tensor | None, own: Any, of: str) -> Tensor:
-    """``other``, if it can stand in the place of ``own``. Raises BadWeights, in which ``name`` is whose it is."""
-    if other is None or other.shape != own.shape:
-        found = "lacks" if other is None else f"has {tuple(other.shape)} instead of {tuple(own.shape)} in"
-        raise BadWeights(f"{name} {found} {path}: it is no child of {of}.")
-    if not other.isfinite().all():
-        raise BadWeights(f"{name} holds values in {path} that are no finite numbers; it is damaged.")
-    return other.to(device=own.device, dtype=own.dtype)
+def _place(key: str, own: dict[str, dict[str, Any]], denoiser: str) -> tuple[str, str] | None:
+    """(component, path) of the parameter that a key means."""
+    component, dot, path = key.partition(".")
+    if component not in own or not dot:
+        component, path = denoiser, key
+    path = path.replace(".processor.", ".").replace("_custom_diffusion.", ".")
+    for each in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        if each in own.get(component, {}):
+            return component, each
+    return None

@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.formats import picture_word
-from sfumato.adapters.weights import Weights
+from sfumato.adapters.weight_sets import Weights
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, NotSupported
 from sfumato.models import Model

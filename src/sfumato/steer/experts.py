@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato import cards, registry
+from sfumato.adapters.weight_sets import Weights, WeightSets, fitting, like_own, read_weights
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
-from sfumato.models.weights import find_weights, read_header
 from sfumato.sampling import Intervention, Run, Step
 
 __all__ = ["Expert", "Experts"]
@@ -40,7 +39,7 @@ class Expert:
 
     name: str
     interval: tuple[float, float]
-    weights: dict[str, nn.Parameter]
+    weights: Weights
 
     def covers(self, t: float) -> bool:
         return self.interval[0] <= t < self.interval[1]
@@ -103,19 +102,16 @@ class Experts(Intervention):
         found = self._found(run.model.name)
         self.params = self.params.model_copy(update={"models": list(found)})  # what a recipe has to name
         top = float(run.scheduler.config.get("num_train_timesteps", 1000))
-        own = _slots(run.model.denoiser)
         self.experts = []
         for i, (name, folder) in enumerate(found.items()):
             interval = self.params.timesteps[i] if self.params.timesteps else _interval(name, folder)
             ends = (interval[0], math.inf if interval[1] >= top else interval[1])
-            self.experts.append(Expert(name, ends, self._weights(name, folder, own, run)))
+            self.experts.append(Expert(name, ends, self._weights(name, folder, run)))
         _refuse_overlaps(self.experts)
         if self.strength:
-            self._own = {path: module._parameters[name] for path, (module, name) in own.items()}
-            self._slots = own
-            self._now: Expert | None = None
-            run.defer(self._exchange, None)
-            run.enter(run.model.listening(self._heard))
+            sets = WeightSets(run.model.denoiser, {expert: expert.weights for expert in self.experts})
+            run.defer(sets.use, None)
+            run.enter(run.model.listening(lambda t: sets.use(self.at(t))))
 
     def before_predict(self, step: Step) -> None:
         if self.strength and self.at(step.t) is not None:
@@ -133,19 +129,6 @@ class Experts(Intervention):
     def _at(self, t: float) -> Expert | None:
         covering = [expert for expert in self.experts if expert.covers(t)]
         return min(covering, key=lambda expert: expert.interval[1] - expert.interval[0], default=None)
-
-    # -- exchanging weights --------------------------------------------------------------------------------------------
-
-    def _heard(self, t: Any) -> None:
-        self._exchange(self.at(t))
-
-    def _exchange(self, expert: Expert | None) -> None:
-        """Puts whole parameters in the place of others: a graph recorded with these keeps what it was recorded with."""
-        if expert is not self._now:
-            weights = self._own if expert is None else expert.weights
-            for path, (module, name) in self._slots.items():
-                module._parameters[name] = weights[path]
-            self._now = expert
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -170,44 +153,21 @@ class Experts(Intervention):
         return found
 
     @torch.no_grad()
-    def _weights(self, name: str, folder: Path, own: dict[str, Any], run: Run) -> dict[str, nn.Parameter]:
+    def _weights(self, name: str, folder: Path, run: Run) -> Weights:
         """The parameters of an expert, in the model's precision; ``strength`` of the way to them."""
         denoiser, component = run.model.denoiser, run.model.family.denoiser_name
         if not (folder / component).is_dir():
             raise BadInput(f"expert {name} has no {component}, so it is no expert of {run.model.name}.")
-        state: dict[str, Tensor] = {}
-        for file in find_weights(folder / component)[0]:
-            read_header(file)
-            state.update(load_file(file))
-        weights = {}
-        for path, (module, key) in own.items():
-            base, other = module._parameters[key], state.get(path)
-            assert base is not None
-            if other is None or other.shape != base.shape:
-                told = "lacks" if other is None else f"has {tuple(other.shape)} instead of {tuple(base.shape)} in"
-                raise BadWeights(f"expert {name} {told} {path}: it is no child of {run.model.name}.")
-            if not other.isfinite().all():
-                raise BadWeights(f"expert {name} holds values in {path} that are no finite numbers; it is damaged.")
-            value = other.to(device=base.device, dtype=base.dtype)
+        state, weights = read_weights(folder / component), {}
+        for path, base in denoiser.named_parameters(remove_duplicate=False):
+            value = fitting(f"expert {name}", path, state.get(path), base, run.model.name)
             if self.strength < 1:
                 value = torch.lerp(base.detach(), value, self.strength)
-            # laid out in memory as the model's own, for the same kernels
-            value = torch.empty_like(base).copy_(value)
-            weights[path] = nn.Parameter(value, requires_grad=False)
+            weights[path] = like_own(base, value)
         for path, buffer in denoiser.named_buffers():
             if path in state and not torch.allclose(state[path].to(buffer), buffer, atol=1e-3):
                 raise BadWeights(f"expert {name} has another {path}: it is no child of {run.model.name}.")
         return weights
-
-
-def _slots(denoiser: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where the parameters of a network hang: path -> (module, name in it)."""
-    return {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in denoiser.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
 
 
 def _card(folder: Path) -> dict[str, Any]:

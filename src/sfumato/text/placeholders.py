@@ -79,7 +79,7 @@ def _extended(tokenizer: Any, words: Mapping[str, int]) -> tuple[Any, dict[str, 
     from tokenizers import Regex, normalizers
 
     extended = copy.deepcopy(tokenizer)
-    backend = getattr(extended, "_tokenizer", None)
+    backend: Any = getattr(extended, "_tokenizer", None)
     if not hasattr(backend, "normalizer"):
         raise NotSupported(f"tokenizer {type(tokenizer).__name__} can learn no words; load its fast version.")
     steps: list[Any] = []

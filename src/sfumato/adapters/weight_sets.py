@@ -1,0 +1,94 @@
+"""Weight sets: other parameters in the place of a network's own, for a while.
+
+Whole :class:`torch.nn.Parameter` objects are exchanged, never values in place: a graph recorded with one set keeps what
+it was recorded with, and putting the own ones back restores every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import BadWeights
+from sfumato.models.weights import find_weights, read_header
+
+__all__ = ["Weights", "WeightSets", "exchanged", "like_own", "parameters_of", "read_weights"]
+
+Weights = Mapping[str, nn.Parameter]
+"""Parameters of a network by their path; those that are missing stay the network's own."""
+
+
+def parameters_of(network: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the parameters of a network hang: path -> (module, name in it)."""
+    return {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in network.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+class WeightSets:
+    """Several sets of parameters for one network, of which at most one is in place.
+
+    >>> sets = WeightSets(network, {"early": weights, "late": others})
+    >>> sets.use("early"); sets.use(None)
+    """
+
+    def __init__(self, network: nn.Module, sets: Mapping[Hashable, Weights]):
+        self.sets = sets
+        self._slots = parameters_of(network)
+        self._own = {path: module._parameters[name] for path, (module, name) in self._slots.items()}
+        self.current: Hashable | None = None
+
+    def use(self, key: Hashable | None) -> None:
+        """Puts a set in place; None: the network's own."""
+        if key == self.current:
+            return
+        weights = {} if key is None else self.sets[key]
+        for path, (module, name) in self._slots.items():
+            module._parameters[name] = weights.get(path, self._own[path])
+        self.current = key
+
+
+@contextmanager
+def exchanged(networks: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> Iterator[None]:
+    """While it lasts, the networks named have these parameters: component -> path -> parameter."""
+    with ExitStack() as stack:
+        for component, chosen in weights.items():
+            sets = WeightSets(networks[component], {True: chosen})
+            stack.callback(sets.use, None)
+            sets.use(True)
+        yield
+
+
+@torch.no_grad()
+def like_own(own: Tensor, value: Tensor) -> nn.Parameter:
+    """``value`` as a parameter laid out in memory as ``own``, for the same kernels, on its device, in its precision."""
+    return nn.Parameter(torch.empty_like(own).copy_(value), requires_grad=False)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a component's folder. Raises BadWeights for pickles, damaged files, or none."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in find_weights(folder)[0]:
+        read_header(file)
+        state.update(load_file(file))
+    return state
+
+
+def fitting(name: str, path: str, other: Tensor | None, own: Any, of: str) -> Tensor:
+    """``other``, if it can stand in the place of ``own``. Raises BadWeights, in which ``name`` is whose it is."""
+    if other is None or other.shape != own.shape:
+        found = "lacks" if other is None else f"has {tuple(other.shape)} instead of {tuple(own.shape)} in"
+        raise BadWeights(f"{name} {found} {path}: it is no child of {of}.")
+    if not other.isfinite().all():
+        raise BadWeights(f"{name} holds values in {path} that are no finite numbers; it is damaged.")
+    return other.to(device=own.device, dtype=own.dtype)
