@@ -7,6 +7,7 @@ tree stays as it is, and taking the hook away is all there is to detaching.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -172,8 +173,14 @@ def _check_shapes(adapted: Adapted, where: str) -> None:
             raise ValueError(f"it makes {tuple(delta.shape)}")
 
 
-def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted:
+@functools.cache
+def _config(rank: int, alpha: Any, rslora: bool) -> Any:
     from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, init_lora_weights=False)
+
+
+def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted:
     from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
     from peft.tuners.lora.layer import Conv2d, Linear
 
@@ -187,7 +194,7 @@ def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted
         down, up = down.flatten(1), up.flatten(1)
     rank = int(down.shape[0])
     alpha: Any = rank if scaling.alpha is None else scaling.alpha
-    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=scaling.rslora, init_lora_weights=False)
+    config = _config(rank, alpha, scaling.rslora)
     with torch.device("meta"):  # nothing is drawn, nothing allocated
         layer: Any = (Conv2d if convolves else Linear)(module, NAME, config, r=rank, lora_alpha=alpha)
     layer.lora_A[NAME].weight = nn.Parameter(down.contiguous(), requires_grad=False)

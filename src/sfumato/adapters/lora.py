@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ class LoRA(Adapter):
     kind = "lora"
     params: Params
 
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        # layers by model: putting them together again for every batch takes a second for 700 modules
+        self._known: WeakKeyDictionary[Model, dict[str, Adapted]] = WeakKeyDictionary()
+
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
         for name, adapted in self.adapted(model).items():
             if scale:
@@ -97,6 +103,12 @@ class LoRA(Adapter):
         changes nothing, BadWeights for shapes that do not fit and numbers that are not finite, NotSupported for an
         algebra that is not supported.
         """
+        known = self._known.get(model)
+        if known is None or not all(_holds(model, name, each) for name, each in known.items()):
+            known = self._known[model] = self._adapted(model)
+        return dict(known)
+
+    def _adapted(self, model: Model) -> dict[str, Adapted]:
         found = fit(self.contents.modules, index_of(model))
         self._check(model, found)
         tensors = self._read()
@@ -180,6 +192,14 @@ def _rows(parts: Mapping[str, Tensor], place: Place, name: str) -> dict[str, Ten
         raise NotSupported(f"{name} is one module in the file and several in diffusers; only LoRA can be divided.")
     cut = {part: torch.cat([parts[part][a:b] for a, b in place.rows]) for part in ("up", "magnitude") if part in parts}
     return {**parts, **cut}
+
+
+def _holds(model: Model, name: str, adapted: Adapted) -> bool:
+    """Whether what was put together still stands beside the model's module, on its device and in its precision."""
+    component, _, path = name.partition(".")
+    weight, own = adapted.module.weight, next(iter(adapted.parameters().values()))
+    same = model.modules[component].get_submodule(path) is adapted.module
+    return same and own.dtype == weight.dtype and own.device == weight.device
 
 
 def _acts(adapted: Adapted) -> bool:

@@ -22,7 +22,7 @@ from sfumato.adapters.weight_sets import exchanged, fitting, like_own
 from sfumato.cards import Card, Field, register
 from sfumato.errors import Conflict, NoMatch, nearest
 from sfumato.models import Model
-from sfumato.sampling import Step
+from sfumato.sampling import Run, Step
 
 __all__ = ["Weights"]
 
@@ -101,24 +101,33 @@ class Weights(Adapter):
             raise NoMatch(f"{self.path} changes nothing: {model.name} has these very weights.")
         return dict(out)
 
+    def start(self, run: Run) -> None:
+        for other in run.parts:
+            if isinstance(other, Weights) and other is not self and self.scale and other.scale:
+                if shared := set(self.contents.entries) & set(other.contents.entries):
+                    raise _conflict(min(shared))
+        super().start(run)
+
     def after_predict(self, step: Step) -> None:
         for component, (slots, chosen) in self._mine.items():
             for path, parameter in chosen.items():
                 module, name = slots[path]
                 if module._parameters[name] is not parameter:
-                    raise Conflict(
-                        f"weights and another system both exchange {component}.{path}; only one set can be in place."
-                    )
+                    raise _conflict(f"{component}.{path}")
         if self._mine:
             self.mark(
                 step, sites=[f"{component}.{path}" for component, (_, each) in self._mine.items() for path in each]
             )
 
-    def on_text(self, run: Any, condition: Any) -> Any:
+    def on_text(self, run: Run, condition: Any) -> Any:
         return condition
 
-    def finish(self, run: Any) -> None:
+    def finish(self, run: Run) -> None:
         self._mine = {}
+
+
+def _conflict(path: str) -> Conflict:
+    return Conflict(f"weights and another system both exchange {path}; only one set can be in place.")
 
 
 def _place(key: str, own: dict[str, dict[str, Any]], denoiser: str) -> tuple[str, str] | None:

@@ -29,6 +29,7 @@ COMMANDS: tuple[str, ...] = (
     "compare",
     "models",
     "methods",
+    "adapters",
     "train",
     "teach",
 )
