@@ -17,13 +17,14 @@ from torch.nn import functional
 from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato.explain.asking import ask, word_maps
-from sfumato.explain.attention_relevance import relevance
+from sfumato.explain.attention_relevance.questions import ask
+from sfumato.explain.attention_relevance.words import word_maps
 from sfumato.explain.daam import explain_images as daam_images
 from sfumato.metrics import segmentation, stats
 from sfumato.metrics.perturbation import Curve, perturb
 from sfumato.models.readers import Reader, load_reader
 from sfumato.models.readers.regions import box_overlap, region_features
+from sfumato.relevance.attention import attention_relevance
 from sfumato.toybox import ANSWERS, COLORS, SHAPES, Question, Scene, render, sample_question
 from sfumato.toybox.dataset import draw_scene
 
@@ -457,7 +458,7 @@ def answered(context: Context) -> list[Row]:
     full = {**inputs, "attention_mask": mask, "visual_attention_mask": everywhere}
     for method in METHODS:
         context.report(f"  toy-vqa: {method}")
-        found = relevance(
+        found = attention_relevance(
             model.module, full, lambda out: out.question_answering_score[torch.arange(n), truth], method=method
         )
         boxes[method] = found.row("text", 0, "image")

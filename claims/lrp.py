@@ -14,11 +14,11 @@ from claims import common
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sheets
 from sfumato.explain import heat
-from sfumato.explain.attention_relevance import relevance as attention_relevance
-from sfumato.explain.lrp import METHODS, conservation, on_grid, relevance
 from sfumato.metrics import segmentation, stats
 from sfumato.metrics.perturbation import perturb, pixel_score
 from sfumato.models.readers import load_reader
+from sfumato.relevance.attention import attention_relevance
+from sfumato.relevance.lrp import METHODS, conservation, lrp, on_grid
 from sfumato.toybox import SHAPES, ToyboxDataset, render, to_uint8
 
 SOURCE = "Chefer et al. 2021, CVPR"
@@ -77,7 +77,7 @@ def maps(context: Context, given: Asked, name: str) -> Tensor:
     """(n, h, w) of each picture's label by every method, by name; once per run."""
 
     def rows(pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        out = {method: relevance(vit(context), pictures, labels, method) for method in METHODS}
+        out = {method: lrp(vit(context), pictures, labels, method) for method in METHODS}
 
         def target(result: Any) -> Tensor:
             return result.logits[torch.arange(len(labels)), labels]

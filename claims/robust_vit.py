@@ -14,9 +14,9 @@ from claims import common
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sheets
 from sfumato.explain import heat
-from sfumato.explain.lrp import on_grid, relevance
 from sfumato.metrics import segmentation, stats
 from sfumato.models.readers import load_reader
+from sfumato.relevance.lrp import lrp, on_grid
 from sfumato.teach.examples import Examples, toybox_examples
 from sfumato.teach.robust_vit import masks_from, relevance_maps, teach
 from sfumato.toybox import SHAPES, BiasedDataset, to_uint8
@@ -54,7 +54,7 @@ def shots(seed: int, split: str = "train", classes: tuple[int, ...] = tuple(rang
 
 def by_relevance(context: Context, given: Examples) -> Tensor:
     """Masks that nobody drew: what toy-vit, a model without the shortcut, rests the shape on."""
-    row = relevance(model_of(context, "toy-vit"), given.pictures, given.labels)
+    row = lrp(model_of(context, "toy-vit"), given.pictures, given.labels)
     return masks_from(on_grid(row, size=(64, 64))).float()
 
 

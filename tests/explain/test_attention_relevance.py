@@ -9,8 +9,11 @@ import torch
 import transformers as t
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
-from sfumato.explain.attention_relevance import METHODS, AttentionRelevance, explain_image, relevance
+from sfumato.explain.attention_relevance import AttentionRelevance, explain_image
+from sfumato.explain.attention_relevance.words import word_maps
 from sfumato.explain.relevance_maps import RelevanceMaps, paint_regions
+from sfumato.relevance import attention
+from sfumato.relevance.attention import METHODS, attention_relevance
 from sfumato.relevance.capture import captured
 from tests.readers import KINDS, tiny
 from tests.tiny import tiny_model
@@ -41,7 +44,7 @@ def test_vit_by_hand():
     r = torch.eye(17).expand(2, 17, 17)
     for pair in maps_and_slopes(model, inputs, target).values():
         r = r + fused(pair) @ r
-    found = relevance(model, inputs, target)
+    found = attention_relevance(model, inputs, target)
     assert torch.allclose(found["tokens", "tokens"], r, atol=1e-7)
     assert float((found.row("tokens", 0)[:, 1:]).max()) > 0
     with torch.no_grad():
@@ -59,7 +62,7 @@ def test_detr_by_hand():
         a = maps[f"model.decoder.layers.{k}.self_attn"]
         qq, qi = qq + a @ qq, qi + a @ qi
         qi = qi + norm(qq).transpose(1, 2) @ maps[f"model.decoder.layers.{k}.encoder_attn"] @ norm(ii)
-    found = relevance(model, inputs, target)
+    found = attention_relevance(model, inputs, target)
     assert torch.allclose(found["queries", "image"], qi, atol=1e-7)
     assert float(qi[:, 1].max()) > 0 and not found["image", "queries"].any()
 
@@ -81,7 +84,7 @@ def test_lxmert_by_hand():
         ti, it, tt, ii = ti + new_ti, it + new_it, tt + new_tt, ii + new_ii
         s, v = maps[f"{base}.lang_self_att.self:0"], maps[f"{base}.visn_self_att.self:0"]
         tt, ti, ii, it = tt + s @ tt, ti + s @ ti, ii + v @ ii, it + v @ it
-    found = relevance(model, inputs, target)
+    found = attention_relevance(model, inputs, target)
     for pair, matrix in {("text", "text"): tt, ("text", "image"): ti, ("image", "text"): it}.items():
         assert torch.allclose(found[pair], matrix, atol=1e-6), pair
     # the answer is read from the words: the regions' last layer has no part in it
@@ -93,9 +96,9 @@ def test_lxmert_by_hand():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_its_samples(kind, method):
     model, inputs, target = tiny(kind, 3)
-    whole = relevance(model, inputs, target, method=method)
+    whole = attention_relevance(model, inputs, target, method=method)
     for i in range(3):
-        one = relevance(model, {k: v[i : i + 1] for k, v in inputs.items()}, target, method=method)
+        one = attention_relevance(model, {k: v[i : i + 1] for k, v in inputs.items()}, target, method=method)
         for pair, matrix in whole.matrices.items():
             assert torch.allclose(one[pair][0], matrix[i], atol=1e-4, rtol=1e-3), pair
     assert all(m.isfinite().all() and (m >= 0).all() for m in whole.matrices.values())
@@ -105,14 +108,16 @@ def test_baselines_by_hand():
     model, inputs, target = tiny("vit")
     pairs = list(maps_and_slopes(model, inputs, target).values())
     probs, slopes = pairs[-1]
-    assert torch.allclose(relevance(model, inputs, target, method="raw")["tokens", "tokens"], probs.mean(1))
+    assert torch.allclose(attention_relevance(model, inputs, target, method="raw")["tokens", "tokens"], probs.mean(1))
     cam = (slopes.mean((2, 3), keepdim=True) * probs).mean(1).clamp(min=0)
-    assert torch.allclose(relevance(model, inputs, target, method="gradcam")["tokens", "tokens"], cam)
+    assert torch.allclose(attention_relevance(model, inputs, target, method="gradcam")["tokens", "tokens"], cam)
     r = torch.eye(17)
     for each, _ in pairs:
         mixed = each.mean(1) + torch.eye(17)
         r = mixed / mixed.sum(-1, keepdim=True) @ r
-    assert torch.allclose(relevance(model, inputs, target, method="rollout")["tokens", "tokens"], r, atol=1e-6)
+    assert torch.allclose(
+        attention_relevance(model, inputs, target, method="rollout")["tokens", "tokens"], r, atol=1e-6
+    )
 
 
 def test_input_gradient_by_hand():
@@ -125,8 +130,8 @@ def test_input_gradient_by_hand():
     handle.remove()
     slope = torch.autograd.grad(y.sum(), seen["x"])[0]
     weight = (slope * seen["x"]).sum(-1).abs()
-    raw = relevance(model, inputs, target, method="raw")["tokens", "tokens"]
-    found = relevance(model, inputs, target, method="input_gradient")["tokens", "tokens"]
+    raw = attention_relevance(model, inputs, target, method="raw")["tokens", "tokens"]
+    found = attention_relevance(model, inputs, target, method="input_gradient")["tokens", "tokens"]
     assert torch.allclose(found, raw * weight[:, None], atol=1e-6)
 
 
@@ -134,25 +139,27 @@ def test_rollout_ignores_the_question_and_relevance_does_not():
     model, inputs, _ = tiny("vit", 1)
     rows = {}
     for method in ("rollout", "relevance"):
-        found = [relevance(model, inputs, lambda o, k=k: o.logits[:, k], method=method) for k in (0, 1)]
+        found = [attention_relevance(model, inputs, lambda o, k=k: o.logits[:, k], method=method) for k in (0, 1)]
         rows[method] = [each.row("tokens", 0) for each in found]
     assert torch.equal(*rows["rollout"])
     first, second = rows["relevance"]
     assert float(torch.cosine_similarity(first[0, 1:], second[0, 1:], dim=0)) < 0.9
 
 
-def test_a_provider_takes_the_place_of_maps():
+def test_propagated_relevance_takes_the_place_of_maps(monkeypatch):
     model, inputs, target = tiny("vit")
     pairs = list(maps_and_slopes(model, inputs, target).values())
     given = [torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) - 0.3 for i, (p, _) in enumerate(pairs)]
     seen = []
 
-    def provider(module, run, of):
+    def propagated(module, run, of):
         seen.append((module is model, tuple(of(run()).shape)))
         return given
 
+    monkeypatch.setattr(attention, "map_relevances", propagated)
+
     def ask(method):
-        return relevance(model, inputs, target, method=method, provider=provider)["tokens", "tokens"]
+        return attention_relevance(model, inputs, target, method=method)["tokens", "tokens"]
 
     assert torch.allclose(ask("partial_lrp"), given[-1].clamp(min=0).mean(1))
     r = torch.eye(17)
@@ -160,23 +167,24 @@ def test_a_provider_takes_the_place_of_maps():
         r = r + (a * s).clamp(min=0).mean(1) @ r
     assert torch.allclose(ask("transformer_attribution"), r, atol=1e-6)
     assert torch.allclose(ask("relevance_lrp"), r, atol=1e-6) and seen == [(True, (2,))] * 3
-    with pytest.raises(BadInput, match="provider"):
-        relevance(model, inputs, target, method="partial_lrp", provider=lambda *_: given[:1])
+    given.pop()
+    with pytest.raises(NotSupported, match="propagation sees 1"):
+        ask("partial_lrp")
 
 
 def test_start_layer():
     model, inputs, target = tiny("vit")
     last = fused(list(maps_and_slopes(model, inputs, target).values())[-1])
     for start in (1, -1):
-        found = relevance(model, inputs, target, start_layer=start)["tokens", "tokens"]
+        found = attention_relevance(model, inputs, target, start_layer=start)["tokens", "tokens"]
         assert torch.allclose(found, torch.eye(17) + last, atol=1e-7)
     with pytest.raises(BadInput, match="start_layer is 2"):
-        relevance(model, inputs, target, start_layer=2)
+        attention_relevance(model, inputs, target, start_layer=2)
 
 
 def test_relevance_can_be_a_loss():
     model, inputs, target = tiny("vit")
-    found = relevance(model, inputs, target, second_order=True)
+    found = attention_relevance(model, inputs, target, second_order=True)
     loss = found.row("tokens", 0)[:, 1:].sum()
     loss.backward()
     first = model.vit.layers[0].attention
@@ -187,7 +195,7 @@ def test_relevance_can_be_a_loss():
         moved = copy.deepcopy(model)
         with torch.no_grad():
             next(p for n, p in moved.vit.layers[0].attention.named_parameters() if n.endswith("weight"))[0, 0] += step
-        values.append(float(relevance(moved, inputs, target).row("tokens", 0)[:, 1:].sum()))
+        values.append(float(attention_relevance(moved, inputs, target).row("tokens", 0)[:, 1:].sum()))
     assert slope == pytest.approx((values[0] - values[1]) / 2e-3, rel=0.05, abs=1e-5)
 
 
@@ -197,7 +205,7 @@ def test_the_model_is_left_as_it_was():
     model.bert.encoder.layer[1].eval()
     before = [(part.training, len(part._forward_hooks)) for part in model.modules()]
     for method in ("relevance", "input_gradient"):
-        relevance(model, inputs, target, method=method)
+        attention_relevance(model, inputs, target, method=method)
     assert before == [(part.training, len(part._forward_hooks)) for part in model.modules()]
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
@@ -205,10 +213,12 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_points_to_the_same_tokens(dtype):
     model, inputs, target = tiny("vit")
-    full = relevance(model, inputs, target).row("tokens", 0)[:, 1:]
+    full = attention_relevance(model, inputs, target).row("tokens", 0)[:, 1:]
     half = copy.deepcopy(model).to(dtype)
     # a small score: its gradients would vanish in float16
-    found = relevance(half, {"pixel_values": inputs["pixel_values"].to(dtype)}, lambda out: target(out) * 1e-3)
+    found = attention_relevance(
+        half, {"pixel_values": inputs["pixel_values"].to(dtype)}, lambda out: target(out) * 1e-3
+    )
     row = found.row("tokens", 0)[:, 1:]
     assert row.dtype == torch.float32 and row.isfinite().all()
     assert float(torch.cosine_similarity(row, full).min()) > 0.95
@@ -221,19 +231,19 @@ def test_half_precision_points_to_the_same_tokens(dtype):
         ({"target": lambda out: out.logits}, BadInput, r"shape \(2,\)"),
         ({"target": lambda out: out.logits[:, 0].detach()}, BadInput, "does not depend"),
         ({"target": lambda out: out.logits[:, 0] * float("nan")}, BadInput, "not finite"),
-        ({"method": "partial_lrp", "provider": lambda *_: []}, BadInput, "provider"),
+        ({"read": ["text"]}, UnknownName, "tokens"),
     ],
 )
 def test_bad_input(change, error, said):
     model, inputs, target = tiny("vit")
     with pytest.raises(error, match=said):
-        relevance(model, inputs, **{"target": target, **change})
+        attention_relevance(model, inputs, **{"target": target, **change})
 
 
 def test_a_convolutional_network_is_refused():
     model = t.ResNetForImageClassification(t.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).eval()
     with pytest.raises(NotSupported, match="ResNetForImageClassification computed no softmax attention"):
-        relevance(model, {"pixel_values": torch.randn(1, 3, 32, 32)}, lambda out: out.logits[:, 0])
+        attention_relevance(model, {"pixel_values": torch.randn(1, 3, 32, 32)}, lambda out: out.logits[:, 0])
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "sd35", "flux", "pixart"])
@@ -242,8 +252,6 @@ def test_models_that_draw(kind):
     model = tiny_model(kind)
     wide = 48 if kind != "pixart" else 32
     images = torch.rand(2, 3, 32, wide, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    from sfumato.explain.asking import word_maps
-
     both = word_maps(model, images, ["a red cube and a ball", "a green cone"], steps=2, seed=5)
     alone = word_maps(model, images[1:], ["a green cone"], steps=2, seed=6)[0]
     assert [answer.label for answer in alone.answers] == ["a", "green", "cone"]

@@ -16,17 +16,9 @@ from transformers import (
 )
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
-from sfumato.explain.lrp import (
-    LRP,
-    METHODS,
-    attention_relevances,
-    conservation,
-    explain_image,
-    on_grid,
-    relevance,
-    traced,
-)
-from sfumato.relevance.propagation import Rules
+from sfumato.explain.lrp import LRP, explain_image
+from sfumato.relevance.lrp import METHODS, conservation, lrp, map_relevances, on_grid, traced
+from sfumato.relevance.propagation_rules import Rules
 
 
 def vit(layers: int = 2, cls=ViTForImageClassification, config=ViTConfig, seed: int = 0, **more) -> nn.Module:
@@ -127,11 +119,11 @@ def test_numbers_of_the_authors_code() -> None:
     attribution = [4.572037681944122e-4, 5.844235360940358e-4, 1.5146261705473957e-4, 5.0108663408459266e-5]
     attribution += [1.1464286551690011e-4, 5.310197283561851e-4, 5.661878864075173e-4, 8.594253469467879e-5]
     attribution += [3.913361278585372e-5]
-    row = relevance(model, x, 1)[0]
+    row = lrp(model, x, 1)[0]
     assert row[0] == 0
     assert row[1:].tolist() == pytest.approx(attribution, rel=1e-4)
     full = [-4.1622e-04, -1.9856e-04, -2.9735e-04, -4.0487e-04, 4.2398e-01, -6.2264e-04, -1.5665e-04, -1.0762e-04]
-    assert relevance(model, x, 1, "lrp")[0, 1:9].tolist() == pytest.approx(full, rel=1e-3)
+    assert lrp(model, x, 1, "lrp")[0, 1:9].tolist() == pytest.approx(full, rel=1e-3)
 
 
 def test_epsilon_rule_on_a_relu_net_without_bias_is_gradient_times_input() -> None:
@@ -191,10 +183,10 @@ def test_without_normalisation_relevance_may_grow() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_is_its_samples(method: str) -> None:
     model, x = vit(), pictures()
-    rows = relevance(model, x, [0, 1, 2], method)
+    rows = lrp(model, x, [0, 1, 2], method)
     near = 1e-5 if method == "lrp" else 1e-7  # of both signs, and summed over a token's inputs: rounding stays
     for i in range(3):
-        torch.testing.assert_close(rows[i : i + 1], relevance(model, x[i : i + 1], i, method), rtol=1e-4, atol=near)
+        torch.testing.assert_close(rows[i : i + 1], lrp(model, x[i : i + 1], i, method), rtol=1e-4, atol=near)
 
 
 def test_scores_and_model_are_left_as_they_were() -> None:
@@ -222,12 +214,12 @@ def test_scores_and_model_are_left_as_they_were() -> None:
 def test_frozen_or_not_eager_or_fused_relevance_is_the_same() -> None:
     x = pictures()
     model = vit()
-    want = [relevance(model, x, 0, method) for method in METHODS]
+    want = [lrp(model, x, 0, method) for method in METHODS]
     model.requires_grad_(False)
     eager = vit(attn_implementation="eager")
     for method, row in zip(METHODS, want, strict=True):
-        torch.testing.assert_close(relevance(model, x, 0, method), row, rtol=0, atol=0)
-        torch.testing.assert_close(relevance(eager, x, 0, method), row, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(lrp(model, x, 0, method), row, rtol=0, atol=0)
+        torch.testing.assert_close(lrp(eager, x, 0, method), row, rtol=1e-3, atol=1e-6)
 
 
 def test_padding_gets_nothing_and_does_not_change_the_rest() -> None:
@@ -235,29 +227,29 @@ def test_padding_gets_nothing_and_does_not_change_the_rest() -> None:
     short = {"input_ids": torch.tensor([[2, 5, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     padded = {"input_ids": torch.tensor([[2, 5, 7, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     for method in METHODS:
-        row = relevance(model, padded, 1, method)
+        row = lrp(model, padded, 1, method)
         assert row[0, 3:].abs().max() < 1e-9
-        torch.testing.assert_close(row[:, :3], relevance(model, short, 1, method), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(row[:, :3], lrp(model, short, 1, method), rtol=1e-3, atol=1e-7)
 
 
 def test_targets_by_number_name_default_and_function() -> None:
     model, x = vit(id2label={0: "cat", 1: "dog", 2: "owl"}), pictures()
-    torch.testing.assert_close(relevance(model, x, "dog"), relevance(model, x, 1), rtol=0, atol=0)
+    torch.testing.assert_close(lrp(model, x, "dog"), lrp(model, x, 1), rtol=0, atol=0)
     best = model(x).logits.argmax(1)
-    torch.testing.assert_close(relevance(model, x), relevance(model, x, best), rtol=0, atol=0)
-    by_function = relevance(model, x, lambda out: out.logits[:, 1])
-    torch.testing.assert_close(by_function, relevance(model, x, 1), rtol=0, atol=0)
+    torch.testing.assert_close(lrp(model, x), lrp(model, x, best), rtol=0, atol=0)
+    by_function = lrp(model, x, lambda out: out.logits[:, 1])
+    torch.testing.assert_close(by_function, lrp(model, x, 1), rtol=0, atol=0)
 
 
 def test_partial_lrp_is_the_last_layers_plain_relevance() -> None:
     model, x = vit(), pictures()
     last = traced(model, x, 0, Rules(normalise=False), gradients=False).relevances[-1]
-    torch.testing.assert_close(relevance(model, x, 0, "partial_lrp")[:, 1:], last.mean(1)[:, 0, 1:].clamp_min(0))
+    torch.testing.assert_close(lrp(model, x, 0, "partial_lrp")[:, 1:], last.mean(1)[:, 0, 1:].clamp_min(0))
 
 
 def test_relevance_of_each_map_for_other_methods() -> None:
     model, x = vit(), pictures()
-    given = attention_relevances(model, lambda: model(pixel_values=x), lambda out: out.logits[:, 1])
+    given = map_relevances(model, lambda: model(pixel_values=x), lambda out: out.logits[:, 1])
     for one, other in zip(given, traced(model, x, 1).relevances, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -290,15 +282,15 @@ class Odd(nn.Module):
 def test_bad_input_is_refused_in_one_line() -> None:
     model, x = vit(), pictures()
     cases = [
-        (BadInput, r"target 7 is not a label of this model, which has 3", lambda: relevance(model, x, 7)),
-        (BadInput, "-1 is not a label", lambda: relevance(model, x, -1)),
-        (UnknownName, "LABEL_1", lambda: relevance(model, x, "LABEL_9")),
-        (BadInput, "2 targets for 3 samples", lambda: relevance(model, x, [0, 1])),
-        (UnknownName, "partial_lrp", lambda: relevance(model, x, 0, "partial")),
-        (BadInput, "start_layer=2", lambda: relevance(model, x, 0, start_layer=2)),
-        (BadInput, "half precision.*bfloat16", lambda: relevance(vit().bfloat16(), x, 0)),
-        (BadInput, "half precision.*float16", lambda: relevance(model, x.half(), 0)),
-        (BadInput, "one number per sample", lambda: relevance(model, x, lambda out: out.logits)),
+        (BadInput, r"target 7 is not a label of this model, which has 3", lambda: lrp(model, x, 7)),
+        (BadInput, "-1 is not a label", lambda: lrp(model, x, -1)),
+        (UnknownName, "LABEL_1", lambda: lrp(model, x, "LABEL_9")),
+        (BadInput, "2 targets for 3 samples", lambda: lrp(model, x, [0, 1])),
+        (UnknownName, "partial_lrp", lambda: lrp(model, x, 0, "partial")),
+        (BadInput, "start_layer=2", lambda: lrp(model, x, 0, start_layer=2)),
+        (BadInput, "half precision.*bfloat16", lambda: lrp(vit().bfloat16(), x, 0)),
+        (BadInput, "half precision.*float16", lambda: lrp(model, x.half(), 0)),
+        (BadInput, "one number per sample", lambda: lrp(model, x, lambda out: out.logits)),
         (BadInput, "alpha", lambda: Rules(alpha=0.5)),
         (BadInput, "epsilon", lambda: Rules(linear="gamma")),
     ]
@@ -311,10 +303,10 @@ def test_bad_input_is_refused_in_one_line() -> None:
 def test_models_without_softmax_attention_are_refused_by_name() -> None:
     plain = nn.Sequential(nn.Linear(4, 2))
     with pytest.raises(NotSupported, match="Sequential computed no softmax attention"):
-        relevance(plain, torch.randn(2, 4), 0)
+        lrp(plain, torch.randn(2, 4), 0)
     linear = nn.Sequential(LinearAttention(), nn.Flatten(), nn.Linear(20, 2))
     with pytest.raises(NotSupported, match="linear attention .LinearAttention at 0"):
-        attention_relevances(linear, lambda: linear(torch.randn(2, 5, 4)), lambda out: out[:, 0])
+        map_relevances(linear, lambda: linear(torch.randn(2, 5, 4)), lambda out: out[:, 0])
     with pytest.raises(NotSupported, match="no relevance rule for cumsum in Odd"):
         traced(Odd(), torch.randn(2, 4), 0, attention=False, gradients=False, to_inputs=True)
 
@@ -328,7 +320,7 @@ def test_explaining_a_picture_gives_a_map_per_label() -> None:
     reader = wrap(vit(id2label={0: "cat", 1: "dog", 2: "owl"}), "tiny")
     found = explain_image(reader, pictures(1).clamp(-1, 1), "owl", labels=["dog"], method="partial_lrp")
     assert [answer.label for answer in found.answers] == ["owl", "dog"] and found.method == "partial_lrp"
-    want = relevance(reader.module, pictures(1).clamp(-1, 1), "dog", "partial_lrp")
+    want = lrp(reader.module, pictures(1).clamp(-1, 1), "dog", "partial_lrp")
     torch.testing.assert_close(found.answer("dog").cells, on_grid(want)[0])
     with pytest.raises(BadInput, match="alpha"):
         LRP(alpha=0.2)

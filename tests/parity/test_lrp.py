@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.explain.lrp import traced
-from sfumato.relevance.propagation import Rules
+from sfumato.relevance.lrp import traced
+from sfumato.relevance.propagation_rules import Rules
 
 captum = pytest.importorskip("captum.attr")
 rules = pytest.importorskip("captum.attr._utils.lrp_rules")

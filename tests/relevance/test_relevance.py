@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from sfumato.attention.sites import find_sites
 from sfumato.errors import BadInput
 from sfumato.models.readers import Clip, Preprocessing
+from sfumato.relevance.capture import captured, gradients_of
 from sfumato.relevance.clip import ClipLens
-from sfumato.relevance.gradients import map_gradients, recorded, self_relevance
-from sfumato.relevance.rules import Relevancy, fuse_heads, normalised
+from sfumato.relevance.rules import Relevancy, fuse_heads, normalised, self_relevance
 from tests.helpers import fingerprint
 from tests.tiny import clip_tokenizer
 
@@ -148,17 +147,17 @@ def test_rules_by_hand():
     torch.testing.assert_close(state["s", "q"], across + weights @ across)
 
 
-def test_recorded_maps_make_the_output(clip):
+def test_chosen_maps_make_the_output(clip):
     vit = clip.model.vision_model
     pixels = torch.rand(1, 3, 16, 16, dtype=torch.float64)
-    sites = find_sites(vit, lambda: vit(pixels))
-    out, maps = recorded(vit, sites, lambda: vit(pixels).pooler_output)
+    with captured(vit, lambda path: path.endswith("layers.2.self_attn")) as calls:
+        out = vit(pixels).pooler_output
     torch.testing.assert_close(out, vit(pixels).pooler_output)
-    assert [m.shape for m in maps] == [(1, 2, 17, 17)] * 3
-    grads = map_gradients(out.sum(1), maps)
-    assert all(g.shape == m.shape for g, m in zip(grads, maps, strict=True))
-    with torch.no_grad(), pytest.raises(BadInput, match="gradients"):
-        recorded(vit, sites, lambda: vit(pixels))
+    assert [(c.path, c.probs.shape) for c in calls] == [("encoder.layers.2.self_attn", (1, 2, 17, 17))]
+    [gradient] = gradients_of(out.sum(1), [calls[0].probs])
+    assert gradient.shape == (1, 2, 17, 17) and gradient.abs().max() > 0
+    with pytest.raises(BadInput, match="does not depend"):
+        gradients_of(out.sum(1).detach(), [calls[0].probs])
 
 
 def test_bad_input(clip, images):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DetrForObjectDetection, LxmertForQuestionAnswering
 
-from sfumato.explain.asking import ask
+from sfumato.explain.attention_relevance.questions import ask
 from sfumato.models.readers import load_reader
 from sfumato.toybox import ANSWERS, QUESTION_KINDS, questions_about
 from sfumato.training.draw import Draw

@@ -21,9 +21,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import Tensor
 
 from sfumato import cards
 from sfumato.attention.accumulate import MapStore
@@ -36,8 +34,8 @@ from sfumato.explain.heatmaps import HeatMaps
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage, refuse_idle
-from sfumato.sampling.loop import opened
-from sfumato.sampling.request import as_pixels, checked, checked_size
+from sfumato.sampling.levels import levels, opened_for
+from sfumato.sampling.request import as_pixels, checked_size
 from sfumato.text.words import Reading, asked_for
 from sfumato.windows import Window
 
@@ -250,16 +248,10 @@ def explain_images(
     texts = [prompts] * len(pixels) if isinstance(prompts, str) else list(prompts)
     if len(texts) != len(pixels):
         raise BadInput(f"there are {len(texts)} prompts for {len(pixels)} images; give one for all or one each.")
-    with torch.no_grad():  # one by one, so that the maps of a picture do not depend on its neighbours
-        clean = torch.cat([model.encode_image(picture) for picture in pixels.split(1)])
-    schedule = scheduler or ("flow_euler" if model.flow else "ddim")
-    guidance: dict[str, Any] = {} if model.embeds_guidance else {"guidance": 1.0}
-    request = checked(model, texts, steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance)
-    with opened(model, request, range(len(request)), (daam,)) as run:
+    given = {"steps": steps, "seed": seed, "scheduler": scheduler}
+    with opened_for(model, pixels, texts, interventions=(daam,), **given) as (run, clean):
         taps, sites = daam.taps(), run.sites
-        for i in range(run.total):
-            x = run.path.add_noise(clean, _noise(run, clean), run.timesteps[i]).to(model.dtype)
-            run.seek(i)
+        for i, x, _ in levels(run, clean):
             step = Step(run, i, x)
             if step.covered_by(daam):
                 run.denoise(x, step.t, step.condition, ("cond",), taps, step)
@@ -275,8 +267,3 @@ def explain_image(
     if len(found) != 1:
         raise BadInput(f"explain_image takes one picture, not {len(found)}; explain_images takes several.")
     return found[0]
-
-
-def _noise(run: Run, like: Tensor) -> Tensor:
-    """Noise (b c h w) from each sample's own generator."""
-    return randn_tensor(tuple(like.shape), generator=run.generators, device=like.device, dtype=like.dtype)

@@ -1,278 +1,25 @@
 """LRP for transformers: a class-specific map of what a classifier's decision rests on, through the whole computation.
 
-Chefer, Gur, Wolf 2021 (arXiv 2012.09838). Relevance starts as 1 at the explained score and is propagated back by the
-rules in :mod:`~sfumato.relevance.propagation`: values, MLPs and skip connections count, not attention weights alone.
-*Transformer attribution* (section 3.2) multiplies the relevance that reaches each attention map with the gradient of
-the score and rolls the positive part out over the layers. *Partial LRP* (Voita et al. 2019) is the last map's relevance
-under plain rules, *LRP* the relevance that reaches the input itself.
-
-    >>> row = relevance(vit, pixels, target="cube")  # (b, tokens): what the class token's decision rests on
-    >>> heat = on_grid(row, grid=(8, 8))             # (b, 8, 8)
-
-Works on unmodified models, ViT, DeiT, CLIP towers, BERT and their like: everything built from the functions that
-:mod:`~sfumato.relevance.propagation` has a rule for.
+Chefer, Gur, Wolf 2021 (arXiv 2012.09838); the method itself is :func:`sfumato.relevance.lrp.lrp`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato import cards
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput, NotSupported, UnknownName
+from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps
-from sfumato.relevance.capture import captured, refuse_no_attention
-from sfumato.relevance.propagation import Propagation, Record, Rules, prepared, settled
-from sfumato.relevance.rules import fuse_heads, rollout
+from sfumato.relevance.lrp import Method, lrp, on_grid
+from sfumato.relevance.propagation import settled
+from sfumato.relevance.propagation_rules import Rules
 from sfumato.sampling.request import as_pixels
 
-__all__ = [
-    "LRP",
-    "METHODS",
-    "Traced",
-    "attention_relevances",
-    "conservation",
-    "explain_image",
-    "on_grid",
-    "relevance",
-    "target_scores",
-    "traced",
-]
-
-Method = Literal["transformer_attribution", "partial_lrp", "lrp"]
-METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
-Target = int | str | Sequence[int | str] | Tensor | Callable[[Any], Tensor] | None
-
-
-@dataclass(eq=False)
-class Traced:
-    """One explained batch. ``scores`` (b,) of the targets, ``targets`` their labels (b,) or None for a function;
-    per attention layer in the order of execution ``maps``, ``gradients`` and ``relevances`` (b k n t);
-    ``inputs`` is the relevance of the model's input (picture (b c h w), or token embeddings (b t d)) where asked for;
-    ``records`` say what each function did with relevance, from the score back to the input.
-    """
-
-    scores: Tensor
-    targets: Tensor | None
-    maps: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-    relevances: list[Tensor] = field(default_factory=list)
-    inputs: Tensor | None = None
-    records: list[Record] = field(default_factory=list)
-
-
-def relevance(
-    model: nn.Module,
-    inputs: Tensor | dict[str, Any],
-    target: Target = None,
-    method: Method = "transformer_attribution",
-    *,
-    rules: Rules | None = None,
-    start_layer: int = 0,
-    row_sums: bool = False,
-    token: int | Tensor = 0,
-) -> Tensor:
-    """Relevance (b, t) of every token to the decision, float32; the class token's own entry is 0.
-
-    Args:
-        model: a classifier in float32; its parameters, modes and hooks are as before afterwards.
-        inputs: pictures (b, c, h, w) as the model wants them, token ids (b, t), or named inputs.
-        target: label number or name, one for all or one each; None: each sample's predicted label; or a function from
-            the model's output to one number per sample.
-        method: see above. "lrp" gives what reaches the patches or words, and may be negative.
-        start_layer: attribution begins at this layer; those below count as if each token kept to itself.
-        row_sums: divide each layer's rows by their sums, as the authors do for BERT and do not for ViT.
-        token: the row that decides, per sample or for all: 0 is the class token of ViT and BERT.
-
-    Raises:
-        BadInput: half precision, labels out of range, a start layer that does not exist. UnknownName: label, method.
-        NotSupported: no softmax attention, or a function without a rule.
-    """
-    if method not in METHODS:
-        raise UnknownName("method of lrp", method, METHODS)
-    if method == "partial_lrp":
-        rules = rules or Rules(normalise=False)
-    found = traced(model, inputs, target, rules, gradients=method == METHODS[0], to_inputs=method == "lrp")
-    if method == "lrp":
-        return _by_token(model, found)
-    b = len(found.scores)
-    at = torch.as_tensor(token, device=found.scores.device).expand(b)
-    rows = torch.arange(b, device=at.device)
-    if method == "partial_lrp":
-        out = found.relevances[-1].mean(1)[rows, at].clamp_min(0)
-    else:
-        if not 0 <= start_layer < len(found.maps):
-            raise BadInput(f"start_layer={start_layer}: the model has {len(found.maps)} attention layers, from 0.")
-        layers = [fuse_heads(r, g) for r, g in zip(found.relevances, found.gradients, strict=True)][start_layer:]
-        for layer in layers:
-            if layer.shape[-1] != layer.shape[-2]:
-                raise NotSupported(f"attribution is for self-attention; a layer has {tuple(layer.shape[1:])} tokens.")
-        out = rollout(layers, row_sums)[rows, at]  # equations 13 and 14
-    return out.float().clone().index_put_((rows, at), torch.zeros((), device=at.device))
-
-
-def traced(
-    model: nn.Module,
-    inputs: Tensor | dict[str, Any],
-    target: Target = None,
-    rules: Rules | None = None,
-    *,
-    gradients: bool = True,
-    to_inputs: bool = False,
-    attention: bool = True,
-) -> Traced:
-    """Runs the model once for relevance and, with ``gradients``, once for gradients. Arguments as :func:`relevance`.
-
-    ``to_inputs`` propagates on to the input; ``attention=False`` allows models without attention.
-    """
-    named = _named(model, inputs)
-    with prepared(model, Propagation(rules)) as mode:
-        source = _watched(mode, named)
-        scores, targets = target_scores(model, _run(model, named), target)
-        maps = mode.maps
-        if attention:
-            refuse_no_attention(model, maps)  # type: ignore[arg-type]
-        wanted = [*maps, *([source() if callable(source) else source] if to_inputs else [])]
-        parts = torch.autograd.grad(scores, wanted, torch.ones_like(scores))
-    found = Traced(scores.detach(), targets, [m.detach() for m in maps], records=mode.records)
-    found.relevances = [part.detach() for part in parts[: len(maps)]]
-    found.inputs = parts[-1].detach() if to_inputs else None
-    if gradients:
-        with settled(model), captured(model) as calls:
-            again, _ = target_scores(model, _run(model, named), targets if targets is not None else target)
-            found.gradients = list(torch.autograd.grad(again.sum(), [call.probs for call in calls]))
-    return found
-
-
-def attention_relevances(
-    module: nn.Module, run: Callable[[], Any], target: Callable[[Any], Tensor], rules: Rules | None = None
-) -> list[Tensor]:
-    """The relevance (b k n t) that reaches every attention map of ``run()``, in the order of execution; ``target``
-    gives one number per sample. For methods that weight attention maps with relevance."""
-    with prepared(module, Propagation(rules)) as mode:
-        scores, _ = target_scores(module, run(), target)
-        refuse_no_attention(module, mode.maps)  # type: ignore[arg-type]
-        return list(torch.autograd.grad(scores, mode.maps, torch.ones_like(scores)))
-
-
-def conservation(model: nn.Module, inputs: Tensor | dict[str, Any], target: Target = None, rules: Rules | None = None):
-    """What each function on the way from score to input did with relevance, as a list of records: ``path``, ``op``,
-    ``error`` (relative loss or gain), ``peak``, ``negative``."""
-    return traced(model, inputs, target, rules, gradients=False, to_inputs=True, attention=False).records
-
-
-def on_grid(row: Tensor, grid: tuple[int, int] | None = None, size: tuple[int, int] | None = None) -> Tensor:
-    """Token relevance (b, t) as maps (b, h, w) of the patches, which are the last h w tokens; bilinear to ``size``.
-
-    Without ``grid`` the patches are taken to form a square, behind as few class or register tokens as possible.
-    """
-    side = int(row.shape[1] ** 0.5)
-    h, w = grid or (side, side)
-    if h * w > row.shape[1] or h * w == 0:
-        raise BadInput(f"a grid of {h} x {w} patches does not fit {row.shape[1]} tokens.")
-    maps = row[:, row.shape[1] - h * w :].unflatten(1, (h, w))
-    return maps if size is None else F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def target_scores(model: nn.Module, output: Any, target: Target) -> tuple[Tensor, Tensor | None]:
-    """(scores (b,), labels (b,) or None) of what is explained in a model's output.
-
-    Raises BadInput for a number, UnknownName for a name that is no label, BadInput for a wrong number of targets.
-    """
-    if callable(target) and not isinstance(target, Tensor):
-        scores = target(output)
-        if not isinstance(scores, Tensor) or scores.ndim != 1:
-            raise BadInput(f"the target function must give one number per sample (b,), got {_shape(scores)}.")
-        return scores, None
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise NotSupported(f"{type(model).__name__} gives no scores of labels (b, labels); give target as a function.")
-    labels = _labels(model, logits, target)
-    return logits[torch.arange(len(logits), device=logits.device), labels], labels
-
-
-def _labels(model: nn.Module, logits: Tensor, target: Any) -> Tensor:
-    b, n = logits.shape
-    if target is None:
-        return logits.detach().argmax(1)
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    given = target.tolist() if isinstance(target, Tensor) else target
-    each = [given] * b if isinstance(given, int | str) else list(given)
-    if len(each) != b:
-        raise BadInput(f"there are {len(each)} targets for {b} samples; give one for all or one each.")
-    numbers = []
-    for one in each:
-        if isinstance(one, str):
-            known = {str(name): int(i) for i, name in names.items()}
-            if one not in known:
-                raise UnknownName("label", one, known)
-            one = known[one]
-        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < n:
-            told = f" ({', '.join(str(names[i]) for i in sorted(names))})" if len(names) == n else ""
-            raise BadInput(f"target {one!r} is not a label of this model, which has {n}, numbered from 0{told}.")
-        numbers.append(one)
-    return torch.tensor(numbers, device=logits.device)
-
-
-def _named(model: nn.Module, inputs: Tensor | dict[str, Any]) -> dict[str, Any]:
-    """Inputs by name, pictures detached."""
-    if isinstance(inputs, Tensor):
-        inputs = {getattr(model, "main_input_name", ""): inputs}
-    named = dict(inputs)
-    for name, value in named.items():
-        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-            kind = str(value.dtype).removeprefix("torch.")
-            raise BadInput(
-                f"relevance underflows in half precision ({name or 'the input'} is {kind}); give it as float32."
-            )
-    return named
-
-
-def _run(model: nn.Module, named: dict[str, Any]) -> Any:
-    """The model's output; an input without a name is the only one."""
-    return model(named[""]) if "" in named else model(**named)
-
-
-def _watched(mode: Propagation, named: dict[str, Any]) -> Any:
-    """The tensor whose relevance is that of the input; for token ids a function that finds it after the forward."""
-    for name in ("pixel_values", "inputs_embeds", ""):
-        if isinstance(named.get(name), Tensor) and named[name].is_floating_point():
-            named[name] = mode.source(named[name].detach().clone().requires_grad_(True))
-            return named[name]
-    ids = named.get("input_ids")
-
-    def found() -> Tensor:
-        for indices, vectors in mode.embedded:
-            if isinstance(ids, Tensor) and indices.shape == ids.shape and torch.equal(indices, ids):
-                return vectors
-        raise NotSupported("the input is neither a picture nor tokens that are looked up in a table.")
-
-    return found
-
-
-def _by_token(model: nn.Module, found: Traced) -> Tensor:
-    """Relevance of the input gathered by token (b, t): pixels by patch, behind a 0 for the class token."""
-    assert found.inputs is not None
-    if found.inputs.ndim == 3:
-        return found.inputs.sum(-1).float()
-    tokens = found.maps[0].shape[-1]
-    side = int(tokens**0.5)
-    h, w = found.inputs.shape[-2:]
-    cells = F.adaptive_avg_pool2d(found.inputs.sum(1, keepdim=True), (side, side)).flatten(1) * (h * w / side**2)
-    return F.pad(cells, (tokens - side * side, 0)).float()
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-# -- the system: pictures and texts ------------------------------------------------------------------------------------
+__all__ = ["LRP", "explain_image"]
 
 
 @register
@@ -288,8 +35,8 @@ class LRP:
         verb="explain",
         needs=(),
         defaults_from="section 3 of the paper and the authors' code for ViT (alpha 1, no row sums)",
-        cost="two forward and two backward passes per label asked; one each for partial LRP and LRP",
-        not_reproduced="the ImageNet and ERASER data sets, for which the toybox stands; networks with RMS norms",
+        cost="two forward and two backward passes per label; one each for LRP",
+        not_reproduced="the ImageNet and ERASER data sets, for which the toybox stands; RMS norms, windows",
         summary="which patches or words a classifier's label rests on, through values, MLPs and skip connections too",
     )
 
@@ -315,24 +62,24 @@ def explain_image(model: Any, image: Any, prompt: str | None = None, **params: A
 
     For a picture, ``prompt`` is one label more to explain. Raises NotSupported for readers that give no labels.
     """
-    asked = LRP(**params).params
+    p = LRP(**params).params
     kind = getattr(model, "kind", "")
     if kind not in ("classifier", "texts"):
         raise NotSupported(f"lrp explains classifiers; {model.name} is none. Try attention_relevance.")
     module = model.module
-    rules = Rules(alpha=asked.alpha, normalise=asked.method != "partial_lrp")
+    rules = Rules(alpha=p.alpha, normalise=p.method != "partial_lrp")
     if kind == "texts":
         if not (prompt or "").strip():
             raise BadInput(f"{model.name} needs a text: give prompt=, or --prompt.")
         inputs: Any = dict(model.tokens([str(prompt)]))
-        size, labels = (64, 64), list(asked.labels) or [None]
+        size, labels = (64, 64), list(p.labels) or [None]
     else:
         pixels = as_pixels(image, None)
         inputs, size = model.pixels(pixels), (pixels.shape[-2], pixels.shape[-1])
-        labels = [*([prompt] if prompt else []), *asked.labels] or [None]
+        labels = [*([prompt] if prompt else []), *p.labels] or [None]
     answers = []
     for label in labels:
-        row = relevance(module, inputs, label, asked.method, rules=rules, start_layer=asked.start_layer)
+        row = lrp(module, inputs, label, p.method, rules=rules, start_layer=p.start_layer)
         with torch.no_grad(), settled(module):
             scores = (module(inputs) if isinstance(inputs, Tensor) else module(**inputs)).logits[0].detach().float()
         name = model.labels[int(scores.argmax())] if label is None else label
@@ -342,5 +89,5 @@ def explain_image(model: Any, image: Any, prompt: str | None = None, **params: A
             answers.append(Answer(name, score, None, words, tuple(row[0].tolist())))
         else:
             answers.append(Answer(name, score, on_grid(row)[0].cpu()))
-    facts = {"model": model.name, "asked": ", ".join(answer.label for answer in answers), "alpha": asked.alpha}
-    return RelevanceMaps(tuple(answers), size, asked.method, facts)
+    facts = {"model": model.name, "asked": ", ".join(answer.label for answer in answers), "alpha": p.alpha}
+    return RelevanceMaps(tuple(answers), size, p.method, facts)

@@ -11,7 +11,7 @@ softmax over ``b k n t`` scores.
     with captured(model) as calls:
         y = model(**inputs).logits[:, 3]
     maps = [call.probs for call in calls]
-    slopes = torch.autograd.grad(y.sum(), maps)
+    gradients = gradients_of(y, maps)
 
 What the module returns is what it returns otherwise, up to rounding (1e-5 in float32, tested).
 """
@@ -19,7 +19,8 @@ What the module returns is what it returns otherwise, up to rounding (1e-5 in fl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.attention.call import Call
-from sfumato.errors import NotSupported
+from sfumato.errors import BadInput, NotSupported
+from sfumato.models.hooks import Running, running
 from sfumato.models.site import Site
 
-__all__ = ["Attended", "captured", "refuse_no_attention"]
+__all__ = ["Attended", "captured", "gradients_of", "refuse_no_attention", "refuse_what_hides", "refuse_windows"]
 
 
 @dataclass(eq=False)
@@ -40,7 +42,8 @@ class Attended:
     """One attention call: ``probs`` (b k n t) float32 (or float64), on the gradient's way to the output.
 
     ``path`` is the module that computed it; a module that attends several times (LXMERT's co-attention) counts its
-    ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order.
+    ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order, and ``block``
+    the hidden states (b n d) that its layer - the outermost numbered part it belongs to - returned.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Attended:
     module: nn.Module
     probs: Tensor
     inputs: tuple[Tensor, ...] = field(repr=False, default=())
+    block: Tensor | None = field(repr=False, default=None)
 
     @property
     def queries(self) -> int:
@@ -59,36 +63,62 @@ class Attended:
 
 
 @contextlib.contextmanager
-def captured(module: nn.Module) -> Iterator[list[Attended]]:
+def captured(module: nn.Module, where: Callable[[str], bool] | None = None) -> Iterator[list[Attended]]:
     """Within: forward passes of ``module`` append their attention calls to the list that is handed out.
 
-    Gradients are on within, whatever they were outside; weights need not require them. On leaving every hook is gone,
-    also after an exception. NotSupported where attention would hide: compiled modules, gradient checkpointing,
-    inference mode.
+    ``where`` chooses modules by path; the attention of others is left alone. Gradients are on within, whatever they
+    were outside; weights need not require them. On leaving every hook is gone, also after an exception. NotSupported
+    where attention would hide: compiled modules, gradient checkpointing, inference mode.
     """
-    _refuse_what_hides(module)
+    refuse_what_hides(module)
     calls: list[Attended] = []
-    running: list[_Running] = []
-    handles = []
 
-    def enter(path: str) -> Any:
-        def hook(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            running.append(_Running(path, part, _hidden(args, kwargs)))
+    def after(done: Running, output: Any) -> None:
+        """Remembers what a layer returned beside the attention calls inside it."""
+        hidden = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            return
+        numbered = re.search(r"(^|\.)\d+$", done.path) is not None
+        for call in reversed(calls):
+            if call.path != done.path and not call.path.startswith(f"{done.path}." if done.path else ""):
+                break
+            if hidden.shape[:2] == (call.probs.shape[0], call.queries) and (numbered or call.block is None):
+                call.block = hidden
 
-        return hook
+    with running(module, after) as stack, torch.enable_grad(), _Capture(stack, calls, where):
+        yield calls
 
-    def leave(*_: Any) -> None:
-        running.pop()
 
-    try:
-        for path, part in module.named_modules():
-            handles.append(part.register_forward_pre_hook(enter(path), with_kwargs=True))
-            handles.append(part.register_forward_hook(leave, always_call=True))
-        with torch.enable_grad(), _Capture(running, calls):
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+def gradients_of(
+    scores: Tensor, tensors: Sequence[Tensor], second_order: bool = False, keep_graph: bool = False
+) -> list[Tensor]:
+    """Gradients of ``scores``, one number per sample, with respect to ``tensors``; zero where they play no part.
+
+    Samples must not mix in the model, so that one pass over their sum serves all. In float16 the scores are scaled up
+    first, for small gradients vanish there. ``second_order``: the gradients can themselves be differentiated, which a
+    loss on relevance needs. Raises BadInput where no tensor plays a part.
+    """
+    scale = 1024.0 if scores.dtype == torch.float16 else 1.0
+    wanted = [x for x in tensors if x.requires_grad]
+    with torch.enable_grad():
+        total = scores.sum(dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32) * scale
+    found: Sequence[Tensor | None] = ()
+    if total.requires_grad and wanted:
+        found = torch.autograd.grad(
+            total, wanted, allow_unused=True, create_graph=second_order, retain_graph=keep_graph or second_order
+        )
+    if all(gradient is None for gradient in found):
+        raise BadInput("the target does not depend on any attention of this model; it must come from its outputs.")
+    by = {id(x): gradient for x, gradient in zip(wanted, found, strict=True)}
+    out = []
+    for x in tensors:
+        gradient = by.get(id(x))
+        out.append(torch.zeros_like(x) if gradient is None else gradient.to(_wide(x.dtype)) / scale)
+    return out
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def refuse_no_attention(module: nn.Module, calls: list[Attended]) -> None:
@@ -105,21 +135,27 @@ def refuse_no_attention(module: nn.Module, calls: list[Attended]) -> None:
         )
 
 
-@dataclass(eq=False)
-class _Running:
-    path: str
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
+def refuse_windows(shapes: Sequence[tuple[str, torch.Size]], batch: int) -> None:
+    """Raises NotSupported unless every attention map (path, shape b k n t) is of all tokens of ``batch`` samples.
+
+    Attention inside windows (Swin and the like) says nothing about tokens of other windows.
+    """
+    for path, shape in shapes:
+        if shape[0] != batch and shape[0] % batch == 0:
+            raise NotSupported(
+                f"attention at {path or 'the top'} runs over {shape[0]} windows for a batch of {batch}; relevance "
+                f"through windowed attention (Swin and the like), which is not global, is not supported."
+            )
 
 
 class _Capture(TorchFunctionMode):
-    def __init__(self, running: list[_Running], calls: list[Attended]):
+    def __init__(self, stack: list[Running], calls: list[Attended], where: Callable[[str], bool] | None):
         super().__init__()
-        self.running, self.calls = running, calls
+        self.stack, self.calls, self.where = stack, calls, where
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.running:
+        if self.stack and (self.where is None or self.where(self.stack[-1].path)):
             if func is F.scaled_dot_product_attention:
                 return self._fused(*args, **kwargs)
             if func in _SOFTMAX and _over_keys(*args, **kwargs):
@@ -127,7 +163,7 @@ class _Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _fused(self, *args: Any, **kwargs: Any) -> Tensor:
-        now = self.running[-1]
+        now = self.stack[-1]
         query, key = args[0] if args else kwargs["query"], args[1] if len(args) > 1 else kwargs["key"]
         if query.dim() != 4:
             raise NotSupported(f"attention at {now.path} has {query.dim()}-dimensional queries; b k n d is expected.")
@@ -138,14 +174,13 @@ class _Capture(TorchFunctionMode):
         return call.attend()
 
     def _by_hand(self, func: Any, scores: Tensor, dtype: torch.dtype | None) -> Tensor:
-        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        return self._keep(self.running[-1], func(scores, dim=-1, dtype=wide)).to(dtype or scores.dtype)
+        return self._keep(self.stack[-1], func(scores, dim=-1, dtype=_wide(scores.dtype))).to(dtype or scores.dtype)
 
-    def _keep(self, now: _Running, probs: Tensor) -> Tensor:
+    def _keep(self, now: Running, probs: Tensor) -> Tensor:
         if not probs.requires_grad:  # frozen weights: the map itself is where gradients begin
             probs = probs.detach().requires_grad_()
         turn = sum(call.path == now.path for call in self.calls)
-        self.calls.append(Attended(now.path, turn, now.module, probs, now.inputs))
+        self.calls.append(Attended(now.path, turn, now.module, probs, _hidden(now.args, now.kwargs)))
         return probs
 
 
@@ -169,7 +204,8 @@ def _is_linear(part: nn.Module) -> bool:
     return any("linear" in name and "att" in name for name in names)
 
 
-def _refuse_what_hides(module: nn.Module) -> None:
+def refuse_what_hides(module: nn.Module) -> None:
+    """Raises NotSupported where a module's attention cannot be seen or has no gradients."""
     if torch.is_inference_mode_enabled():
         raise NotSupported("attention cannot be explained in inference mode, which has no gradients; leave it.")
     for path, part in module.named_modules():

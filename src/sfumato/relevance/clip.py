@@ -19,7 +19,8 @@ from sfumato.attention.sites import Site, find_sites
 from sfumato.errors import BadInput
 from sfumato.models.families import TextStream
 from sfumato.models.readers import Clip
-from sfumato.relevance.gradients import map_gradients, recorded, self_relevance
+from sfumato.relevance.capture import captured, gradients_of
+from sfumato.relevance.rules import self_relevance
 from sfumato.text.words import Reading, Words
 
 __all__ = ["ClipLens", "Looked"]
@@ -120,7 +121,7 @@ class ClipLens:
             text_embeds = F.normalize(model.text_projection(written).float(), dim=-1)
             similarity = (image_embeds * text_embeds).sum(-1)
             maps = [*text_maps, *image_maps]
-            gradients = map_gradients(similarity, maps, second_order) if maps else []
+            gradients = gradients_of(similarity, maps, second_order, keep_graph=True) if maps else []
             k = len(text_maps)
             found = [
                 self_relevance(of, by) if of else None
@@ -138,15 +139,20 @@ class ClipLens:
         (b t t) among the tokens of each text; as :meth:`look` with respect to gradients."""
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
-            written, maps = recorded(
+            written, maps = self._run(
                 self.model.text_model, self._text_sites, lambda: self.model.text_model(**told).pooler_output
             )
             cosines = (F.normalize(self.model.text_projection(written).float(), dim=-1) * image_embeds).sum(-1)
-            relevance = self_relevance(maps, map_gradients(cosines, maps, second_order))
+            relevance = self_relevance(maps, gradients_of(cosines, maps, second_order, keep_graph=True))
         return (cosines, relevance) if recording else (cosines.detach(), relevance.detach())
 
     def _run(self, tower: Any, sites: list[Site], call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-        return recorded(tower, sites, call) if sites else (call(), [])
+        """What ``call()`` returns, and the attention maps (b k n t) of ``sites`` in it, explicit and with gradients."""
+        if not sites:
+            return call(), []
+        with captured(tower, {site.path for site in sites}.__contains__) as calls:
+            out = call()
+        return out, [each.probs for each in calls]
 
     def _find_sites(self) -> tuple[list[Site], list[Site]]:
         """The attention layers of the text tower and of the image tower, in order."""

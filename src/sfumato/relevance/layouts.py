@@ -29,7 +29,7 @@ from torch import nn
 
 from sfumato.errors import NotSupported
 from sfumato.models.site import Site
-from sfumato.relevance.capture import Attended
+from sfumato.relevance.capture import Attended, refuse_windows
 
 __all__ = ["Layout", "Move", "layout"]
 
@@ -84,13 +84,7 @@ def layout(module: nn.Module, calls: Sequence[Attended], sites: Sequence[Site] |
 
 
 def _of_names(module: nn.Module, calls: Sequence[Attended]) -> Layout:
-    batch = {call.probs.shape[0] for call in calls}
-    if len(batch) > 1:
-        odd = max(calls, key=lambda call: call.probs.shape[0])
-        raise NotSupported(
-            f"attention at {odd.path} runs over {odd.probs.shape[0]} windows for a batch of {min(batch)}; relevance "
-            f"through windowed attention (Swin and the like) is not supported."
-        )
+    refuse_windows([(call.path, call.probs.shape) for call in calls], min(call.probs.shape[0] for call in calls))
     reads_pictures = getattr(module, "main_input_name", "") == "pixel_values"
     stacks = {_stack(call.path): None for call in calls}
     two_sided = any("decoder" in stack for stack in stacks) and any("encoder" in stack for stack in stacks)

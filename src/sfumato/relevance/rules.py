@@ -15,12 +15,12 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, UnknownName
 
-__all__ = ["Relevancy", "fuse_heads", "normalised", "resampling", "rollout", "with_residual"]
+__all__ = ["Relevancy", "fuse_heads", "normalised", "resampling", "rollout", "self_relevance", "with_residual"]
 
 
-def fuse_heads(probs: Tensor, slopes: Tensor) -> Tensor:
+def fuse_heads(probs: Tensor, gradients: Tensor) -> Tensor:
     """Rule 5: mean over heads of the positive part of gradient times map; both (b k n t), result (b n t)."""
-    return (probs * slopes).clamp_min(0).mean(1)
+    return (probs * gradients).clamp_min(0).mean(1)
 
 
 def normalised(own: Tensor) -> Tensor:
@@ -150,3 +150,15 @@ class Relevancy:
         """A skip connection: rows become the mean of what they are and what they were when ``kept`` (ours)."""
         for pair, matrix in kept.items():
             self.matrices[pair] = (self.matrices[pair] + matrix) / 2
+
+
+def self_relevance(maps: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+    """(b n n): how much every token rests on every other after these layers of self-attention, in their order."""
+    state: Relevancy | None = None
+    for probs, gradient in zip(maps, gradients, strict=True):
+        fused = fuse_heads(probs, gradient)
+        state = state or Relevancy({"tokens": fused.shape[-1]}, fused)
+        state.attend_self("tokens", fused)
+    if state is None:
+        raise BadInput("self_relevance needs the maps of one layer at least.")
+    return state["tokens", "tokens"]

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from sfumato import cards, files
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported
-from sfumato.explain.lrp import on_grid, target_scores
 from sfumato.metrics.segmentation import inside_share, normalise
 from sfumato.models.readers import load_reader
 from sfumato.relevance.capture import captured, refuse_no_attention
+from sfumato.relevance.lrp import on_grid, target_scores
 from sfumato.relevance.rules import fuse_heads
 from sfumato.teach.examples import read_examples, toybox_examples
 from sfumato.training import Draw, Player, Progress, fit, shuffled

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.errors import BadInput
+from sfumato import registry
+from sfumato.errors import BadInput, NotSupported
+from sfumato.models.readers.reader import Reader, load_reader
 
 #: what boxes are filled up with where too few things were found: (x0, y0, x1, y1) in shares of the picture
 BACKGROUND = tuple(
@@ -56,3 +60,30 @@ def fill_regions(boxes: Tensor, count: int, apart: float = 0.3) -> Tensor:
     nearest = box_overlap(others, boxes).amax(1) if len(boxes) else torch.zeros(len(others))
     order = torch.argsort((nearest >= apart).float(), stable=True)  # those apart first, in their own order
     return torch.cat([boxes, others[order][: count - len(boxes)]])
+
+
+def corners_of(boxes: Tensor) -> Tensor:
+    """Boxes (... 4) of centre, width and height, as detectors of the DETR family give them, as x0 y0 x1 y1."""
+    from transformers.image_transforms import center_to_corners_format
+
+    return center_to_corners_format(boxes.float())
+
+
+def find_regions(images: Tensor, count: int, detector: str = "toy-detr") -> Tensor:
+    """Boxes (b, count, 4) of pictures (b 3 h w): what a detector finds, filled up with boxes of the background.
+
+    Raises NotSupported where the detector is not there.
+    """
+    if registry.find(detector) is None:
+        raise NotSupported(f"finding regions needs the detector {detector}, whose weights are not here; give regions=.")
+    reader = _detector(detector)
+    with torch.no_grad():
+        out = reader.module(pixel_values=reader.pixels(images))
+    odds = out.logits.float().softmax(-1)[..., :-1].amax(-1)
+    corners = corners_of(out.pred_boxes).clamp(0, 1)
+    return torch.stack([fill_regions(box[odd > 0.5][:count], count) for box, odd in zip(corners, odds, strict=True)])
+
+
+@functools.lru_cache(maxsize=2)
+def _detector(name: str) -> Reader:
+    return load_reader(name)

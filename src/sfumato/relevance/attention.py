@@ -5,35 +5,33 @@ Chefer, Gur, Wolf, "Generic Attention-model Explainability for Interpreting Bi-M
 parts are averaged over heads (rule 5), and relevance is carried from layer to layer through self-, co- and
 encoder-decoder attention (rules 6 to 11, :mod:`sfumato.relevance.rules`).
 
-    >>> found = relevance(clip, inputs, lambda out: out.logits_per_image.diagonal())   # any transformers model
-    >>> found.row("image", 0)                                                          # what led to the class token
-
-    >>> explain(picture, "a red ball", model="toy-clip", by="attention_relevance")     # or a picture and a question
+    >>> found = attention_relevance(clip, inputs, lambda out: out.logits_per_image.diagonal(), read=["image"])
+    >>> found.read("image")  # (b n): what led to the tokens that the answer is read from
 
 Beyond the original: batches; any scalar; diffusion denoisers (U-Net across its resolutions, joint attention); models
-found by what their modules do instead of copies of them; half precision.
+found by what their modules do instead of copies of them; half precision; answers read from any tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sfumato import cards
-from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported, UnknownName
+from sfumato.models.modes import evaluation, with_gradients
 from sfumato.models.site import Site
-from sfumato.relevance.capture import Attended, captured, refuse_no_attention
+from sfumato.relevance.capture import Attended, captured, gradients_of, refuse_no_attention, refuse_windows
 from sfumato.relevance.layouts import Layout, Move, layout
+from sfumato.relevance.lrp import map_relevances
+from sfumato.relevance.readout import read_weights, weighted_rows
 from sfumato.relevance.rules import Relevancy, fuse_heads, resampling, with_residual
 
-__all__ = ["METHODS", "AttentionRelevance", "Relevances", "explain_image", "relevance"]
+__all__ = ["METHODS", "Method", "Relevances", "attention_relevance"]
 
 Method = Literal[
     "relevance",
@@ -46,24 +44,25 @@ Method = Literal[
     "relevance_lrp",
 ]
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
+#: methods that start_layer is for
+LAYERED = ("relevance", "rollout", "relevance_lrp", "transformer_attribution")
 #: those that propagate relevance through the whole network first
-LAYERED = ("relevance", "rollout", "relevance_lrp", "transformer_attribution")  # methods that start_layer is for
 WITH_LRP = ("partial_lrp", "transformer_attribution", "relevance_lrp")
 
 Target = Callable[[Any], Tensor]
-#: (module, run, target) -> the relevance of every attention map (b k n t), in the order in which the calls run
-Provider = Callable[[nn.Module, Callable[[], Any], Target], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Relevances:
     """Matrices (b n m) between token sets: ``matrices["text", "image"]`` says how much each image token led to each
-    text token. ``scores`` (b) are the target's values, ``layout`` what the sets are."""
+    text token. ``scores`` (b) are the target's values, ``layout`` what the sets are, ``weights`` (b n) from which
+    tokens of a set the target is read."""
 
     matrices: dict[tuple[str, str], Tensor]
     scores: Tensor
     layout: Layout
     method: str
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, pair: tuple[str, str]) -> Tensor:
         if pair not in self.matrices:
@@ -77,6 +76,13 @@ class Relevances:
         index = torch.as_tensor(index, device=matrix.device).expand(len(matrix))
         return matrix[torch.arange(len(matrix), device=matrix.device), index]
 
+    def read(self, rows: str, columns: str | None = None) -> Tensor:
+        """(b m): what led to the tokens of ``rows`` that the target is read from, in proportion; by default among the
+        same set. The set must have been named in ``read`` of :func:`attention_relevance`."""
+        if rows not in self.weights:
+            raise UnknownName("set of tokens that is read", rows, self.weights)
+        return weighted_rows(self[rows, columns or rows], self.weights[rows])
+
     def block(self, rows: str, columns: str) -> Tensor:
         """(b n m) between two sets, or two parts of a joint one ("image" and "text" of "tokens")."""
         if (rows, columns) in self.matrices:
@@ -87,7 +93,7 @@ class Relevances:
         return self[rows, columns]
 
 
-def relevance(
+def attention_relevance(
     module: nn.Module,
     run: Mapping[str, Any] | Callable[[], Any],
     target: Target,
@@ -98,7 +104,7 @@ def relevance(
     mix: bool = True,
     add: bool = True,
     sites: Sequence[Site] | None = None,
-    provider: Provider | None = None,
+    read: Sequence[str] = (),
     second_order: bool = False,
 ) -> Relevances:
     """Relevance of all tokens of any model whose attention is a softmax.
@@ -112,14 +118,14 @@ def relevance(
             propagation "partial_lrp", "transformer_attribution", "relevance_lrp".
         start_layer: layers of each set before this one are skipped; negative counts from the last (-1: only it).
         normalise, mix, add: False leaves out eqs. 8 and 9, the self matrices in rule 10, the sum in every rule.
-        provider: the propagation behind the last three methods; default: that of sfumato.explain.lrp.
+        read: sets of which it is to be found from which tokens the target is read, for :meth:`Relevances.read`.
         second_order: keep the graph, so that the result can itself be part of a loss.
 
     Costs one forward and one backward pass. The model is in evaluation mode meanwhile (not with ``second_order``,
     where the caller decides).
 
     Raises:
-        UnknownName: the method. BadInput: a target of another shape, or one that attention has no part in.
+        UnknownName: the method, a set. BadInput: a target of another shape, or one that attention has no part in.
         NotSupported: no softmax attention (linear attention, convolutions), windows, or attention out of reach.
     """
     if method not in METHODS:
@@ -127,39 +133,36 @@ def relevance(
     if start_layer and method not in LAYERED:
         raise BadInput(f"start_layer is {start_layer}, but {method} does not add up layers; {', '.join(LAYERED)} do.")
     call = run if callable(run) else lambda: module(**run)
-    with contextlib.nullcontext() if second_order else _evaluation(module):
+    with contextlib.nullcontext() if second_order else evaluation(module):
         # gradients of the tokens themselves need something upstream of them that has one
-        with _with_gradients(module) if method == "input_gradient" else contextlib.nullcontext():
+        with with_gradients(module) if method == "input_gradient" else contextlib.nullcontext():
             with captured(module) as calls:
                 scores = target(call())
             refuse_no_attention(module, calls)
+            if sites is None:
+                refuse_windows([(c.path, c.probs.shape) for c in calls], _batch(run, scores))
             plan = layout(module, calls, sites)
             _check_target(scores, calls)
             tokens = _tokens_of(plan, calls) if method == "input_gradient" else {}
+            blocks = {name: _last_block(plan, calls, name) for name in read}
             needs = [c.probs for c in calls] if method in ("relevance", "gradcam", *WITH_LRP) else []
-            slopes = _slopes(scores, needs + list(tokens.values()), second_order) if needs or tokens else []
-        given = _from_provider(provider, module, call, target, calls) if method in WITH_LRP else None
+            needs += [*tokens.values(), *blocks.values()]
+            gradients = gradients_of(scores, needs, second_order) if needs else []
+        relevances = _map_relevances(module, call, target, calls) if method in WITH_LRP else None
     maps = [c.probs if second_order else c.probs.detach() for c in calls]
-    matrices = _combine(method, plan, maps, slopes, given, start_layer, normalise, mix, add, tokens)
-    return Relevances(matrices, scores.detach().float(), plan, method)
+    weights = {name: read_weights(gradients.pop(), type(module).__name__) for name in reversed(blocks)}
+    matrices = _combine(method, plan, maps, gradients, relevances, start_layer, normalise, mix, add, tokens)
+    return Relevances(matrices, scores.detach().float(), plan, method, weights)
 
 
-# -- gradients -----------------------------------------------------------------------------------------------------
+# -- what gradients are taken of ---------------------------------------------------------------------------------------
 
 
-def _slopes(scores: Tensor, of: Sequence[Tensor], second_order: bool) -> list[Tensor]:
-    """Gradients of the summed scores. In float16 the scores are scaled up first, for small gradients vanish there."""
-    scale = 1024.0 if scores.dtype == torch.float16 else 1.0
-    wanted = [x for x in of if x.requires_grad]
-    with torch.enable_grad():
-        total = scores.sum(dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32) * scale
-    if not total.requires_grad or not wanted:
-        raise BadInput("the target does not depend on any attention of this model; it must come from its outputs.")
-    found = torch.autograd.grad(total, wanted, allow_unused=True, create_graph=second_order)
-    if all(slope is None for slope in found):
-        raise BadInput("the target does not depend on any attention of this model; it must come from its outputs.")
-    by = {id(x): slope for x, slope in zip(wanted, found, strict=True)}
-    return [torch.zeros_like(x) if by.get(id(x)) is None else by[id(x)].to(x.dtype) / scale for x in of]
+def _batch(run: Mapping[str, Any] | Callable[[], Any], scores: Any) -> int:
+    """How many samples there are: by the inputs where they are known, else by the scores."""
+    if not callable(run):
+        return next((len(value) for value in run.values() if isinstance(value, Tensor) and value.dim()), 1)
+    return len(scores) if isinstance(scores, Tensor) and scores.dim() else 1
 
 
 def _check_target(scores: Any, calls: Sequence[Attended]) -> None:
@@ -171,45 +174,27 @@ def _check_target(scores: Any, calls: Sequence[Attended]) -> None:
         raise BadInput("the target is not finite for these inputs, so nothing led to it.")
 
 
-@contextlib.contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
-    """Within: evaluation mode (dropout would be part of the maps). Afterwards every part is as it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextlib.contextmanager
-def _with_gradients(module: nn.Module) -> Iterator[None]:
-    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-
-
-def _from_provider(
-    provider: Provider | None, module: nn.Module, call: Callable[[], Any], target: Target, calls: Sequence[Attended]
+def _map_relevances(
+    module: nn.Module, call: Callable[[], Any], target: Target, calls: Sequence[Attended]
 ) -> list[Tensor]:
-    if provider is None:
-        try:
-            provider = importlib.import_module("sfumato.explain.lrp").attention_relevances
-        except (ImportError, AttributeError):
-            raise NotSupported(
-                f"{', '.join(WITH_LRP)} need layer-wise relevance propagation: give provider=, a function of "
-                f"(module, run, target) that returns the relevance of every attention map."
-            ) from None
-    found = [each.detach() for each in provider(module, call, target)]
+    """The relevance (b k n t) of every attention map by layer-wise propagation."""
+    found = [each.detach() for each in map_relevances(module, call, target)]
     if [each.shape for each in found] != [c.probs.shape for c in calls]:
-        raise BadInput(f"provider gave {len(found)} relevance maps that do not fit the {len(calls)} attention maps.")
+        raise NotSupported(f"{type(module).__name__} computes {len(calls)} attention maps, of which propagation sees "
+                           f"{len(found)}.")  # fmt: skip
     return found
+
+
+def _last_block(plan: Layout, calls: Sequence[Attended], name: str) -> Tensor:
+    """The hidden states (b n d) of a set after its last attention layer."""
+    if name not in plan.sizes:
+        raise UnknownName("token set", name, plan.sizes)
+    for move in reversed(plan.moves):
+        if move.kind != "grid" and move.rows == name:
+            block = calls[move.call].block
+            if block is not None:
+                return block
+    raise NotSupported(f"the layers of {name} return no hidden tokens, so it is unknown from which the score is read.")
 
 
 def _tokens_of(plan: Layout, calls: Sequence[Attended]) -> dict[str, Tensor]:
@@ -242,8 +227,8 @@ def _combine(
     method: str,
     plan: Layout,
     maps: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    given: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor],
+    relevances: Sequence[Tensor] | None,
     start_layer: int,
     normalise: bool,
     mix: bool,
@@ -251,29 +236,29 @@ def _combine(
     tokens: Mapping[str, Tensor],
 ) -> dict[tuple[str, str], Tensor]:
     if method in ("relevance", "relevance_lrp"):
-        weights = maps if given is None else given
-        fused = [fuse_heads(a, g) for a, g in zip(weights, slopes, strict=True)]
+        weights = maps if relevances is None else relevances
+        fused = [fuse_heads(a, g) for a, g in zip(weights, gradients, strict=True)]
         return _propagated(plan, fused, start_layer, normalise=normalise, mix=mix, add=add)
     if method == "rollout":
         return _rolled(plan, [each.mean(1) for each in maps], start_layer)
     if method == "transformer_attribution":
-        assert given is not None
-        fused = [fuse_heads(a, g) for a, g in zip(given, slopes, strict=True)]
+        assert relevances is not None
+        fused = [fuse_heads(a, g) for a, g in zip(relevances, gradients, strict=True)]
         # the earlier paper's: self matrices accumulate, of the other modality only the last map counts
         own = _propagated(plan, fused, start_layer, only_self=True)
         return {(s, q): m for (s, q), m in own.items() if s == q} | _last(plan, fused, across=True)
     if method == "partial_lrp":
-        assert given is not None
-        return _last(plan, [each.clamp_min(0).mean(1) for each in given])
+        assert relevances is not None
+        return _last(plan, [each.clamp_min(0).mean(1) for each in relevances])
     if method == "gradcam":
-        cams = [(g.mean((-2, -1), keepdim=True) * a).mean(1).clamp_min(0) for a, g in zip(maps, slopes, strict=True)]
+        cams = [(g.mean((-2, -1), keepdim=True) * a).mean(1).clamp_min(0) for a, g in zip(maps, gradients, strict=True)]
         return _last(plan, cams)
     plain = _last(plan, [each.mean(1) for each in maps])
     if method == "raw":
         return plain
     weights_of = {
-        name: (x.detach().float() * slope.float()).sum(-1).abs()
-        for (name, x), slope in zip(tokens.items(), slopes, strict=True)
+        name: (x.detach().float() * gradient.float()).sum(-1).abs()
+        for (name, x), gradient in zip(tokens.items(), gradients, strict=True)
     }
     return {(s, q): m * _weights(plan, q, weights_of, m)[:, None] for (s, q), m in plain.items()}
 
@@ -288,9 +273,9 @@ def _propagated(
         if move.kind == "grid":
             passed[move.rows, move.old] = state.of(move.rows)
             state.resample(move.rows, move.old, move.new)
-            if (move.rows, move.new) in passed:  # the way up meets what was kept on the way down
-                kept = passed[move.rows, move.new]
-                state.join({pair: m for pair, m in kept.items() if m.shape == state[pair].shape})
+            if (move.rows, move.new) in passed:  # the way up meets the skip connection
+                skipped_over = passed[move.rows, move.new]
+                state.join({pair: m for pair, m in skipped_over.items() if m.shape == state[pair].shape})
         elif i in skipped:
             continue
         elif move.kind == "self":
@@ -386,67 +371,3 @@ def _weights(plan: Layout, name: str, found: Mapping[str, Tensor], like: Tensor)
     if old is None or old[0] * old[1] != value.shape[1]:
         raise NotSupported(f"the tokens of {name} change on their way, so they have no input gradient.")
     return value.to(like) @ resampling(old, plan.grids[name])[1].to(like)
-
-
-# -- the system: pictures, texts and questions ---------------------------------------------------------------------
-
-
-@register
-class AttentionRelevance:
-    """The system as ``sfumato explain PICTURE --by attention_relevance`` runs it: its card, its parameters."""
-
-    CARD = Card(
-        key="attention_relevance",
-        title="Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers",
-        authors="Chefer, Gur, Wolf",
-        year=2021,
-        arxiv="2103.15679",
-        verb="explain",
-        needs=(),
-        defaults_from="section 3 of the paper; for CLIP the authors' code (last layer of each tower only)",
-        cost="one forward and one backward pass per thing asked; diffusion models: that per noise level",
-        not_reproduced="windowed attention (Swin); the paper's networks and data sets, for which the toybox stands",
-        summary="which patches, regions and words led a transformer to an answer, class, box or match",
-    )
-
-    class Params(cards.Params):
-        method: Method = Field(default="relevance", description="relevance as in the paper, or a baseline")
-        start_layer: int | None = Field(
-            default=None,
-            description="layers before this one are skipped, -1: all but the last; none: as usual",
-        )
-        normalise: bool = Field(default=True, description="normalise self matrices before cross-attention (eqs. 8, 9)")
-        mix: bool = Field(default=True, description="use the self matrices in cross-attention (rule 10)")
-        add: bool = Field(default=True, description="add up over layers rather than keep the last")
-        words: list[str] = Field(default=[], description="models that draw: words to map; none: every word")
-        least: float = Field(default=0.5, ge=0, le=1, description="detectors: explain finds of this certainty")
-        detector: str = Field(default="toy-detr", description="question answerers: the model that finds the regions")
-
-    def __init__(self, **given: Any):
-        self.params = self.Params(**given)
-
-    def explain_image(self, model: Any, image: Any, prompt: str, **options: Any) -> Any:
-        """:func:`explain_image` with these parameters, by a model that draws."""
-        return explain_image(model, image, prompt, **{**self.params.model_dump(), **options})
-
-    def explain_reading(self, reader: Any, image: Any, prompt: str | None = None, **options: Any) -> Any:
-        """:func:`explain_image` with these parameters, by a model that reads."""
-        return explain_image(reader, image, prompt, **{**self.params.model_dump(), **options})
-
-
-def explain_image(
-    model: Any,
-    image: Any,
-    prompt: str | None = None,
-    *,
-    size: tuple[int, int] | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    scheduler: Any = None,
-    **params: Any,
-) -> Any:
-    """Relevance maps of one picture (a PIL picture or (1 3 h w) in [-1, 1]); see :func:`explain_images`."""
-    from sfumato.explain import asking
-
-    options = {"size": size, "steps": steps, "seed": seed, "scheduler": scheduler}
-    return asking.explain_images(model, [image], [prompt], AttentionRelevance(**params).params, **options)[0]
