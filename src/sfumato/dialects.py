@@ -79,7 +79,9 @@ def parse_a1111(text: str) -> dict[str, Any]:
     reader wants them; lines behind them (templates of extensions) belong to no prompt.
     """
     text = text.strip()
-    prompts, facts, dropped = text, {}, []
+    prompts = text
+    facts: dict[str, Any] = {}
+    dropped: list[str] = []
     for start in reversed([found.start() for found in _START.finditer(text)]):
         facts, behind = _fields(text[start : start + 20_000])
         if len(facts) >= 3:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class FolderDataset:
         return np.full((self.size, self.size), -1, np.int8) if mask is None else mask.numpy().astype(np.int8) - 1
 
 
-Dataset = ToyboxDataset | FolderDataset
+Dataset: TypeAlias = ToyboxDataset | FolderDataset
 
 
 def pictures(data: Dataset, indices: Tensor) -> Tensor:
