@@ -19,6 +19,7 @@ KINDS = {
     "flux": "flux",
     "pixart": "pixart",
     "animatediff": "animatediff",
+    "amused": "amused",
 }
 """Tiny model -> the family it belongs to."""
 BY_NAME = {family.name: family for family in families().values()}

@@ -1,4 +1,4 @@
-"""What a denoiser is told besides the noisy latents: text embeddings and their companions, per sample and branch."""
+"""What a denoiser is conditioned on: text embeddings and their companions, per sample and branch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Condition:
     uncond: Rows | None
     prompts: tuple[str, ...]
     negatives: tuple[str, ...] | None = None
-    #: guidance scale told to a guidance-distilled denoiser (Flux-dev, LCM); ``None`` for all others
+    #: guidance scale given to a guidance-distilled denoiser (Flux-dev, LCM); ``None`` for all others
     guidance: float | None = None
 
     def __len__(self) -> int:

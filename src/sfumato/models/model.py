@@ -82,7 +82,7 @@ class Model:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """``steps``, ``guidance``, ``scheduler``, and of clips ``frames`` and ``fps``, to use when not told: the model
+        """``steps``, ``guidance``, ``scheduler``, and of clips ``frames`` and ``fps``, by default: the model
         card's, else the pipeline's."""
         return {"scheduler": None, **self.family.defaults, **self.card.get("sampling", {})}
 
@@ -198,7 +198,7 @@ class Model:
         """The condition of one sample per prompt, exactly as the pipeline encodes it.
 
         ``guidance``: also encode the unconditional branch, from ``negative`` or from what the family uses for "nothing"
-        (an empty prompt; zeros for SDXL). ``embedded_guidance`` is the scale told to a guidance-distilled denoiser and
+        (an empty prompt; zeros for SDXL). ``embedded_guidance`` is the scale given to a guidance-distilled denoiser and
         ignored by all others. Warns `TruncatedPrompt`, quoting what does not fit. Raises `BadInput`.
         """
         texts = _texts(prompts, "prompts")
@@ -226,10 +226,10 @@ class Model:
                 fits = len(stream.tokenizer(full).input_ids) <= stream.length
                 if fits:
                     continue
-                kept = stream.tokenizer(
+                offsets = stream.tokenizer(
                     full, truncation=True, max_length=stream.length, return_offsets_mapping=True
                 ).offset_mapping
-            dropped = full[max(end for _, end in kept) :].strip()
+            dropped = full[max(end for _, end in offsets) :].strip()
             shown = dropped if len(dropped) <= 80 else f"{dropped[:38]} ... {dropped[-37:]}"
             warnings.warn(
                 f"{self.name} reads {stream.length} tokens of {stream.name} text and does not see {shown!r}.",
@@ -264,8 +264,8 @@ class Model:
         layout of the latents (logits of tokens: see the family); by default for all branches of the condition.
         ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
         """
-        for heard in self._listeners:
-            heard(t)
+        for listener in self._listeners:
+            listener(t)
         names = (branches,) if isinstance(branches, str) else tuple(branches or condition.branches)
         samples, rows = len(condition), len(names) * len(condition)
         if x.ndim != self.family.state_dims or x.shape[0] not in (samples, rows):
@@ -280,13 +280,13 @@ class Model:
         return self.family.predict(x, time, condition.batch(names), condition.guidance, extra)
 
     @contextmanager
-    def listening(self, heard: Callable[[Any], None]) -> Iterator[None]:
-        """Within: ``heard(t)`` is called before every denoiser call, with its timestep or timesteps."""
-        self._listeners.append(heard)
+    def listening(self, listener: Callable[[Any], None]) -> Iterator[None]:
+        """Within: ``listener(t)`` is called before every denoiser call, with its timestep or timesteps."""
+        self._listeners.append(listener)
         try:
             yield
         finally:
-            self._listeners.remove(heard)
+            self._listeners.remove(listener)
 
     # --- schedule ----------------------------------------------------------------------------------------------------
 
@@ -299,8 +299,8 @@ class Model:
 
     @property
     def schedulers(self) -> list[str]:
-        """Short names that `make_scheduler` takes for this model."""
-        return scheduler_names(self.flow)
+        """Short names that `make_scheduler` takes for this model; none where it draws without a noise path."""
+        return scheduler_names(self.flow) if self.family.has("noise_path") else []
 
     def prediction(self, scheduler: Any = None) -> str:
         """What the denoiser's output means: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow"``."""

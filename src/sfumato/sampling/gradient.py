@@ -106,8 +106,8 @@ class GradientGuidance(Intervention):
         as ``alpha / (alpha^2 + sigma^2)``, what it is for independent data of unit variance.
         """
         if through_denoiser:
-            seen = step.grad(lambda prediction: gain(prediction.x0("guided")), branches=step.branches)
-            return step.path.scale(step.t) * seen
+            gradient = step.grad(lambda prediction: gain(prediction.x0("guided")), branches=step.branches)
+            return step.path.scale(step.t) * gradient
         step.run.freeze()
         alpha, sigma = step.path.alpha_sigma(step.t)
         with torch.enable_grad():

@@ -94,7 +94,7 @@ class Intervention:
         """May replace ``step.x`` (use ``step.grad``) or ``step.condition``."""
 
     def taps(self) -> Sequence[Any]:
-        """What this intervention wants from attention in every step's own prediction, asked once per batch after the
+        """What this intervention wants from attention in every step's own prediction, called once per batch after the
         texts are encoded. An observer must look which branches a call holds: Flux runs them in calls of their own."""
         return ()
 
@@ -120,9 +120,9 @@ class Intervention:
         self.activity.calls += 1
         if step is not None:
             self.activity.steps.add(step.i)
-        for kept, seen in ((self.activity.sites, sites), (self.activity.tokens, tokens)):
-            for name in seen:
-                kept[name] = kept.get(name, 0) + 1
+        for counts, names in ((self.activity.sites, sites), (self.activity.tokens, tokens)):
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
 
     def __add__(self, other: Intervention | Sequence[Intervention]) -> Stack:
         return Stack(self, other)

@@ -94,17 +94,19 @@ def invert(
     for part in parts:
         part.activity = Coverage()
     with opened(model, request, range(len(request)), parts, backward=True) as run:
-        seen = [latents.to(run.model.device, run.model.dtype)]
+        states = [latents.to(run.model.device, run.model.dtype)]
 
         def back(step: Step) -> Tensor:
-            seen.append(_one_back(run, step, refine))
-            return seen[-1]
+            states.append(_one_back(run, step, refine))
+            return states[-1]
 
         run.stepper = back
-        walk(run, seen[0], on_step)
+        walk(run, states[0], on_step)
     refuse_idle(parts, run.sites if parts else ())
     coverage = dict(zip(distinct_names(parts), [part.coverage() for part in parts], strict=True))
-    return Trajectory(torch.stack(seen[::-1]), run.timesteps, request.steps, name, request.prompts, coverage, run.cost)
+    return Trajectory(
+        torch.stack(states[::-1]), run.timesteps, request.steps, name, request.prompts, coverage, run.cost
+    )
 
 
 def _one_back(run: Run, step: Step, refine: int) -> Tensor:

@@ -162,8 +162,10 @@ def generate(
         raise
     except KeyboardInterrupt as stop:
         done = sum(len(each) for each in latents_done)
-        kept = f"the first {done} of {len(request)} samples are finished and kept" if done else "nothing was finished"
-        interrupted = WorkInterrupted(f"generation was interrupted: {kept}.")
+        finished = (
+            f"the first {done} of {len(request)} samples are finished and kept" if done else "nothing was finished"
+        )
+        interrupted = WorkInterrupted(f"generation was interrupted: {finished}.")
         interrupted.result = result() if done else None
         raise interrupted from stop
     assert run is not None

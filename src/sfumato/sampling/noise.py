@@ -27,7 +27,7 @@ KINDS = ("epsilon", "v_prediction", "sample", "flow")
 class Path:
     """The noise path of a scheduler whose ``set_timesteps`` has been called.
 
-    ``t`` is always a timestep as the network is told it: a number, a 0-dim tensor, or a tensor (b) with one per sample.
+    ``t`` is always a timestep as the network receives it: a number, a 0-dim tensor, or one per sample (b).
     """
 
     def __init__(self, scheduler: Any):
@@ -145,7 +145,7 @@ class Path:
 
 
 def _scales_input(scheduler: Any) -> bool:
-    """Whether latents are carried in Karras scaling: seen from what ``scale_model_input`` does, not from a class
+    """Whether latents are carried in Karras scaling: told from what ``scale_model_input`` does, not from a class
     name."""
     if not hasattr(scheduler, "scale_model_input"):
         return False

@@ -67,7 +67,7 @@ class Options(Params):
         default=[], description="further (text, weight) conditions of every sample"
     )
     seed: Whole | list[Whole] | None = Field(
-        default=0, description="sample i uses seed + i; or one per sample; none: a random one, told in the recipe"
+        default=0, description="sample i uses seed + i; or one per sample; none: a random one, written into the recipe"
     )
     size: tuple[Whole, Whole] | None = Field(
         default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}

@@ -73,8 +73,8 @@ class Recording:
         (b k t d) if given. Raises NoMatch where it was not recorded."""
         if not self.holds(i, site):
             steps = sorted({int(name.split("|")[0]) for name in self.tensors if f"|{site.path}|" in name})
-            told = f"steps {steps[0]} to {steps[-1]} of it are" if steps else "nothing of it is"
-            raise NoMatch(f"attention {site.path} at step {i} is not recorded; {told}. Record it over a wider window.")
+            held = f"steps {steps[0]} to {steps[-1]} of it are" if steps else "nothing of it is"
+            raise NoMatch(f"attention {site.path} at step {i} is not recorded; {held}. Record it over a wider window.")
         q, k = (self.tensors[f"{i}|{site.path}|{what}"] for what in "qk")
         like = {} if values is None else {"device": values.device}
         mask = self.tensors[f"{i}|{site.path}|mask"].to(**like) if f"{i}|{site.path}|mask" in self.tensors else None
@@ -97,12 +97,12 @@ class Recording:
             if first.setdefault(id(tensor), name) != name:
                 same[name] = first[id(tensor)]
         tensors = {name: tensor for name, tensor in held.items() if name not in same}
-        told = {
+        facts = {
             "begin": self.begin, "prompts": self.prompts, "size": self.size, "model": self.model, "facts": self.facts,
             "same": same,
         }  # fmt: skip
         own = {"latents": self.latents, "timesteps": self.timesteps}
-        metadata = {"format": FORMAT, "recording": json.dumps(told, ensure_ascii=False)}
+        metadata = {"format": FORMAT, "recording": json.dumps(facts, ensure_ascii=False)}
         return files.save_tensors(path, {**own, **tensors}, metadata)
 
     @classmethod
@@ -110,15 +110,15 @@ class Recording:
         """What :meth:`save` wrote. Attention stays in the file, mapped, until a step asks for it. Raises BadInput for
         any other file, OSError when it cannot be read."""
         with files.reading_tensors(path, FORMAT, "recording") as (file, metadata):
-            told = json.loads(metadata["recording"])
+            stored = json.loads(metadata["recording"])
             names = [name for name in file.keys() if name not in ("latents", "timesteps")]
-            tensors = _OnDisk(Path(path), {**{name: name for name in names}, **told["same"]})
-            size, facts = tuple(map(int, told["size"])), dict(told["facts"])
+            tensors = _OnDisk(Path(path), {**{name: name for name in names}, **stored["same"]})
+            size, facts = tuple(map(int, stored["size"])), dict(stored["facts"])
             latents, timesteps = file.get_tensor("latents"), file.get_tensor("timesteps")
-            prompts = [str(prompt) for prompt in told["prompts"]]
+            prompts = [str(prompt) for prompt in stored["prompts"]]
             if latents.dim() < 3 or latents.shape[1] != len(prompts) or len(size) != 2:
                 raise ValueError("shapes")
-            return cls(latents, timesteps, int(told["begin"]), prompts, size, str(told["model"]), tensors, facts)
+            return cls(latents, timesteps, int(stored["begin"]), prompts, size, str(stored["model"]), tensors, facts)
 
 
 class _OnDisk(Mapping[str, Tensor]):
@@ -201,8 +201,8 @@ class Recorder(Intervention):
         part = call.branch("cond")
         if call.given_scale is not None:
             self._scales[path] = call.given_scale
-        kept = {"q": part.q, "k": part.k} | ({} if part.mask is None else {"mask": part.mask})
-        for what, tensor in kept.items():
+        parts = {"q": part.q, "k": part.k} | ({} if part.mask is None else {"mask": part.mask})
+        for what, tensor in parts.items():
             name, value = f"{path}|{what}", tensor.detach()
             latest = self._latest.get(name)
             if what == "q" or latest is None or latest.shape != value.shape or not torch.equal(latest, value):
@@ -216,9 +216,9 @@ class Recorder(Intervention):
             return
         calls = sum(len(steps) for steps in self._wanted.values())
         held = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-        seen = sum(name.endswith("|q") for name in self._tensors)
-        expected = held * calls / seen / 2**30
-        if seen == sum(i in steps for steps in self._wanted.values()) and expected > self.limit:
+        recorded = sum(name.endswith("|q") for name in self._tensors)
+        expected = held * calls / recorded / 2**30
+        if recorded == sum(i in steps for steps in self._wanted.values()) and expected > self.limit:
             raise BadInput(
                 f"recording this run would take about {expected:.1f} GiB, more than the limit of {self.limit:g}; "
                 f"record fewer sites or a shorter window, make a smaller picture, or raise the limit."

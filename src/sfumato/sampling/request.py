@@ -106,7 +106,7 @@ def checked(
 
 
 def _guidance(model: Any, scale: float, options: Options) -> tuple[Guidance, float | None]:
-    """Classifier-free guidance, and the scale told to a guidance-distilled denoiser."""
+    """Classifier-free guidance, and the scale given to a guidance-distilled denoiser."""
     mixed, embedded = scale, None
     if model.embeds_guidance:
         mixed, embedded = 1.0 if options.true_guidance is None else options.true_guidance, float(scale)
@@ -259,21 +259,21 @@ def _opened(given: Any) -> Image.Image:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    told = f"image is an array {array.dtype} {array.shape}"
+    what = f"image is an array {array.dtype} {array.shape}"
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise BadInput(f"{told}; it must be (height, width), with 3 channels for colour and a fourth for transparency.")
+        raise BadInput(f"{what}; it must be (height, width), with 3 channels for colour and a fourth for transparency.")
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise BadInput(f"{told} from {array.min():g} to {array.max():g}; floats must lie in [0, 1].")
+            raise BadInput(f"{what} from {array.min():g} to {array.max():g}; floats must lie in [0, 1].")
         array = array * 255
     elif array.dtype == np.uint16:
         array = array / 257
     elif array.dtype == bool:
         array = array * 255
     elif not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
-        raise BadInput(f"{told}; it must hold bytes, 16-bit numbers (uint16) or floats in [0, 1].")
+        raise BadInput(f"{what}; it must hold bytes, 16-bit numbers (uint16) or floats in [0, 1].")
     return Image.fromarray(array.round().astype(np.uint8))
 
 

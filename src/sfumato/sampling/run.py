@@ -97,7 +97,7 @@ class Run:
 
     @property
     def timesteps(self) -> Tensor:
-        """What the network is told at each prediction of the whole schedule (total)."""
+        """What the network receives at each prediction of the whole schedule (total)."""
         return self.process.timesteps
 
     @property

@@ -13,7 +13,7 @@ from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList
 
-#: of the pipeline's ``__call__``: what the network is told about the training picture besides its size
+#: of the pipeline's ``__call__``: micro-conditions besides the size
 CROP, AESTHETIC_SCORE = (0, 0), 6
 
 
@@ -77,8 +77,8 @@ class Amused(Family):
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         embeds = rows["embeds"]
-        told = [x.shape[-1] * self.scale, x.shape[-2] * self.scale, *CROP, AESTHETIC_SCORE]
-        micro = torch.tensor(told, device=x.device, dtype=embeds.dtype).expand(len(x), -1)
+        values = [x.shape[-1] * self.scale, x.shape[-2] * self.scale, *CROP, AESTHETIC_SCORE]
+        micro = torch.tensor(values, device=x.device, dtype=embeds.dtype).expand(len(x), -1)
         return self.denoiser(
             x,
             encoder_hidden_states=embeds,

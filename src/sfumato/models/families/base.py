@@ -157,7 +157,7 @@ class Family:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the pipeline makes when not told."""
+        """(height, width) in pixels that the pipeline makes by default."""
         raise NotImplementedError
 
     @property

@@ -91,7 +91,7 @@ class PixArtSigma(Family):
 
 
 class PixArtAlpha(PixArtSigma):
-    """Chen et al. 2023, arXiv 2310.00426. The 1024-pixel checkpoints are told the picture's size and aspect ratio."""
+    """Chen et al. 2023, arXiv 2310.00426. The 1024-pixel checkpoints also take the picture's size and aspect ratio."""
 
     name = "pixart-alpha"
     pipeline_classes = ("PixArtAlphaPipeline",)

@@ -170,7 +170,7 @@ class StableDiffusionInpaint(StableDiffusion):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL (Podell et al. 2023, arXiv 2307.01952): also told a second encoding, pooled text and the picture size."""
+    """SDXL (Podell et al. 2023, arXiv 2307.01952): also takes a second encoding, pooled text and the picture size."""
 
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)

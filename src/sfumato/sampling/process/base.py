@@ -36,7 +36,7 @@ class Source:
 
 
 class Process:
-    """Base of the four. ``timesteps``: what the network is told at each prediction, all of the schedule."""
+    """Base of the four. ``timesteps``: what the network receives at each prediction, all of the schedule."""
 
     #: as a family's ``process``
     name: ClassVar[str]
