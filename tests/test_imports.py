@@ -18,7 +18,7 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"sheets", "rng", "windows", "dialects"},
+    {"sheets", "rng", "windows", "dialects", "ondemand"},
     {"files", "registry", "cards", "protocol", "scale"},
     {"clips"},
     {"metrics"},

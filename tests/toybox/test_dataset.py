@@ -36,13 +36,23 @@ def test_splits_differ_and_bad_arguments_are_refused(tmp_path):
         ToyboxDataset("train", 0, cache=tmp_path)
 
 
-def test_interrupted_render_leaves_nothing(tmp_path):
+def test_an_interrupted_render_goes_on_and_a_lazy_one_is_the_same(tmp_path):
+    steps = []
+
     def stop(done, total):
+        steps.append((done, total))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ToyboxDataset("train", 2, size=16, cache=tmp_path, on_progress=stop)
-    assert list(tmp_path.iterdir()) == []
+        ToyboxDataset("train", 70, size=16, cache=tmp_path / "a", on_progress=stop)
+    assert steps == [(64, 70)]
+    whole = ToyboxDataset("train", 70, size=16, cache=tmp_path / "a", on_progress=lambda *at: steps.append(at))
+    assert steps[1:] == [(70, 70)] and isinstance(whole.images, np.memmap)
+    lazy = ToyboxDataset("train", 70, size=16, cache=tmp_path / "b", lazy=True)
+    chosen = np.array([69, 3, 40])
+    assert (lazy.masks[chosen] == whole.masks[chosen]).all() and not (tmp_path / "b" / whole.folder.name).exists()
+    assert (np.asarray(lazy.images) == whole.images).all() and lazy.images.dtype == np.uint8
+    assert sorted(path.name for path in lazy.folder.iterdir()) == ["images.npy", "masks.npy"]
 
 
 def test_imagefolder_holds_pictures_masks_scenes_and_metadata(tmp_path):

@@ -15,7 +15,7 @@ from sfumato.toybox import ANSWERS, QUESTION_KINDS, questions_about
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective, build_objective
 from sfumato.training.recipe import Recipe
-from sfumato.zoo.objectives.detr import to_centre, to_corners, toy_boxes
+from sfumato.zoo.objectives.detr import ToyBoxes, to_centre, to_corners
 from sfumato.zoo.objectives.vqa import draw_regions, question_tokenizer, region_labels
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def build(kind: str, batch: int = 4, **loss) -> Objective:
 
 def test_boxes_are_those_of_the_masks() -> None:
     source = build("detr").train_data
-    for mask, boxes in zip(source.masks, toy_boxes(source), strict=True):
+    for mask, boxes in zip(source.masks, ToyBoxes(source), strict=True):
         for toy, box in enumerate(boxes):
             rows, columns = np.nonzero(mask == toy)
             if len(rows):

@@ -126,6 +126,7 @@ class BiasedDataset(ToyboxDataset):
         color: float = 0.0,
         cache: Path | str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        lazy: bool = False,
     ):
         bias = bias_of(split, scenery, color)
         if n < 1:
@@ -136,4 +137,4 @@ class BiasedDataset(ToyboxDataset):
         homes = {own_scenery(shape): i for i, shape in enumerate(SHAPES)}
         self.shortcut = np.array([homes.get((scene.ground, scene.sky), -1) for scene in self.scenes])
         told = f"{split}-{n}-{size}-seed{seed}-scenery{scenery:g}-color{color:g}"
-        self._attach(cache, f"world{WORLD}-biased-{told}", on_progress)
+        self._attach(cache, f"world{WORLD}-biased-{told}", on_progress, lazy)

@@ -153,7 +153,8 @@ class CueDataset(ToyboxDataset):
         texture: float = 0.25,
         cache: Path | str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        lazy: bool = False,
     ):
         self.split, self.n, self.size, self.seed = split, n, size, seed
         self.scenes, self.labels = cue_scenes(n, seed, shape, texture, split)
-        self._attach(cache, f"cues{WORLD}-{split}-{n}-{size}-seed{seed}-{shape}-{texture}", on_progress)
+        self._attach(cache, f"cues{WORLD}-{split}-{n}-{size}-seed{seed}-{shape}-{texture}", on_progress, lazy)

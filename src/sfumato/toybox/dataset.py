@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput, UnknownName
+from ..ondemand import Spec, Store
 from ..rng import sequence
 from . import captions, rendering
 from .captions import Caption
@@ -45,7 +46,8 @@ class ToyboxDataset:
         masks: (n, size, size) int8, memory-mapped; -1 background, else toy index.
         scenes: the n scenes.
 
-    Rendered on first use into ``cache`` (default: the cache folder) and read from there afterwards.
+    Rendered on first use into ``cache`` (default: the cache folder) and read from there afterwards; an interrupted
+    rendering goes on where it was. ``lazy``: a scene is rendered when it is first read.
 
     Raises:
         UnknownName: split; BadInput: n < 1.
@@ -60,6 +62,7 @@ class ToyboxDataset:
         toys: int | None = None,
         cache: Path | str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        lazy: bool = False,
     ):
         if split not in DATA_SPLITS:
             raise UnknownName("split", split, DATA_SPLITS)
@@ -68,16 +71,22 @@ class ToyboxDataset:
         self.split, self.n, self.size, self.seed = split, n, size, seed
         self.scenes = [draw_scene(split, seed, i, toys) for i in range(n)]
         crowd = "" if toys is None else f"-toys{toys}"
-        self._attach(cache, f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}", on_progress)
+        self._attach(cache, f"world{WORLD}-{split}-{n}-{size}-seed{seed}{crowd}", on_progress, lazy)
 
-    def _attach(self, cache: Path | str | None, name: str, on_progress: Callable[[int, int], None] | None) -> None:
+    def _attach(
+        self, cache: Path | str | None, name: str, on_progress: Callable[[int, int], None] | None, lazy: bool = False
+    ) -> None:
         """Opens the pictures of ``scenes`` kept as ``name`` in ``cache`` (None: the user's), rendering them first where
-        they are not there."""
+        they are not there; ``lazy``: each when it is first read."""
         self.folder = folder = (Path(cache) if cache else cache_root() / "toybox") / name
-        if not (folder / "masks.npy").exists():
-            self._render(on_progress)
-        self.images = np.load(folder / "images.npy", mmap_mode="r")
-        self.masks = np.load(folder / "masks.npy", mmap_mode="r")
+        specs = {
+            "images": Spec(folder / "images.npy", (self.size, self.size, 3), np.uint8),
+            "masks": Spec(folder / "masks.npy", (self.size, self.size), np.int8),
+        }
+        store = Store(self.n, specs, folder.with_name(f"{folder.name}.unfinished"), self._render)
+        if not lazy:
+            store.fill(on_progress)
+        self.images, self.masks = (store.rows(key) if store.missing.any() else store.arrays[key] for key in specs)
 
     def __len__(self) -> int:
         return self.n
@@ -86,25 +95,10 @@ class ToyboxDataset:
         """A caption of scene i; its style is "random" when ``rng`` is given, else "full", unless ``style`` is given."""
         return captions.caption(self.scenes[i], rng, style or ("random" if rng is not None else "full"))
 
-    def _render(self, on_progress: Callable[[int, int], None] | None) -> None:
-        part = self.folder.with_name(f"{self.folder.name}.part{os.getpid()}")
-        part.mkdir(parents=True, exist_ok=True)
-        try:
-            shape = (self.n, self.size, self.size)
-            images = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, (*shape, 3))
-            masks = np.lib.format.open_memmap(part / "masks.npy", "w+", np.int8, shape)
-            for i in range(0, self.n, 64):
-                frames = rendering.render(self.scenes[i : i + 64], self.size)
-                images[i : i + 64] = rendering.to_uint8(frames.image).permute(0, 2, 3, 1).numpy()
-                masks[i : i + 64] = frames.mask.numpy()
-                if on_progress:
-                    on_progress(min(i + 64, self.n), self.n)
-            images.flush()
-            masks.flush()
-            if not self.folder.exists():
-                part.rename(self.folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    def _render(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        frames = rendering.render([self.scenes[i] for i in rows.tolist()], self.size)
+        images = rendering.to_uint8(frames.image).permute(0, 2, 3, 1).numpy()
+        return {"images": images, "masks": frames.mask.numpy()}
 
 
 def export_imagefolder(

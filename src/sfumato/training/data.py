@@ -22,10 +22,10 @@ from sfumato.training.samples import open_samples
 
 
 def dataset(split: str, options: DataOptions) -> Any:
-    """The "train" or "val" scenes of a recipe, rendered on first use and cached, or the pictures of its folder."""
+    """The "train" or "val" scenes of a recipe, each rendered on first use and cached, or the pictures of its folder."""
     if options.folder:
         return FolderDataset(split, options)
-    return ToyboxDataset(split, getattr(options, split), options.size, options.seed)
+    return ToyboxDataset(split, getattr(options, split), options.size, options.seed, lazy=True)
 
 
 @dataclass(frozen=True)

@@ -176,13 +176,15 @@ class Run:
         trainer, options = self.trainer, self.options
         snapshot = time.monotonic()
         self._keep_stage()
+        if self.main and on_progress:
+            on_progress(Progress(trainer.step, options.steps, {}, trainer.seconds))
 
         def after(logs: dict[str, Tensor]) -> None:
             nonlocal snapshot
             self._keep_stage()
             step = trainer.step
             last = step == options.steps
-            if last or step % options.log_every == 0:
+            if last or step == 1 or step % options.log_every == 0:
                 values = trainer.scalars(logs)
                 if self.main:
                     self._log({"step": step, "seconds": round(trainer.seconds, 2), **values})
@@ -266,7 +268,7 @@ def run(
         resume: go on from the newest sound checkpoint of this recipe; the losses are those of an uninterrupted run.
         minutes: stop after so much time with a resumable checkpoint.
         out: folder of the exported model; default ``<cache>/runs/<recipe>/export``.
-        on_progress: called with a :class:`Progress` after every logged step.
+        on_progress: called with a :class:`Progress` at the start, after the first step and after every logged one.
         snapshots: a folder that is replaced by an export of the averaged weights every ``train.snapshot_minutes``.
 
     Raises:

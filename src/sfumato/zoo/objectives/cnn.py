@@ -68,7 +68,7 @@ class CNNObjective(Objective):
 
     def open_data(self) -> None:
         o, cues = self.recipe.data, {"shape": self.loss_options.shape, "texture": self.loss_options.texture}
-        self.train_data = CueDataset("train", o.train, o.size, o.seed, **cues)
+        self.train_data = CueDataset("train", o.train, o.size, o.seed, **cues, lazy=True)
         # measured on the same pictures whatever was trained on: here the texture says nothing about the shape
         self.val_data = CueDataset("val", o.val, o.size, o.seed, 1.0, TEXTURE_CHANCE)
         self.labels = torch.from_numpy(self.train_data.labels)

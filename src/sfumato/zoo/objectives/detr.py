@@ -7,6 +7,7 @@ the sides of that toy's box are. It shapes features only: no attention map ever 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,20 +46,28 @@ class DetrLoss(Options):
     places: float = Field(0.5, ge=0, description="weight of reading toys and their boxes off the encoder's output")
 
 
-def toy_boxes(source: ToyboxDataset) -> list[Tensor]:
-    """Boxes (toys, 4) of each scene's visible pixels, x0 y0 x1 y1 in shares of the picture; nan where unseen."""
-    out, size = [], source.size
-    places = np.arange(size)
-    for scene, mask in zip(source.scenes, source.masks, strict=True):
-        boxes = torch.full((len(scene.toys), 4), float("nan"))
-        for toy in range(len(scene.toys)):
-            mine = mask == toy
-            columns, rows = places[mine.any(0)], places[mine.any(1)]
-            if len(columns):
-                edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-                boxes[toy] = torch.tensor(edges, dtype=torch.float32) / size
-        out.append(boxes)
-    return out
+class ToyBoxes(Sequence[Tensor]):
+    """Boxes (toys, 4) of each scene's visible pixels, x0 y0 x1 y1 in shares of the picture; nan where unseen. Each is
+    measured when it is first asked for."""
+
+    def __init__(self, source: ToyboxDataset):
+        self.source, self.known = source, dict[int, Tensor]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i not in self.known:
+            mask, places = self.source.masks[i], np.arange(self.source.size)
+            boxes = torch.full((len(self.source.scenes[i].toys), 4), float("nan"))
+            for toy in range(len(boxes)):
+                mine = mask == toy
+                columns, rows = places[mine.any(0)], places[mine.any(1)]
+                if len(columns):
+                    edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+                    boxes[toy] = torch.tensor(edges, dtype=torch.float32) / self.source.size
+            self.known[i] = boxes
+        return self.known[i]
 
 
 def to_centre(boxes: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ class DetrObjective(Objective):
 
     def open_data(self) -> None:
         super().open_data()
-        self.boxes = toy_boxes(self.train_data)
+        self.boxes = ToyBoxes(self.train_data)
         self.cells = self.recipe.data.size // (PATCH * 2 ** (len(self.model_options.backbone) - 1))
 
     def takes_muon(self, name: str, parameter: Tensor) -> bool:
@@ -187,7 +196,7 @@ class DetrObjective(Objective):
         """On held-out scenes: toys found (right shape, overlap above a half), finds that are right, mean overlap."""
         hits = found = there = 0
         overlaps: list[float] = []
-        boxes = toy_boxes(self.val_data)
+        boxes = ToyBoxes(self.val_data)
         for part in torch.arange(len(self.val_data)).split(100):
             odds, corners = self.detect(data.pictures(self.val_data, part).to(self.device))
             for row, i in enumerate(part.tolist()):

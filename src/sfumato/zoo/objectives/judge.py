@@ -163,10 +163,10 @@ class JudgeObjective(Objective):
 
     def open_data(self) -> None:
         data = self.recipe.data
-        self.sets = [ToyboxDataset("train", data.train, data.size, data.seed)]
+        self.sets = [ToyboxDataset("train", data.train, data.size, data.seed, lazy=True)]
         if self.loss_options.heldout:
             # the judge must read every combination equally well; the pictures it is measured on have other seeds
-            self.sets.append(ToyboxDataset("heldout", self.loss_options.heldout, data.size, data.seed + 1))
+            self.sets.append(ToyboxDataset("heldout", self.loss_options.heldout, data.size, data.seed + 1, lazy=True))
         self.val = [
             ToyboxDataset("val", data.val, data.size, data.seed),
             ToyboxDataset("heldout", max(1, data.val // 2), data.size, data.seed),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import registry, sheets
 from sfumato.errors import UnknownName
+from sfumato.ondemand import Spec, Store
 from sfumato.toybox import ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
 from sfumato.toybox.oracle.presence import check, wanted
@@ -136,24 +137,22 @@ class LatentObjective(Objective):
         self.train_latents = self.cached_latents(self.train_data)
         self.val_latents = self.cached_latents(self.val_data)
 
-    def cached_latents(self, source: ToyboxDataset) -> np.ndarray:
-        """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; encoded once and kept on disk."""
+    def cached_latents(self, source: ToyboxDataset) -> Any:
+        """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; each encoded when it is first read
+        and kept on disk."""
         path = registry.cache_folder() / "latents" / f"{source.folder.name}-{self.key}.npy"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = []
-            with torch.no_grad():
-                for part in torch.arange(len(source)).split(64):
-                    z = self.vae.encode(data.pictures(source, part).to(self.device)).latent_dist.mean
-                    rows.append((z * self.vae.config.scaling_factor).half().cpu().numpy())
-            beside = path.with_name(f".{path.name}.{os.getpid()}.npy")
-            np.save(beside, np.concatenate(rows))
-            beside.rename(path)
-        return np.load(path, mmap_mode="r")
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shape = (self.vae.config.latent_channels, *[self.recipe.data.size // factor] * 2)
+        spec = Spec(path, shape, np.float16)
+        make = partial(self._encode, source)
+        return Store(len(source), {"latents": spec}, path.with_suffix(".unfinished"), make).rows("latents")
 
-    def draw_latents(
-        self, source: ToyboxDataset, latents: np.ndarray, indices: Tensor, draw: Draw
-    ) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _encode(self, source: ToyboxDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
+        z = self.vae.encode(data.pictures(source, torch.from_numpy(rows)).to(self.device)).latent_dist.mean
+        return {"latents": (z * self.vae.config.scaling_factor).half().cpu().numpy()}
+
+    def draw_latents(self, source: ToyboxDataset, latents: Any, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
         """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
         x0 = torch.from_numpy(latents[indices.numpy()]).float()
         noise = torch.randn(x0.shape, generator=draw.generator("noise"))

@@ -82,7 +82,7 @@ class VitObjective(Objective):
         o = self.recipe.data
         if self.biased:
             bias = {"size": o.size, "seed": o.seed, "scenery": self.loss_options.scenery}
-            self.train_data: ToyboxDataset = BiasedDataset("train", o.train, **bias)
+            self.train_data: ToyboxDataset = BiasedDataset("train", o.train, **bias, lazy=True)
             self.val_data = {split: BiasedDataset(split, o.val, **bias) for split in BIASED_SPLITS if split != "train"}
         else:
             self.train_data = data.dataset("train", o)

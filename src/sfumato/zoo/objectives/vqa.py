@@ -7,6 +7,7 @@ regions are the toys' boxes, somewhat displaced, and boxes of the background, in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives import labels
-from sfumato.zoo.objectives.detr import toy_boxes
+from sfumato.zoo.objectives.detr import ToyBoxes
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -124,13 +125,13 @@ class VQAObjective(Objective):
 
     def open_data(self) -> None:
         super().open_data()
-        self.boxes = toy_boxes(self.train_data)
-        self.val_boxes = toy_boxes(self.val_data)
+        self.boxes = ToyBoxes(self.train_data)
+        self.val_boxes = ToyBoxes(self.val_data)
 
     def takes_muon(self, name: str, parameter: Tensor) -> bool:
         return super().takes_muon(name, parameter) and not any(n in name for n in ("visn_fc", "box_fc", "logit_fc.3"))
 
-    def _seen(self, source: ToyboxDataset, boxes: list[Tensor], i: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _seen(self, source: ToyboxDataset, boxes: Sequence[Tensor], i: int, seed: int) -> tuple[Tensor, Tensor]:
         o: VQAModelOptions = self.model_options
         generator = torch.Generator().manual_seed(seed)
         seen = boxes[i][~boxes[i].isnan().any(1)]
