@@ -49,7 +49,7 @@ def test_an_interrupted_render_goes_on_and_a_lazy_one_is_the_same(tmp_path):
     whole = ToyboxDataset("train", 70, size=16, cache=tmp_path / "a", on_progress=lambda *at: steps.append(at))
     assert steps[1:] == [(70, 70)] and isinstance(whole.images, np.memmap)
     lazy = ToyboxDataset("train", 70, size=16, cache=tmp_path / "b", lazy=True)
-    chosen = np.array([69, 3, 40])
+    chosen = np.array([40, 3])
     assert (lazy.masks[chosen] == whole.masks[chosen]).all() and not (tmp_path / "b" / whole.folder.name).exists()
     assert (np.asarray(lazy.images) == whole.images).all() and lazy.images.dtype == np.uint8
     assert sorted(path.name for path in lazy.folder.iterdir()) == ["images.npy", "masks.npy"]
