@@ -60,7 +60,7 @@ def theirs(pipe, noise, rows, **options):
 
 
 def ours(pipe, noise, rows, thresholds, **options):
-    nurse = AttendExcite(
+    guide = AttendExcite(
         words=[word for word in WORDS if any(word in PROMPTS[row] for row in rows)],
         thresholds=[(i / STEPS, level) for i, level in thresholds.items()],
         resolution=8,
@@ -69,25 +69,25 @@ def ours(pipe, noise, rows, thresholds, **options):
     model = Model(pipe, name="tiny-sd", card={"sampling": {"size": [32, 32]}})
     prompts = [PROMPTS[row] for row in rows]
     result = generate(
-        model, prompts, latents=noise[rows], steps=STEPS, guidance=GUIDANCE, interventions=nurse, decode=False
+        model, prompts, latents=noise[rows], steps=STEPS, guidance=GUIDANCE, interventions=guide, decode=False
     )
-    return result.latents, nurse
+    return result.latents, guide
 
 
 @pytest.mark.parametrize("rows", [[0], [1], [0, 1]])
 def test_latents(pipe, noise, rows):
     expected, _ = theirs(pipe, noise, rows, thresholds=THRESHOLDS)
-    latents, nurse = ours(pipe, noise, rows, THRESHOLDS, reference=True)
+    latents, guide = ours(pipe, noise, rows, THRESHOLDS, reference=True)
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
     plain = generate(
         Model(pipe, name="tiny-sd"), [PROMPTS[row] for row in rows], latents=noise[rows], steps=STEPS,
         guidance=GUIDANCE, decode=False,
     ).latents  # fmt: skip
     assert (latents - plain).abs().max() > 100 * (latents - expected).abs().max()  # far more than the tolerance
-    looks = [len(losses) for one in nurse.attended for losses in one.losses.values()]
+    looks = [len(losses) for one in guide.attended for losses in one.losses.values()]
     assert max(looks) > 2  # something was refined, until the threshold was met:
     assert all(
-        loss[-2] <= 1 - THRESHOLDS[i] for one in nurse.attended for i, loss in one.losses.items() if len(loss) > 1
+        loss[-2] <= 1 - THRESHOLDS[i] for one in guide.attended for i, loss in one.losses.items() if len(loss) > 1
     )
 
 
@@ -101,14 +101,14 @@ def test_without_refinement(pipe, noise):
 def test_a_threshold_out_of_reach(pipe, noise):
     expected, _ = theirs(pipe, noise, [0], thresholds={0: 1.0}, scale_factor=2)
     for reference in (True, False):  # 20 tries and the ordinary step, then they are one
-        latents, nurse = ours(pipe, noise, [0], {0: 1.0}, strength=2.0, reference=reference)
+        latents, guide = ours(pipe, noise, [0], {0: 1.0}, strength=2.0, reference=reference)
         torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
-        assert len(nurse.attended[0].losses[0]) == 21
+        assert len(guide.attended[0].losses[0]) == 21
 
 
 def test_fewer_passes_than_the_pipeline(pipe, noise):
     _, calls = theirs(pipe, noise, [0], thresholds=THRESHOLDS)
-    _, nurse = ours(pipe, noise, [0], THRESHOLDS, reference=True)
-    looks = sum(map(len, nurse.attended[0].losses.values()))
-    refined = sum(len(losses) > 1 for losses in nurse.attended[0].losses.values())
+    _, guide = ours(pipe, noise, [0], THRESHOLDS, reference=True)
+    looks = sum(map(len, guide.attended[0].losses.values()))
+    refined = sum(len(losses) > 1 for losses in guide.attended[0].losses.values())
     assert refined and calls == STEPS + looks + refined + STEPS // 2  # ours: STEPS + looks

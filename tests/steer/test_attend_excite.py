@@ -16,6 +16,7 @@ from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.attend_excite import AttendExcite, smoothing_kernel
+from sfumato.steer.attend_excite.choices import sites_of
 from sfumato.text import Words
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -107,8 +108,8 @@ def test_one_step_is_the_gradient_by_hand(kind):
     model = tiny_model(kind, fresh=True)
     model.to(dtype=torch.float64)
     options = dict(steps=1, seed=3, decode=False, **guided(model))
-    nurse, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
-    generate(model, PROMPTS, interventions=[nurse, watch], **options)
+    system, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
+    generate(model, PROMPTS, interventions=[system, watch], **options)
     scheduler = model.make_scheduler(None)
     t = model.timesteps(scheduler, 1, 32, 32)[0]
     scale = float(watch.noise.std()) if kind == "sdxl" else 1.0  # Euler: latents as long as the noise level says
@@ -123,7 +124,7 @@ def test_one_step_is_the_gradient_by_hand(kind):
         loss = loss_by_hand(model, model.sites(32, 32), probs.found, 0, PROMPTS[row], wanted, whole)
         (gradient,) = torch.autograd.grad(loss, x)
         shift = watch.seen[0][row] - watch.noise[row]
-        assert nurse.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
+        assert system.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
         factor = 30.0
         if kind == "sdxl":
             alpha = nurse_alpha(scheduler, t)
@@ -149,12 +150,12 @@ def test_kernels():
 
 
 def losses_of(prompts, seeds, *others, model=None, **params):
-    nurse = AttendExcite(**{"thresholds": [(0, 0.3)], "strength": 40.0, **params})
+    system = AttendExcite(**{"thresholds": [(0, 0.3)], "strength": 40.0, **params})
     result = generate(
         model or tiny_model("sd"), prompts, seed=seeds, steps=2, scheduler="ddim", guidance=3.0, decode=False,
-        interventions=[nurse, *others],
+        interventions=[system, *others],
     )  # fmt: skip
-    return [one.losses for one in nurse.attended], result
+    return [one.losses for one in system.attended], result
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_gradients_of_some_samples_are_those_of_all():
 
 @pytest.mark.parametrize(("steps", "expected"), [(50, [0, 10, 20]), (10, [0, 2, 4])])
 def test_thresholds_and_window_are_shares_of_progress(steps, expected, monkeypatch):
-    nurse = AttendExcite()
+    system = AttendExcite()
     moved = []
     monkeypatch.setattr(AttendExcite, "_move", lambda self, step, rows, _: moved.append(step.i) or [0.0] * len(rows))
     monkeypatch.setattr(AttendExcite, "coverage", lambda self: {"calls": 1})
@@ -245,12 +246,14 @@ def test_thresholds_and_window_are_shares_of_progress(steps, expected, monkeypat
     monkeypatch.setattr(
         type(model), "predict", lambda self, x, t, c, names=(), **_: torch.zeros_like(x).repeat(len(names), 1, 1, 1)
     )
-    generate(model, "a cube and a ball", steps=steps, guidance=3.0, scheduler="ddim", interventions=nurse, decode=False)
-    assert sorted(nurse._levels) == expected and nurse._levels[0] == 0.05
+    generate(
+        model, "a cube and a ball", steps=steps, guidance=3.0, scheduler="ddim", interventions=system, decode=False
+    )
+    assert sorted(system._levels) == expected and system._levels[0] == 0.05
     assert moved == list(range(steps // 2))
-    nurse = AttendExcite()
-    generate(model, "a cube and a ball", steps=50, guidance=3.0, interventions=nurse, decode=False)  # PNDM: 51
-    assert sorted(nurse._levels) == [0, 10, 20]
+    system = AttendExcite()
+    generate(model, "a cube and a ball", steps=50, guidance=3.0, interventions=system, decode=False)  # PNDM: 51
+    assert sorted(system._levels) == [0, 10, 20]
 
 
 def test_step_size_falls_with_the_root():
@@ -265,8 +268,8 @@ def test_step_size_falls_with_the_root():
 
 def test_relative_steps_move_by_a_share_of_the_latents():
     model, watch = tiny_model("sdxl"), Watch()
-    nurse = AttendExcite(step="relative", strength=0.1, thresholds=[])
-    generate(model, PROMPTS, steps=1, interventions=[nurse, watch], decode=False)
+    system = AttendExcite(step="relative", strength=0.1, thresholds=[])
+    generate(model, PROMPTS, steps=1, interventions=[system, watch], decode=False)
     shift = (watch.seen[0] - watch.noise).square().mean((1, 2, 3)).sqrt()
     torch.testing.assert_close(shift, 0.1 * watch.noise.square().mean((1, 2, 3)).sqrt(), rtol=1e-4, atol=0)
     still = AttendExcite(step="relative", strength=0.1, enough=0.001)  # every word has that much
@@ -276,19 +279,19 @@ def test_relative_steps_move_by_a_share_of_the_latents():
 
 
 def test_the_nouns_of_each_prompt_by_default():
-    nurse = AttendExcite(thresholds=[])
+    system = AttendExcite(thresholds=[])
     prompts = ["a red cube and a cube on a dog", "a small green ball"]
-    generate(tiny_model("sd"), prompts, steps=1, interventions=nurse, decode=False)
-    assert [one.words for one in nurse.attended] == [("cube#1", "cube#2", "dog"), ("ball",)]
-    generate(tiny_model("sd"), prompts[1:], steps=1, interventions=nurse, decode=False)
-    assert [one.words for one in nurse.attended] == [("ball",)]  # a new run starts anew
-    assert nurse.attended[0].before.shape == (1, 8, 8)
+    generate(tiny_model("sd"), prompts, steps=1, interventions=system, decode=False)
+    assert [one.words for one in system.attended] == [("cube#1", "cube#2", "dog"), ("ball",)]
+    generate(tiny_model("sd"), prompts[1:], steps=1, interventions=system, decode=False)
+    assert [one.words for one in system.attended] == [("ball",)]  # a new run starts anew
+    assert system.attended[0].before.shape == (1, 8, 8)
 
 
 def test_pictures_show_first_and_last():
-    nurse = AttendExcite(words=["cube", "ball"], thresholds=[])
-    result = generate(tiny_model("sd"), "a red cube and a blue ball", steps=3, interventions=nurse, size=(48, 32))
-    [picture] = nurse.pictures(result, 0).values()
+    system = AttendExcite(words=["cube", "ball"], thresholds=[])
+    result = generate(tiny_model("sd"), "a red cube and a blue ball", steps=3, interventions=system, size=(48, 32))
+    [picture] = system.pictures(result, 0).values()
     assert picture.width > 4 * picture.height * 48 / 32
     idle = AttendExcite(words=["cube", "ball"], strength=0)
     result = generate(tiny_model("sd"), "a red cube and a blue ball", steps=2, interventions=idle)
@@ -308,14 +311,14 @@ def test_pictures_show_first_and_last():
 )
 def test_maps_of_a_quarter_of_the_latents_are_read(grids, expected):
     sites = [Site(f"s{i}", "cross", g, (0, 77), (0, g[0] * g[1]), 8, f"down.{i}", i) for i, g in enumerate(grids)]
-    chosen = AttendExcite()._chosen(sites, "m")
+    chosen = sites_of(sites, [], None, "m")
     assert [site.grid for site in chosen] == [expected]
 
 
 def test_only_the_layers_up_to_the_last_one_read_are_run():
     model = tiny_model("sd")
-    nurse = AttendExcite(layers=["down"], thresholds=[], window=(0.0, 0.5))
-    result = generate(model, PROMPTS, steps=2, scheduler="ddim", guidance=3.0, interventions=nurse, decode=False)
+    system = AttendExcite(layers=["down"], thresholds=[], window=(0.0, 0.5))
+    result = generate(model, PROMPTS, steps=2, scheduler="ddim", guidance=3.0, interventions=system, decode=False)
     sites = model.sites(32, 32)
     part = (max(s.index for s in sites if s.block == "down.1" and s.kind == "cross") + 1) / len(sites)
     assert result.coverage["attend_excite"]["cost"] == pytest.approx(2 * part) and part < 0.5
@@ -368,7 +371,7 @@ def test_refusals():
         run(strength=-1)
     sites = [Site("s", "self", (8, 8), None, (0, 64), 8, "down.0", 0)]
     with pytest.raises(NotSupported, match="m has none"):
-        AttendExcite()._chosen(sites, "m")
+        sites_of(sites, [], None, "m")
 
 
 def test_attention_that_another_system_holds_is_a_conflict_that_names_it():
@@ -386,8 +389,8 @@ def test_one_step_of_a_clip_is_the_gradient_by_hand():
     model, frames = tiny_model("animatediff", fresh=True), 3
     model.to(dtype=torch.float64)
     options = dict(steps=1, seed=3, frames=frames, guidance=3.0, decode=False)
-    nurse, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
-    generate(model, PROMPTS, interventions=[nurse, watch], **options)
+    system, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
+    generate(model, PROMPTS, interventions=[system, watch], **options)
     scheduler = model.make_scheduler(None)
     t = model.timesteps(scheduler, 1, 32, 32)[0]
     condition = model.encode_text(PROMPTS, guidance=False)
@@ -403,8 +406,8 @@ def test_one_step_of_a_clip_is_the_gradient_by_hand():
             by_word.append(sum(by_frame) / frames)
         loss = max(by_word)
         (gradient,) = torch.autograd.grad(loss, x)
-        assert nurse.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
-        assert nurse.attended[row].before.shape == (2, frames, 8, 8)
+        assert system.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
+        assert system.attended[row].before.shape == (2, frames, 8, 8)
         shift = watch.seen[0][row] - watch.noise[row]
         torch.testing.assert_close(shift, -30.0 * gradient[0], rtol=1e-4, atol=1e-9)
         assert (shift.abs().amax((0, 2, 3)) > 1e-7).all()  # every frame is moved
@@ -422,7 +425,7 @@ def test_clips_are_independent_and_strength_0_changes_nothing():
     alone = generate(model, PROMPTS[1], seed=5, interventions=AttendExcite(**given), **options).latents
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
     assert (together - plain).flatten(1).abs().amax(1).min() > 1e-3
-    nurse = AttendExcite(words=["cube", "ball"], thresholds=[])
-    result = generate(model, PROMPTS[0], steps=2, frames=2, interventions=nurse)
-    assert nurse.pictures(result, 0)["attended"].height > 2 * 192
+    system = AttendExcite(words=["cube", "ball"], thresholds=[])
+    result = generate(model, PROMPTS[0], steps=2, frames=2, interventions=system)
+    assert system.pictures(result, 0)["attended"].height > 2 * 192
     assert fingerprint(model) == before

@@ -78,22 +78,24 @@ class Inpaint(Redraws, Intervention):
         self._share = masks.on_grid(self._region, run.grid, self.params.level)[:, None]
 
     def on_noise(self, run: Run, x: Tensor) -> Tensor:
-        """Fetches the picture and tells the hole to every condition of the run; at strength 1 returns pure noise."""
+        """Fetches the picture with its hole; at strength 1 returns pure noise."""
         self._pixels, self._clean = kept_picture(run, x, self.params, self)
         pixels = run.model.decode(self._clean) if self._pixels is None else self._pixels
         self._share = self._share.to(x)
         erased = masks.decided(self._region, self.params.level).to(pixels)[:, None]
-        hole = hole_of(run.model, pixels, erased, self._share).expand(len(run), -1, -1, -1)
-        assert run.condition is not None
-        run.condition = _told(run.condition, hole)
-        for name, (condition, weight) in run.compose.items():
-            run.compose[name] = _told(condition, hole), weight
+        self._hole = hole_of(run.model, pixels, erased, self._share).expand(len(run), -1, -1, -1)
         if run.begin or self._pixels is None:
             return x
         # as the diffusers pipeline: the picture's own noised latents would give away what the hole hides
         seeds = rng.generators("sample", run.seeds)
         noise = randn_tensor(tuple(x.shape), generator=seeds, device=x.device, dtype=x.dtype)
         return run.model.prepare(noise, run.scheduler)
+
+    def on_condition(self, run: Run, condition: Condition) -> Condition:
+        """The hole, for every branch."""
+        rows = {**condition.cond, "hole": self._hole}
+        uncond = None if condition.uncond is None else {**condition.uncond, "hole": self._hole}
+        return replace(condition, cond=rows, uncond=uncond)
 
     def after_predict(self, step: Step) -> None:
         """The known part of the predicted clean latents is the picture's."""
@@ -112,7 +114,7 @@ class Inpaint(Redraws, Intervention):
 
 
 def hole_of(model: Any, pixels: Tensor, erased: Tensor, share: Tensor) -> Tensor:
-    """What an inpainting denoiser is told (b 1+c h w): the mask on the grid of the latents, and the latents of the
+    """What an inpainting denoiser sees beside its latents (b 1+c h w): the mask on their grid, and the latents of the
     picture with the hole in grey.
 
     ``pixels`` (b or 1, 3 H W) in [-1, 1]; ``erased`` (b or 1, 1 H W) and ``share`` (b or 1, 1 h w) are 1 where to draw
@@ -121,9 +123,3 @@ def hole_of(model: Any, pixels: Tensor, erased: Tensor, share: Tensor) -> Tensor
     n = max(len(pixels), len(erased))
     known = model.encode_image((pixels * (1 - erased)).expand(n, -1, -1, -1))
     return torch.cat([share.expand(n, -1, -1, -1).to(known), known], 1)
-
-
-def _told(condition: Condition, hole: Tensor) -> Condition:
-    rows = {**condition.cond, "hole": hole}
-    uncond = None if condition.uncond is None else {**condition.uncond, "hole": hole}
-    return replace(condition, cond=rows, uncond=uncond)

@@ -3,8 +3,8 @@ order.
 
 For each batch the loop calls, on every intervention in the order of :data:`ROLES`::
 
-    start -> on_text -> on_noise -> ( before_predict -> [denoiser with taps] -> after_predict -> after_step )* ->
-    on_decode -> finish
+    start -> on_text -> on_noise -> on_condition ->
+    ( before_predict -> [denoiser with taps] -> after_predict -> after_step )* -> on_decode -> finish
 
 A system overrides what it needs. Whatever it attaches to the model it attaches through ``run.enter(context_manager)``
 or ``run.defer(callback)``: the loop undoes these in reverse order when the batch ends, however it ends, so that the
@@ -89,6 +89,11 @@ class Intervention:
     def on_noise(self, run: Run, x: Tensor) -> Tensor:
         """Return the latents (b c h w) to begin with, in the scheduler's scaling."""
         return x
+
+    def on_condition(self, run: Run, condition: Any) -> Any:
+        """Return a condition, the prompt's or one of ``run.compose``, with what a denoiser gets beside the text; the
+        latents are known by now. Called once for each."""
+        return condition
 
     def before_predict(self, step: Step) -> None:
         """May replace ``step.x`` (use ``step.grad``) or ``step.condition``."""

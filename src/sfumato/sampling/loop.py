@@ -236,6 +236,9 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> 
     for part in overridden(run.parts, "on_noise"):
         x = part.on_noise(run, x)
         run.process.refuse(x, part.name)
+    for part in overridden(run.parts, "on_condition"):
+        run.condition = part.on_condition(run, run.condition)
+        run.compose = {name: (part.on_condition(run, each), weight) for name, (each, weight) in run.compose.items()}
     before, after, last = (overridden(run.parts, name) for name in ("before_predict", "after_predict", "after_step"))
     finite: list[tuple[int, Tensor]] = []
     i = run.begin
