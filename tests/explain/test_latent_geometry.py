@@ -54,10 +54,12 @@ def test_prompts_are_compared_at_the_same_latents(looked):
     model, found, seen, _ = looked
     assert found.prompts == ("a red cube", "a yellow dog", "a blue ball")  # itself once only
     pairs = found.between_prompts(1)
-    assert len(pairs) == 3 and pairs[0][0] == pytest.approx(float(found.alike[0, 1]))
-    assert pairs[0][1] == geodesic_distance(found.told[1, 0], found.told[1, 1])
-    assert torch.equal(found.told[:, 0], found.u[:, 0])
-    assert torch.allclose(found.alike.diagonal(), torch.ones(3), atol=1e-5) and float(found.alike[0, 1]) < 0.99
+    assert len(pairs) == 3 and pairs[0][0] == pytest.approx(float(found.similarity[0, 1]))
+    assert pairs[0][1] == geodesic_distance(found.by_prompt[1, 0], found.by_prompt[1, 1])
+    assert torch.equal(found.by_prompt[:, 0], found.u[:, 0])
+    assert (
+        torch.allclose(found.similarity.diagonal(), torch.ones(3), atol=1e-5) and float(found.similarity[0, 1]) < 0.99
+    )
     assert set(found.curved) == {"line", "sphere"} and all(each >= 0.99 for each in found.curved.values())
 
 

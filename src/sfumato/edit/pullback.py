@@ -12,11 +12,9 @@ Kwon, Jo, Uh 2023, arXiv 2302.12469), x <- x + gamma delta v with v kept in the 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sfumato import cards
@@ -26,9 +24,8 @@ from sfumato.hspace.basis import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step
+from sfumato.sampling.beside import draw_beside
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.loop import opened, walk
-from sfumato.sampling.request import Source
 
 __all__ = ["Pullback"]
 
@@ -146,12 +143,12 @@ class Pullback(Intervention):
     # -- directions ----------------------------------------------------------------------------------------------------
 
     def _condition(self, step: Step) -> Condition:
-        """What the direction depends on: the run's texts, or the one asked for."""
+        """What the direction depends on: the run's texts, or the given one."""
         run = step.run
         if self.params.prompt is None:
             return step.condition
-        told = run.model.encode_text([self.params.prompt], None, False, step.condition.guidance)
-        return told.rows([0] * len(run))
+        condition = run.model.encode_text([self.params.prompt], None, False, step.condition.guidance)
+        return condition.rows([0] * len(run))
 
     def _basis(self, step: Step, row: int, condition: Condition, x: Tensor, begin: Basis | None = None) -> Basis:
         p = self.params
@@ -169,22 +166,11 @@ class Pullback(Intervention):
         if p.from_seed is None:
             return None
         run = step.run
-        assert run.request is not None
         prompt = run.prompts[0] if p.from_prompt is None else p.from_prompt
-        negatives = run.negatives and run.negatives[:1]
-        request = replace(run.request, prompts=[prompt], negatives=negatives, seeds=[p.from_seed], source=Source())
-        there = _Until(self._step)
-        try:
-            with opened(run.model, request, range(1), (there,)) as other:
-                shape = (1, *step.x.shape[1:])
-                like = {"device": step.x.device, "dtype": step.x.dtype}
-                walk(other, run.model.prepare(randn_tensor(shape, generator=other.generators, **like), other.scheduler))
-        except _There:
-            pass
-        assert there.step is not None
-        run.spend(there.step.run.cost / len(run), step)
-        x = (there.step.x / step.path.scale(step.t)).detach()
-        condition = self._condition(step) if p.prompt is not None else there.step.condition
+        there = draw_beside(run, prompt, seed=p.from_seed, until=self._step)
+        self.activity.cost += there.cost
+        x = (there.x / step.path.scale(step.t)).detach()
+        condition = self._condition(step) if p.prompt is not None else there.condition
         return self._basis(step, 0, condition, x).u[p.direction - 1]
 
     def _carry(self, basis: Basis, u: Tensor) -> Tensor:
@@ -218,21 +204,3 @@ class Pullback(Intervention):
                 bases = [self._basis(step, row, condition, each, begin=basis) for row, (each, basis) in rows]
                 v = torch.stack([basis.projected(each) for basis, each in zip(bases, v, strict=True)]).to(x)
         return x
-
-
-class _There(Exception):
-    """The walk is where it was to go."""
-
-
-class _Until(Intervention):
-    """Ends a walk where step ``i`` begins, and keeps that step."""
-
-    def __init__(self, i: int):
-        self.i = i
-        self.step: Step | None = None
-        self.activity = Coverage()
-
-    def before_predict(self, step: Step) -> None:
-        if step.i == self.i:
-            self.step = step
-            raise _There

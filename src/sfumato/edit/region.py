@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from sfumato import cards, masks
 from sfumato.cards import Field
 from sfumato.errors import BadInput
 from sfumato.sampling import Intervention, Run
-from sfumato.sampling.loop import opened, walk
+from sfumato.sampling.beside import draw_beside
 
 __all__ = ["RegionParams", "kept_picture", "region_of"]
 
@@ -60,10 +59,10 @@ def region_of(
     else:
         region = layers.amax(0, keepdim=True)
     region = 1 - region if params.invert else region
-    drawn = "nothing is drawn anew" if not region.any() else None
-    if drawn or bool((region >= level).all()):
-        told = drawn or "nothing of the picture is kept"
-        warnings.warn(masks.MaskWarning(f"the region of {name} makes no difference: {told}."), stacklevel=3)
+    why = "nothing is drawn anew" if not region.any() else None
+    if why or bool((region >= level).all()):
+        why = why or "nothing of the picture is kept"
+        warnings.warn(masks.MaskWarning(f"the region of {name} makes no difference: {why}."), stacklevel=3)
     held = run.request is not None and run.request.source.pixels is not None
     if held == (params.source is not None):
         raise BadInput(
@@ -79,12 +78,9 @@ def kept_picture(run: Run, x: Tensor, params: RegionParams, system: Intervention
     assert run.request is not None
     pixels = run.request.source.pixels
     if pixels is None:
-        told = [params.source or ""] * len(run.request)
-        with opened(run.model, replace(run.request, prompts=told), run.samples, ()) as other:
-            clean = walk(other, x)
-        run.spend(other.cost, None)
-        system.activity.cost += other.cost
-        return None, clean
+        drawn = draw_beside(run, params.source or "", x=x, source=run.request.source)
+        system.activity.cost += drawn.cost
+        return None, drawn.x
     if len(pixels) > 1:
         pixels = pixels[run.samples.start : run.samples.stop]
     return pixels, run.model.encode_image(pixels).expand(len(run), -1, -1, -1)

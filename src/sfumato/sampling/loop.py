@@ -231,8 +231,9 @@ def opened(
             part.finish(run)
 
 
-def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> Tensor:
-    """Carry states (b ...), latents in the scheduler's scaling, along the schedule from ``run.begin`` to its end."""
+def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, until: int | None = None) -> Tensor:
+    """Carry states (b ...), latents in the scheduler's scaling, along the schedule from ``run.begin`` to its end, or to
+    where step ``until`` would begin."""
     for part in overridden(run.parts, "on_noise"):
         x = part.on_noise(run, x)
         run.process.refuse(x, part.name)
@@ -242,7 +243,7 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None) -> 
     before, after, last = (overridden(run.parts, name) for name in ("before_predict", "after_predict", "after_step"))
     finite: list[tuple[int, Tensor]] = []
     i = run.begin
-    while 0 <= i < run.total:
+    while 0 <= i < run.total and i != until:
         step = Step(run, i, x)
         for part in step.active(before):
             step.actor = part

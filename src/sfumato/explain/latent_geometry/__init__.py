@@ -14,149 +14,29 @@ Changes nothing in the pictures.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from pydantic import field_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sfumato import cards, files
+from sfumato import cards
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput
-from sfumato.hspace.basis import FORMAT, Basis, Directions, Encoder, local_basis
+from sfumato.explain.latent_geometry.geometry import Geometry
+from sfumato.explain.latent_geometry.places import PlaceRecord, Places
+from sfumato.hspace.basis import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
-from sfumato.metrics.geometry import curvedness, geodesic_distance, mean_directions, slerp, spectrum
+from sfumato.metrics.geometry import curvedness, mean_directions, slerp, spectrum
 from sfumato.models import Condition, Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert
+from sfumato.sampling.beside import draw_beside
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.loop import opened, walk
-from sfumato.sampling.request import Source, as_pixels, checked_size
+from sfumato.sampling.request import as_pixels, checked_size
 
 __all__ = ["Geometry", "LatentGeometry", "explain_image"]
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """What was found at p noise levels for b samples, n directions each.
-
-    ``points``: the levels as fractions of progress. ``u`` (p b n d) tangent spaces, ``s`` (p b n) singular values,
-    ``power`` (p b n r) of the directions by radial frequency. ``told`` (p q n d): tangent spaces of the first sample's
-    latents under other prompts, of which the first is its own; ``alike`` (q q) says how similar their texts are.
-    ``curved``: of the path between the first two samples' latents, by kind of path. ``directions``: for all samples.
-    """
-
-    points: tuple[float, ...]
-    u: Tensor
-    s: Tensor
-    power: Tensor
-    told: Tensor
-    alike: Tensor
-    prompts: tuple[str, ...]
-    curved: dict[str, float]
-    directions: Directions
-
-    @property
-    def centroids(self) -> Tensor:
-        """The mean radial frequency (p b), in cycles along the shorter side, of each sample's directions."""
-        rings = torch.arange(self.power.shape[-1], dtype=self.power.dtype)
-        return (self.power * rings).sum(-1).mean(-1)
-
-    def between_times(self) -> Tensor:
-        """Distances (p p) between one sample's tangent spaces at two levels, mean over samples."""
-        p, b = self.u.shape[:2]
-        found = torch.zeros(p, p)
-        for i, j in combinations(range(p), 2):
-            far = [geodesic_distance(self.u[i, row], self.u[j, row]) for row in range(b)]
-            found[i, j] = found[j, i] = sum(far) / b
-        return found
-
-    def between_samples(self, i: int) -> list[float]:
-        """Distances between the tangent spaces of every two samples at level ``i``."""
-        return [geodesic_distance(a, b) for a, b in combinations(self.u[i], 2)]
-
-    def between_prompts(self, i: int) -> list[tuple[float, float]]:
-        """(similarity of the texts, distance of the tangent spaces) of every two prompts at level ``i``, at the same
-        latents."""
-        pairs = combinations(range(len(self.prompts)), 2)
-        return [(float(self.alike[a, b]), geodesic_distance(self.told[i, a], self.told[i, b])) for a, b in pairs]
-
-    # -- pictures and files --------------------------------------------------------------------------------------------
-
-    def plots(self) -> Image.Image:
-        """The analyses side by side: spectra over time, distances over time, between samples and between prompts."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        panels = 2 + (self.u.shape[1] > 1) + (len(self.prompts) > 1)
-        figure = Figure(figsize=(4 * panels, 3.4), dpi=100, layout="constrained")
-        axes = list(figure.subplots(1, panels))
-        shades = [str(0.75 * i / max(1, len(self.points) - 1)) for i in range(len(self.points))]
-        for i, at in enumerate(self.points):
-            axes[0].semilogy(self.power[i].mean((0, 1)).clamp_min(1e-6), color=shades[i], label=f"{at:g}")
-        axes[0].set(title="directions by frequency", xlabel="cycles across the latents", ylabel="share of power")
-        axes[0].legend(title="progress", fontsize=7)
-        shown = axes[1].imshow(self.between_times(), cmap="magma")
-        names = [f"{at:g}" for at in self.points]
-        axes[1].set(title="distance across time", xlabel="progress", ylabel="progress")
-        axes[1].set_xticks(range(len(names)), names)
-        axes[1].set_yticks(range(len(names)), names)
-        figure.colorbar(shown, ax=axes[1])
-        rest = axes[2:]
-        if self.u.shape[1] > 1:
-            axis = rest.pop(0)
-            axis.boxplot([self.between_samples(i) for i in range(len(self.points))], tick_labels=names)
-            axis.set(title="distance between samples", xlabel="progress", ylabel="radians")
-        if len(self.prompts) > 1:
-            axis = rest.pop(0)
-            for i, at in enumerate(self.points):
-                x, y = zip(*self.between_prompts(i), strict=True)
-                axis.scatter(x, y, s=10, color=shades[i], label=f"{at:g}")
-            axis.set(title="distance between prompts", xlabel="similarity of the texts", ylabel="radians")
-            axis.legend(title="progress", fontsize=7)
-        canvas = FigureCanvasAgg(figure)
-        encoded = io.BytesIO()
-        canvas.print_png(encoded)
-        return Image.open(encoded).convert("RGB")
-
-    def grid(self, image: Image.Image | None = None) -> Image.Image:
-        """The plots; the picture they belong to says nothing in them."""
-        return self.plots()
-
-    def save(self, path: Path | str) -> Path:
-        """Write one safetensors file, whole or not at all; ``pullback:directions=FILE`` reads it as well."""
-        tensors = {"s": self.s, "power": self.power, "told": self.told, "alike": self.alike}
-        tensors |= {"spaces": self.u, "u": self.directions.u}
-        metadata = {
-            "format": FORMAT,
-            "directions": json.dumps({"layer": self.directions.layer, "facts": self.directions.facts}),
-            "geometry": json.dumps({"points": self.points, "prompts": self.prompts, "curved": self.curved}),
-        }
-        return files.save_tensors(path, tensors, metadata)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Geometry:
-        """What :meth:`save` wrote. Raises BadInput for any other file."""
-        directions = Directions.load(path)
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                told = json.loads((file.metadata() or {})["geometry"])
-                tensors = {name: file.get_tensor(name) for name in ("s", "power", "told", "alike", "spaces")}
-        except (SafetensorError, KeyError, ValueError):
-            raise BadInput(f"{path} holds directions only, not the geometry they come from.") from None
-        u = tensors.pop("spaces")
-        curved = {str(name): float(value) for name, value in told["curved"].items()}
-        return cls(
-            tuple(told["points"]), u, prompts=tuple(told["prompts"]), curved=curved, directions=directions, **tensors
-        )
 
 
 @register
@@ -232,7 +112,6 @@ class LatentGeometry(Intervention):
         self.params = self.Params(**given)
         self.maps: list[Geometry] = []
         self.activity = Coverage()
-        self._beside = False  # only to remember places, for another one
 
     def start(self, run: Run) -> None:
         """Raises UnknownName for a layer that is not there, BadInput for a curve without two samples."""
@@ -240,47 +119,45 @@ class LatentGeometry(Intervention):
         if p.curve and max(len(run), p.samples) < 2:
             raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2 or samples=2).")
         self._layer = layer_of(run.model, p.layer)
-        self._steps = {min(round(at * run.total), run.total - 1): at for at in reversed(p.at)}
-        self._places: dict[int, _Places] = {}
+        self._levels = {min(round(at * run.total), run.total - 1): at for at in reversed(p.at)}
+        self._record = PlaceRecord(list(self._levels), self._layer)
+        self._record.activity = self.activity
 
     def before_predict(self, step: Step) -> None:
-        """Remembers where the samples are; everything else waits until they are finished."""
-        if step.i in self._steps:
-            x = (step.x / step.path.scale(step.t)).detach()
-            self._places[step.i] = _Places(step.t, list(x.split(1)), [step.condition.rows([i]) for i in range(len(x))])
-            self.mark(step, sites=[self._layer.path])
+        """Records where the samples are; everything else waits until they are finished."""
+        self._record.before_predict(step)
 
     def finish(self, run: Run) -> None:
         self.maps = []
-        steps = sorted(self._places)
-        if not steps or self._beside:
+        places = [self._record.places[i] for i in sorted(self._record.places)]
+        steps = sorted(self._record.places)
+        if not steps:
             return
         before, p = run.cost, self.params
         for k in range(p.samples - len(run)):
-            self._draw_beside(run, max(run.seeds) + 1 + k)
-        bases = [self._bases(run, self._places[i]) for i in steps]
+            self._add_sample(run, max(run.seeds) + 1 + k)
+        bases = [self._bases(run, each) for each in places]
         texts = list(dict.fromkeys([run.prompts[0], *p.prompts]))
-        told = [
-            [row[0].u, *self._told(run, self._places[i], texts[1:], row[0])]
-            for i, row in zip(steps, bases, strict=True)
+        by_prompt = [
+            [row[0].u, *self._under(run, each, texts[1:], row[0])] for each, row in zip(places, bases, strict=True)
         ]
         nearest = min(range(len(steps)), key=lambda i: abs(steps[i] / run.total - p.mean_at))
         common = mean_directions([basis.u for basis in bases[nearest]], p.mean)
         facts = {"model": run.model.name, "at": steps[nearest] / run.total, "mean": p.mean, "samples": len(bases[0])}
         geometry = Geometry(
-            points=tuple(self._steps[i] for i in steps),
+            points=tuple(self._levels[i] for i in steps),
             u=_stacked([[basis.u for basis in row] for row in bases]),
             s=_stacked([[basis.s for basis in row] for row in bases]),
             power=_stacked([[spectrum(basis.v) for basis in row] for row in bases]),
-            told=_stacked(told),
-            alike=_similarity(run.model, texts),
+            by_prompt=_stacked(by_prompt),
+            similarity=_similarity(run.model, texts),
             prompts=tuple(texts),
-            curved={kind: self._curve(run, self._places[steps[0]], kind) for kind in ("line", "sphere") if p.curve},
+            curved={kind: self._curve(run, places[0], kind) for kind in ("line", "sphere") if p.curve},
             directions=Directions(common.cpu(), self._layer.name, facts),
         )
         self.maps = [geometry] * len(run)
         self.activity.cost += run.cost - before
-        del self._places
+        del self._record
 
     def explain_image(self, model: Model, image: Any, prompt: str, **options: Any) -> Any:
         """:func:`explain_image` with these parameters."""
@@ -292,29 +169,20 @@ class LatentGeometry(Intervention):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _draw_beside(self, run: Run, seed: int) -> None:
+    def _add_sample(self, run: Run, seed: int) -> None:
         """One more sample, of the first one's prompt, as the run would draw it; its places join the others."""
         assert run.request is not None
-        negatives = run.request.negatives and run.request.negatives[:1]
-        request = replace(
-            run.request, prompts=run.request.prompts[:1], negatives=negatives, seeds=[seed], source=Source()
-        )
-        look = LatentGeometry(**self.params.model_dump() | {"samples": 1, "curve": 0})
-        look._beside = True
-        with opened(run.model, request, range(1), (look,)) as other:
-            shape, like = (1, *run.model.latent_shape(run.size[1], run.size[0])), run.model
-            noise = randn_tensor(shape, generator=other.generators, device=like.device, dtype=like.dtype)
-            walk(other, run.model.prepare(noise, other.scheduler))
-        run.spend(other.cost / len(run), None)
-        for i, places in self._places.items():
-            places.x += look._places[i].x
-            places.conditions += look._places[i].conditions
+        record = PlaceRecord(list(self._levels), self._layer)
+        draw_beside(run, run.request.prompts[0], seed=seed, parts=[record])
+        for i, places in self._record.places.items():
+            places.x += record.places[i].x
+            places.conditions += record.places[i].conditions
 
-    def _bases(self, run: Run, places: _Places) -> list[Basis]:
+    def _bases(self, run: Run, places: Places) -> list[Basis]:
         rows = zip(places.x, places.conditions, strict=True)
         return [self._basis(run, places.t, x, condition) for x, condition in rows]
 
-    def _told(self, run: Run, places: _Places, texts: Sequence[str], own: Basis) -> list[Tensor]:
+    def _under(self, run: Run, places: Places, texts: Sequence[str], own: Basis) -> list[Tensor]:
         """Tangent spaces (n d) at the first sample's latents under other prompts."""
         guidance = places.conditions[0].guidance
         others = [run.model.encode_text([text], None, False, guidance) for text in texts]
@@ -327,7 +195,7 @@ class LatentGeometry(Intervention):
         run.spend(encoder.cost / len(run), None)
         return found
 
-    def _curve(self, run: Run, places: _Places, kind: str) -> float:
+    def _curve(self, run: Run, places: Places, kind: str) -> float:
         """How curved the path from the first sample's latents to the second's is, under the first one's prompt."""
         spaces: list[Tensor] = []
         begin, (a, b) = None, places.x[:2]
@@ -336,15 +204,6 @@ class LatentGeometry(Intervention):
             begin = self._basis(run, places.t, place, places.conditions[0], begin)
             spaces.append(begin.u)
         return curvedness(spaces)
-
-
-@dataclass
-class _Places:
-    """Where samples are at timestep ``t``: latents (1 c h w) in unit scaling and conditions, one each."""
-
-    t: Tensor
-    x: list[Tensor]
-    conditions: list[Condition]
 
 
 def explain_image(

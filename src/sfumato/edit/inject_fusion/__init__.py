@@ -15,8 +15,6 @@ alpha (x0~ - x0) at the next noise level. That is how it is done here, so it goe
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,14 +25,14 @@ from torch import Tensor
 
 from sfumato import cards, files, masks, rng
 from sfumato.cards import Card, Field, register
+from sfumato.edit.inject_fusion.content import FeatureRecord, prompt_of
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.hspace.tap import bottleneck_of, layer_of, tapped
 from sfumato.metrics.geometry import slerp
-from sfumato.models import Layer
 from sfumato.sampling import Intervention, Run, Step, invert
+from sfumato.sampling.beside import draw_beside
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.loop import opened, walk
-from sfumato.sampling.request import Source, as_pictures
+from sfumato.sampling.request import as_pictures
 from sfumato.sampling.state import sample_axes
 from sfumato.windows import Window, inside
 
@@ -155,13 +153,13 @@ class InjectFusion(Intervention):
         """Draws or inverts the content, and keeps its bottleneck at every noise level."""
         if self.strength == 0:
             return x
-        look = _Look(self._layer)
+        record = FeatureRecord(self._layer)
         before = run.cost
-        clean = self._drawn(run, x, look) if self._picture is None else self._inverted(run, look)
+        clean = self._drawn(run, x, record) if self._picture is None else self._inverted(run, record)
         self.activity.cost += run.cost - before
-        self._content = look
-        kept = clean.expand(len(run), -1, -1, -1).detach()
-        self.contents = kept if self.contents is None else torch.cat([self.contents, kept])
+        self._content = record
+        clean = clean.expand(len(run), -1, -1, -1).detach()
+        self.contents = clean if self.contents is None else torch.cat([self.contents, clean])
         return x
 
     def before_predict(self, step: Step) -> None:
@@ -218,29 +216,23 @@ class InjectFusion(Intervention):
 
     # -- the content ---------------------------------------------------------------------------------------------------
 
-    def _drawn(self, run: Run, x: Tensor, look: _Look) -> Tensor:
+    def _drawn(self, run: Run, x: Tensor, record: FeatureRecord) -> Tensor:
         """The content picture (b c h w), drawn by the run's settings from its own prompt and noise."""
-        assert run.request is not None
-        told, seed = [self.params.content or ""] * len(run.request), self.params.content_seed
-        request = replace(run.request, prompts=told, source=Source())
-        with opened(run.model, request, run.samples, (look,)) as other:
-            if seed is not None or run.begin:
-                seeds = run.seeds if seed is None else [seed] * len(run)
-                generators = rng.generators("sample", seeds)
-                noise = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=x.dtype)
-                x = run.model.prepare(noise, other.scheduler)
-            clean = walk(other, x)
-        run.spend(other.cost, None)
-        return clean
+        seed = self.params.content_seed
+        if seed is not None or run.begin:
+            generators = rng.generators("sample", run.seeds if seed is None else [seed] * len(run))
+            noise = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=x.dtype)
+            x = run.model.prepare(noise, run.scheduler)
+        return draw_beside(run, self.params.content or "", x=x, parts=[record]).x
 
-    def _inverted(self, run: Run, look: _Look) -> Tensor:
+    def _inverted(self, run: Run, record: FeatureRecord) -> Tensor:
         """The content picture (1 c h w), whose bottleneck is read while it is inverted."""
         assert self._picture is not None and run.request is not None
         fitted = files.fitted(Image.fromarray(self._picture.numpy()), run.size)
         prompt = self.params.content
         if prompt is None:
-            prompt = _told(self.params.content_image or "")
-        trajectory = invert(run.model, fitted, prompt, steps=run.request.steps, size=run.size, interventions=[look])
+            prompt = prompt_of(self.params.content_image or "")
+        trajectory = invert(run.model, fitted, prompt, steps=run.request.steps, size=run.size, interventions=[record])
         run.spend(trajectory.cost / len(run), None)
         return trajectory.latents[-1]
 
@@ -273,47 +265,3 @@ class InjectFusion(Intervention):
         turned = h.clone()
         turned[..., cells] = mix(h[..., cells], content[..., cells], self.strength)
         return turned
-
-
-class _Look(Intervention):
-    """Keeps the features of a layer at every step, per branch; changes nothing."""
-
-    def __init__(self, layer: Layer):
-        self.layer = layer
-        self.activity = Coverage()
-        self._seen: dict[tuple[str, float], Tensor] = {}
-
-    def start(self, run: Run) -> None:
-        self._now: Step | None = None
-        run.enter(tapped(run.model, self.layer, self._look))
-
-    def before_predict(self, step: Step) -> None:
-        self._now = step
-        self.mark(step)
-
-    def _look(self, h: Tensor) -> None:
-        """Sees the step's own prediction; every U-Net of diffusers is called once for both branches."""
-        if self._now is None:
-            return
-        names = self._now.branches
-        for name, features in zip(names, h.detach().chunk(len(names)), strict=True):
-            self._seen[name, float(self._now.t)] = features
-        self._now = None  # further calls of the step are for composed prompts, or refine an inversion
-
-    def at(self, branch: str, t: float) -> Tensor:
-        """The features (b ...) of a branch at the nearest timestep; of the conditional one where it has no other."""
-        times = [time for name, time in self._seen if name == branch]
-        if not times:
-            branch, times = "cond", [time for name, time in self._seen if name == "cond"]
-        return self._seen[branch, min(times, key=lambda time: abs(time - t))]
-
-
-def _told(image: str) -> str:
-    """The prompt that a picture's recipe holds; empty where it holds none."""
-    if image.startswith(masks.EMBEDDED) or not Path(image).is_file():
-        return ""
-    try:
-        recipe, _ = files.read_recipe(image)
-    except BadInput:
-        return ""
-    return str(recipe.get("prompt") or "")
