@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
+from sfumato.cards.text import brief
 from sfumato.errors import BadInput
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_SIDE, Options
@@ -252,8 +253,7 @@ def _opened(given: Any) -> Image.Image:
         given = _from_array(given)
     if not isinstance(given, Image.Image):
         raise BadInput(
-            f"image is {type(given).__name__}; it must be a PIL picture, an array, a list of these, or a tensor "
-            f"(b, 3, H, W)."
+            f"image is {brief(given)}; it must be a PIL picture, an array, a list of these, or a tensor (b, 3, H, W)."
         )
     return files.as_rgb(given)
 
