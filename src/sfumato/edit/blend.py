@@ -156,6 +156,6 @@ def renoised(path: Path, x: Tensor, noise: Tensor, low: Any, high: Any) -> Tenso
     """Latents (b c h w) at noise level ``low`` carried to the higher level ``high`` by fresh noise, as the forward
     process does: q(x_high | x_low)."""
     (alpha_low, sigma_low), (alpha_high, sigma_high) = path.alpha_sigma(low), path.alpha_sigma(high)
-    kept = alpha_high / alpha_low
-    added = math.sqrt(max(sigma_high**2 - (kept * sigma_low) ** 2, 0.0))
-    return path.scale(high) * (kept * x / path.scale(low) + added * noise)
+    ratio = alpha_high / alpha_low
+    added = math.sqrt(max(sigma_high**2 - (ratio * sigma_low) ** 2, 0.0))
+    return path.scale(high) * (ratio * x / path.scale(low) + added * noise)

@@ -113,8 +113,8 @@ class DAAM(Intervention):
         self._branch, prompts = self._read_branch(run)
         words = run.words
         self._readings = [words.read(prompt) for prompt in prompts]
-        asked = asked_for(self._readings, self.params.words)
-        shown = asked if self.params.words else [reading.all() for reading in self._readings]
+        wanted = asked_for(self._readings, self.params.words)
+        shown = wanted if self.params.words else [reading.all() for reading in self._readings]
         self._labels = [list(dict.fromkeys(span.label for span in spans)) for spans in shown]
         self.activity.tokens.update({label: 1 for labels in self._labels for label in labels})
         self._positions = sorted({p for reading in self._readings for p in self._recorded(reading)})
@@ -187,7 +187,7 @@ class DAAM(Intervention):
         return "uncond", run.negatives
 
     def _recorded(self, reading: Reading) -> set[int]:
-        """All real tokens, so that any word can be looked up later, with start and end; padding only if asked for."""
+        """All real tokens, so that any word can be looked up later, with start and end; padding only if named."""
         special = reading.special()
         if not self.params.padding and "<pad>" not in self.params.words:
             special.pop("<pad>", None)

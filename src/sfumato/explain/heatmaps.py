@@ -33,8 +33,8 @@ class HeatMaps:
     """Attention of the image to each text token, per layer, and the word maps made of it.
 
     ``layers`` hold mean maps at their own resolution for the text-axis ``positions``; nothing is ever overwritten.
-    ``reading`` is the prompt as the text encoders read it, so any word or phrase of it can be asked for, also after
-    :meth:`load`. ``size`` is the picture's (H, W). ``words`` are the labels asked for, in order.
+    ``reading`` is the prompt as the text encoders read it, so any word or phrase of it can be mapped, also after
+    :meth:`load`. ``size`` is the picture's (H, W). ``words`` are the labels that were named, in order.
     ``reference``: sums over steps, clamps each head after interpolation and averages heads of all layers alike, as the
     original implementation does; else steps are averaged and every layer counts the same. Maps of a clip have an axis
     of ``frames`` in front of (h w), and are scaled over all frames together.
@@ -203,7 +203,7 @@ class HeatMaps:
 
     def save(self, path: Path | str) -> Path:
         """Write all maps and facts to one ``.safetensors`` file, whole or not at all. Raises OSError."""
-        told = {
+        described = {
             "reading": self.reading.to_json(),
             "layers": [
                 {"site": asdict(layer.site), "heads": layer.heads, "calls": layer.calls, "steps": layer.steps}
@@ -213,31 +213,33 @@ class HeatMaps:
             "facts": self.facts,
         }
         tensors = {str(i): layer.maps for i, layer in enumerate(self.layers)}
-        return files.save_tensors(path, tensors, {"format": FORMAT, "heatmaps": json.dumps(told, ensure_ascii=False)})
+        return files.save_tensors(
+            path, tensors, {"format": FORMAT, "heatmaps": json.dumps(described, ensure_ascii=False)}
+        )
 
     @classmethod
     def load(cls, path: Path | str) -> HeatMaps:
         """What :meth:`save` wrote. Raises BadInput for any other file, OSError when it cannot be read."""
         with files.reading_tensors(path, FORMAT, "heat maps") as (file, metadata):
-            told = json.loads(metadata["heatmaps"])
+            described = json.loads(metadata["heatmaps"])
             layers = []
-            for i, layer in enumerate(told["layers"]):
+            for i, layer in enumerate(described["layers"]):
                 facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["site"].items()}
                 maps, site = file.get_tensor(str(i)).float(), Site(**facts)
                 calls, steps = tuple(layer["calls"]), tuple(layer["steps"])
-                fits = maps.shape[3:] == site.shape and maps.shape[2] == len(told["positions"])
+                fits = maps.shape[3:] == site.shape and maps.shape[2] == len(described["positions"])
                 if not fits or len(maps) != len(calls):
                     raise ValueError("shapes")
                 layers.append(LayerMaps(site, maps, int(layer["heads"]), calls, steps))
             return cls(
-                Reading.from_json(told["reading"]),
+                Reading.from_json(described["reading"]),
                 tuple(layers),
-                tuple(told["positions"]),
-                tuple(told["size"]),
-                tuple(told["words"]),
-                bool(told["reference"]),
-                told["normalization"],
-                dict(told["facts"]),
+                tuple(described["positions"]),
+                tuple(described["size"]),
+                tuple(described["words"]),
+                bool(described["reference"]),
+                described["normalization"],
+                dict(described["facts"]),
             )
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class ClipGuidance(GradientGuidance):
         cost="a forward and a backward pass of CLIP per step; with a CLIP of pictures a backward pass through "
         "decoder and denoiser besides",
         not_reproduced="the 3.5 billion parameter model, the human study and the upsampler; the noise-aware CLIP reads "
-        "latents and is told the noise level by input channels, not by a token per timestep",
+        "latents and gets the noise level by input channels, not by a token per timestep",
         summary="pulls the picture towards its text by the gradient of a CLIP",
         example="clip_guidance:clip=toy-clip",
     )
@@ -120,10 +120,10 @@ class ClipGuidance(GradientGuidance):
 
     # -- the objective -------------------------------------------------------------------------------------------------
 
-    def _gain(self, step: Step, seen: Tensor) -> Tensor:
+    def _gain(self, step: Step, embeds: Tensor) -> Tensor:
         """What is to rise (b): the logit of the own text, or its log probability among the classes."""
-        cosines = (seen * self._own).sum(-1)
+        cosines = (embeds * self._own).sum(-1)
         self.scores.setdefault(step.i, []).extend(cosines.detach().tolist())
         if self._rivals is None:
             return self._clip.scale * cosines
-        return log_probability(seen, self._own, self._rivals, self._clip.scale)
+        return log_probability(embeds, self._own, self._rivals, self._clip.scale)

@@ -76,7 +76,7 @@ class MGAD(GradientGuidance):
         )
         prompted: bool = Field(
             default=True,
-            description="the model reads the prompt itself; false: it is told nothing, as in the paper, and CLIP alone "
+            description="the model reads the prompt itself; false: it gets no text, as in the paper, and CLIP alone "
             "says what is drawn",
         )
         cutouts: int = Field(default=16, ge=1, le=256, description="crops per step and per reference picture")
@@ -130,12 +130,12 @@ class MGAD(GradientGuidance):
         for number, (picture, (_, weight)) in enumerate(zip(self._pictures, self._images, strict=True), 1):
             rows.append((f"image {number}", weight, self._crops_of(picture)[None]))
         weights = shares([weight for _, weight, _ in rows], "mgad")
-        self._targets = [(label, weight, seen) for (label, _, seen), weight in zip(rows, weights, strict=True)]
+        self._targets = [(label, weight, embeds) for (label, _, embeds), weight in zip(rows, weights, strict=True)]
         if run.samples.start == 0:
             self.distances = {label: [] for label, _, _ in self._targets}
 
     def on_text(self, run: Run, condition: Condition) -> Condition:
-        """The empty text in the prompt's place, where the model is to be told nothing."""
+        """The empty text in the prompt's place, where the model is to get no text."""
         if self.params.prompted or self.params.strength == 0:
             return condition
         empty = run.model.encode_text([""] * len(run), None, guidance=False, embedded_guidance=condition.guidance)
@@ -162,21 +162,21 @@ class MGAD(GradientGuidance):
                 for picture, seed in zip(pixels, step.run.seeds, strict=True)
             ]
         )
-        seen = self._clip.pictures(crops).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
+        embeds = self._clip.pictures(crops).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
         total = p.smooth * total_variation(pixels) + p.in_range * out_of_range(pixels)
-        total = total.to(seen.device)
+        total = total.to(embeds.device)
         for label, weight, targets in self._targets:
-            views, wanted = (normalize(each, dim=-1) for each in (seen[:, :, None], targets[:, None]))
+            views, wanted = (normalize(each, dim=-1) for each in (embeds[:, :, None], targets[:, None]))
             distance = spherical_distance(views, wanted).mean((1, 2))
             total = total + weight * distance
             self._remember(label, step, distance)
         return total
 
     def _remember(self, label: str, step: Step, distance: Tensor) -> None:
-        told = self.distances[label]
+        record = self.distances[label]
         at = step.i - step.run.begin
-        told.extend([] for _ in range(at + 1 - len(told)))
-        told[at].extend(distance.detach().tolist())
+        record.extend([] for _ in range(at + 1 - len(record)))
+        record[at].extend(distance.detach().tolist())
 
     def _crops_of(self, picture: Tensor) -> Tensor:
         """Vectors (m d) of crops of a reference picture (H W 3) of 8 bits, always the same ones."""

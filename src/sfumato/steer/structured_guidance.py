@@ -201,10 +201,10 @@ class StructuredGuidance(Intervention):
             if any(span.start < 0 for span in spans):
                 raise BadInput(f"phrases={self.params.phrases} of structured_guidance: special tokens are no phrases.")
             if not spans:
-                asked = f"none of {self.params.phrases}" if self.params.phrases else "no noun phrase of several words"
+                lacks = f"none of {self.params.phrases}" if self.params.phrases else "no noun phrase of several words"
                 there = ", ".join(span.label for span in reading.all())
                 raise NoMatch(
-                    f"structured_guidance: the prompt {reading.prompt!r} has {asked} besides itself; name phrases of "
+                    f"structured_guidance: the prompt {reading.prompt!r} has {lacks} besides itself; name phrases of "
                     f"it. Its words: {there}."
                 )
         return found
@@ -212,13 +212,13 @@ class StructuredGuidance(Intervention):
     def _parsed(self, reading: Reading) -> list[WordSpan]:
         """Noun phrases of more than one word that an encoder sees, the whole prompt left out: it is W_p already."""
         whole = reading.prompt.strip(" .,;!")
-        kept = [p for p in nested_phrases(reading.prompt) if len(p.text.split()) > 1 and p.text != whole]
+        chosen = [p for p in nested_phrases(reading.prompt) if len(p.text.split()) > 1 and p.text != whole]
         if self.params.nesting == "highest":
-            kept = [p for p in kept if not any(_inside(p, other) for other in kept)]
+            chosen = [p for p in chosen if not any(_inside(p, other) for other in chosen)]
         elif self.params.nesting == "lowest":
-            kept = [p for p in kept if not any(_inside(other, p) for other in kept)]
+            chosen = [p for p in chosen if not any(_inside(other, p) for other in chosen)]
         spans = []
-        for phrase in kept:
+        for phrase in chosen:
             try:
                 spans.append(reading.span(phrase.start, phrase.end))
             except NoMatch:  # behind the end of what the encoder reads
