@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sfumato.attention import Tap
-from sfumato.errors import BadInput, NotSupported
+from sfumato.errors import BadInput
 from sfumato.explain.daam import explain_images
 from sfumato.sampling import Intervention, Step, generate, invert, recipe_args
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
@@ -163,14 +165,64 @@ def test_attention_from_frame_to_frame_can_be_edited():
     assert fingerprint(model) == before
 
 
+def a_clip(f: int = 3) -> np.ndarray:
+    """Frames (f h w 3) of a bright square that walks."""
+    frames = np.full((f, 32, 32, 3), 60, np.uint8)
+    for i in range(f):
+        frames[i, 8:20, 4 * i : 4 * i + 12] = (220, 180, 40)
+    return frames
+
+
+def test_clips_pass_through_the_codec_frame_by_frame():
+    model, clip = tiny_model("animatediff"), a_clip()
+    pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    latents = model.encode_image(pixels)
+    assert latents.shape == (1, 4, 3, 16, 16)
+    frames = tiny_model("sd").encode_image(pixels[0].transpose(0, 1))  # the same autoencoder
+    torch.testing.assert_close(latents[0].transpose(0, 1), frames)
+    one, two = ([torch.Generator().manual_seed(seed) for seed in seeds] for seeds in ((1, 2), (2,)))
+    drawn = model.encode_image(pixels.expand(2, -1, -1, -1, -1), one)
+    assert torch.equal(drawn[1:], model.encode_image(pixels, two)) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_a_clip_to_begin_with():
+    model, clip = tiny_model("animatediff"), a_clip()
+    given = {"steps": 4, "guidance": 3.0, "seed": 4, "decode": False}
+    same = generate(model, PROMPTS[0], image=clip, strength=0.0, **given).latents
+    latents = generate(model, PROMPTS[0], image=clip, strength=0.5, **given).latents
+    assert latents.shape == (1, 4, 3, 16, 16) and not torch.equal(latents, same)
+    pictures = [Image.fromarray(frame) for frame in clip]
+    assert torch.equal(generate(model, PROMPTS[0], image=pictures, strength=0.5, **given).latents, latents)
+    scheduler = model.make_scheduler(None)  # by hand: encode with each sample's generator, then draw the noise
+    timesteps, generator = model.timesteps(scheduler, 4), torch.Generator().manual_seed(4)
+    pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    clean = model.encode_image(pixels, [generator])
+    x = scheduler.add_noise(clean, torch.randn(clean.shape, generator=generator), timesteps[2:3])
+    by_hand = generate(model, PROMPTS[0], latents=x, start=2, **given).latents
+    torch.testing.assert_close(latents, by_hand)
+    with pytest.raises(BadInput, match="frames is 4, but the clip to begin with has 3"):
+        generate(model, PROMPTS[0], image=clip, frames=4)
+
+
+def test_words_of_a_clip_that_exists():
+    model, clip = tiny_model("animatediff"), a_clip()
+    before = fingerprint(model)
+    one, two = explain_images(model, [clip, clip[::-1]], PROMPTS, ["red"][:0], steps=2)
+    assert one.map("cube").shape == (3, 32, 32) and two.frames == 3
+    (alone,) = explain_images(model, clip[::-1], PROMPTS[1], steps=2, seed=1)
+    torch.testing.assert_close(alone.map("dog"), two.map("dog"), rtol=1e-4, atol=1e-6)
+    assert fingerprint(model) == before
+
+
 def test_what_reads_pictures_refuses_a_model_of_clips():
     model = tiny_model("animatediff")
-    picture = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(BadInput, match="draws clips from noise or given latents"):
-        generate(model, PROMPTS[0], image=picture)
-    with pytest.raises(NotSupported, match="begins from no picture"):
-        explain_images(model, picture, PROMPTS[0])
-    with pytest.raises(NotSupported, match="begins from no picture"):
-        invert(model, picture, PROMPTS[0])
+    for picture in (torch.zeros(1, 3, 32, 32), Image.new("RGB", (32, 32)), np.zeros((32, 32, 3), np.uint8)):
+        for read in (
+            lambda: generate(model, PROMPTS[0], image=picture),  # noqa: B023
+            lambda: explain_images(model, picture, PROMPTS[0]),  # noqa: B023
+            lambda: invert(model, picture, PROMPTS[0]),  # noqa: B023
+        ):
+            with pytest.raises(BadInput, match="the clip has shape|image is no clip"):
+                read()
     with pytest.raises(BadInput, match=r"expected \(b c f h w\)"):
         model.predict(torch.zeros(1, 4, 16, 16), 1.0, model.encode_text("a", guidance=False))

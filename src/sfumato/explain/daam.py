@@ -35,7 +35,7 @@ from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage, refuse_idle
 from sfumato.sampling.levels import levels, opened_for
-from sfumato.sampling.request import as_pixels, checked_size
+from sfumato.sampling.request import as_pixels_of, checked_size
 from sfumato.text.words import Reading, asked_for
 from sfumato.windows import Window
 
@@ -232,7 +232,8 @@ def explain_images(
     fresh noise each time, and shown once per step to the denoiser together with its prompt.
 
     Args:
-        images: a PIL picture, several, or a tensor (b 3 H W) in [-1, 1].
+        images: a PIL picture, several, or a tensor (b 3 H W) in [-1, 1]; for models of clips frames (f h w 3) uint8,
+            several clips, or a tensor (b 3 f H W).
         prompts: what the pictures show: one text for all, or one each.
         words: words or phrases to map; none: every word.
         steps: how many noise levels, spread as ``scheduler`` spreads them (by default DDIM or flow Euler).
@@ -243,7 +244,7 @@ def explain_images(
     Costs one forward per step and picture, which ends after the last layer that is read. Raises BadInput, NoMatch.
     """
     daam = DAAM(words=[words] if isinstance(words, str) else list(words), **params)
-    pixels = as_pixels(images, None if size is None else checked_size(model, size))
+    pixels = as_pixels_of(model, images, None if size is None else checked_size(model, size))
     checked_size(model, (pixels.shape[-1], pixels.shape[-2]))
     texts = [prompts] * len(pixels) if isinstance(prompts, str) else list(prompts)
     if len(texts) != len(pixels):

@@ -327,14 +327,15 @@ class Model:
         return self.family.decode(state)
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """States (b ...) such as latents (b c h w) of pictures (b 3 H W) in [-1, 1].
+        """States (b ...) such as latents (b c h w) of pictures (b 3 H W), or of clips (b 3 f H W), in [-1, 1].
 
         The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes,
         `NotSupported` where the model reads no pictures.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise BadInput(f"images have shape {tuple(images.shape)}; expected (b 3 H W).")
-        self.latent_shape(images.shape[-2], images.shape[-1])
+        letters = "b 3 f H W" if self.clips else "b 3 H W"
+        if images.ndim != len(letters.split()) or images.shape[1] != 3:
+            raise BadInput(f"images have shape {tuple(images.shape)}; expected ({letters}).")
+        self.latent_shape(images.shape[-2], images.shape[-1], images.shape[2] if self.clips else None)
         if generators is not None and len(generators) != len(images):
             raise BadInput(f"generators has {len(generators)} entries for {len(images)} images; give one for each.")
         encoded = self.family.encode_image(images, generators)

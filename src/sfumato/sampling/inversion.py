@@ -21,7 +21,7 @@ from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, refuse_idle
 from sfumato.sampling.loop import opened, walk
 from sfumato.sampling.process import process_of
-from sfumato.sampling.request import as_pixels, checked, whole
+from sfumato.sampling.request import as_pixels_of, checked, whole
 from sfumato.sampling.run import Run, Step
 
 
@@ -63,7 +63,8 @@ def invert(
     interventions: Intervention | Sequence[Any] = (),
     on_step: Callable[[Step], None] | None = None,
 ) -> Trajectory:
-    """The trajectory that ends in ``source``: clean latents (b c h w), pictures, or a tensor (b 3 H W) in [-1, 1].
+    """The trajectory that ends in ``source``: clean latents (b c h w), pictures, or a tensor (b 3 H W) in [-1, 1];
+    of models of clips likewise with frames.
 
     Pictures are encoded by the posterior's mean. ``prompt``: a text, or one per picture. ``guidance`` 1 (none) is
     what DDIM inversion is accurate for. ``refine``: fixed-point iterations per step, each one more denoiser call.
@@ -83,7 +84,7 @@ def invert(
         and source.shape[1] == model.latent_shape(*model.default_size)[0]
     ):
         with torch.no_grad():
-            latents = model.encode_image(as_pixels(source, size))
+            latents = model.encode_image(as_pixels_of(model, source, size))
     distilled = {"true_guidance": guidance, "guidance": None} if model.embeds_guidance else {"guidance": guidance}
     name = "flow_euler" if model.flow else "ddim"
     request = checked(

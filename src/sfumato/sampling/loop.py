@@ -108,7 +108,8 @@ def generate(
         prompt: may hold weights, as may all other texts: see :mod:`sfumato.text.weights`.
         latents: unit noise (b c h w) to begin with; or, with ``start`` > 0, the latents with which step ``start`` of
             the schedule begins, as found in ``step.x``. Of models that draw tokens: token ids in the state's shape.
-        image: a picture, several, or a tensor (b 3 H W) in [-1, 1], noised to ``strength`` (0.8) of the schedule.
+        image: a picture, several, or a tensor (b 3 H W) in [-1, 1], noised to ``strength`` (0.8) of the schedule. For
+            models of clips: frames (f h w 3) uint8, a list of pictures, or a tensor (b 3 f H W).
         interventions: systems that watch or change generation; lists nest.
         grad: record gradients through the whole loop, for latents or texts that require them.
         decode: also make ``pixels``.

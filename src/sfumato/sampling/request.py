@@ -90,7 +90,7 @@ def checked(
         "steps": steps,
         "guidance": float(scale),
         "size": size,
-        "frames": model.frames(_frames(model, options, latents)),
+        "frames": model.frames(_frames(model, options, source.latents, source.pixels)),
         "fps": options.fps if options.fps is not None or not model.clips else float(model.defaults["fps"]),
         "scheduler": model.defaults["scheduler"] if options.scheduler is None else options.scheduler,
         "strength": source.strength,
@@ -128,10 +128,8 @@ def _source(
     start = whole(options.start, "start", 0, steps - 1)
     if start and latents is None:
         raise BadInput(f"start is {start}, but no latents are given to start from.")
-    if image is not None and model.clips:
-        raise BadInput(f"image is given, but {model.name} draws clips from noise or given latents, from no picture.")
     if image is not None:
-        pixels = as_pixels(image, None if size is None else checked_size(model, size))
+        pixels = as_pixels_of(model, image, None if size is None else checked_size(model, size))
         size = checked_size(model, (pixels.shape[-1], pixels.shape[-2]), "the picture, without size,")
         _check_rows("image", len(pixels), total)
         return size, Source(pixels=pixels, strength=DEFAULT_STRENGTH if strength is None else strength)
@@ -158,9 +156,13 @@ def _source(
     return (width, height), Source(latents=latents, start=start)
 
 
-def _frames(model: Any, options: Options, latents: Any) -> int | None:
-    """How many frames are asked for, or those of given latents; None is the model's own choice."""
+def _frames(model: Any, options: Options, latents: Any, pixels: Tensor | None = None) -> int | None:
+    """How many frames are asked for, or those of given latents or clips; None is the model's own choice."""
     letters = model.family.state.split()
+    if pixels is not None and model.clips:
+        if options.frames not in (None, pixels.shape[2]):
+            raise BadInput(f"frames is {options.frames}, but the clip to begin with has {pixels.shape[2]}.")
+        return pixels.shape[2]
     if options.frames is not None or latents is None or "f" not in letters:
         return options.frames
     return model.family.frames_of(latents.shape[1 + letters.index("f")])
@@ -219,6 +221,26 @@ def checked_size(model: Any, size: Any, what: str = "size") -> tuple[int, int]:
 
 def _round(side: int, step: int, up: bool) -> int:
     return max(math.ceil(side / step) if up else side // step, 1) * step
+
+
+def as_pixels_of(model: Any, image: Any, size: tuple[int, int] | None) -> Tensor:
+    """What a model begins with or looks at: pictures (b 3 H W) as :func:`as_pixels` reads them or, of a model of clips,
+    clips (b 3 f H W): frames as bytes (f h w 3) or as a list of pictures, several of the former, or such a tensor."""
+    if not model.clips:
+        return as_pixels(image, size)
+    if isinstance(image, Tensor):
+        if image.dim() != 5 or image.shape[1] != 3:
+            raise BadInput(f"the clip has shape {tuple(image.shape)}; a tensor must be (b, 3, f, H, W) in [-1, 1].")
+        frames = as_pixels(image.transpose(1, 2).flatten(0, 1), size)
+        return frames.unflatten(0, (len(image), -1)).transpose(1, 2)
+    if not isinstance(image, list | tuple) and getattr(image, "ndim", 0) != 4:
+        raise BadInput(f"image is no clip, but {model.name} draws clips: give frames (f h w 3) or a list of pictures.")
+    given = list(image) if isinstance(image, list | tuple) else [image]
+    clips = given if all(getattr(each, "ndim", 0) == 4 for each in given) else [given]
+    read = [as_pixels(list(clip), size).transpose(0, 1) for clip in clips]
+    if len({each.shape for each in read}) > 1:
+        raise BadInput("the clips have different numbers of frames or sizes; give clips that are alike.")
+    return torch.stack(read)
 
 
 def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import NotSupported
 from sfumato.models.condition import Rows
 from sfumato.models.families.unet import StableDiffusion
 from sfumato.models.site import Layer, is_attention
@@ -59,7 +58,12 @@ class AnimateDiff(StableDiffusion):
         return pixels.unflatten(0, (len(state), -1)).transpose(1, 2).float()
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        raise NotSupported("AnimateDiff draws clips from noise or given latents; it begins from no picture.")
+        vae, latents = self.pipe.vae, []
+        for i, clip in enumerate(images.to(vae.device, vae.dtype).transpose(1, 2)):
+            found = [vae.encode(part).latent_dist for part in clip.split(CHUNK)]
+            drawn = [each.mode() if generators is None else each.sample(generators[i]) for each in found]
+            latents.append(torch.cat(drawn).transpose(0, 1))
+        return vae.config.scaling_factor * torch.stack(latents)
 
     def _attentions(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """A picture's transformer and a motion module take turns, layer by layer."""
