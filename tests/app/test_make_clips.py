@@ -77,3 +77,44 @@ def test_what_does_not_fit_is_refused(sfumato, tiny_clips, tiny_sd):
     assert os.listdir() == []
     made = sfumato("make", "a cube", "--model", tiny_sd, "--steps", 1, "-o", "one.png")
     assert made.lines == ["one.png"]
+
+
+def test_a_clip_can_be_explained_and_begun_with(sfumato, tiny_clips, tiny_sd):
+    made = sfumato("make", "a red cube", "--model", tiny_clips, *FAST, "-o", "x.mp4")
+    assert made.code == 0, made.err
+    found = sfumato("explain", "x.mp4", "--words", "cube", "--model", tiny_clips, "--steps", 1, "-o", "heat")
+    assert (found.code, found.lines) == (0, ["heat/x.heat.png"]), found.err
+    with Image.open("heat/x.heat.png") as sheet:
+        assert sheet.width > 3 * 256 and sheet.height > 2 * 256
+    begun = sfumato(
+        *(
+            "make",
+            "a blue ball",
+            "--image",
+            "x.mp4",
+            "--strength",
+            1,
+            "--model",
+            tiny_clips,
+            "--steps",
+            1,
+            "-o",
+            "y.gif",
+        )
+    )
+    assert begun.code == 0, begun.err
+    assert clips.read_clip("y.gif")[0].shape == (3, 32, 32, 3)
+    for command in (("make", "a cube", "--image", "x.mp4", "--steps", 1), ("explain", "x.mp4")):
+        outcome = sfumato(*command, "--model", tiny_sd)
+        assert outcome.code == 2 and "is a clip, but" in outcome.err
+
+
+def test_a_file_of_prompts_makes_clips(sfumato, tiny_clips):
+    with open("prompts.jsonl", "w", encoding="utf-8") as file:
+        file.write('{"prompt": "a red cube"}\n{"prompt": "a dog", "seed": 3}\n')
+    given = ("make", "--prompts", "prompts.jsonl", "--model", tiny_clips, *FAST, "-o", "here")
+    made = sfumato(*given)
+    assert (made.code, made.lines) == (0, ["here/a-red-cube-0.mp4", "here/a-dog-3.mp4"]), made.err
+    again = sfumato(*given)  # nothing is made twice
+    assert (again.code, again.lines) == (0, []), again.err
+    assert clips.read_clip("here/a-dog-3.mp4")[0].shape == (3, 32, 32, 3)

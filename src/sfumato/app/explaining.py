@@ -12,12 +12,14 @@ from sfumato.app.jobs import (
     DEFAULT_MODEL,
     JobOptions,
     Order,
+    as_taken,
     carry_out,
     fitting_size,
     is_picture,
     load,
     make,
     picture_and_prompt,
+    size_of,
 )
 from sfumato.errors import BadInput, NotSupported
 
@@ -100,7 +102,9 @@ def explain(
             else f"{key} explains pictures while they are made only; give a prompt instead of a picture."
         )
     loaded = load(model) if isinstance(model, str | Path) else model
-    size = options.pop("size", None) or fitting_size(loaded, image.size)
+    if isinstance(what, str | Path):
+        image = as_taken(loaded, image, what)
+    size = options.pop("size", None) or fitting_size(loaded, size_of(image))
     return Explanation([image], [system.explain_image(loaded, image, prompt, size=size, **options)])
 
 
@@ -207,7 +211,13 @@ def explain_into(
         order.jobs = [JobOptions(prompt=what, **options)]
         yield from carry_out(order, out, on_step)
     else:
-        allowed = ("prompt", "words", "model", "maps", *(set(JobOptions.model_fields) - {"n", "guidance"}))
+        allowed = (
+            "prompt",
+            "words",
+            "model",
+            "maps",
+            *(set(JobOptions.model_fields) - {"n", "guidance", "frames", "fps"}),
+        )
         job.refuse(allowed, "for a picture that exists; it is not made anew")
         yield from _picture_into(job, key, reads, out, options)
 
@@ -224,6 +234,7 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         image = files.read_picture(job.what)
     with files.output_folder(out):
         model = _load_reader(name, order) if reads else load(name, dtype=order.dtype, device=order.device)
+        image = image if reads else as_taken(model, image, job.what)
         what, asked = (job.what, None) if text else (image, prompt)
         [maps] = explain(what, asked, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
         path = files.free_name(out, f"{files.slug(job.what if text else Path(job.what).stem)}.heat")

@@ -187,22 +187,44 @@ def make(
 
 
 def is_picture(what: str) -> bool:
-    """Whether a text names a picture file rather than being a prompt."""
-    return Path(what).suffix.lower() in PICTURES and (" " not in what or Path(what).is_file())
+    """Whether a text names a file with a picture or clip rather than being a prompt."""
+    return Path(what).suffix.lower() in (*PICTURES, *files.VIDEOS) and (" " not in what or Path(what).is_file())
 
 
-def picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[Image, str]:
+def picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[Any, str]:
+    """A picture, or the frames (f h w 3) of a clip, and what it shows: as said, or as its recipe says."""
     if not isinstance(what, str | Path):
         if prompt is None:
             raise BadInput("explaining a picture needs the prompt: what does it show?")
         return what, JobOptions(prompt=prompt).prompt
-    image = files.read_picture(what)
+    image = read_shown(what)
     if prompt is None:
         try:
             prompt = str(files.read_recipe(what)[0].get("prompt", ""))
         except BadInput:
             raise BadInput(f"{what} carries no recipe, so say what it shows: --prompt, or prompt=.") from None
     return image, JobOptions(prompt=prompt).prompt
+
+
+def read_shown(path: str | Path) -> Any:
+    """What a file shows: a picture, or the frames (f h w 3) of a video. Raises BadInput, OSError."""
+    return clips.read_clip(path)[0] if Path(path).suffix.lower() in files.VIDEOS else files.read_picture(path)
+
+
+def as_taken(model: Model, shown: Any, path: str | Path) -> Any:
+    """What a file shows as the model takes it: of a model of clips all frames, also of an animated picture. Raises
+    BadInput for a video where the model makes pictures."""
+    frames = hasattr(shown, "ndim")
+    if model.clips and not frames:
+        return clips.read_clip(path)[0]
+    if frames and not model.clips:
+        raise BadInput(f"{path} is a clip, but {model.name} makes pictures.")
+    return shown
+
+
+def size_of(shown: Any) -> tuple[int, int]:
+    """(width, height) of a picture or of frames (f h w 3)."""
+    return (shown.shape[2], shown.shape[1]) if hasattr(shown, "ndim") else shown.size
 
 
 def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
@@ -328,7 +350,7 @@ def carry_out(
     """
     pictures = order.pictures()
     build_all(order.with_)  # misspelt systems are told before the model is loaded
-    image = None if order.image is None else files.read_picture(order.image)
+    image = None if order.image is None else read_shown(order.image)
     named = out.suffix.lower() in (".png", *clips.FORMATS) and not out.is_dir()
     with files.output_folder(out.parent if named else out) as folder:
         model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
@@ -336,6 +358,8 @@ def carry_out(
             kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
             raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")
         warn_if_different(order.expected, model)
+        if order.image is not None:
+            image = as_taken(model, image, order.image)
         from sfumato.sampling import generate
 
         for index, options in enumerate(pictures):
@@ -356,10 +380,9 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None)
     ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes.
     """
     written = []
-    suffix = ".mp4" if result.clips else ".png"
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
-        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}", suffix)
+        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}", ending(result))
         if result.clips:
             written.append(clips.save_clip(path, result.clips[index], recipe, recipe["fps"]))
         else:
@@ -371,6 +394,11 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None)
             if maps and hasattr(part, "maps"):
                 written.append(part.maps[index].save(path.with_name(f"{path.stem}.{part.name}.safetensors")))
     return written
+
+
+def ending(result: Result) -> str:
+    """How the names of files end that hold the pictures or clips of a result, where nobody says."""
+    return ".mp4" if result.clips else ".png"
 
 
 def warn_if_different(expected: dict[str, Any], model: Model) -> None:

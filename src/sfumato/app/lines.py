@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, files
-from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, load, write
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, ending, load, write
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _make_lines(
                 yield index, line, Made([there], there=True)
                 continue
             result, seconds = _timed(model, options, order, image, heard)
-            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, result.cost))
+            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, result.cost), ending(result))
             made = Made(write(result, out, order.maps, path), False, seconds, result.cost)
         except SfumatoError as error:
             if isinstance(error, WorkInterrupted):
@@ -223,7 +223,7 @@ def _spread_lines(
 
         def put(options: JobOptions = options, line: Line = line, key: str = key, answer: Any = answer) -> Made:
             parts, seconds, cost = answer
-            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, cost))
+            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, cost), parts[0][0])
             written = []
             for suffix, content in parts:  # what is drawn beside a picture carries its name
                 written.append(path.with_name(path.stem + suffix))
@@ -251,7 +251,7 @@ class _Maker:
         except SfumatoError as error:
             return str(error)
         with tempfile.TemporaryDirectory() as folder:
-            paths = write(result, Path(folder), self.order.maps, Path(folder) / "picture.png")
+            paths = write(result, Path(folder), self.order.maps, Path(folder) / f"picture{ending(result)}")
             return [(path.name[len("picture") :], path.read_bytes()) for path in paths], seconds, result.cost
 
 

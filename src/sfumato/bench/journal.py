@@ -52,14 +52,14 @@ class Journal:
         """A finished picture of this job that has not been taken yet, or None."""
         return self.folder / self._made[key].pop(0) if self._made[key] else None
 
-    def begin(self, key: str, stem: str, row: dict[str, Any]) -> Path:
-        """Where to write the next picture of this job; says so in the file first. ``row`` is told beside it."""
+    def begin(self, key: str, stem: str, row: dict[str, Any], suffix: str = ".png") -> Path:
+        """Where to write the next picture or clip of this job; says so in the file first. ``row`` is told beside it."""
         if self._lost[key]:
             return self.folder / self._lost[key].pop(0)  # its line is there, the picture is not
-        path, count = self.folder / f"{stem}.png", 1
+        path, count = self.folder / f"{stem}{suffix}", 1
         while path.exists() or path.name in self._names:  # there, or promised to a job that was stopped
             count += 1
-            path = self.folder / f"{stem}-{count}.png"
+            path = self.folder / f"{stem}-{count}{suffix}"
         line = json.dumps({"file_name": path.name, **row, "key": key}, ensure_ascii=False) + "\n"
         with self.path.open("ab") as file:
             file.write(line.encode())

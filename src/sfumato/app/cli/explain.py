@@ -29,6 +29,8 @@ def explain(
     steps: options.Steps = None,
     guidance: options.Scale = None,
     size: options.Size = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
     seed: options.Seed = None,
     scheduler: options.Scheduler = None,
     out: options.Out = Path("out"),
@@ -44,6 +46,8 @@ def explain(
         "steps": steps,
         "guidance": guidance,
         "size": None if size is None else options.pixels(size),
+        "frames": frames,
+        "fps": fps,
         "seed": seed,
         "scheduler": scheduler,
     }
