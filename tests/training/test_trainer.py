@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -305,3 +307,19 @@ def test_a_recipe_trains_on_a_folder_of_pictures(home: Path) -> None:
     assert train.folder != name
     with pytest.raises(NotSupported, match="what the toybox knows"):
         _ = train.scenes
+
+
+def test_two_processes_are_one_process_in_two_parts(home: Path) -> None:
+    recipe = write(home, steps=3, train='optimizer = "muon"\naccumulate = 2')
+    one = run(recipe)
+    expected, weights = losses(home), load_file(one.exported / "diffusion_pytorch_model.safetensors")
+    (home / "runs" / "tiny").rename(home / "runs" / "one")
+    both = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sfumato.training"]
+    done = subprocess.run(
+        [sys.executable, *both, str(write(home, steps=3))], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(home) == pytest.approx(expected, rel=1e-5)
+    again = load_file(home / "runs" / "tiny" / "export" / "diffusion_pytorch_model.safetensors")
+    for key, value in weights.items():
+        torch.testing.assert_close(again[key], value)

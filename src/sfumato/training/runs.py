@@ -185,7 +185,7 @@ class Run:
             step = trainer.step
             last = step == options.steps
             if last or step == 1 or step % options.log_every == 0:
-                values = trainer.scalars(logs)
+                values = trainer.scalars(self._over_processes(logs))
                 if self.main:
                     self._log({"step": step, "seconds": round(trainer.seconds, 2), **values})
                     if on_progress:
@@ -208,6 +208,13 @@ class Run:
         if not finished:
             self.save()
         return RunResult(self.recipe.name, self.folder, trainer.step, finished, trainer.stopped, trainer.seconds)
+
+    def _over_processes(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of each entry over all processes: the log of the whole batch."""
+        if self.accelerator.num_processes == 1:
+            return logs
+        together = torch.stack([value.detach().float().to(self.device) for value in logs.values()])
+        return dict(zip(logs, self.accelerator.reduce(together, "mean"), strict=True))
 
     def _keep_stage(self) -> None:
         """Keeps the averaged weights as they are now, if the recipe wants a stage here (``train.stages``)."""
