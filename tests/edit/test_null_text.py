@@ -91,7 +91,7 @@ def test_it_leads_back_to_the_picture(kind):
     trajectory = invert(model, x0, PROMPT, steps=STEPS)
     settings = {"guidance": SCALE, "decode": False, **trajectory.settings}
     plain = generate(model, PROMPT, **settings).latents
-    found = null_text(model, trajectory, guidance=SCALE, inner=8, rate=0.1, tolerance=0.0)
+    found = null_text(model, trajectory, guidance=SCALE, inner=8, learning_rate=0.1, tolerance=0.0)
     again = generate(model, PROMPT, interventions=found, **settings)
     assert distance(again.latents, x0) < 0.8 * distance(plain, x0)
     assert again.coverage["null_text"]["steps"] == list(range(STEPS))

@@ -106,18 +106,18 @@ def null_text(
     *,
     guidance: float | Guidance | None = None,
     inner: int = 10,
-    rate: float | None = None,
+    learning_rate: float | None = None,
     tolerance: float = 1e-5,
     on_step: Callable[[Step], None] | None = None,
 ) -> NullText:
     """Unconditional embeddings with which sampling from ``trajectory.noise`` under ``guidance`` follows ``trajectory``,
     that of one picture.
 
-    Per step at most ``inner`` iterations of Adam on the embedding, which begins as that of the step before; the rate
-    falls from ``rate`` (None: 1e-2, for flow models 0.1 of the embedding's root mean square) to half of it, and a step
-    is left once its loss is below ``tolerance`` + 0.001 of progress (the original's 1e-2 (1 - i/100) and
-    1e-5 + 2e-5 i at 50 steps). Of all embeddings tried in a step the best is kept, so that the loss cannot drift
-    upwards as it does in the original, which keeps the last.
+    Per step at most ``inner`` iterations of Adam on the embedding, which begins as that of the step before; the
+    learning rate falls from ``learning_rate`` (None: 1e-2, for flow models 0.1 of the embedding's root mean square) to
+    half of it, and a step is left once its loss is below ``tolerance`` + 0.001 of progress (the original's
+    1e-2 (1 - i/100) and 1e-5 + 2e-5 i at 50 steps). Of all embeddings tried in a step the best is kept, so that the
+    loss cannot drift upwards as it does in the original, which keeps the last.
 
     Costs up to 2 + 3 ``inner`` forward-equivalents per step. Raises BadInput without guidance above 1 or for several
     pictures.
@@ -130,22 +130,22 @@ def null_text(
     request = checked(model, trajectory.prompts, **scales, **trajectory.settings)
     if not request.guidance.on:
         raise BadInput("null-text inversion is for guidance above 1; without it plain inversion leads back already.")
-    kept, losses = [], []
+    best, losses = [], []
     with opened(model, request, range(1), ()) as run:
         run.freeze()
         assert run.condition is not None and run.condition.uncond is not None
         names = [name for name in ("embeds", "pooled") if name == "embeds" or model.flow]
         text = {name: run.condition.uncond[name].float() for name in names if name in run.condition.uncond}
         units = {name: float(each.square().mean().sqrt()) if model.flow else 1.0 for name, each in text.items()}
-        speed = (0.1 if model.flow else 1e-2) if rate is None else rate
-        rates = {name: speed * unit for name, unit in units.items()}
+        relative = (0.1 if model.flow else 1e-2) if learning_rate is None else learning_rate
+        rates = {name: relative * unit for name, unit in units.items()}
         pivot = trajectory.latents.to(run.model.device, run.model.dtype)
         x = pivot[0]
         for i in range(run.total):
             run.seek(i)
             step = Step(run, i, x)
             text, step.outputs, loss = _step(step, text, pivot[i + 1], inner, rates, tolerance)
-            kept.append({name: each[0].to(run.model.dtype) for name, each in text.items()})
+            best.append({name: each[0].to(run.model.dtype) for name, each in text.items()})
             losses.append(loss)
             x = step.x = run.advance(step)
             if on_step is not None:
@@ -156,7 +156,7 @@ def null_text(
         "guidance": float(request.guidance.scale),
         "inner": inner,
     }
-    found = {name: torch.stack([each[name] for each in kept]) for name in text}
+    found = {name: torch.stack([each[name] for each in best]) for name in text}
     return NullText(found["embeds"], torch.tensor(losses), facts, found.get("pooled"))
 
 
@@ -164,7 +164,11 @@ def _step(
     step: Step, text: dict[str, Tensor], target: Tensor, inner: int, rates: dict[str, float], tolerance: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """(parts of the text (1 ...), outputs per branch, loss) of one step that is to lead from ``step.x`` to
-    ``target``."""
+    ``target``.
+
+    A loop of its own: it evaluates before it updates, leaves without an update once the loss is small, keeps the best
+    of what it tried together with its outputs, and counts the cost of each gradient.
+    """
     run, start = step.run, step.condition
     cond = run.denoise(step.x, step.t, start, ("cond",), (), step)
     if "uncond" not in step.branches:  # guidance does not cover this step
@@ -176,8 +180,8 @@ def _step(
     best = (text, cond, float("inf"))
     for k in range(inner + 1):
         with torch.set_grad_enabled(k < inner):
-            told = _with_uncond(start, {name: each.to(step.x.dtype) for name, each in variables.items()})
-            outputs = run.denoise(step.x, step.t, told, ("uncond",), (), step) | cond
+            condition = _with_uncond(start, {name: each.to(step.x.dtype) for name, each in variables.items()})
+            outputs = run.denoise(step.x, step.t, condition, ("uncond",), (), step) | cond
             loss = F.mse_loss((a * step.x + b * run.combined(outputs)).float(), target.float())
         if loss.item() < best[2]:
             tried = {name: each.detach().clone() for name, each in variables.items()}

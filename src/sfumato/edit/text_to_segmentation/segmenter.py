@@ -101,7 +101,7 @@ def train_segmenter(
     iterations: int = 400,
     negatives: float = 0.0,
     batch: int = 32,
-    lr: float = 2e-3,
+    learning_rate: float = 2e-3,
     crop: int | None = None,
     seed: int = 0,
     report: Callable[[str, int, int], None] | None = None,
@@ -141,7 +141,7 @@ def train_segmenter(
         return F.binary_cross_entropy_with_logits(logits.float(), y)
 
     fit(
-        Player(loss, torch.optim.Adam(net.parameters(), lr=lr), net),
+        Player(loss, torch.optim.Adam(net.parameters(), lr=learning_rate), net),
         iterations,
         on_progress=(lambda now: report("training steps", now.step, now.steps)) if report else None,
         name="the segmenter",
