@@ -15,6 +15,7 @@ from claims.core import Context
 from sfumato import sampling, sheets
 from sfumato.metrics import stats
 from sfumato.models import load as load_model
+from sfumato.models.readers import load_clip
 from sfumato.toybox import COLORS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, oracle, to_uint8
 from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.oracle.accuracy import MIN_PIXELS, Accuracy
@@ -100,17 +101,9 @@ def generate(
 
 def clip_scores(context: Context, pixels: Tensor, texts: Sequence[str]) -> list[float]:
     """toy-clip's cosine of each picture (n, 3, h, w) in [-1, 1] with its own text."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    from claims.zoo import clip_pixels
-
-    folder = context.folder("toy-clip")
-    clip = context.once("toy-clip", lambda: CLIPModel.from_pretrained(folder).eval())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    clip = load_clip(context.folder("toy-clip"))
     with torch.no_grad():
-        tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
-        out = clip(pixel_values=clip_pixels((pixels + 1) / 2, folder), **tokens)
-    return (out.image_embeds * out.text_embeds).sum(-1).tolist()
+        return (clip.pictures(pixels) * clip.text(texts)).sum(-1).tolist()
 
 
 def trust(context: Context) -> Accuracy:

@@ -160,7 +160,7 @@ def picture(context: Context, given: Asked) -> str:
     for name in (OURS, "partial_lrp", "lrp", *BASELINES):
         for i, plain in enumerate(image):
             level = F.interpolate(maps(context, given, name)[i][None, None], (128, 128), mode="bilinear")[0, 0]
-            tiles.append((name.replace("_", " "), heat.overlay(plain, heat.unit(level))))
+            tiles.append((name.replace("_", " "), heat.overlay(plain, segmentation.normalise(level))))
     return context.save("lrp-segmentation.png", sheets.sheet(tiles, columns=len(image)))
 
 

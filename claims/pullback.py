@@ -23,6 +23,7 @@ from sfumato.metrics import stats
 from sfumato.metrics.geometry import geodesic_distance, principal_angles
 from sfumato.models import Model
 from sfumato.models.precision import fast_bf16
+from sfumato.models.readers import load_clip
 from sfumato.sampling import Path, generate
 from sfumato.toybox import Scene, Toy, caption, render
 from sfumato.toybox.dataset import draw_scene
@@ -171,17 +172,7 @@ def between_prompts(name: str, context: Context) -> list[Row]:
 
 def text_similarity(context: Context, texts: Sequence[str]) -> Tensor:
     """toy-clip's cosines (q q) of texts."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    folder = context.folder("toy-clip")
-    clip = context.once("toy-clip", lambda: CLIPModel.from_pretrained(folder).eval())
-    tokens = AutoTokenizer.from_pretrained(folder)(
-        list(texts), padding="max_length", truncation=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        pooled = clip.text_model(**tokens).pooler_output
-        read = clip.text_projection(pooled)
-    read = read / read.norm(dim=1, keepdim=True)
+    read = load_clip(context.folder("toy-clip")).text(texts)
     return read @ read.T
 
 

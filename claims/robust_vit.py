@@ -274,7 +274,7 @@ def picture(context: Context) -> str:
         maps = relevance_maps(model, pictures, labels)[0].detach()
         maps = F.interpolate(maps[:, None], (128, 128), mode="bilinear", align_corners=False)[:, 0]
         for image, one, word in zip(images, maps, said.tolist(), strict=True):
-            tiles.append((f"{name}: {SHAPES[word]}", heat.overlay(image, heat.unit(one))))
+            tiles.append((f"{name}: {SHAPES[word]}", heat.overlay(image, segmentation.normalise(one))))
     return context.save("robust-vit.png", sheets.sheet(tiles, columns=len(images)))
 
 

@@ -12,11 +12,12 @@ from scipy.stats import spearmanr
 
 from claims import common
 from claims.core import Context, Experiment, Part, Row
-from sfumato.judge.sad_pad import Divergences, SadPad, auroc, divergence, plots
+from sfumato.judge.sad_pad import SadPad, plots
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
 from sfumato.metrics.frechet import Moments, frechet
 from sfumato.metrics.kernel import kernel_distance
+from sfumato.metrics.sad_pad import Divergences, auroc, divergence
 from sfumato.models.readers import Clip, load_clip
 from sfumato.toybox import render, sample_scene, to_uint8
 from sfumato.toybox.scene import Scene

@@ -11,6 +11,7 @@ from claims import common
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.metrics import stats
+from sfumato.models.readers import load_clip
 from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES, ToyboxDataset, caption, oracle
 from sfumato.toybox.oracle.accuracy import MIN_PIXELS
 
@@ -143,21 +144,16 @@ def reading_sheet(pictures: Tensor, readings: list[oracle.Reading]):
 
 def retrieval(context: Context) -> list[Row]:
     """Captions found from pictures and pictures from captions, among 64."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    folder = context.folder("toy-clip")
-    clip = CLIPModel.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    clip = load_clip(context.folder("toy-clip"))
     dataset = ToyboxDataset("test", 1000, 64)
     groups = context.count(15, 3)
     hits: dict[str, list[bool]] = {"caption": [], "picture": []}
     for group in range(groups):
         rows = range(64 * group, 64 * group + 64)
         texts = [caption(dataset.scenes[i], None, "full").text for i in rows]
-        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         pixels = torch.from_numpy(np.array(dataset.images[rows.start : rows.stop])).permute(0, 3, 1, 2).float()
         with torch.no_grad():
-            scores = clip(pixel_values=clip_pixels(pixels / 255, folder), **tokens).logits_per_image
+            scores = clip.pictures(pixels / 127.5 - 1) @ clip.text(texts).T
         hits["caption"] += (scores.argmax(1) == torch.arange(64)).tolist()
         hits["picture"] += (scores.argmax(0) == torch.arange(64)).tolist()
     captions, pictures = stats.share(hits["caption"]), stats.share(hits["picture"])
@@ -172,18 +168,6 @@ def retrieval(context: Context) -> list[Row]:
             data={"caption": captions.to_json(), "picture": pictures.to_json()},
         )
     ]
-
-
-def clip_pixels(pixels: Tensor, folder) -> Tensor:
-    """Pictures (b, 3, h, w) in [0, 1] as the model's own image processor normalises them."""
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder)
-    mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
-    side = processor.size.get("shortest_edge") or processor.size["height"]
-    if pixels.shape[-1] != side:
-        pixels = functional.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
-    return (pixels - mean) / std
 
 
 def choose_guidance(context: Context, name: str) -> float:

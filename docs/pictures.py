@@ -23,6 +23,7 @@ from sfumato.explain.daam import DAAM
 from sfumato.explain.lrp import explain_image as explain_lrp
 from sfumato.explain.relevance_maps import draw_words
 from sfumato.explain.shape_texture import ShapeTexture, plot
+from sfumato.metrics import segmentation
 from sfumato.metrics.segmentation import normalise
 from sfumato.models.readers import load_net, load_reader
 from sfumato.sampling.request import as_pictures
@@ -468,7 +469,9 @@ def robust_vit() -> Image.Image:
         maps = relevance_maps(model, pixels, torch.from_numpy(source.labels[own]))[0].detach()
         for i, one, word in zip(own, maps, said, strict=True):
             wide = torch.nn.functional.interpolate(one[None, None], (160, 160), mode="bilinear")[0, 0]
-            tiles.append((f"says {SHAPES[word]}", heat.overlay(Image.fromarray(source.images[i]), heat.unit(wide))))
+            tiles.append(
+                (f"says {SHAPES[word]}", heat.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide)))
+            )
     return sheet(tiles, columns=len(own))
 
 

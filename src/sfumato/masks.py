@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.errors import BadInput, NoMatch
+from sfumato.metrics.segmentation import otsu_split
 
 __all__ = [
     "Boxes",
@@ -363,11 +364,7 @@ def otsu_threshold(values: Tensor, bins: int = 256) -> float:
     if not high > low:
         raise NoMatch(f"the map is {low:g} everywhere, so no threshold parts it in two.")
     counts = torch.histc(flat, bins, low, high)
-    centres = low + (torch.arange(bins, dtype=torch.float64) + 0.5) * (high - low) / bins
-    below = counts.cumsum(0)[:-1]
-    above, mass = counts.sum() - below, (counts * centres).cumsum(0)
-    apart = mass[:-1] / below.clamp_min(1) - (mass[-1] - mass[:-1]) / above.clamp_min(1)
-    best = int((below * above * apart**2).argmax())
+    best = int(otsu_split(counts[None]))
     return low + (best + 1) * (high - low) / bins
 
 

@@ -8,18 +8,9 @@ from scipy.stats import gaussian_kde, spearmanr
 
 from sfumato.bench.judge import judge_folder
 from sfumato.errors import BadInput, NoMatch
-from sfumato.judge import sad_pad
-from sfumato.judge.sad_pad import (
-    Lattice,
-    SadPad,
-    attribute_embeddings,
-    auroc,
-    divergence,
-    find_attributes,
-    hcs,
-    kl,
-    plots,
-)
+from sfumato.judge.sad_pad import SadPad, attribute_embeddings, find_attributes, plots
+from sfumato.metrics import sad_pad
+from sfumato.metrics.sad_pad import Lattice, auroc, divergence, hcs, kl
 from sfumato.models.readers import load_clip
 
 

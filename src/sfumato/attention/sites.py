@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import NoMatch, NotSupported
+from sfumato.models.hooks import running
 from sfumato.models.site import Site
 
 __all__ = ["Site", "Where", "find_sites"]
@@ -62,29 +63,17 @@ def find_sites(module: nn.Module, run_once: Callable[[], Any]) -> list[Site]:
     counts as text). Grids are unknown here (None). Works on CLIP, ViT, BERT, T5 and whatever else uses that function.
     Raises NoMatch when no call is seen, NotSupported when queries are not in ``b k n d`` layout.
     """
-    running: list[str] = []
     found: dict[str, Site] = {}
 
     class Spy(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is F.scaled_dot_product_attention and running and running[-1] not in found:
-                path = running[-1]
+            if func is F.scaled_dot_product_attention and stack and stack[-1].path not in found:
+                path = stack[-1].path
                 found[path] = _site_of_call(path, len(found), *args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    handles = []
-    try:
-        for path, part in module.named_modules():
-            handles.append(part.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
-            handles.append(part.register_forward_hook(leave, always_call=True))
-        with Spy():
-            run_once()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with running(module) as stack, Spy():
+        run_once()
     if not found:
         raise NoMatch(
             f"{type(module).__name__} never called scaled_dot_product_attention; load it with "

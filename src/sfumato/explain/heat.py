@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from sfumato import sheets
 from sfumato.errors import BadInput
 
-__all__ = ["colour", "enlarged_size", "overlay", "overlays", "strips", "unit"]
+__all__ = ["colour", "enlarged_size", "overlay", "overlays", "strips"]
 
 #: Pictures are enlarged by whole factors until their longer side has about this many pixels.
 LEGIBLE = 256
@@ -68,12 +67,3 @@ def strips(clip: np.ndarray, heats: Mapping[str, Tensor], title: str = "", colou
         cells += list(overlays(frames, heat[chosen], colours))
     heads = [f"frame {i + 1}" for i in chosen]
     return sheets.sheet(cells, len(chosen), title=title, rows=["", *heats], heads=heads)
-
-
-def unit(heat: Tensor, how: str = "minmax", axes: int = 2) -> Tensor:
-    """Heat (... h w) brought to [0, 1], each map by itself: "minmax", or "max" which only divides by the maximum.
-    A constant map becomes 0 ("minmax"). ``axes``: how many of the last ones are one map; 3 for the frames of a clip."""
-    over = tuple(range(-axes, 0))
-    low = heat.amin(over, keepdim=True) if how == "minmax" else torch.zeros_like(heat[(..., *[slice(1)] * axes)])
-    span = heat.amax(over, keepdim=True) - low
-    return torch.where(span > 0, (heat - low) / span.clamp_min(torch.finfo(heat.dtype).tiny), torch.zeros_like(heat))

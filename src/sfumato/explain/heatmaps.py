@@ -20,6 +20,7 @@ from sfumato.attention.accumulate import LayerMaps, upscale
 from sfumato.attention.sites import Site, matches_place
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.explain import heat
+from sfumato.metrics.segmentation import normalise
 from sfumato.text.words import Reading, WordSpan
 
 __all__ = ["HeatMaps"]
@@ -255,7 +256,7 @@ class HeatMaps:
 
     def _unit(self, found: Tensor, how: str = "minmax") -> Tensor:
         """A word's map ([f] h w) brought to [0, 1], all frames alike."""
-        return heat.unit(found, how, 3 if self.frames > 1 else 2)
+        return normalise(found, how, 3 if self.frames > 1 else 2)
 
     def _resolve(self, word: str, merge: bool) -> list[WordSpan]:
         return self.reading.find(word) if merge else [self.reading.one(word)]

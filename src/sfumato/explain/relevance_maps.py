@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato import files, sheets
 from sfumato.errors import BadInput, UnknownName
 from sfumato.explain import heat
+from sfumato.metrics.segmentation import normalise
 
 __all__ = ["Answer", "RelevanceMaps", "paint_regions"]
 
@@ -84,7 +85,7 @@ class RelevanceMaps:
     def overlay(self, image: Image.Image, which: str | int = 0) -> Image.Image:
         """The picture with one map over it, and the found box if there is one."""
         size = heat.enlarged_size(self.size)
-        out = heat.overlay(image, heat.unit(self.map(which, size)))
+        out = heat.overlay(image, normalise(self.map(which, size)))
         box = self.answer(which).box
         if box is not None:
             h, w = size

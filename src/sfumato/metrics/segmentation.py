@@ -33,16 +33,18 @@ class Score:
         return {"miou": self.miou.to_json(), "pointing": self.pointing.to_json(), "tau": self.tau}
 
 
-def normalise(maps: Tensor, how: str = "minmax") -> Tensor:
-    """Maps (n, h, w) brought to [0, 1] each: ``"minmax"`` (DAAM's code) or ``"max"`` (DAAM's paper, relative to peak).
+def normalise(maps: Tensor, how: str = "minmax", dims: int = 2) -> Tensor:
+    """Maps (... h w) brought to [0, 1] each: ``"minmax"`` (DAAM's code) or ``"max"`` (DAAM's paper, relative to peak).
 
-    A constant map becomes 0.
+    A constant map becomes 0. ``dims``: a map is so many of the last axes, 3 for that of a clip (f h w).
     """
     if how not in ("minmax", "max"):
         raise BadInput(f"normalise: how={how!r}; allowed: 'minmax', 'max'.")
     maps = maps.float()
-    low = maps.amin((-2, -1), keepdim=True) if how == "minmax" else torch.zeros_like(maps[..., :1, :1])
-    span = maps.amax((-2, -1), keepdim=True) - low
+    axes = tuple(range(-dims, 0))
+    least = maps.amin(axes, keepdim=True)
+    low = least if how == "minmax" else torch.zeros_like(least)
+    span = maps.amax(axes, keepdim=True) - low
     return torch.where(span > 0, (maps - low) / span.clamp_min(1e-30), torch.zeros_like(maps))
 
 
@@ -175,13 +177,19 @@ def otsu(maps: Tensor, levels: int = 256) -> Tensor:
     (Otsu 1979); use as ``normalise(maps) > otsu(maps)[:, None, None]``. A constant map has threshold 0."""
     flat = (normalise(maps).flatten(1) * (levels - 1)).round().long()
     counts = torch.zeros(len(flat), levels, dtype=torch.float64).scatter_add_(1, flat, torch.ones(flat.shape).double())
+    best = otsu_split(counts)
+    return torch.where(best >= 0, best.double() / (levels - 1) + 0.5 / (levels - 1), 0.0).float()
+
+
+def otsu_split(counts: Tensor) -> Tensor:
+    """(n,): the last bin below the threshold that parts histograms (n, bins) with the largest variance between the
+    parts (Otsu 1979); -1 where all lies in one bin."""
     share = counts / counts.sum(1, keepdim=True)
     below = share.cumsum(1)
-    mass = (share * torch.arange(levels, dtype=torch.float64)).cumsum(1)
+    mass = (share * torch.arange(counts.shape[1], dtype=torch.float64)).cumsum(1)
     between = (mass[:, -1:] * below - mass).square() / (below * (1 - below)).clamp_min(1e-12)
     between = between.masked_fill((below <= 1e-9) | (below >= 1 - 1e-9), -1)
-    best = between.argmax(1)
-    return torch.where(between.amax(1) > 0, best.double() / (levels - 1) + 0.5 / (levels - 1), 0.0).float()
+    return torch.where(between.amax(1) > 0, between.argmax(1), -1)
 
 
 def instance_ap(masks: Sequence[Tensor], truths: Sequence[Tensor], certain: Sequence[Tensor], least: float) -> float:

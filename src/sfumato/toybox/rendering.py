@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .scene import DISTANCE, GROUNDS, LOOK_HEIGHT, PATTERNS, SHAPES, SKIES, VIEW_WIDTH, Scene
+from .shapes import BOUND_CENTRE, BOUND_RADIUS, FAR, INTERSECT
 
 COLOR_RGB = {
     "red": (0.86, 0.10, 0.10),
@@ -47,7 +48,6 @@ GROUND_RGB = {
     "tiles": ((0.40, 0.45, 0.52), (0.56, 0.61, 0.68)),
 }
 LIGHT_RADIUS = 0.10  # of the area light, as the tangent of its angular radius
-_FAR = 1e9
 
 
 @dataclass
@@ -86,153 +86,6 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
-# ---- shapes, in the local frame --------------------------------------------------------------------------------------
-# Each takes origins o and directions d (n, 3) and returns t (n) - _FAR where missed -, normal (n, 3) and texture (n,
-# 2).
-
-
-def _quadratic(a: Tensor, half_b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Both roots of a t^2 + 2 half_b t + c = 0, low first; (_FAR, -_FAR) where there is none."""
-    disc = half_b * half_b - a * c
-    root = disc.clamp_min(0).sqrt()
-    a = torch.where(a.abs() < 1e-9, torch.full_like(a, 1e-9), a)
-    low, high = (-half_b - root) / a, (-half_b + root) / a
-    low, high = torch.minimum(low, high), torch.maximum(low, high)
-    none = disc < 0
-    return low.masked_fill(none, _FAR), high.masked_fill(none, -_FAR)
-
-
-def _slab(o: Tensor, d: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Entry and exit of rays through low <= coordinate <= high for one coordinate."""
-    safe = torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
-    t0, t1 = (low - o) / safe, (high - o) / safe
-    return torch.minimum(t0, t1), torch.maximum(t0, t1)
-
-
-def _first(enter: Tensor, leave: Tensor) -> Tensor:
-    """First crossing in front of the ray's origin of a convex body with that interval, else _FAR."""
-    t = torch.where(enter > 1e-4, enter, leave)
-    return torch.where((leave > enter) & (t > 1e-4), t, torch.full_like(t, _FAR))
-
-
-def _ball(o: Tensor, d: Tensor):
-    centre = o.new_tensor((0.0, 0.5, 0.0))
-    oc = o - centre
-    t = _first(*_quadratic((d * d).sum(-1), (d * oc).sum(-1), (oc * oc).sum(-1) - 0.25))
-    p = oc + t.clamp_max(1e3)[:, None] * d
-    uv = torch.stack((torch.atan2(p[:, 0], -p[:, 2]) * 0.42, p[:, 1] + 0.5), -1)
-    return t, p * 2, uv
-
-
-def _box(o: Tensor, d: Tensor, low: tuple[float, float, float], high: tuple[float, float, float]):
-    spans = [_slab(o[:, i], d[:, i], low[i], high[i]) for i in range(3)]
-    enters = torch.stack([s[0] for s in spans], -1)
-    leaves = torch.stack([s[1] for s in spans], -1)
-    enter, axis_in = enters.max(-1)
-    leave, axis_out = leaves.min(-1)
-    t = _first(enter, leave)
-    axis = torch.where(enter > 1e-4, axis_in, axis_out)
-    normal = torch.nn.functional.one_hot(axis, 3).to(o) * -torch.sign(d) * torch.where(enter > 1e-4, 1.0, -1.0)[:, None]
-    return t, normal, _triplanar(o + t.clamp_max(1e3)[:, None] * d, axis)
-
-
-def _triplanar(p: Tensor, axis: Tensor) -> Tensor:
-    u = torch.where(axis == 0, p[:, 2], p[:, 0])
-    v = torch.where(axis == 1, p[:, 2], p[:, 1])
-    return torch.stack((u, v), -1)
-
-
-def _cube(o: Tensor, d: Tensor):
-    return _box(o, d, (-0.42, 0.0, -0.42), (0.42, 0.84, 0.42))
-
-
-def _cross(o: Tensor, d: Tensor):
-    upright = _box(o, d, (-0.17, 0.0, -0.17), (0.17, 1.0, 0.17))
-    beam = _box(o, d, (-0.5, 0.33, -0.17), (0.5, 0.67, 0.17))
-    nearer = upright[0] <= beam[0]
-    return (
-        torch.where(nearer, upright[0], beam[0]),
-        torch.where(nearer[:, None], upright[1], beam[1]),
-        torch.where(nearer[:, None], upright[2], beam[2]),
-    )
-
-
-def _cylinder(o: Tensor, d: Tensor):
-    radius = 0.38
-    flat_o, flat_d = o[:, [0, 2]], d[:, [0, 2]]
-    side_in, side_out = _quadratic(
-        (flat_d * flat_d).sum(-1), (flat_d * flat_o).sum(-1), (flat_o * flat_o).sum(-1) - radius**2
-    )
-    cap_in, cap_out = _slab(o[:, 1], d[:, 1], 0.0, 1.0)
-    enter, leave = torch.maximum(side_in, cap_in), torch.minimum(side_out, cap_out)
-    t = _first(enter, leave)
-    p = o + t.clamp_max(1e3)[:, None] * d
-    on_cap = (t - cap_in).abs() < (t - side_in).abs()
-    cap_normal = torch.stack((torch.zeros_like(t), -torch.sign(d[:, 1]), torch.zeros_like(t)), -1)
-    side_normal = torch.stack((p[:, 0] / radius, torch.zeros_like(t), p[:, 2] / radius), -1)
-    side_uv = torch.stack((torch.atan2(p[:, 0], -p[:, 2]) * radius, p[:, 1]), -1)
-    return (
-        t,
-        torch.where(on_cap[:, None], cap_normal, side_normal),
-        torch.where(on_cap[:, None], p[:, [0, 2]], side_uv),
-    )
-
-
-def _cone(o: Tensor, d: Tensor):
-    height, radius = 1.05, 0.52
-    slope = radius / height
-    # x^2 + z^2 = slope^2 (height - y)^2, the nappe below the apex and above the ground
-    up_o, up_d = height - o[:, 1], -d[:, 1]
-    a = d[:, 0] ** 2 + d[:, 2] ** 2 - slope**2 * up_d**2
-    b = d[:, 0] * o[:, 0] + d[:, 2] * o[:, 2] - slope**2 * up_d * up_o
-    c = o[:, 0] ** 2 + o[:, 2] ** 2 - slope**2 * up_o**2
-    low, high = _quadratic(a, b, c)
-    best = torch.full_like(low, _FAR)
-    for t in (high, low):
-        y = o[:, 1] + t.clamp(-1e3, 1e3) * d[:, 1]
-        best = torch.where((t > 1e-4) & (t < _FAR) & (y >= 0) & (y <= height), torch.minimum(t, best), best)
-    p = o + best.clamp_max(1e3)[:, None] * d
-    normal = torch.stack((p[:, 0], slope**2 * (height - p[:, 1]), p[:, 2]), -1)
-    uv = torch.stack((torch.atan2(p[:, 0], -p[:, 2]) * 0.32, p[:, 1]), -1)
-    return best, torch.nn.functional.normalize(normal, dim=-1), uv
-
-
-def _ring(o: Tensor, d: Tensor):
-    # A wheel: an outer cylinder along local z with a round hole, so an interval minus an interval.
-    outer, inner, half = 0.5, 0.25, 0.17
-    o = o - o.new_tensor((0.0, 0.5, 0.0))
-    a, b = (d[:, :2] ** 2).sum(-1), (d[:, :2] * o[:, :2]).sum(-1)
-    r2 = (o[:, :2] ** 2).sum(-1)
-    out_in, out_out = _quadratic(a, b, r2 - outer**2)
-    hole_in, hole_out = _quadratic(a, b, r2 - inner**2)
-    face_in, face_out = _slab(o[:, 2], d[:, 2], -half, half)
-    enter, leave = torch.maximum(out_in, face_in), torch.minimum(out_out, face_out)
-    solid = (leave > enter) & (enter > 1e-4)
-    through = (hole_in < enter) & (enter < hole_out)  # the face is met inside the hole
-    wall = through & (hole_out < leave)  # and then the hole's far wall is met
-    t = torch.where(through, torch.where(wall, hole_out, torch.full_like(enter, _FAR)), enter)
-    t = torch.where(solid, t, torch.full_like(t, _FAR))
-    p = o + t.clamp_max(1e3)[:, None] * d
-    radial = torch.nn.functional.pad(p[:, :2] / p[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-6), (0, 1))
-    face = torch.stack((torch.zeros_like(t), torch.zeros_like(t), -torch.sign(d[:, 2])), -1)
-    on_face = ~wall & ((t - face_in).abs() < (t - out_in).abs())
-    normal = torch.where(wall[:, None], -radial, torch.where(on_face[:, None], face, radial))
-    round_uv = torch.stack((torch.atan2(p[:, 0], p[:, 1]) * 0.4, p[:, 2] + 0.5), -1)
-    flat_uv = p[:, :2] + 0.5
-    return t, normal, torch.where(on_face[:, None], flat_uv, round_uv)
-
-
-_INTERSECT = {
-    "ball": _ball,
-    "cube": _cube,
-    "cylinder": _cylinder,
-    "cone": _cone,
-    "ring": _ring,
-    "cross": _cross,
-}
-_BOUND_CENTRE, _BOUND_RADIUS = 0.5, 0.78  # of the sphere around every shape, in local units
-
-
 # ---- scenes as tensors -----------------------------------------------------------------------------------------------
 
 
@@ -255,8 +108,8 @@ class _Batch:
         to = lambda x: x.to(device)  # noqa: E731
         self.kind, self.place, self.turn, self.scale = to(kind), to(place), to(turn), to(scale)
         self.color, self.second, self.pattern, self.gloss = to(color), to(second), to(pattern), to(gloss)
-        self.centre = self.place + self.scale[..., None] * torch.tensor((0.0, _BOUND_CENTRE, 0.0), device=device)
-        self.bound = torch.where(self.kind >= 0, self.scale * _BOUND_RADIUS, -1.0)  # negative: never met
+        self.centre = self.place + self.scale[..., None] * torch.tensor((0.0, BOUND_CENTRE, 0.0), device=device)
+        self.bound = torch.where(self.kind >= 0, self.scale * BOUND_RADIUS, -1.0)  # negative: never met
         sky = [SKY_RGB[s.sky] for s in scenes]
         self.sky_top, self.sky_low, self.sun, self.ambient = (
             to(torch.tensor([row[i] for row in sky])) for i in range(4)
@@ -305,13 +158,13 @@ class _Batch:
         scale = self.scale[s, k][:, None]
         o = _turn(o - self.place[s, k], cos, -sin) / scale
         d = _turn(d, cos, -sin) / scale  # t stays in world units
-        t = torch.full_like(cos, _FAR)
+        t = torch.full_like(cos, FAR)
         normal, uv = torch.zeros_like(o), torch.zeros_like(o[:, :2])
         kind = self.kind[s, k]
         for i, shape in enumerate(SHAPES):
             pick = (kind == i).nonzero().squeeze(1)
             if len(pick):
-                t[pick], normal[pick], uv[pick] = _INTERSECT[shape](o[pick], d[pick])
+                t[pick], normal[pick], uv[pick] = INTERSECT[shape](o[pick], d[pick])
         return t, _turn(normal, cos, sin), uv
 
 
@@ -325,7 +178,7 @@ def _turn(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Hits:
     """What each ray (b, r) meets first: flat lists over the rays that meet a toy, and planes over all rays."""
 
-    t: Tensor  # (b, r) distance, _FAR for sky
+    t: Tensor  # (b, r) distance, FAR for sky
     toy: Tensor  # (b, r) index or -1
     s: Tensor  # (n) scene of each toy hit
     r: Tensor  # (n) ray of each toy hit
@@ -339,12 +192,12 @@ def _cast(batch: _Batch, d: Tensor) -> _Hits:
     o = batch.eye[:, None]
     s, r, k = batch.candidates(o, d)
     t, normal, uv = batch.meet(s, k, batch.eye[s], d[s, r])
-    ground = torch.where(d[..., 1] < -1e-6, -o[..., 1] / d[..., 1].clamp_max(-1e-6), torch.full_like(d[..., 0], _FAR))
+    ground = torch.where(d[..., 1] < -1e-6, -o[..., 1] / d[..., 1].clamp_max(-1e-6), torch.full_like(d[..., 0], FAR))
     nearest = ground.clone().flatten()
     flat = s * rays + r
     nearest.scatter_reduce_(0, flat, t, "amin")
     nearest = nearest.view(b, rays)
-    won = (t < _FAR) & (t <= nearest[s, r])
+    won = (t < FAR) & (t <= nearest[s, r])
     s, r, k, normal, uv = s[won], r[won], k[won], normal[won], uv[won]
     toy = torch.full((b, rays), -1, dtype=torch.int16, device=d.device)
     toy[s, r] = k.to(torch.int16)
@@ -357,7 +210,7 @@ def _shadow(batch: _Batch, p: Tensor, light: Tensor) -> Tensor:
     s, r, k = batch.candidates(p, light[:, None])
     t, _, _ = batch.meet(s, k, p[s, r], light[s])
     dark = torch.zeros(p.shape[:2], dtype=torch.bool, device=p.device)
-    hit = t < _FAR
+    hit = t < FAR
     dark[s[hit], r[hit]] = True
     return dark
 
@@ -420,7 +273,7 @@ def _ground(batch: _Batch, d: Tensor, t: Tensor, light: Tensor) -> Tensor:
 
 def _shade(batch: _Batch, d: Tensor, hits: _Hits, light: Tensor) -> Tensor:
     """Colours (b, r, 3) in [0, 1] of rays d, lit from light (b, 3)."""
-    color = torch.where((hits.t < _FAR)[..., None], _ground(batch, d, hits.t, light), _sky(batch, d))
+    color = torch.where((hits.t < FAR)[..., None], _ground(batch, d, hits.t, light), _sky(batch, d))
 
     s, r, k = hits.s, hits.r, hits.k
     ray, t, n, sun = d[s, r], hits.t[s, r], hits.normal, light[s]
@@ -493,9 +346,9 @@ def _render(scenes: Sequence[Scene], h: int, w: int, ss: int, device) -> tuple[T
     d = batch.rays(h, w, 0.5, 0.5)
     hits = _cast(batch, d)
     axis = (d * batch.forward[:, None]).sum(-1)
-    depth = torch.where(hits.t >= _FAR, torch.full_like(hits.t, math.inf), hits.t * axis).view(b, h, w)
+    depth = torch.where(hits.t >= FAR, torch.full_like(hits.t, math.inf), hits.t * axis).view(b, h, w)
     world = torch.zeros(b, h * w, 3, device=device)
-    world[..., 1] = ((hits.toy < 0) & (hits.t < _FAR)).float()
+    world[..., 1] = ((hits.toy < 0) & (hits.t < FAR)).float()
     world[hits.s, hits.r] = hits.normal
     axes = torch.stack((batch.right, batch.up, -batch.forward), 1)  # rows: camera x, y, z in world axes
     normal = torch.einsum("bij,brj->bir", axes, world).reshape(b, 3, h, w)

@@ -1,0 +1,245 @@
+"""The report of ``sfumato judge``: figures, tables, notes and pictures from what was seen in two folders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sfumato.bench.folder import Folder
+from sfumato.bench.report import Figure, Report, Table
+from sfumato.bench.survey import EXAMPLES, Instruments, Tally
+from sfumato.errors import BadInput, NoMatch
+from sfumato.judge.sad_pad import SadPad, find_attributes, plots
+from sfumato.metrics import stats
+from sfumato.metrics.frechet import frechet
+from sfumato.metrics.kernel import kernel_distance
+from sfumato.metrics.manifold import manifold
+from sfumato.metrics.sad_pad import Divergences
+
+if TYPE_CHECKING:
+    from sfumato.bench.judge import JudgeOptions
+
+RATES = {
+    "present": "of the toys asked for, the shape is there",
+    "all_present": "of the pictures, every shape is there",
+    "bound": "of the toys asked for, there in the right colour",
+    "all_bound": "of the pictures, every toy in its colour",
+    "leaked": "of the toys asked for, wrong, and its shape wears another one's colour",
+    "counted": "of the pictures, the right number of toys",
+    "related": "of the relations asked for, it holds",
+    "all_right": "of the pictures, everything asked for, and nothing more",
+}
+
+
+def report_of(
+    asked: JudgeOptions,
+    system: SadPad,
+    fake: Folder,
+    tally: Tally,
+    real: Folder | None,
+    truth: Tally | None,
+    wanted: set[str],
+    attributes: list[str],
+    tools: Instruments,
+) -> Report:
+    title = f"{fake.path.name or fake.path}" + (f" against {real.path.name or real.path}" if real else "")
+    report = Report(title=title)
+    report.notes += _notes(fake, tally, tools, "")
+    if real is not None and truth is not None:
+        report.notes += _notes(real, truth, tools, "reference: ")
+    if "presence" in wanted:
+        _presence(report, tally, bool(asked.metrics))
+    if tally.scores is not None and "clip_score" in wanted:
+        spread = float(tally.scores.scatter[0, 0]) / max(tally.scores.n - 1, 1)
+        value = stats.mean_of(tally.scores.n, float(tally.scores.mean[0]), spread)
+        report.figures.append(Figure(f"CLIPScore({asked.clip})", value, "100 max(cos, 0) of picture and caption"))
+    if truth is not None and tally.moments is not None:
+        _distances(report, asked, tally, truth, wanted, tools)
+    if "attributes" in wanted and truth is not None:
+        found = _divergences(asked, system, tally, truth, attributes, tools, fake, real)
+        _attribute_tables(report, found, asked)
+    if "presence" in wanted:
+        _gallery(report, fake, tally)
+    report.data |= {
+        "options": asked.model_dump(mode="json", exclude={"ray", "workers"}),  # they change no figure
+        "folder": str(fake.path),
+        "reference": str(real.path) if real else None,
+        "pictures": {"seen": tally.seen, "failed": tally.failed, "named": tally.named, "no_text": tally.no_text,
+                     "no_toys": tally.no_toys, "resized": tally.resized, "others": fake.others, "drawn": fake.drawn},
+        "seconds": round(tally.seconds + (truth.seconds if truth else 0.0), 2),
+        "nets": {each.name: each.hash for each in (tools.net, tools.clip) if each is not None},
+    }  # fmt: skip
+    return report
+
+
+def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[str]:
+    notes = [f"{side}{tally.seen} pictures of {folder.path}"]
+    if tally.failed:
+        named = "; ".join(f"{name} ({reason})" for name, reason in tally.named[:5])
+        more = f"; and {tally.failed - 5} more, see the JSON" if tally.failed > 5 else ""
+        notes.append(f"{side}{tally.failed} files could not be read and were left out: {named}{more}")
+    if tally.no_text and (tools.judge or tools.clip) and not side:
+        notes.append(f"{tally.no_text} pictures have no caption and count for distances only")
+    if tally.no_toys:
+        notes.append(f"{tally.no_toys} captions name no toy and do not count for presence")
+    if tally.resized:
+        rule = next((net.rule for net in (tools.net, tools.clip) if net is not None), "middle square, bicubic to 64x64")
+        notes.append(f"{side}{tally.resized} pictures were resized: {rule}; the judge sees the middle square at 64x64")
+    left = [f"{folder.others} other files"] if folder.others else []
+    left += [f"{folder.drawn} pictures drawn beside others"] if folder.drawn else []
+    return notes + ([f"{side}passed over: {' and '.join(left)}"] if left else [])
+
+
+def _presence(report: Report, tally: Tally, asked_for: bool) -> None:
+    if "present" not in tally.counts:
+        told = "presence: no caption names a toy of the toybox (ball, cube, cylinder, cone, ring, cross)"
+        if asked_for:
+            raise NoMatch(f"{told}.")
+        report.notes.append(f"{told}; it is left out")
+        return
+    for name, about in RATES.items():
+        if name in tally.counts:
+            report.figures.append(Figure(name, tally.rate(name), about, percent=True))
+    if tally.tasks:
+        rows = [(task, stats.wilson(*counts)) for task, counts in sorted(tally.tasks.items())]
+        for task, share in rows:
+            report.figures.append(Figure(f"task {task}", share, "of its pictures, solved", percent=True))
+        mean = sum(share.value for _, share in rows) / len(rows)
+        report.figures.append(Figure("tasks", mean, "mean of the tasks"))
+
+
+def _distances(
+    report: Report, asked: JudgeOptions, tally: Tally, truth: Tally, wanted: set[str], tools: Instruments
+) -> None:
+    assert tools.net is not None and tally.moments and truth.moments and tally.sample and truth.sample
+    name, d = asked.net, len(tally.moments.mean)
+    n, m = tally.moments.n, truth.moments.n
+    if min(n, m) < 2 and not asked.metrics:
+        report.notes.append("distances need at least 2 pictures on each side; they are left out")
+        return
+    if "frechet" in wanted:
+        value = frechet(truth.moments, tally.moments)
+        report.figures.append(
+            Figure(tools.net.distance, value, f"Frechet distance of {n} and {m} features of {d} numbers")
+        )
+        if min(n, m) < 2 * d:
+            report.notes.append(
+                f"{tools.net.distance} of fewer than {2 * d} pictures is biased upward; compare equally many only"
+            )
+    sampled = max(n, m) > asked.cap
+    if sampled and wanted & {"kernel", "manifold"}:
+        report.notes.append(
+            f"kernel distance and manifolds use {asked.cap} pictures a side, drawn with seed {asked.seed}"
+        )
+    if "kernel" in wanted:
+        if min(n, m) < 2:
+            raise BadInput(f"a kernel distance needs at least 2 pictures on each side; got {n} and {m}.")
+        apart = kernel_distance(truth.sample.rows, tally.sample.rows)
+        report.figures.append(Figure(f"KD({name})", apart, "squared MMD, cubic kernel, unbiased"))
+    if "manifold" in wanted:
+        if min(n, m) <= max(asked.k, asked.k_density):
+            if asked.metrics:
+                raise BadInput(f"manifold: {asked.k_density} neighbours need more pictures than {n} and {m}.")
+            report.notes.append(
+                f"manifold figures need more than {max(asked.k, asked.k_density)} pictures on each side"
+            )
+            return
+        got = manifold(truth.sample.rows, tally.sample.rows, asked.k, asked.k_density)
+        for key, about in (
+            ("precision", f"share of the pictures among the reference, k = {asked.k}"),
+            ("recall", f"share of the reference among the pictures, k = {asked.k}"),
+            ("coverage", f"share of the reference with a picture near, k = {asked.k_density}"),
+        ):
+            report.figures.append(Figure(f"{key}({name})", getattr(got, key), about, percent=True))
+        report.figures.append(Figure(f"density({name})", got.density, f"k = {asked.k_density}; about 1 for equal sets"))
+
+
+def _divergences(
+    asked: JudgeOptions,
+    system: SadPad,
+    tally: Tally,
+    truth: Tally,
+    attributes: list[str],
+    tools: Instruments,
+    fake: Folder,
+    real: Folder | None,
+) -> Divergences:
+    assert tally.clip_sample and truth.clip_sample and tools.clip and real
+    mentions = None
+    if tally.mentions is not None and truth.mentions is not None:
+        told = np.concatenate([truth.mentions.rows, tally.mentions.rows])
+        if not np.isnan(told).all():
+            absent = [name for name, hits in zip(attributes, np.nansum(told, 0), strict=True) if not hits]
+            if absent:
+                texts = (real.about(name)["text"] for name in real.names[:500])
+                try:
+                    near = "; frequent there: " + ", ".join(find_attributes([text for text in texts if text], 12))
+                except NoMatch:
+                    near = ""
+                raise NoMatch(
+                    f"attribute {absent[0]!r} occurs in no caption of either folder{near}. captions=False"
+                    " (--no-captions) does without them."
+                )
+            if not np.isnan(truth.mentions.rows).all():
+                mentions = truth.mentions.rows
+    if tools.wishes:
+        assert tally.shown and truth.shown
+        seen = truth.shown.rows.sum(0) + tally.shown.rows.sum(0)
+        never = [name for name, hits in zip(attributes, seen, strict=True) if not hits]
+        if never:
+            there = [name for name, hits in zip(attributes, seen, strict=True) if hits]
+            others = f"; seen are {', '.join(there)}" if there else ""
+            raise NoMatch(f"attribute {never[0]!r}: {asked.reader} sees it in no picture of either folder{others}.")
+        # zeros and ones have no density: a little noise gives them one, the same noise in every run
+        rng = np.random.default_rng(asked.seed)
+        rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, tally.shown)]
+        return system.compare(attributes, rows[0], rows[1])
+    rows = system.scores(tools.clip, attributes, truth.clip_sample.rows, tally.clip_sample.rows)
+    return system.compare(attributes, rows[0], rows[1], mentions)
+
+
+def _attribute_tables(report: Report, found: Divergences, asked: JudgeOptions, most: int = 20) -> None:
+    by = f"{asked.reader} (0 or 1)" if asked.oracle else f"HCS of {asked.clip}"
+    report.figures.append(Figure("SaD", found.sad, f"1000 x KL, {by}; chance stays below {found.sad_null:.4g}"))
+    if found.pairs:
+        report.figures.append(Figure("PaD", found.pad, f"1000 x KL; chance stays below {found.pad_null:.4g}"))
+    report.tables.append(
+        Table(
+            "Attributes, by divergence",
+            ("attribute", "1000 KL", "chance", "p", "there is", "mean gap [95 %]", "AUROC"),
+            [
+                (
+                    each.name, f"{each.kl:.1f}", f"{each.null:.1f}", f"{each.p:.3f}",
+                    ("too much" if each.gap.value > 0 else "too little") if each.shifted else "no shift seen",
+                    each.gap.text(digits=2),
+                    "" if each.auroc is None else f"{each.auroc:.2f}" + ("" if each.readable else " unreadable"),
+                )
+                for each in found.attributes
+            ],
+        )
+    )  # fmt: skip
+    if found.pairs:
+        report.tables.append(
+            Table(
+                "Pairs, by what their two attributes do not explain",
+                ("pair", "1000 KL", "excess", "chance", "p", ""),
+                [
+                    (f"{each.first} + {each.second}", f"{each.kl:.1f}", f"{each.excess:.1f}", f"{each.null:.1f}",
+                     f"{each.p:.3f}", "combined otherwise" if each.shifted else "")
+                    for each in found.pairs[:most]
+                ],
+            )
+        )  # fmt: skip
+    unread = [each.name for each in found.attributes if not each.readable]
+    if unread:
+        report.notes.append(f"{asked.clip} cannot tell {', '.join(unread)} (AUROC below 0.75); do not read their rows")
+    report.plots |= plots(found)
+    report.data["sad_pad"] = found.to_json()
+
+
+def _gallery(report: Report, folder: Folder, tally: Tally) -> None:
+    for heading, names in (("Not as asked (the first of them)", tally.wrong), ("As asked (the first)", tally.right)):
+        if names:
+            shown = [(folder.about(name)["text"] or name, folder.picture(name)) for name in names[:EXAMPLES]]
+            report.gallery.append((heading, shown))
