@@ -14,7 +14,7 @@ from sfumato.errors import BadInput, NotSupported, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert, recipe_args
 from sfumato.sampling.process.autoregressive import drawn
-from sfumato.sampling.recording import Recorder, Recording
+from sfumato.sampling.recording import Recorder, Recording, record_beside
 from tests.helpers import fingerprint
 from tests.processes import generator_model, tokens_model
 from tests.tiny import tiny_model
@@ -292,6 +292,32 @@ def test_recordings_hold_tokens(kind: str, tmp_path: Any):
     again = Recording.load(recorder.recording.save(tmp_path / "run.safetensors"))
     assert torch.equal(again.latents[-1], result.latents) and len(again.latents) == STEPS[kind] + 1
     assert any(name.endswith("|q") for name in again.tensors)
+
+
+def test_one_pass_has_nothing_to_record():
+    with pytest.raises(NotSupported, match="Recorder needs a state that keeps its shape"):
+        generate(generator_model(), "a dog", interventions=Recorder())
+
+
+class Beside(Intervention):
+    """Walks another prompt beside the run, with the same noise."""
+
+    role = "path"
+
+    def on_noise(self, run: Run, x: Tensor) -> Tensor:
+        self.mark()
+        self.recording = record_beside(run, x, ["a blue dog"] * len(run), Recorder())
+        return x
+
+
+@pytest.mark.parametrize("kind", ["diffusion", *TOKENS])
+def test_a_walk_beside_has_the_same_randomness_and_takes_none(kind: str):
+    model, beside = MODELS[kind](), Beside()
+    given = {**GIVEN[kind], "seed": 4, "decode": False}
+    result = generate(model, "a red cube", interventions=beside, **given)
+    assert torch.equal(result.latents, generate(model, "a red cube", **given).latents)
+    assert torch.equal(beside.recording.latents[-1], generate(model, "a blue dog", **given).latents)
+    assert result.cost == 2 * result.request.steps * (2 if result.request.guidance.on else 1)
 
 
 def test_drawn_tokens_follow_the_distribution():

@@ -156,6 +156,9 @@ class Recorder(Intervention):
         self.recording: Recording | None = None
 
     def start(self, run: Run) -> None:
+        """Raises NotSupported where states change their shape on the way."""
+        if not run.process.keeps_shape:
+            raise run.process.lacks("state that keeps its shape", self.name)
         self._tensors: dict[str, Tensor] = {}
         self._scales: dict[str, float] = {}
         self._latest: dict[str, Tensor] = {}

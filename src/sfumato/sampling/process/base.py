@@ -48,6 +48,8 @@ class Process:
     noise_path: ClassVar[bool] = False
     #: whether a loss can be differentiated with respect to the state: ``step.grad``, ``keeps_graph``
     differentiable: ClassVar[bool] = False
+    #: whether states have the same shape before and after every step
+    keeps_shape: ClassVar[bool] = True
     #: whether a picture can be taken as the beginning
     takes_image: ClassVar[bool] = False
 

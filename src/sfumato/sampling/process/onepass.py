@@ -21,6 +21,7 @@ class OnePass(Process):
     title = "one pass"
     takes = frozenset({"steps"})
     differentiable = True
+    keeps_shape = False
 
     def __init__(
         self,
