@@ -159,5 +159,5 @@ def test_unknown_family() -> None:
     class AudioThing:
         components: dict = {}
 
-    with pytest.raises(NotSupported, match="'AudioThing' is not supported; known: FluxPipeline, PixArtAlphaPipeline"):
+    with pytest.raises(NotSupported, match="'AudioThing' is not supported; known: AmusedPipeline, Anim"):
         Model(AudioThing())
