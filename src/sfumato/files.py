@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import secrets
@@ -25,7 +24,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sfumato.dialects import a1111_text, parse_a1111, parse_comfy
 from sfumato.errors import BadInput
-from sfumato.sheets import sheet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,6 +86,20 @@ def output_folder(path: Path | str) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # not empty, or never made
             for folder in missing:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def output(out: Path, endings: tuple[str, ...] = (".png",)) -> Iterator[tuple[Path, Path | None]]:
+    """Where to write: (the folder ``out``, None) or, where its name has one of the ``endings`` and is no folder, (the
+    folder that the file ``out`` lies in, ``out``). Raises as :func:`output_folder`."""
+    named = out.suffix.lower() in endings and not out.is_dir()
+    with output_folder(out.parent if named else out) as folder:
+        yield folder, out if named else None
+
+
+def numbered(path: Path | None, index: int, total: int) -> Path | None:
+    """``x.png`` for the only file of a name that was given, ``x-1.png``, ``x-2.png``, ... for the first of several."""
+    return path if path is None or total == 1 else path.with_stem(f"{path.stem}-{index + 1}")
 
 
 def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
@@ -177,18 +189,6 @@ def reading_tensors(path: Path | str, form: str, what: str) -> Iterator[tuple[An
         raise
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise BadInput(f"{path} holds no {what}, or it is damaged.") from None
-
-
-def save_grid(path: Path, pictures: list[Path]) -> Path:
-    """All pictures as one, in rows about as many as columns, columns as wide and rows as high as their largest."""
-    from PIL import Image
-
-    columns = math.ceil(math.sqrt(len(pictures)))
-    encoded = io.BytesIO()
-    sheet([Image.open(picture) for picture in pictures], columns, gap=2).save(encoded, format="PNG")
-    with replacing(path) as file:
-        file.write(encoded.getbuffer())
-    return path
 
 
 def read_picture(path: Path | str | IO[bytes]) -> Image.Image:

@@ -59,11 +59,11 @@ def sheet(
     side = max((math.ceil(font.getlength(text)) for text in rows if font), default=0)
     left = margin + (side + gap if side else 0)
     width = left + sum(widths) + gap * (columns - 1) + margin
-    told = _wrapped(title, font, width - 2 * gap) if title else []
-    top = margin + len(told) * line + (gap if told else 0) + (line if any(heads) else 0)
+    headline = _wrapped(title, font, width - 2 * gap) if title else []
+    top = margin + len(headline) * line + (gap if headline else 0) + (line if any(heads) else 0)
     canvas = Image.new("RGB", (width, top + sum(heights) + lines * (above + gap) - gap + margin), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, text in enumerate(told):
+    for i, text in enumerate(headline):
         draw.text((gap, gap + i * line), text, fill="black", font=font)
     y = top
     for r in range(lines):

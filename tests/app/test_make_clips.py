@@ -58,8 +58,10 @@ def test_in_a_folder_clips_are_mp4_with_their_sheets_beside(sfumato, tiny_clips)
     assert made.lines == [f"here/a-red-cube-{i}{end}" for i in (0, 1) for end in (".mp4", ".heat.png")]
     with Image.open("here/a-red-cube-0.heat.png") as sheet:
         assert sheet.width > 3 * 256 and sheet.height > 2 * 256
-    numbered = sfumato("make", "a red cube", "-n", 2, "--model", tiny_clips, *FAST, "-o", "two.gif")
-    assert numbered.lines == ["two-1.gif", "two-2.gif"]
+    numbered = sfumato("make", "a red cube", "-n", 2, "--model", tiny_clips, *FAST, "--grid", "-o", "two.gif")
+    assert numbered.lines == ["two-1.gif", "two-2.gif", "two-1-grid.png"], numbered.err
+    with Image.open("two-1-grid.png") as grid:
+        assert grid.size == (3 * 32 + 2 * 2, 2 * 32 + 2)  # a strip of each
 
 
 def test_what_does_not_fit_is_refused(sfumato, tiny_clips, tiny_sd):
@@ -118,3 +120,13 @@ def test_a_file_of_prompts_makes_clips(sfumato, tiny_clips):
     again = sfumato(*given)  # nothing is made twice
     assert (again.code, again.lines) == (0, []), again.err
     assert clips.read_clip("here/a-dog-3.mp4")[0].shape == (3, 32, 32, 3)
+
+
+def test_every_command_that_draws_takes_the_name_of_a_file(sfumato, tiny_sd):
+    made = sfumato("make", "a red cube", "--model", tiny_sd, "--steps", 2, "-o", "here/x.png")
+    assert (made.code, made.lines) == (0, ["here/x.png"]), made.err
+    found = sfumato("explain", "here/x.png", "--model", tiny_sd, "--steps", 1, "-o", "here/heat.png")
+    assert (found.code, found.lines) == (0, ["here/heat.png"]), found.err
+    done = sfumato("edit", "here/x.png", "a blue cube", "--model", tiny_sd, "-o", "here/y.png")
+    assert done.code == 0 and done.lines[0] == "here/y.png", done.err
+    assert sorted(os.listdir("here"))[-2:] == ["x.png", "y.png"] and "heat.png" in os.listdir("here")

@@ -10,7 +10,7 @@ from typing import Any
 
 MODULES = {
     "jobs": ("DEFAULT_MODEL", "JobOptions", "MakeOptions", "Order", "RecipeDiffers", "build_all", "carry_out")
-    + ("fitting_size", "is_picture", "like", "load", "make", "models", "write", "PICTURES")
+    + ("fitting_size", "is_picture", "like", "load", "make", "models", "write", "write_grid", "PICTURES")
     + ("LONGEST_PROMPT", "offers", "suitable_model"),
     "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "carry_out_lines", "read_prompts"),
     "explaining": ("Explaining", "Explanation", "explain", "explain_into", "open_net"),

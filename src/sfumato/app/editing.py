@@ -337,7 +337,8 @@ def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
 def edit_file(
     picture: Path, mask: Path | None, arguments: dict[str, Any], order: Order, out: Path, on_step: Any = None
 ) -> Iterator[Path]:
-    """Edit a picture and write each result with its recipe into folder ``out``, and beside it whatever pictures its
+    """Edit a picture and write each result with its recipe into ``out``, a folder or the name of a
+    file, and beside it whatever pictures its
     systems drew, yielding the files.
 
     Raises:
@@ -354,13 +355,15 @@ def edit_file(
             raise BadInput(
                 f"the edit was made with the model {str(model)[:200]!r}, which is not built in; say --model."
             )
-    with files.output_folder(out):
+    with files.output(out) as (folder, named):
         if model is not None and (order.dtype or order.device != "cpu"):
             model = load(model, dtype=order.dtype, device=order.device)
         done = edit(picture, prompts, mask=mask, model=model, with_=order.with_, on_step=on_step, **given)
         warn_if_different(expected, done.results[0].model)
-        for result, recipe in zip(done.results, done.recipes, strict=True):
-            path = files.free_name(out, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}")
+        for index, (result, recipe) in enumerate(zip(done.results, done.recipes, strict=True)):
+            path = files.numbered(named, index, len(done.results)) or files.free_name(
+                folder, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}"
+            )
             yield files.save_png(path, result.images[0], recipe)
             for part in result.parts:
                 for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():

@@ -232,12 +232,12 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         image, prompt = picture_and_prompt(Path(job.what), prompt)
     elif not text:
         image = files.read_picture(job.what)
-    with files.output_folder(out):
+    with files.output(out) as (folder, named):
         model = _load_reader(name, order) if reads else load(name, dtype=order.dtype, device=order.device)
         image = image if reads else as_taken(model, image, job.what)
         what, asked = (job.what, None) if text else (image, prompt)
         [maps] = explain(what, asked, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
-        path = files.free_name(out, f"{files.slug(job.what if text else Path(job.what).stem)}.heat")
+        path = named or files.free_name(folder, f"{files.slug(job.what if text else Path(job.what).stem)}.heat")
         about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
         yield files.save_png(path, maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about})
         if order.maps:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, clips, files
+from sfumato import cards, clips, files, sheets
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.windows import Window
@@ -351,10 +351,9 @@ def carry_out(
     pictures = order.pictures()
     build_all(order.with_)  # misspelt systems are told before the model is loaded
     image = None if order.image is None else read_shown(order.image)
-    named = out.suffix.lower() in (".png", *clips.FORMATS) and not out.is_dir()
-    with files.output_folder(out.parent if named else out) as folder:
+    with files.output(out, (".png", *clips.FORMATS)) as (folder, named):
         model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
-        if named and (out.suffix.lower() == ".png") == model.clips:
+        if named is not None and (out.suffix.lower() == ".png") == model.clips:
             kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
             raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")
         warn_if_different(order.expected, model)
@@ -370,8 +369,7 @@ def carry_out(
 
             systems = build_all(order.with_)
             result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
-            number = f"-{index + 1}" if len(pictures) > 1 else ""
-            yield write(result, folder, order.maps, out.with_stem(f"{out.stem}{number}") if named else None)
+            yield write(result, folder, order.maps, files.numbered(named, index, len(pictures)))
 
 
 def write(result: Result, out: Path, maps: bool = False, at: Path | None = None) -> list[Path]:
@@ -394,6 +392,22 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None)
             if maps and hasattr(part, "maps"):
                 written.append(part.maps[index].save(path.with_name(f"{path.stem}.{part.name}.safetensors")))
     return written
+
+
+def write_grid(made: Sequence[Path]) -> Path:
+    """All pictures that were made as one, beside the first of them; of clips a strip of each. Returns where it is."""
+    path = files.free_name(made[0].parent, f"{made[0].stem}-grid")
+    cells: list[Any] = []
+    if made[0].suffix.lower() in clips.FORMATS:
+        strips = [sheets.strip(clips.read_clip(each)[0]) for each in made]
+        columns = max(map(len, strips))
+        for strip in strips:
+            cells += [*strip, *[None] * (columns - len(strip))]
+    else:
+        cells, columns = [files.read_picture(each) for each in made], math.ceil(math.sqrt(len(made)))
+    with files.replacing(path) as file:
+        sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
+    return path
 
 
 def ending(result: Result) -> str:

@@ -81,19 +81,19 @@ def make(
 
 def deliver(order: Any, out: Path, grid: bool = False) -> None:
     """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
-    from sfumato import app, files
+    from sfumato import app
 
     with show.bar("pictures") as bar:
         finished = show.written(app.carry_out(order, out, bar), out)
     if grid and finished:
-        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
+        typer.echo(app.write_grid(finished))
 
 
 def deliver_lines(
     prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
 ) -> None:
     """The same for a prompts file: what is there already is not made again, bad lines are told at the end."""
-    from sfumato import app, files
+    from sfumato import app
 
     total = sum(1 for line in prompts.open("rb") if line.strip())
     spread: dict[str, Any] = {"ray": True, "workers": workers} if ray else {}
@@ -116,4 +116,4 @@ def deliver_lines(
         if there:
             typer.echo(f"{there} pictures were there already.", err=True)
     if grid and finished:
-        typer.echo(files.save_grid(files.free_name(out, f"{finished[0].stem}-grid"), finished))
+        typer.echo(app.write_grid(finished))

@@ -37,7 +37,7 @@ By = Annotated[
     str | None,
     typer.Option("--by", metavar="KEY:name=value,...", help="The system that does it: see sfumato methods."),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the files, or the name of one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 
