@@ -92,8 +92,10 @@ def test_merging_gives_the_same_weights_and_is_undone_to_the_bit(tmp_path, convo
     merged = lora.merge(model)
     torch.testing.assert_close(latents(model), attached, rtol=1e-3, atol=1e-3)
     assert not torch.equal(latents(model), bare)
+    own = generate(model, PROMPT, steps=1, decode=False).recipe["hash"]
     merged.undo()
     merged.undo()
+    assert own != generate(model, PROMPT, steps=1, decode=False).recipe["hash"] == model.weight_hash
     assert fingerprint(model) == {**before, "rng": fingerprint()["rng"]} and torch.equal(latents(model), bare)
 
 
@@ -201,6 +203,13 @@ def test_an_adapter_that_changes_nothing_is_told(tmp_path):
     refused(NoMatch, ["changes nothing"], write_peft(tmp_path / "x.safetensors", given))
 
 
+def test_a_change_that_is_lost_in_the_precision_is_told(tmp_path):
+    given = factors(tiny_model("sd"), size=1e-12)
+    refused(
+        NoMatch, ["changed the output of none", "too small for float32"], write_peft(tmp_path / "x.safetensors", given)
+    )
+
+
 def test_damaged_files_pickles_and_others(tmp_path, file):
     given = load_file(file)
     key = next(iter(given))
@@ -239,3 +248,25 @@ def test_the_index_of_a_model_is_its_linear_maps_and_convolutions():
     assert set(index) == {"unet", "text_encoder", "text_encoder_2"}
     assert index["unet"]["conv_in"] == (16, 4, 3, 3)
     assert isinstance(tiny_model("sdxl"), Model)
+
+
+def test_motion_lora_in_the_names_of_animatediffs_own_code(tmp_path):
+    model = tiny_model("animatediff")
+    path = "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn{}.to_{}"
+    generator = torch.Generator().manual_seed(0)
+    given, original = {}, {}
+    for number in (1, 2):
+        for part in ("q", "out.0"):
+            name = path.format(number, part)
+            rows, columns = model.denoiser.get_submodule(name.removeprefix("unet.")).weight.shape
+            down, up = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator)
+            given[name] = {"down": down, "up": up}
+            block = f"temporal_transformer.transformer_blocks.0.attention_blocks.{number - 1}"
+            key = f"down_blocks.0.motion_modules.0.{block}.processor.to_{part.removesuffix('.0')}_lora"
+            original |= {f"{key}.down.weight": down.clone(), f"{key}.up.weight": up.clone()}
+    save_file(original, tmp_path / "x.safetensors")
+    plain = LoRA(file=str(write_peft(tmp_path / "y.safetensors", given)))
+    found = LoRA(file=str(tmp_path / "x.safetensors"))
+    assert set(found.adapted(model)) == set(plain.adapted(model)) == set(given)
+    for name, adapted in found.adapted(model).items():
+        assert torch.equal(adapted.delta(1.0), plain.adapted(model)[name].delta(1.0))

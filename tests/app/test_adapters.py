@@ -18,7 +18,12 @@ from tests.tiny import tiny_model
 @pytest.fixture
 def lora(tmp_path) -> Path:
     given = factors(tiny_model("sd"), alpha=2)
-    return write_kohya(tmp_path / "toy.safetensors", given, metadata={"modelspec.title": "Toy", "ss_steps": "10"})
+    tags = json.dumps({"10_toy": {"red toy": 3, "grass": 9}, "1_other": {"red toy": 7}})
+    return write_kohya(
+        tmp_path / "toy.safetensors",
+        given,
+        metadata={"modelspec.title": "Toy", "ss_steps": "10", "ss_tag_frequency": tags},
+    )
 
 
 @pytest.fixture
@@ -31,7 +36,11 @@ def test_what_files_hold_and_fit(sfumato, lora, word, tiny_sd):
     assert done.code == 0, done.err
     text = done.out
     assert "LoRA (kohya); rank 4; alpha 2; 56 modules of denoiser, 12 modules of text_encoder" in text
-    assert "modelspec.title: Toy" in text and f"fits {tiny_sd}: yes: all 68 modules" in text
+    assert (
+        "modelspec.title: Toy" in text
+        and "captions said most: red toy, grass" in text
+        and f"fits {tiny_sd}: yes: all 68 modules" in text
+    )
     assert "<rex> = 2 x 16 for one text encoder" in text and "yes: all 1 widths" in text
     told = json.loads(sfumato("adapters", lora, "--json").out)
     assert told[0]["ranks"] == {"4": 68} and told[0]["algebras"] == ["LoRA"] and len(told[0]["hash"]) == 64

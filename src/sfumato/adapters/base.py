@@ -9,6 +9,7 @@ bit for bit, however it ends.
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -37,11 +38,15 @@ class AdapterParams(cards.Params):
 
 
 class Merged:
-    """An adapter merged into a model's weights; :meth:`undo` puts the very parameters back that were there."""
+    """An adapter merged into a model's weights; :meth:`undo` puts the very parameters back that were there. Until then
+    the model's ``weight_hash``, which recipes hold, is another one."""
 
-    def __init__(self, context: AbstractContextManager[None]):
+    def __init__(self, model: Model, context: AbstractContextManager[None], what: str):
         self._stack = ExitStack()
+        before = model.weight_hash
+        self._stack.callback(model.__dict__.__setitem__, "weight_hash", before)
         self._stack.enter_context(context)
+        model.__dict__["weight_hash"] = hashlib.sha256(f"{before} {what}".encode()).hexdigest()
 
     def undo(self) -> None:
         """May be called again; does nothing then."""
@@ -136,7 +141,9 @@ class Adapter(Intervention):
 
     def merge(self, model: Model, scale: float | None = None) -> Merged:
         """Puts the adapter into the weights of the model, until ``undo``: no cost per call, equal up to rounding."""
-        return Merged(exchanged(model.modules, self.weights(model, scale)))
+        used = self.scale if scale is None else float(scale)
+        weights = exchanged(model.modules, self.weights(model, used))
+        return Merged(model, weights, f"{self.name} {self.hash} {used!r}")
 
     def diff(self, model: Model, scale: float | None = None) -> dict[str, float]:
         """``component.path`` of each parameter it changes -> the change's length relative to the parameter's."""

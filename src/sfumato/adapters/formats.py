@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -71,6 +72,13 @@ def find_file(name: str) -> Path:
 
 def content_hash(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, as model sites and webui show it."""
+    facts = path.stat()
+    return _hash(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(path: Path, *_changes: int) -> str:
+    """Of a file that is read once for all the pictures that are made with it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -48,7 +49,21 @@ def described(file: str) -> dict[str, Any]:
         out["parameters"] = len(held.entries)
     if held.kind == "lora" and held.rest:
         out["other keys"] = list(held.rest[:6])
-    return {**out, "metadata": {key: held.metadata[key] for key in _TOLD if held.metadata.get(key)}}
+    metadata = {key: held.metadata[key] for key in _TOLD if held.metadata.get(key)}
+    if tags := _tags(held.metadata.get("ss_tag_frequency", "")):
+        metadata["captions said most"] = ", ".join(tags)
+    return {**out, "metadata": metadata}
+
+
+def _tags(text: str, most: int = 8) -> list[str]:
+    """The words that kohya's trainer counted most often in the captions of all its folders."""
+    counts: Counter[str] = Counter()
+    try:
+        for folder in json.loads(text or "{}").values():
+            counts.update({str(tag).strip(): int(n) for tag, n in folder.items()})
+    except (ValueError, TypeError, AttributeError):
+        return []
+    return [tag for tag, _ in counts.most_common(most)]
 
 
 def _alphas(held: Contents) -> list[float]:

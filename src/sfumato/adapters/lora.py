@@ -82,6 +82,7 @@ class LoRA(Adapter):
         super().__init__(**given)
         # layers by model: putting them together again for every batch takes a second for 700 modules
         self._known: WeakKeyDictionary[Model, dict[str, Adapted]] = WeakKeyDictionary()
+        self._changed: dict[str, Tensor] = {}  # by module: whether its first output in this run was another
 
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
         for name, adapted in self.adapted(model).items():
@@ -92,7 +93,10 @@ class LoRA(Adapter):
     def _hook(self, name: str, adapted: Adapted, scale: float) -> Callable[..., Tensor]:
         def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             self.acted(name)
-            return adapted.added(args[0], output, scale)
+            out = adapted.added(args[0], output, scale)
+            if name not in self._changed:
+                self._changed[name] = (out != output).any()
+            return out
 
         return add
 
@@ -182,6 +186,12 @@ class LoRA(Adapter):
     def finish(self, run: Run) -> None:
         if self.scale and not self.activity.calls:
             raise NoMatch(f"{self.path} was attached, but none of its modules was used in this run.")
+        changed, self._changed = self._changed, {}
+        if changed and not any(bool(each) for each in changed.values()):
+            raise NoMatch(
+                f"{self.path} changed the output of none of its {len(changed)} modules: at scale {self.scale:g} it is "
+                f"too small for {str(run.model.dtype).removeprefix('torch.')}."
+            )
 
 
 def _rows(parts: Mapping[str, Tensor], place: Place, name: str) -> dict[str, Tensor]:

@@ -114,6 +114,9 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 def _plain(name: str) -> str:
     """A module's name with ``_`` for ``.`` and without what only some versions of the libraries put into it."""
     name = name.replace(".processor", "").replace(".", "_").removeprefix("text_model_")
+    if "_temporal_transformer_" in name:  # AnimateDiff's own code
+        name = name.replace("_temporal_transformer_", "_")
+        name = name.replace("_attention_blocks_0_", "_attn1_").replace("_attention_blocks_1_", "_attn2_")
     stem, _, last = name.rpartition("self_attn_")
     if stem and last in _OLD_TEXT:
         return f"{stem}self_attn_{_OLD_TEXT[last]}"
