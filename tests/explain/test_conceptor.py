@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.explain.conceptor import Conceptor, Decomposition, balance, decompose, dictionary, explain_seed
 from sfumato.explain.conceptor.decomposition import effective_number
@@ -190,7 +191,7 @@ def test_every_family_is_decomposed(kind, tmp_path):
 
 
 def test_a_saved_pseudo_word_is_a_textual_inversion(tmp_path):
-    """Parity: diffusers reads the file and encodes the same."""
+    """Parity: diffusers reads the file and encodes the same, and the adapter for taught words draws the same."""
     model = tiny_model("sd")
     found = decompose(model, "dog", **QUICK)
     path = found.save(tmp_path)[-1]
@@ -201,6 +202,10 @@ def test_a_saved_pseudo_word_is_a_textual_inversion(tmp_path):
         with pseudo_word(model, "cat", found.vectors):
             ours = model.encode_text("a cat on the left").cond["embeds"]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    options = dict(steps=2, seed=3, decode=False)
+    drawn = generate(model, "a <dog> on the left", interventions=Word(file=str(path)), **options)
+    taught = generate(model, "a cat on the left", interventions=Conceptor(found.vectors, word="cat"), **options)
+    torch.testing.assert_close(drawn.latents, taught.latents)
 
 
 def test_free_coefficients_take_the_first_step_of_adamw():

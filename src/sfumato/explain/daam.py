@@ -57,7 +57,7 @@ class DAAM(Intervention):
         arxiv="2210.04885",
         verb="explain",
         needs=("text_attention",),
-        defaults_from="the paper (tau 0.4, layers of the down and up blocks); scale per step instead of summed",
+        defaults_from="the paper (tau 0.4); the middle block is read too, and the scale is per step instead of summed",
         cost="none: read beside the prediction; an existing picture costs one forward per step",
         not_reproduced="the human opinion scores, and replaying the attention of one run in another",
         default_for=("explain",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
+from sfumato.adapters.word import save_word
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.errors import BadInput, UnknownName
 from sfumato.explain.conceptor.pseudo_word import PseudoWord, draw, read_mixture
@@ -132,7 +133,7 @@ class Decomposition:
 
     def save(self, folder: str | Path, name: str = "") -> list[Path]:
         """Writes the report (HTML and JSON), the decomposition (``NAME.json``) and the pseudo-word as a textual
-        inversion (``NAME.safetensors``, read by diffusers' ``load_textual_inversion``). Returns the files."""
+        inversion (``NAME.safetensors``, for the adapter ``word`` and for diffusers). Returns the files."""
         folder, name = Path(folder), name or f"conceptor-{files.slug(self.concept or 'pictures')}"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
@@ -143,17 +144,9 @@ class Decomposition:
             file.write(self.report().html().encode())
         written.append(folder / f"{name}.html")
         if self.vectors:
-            tensors = textual_inversion(self.vectors, f"<{files.slug(self.concept)}>")
-            written.append(files.save_tensors(folder / f"{name}.safetensors", tensors))
+            word = f"<{files.slug(self.concept or 'concept')}>"
+            written.append(save_word(folder / f"{name}.safetensors", word, self.vectors))
         return written
-
-
-def textual_inversion(vectors: Mapping[str, Tensor], placeholder: str) -> dict[str, Tensor]:
-    """Vectors (d) by text encoder in the dialect of textual-inversion files: by placeholder for one encoder, by
-    ``clip_l``, ``clip_g`` and ``t5`` for several."""
-    known = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5"}
-    keys = {name: placeholder if len(vectors) == 1 else known[name] for name in vectors}
-    return {keys[name]: vector.detach().cpu()[None].contiguous() for name, vector in vectors.items()}
 
 
 def effective_number(alphas: Tensor) -> float:
