@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from sfumato.errors import BadInput
 from sfumato.sampling.objectives import (
     Cutouts,
-    cosine,
     log_probability,
     out_of_range,
     shares,
@@ -20,13 +19,6 @@ from sfumato.sampling.objectives import (
 
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
-
-
-def test_cosine_by_hand():
-    x, y = 3 * unit(4, 6), unit(2, 6, seed=2)
-    for i in range(4):
-        for j in range(2):
-            assert cosine(x, y)[i, j].item() == pytest.approx(float(x[i] @ y[j]) / 3)
 
 
 def test_log_probability_is_the_cross_entropy_of_the_own_class():

@@ -112,27 +112,27 @@ def compare_folders(
 
     Args:
         prompts: what the pictures show, for both, as for :class:`sfumato.bench.folder.Folder`.
-        reference: real pictures; each side's distance to them is told too.
+        reference: real pictures; each side's distance to them is measured too.
         out: folder for ``report.json`` and ``report.html``. None: nothing is written.
         options: see :class:`CompareOptions`.
 
     Raises:
         BadInput: a folder, an option, or no pair. UnknownName, BadWeights, NotSupported: nets.
     """
-    told = CompareOptions(**options)
+    chosen = CompareOptions(**options)
     one, two = Folder(first, prompts), Folder(second, prompts)
     if one.path.resolve() == two.path.resolve():
         raise BadInput(f"{str(first)!r} is compared with itself; name two folders.")
     matched = matching(one, two)
     left = len(one) + len(two) - 2 * len(matched)
-    reader, clip, eye = load_judge(told.reader), load_clip(told.clip), load_perceptual(told.encoder)
-    net = None if reference is None else feature_net(told.net)
-    pairs, gallery, failed, no_text = Pairs(), _Gallery(told.shown), [], 0
+    reader, clip, eye = load_judge(chosen.reader), load_clip(chosen.clip), load_perceptual(chosen.encoder)
+    net = None if reference is None else feature_net(chosen.net)
+    pairs, gallery, failed, no_text = Pairs(), _Gallery(chosen.shown), [], 0
     moments: list[Moments | None] = [None, None]
     samples: list[Reservoir | None] = [None, None]
-    for start in range(0, len(matched), told.batch):
+    for start in range(0, len(matched), chosen.batch):
         opened: list[Any] = []
-        for a, b in matched[start : start + told.batch]:
+        for a, b in matched[start : start + chosen.batch]:
             try:
                 opened.append(((a, one.picture(a)), (b, two.picture(b)), one.about(a), two.about(b)))
             except (SfumatoError, OSError) as error:
@@ -148,29 +148,29 @@ def compare_folders(
                 key = texts[i] or row[0][0]
                 solved = _note(pairs, key, row[2:], [side[i] for side in answers], [side[i] for side in scores])
                 pairs.add(eye.name, key, float(gaps[i]), 0.0)
-                gallery.offer(key, row[0][1], row[1][1], solved, float(gaps[i]), told.names)
+                gallery.offer(key, row[0][1], row[1][1], solved, float(gaps[i]), chosen.names)
             if net is not None:
                 for side, pictures in enumerate(sides):
-                    seen = net.features(pictures)
-                    moments[side] = (moments[side] or Moments(seen.shape[1])).add(seen)
-                    samples[side] = samples[side] or Reservoir(seen.shape[1], told.cap, told.seed)
-                    samples[side].add(range(start, start + len(seen)), seen)  # type: ignore[union-attr]
+                    features = net.features(pictures)
+                    moments[side] = (moments[side] or Moments(features.shape[1])).add(features)
+                    samples[side] = samples[side] or Reservoir(features.shape[1], chosen.cap, chosen.seed)
+                    samples[side].add(range(start, start + len(features)), features)  # type: ignore[union-attr]
         if on_progress is not None:
-            on_progress(min(start + told.batch, len(matched)), len(matched))
+            on_progress(min(start + chosen.batch, len(matched)), len(matched))
     if not pairs.values:
         raise BadInput(f"none of the {len(matched)} pairs can be read; {failed[0]}")
-    report = Report(title=f"{told.names[0]} and {told.names[1]}")
-    _figures(report, pairs, told, eye.name)
+    report = Report(title=f"{chosen.names[0]} and {chosen.names[1]}")
+    _figures(report, pairs, chosen, eye.name)
     if net is not None and reference is not None:
-        truth = survey(Folder(reference), Instruments(net=net, captions=False), cap=told.cap, seed=told.seed)
-        for side, name in enumerate(told.names):
+        truth = survey(Folder(reference), Instruments(net=net, captions=False), cap=chosen.cap, seed=chosen.seed)
+        for side, name in enumerate(chosen.names):
             assert truth.moments and truth.sample and moments[side] and samples[side]
             value = frechet(truth.moments, moments[side])  # type: ignore[arg-type]
             report.figures.append(Figure(f"{net.distance} {name}", value, f"to {reference}"))
             distance = kernel_distance(truth.sample.rows, samples[side].rows)  # type: ignore[union-attr]
-            report.figures.append(Figure(f"KD({told.net}) {name}", distance, f"to {reference}"))
+            report.figures.append(Figure(f"KD({chosen.net}) {name}", distance, f"to {reference}"))
     n = len(matched) - len(failed)
-    report.notes.append(f"{n} pairs: {told.names[0]} is {one.path}, {told.names[1]} is {two.path}")
+    report.notes.append(f"{n} pairs: {chosen.names[0]} is {one.path}, {chosen.names[1]} is {two.path}")
     prompts_seen = len({prompt for prompt, _, _ in pairs.values[eye.name]})
     if prompts_seen < n:
         report.notes.append(f"{n} pictures of {prompts_seen} prompts: means per prompt are compared")
@@ -181,8 +181,8 @@ def compare_folders(
     if no_text:
         report.notes.append(f"{no_text} pairs have no caption: only their perceptual distance counts")
     if gallery.pairs:
-        report.gallery.append((f"Pairs, {told.names[0]} left; where they differ first", gallery.pictures()))
-    report.data |= {"options": told.model_dump(mode="json"), "folders": [str(one.path), str(two.path)], "pairs": n}
+        report.gallery.append((f"Pairs, {chosen.names[0]} left; where they differ first", gallery.pictures()))
+    report.data |= {"options": chosen.model_dump(mode="json"), "folders": [str(one.path), str(two.path)], "pairs": n}
     if out is not None:
         report.save(Path(out))
     return report
@@ -227,11 +227,13 @@ def _answers(reader: Any, pictures: list[Image.Image], texts: list[str | None]) 
 
 
 def _scores(clip: Any, pictures: list[Image.Image], texts: list[str | None]) -> list[float | None]:
-    told = [i for i, text in enumerate(texts) if text]
+    captioned = [i for i, text in enumerate(texts) if text]
     out: list[float | None] = [None] * len(texts)
-    if told:
-        values = clip_scores(clip.features([pictures[i] for i in told]), clip.text_features([texts[i] for i in told]))
-        for i, value in zip(told, values, strict=True):
+    if captioned:
+        values = clip_scores(
+            clip.features([pictures[i] for i in captioned]), clip.text_features([texts[i] for i in captioned])
+        )
+        for i, value in zip(captioned, values, strict=True):
             out[i] = float(value)
     return out
 
@@ -276,25 +278,25 @@ ABOUT = {
 }
 
 
-def _figures(report: Report, pairs: Pairs, told: CompareOptions, distance: str) -> None:
+def _figures(report: Report, pairs: Pairs, chosen: CompareOptions, distance: str) -> None:
     rows = []
     order = [*ABOUT, *sorted(name for name in pairs.values if name.startswith("task "))]
     for name in order:
         if name not in pairs.values:
             continue
-        difference, test = pairs.difference(name, told.seed)
+        difference, test = pairs.difference(name, chosen.seed)
         first, second = pairs.columns(name)
         percent = _is_binary(name) or name in PARTIAL
-        shown = f"CLIPScore({told.clip})" if name == "clip_score" else name
+        shown = f"CLIPScore({chosen.clip})" if name == "clip_score" else name
         about = ABOUT.get(name, "solved")
-        figure = Figure(f"{shown}: {told.names[0]} - {told.names[1]}", difference, about, percent)
+        figure = Figure(f"{shown}: {chosen.names[0]} - {chosen.names[1]}", difference, about, percent)
         report.figures.append(figure)
         scale, unit = (100, " %") if percent else (1, "")
         p = "" if difference.p is None else f"{difference.p:.2g}"
         means = (f"{scale * float(side.mean()):.4g}{unit}" for side in (first, second))
         rows.append((shown, *means, figure.text(), p, test, about))
         report.data.setdefault("sides", {})[shown] = [float(first.mean()), float(second.mean())]
-    heads = ("", told.names[0], told.names[1], "difference [95 %]", "p", "test", "")
+    heads = ("", chosen.names[0], chosen.names[1], "difference [95 %]", "p", "test", "")
     report.tables.append(Table("Side by side", heads, rows))
     gap, _ = pairs.columns(distance)
     report.figures.append(Figure(distance, stats.mean(gap), "between the two pictures of a pair; 0 for equal ones"))
@@ -324,13 +326,13 @@ class _Gallery:
         differ = solved is not None and solved[0] != solved[1]
         if len(self.pairs) == self.most and (differ, gap) <= min(each[:2] for each in self.pairs):
             return
-        told = (
+        caption = (
             ""
             if solved is None
             else " - "
             + ", ".join(f"{name} {'right' if good else 'wrong'}" for name, good in zip(names, solved, strict=True))
         )
-        self.pairs.append((differ, gap, text + told, _side_by_side(first, second)))
+        self.pairs.append((differ, gap, text + caption, _side_by_side(first, second)))
         self.pairs.sort(key=lambda each: each[:2], reverse=True)
         del self.pairs[self.most :]
 

@@ -33,7 +33,7 @@ RATES = {
 
 
 def report_of(
-    asked: JudgeOptions,
+    options: JudgeOptions,
     system: SadPad,
     fake: Folder,
     tally: Tally,
@@ -49,20 +49,20 @@ def report_of(
     if real is not None and truth is not None:
         report.notes += _notes(real, truth, tools, "reference: ")
     if "presence" in wanted:
-        _presence(report, tally, bool(asked.metrics))
+        _presence(report, tally, bool(options.metrics))
     if tally.scores is not None and "clip_score" in wanted:
         spread = float(tally.scores.scatter[0, 0]) / max(tally.scores.n - 1, 1)
         value = stats.mean_of(tally.scores.n, float(tally.scores.mean[0]), spread)
-        report.figures.append(Figure(f"CLIPScore({asked.clip})", value, "100 max(cos, 0) of picture and caption"))
+        report.figures.append(Figure(f"CLIPScore({options.clip})", value, "100 max(cos, 0) of picture and caption"))
     if truth is not None and tally.moments is not None:
-        _distances(report, asked, tally, truth, wanted, tools)
+        _distances(report, options, tally, truth, wanted, tools)
     if "attributes" in wanted and truth is not None:
-        found = _divergences(asked, system, tally, truth, attributes, tools, fake, real)
-        _attribute_tables(report, found, asked)
+        found = _divergences(options, system, tally, truth, attributes, tools, fake, real)
+        _attribute_tables(report, found, options)
     if "presence" in wanted:
         _gallery(report, fake, tally)
     report.data |= {
-        "options": asked.model_dump(mode="json", exclude={"ray", "workers"}),  # they change no figure
+        "options": options.model_dump(mode="json", exclude={"ray", "workers"}),  # they change no figure
         "folder": str(fake.path),
         "reference": str(real.path) if real else None,
         "pictures": {"seen": tally.seen, "failed": tally.failed, "named": tally.named, "no_text": tally.no_text,
@@ -93,10 +93,10 @@ def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[
 
 def _presence(report: Report, tally: Tally, asked_for: bool) -> None:
     if "present" not in tally.counts:
-        told = "presence: no caption names a toy of the toybox (ball, cube, cylinder, cone, ring, cross)"
+        missing = "presence: no caption names a toy of the toybox (ball, cube, cylinder, cone, ring, cross)"
         if asked_for:
-            raise NoMatch(f"{told}.")
-        report.notes.append(f"{told}; it is left out")
+            raise NoMatch(f"{missing}.")
+        report.notes.append(f"{missing}; it is left out")
         return
     for name, about in RATES.items():
         if name in tally.counts:
@@ -110,12 +110,12 @@ def _presence(report: Report, tally: Tally, asked_for: bool) -> None:
 
 
 def _distances(
-    report: Report, asked: JudgeOptions, tally: Tally, truth: Tally, wanted: set[str], tools: Instruments
+    report: Report, options: JudgeOptions, tally: Tally, truth: Tally, wanted: set[str], tools: Instruments
 ) -> None:
     assert tools.net is not None and tally.moments and truth.moments and tally.sample and truth.sample
-    name, d = asked.net, len(tally.moments.mean)
+    name, d = options.net, len(tally.moments.mean)
     n, m = tally.moments.n, truth.moments.n
-    if min(n, m) < 2 and not asked.metrics:
+    if min(n, m) < 2 and not options.metrics:
         report.notes.append("distances need at least 2 pictures on each side; they are left out")
         return
     if "frechet" in wanted:
@@ -127,10 +127,10 @@ def _distances(
             report.notes.append(
                 f"{tools.net.distance} of fewer than {2 * d} pictures is biased upward; compare equally many only"
             )
-    sampled = max(n, m) > asked.cap
+    sampled = max(n, m) > options.cap
     if sampled and wanted & {"kernel", "manifold"}:
         report.notes.append(
-            f"kernel distance and manifolds use {asked.cap} pictures a side, drawn with seed {asked.seed}"
+            f"kernel distance and manifolds use {options.cap} pictures a side, drawn with seed {options.seed}"
         )
     if "kernel" in wanted:
         if min(n, m) < 2:
@@ -138,25 +138,27 @@ def _distances(
         apart = kernel_distance(truth.sample.rows, tally.sample.rows)
         report.figures.append(Figure(f"KD({name})", apart, "squared MMD, cubic kernel, unbiased"))
     if "manifold" in wanted:
-        if min(n, m) <= max(asked.k, asked.k_density):
-            if asked.metrics:
-                raise BadInput(f"manifold: {asked.k_density} neighbours need more pictures than {n} and {m}.")
+        if min(n, m) <= max(options.k, options.k_density):
+            if options.metrics:
+                raise BadInput(f"manifold: {options.k_density} neighbours need more pictures than {n} and {m}.")
             report.notes.append(
-                f"manifold figures need more than {max(asked.k, asked.k_density)} pictures on each side"
+                f"manifold figures need more than {max(options.k, options.k_density)} pictures on each side"
             )
             return
-        got = manifold(truth.sample.rows, tally.sample.rows, asked.k, asked.k_density)
+        got = manifold(truth.sample.rows, tally.sample.rows, options.k, options.k_density)
         for key, about in (
-            ("precision", f"share of the pictures among the reference, k = {asked.k}"),
-            ("recall", f"share of the reference among the pictures, k = {asked.k}"),
-            ("coverage", f"share of the reference with a picture near, k = {asked.k_density}"),
+            ("precision", f"share of the pictures among the reference, k = {options.k}"),
+            ("recall", f"share of the reference among the pictures, k = {options.k}"),
+            ("coverage", f"share of the reference with a picture near, k = {options.k_density}"),
         ):
             report.figures.append(Figure(f"{key}({name})", getattr(got, key), about, percent=True))
-        report.figures.append(Figure(f"density({name})", got.density, f"k = {asked.k_density}; about 1 for equal sets"))
+        report.figures.append(
+            Figure(f"density({name})", got.density, f"k = {options.k_density}; about 1 for equal sets")
+        )
 
 
 def _divergences(
-    asked: JudgeOptions,
+    options: JudgeOptions,
     system: SadPad,
     tally: Tally,
     truth: Tally,
@@ -168,9 +170,9 @@ def _divergences(
     assert tally.clip_sample and truth.clip_sample and tools.clip and real
     mentions = None
     if tally.mentions is not None and truth.mentions is not None:
-        told = np.concatenate([truth.mentions.rows, tally.mentions.rows])
-        if not np.isnan(told).all():
-            absent = [name for name, hits in zip(attributes, np.nansum(told, 0), strict=True) if not hits]
+        mentioned = np.concatenate([truth.mentions.rows, tally.mentions.rows])
+        if not np.isnan(mentioned).all():
+            absent = [name for name, hits in zip(attributes, np.nansum(mentioned, 0), strict=True) if not hits]
             if absent:
                 texts = (real.about(name)["text"] for name in real.names[:500])
                 try:
@@ -190,17 +192,17 @@ def _divergences(
         if never:
             there = [name for name, hits in zip(attributes, seen, strict=True) if hits]
             others = f"; seen are {', '.join(there)}" if there else ""
-            raise NoMatch(f"attribute {never[0]!r}: {asked.reader} sees it in no picture of either folder{others}.")
+            raise NoMatch(f"attribute {never[0]!r}: {options.reader} sees it in no picture of either folder{others}.")
         # zeros and ones have no density: a little noise gives them one, the same noise in every run
-        rng = np.random.default_rng(asked.seed)
+        rng = np.random.default_rng(options.seed)
         rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, tally.shown)]
         return system.compare(attributes, rows[0], rows[1])
     rows = system.scores(tools.clip, attributes, truth.clip_sample.rows, tally.clip_sample.rows)
     return system.compare(attributes, rows[0], rows[1], mentions)
 
 
-def _attribute_tables(report: Report, found: Divergences, asked: JudgeOptions, most: int = 20) -> None:
-    by = f"{asked.reader} (0 or 1)" if asked.oracle else f"HCS of {asked.clip}"
+def _attribute_tables(report: Report, found: Divergences, options: JudgeOptions, most: int = 20) -> None:
+    by = f"{options.reader} (0 or 1)" if options.oracle else f"HCS of {options.clip}"
     report.figures.append(Figure("SaD", found.sad, f"1000 x KL, {by}; chance stays below {found.sad_null:.4g}"))
     if found.pairs:
         report.figures.append(Figure("PaD", found.pad, f"1000 x KL; chance stays below {found.pad_null:.4g}"))
@@ -233,7 +235,9 @@ def _attribute_tables(report: Report, found: Divergences, asked: JudgeOptions, m
         )  # fmt: skip
     unread = [each.name for each in found.attributes if not each.readable]
     if unread:
-        report.notes.append(f"{asked.clip} cannot tell {', '.join(unread)} (AUROC below 0.75); do not read their rows")
+        report.notes.append(
+            f"{options.clip} cannot tell {', '.join(unread)} (AUROC below 0.75); do not read their rows"
+        )
     report.plots |= plots(found)
     report.data["sad_pad"] = found.to_json()
 

@@ -84,28 +84,28 @@ def judge_folder(
         BadInput: a folder, a caption file or an option; nothing that applies. NoMatch: an attribute that no caption
         names. UnknownName, BadWeights, NotSupported: nets.
     """
-    asked = JudgeOptions(**options)
-    if asked.ray:
-        check(asked.workers)
-    elif asked.workers is not None:
+    chosen = JudgeOptions(**options)
+    if chosen.ray:
+        check(chosen.workers)
+    elif chosen.workers is not None:
         raise BadInput("workers are Ray's: give --ray too.")
-    system = SadPad(template=asked.template, pairs=asked.pairs, draws=asked.draws, seed=asked.seed)
+    system = SadPad(template=chosen.template, pairs=chosen.pairs, draws=chosen.draws, seed=chosen.seed)
     fake = Folder(folder, prompts)
     real = None if reference is None else Folder(reference)
     if real is not None and real.path.resolve() == fake.path.resolve():
         raise BadInput(f"{str(folder)!r} is both the folder and its reference; name two folders.")
-    attributes = _attributes(asked, real, fake)
-    wanted = _applicable(asked, fake, real, attributes)
-    looked = _instruments(asked, wanted, attributes)
+    attributes = _attributes(chosen, real, fake)
+    wanted = _applicable(chosen, fake, real, attributes)
+    looked = _instruments(chosen, wanted, attributes)
     total = len(fake) + (len(real) if real else 0)
     folder_out = None if out is None else Path(out)
-    shared: dict[str, Any] = {"cap": asked.cap, "seed": asked.seed, "batch": asked.batch}
+    shared: dict[str, Any] = {"cap": chosen.cap, "seed": chosen.seed, "batch": chosen.batch}
 
-    def heard(before: int) -> Callable[[int, int], None] | None:
+    def progress_after(before: int) -> Callable[[int, int], None] | None:
         return None if on_progress is None else lambda done, _: on_progress(before + done, total)
 
     places = fake.path.resolve(), None if real is None else real.path.resolve()  # workers may stand elsewhere
-    told = Path(prompts).resolve() if isinstance(prompts, str | Path) else prompts
+    captions_at = Path(prompts).resolve() if isinstance(prompts, str | Path) else prompts
 
     def make() -> Callable[[Any], Any]:  # on each worker, which opens folders and loads nets for itself
         sides: dict[bool, tuple[Folder, Instruments]] = {}
@@ -113,9 +113,9 @@ def judge_folder(
         def work(item: tuple[bool, Any]) -> Any:
             reference, batch = item
             if reference not in sides:
-                own = Folder(places[1]) if reference and places[1] else Folder(places[0], told)
-                sides[reference] = own, _instruments(asked, wanted, attributes, reference)
-            return look(*sides[reference], asked.cap, asked.seed, batch)
+                own = Folder(places[1]) if reference and places[1] else Folder(places[0], captions_at)
+                sides[reference] = own, _instruments(chosen, wanted, attributes, reference)
+            return look(*sides[reference], chosen.cap, chosen.seed, batch)
 
         return work
 
@@ -128,20 +128,25 @@ def judge_folder(
 
         truth = None
         if real is not None:
-            part = _instruments(asked, wanted, attributes, reference=True)
+            part = _instruments(chosen, wanted, attributes, reference=True)
             truth = survey(
-                real, part, journal=_at(folder_out, "reference.state"), on_progress=heard(0), **shared, **over(True)
+                real,
+                part,
+                journal=_at(folder_out, "reference.state"),
+                on_progress=progress_after(0),
+                **shared,
+                **over(True),
             )
         tally = survey(
             fake, looked, journal=_at(folder_out, "pictures.state"), rows=_at(folder_out, "pictures.jsonl"),
-            on_progress=heard(len(real) if real else 0), **shared, **over(False),
+            on_progress=progress_after(len(real) if real else 0), **shared, **over(False),
         )  # fmt: skip
-        return report_of(asked, system, fake, tally, real, truth, wanted, attributes, looked)
+        return report_of(chosen, system, fake, tally, real, truth, wanted, attributes, looked)
 
     def everywhere() -> Report:
-        if not asked.ray:
+        if not chosen.ray:
             return run()
-        with Workers(make, asked.workers) as pool:
+        with Workers(make, chosen.workers) as pool:
             return run(pool)
 
     if folder_out is None:
@@ -167,19 +172,19 @@ def _nothing_left(folder: Path) -> Iterator[None]:
 
 
 def _instruments(
-    asked: JudgeOptions, wanted: set[str], attributes: Sequence[str], reference: bool = False
+    chosen: JudgeOptions, wanted: set[str], attributes: Sequence[str], reference: bool = False
 ) -> Instruments:
     """What looks at the pictures to judge, or at those of the reference."""
-    wishes = tuple(Wanted.parse(name) for name in attributes) if asked.oracle else ()
+    wishes = tuple(Wanted.parse(name) for name in attributes) if chosen.oracle else ()
     # nets are loaded once per process: the same name is the same object
-    clip = load_clip(asked.clip, asked.dtype, asked.device) if wanted & {"clip_score", "attributes"} else None
-    net = feature_net(asked.net, asked.dtype, asked.device) if wanted & {"frechet", "kernel", "manifold"} else None
+    clip = load_clip(chosen.clip, chosen.dtype, chosen.device) if wanted & {"clip_score", "attributes"} else None
+    net = feature_net(chosen.net, chosen.dtype, chosen.device) if wanted & {"frechet", "kernel", "manifold"} else None
     if not reference:
-        reader = load_judge(asked.reader) if "presence" in wanted or wishes else None
-        return Instruments(reader, net, clip, tuple(attributes), wishes, asked.captions)
-    reader = load_judge(asked.reader) if wishes else None
+        reader = load_judge(chosen.reader) if "presence" in wanted or wishes else None
+        return Instruments(reader, net, clip, tuple(attributes), wishes, chosen.captions)
+    reader = load_judge(chosen.reader) if wishes else None
     return Instruments(
-        reader, net, clip if attributes else None, tuple(attributes), wishes, asked.captions and bool(attributes)
+        reader, net, clip if attributes else None, tuple(attributes), wishes, chosen.captions and bool(attributes)
     )
 
 
@@ -187,14 +192,14 @@ def _at(folder: Path | None, name: str) -> Path | None:
     return None if folder is None else folder / name
 
 
-def _attributes(asked: JudgeOptions, real: Folder | None, fake: Folder) -> list[str]:
-    names = [name.strip() for name in asked.attributes if name.strip()]
+def _attributes(chosen: JudgeOptions, real: Folder | None, fake: Folder) -> list[str]:
+    names = [name.strip() for name in chosen.attributes if name.strip()]
     if names == ["captions"]:
         source = real or fake
         step = max(1, len(source) // 5000)
         texts = (source.about(name)["text"] for name in source.names[::step])
         return find_attributes(text for text in texts if text)
-    if asked.attributes and not names:
+    if chosen.attributes and not names:
         raise BadInput("attributes are empty; give one per line, or several with --attribute.")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -202,9 +207,9 @@ def _attributes(asked: JudgeOptions, real: Folder | None, fake: Folder) -> list[
     return names
 
 
-def _applicable(asked: JudgeOptions, fake: Folder, real: Folder | None, attributes: list[str]) -> set[str]:
+def _applicable(chosen: JudgeOptions, fake: Folder, real: Folder | None, attributes: list[str]) -> set[str]:
     """The metrics to measure: those asked for, if they can be, else all that can."""
-    captioned = asked.captions and any(fake.about(name)["text"] for name in fake.names[:: max(1, len(fake) // 200)])
+    captioned = chosen.captions and any(fake.about(name)["text"] for name in fake.names[:: max(1, len(fake) // 200)])
     lacking = {
         "presence": None if captioned else f"captions, and {fake.path} has none (--prompts gives them)",
         "clip_score": None if captioned else f"captions, and {fake.path} has none (--prompts gives them)",
@@ -213,11 +218,11 @@ def _applicable(asked: JudgeOptions, fake: Folder, real: Folder | None, attribut
         "manifold": None if real else "a reference folder (--reference)",
         "attributes": (None if attributes else "attributes (--attributes)") if real else "a reference folder",
     }
-    for name in (*asked.metrics, *(["attributes"] if attributes else [])):
+    for name in (*chosen.metrics, *(["attributes"] if attributes else [])):
         if lacking[name]:
             raise BadInput(f"{name} needs {lacking[name]}.")
-    if asked.metrics:
-        return set(asked.metrics) | ({"attributes"} if attributes else set())
+    if chosen.metrics:
+        return set(chosen.metrics) | ({"attributes"} if attributes else set())
     able = {name for name, lack in lacking.items() if lack is None}
     if not able:
         raise BadInput(

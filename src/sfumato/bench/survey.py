@@ -234,7 +234,7 @@ def survey(
         json.dumps([VERSION, folder.fingerprint(), tools.key(), cap, seed, batch, rows is not None]).encode()
     ).hexdigest()
     tally = (Tally.load(journal, key, cap, seed) if journal else None) or Tally()
-    told = _Rows(rows, tally.rows_end) if rows else None
+    lines_file = _Rows(rows, tally.rows_end) if rows else None
     kept, start = time.monotonic(), time.monotonic() - tally.seconds
     starts = range(tally.done, len(folder), batch)
     batches = ((start, folder.names[start : start + batch]) for start in starts)
@@ -242,18 +242,18 @@ def survey(
         for names, (part, lines) in (over or look_here(folder, tools, cap, seed))(batches):
             tally.take(part, len(names))
             tally.seconds = time.monotonic() - start
-            if told:
-                tally.rows_end = told.write(lines)
+            if lines_file:
+                tally.rows_end = lines_file.write(lines)
             if journal and (time.monotonic() - kept > every or tally.done == len(folder)):
-                if told:
-                    told.flush()
+                if lines_file:
+                    lines_file.flush()
                 tally.save(journal, key)
                 kept = time.monotonic()
             if on_progress is not None:
                 on_progress(tally.done, len(folder))
     finally:
-        if told:
-            told.close()
+        if lines_file:
+            lines_file.close()
     if not tally.seen:
         first = tally.named[0]
         raise BadInput(f"none of the {tally.done} pictures in {folder.path} can be read; {first[0]}: {first[1]}")
@@ -332,10 +332,10 @@ def _look(
     clip_features = tools.clip.features(pictures) if tools.clip else None
     if tools.net is not None:
         shared = clip_features if tools.net is tools.clip else None
-        seen = tools.net.features(pictures) if shared is None else shared
-        tally.moments = (tally.moments or Moments(seen.shape[1])).add(seen)
-        tally.sample = tally.sample or Reservoir(seen.shape[1], cap, seed)
-        tally.sample.add(indices, seen)
+        found = tools.net.features(pictures) if shared is None else shared
+        tally.moments = (tally.moments or Moments(found.shape[1])).add(found)
+        tally.sample = tally.sample or Reservoir(found.shape[1], cap, seed)
+        tally.sample.add(indices, found)
     if clip_features is not None:
         _score(tools, tally, clip_features, texts, rows)
         if tools.attributes:
@@ -353,12 +353,12 @@ def _look(
 
 def _score(tools: Instruments, tally: Tally, features: np.ndarray, texts: list[str | None], rows: list[Any]) -> None:
     """CLIPScore of the pictures that have a caption."""
-    told = [i for i, text in enumerate(texts) if text is not None]
-    if not told or tools.clip is None:
+    captioned = [i for i, text in enumerate(texts) if text is not None]
+    if not captioned or tools.clip is None:
         return
-    scores = clip_scores(features[told], tools.clip.text_features([texts[i] for i in told]))  # type: ignore[misc]
+    scores = clip_scores(features[captioned], tools.clip.text_features([texts[i] for i in captioned]))  # type: ignore[misc]
     tally.scores = (tally.scores or Moments(1)).add(scores[:, None])
-    for i, score in zip(told, scores, strict=True):
+    for i, score in zip(captioned, scores, strict=True):
         rows[i]["clip_score"] = round(float(score), 4)
 
 

@@ -111,16 +111,16 @@ class RelevanceMaps:
 
     def save(self, path: Path | str) -> Path:
         """Writes numbers (safetensors) with everything else as JSON in the header."""
-        tensors, told = {}, []
+        tensors, records = {}, []
         for i, answer in enumerate(self.answers):
             for name in ("cells", "regions", "region_values"):
                 value = getattr(answer, name)
                 if value is not None:
                     tensors[f"{i}.{name}"] = value
-            told.append({k: v for k, v in asdict(answer).items() if not isinstance(v, Tensor) and v is not None})
+            records.append({k: v for k, v in asdict(answer).items() if not isinstance(v, Tensor) and v is not None})
         if not tensors:
             tensors["empty"] = torch.zeros(0)
-        record = {"answers": told, "size": list(self.size), "method": self.method, "facts": self.facts}
+        record = {"answers": records, "size": list(self.size), "method": self.method, "facts": self.facts}
         return files.save_tensors(path, tensors, {"format": FORMAT, "record": json.dumps(record)})
 
     @classmethod
@@ -130,12 +130,12 @@ class RelevanceMaps:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             record = json.loads(head["record"])
             answers = []
-            for i, told in enumerate(record["answers"]):
+            for i, one in enumerate(record["answers"]):
                 found = {n: tensors[f"{i}.{n}"] for n in ("cells", "regions", "region_values") if f"{i}.{n}" in tensors}
                 for name in ("words", "word_values", "box"):
-                    if name in told:
-                        told[name] = tuple(told[name])
-                answers.append(Answer(**told, **found))
+                    if name in one:
+                        one[name] = tuple(one[name])
+                answers.append(Answer(**one, **found))
             h, w = record["size"]
             return cls(tuple(answers), (h, w), record["method"], record["facts"])
 

@@ -53,11 +53,11 @@ class Encoder:
         self.cost = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        with tapped(self.model, self.layer, seen.append, stop=True), sdpa_kernel(SDPBackend.MATH):
+        found: list[Tensor] = []
+        with tapped(self.model, self.layer, found.append, stop=True), sdpa_kernel(SDPBackend.MATH):
             self.model.predict(x, self.t, self.condition.rows([0] * len(x)), "cond")
         self.spend(len(x))
-        return seen[0].flatten(1)
+        return found[0].flatten(1)
 
     def spend(self, rows: int) -> None:
         """Count a pass with ``rows`` rows, there or back."""
@@ -154,11 +154,11 @@ def local_basis(
     most = min(size, width)
     if not 1 <= n <= most:
         raise BadInput(f"n is {n}; here are {size} latents and {width} features, so it must be from 1 to {most}.")
-    kept = min(most, n + OVERSAMPLING)
+    rank = min(most, n + OVERSAMPLING)
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(size, kept, generator=generator).to(x.device)
+    v = torch.randn(size, rank, generator=generator).to(x.device)
     if begin is not None:
-        v = torch.cat([begin.v.flatten(1).T.to(v), v], 1)[:, :kept]
+        v = torch.cat([begin.v.flatten(1).T.to(v), v], 1)[:, :rank]
     v = torch.linalg.qr(v).Q.T
     settled, done = False, 0
     while done < iterations and not settled:
@@ -189,18 +189,18 @@ class Directions:
 
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, whole or not at all."""
-        told = json.dumps({"layer": self.layer, "facts": self.facts}, ensure_ascii=False)
-        return files.save_tensors(path, {"u": self.u}, {"format": FORMAT, "directions": told})
+        record = json.dumps({"layer": self.layer, "facts": self.facts}, ensure_ascii=False)
+        return files.save_tensors(path, {"u": self.u}, {"format": FORMAT, "directions": record})
 
     @classmethod
     def load(cls, path: Path | str) -> Directions:
         """What :meth:`save` wrote. Raises BadInput for any other file."""
         try:
             with files.reading_tensors(path, FORMAT, "directions") as (file, metadata):
-                told, u = json.loads(metadata["directions"]), file.get_tensor("u")
+                record, u = json.loads(metadata["directions"]), file.get_tensor("u")
                 if u.dim() != 2:
                     raise ValueError("shapes")
-                return cls(u, str(told["layer"]), dict(told["facts"]))
+                return cls(u, str(record["layer"]), dict(record["facts"]))
         except OSError:
             raise BadInput(f"{path} cannot be read; give a file that latent_geometry wrote.") from None
 

@@ -165,10 +165,10 @@ def average_precision(maps: Tensor, truths: Tensor) -> Tensor:
         value, hit = heat[order], truth[order].double()
         last = torch.cat([value[1:] != value[:-1], torch.ones(1, dtype=torch.bool)])  # the end of each run of equals
         found = hit.cumsum(0)[last]
-        seen = torch.arange(1, len(hit) + 1, dtype=torch.float64)[last]
+        count = torch.arange(1, len(hit) + 1, dtype=torch.float64)[last]
         gained = torch.diff(found, prepend=torch.zeros(1, dtype=torch.float64))
         total = hit.sum()
-        out.append((gained * found / seen).sum() / total if total > 0 else torch.tensor(float("nan")))
+        out.append((gained * found / count).sum() / total if total > 0 else torch.tensor(float("nan")))
     return torch.stack(out)
 
 

@@ -94,8 +94,8 @@ class InceptionNet:
         for size in dict.fromkeys(sizes):
             rows = [row for row, each in enumerate(sizes) if each == size]
             pixels = np.stack([np.asarray(pictures[row].convert("RGB")) for row in rows])
-            seen = self.net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))[0].float().cpu().numpy()
-            for row, feature in zip(rows, seen, strict=True):
+            found = self.net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))[0].float().cpu().numpy()
+            for row, feature in zip(rows, found, strict=True):
                 out[row] = feature
         return np.stack(out)
 

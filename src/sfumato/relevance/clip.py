@@ -31,7 +31,7 @@ class Looked:
     """What a CLIP made of pictures and texts, pair by pair.
 
     ``similarity`` (b) cosines; ``text`` (b t t) and ``image`` (b n n) relevance among the tokens of each tower (None
-    where it was not asked for), image token 0 being the class token; ``end`` (b) where each text's end token stands;
+    where it was not wanted), image token 0 being the class token; ``end`` (b) where each text's end token stands;
     ``grid`` (h, w) of the patches; ``image_embeds`` and ``text_embeds`` (b d) of length 1.
     """
 
@@ -76,10 +76,10 @@ class ClipLens:
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask (b t) of texts, cut off where the text tower ends."""
-        told = self.tokenizer(
+        read = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt", verbose=False
         )
-        return {name: told[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return {name: read[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [-1, 1] as the image tower wants them (b 3 s s); square, differentiable."""
@@ -105,19 +105,21 @@ class ClipLens:
         the last alone). Where gradients are recorded it can be differentiated: with ``second_order`` rightly, else with
         the gradients inside it held fixed. Raises BadInput for unequal numbers.
         """
-        told = texts if isinstance(texts, dict) else self.tokens(texts)
-        if len(told["input_ids"]) != len(images):
-            raise BadInput(f"{len(images)} pictures and {len(told['input_ids'])} texts: there must be one each.")
+        tokens = texts if isinstance(texts, dict) else self.tokens(texts)
+        if len(tokens["input_ids"]) != len(images):
+            raise BadInput(f"{len(images)} pictures and {len(tokens['input_ids'])} texts: there must be one each.")
         model, recording = self.model, torch.is_grad_enabled()
         with torch.enable_grad() if text or image else torch.set_grad_enabled(torch.is_grad_enabled()):
             pixels = self.prepare(images)
             text_sites = self._text_sites[text_start:] if text else []
             image_sites = self._image_sites[image_start:] if image else []
-            written, text_maps = self._run(model.text_model, text_sites, lambda: model.text_model(**told).pooler_output)
-            seen, image_maps = self._run(
+            written, text_maps = self._run(
+                model.text_model, text_sites, lambda: model.text_model(**tokens).pooler_output
+            )
+            looked, image_maps = self._run(
                 model.vision_model, image_sites, lambda: model.vision_model(pixel_values=pixels).pooler_output
             )
-            image_embeds = F.normalize(model.visual_projection(seen).float(), dim=-1)
+            image_embeds = F.normalize(model.visual_projection(looked).float(), dim=-1)
             text_embeds = F.normalize(model.text_projection(written).float(), dim=-1)
             similarity = (image_embeds * text_embeds).sum(-1)
             maps = [*text_maps, *image_maps]
@@ -129,18 +131,18 @@ class ClipLens:
             ]
             if not recording:
                 found = [None if each is None else each.detach() for each in found]
-        end = told["attention_mask"].sum(-1) - 1
+        end = tokens["attention_mask"].sum(-1) - 1
         return Looked(similarity, found[0], found[1], end, self.grid, image_embeds, text_embeds)
 
     def explain_text(
-        self, told: dict[str, Tensor], image_embeds: Tensor, second_order: bool = False
+        self, tokens: dict[str, Tensor], image_embeds: Tensor, second_order: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Cosines (b) of texts (ids and mask) with unit picture embeddings (b d) that exist already, and the relevance
         (b t t) among the tokens of each text; as :meth:`look` with respect to gradients."""
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             written, maps = self._run(
-                self.model.text_model, self._text_sites, lambda: self.model.text_model(**told).pooler_output
+                self.model.text_model, self._text_sites, lambda: self.model.text_model(**tokens).pooler_output
             )
             cosines = (F.normalize(self.model.text_projection(written).float(), dim=-1) * image_embeds).sum(-1)
             relevance = self_relevance(maps, gradients_of(cosines, maps, second_order, keep_graph=True))

@@ -85,7 +85,7 @@ def lrp(
         target: label number or name, one for all or one each; None: each sample's predicted label; or a function from
             the model's output to one number per sample.
         method: see above. "lrp" gives what reaches the patches or words, and may be negative.
-        start_layer: attribution begins at this layer; those below count as if each token kept to itself.
+        start_layer: attribution begins at this layer; those below count as if each token looked at itself only.
         row_sums: divide each layer's rows by their sums, as the authors do for BERT and do not for ViT.
         token: the token that decides, per sample or for all; None: those that the score is read from, by its gradient.
 
@@ -224,8 +224,8 @@ def _labels(model: nn.Module, logits: Tensor, target: Any) -> Tensor:
                 raise UnknownName("label", one, known)
             one = known[one]
         if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < n:
-            told = f" ({', '.join(str(names[i]) for i in sorted(names))})" if len(names) == n else ""
-            raise BadInput(f"target {one!r} is not a label of this model, which has {n}, numbered from 0{told}.")
+            listed = f" ({', '.join(str(names[i]) for i in sorted(names))})" if len(names) == n else ""
+            raise BadInput(f"target {one!r} is not a label of this model, which has {n}, numbered from 0{listed}.")
         numbers.append(one)
     return torch.tensor(numbers, device=logits.device)
 

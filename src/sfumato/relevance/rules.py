@@ -146,9 +146,9 @@ class Relevancy:
         """The rows of ``s``, to be put back by :meth:`join`."""
         return {pair: matrix for pair, matrix in self.matrices.items() if pair[0] == s}
 
-    def join(self, kept: Mapping[tuple[str, str], Tensor]) -> None:
-        """A skip connection: rows become the mean of what they are and what they were when ``kept`` (ours)."""
-        for pair, matrix in kept.items():
+    def join(self, before: Mapping[tuple[str, str], Tensor]) -> None:
+        """A skip connection: rows become the mean of what they are and what they were ``before`` (ours)."""
+        for pair, matrix in before.items():
             self.matrices[pair] = (self.matrices[pair] + matrix) / 2
 
 

@@ -16,14 +16,9 @@ from torch import Tensor
 from sfumato.errors import BadInput
 
 
-def cosine(seen: Tensor, targets: Tensor) -> Tensor:
-    """Cosines (b m) of vectors (b d) with targets (m d)."""
-    return F.normalize(seen, dim=-1) @ F.normalize(targets, dim=-1).T
-
-
-def log_probability(seen: Tensor, own: Tensor, rivals: Tensor, scale: float) -> Tensor:
-    """log p(own | seen) (b) of a zero-shot classifier whose classes are ``own`` (b d) and the ``rivals`` (m d)."""
-    logits = scale * torch.cat([(seen * own).sum(-1, keepdim=True), seen @ rivals.T], 1)
+def log_probability(vectors: Tensor, own: Tensor, rivals: Tensor, scale: float) -> Tensor:
+    """log p(own | vectors) (b) of a zero-shot classifier whose classes are ``own`` (b d) and the ``rivals`` (m d)."""
+    logits = scale * torch.cat([(vectors * own).sum(-1, keepdim=True), vectors @ rivals.T], 1)
     return logits.log_softmax(1)[:, 0]
 
 

@@ -36,8 +36,8 @@ def region_features(images: Tensor, boxes: Tensor, cells: int) -> Tensor:
     y = boxes[..., 1, None] + (boxes[..., 3] - boxes[..., 1])[..., None] * centre
     grid = torch.stack([x[:, :, None].expand(-1, -1, cells, -1), y[..., None].expand(-1, -1, -1, cells)], -1)
     grid = (2 * grid - 1).reshape(b, n * cells, cells, 2)
-    seen = F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
-    return seen.view(b, 3, n, cells * cells).transpose(1, 2).reshape(b, n, 3 * cells * cells)
+    inside = F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+    return inside.view(b, 3, n, cells * cells).transpose(1, 2).reshape(b, n, 3 * cells * cells)
 
 
 def box_overlap(first: Tensor, second: Tensor) -> Tensor:
