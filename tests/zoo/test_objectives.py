@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from sfumato.errors import BadInput, UnknownName
+from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
 from sfumato.models.readers.noised import codec_mark, noised_input
 from sfumato.toybox import sample_scene
@@ -272,6 +273,28 @@ def test_latents_are_encoded_once_and_read_back(parts: dict[str, str], home: Pat
     before = stored[0].stat().st_mtime_ns
     latent("flow", parts)
     assert stored[0].stat().st_mtime_ns == before
+
+
+def test_a_folder_serves_in_the_toyboxs_place(parts: dict[str, str], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    for i in range(4):
+        Image.fromarray(noise[i]).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"grey number {i}")
+    shape = {"layers": 2, "heads": 2, "text_width": 32, **parts}
+    values = {"name": "x", "objective": "flow", "data": {"folder": str(tmp_path)}, "train": {"steps": 1, "batch": 3}}
+    made = build_objective(Recipe(**values, model=shape, loss={"empty": 0.0}))
+    made.setup(CPU)
+    batch = made.batch(Draw(0, 0))
+    rows = [made.train_data.rows[i] for i in Draw(0, 0).indices(3, 3).tolist()]
+    assert torch.equal(batch["tokens"], made.tokens([f"grey number {i}" for i in rows]))
+    x = torch.from_numpy(noise[rows]).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = made.vae.encode(x).latent_dist.mean * made.vae.config.scaling_factor
+    torch.testing.assert_close(batch["x0"], expected, atol=2e-3, rtol=2e-3)
+    assert set(made.measure()) == {"held_out_loss"}  # the judge knows toys only
+    aligned = build_objective(Recipe(**values, model=shape, loss={"align": 1.0}))
+    aligned.setup(CPU)
+    with pytest.raises(NotSupported, match="what the toybox knows"):
+        aligned.batch(Draw(0, 0))
 
 
 def test_empty_prompts_have_their_share_and_unknown_parts_are_refused(parts: dict[str, str]) -> None:

@@ -215,7 +215,8 @@ class LatentObjective(Objective):
         when no toy-judge is there yet.
         """
         quality = self.evaluate()
-        if self.expert or registry.find("toy-judge") is None:  # an expert alone draws nothing
+        # an expert alone draws nothing, and the judge knows toys
+        if self.expert or self.recipe.data.folder or registry.find("toy-judge") is None:
             return quality
         judge = load_judge()
         for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
