@@ -8,35 +8,20 @@ import sys
 from pathlib import Path
 
 from claims import core
+from sfumato import cards
 from sfumato.errors import SfumatoError
 
 PAGES = core.HERE.parent / "docs" / "systems"
-# key -> module with EXPERIMENT; imported only when asked for
-EXPERIMENTS = {
-    "zoo": "claims.zoo",
-    "daam": "claims.daam",
-    "attend_excite": "claims.attend_excite",
-    "structured_guidance": "claims.structured_guidance",
-    "prompt_to_prompt": "claims.prompt_to_prompt",
-    "bench": "claims.bench",
-    "shape_texture": "claims.shape_texture",
-    "sad_pad": "claims.sad_pad",
-    "blend": "claims.blend",
-    "inpaint": "claims.inpaint",
-    "text_to_segmentation": "claims.text_to_segmentation",
-    "shape_guided": "claims.shape_guided",
-    "paint_with_words": "claims.paint_with_words",
-    "experts": "claims.experts",
-    "inject_fusion": "claims.inject_fusion",
-    "pullback": "claims.pullback",
-    "clip_guidance": "claims.clip_guidance",
-    "mgad": "claims.mgad",
-    "no_token_left_behind": "claims.no_token_left_behind",
-    "conceptor": "claims.conceptor",
-    "lrp": "claims.lrp",
-    "robust_vit": "claims.robust_vit",
-    "attention_relevance": "claims.attention_relevance",
-}
+
+
+def discovered(folder: Path = core.HERE) -> list[str]:
+    """Keys of all claims: the modules beside this one that hold an EXPERIMENT, systems first, in the order of cards."""
+    found = [path.stem for path in sorted(folder.glob("[a-z]*.py")) if "\nEXPERIMENT = " in path.read_text("utf-8")]
+    order = list(cards.methods())
+    return sorted(found, key=lambda key: order.index(key) if key in order else len(order))
+
+
+EXPERIMENTS = discovered()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,14 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        keys = core.choose(asked.keys, list(EXPERIMENTS))
+        keys = core.choose(asked.keys, EXPERIMENTS)
         if asked.threads is not None:
             import torch
 
             torch.set_num_threads(core.positive("--threads", asked.threads))
         context = core.Context(asked.quick, asked.weights, report)
         for key in keys:
-            core.run(importlib.import_module(EXPERIMENTS[key]).EXPERIMENT, context, asked.fresh, asked.part)
+            core.run(importlib.import_module(f"claims.{key}").EXPERIMENT, context, asked.fresh, asked.part)
         print(write_table(asked.quick))
     except SfumatoError as error:
         report(f"error: {error}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import generate
 from sfumato import app, cards, errors
 
 ROOT = Path(__file__).parents[1]
@@ -25,11 +26,24 @@ def test_every_error_has_a_page(name):
     assert f"({name}.md)" in (ROOT / "docs" / "errors" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("key", sorted(cards._shipped()))
-def test_every_system_has_a_page_and_a_row(key):
-    assert (ROOT / "docs" / "systems" / f"{key}.md").is_file()
-    assert f"({key}.md)" in (ROOT / "docs" / "systems" / "README.md").read_text(encoding="utf-8")
-    assert f"| `{key}` |" in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", sorted(generate.tables()), ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_those_of_the_code(page):
+    blocks = generate.tables()[page]
+    assert page.read_text(encoding="utf-8") == generate.written(page, blocks), "stale: run python -m docs.generate"
+
+
+def test_a_stale_table_is_noticed(tmp_path):
+    page = tmp_path / "daam.md"
+    page.write_text("# DAAM\n\n<!-- generated: system -->\nold\n<!-- end of generated -->\n\nThe rest.\n")
+    text = generate.written(page, {"system": generate.system})
+    assert "old" not in text and "| `words` | `[]` |" in text and text.endswith("\nThe rest.\n")
+    page.write_text(text.replace("`words`", "`wrods`"))
+    assert generate.written(page, {"system": generate.system}) == text != page.read_text()
+
+
+def test_no_page_is_of_a_system_that_is_gone():
+    pages = {path.stem for path in (ROOT / "docs" / "systems").glob("*.md")} - {"README"}
+    assert pages == set(cards._shipped())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

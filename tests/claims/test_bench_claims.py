@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from claims import bench, sad_pad
-from claims.__main__ import EXPERIMENTS
 from claims.core import Context
 from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.oracle.asked import asked
@@ -17,7 +16,7 @@ from sfumato.toybox.oracle.asked import asked
 
 @pytest.mark.parametrize("key", ["bench", "sad_pad"])
 def test_they_are_registered(key):
-    experiment = importlib.import_module(EXPERIMENTS[key]).EXPERIMENT
+    experiment = importlib.import_module(f"claims.{key}").EXPERIMENT
     assert experiment.key == key and len({part.name for part in experiment.parts}) == len(experiment.parts)
 
 

@@ -129,3 +129,19 @@ def _share(found: int, total: int, what: str) -> str:
     if not found:
         return f"no: none of its {total} {what}"
     return f"yes: all {total} {what}" if found == total else f"in part: {found} of {total} {what}"
+
+
+def headline(each: dict[str, Any]) -> str:
+    """One line about what :func:`described` says."""
+    parts = [f"{each['kind']} ({', '.join(each['dialects'])})" if each["dialects"] else each["kind"]]
+    if each["kind"] == "lora":
+        parts[0] = f"{'/'.join(each['algebras'])} ({', '.join(each['dialects'])})"
+        parts.append(f"rank {'/'.join(each['ranks']) or 'whole'}")
+        parts += [f"alpha {'/'.join(f'{alpha:g}' for alpha in each['alphas'])}"] if each["alphas"] else []
+        parts.append(", ".join(f"{count} modules of {network}" for network, count in each["modules"].items()))
+    elif each["kind"] == "word":
+        for word, places in each["words"].items():
+            parts.append(f"{word} = " + ", ".join(f"{k} x {d} for {place}" for place, (k, d) in places.items()))
+    else:
+        parts.append(f"{each['parameters']} tensors")
+    return "; ".join(parts + ([f"made for {each['base']}"] if each["base"] else []))

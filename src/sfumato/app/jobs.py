@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import field_validator
 
 from sfumato import cards, clips, files, sheets
-from sfumato.cards import Field, Params
+from sfumato.cards import Field
 from sfumato.errors import BadInput, SfumatoError
-from sfumato.windows import Window
+from sfumato.sampling.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,82 +46,47 @@ def readable(prompt: Any) -> Any:
     return prompt
 
 
-class JobOptions(Params):
+class JobOptions(Options):
     """What can be said about pictures of one prompt, besides the model. Checked before anything heavy is loaded."""
 
     SYSTEM = "make"
 
-    prompt: str = Field(description="what the picture shows")
-    negative: str | None = Field(default=None, description="what the picture should not show")
+    prompt: str = Field(description="what the picture shows")  # type: ignore[assignment]
+    negative: str | None = Field(default=None, description="what the picture should not show")  # type: ignore[assignment]
     n: int = Field(default=1, ge=1, le=100_000, description="how many pictures of each prompt")
-    steps: int | None = Field(default=None, ge=1, le=1000, description="how many denoising steps")
-    guidance: float | None = Field(default=None, ge=0, description="strength of classifier-free guidance")
-    rescale: float | None = Field(default=None, ge=0, le=1, description="guidance rescale, 0 off")
-    size: tuple[int, int] | None = Field(
-        default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
+    seed: int = Field(  # type: ignore[assignment]
+        default=0, ge=0, lt=2**62, description="where the noise comes from; picture i uses seed + i"
     )
-    frames: int | None = Field(default=None, ge=1, le=4096, description="how many frames a clip has; models of clips")
-    fps: float | None = Field(
-        default=None,
-        gt=0,
-        le=1000,
-        description="speed at which a clip is shown",
-        json_schema_extra={"unit": "frame per second"},
-    )
-    seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")
     scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
-    eta: float | None = Field(default=None, ge=0, le=1, description="share of fresh noise in DDIM steps")
-    guidance_interval: Window | None = Field(
-        default=None, description="fractions of progress between which guidance acts"
-    )
-    true_guidance: float | None = Field(
-        default=None, ge=0, description="classifier-free guidance on top of a guidance-distilled model's own"
-    )
-    compose: list[tuple[str, float]] = Field(default=[], description="further texts with their weights")
-    strength: float | None = Field(
-        default=None, ge=0, le=1, description="how much of a given picture is drawn anew, 0 nothing, 1 all"
-    )
 
     @field_validator("prompt")
     @classmethod
     def readable(cls, prompt: Any) -> Any:
         return readable(prompt)
 
-    @field_validator("size")
-    @classmethod
-    def _positive(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
-        if size is not None and not all(1 <= side <= 8192 for side in size):
-            raise ValueError("each side must lie between 1 and 8192")
-        return size
-
-    @field_validator("seed")
-    @classmethod
-    def _seeds(cls, seed: Any) -> Any:
-        for number in seed if isinstance(seed, list) else [seed]:
-            if number is not None and not 0 <= number < 2**62:
-                raise ValueError("a seed must be 0 or above and below 2**62")
-        return seed
-
     def arguments(self) -> dict[str, Any]:
-        """The options as arguments of the sampling loop; what was left open stays the model's own choice."""
-        given = {name: value for name, value in self.model_dump().items() if value is not None or name == "seed"}
-        interval = given.pop("guidance_interval", (0.0, 1.0))
-        if interval != (0.0, 1.0):
-            from sfumato.sampling import Guidance
-
-            if "guidance" not in given or "true_guidance" in given:
-                raise BadInput("guidance_interval needs guidance, and goes with classifier-free guidance only.")
-            given["guidance"] = Guidance(given["guidance"], given.pop("rescale", 0.0), interval)
-        return given
+        """The options that were given, as arguments of the sampling loop; the rest stays the model's own choice."""
+        return _given(self)
 
 
-class MakeOptions(JobOptions):
+def _given(options: Options) -> dict[str, Any]:
+    given = options.model_dump(exclude_unset=True)
+    return {name: value for name, value in given.items() if value is not None or name == "seed"}
+
+
+class MakeOptions(Options):
     """The options of :func:`make`, which takes several prompts and seeds at once."""
 
-    prompt: str | list[str] = Field(description="what the pictures show")  # type: ignore[assignment]
-    seed: int | list[int] | None = Field(  # type: ignore[assignment]
-        default=0, description="where the noise comes from: a number or one per picture"
-    )
+    SYSTEM = "make"
+
+    @field_validator("prompt")
+    @classmethod
+    def readable(cls, prompt: Any) -> Any:
+        return readable(prompt)
+
+    def arguments(self) -> dict[str, Any]:
+        """As :meth:`JobOptions.arguments`."""
+        return _given(self)
 
 
 def load(

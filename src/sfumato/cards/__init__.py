@@ -108,6 +108,13 @@ class Card:
                 raise UnknownName(f"capability needed by {self.key}", need, CAPABILITIES)
         object.__setattr__(self, "example", self.example or self.key)
 
+    @property
+    def paper(self) -> str:
+        """Authors and year, short: ``Chefer et al. 2023``."""
+        names = self.authors.split(", ")
+        first = names[0].split(" ")[-1] if " et al" not in names[0] else names[0]
+        return f"{self.authors if len(names) < 3 else f'{first} et al.'} {self.year}"
+
 
 class Params(BaseModel):
     """Base of every system's parameters: unknown names, wrong kinds and values out of range become one-line errors.

@@ -33,9 +33,9 @@ def parameters_of(schema: type[BaseModel]) -> list[Parameter]:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         limits = {key: getattr(each, key) for each in field.metadata for key in LIMITS if hasattr(each, key)}
         meaning = _meaning(field.description, extra, limits)
-        found.append(
-            Parameter(name, _kind(field.annotation), repr(field.default), meaning, bool(extra.get("flag", True)))
-        )
+        kind, flag = _kind(field.annotation), bool(extra.get("flag", True))
+        default = REQUIRED if field.is_required() else repr(field.default)
+        found.append(Parameter(name, kind, default, meaning, flag))
     return found
 
 
@@ -44,6 +44,7 @@ def parameter_rows(schema: type[BaseModel]) -> list[tuple[str, str, str]]:
     return [(each.name, each.default, each.meaning) for each in parameters_of(schema)]
 
 
+REQUIRED = "required"
 KINDS = {"bool", "int", "float", "str", "list"}
 LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -105,7 +106,7 @@ def _parameter(node: ast.AnnAssign, constants: dict[str, ast.expr]) -> Parameter
         for name, value in given.items()
         if name in ("default", "description", "json_schema_extra", *LIMITS)
     }
-    default = repr(facts["default"]) if "default" in facts else "PydanticUndefined"
+    default = repr(facts["default"]) if "default" in facts else REQUIRED
     limits, extra = {key: facts[key] for key in LIMITS if key in facts}, facts.get("json_schema_extra", {})
     meaning = _meaning(facts.get("description"), extra, limits)
     name, kind = ast.unparse(node.target), _kind(ast.unparse(node.annotation))

@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.app.cli import options, show
+from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.flags import generated
 from sfumato.app.cli.frame import command
+from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput, WorkInterrupted
+
+SETTINGS = ("steps", "guidance", "negative", "size", "scheduler")
 
 
 @command()
+@generated(("Settings of both", flags.of(JobOptions, only=SETTINGS)))
 def compare(
     first: Annotated[str, typer.Argument(help="A folder of pictures, or MODEL or MODEL:steps=10,guidance=3,...")],
     second: Annotated[str, typer.Argument(help="The other one, of the same kind.")],
@@ -25,11 +30,7 @@ def compare(
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Pictures of each prompt; prompts of each --task.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Real pictures; each side's distance to them.")] = None,
-    steps: options.Steps = None,
-    guidance: options.Scale = None,
-    size: options.Size = None,
     seed: options.Seed = None,
-    scheduler: options.Scheduler = None,
     net: Annotated[str | None, typer.Option(help="Net of the distances. Default: toy-clip.")] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP of the scores. Default: toy-clip.")] = None,
     shown: Annotated[int | None, typer.Option(help="Pairs on the page. Default: 40.")] = None,
@@ -37,6 +38,7 @@ def compare(
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
+    **given: Any,
 ) -> None:
     from sfumato import app
 
@@ -49,13 +51,13 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
         source, n = write_prompts(out / "prompts.jsonl", prompt_set(task, n or 20, seed or 0)), None
         seed = None  # every prompt of the set has its own
-    settings = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "size": size and options.pixels(size)}
+    settings = flags.said(given)
     measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}
     try:
         with show.bar("pairs") as bar:
             report = app.compare(
                 first, second, prompts=source, n=n, seed=seed, out=out, dtype=dtype, device=device, on_progress=bar,
-                options={name: value for name, value in settings.items() if value is not None},
+                options=settings,
                 **{name: value for name, value in measuring.items() if value is not None},
             )  # fmt: skip
     except (KeyboardInterrupt, WorkInterrupted):

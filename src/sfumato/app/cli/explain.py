@@ -8,11 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.app.cli import options, show
+from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.flags import generated
 from sfumato.app.cli.frame import command
+from sfumato.app.jobs import JobOptions
+
+OPTIONS = ("n", "steps", "guidance", "negative", "size", "frames", "fps", "seed", "scheduler")
 
 
 @command()
+@generated(("Options", flags.of(JobOptions, only=OPTIONS)))
 def explain(
     what: Annotated[
         str,
@@ -24,34 +29,15 @@ def explain(
     ] = None,
     by: options.By = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also write the maps as numbers (.safetensors).")] = False,
-    n: Annotated[int | None, typer.Option("-n", help="How many pictures to make. Default: 1.")] = None,
     model: options.Model = None,
-    steps: options.Steps = None,
-    guidance: options.Scale = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    fps: options.Fps = None,
-    seed: options.Seed = None,
-    scheduler: options.Scheduler = None,
     out: options.Out = Path("out"),
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
+    **given: Any,
 ) -> None:
     from sfumato import app
 
-    typed: dict[str, Any] = {
-        "prompt": prompt,
-        "words": [word for text in words or [] for word in text.split("|")] or None,
-        "n": n,
-        "steps": steps,
-        "guidance": guidance,
-        "size": None if size is None else options.pixels(size),
-        "frames": frames,
-        "fps": fps,
-        "seed": seed,
-        "scheduler": scheduler,
-    }
-    typed = {name: value for name, value in typed.items() if value is not None}
+    typed = flags.said({"prompt": prompt, "words": words, **given})
     job = app.Explaining(what, by, app.Order([], model, [], dtype, device, maps=maps), typed)
     with show.bar("pictures") as bar:
         show.written(app.explain_into(job, out, bar), out)

@@ -15,7 +15,7 @@ from sfumato.app.cli.options import literal
 from sfumato.errors import BadInput
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "list": list[str]}
-METAVARS = {"size": "WxH"}
+METAVARS = {"size": "WxH", "compose": "TEXT=WEIGHT", "guidance_interval": "START|END"}
 DECLARED = {"n": "-n", "from_": "--from"}
 
 
@@ -64,7 +64,9 @@ def _flag(parameter: cards.Parameter, title: str) -> inspect.Parameter:
     declared = DECLARED.get(name, f"--{dashed}/--no-{dashed}" if parameter.default == "True" else f"--{dashed}")
     about = parameter.meaning[:1].upper() + parameter.meaning[1:]
     about += "; repeatable" if kind == list[str] else ""
-    default = f" Default: {parameter.default}." if parameter.default not in ("None", "[]", "''", "False") else "."
+    default = (
+        f" Default: {parameter.default}." if parameter.default not in ("required", "None", "[]", "''", "False") else "."
+    )
     option = typer.Option(
         declared,
         metavar=METAVARS.get(name),
@@ -83,6 +85,8 @@ def said(given: dict[str, Any]) -> dict[str, Any]:
 def _value(name: str, value: Any) -> Any:
     if name == "size":
         return pixels(value)
+    if name == "compose":
+        return [_weighted(text) for text in value]
     if isinstance(value, list):
         return [part for text in value for part in str(text).split("|")]
     return value.split("|") if isinstance(value, str) and name in ("guidance_interval", "temperature") else value
@@ -94,3 +98,11 @@ def pixels(text: str) -> tuple[int, int]:
     if not (x and width.strip().isdecimal() and height.strip().isdecimal()):
         raise BadInput(f"--size is {text!r}; write width x height in pixels, such as 64x64.")
     return int(width), int(height)
+
+
+def _weighted(text: str) -> tuple[str, str]:
+    """A text and its weight from ``TEXT=WEIGHT``."""
+    words, equals, weight = text.rpartition("=")
+    if not equals:
+        raise BadInput(f"--compose is {text!r}; write TEXT=WEIGHT, such as 'in the snow=1.5'.")
+    return words, weight

@@ -7,24 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.app.cli import options, show
+from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.flags import generated
 from sfumato.app.cli.frame import command
+from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput, WorkInterrupted
 
 
 @command()
+@generated(("Options", flags.of(JobOptions, without=("prompt", "batch_size"))))
 def make(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
-    n: Annotated[int | None, typer.Option("-n", help="How many pictures. Default: 1.")] = None,
     model: options.Model = None,
-    steps: options.Steps = None,
-    guidance: options.Scale = None,
-    negative: options.Negative = None,
-    size: options.Size = None,
-    frames: options.Frames = None,
-    fps: options.Fps = None,
-    seed: options.Seed = None,
-    scheduler: options.Scheduler = None,
     with_: options.With = None,
     out: options.Out = Path("out"),
     like: Annotated[
@@ -35,12 +29,12 @@ def make(
         typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line. Goes on where it was stopped."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
     ray: options.Ray = False,
     workers: options.NWorkers = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
+    **given: Any,
 ) -> None:
     from sfumato import app
 
@@ -54,20 +48,9 @@ def make(
         raise BadInput("--workers are Ray's: give --ray too.")
     if prompt is None and prompts is None and like is None:
         raise BadInput('nothing to make: give a prompt, such as sfumato make "a red cube", or --like or --prompts.')
-    typed: dict[str, Any] = {
-        "prompt": prompt,
-        "n": n,
-        "steps": steps,
-        "guidance": guidance,
-        "negative": negative,
-        "size": None if size is None else options.pixels(size),
-        "frames": frames,
-        "fps": fps,
-        "seed": seed,
-        "scheduler": scheduler,
-        "strength": strength,
-    }
-    typed = {name: value for name, value in typed.items() if value is not None}
+    typed = flags.said(given)
+    if prompt is not None:
+        typed["prompt"] = prompt
     order = app.Order([], model, with_ or [], dtype, device, image)
     if like is not None:
         order = app.like(like, typed, order)

@@ -36,10 +36,5 @@ def methods(
     if json_:
         show.json_text({name: dataclasses.asdict(card) for name, card in found.items()})
     else:
-        rows = [(name, card.verb, card.summary, f"{_brief(card.authors)} {card.year}") for name, card in found.items()]
+        rows = [(name, card.verb, card.summary, card.paper) for name, card in found.items()]
         show.table(("key", "verb", "what it does", "paper"), rows)
-
-
-def _brief(authors: str) -> str:
-    names = authors.split(", ")
-    return authors if len(names) < 3 else f"{names[0]} et al."

@@ -7,12 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.app.cli import options, show
+from sfumato import cards
+from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.flags import generated
 from sfumato.app.cli.frame import command
+from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput
+
+SEGMENTER = cards.default("segment")
 
 
 @command()
+@generated(
+    (f"Parameters of {SEGMENTER} (of others: in --by)", flags.of_system(SEGMENTER)),
+    ("Options", flags.of(JobOptions, only=("size",))),
+)
 def segment(
     what: Annotated[str, typer.Argument(help="The name of an object; or a segmenter.safetensors made before.")],
     pictures: Annotated[
@@ -22,41 +31,23 @@ def segment(
     remover: Annotated[
         str | None, typer.Option(help="The model that redraws pictures without it. Default: an inpainting one.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the pictures show, {} for the name. Default: a {}")] = None,
-    background: Annotated[
-        list[str] | None, typer.Option(help="What is there without the object; repeatable. Default: the remover's own.")
-    ] = None,
-    n: Annotated[int | None, typer.Option("-n", help="How many pictures to make. Default: 200.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Training steps of the segmenter. Default: 400.")] = None,
-    steps: options.Steps = None,
-    guidance: options.Scale = None,
-    size: options.Size = None,
-    seed: options.Seed = None,
+    by: options.By = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is empty or not there yet.")] = Path(
         "segmented"
     ),
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
+    **given: Any,
 ) -> None:
     from sfumato import app
 
-    if n is not None and pictures:
+    typed = flags.said(given)
+    if pictures and "n" in typed:
         raise BadInput("-n is how many pictures to make; it cannot be given with pictures.")
-    typed: dict[str, Any] = {
-        "prompt": prompt,
-        "background": background,
-        "n": n,
-        "iterations": iterations,
-        "steps": steps,
-        "guidance": guidance,
-        "size": None if size is None else options.pixels(size),
-        "seed": seed,
-    }
-    typed = {name: value for name, value in typed.items() if value is not None}
     with show.bar("steps") as bar:
 
-        def told(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int) -> None:
             bar(done, total, 0.0, f"{done}/{total} {stage}")
 
-        for path in app.segment_files(what, pictures or [], out, model, remover, dtype, device, told, **typed):
+        for path in app.segment_files(what, pictures or [], out, model, remover, dtype, device, report, by, **typed):
             typer.echo(path)

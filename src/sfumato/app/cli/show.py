@@ -51,9 +51,9 @@ def written(items: Iterable[Any], out: Path) -> list[Path]:
     files: list[Path] = []
     try:
         for item in items:
+            files += [item[0]] if isinstance(item, list) else [item] if isinstance(item, Path) else []
             for each in item if isinstance(item, list) else [item]:
                 typer.echo(each)
-            files += [item[0]] if isinstance(item, list) else [item] if isinstance(item, Path) else []
     except (KeyboardInterrupt, WorkInterrupted):
         finished = f"{len(files)} finished pictures are in {out}" if files else "no picture was finished"
         raise WorkInterrupted(f"interrupted; {finished}, nothing half-written is left.") from None

@@ -1,0 +1,139 @@
+"""``python -m docs.generate`` writes every table of README and docs that can be known from the code: methods, models,
+parameters, what a system runs on. A test fails when they are stale.
+
+Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``. ``--composition`` also runs the new
+pairs of systems for the table of docs/composition.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sfumato import cards, protocol, registry
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- generated: {} -->", "<!-- end of generated -->"
+CLAIMS = "<!-- measured: written by python -m claims -->"
+
+
+def methods(page: Path) -> str:
+    """Every system: key, what it does, the paper, its page."""
+    link = "docs/systems/" if page.parent == ROOT else ""
+    rows = [(f"[`{key}`]({link}{key}.md)", card.verb, card.summary, _paper(card)) for key, card in _methods().items()]
+    return _table(("key", "verb", "what it does", "paper"), rows)
+
+
+def models(page: Path) -> str:
+    """The built-in models, and what else can be loaded."""
+    from sfumato.models.families import families
+
+    rows = [(f"`{name}`", registry.card(name).get("summary", "")) for name in registry.names()]
+    classes = sorted({name for family in families().values() if _ours(family) for name in family.pipeline_classes})
+    rows.append(("yours", f"a diffusers folder, a `.safetensors` file or a hub id of {_listed(classes)}"))
+    return _table(("name", "what it is"), rows)
+
+
+def system(page: Path) -> str:
+    """What the card of a system says, and its parameters."""
+    cls = cards.method(page.stem)
+    card = cls.CARD  # type: ignore[attr-defined]
+    facts = {
+        "serves": "; ".join(f"`{verb}` ({', '.join(words)})" for verb, words in protocol.serves(cls).items()),
+        "runs on": runs_on(card),
+        "costs": card.cost,
+        "defaults from": card.defaults_from,
+        "not reproduced": card.not_reproduced,
+    }
+    lines = [f"- {name}: {value}" for name, value in facts.items() if value]
+    rows = [(f"`{each.name}`", _default(each), each.meaning) for each in cards.parameters(page.stem)]
+    return "\n".join([*lines, "", _table(("parameter", "default", "meaning"), rows)])
+
+
+def _default(parameter: cards.Parameter) -> str:
+    return parameter.default if parameter.default == "required" else f"`{parameter.default}`"
+
+
+def runs_on(card: cards.Card) -> str:
+    """The families that offer what a system needs, in words."""
+    from sfumato.models.families import families, offering
+
+    if not card.needs:
+        return "any model"
+    ours = {family.name for family in families().values() if _ours(family)}
+    names = [f"`{name}`" for name in offering(card.needs) if name in ours]
+    needs = "; ".join(cards.CAPABILITIES[need] for need in card.needs)
+    return f"{', '.join(names)} (it needs {needs})" if names else needs
+
+
+def _ours(family: type) -> bool:
+    """Not one that a test or another package has added."""
+    return family.__module__.startswith("sfumato.")
+
+
+def _methods() -> dict[str, cards.Card]:
+    return {key: card for key, card in cards.methods().items() if _ours(cards.method(key))}
+
+
+def _paper(card: cards.Card) -> str:
+    return f"[{card.paper}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.paper
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = list(titles)
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def tables() -> dict[Path, dict[str, Callable[[Path], str]]]:
+    """Page -> name of the block -> what writes it."""
+    found: dict[Path, dict[str, Callable[[Path], str]]] = {
+        ROOT / "README.md": {"models": models, "methods": methods},
+        ROOT / "docs" / "systems" / "README.md": {"methods": methods},
+    }
+    for key in _methods():
+        found[ROOT / "docs" / "systems" / f"{key}.md"] = {"system": system}
+    return found
+
+
+def written(page: Path, blocks: dict[str, Callable[[Path], str]]) -> str:
+    """The text of a page with its blocks as they are today; a block it has not yet stands before its claims, or last.
+
+    Raises FileNotFoundError for a system without a page.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, write in blocks.items():
+        begin = BEGIN.format(name)
+        if begin not in text:
+            place = text.find("## Its claims")
+            place = text.find(CLAIMS) if place < 0 else place
+            place = len(text) if place < 0 else place
+            head = "## Parameters\n\n" if name == "system" else ""
+            text = f"{text[:place].rstrip()}\n\n{head}{begin}\n{END}\n\n{text[place:]}".rstrip() + "\n"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{write(page)}\n\n{END}{rest.partition(END)[2]}"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
+    parser.add_argument("--composition", action="store_true", help="also run new pairs of systems (minutes)")
+    asked = parser.parse_args(arguments)
+    for page, blocks in tables().items():
+        text = written(page, blocks)
+        if text != page.read_text(encoding="utf-8"):
+            page.write_text(text, encoding="utf-8")
+            print(page.relative_to(ROOT))
+    if asked.composition:
+        from tests.contract import matrix
+
+        matrix.main()
+
+
+if __name__ == "__main__":
+    main()
