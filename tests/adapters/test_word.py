@@ -16,7 +16,6 @@ from sfumato.adapters.word import Word, save_word
 from sfumato.cards import build
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, NotSupported, WorkInterrupted
-from sfumato.explain.conceptor.decomposition import textual_inversion
 from sfumato.explain.daam import DAAM
 from sfumato.models.slot import pseudo_word, text_towers
 from sfumato.sampling import generate
@@ -244,10 +243,10 @@ def test_pairs_for_two_encoders_and_two_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])
-def test_what_conceptor_writes_is_read(kind, tmp_path):
+def test_a_saved_word_draws_what_a_pseudo_word_draws(kind, tmp_path):
     model = tiny_model(kind)
     rows = {name: each[0] for name, each in vectors(model, 1).items()}
-    save_file(textual_inversion(rows, "<cube>"), tmp_path / "x.safetensors")
+    save_word(tmp_path / "x.safetensors", "<cube>", {name: each[None] for name, each in rows.items()})
     word = Word(file=str(tmp_path / "x.safetensors"), name="cube")
     taught = run(model, word, "a red cube").latents
     with pseudo_word(model, "cube", rows):

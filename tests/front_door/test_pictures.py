@@ -121,7 +121,7 @@ def test_an_upright_picture_however_it_is_opened(tmp_path):
         torch.from_numpy(GREY),
         torch.from_numpy(GREY / 255),
     ],
-    ids=lambda given: f"{type(given).__name__}-{getattr(given, 'mode', getattr(given, 'dtype', ''))}",
+    ids="L I;16 F RGB RGBA bytes layer 16bit floats tensor-bytes tensor-floats".split(),
 )
 def test_a_mask_in_every_form(given, tmp_path):
     expected = torch.from_numpy(GREY.astype(np.float32) / 255)

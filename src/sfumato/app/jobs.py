@@ -275,6 +275,11 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         raise BadInput(
             f"{picture} was made {'without' if order.image else 'from'} a picture: --image must agree with that."
         )
+    dropped = list(recipe.get("dropped", ())) if not exact else []
+    guidance = typed.get("guidance") or known.get("guidance")
+    if not exact and "negative" in known and guidance is not None and guidance <= 1:
+        del known["negative"]
+        dropped.append(f"the negative prompt, which has no effect at CFG {guidance:g}")
     try:
         job = JobOptions(**{**known, **typed})
         with_ = order.with_ or recipe.get("with") or []
@@ -290,8 +295,10 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
             "say --model yourself to load it, or another one."
         )
     if not exact:
-        told = "its settings come from another program's text, so the picture will not be the same"
-        warnings.warn(RecipeDiffers(f"{picture}: {told}."), stacklevel=2)
+        message = "its settings come from another program's text, so the picture will not be the same"
+        message += f"; left out: {', '.join(map(str, dropped))}" if dropped else ""
+        message += f"; it was made with {recipe['named_model']!r}" if recipe.get("named_model") else ""
+        warnings.warn(RecipeDiffers(f"{picture}: {message}."), stacklevel=2)
     dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
     return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=recipe if exact else {})
 
