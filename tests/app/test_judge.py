@@ -64,7 +64,7 @@ def test_two_folders_as_the_issue_writes_it(sfumato, toys, tmp_path):
         (("{toys}", "--no-captions"), ["no captions and there is no reference"]),
         (("{toys}", "--cap", 1), ["cap of judge is 1"]),
         (("{toys}", "--prompts", "missing.jsonl"), ["missing.jsonl", "No such file"]),
-        (("{toys}", "--clip", "toy-clop"), ["unknown feature net 'toy-clop'", "'toy-clip'"]),
+        (("{toys}", "--clip", "toy-clop"), ["'toy-clop'", "'toy-clip'"]),
     ],
 )
 def test_judge_refuses(refused, toys, args, says):

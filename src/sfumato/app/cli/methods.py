@@ -19,7 +19,7 @@ def methods(
 ) -> None:
     import dataclasses
 
-    from sfumato import cards
+    from sfumato import cards, protocol
 
     if key is not None:
         cls: Any = cards.method(key)
@@ -29,6 +29,12 @@ def methods(
         for field, value in dataclasses.asdict(cls.CARD).items():
             if value:
                 typer.echo(f"{field.replace('_', ' ')}: {', '.join(value) if isinstance(value, tuple) else value}")
+        for verb, ways in protocol.serves(cls).items():
+            typer.echo(f"{verb}: {'; '.join(ways)}")
+        if cls.CARD.needs:
+            from sfumato.models.families import offering
+
+            typer.echo(f"runs on: {', '.join(offering(cls.CARD.needs)) or 'other models'}")
         typer.echo()
         show.table(("parameter", "default", "meaning"), cards.parameter_rows(cls.Params))
         return
