@@ -19,8 +19,8 @@ from sfumato.metrics.manifold import manifold
 from sfumato.models.perceptual import load_perceptual
 from sfumato.toybox import COLORS, caption, render
 from sfumato.toybox.dataset import draw_scene
-from sfumato.toybox.oracle.asked import answer, asked
-from sfumato.toybox.oracle.toy_judge import Reading
+from sfumato.toybox.oracle.caption_check import check_caption, requested
+from sfumato.toybox.oracle.toy_judge import SceneReading
 from sfumato.toybox.scene import Scene
 
 SOURCE = "this repository"
@@ -39,7 +39,7 @@ def planted(context: Context) -> list[Row]:
     """Counterfactual re-renders stand in for a generator that fails in a known share of its pictures."""
     n = context.count(500, 40)
     scenes = [draw_scene("test", SEED, i, 2) for i in range(n)]
-    wants = [asked(caption(scene, None, "short").text) for scene in scenes]
+    wants = [requested(caption(scene, None, "short").text) for scene in scenes]
     whole = read(context, scenes, "whole")
     rows = []
     for kind, figure in (("recoloured", "all_bound"), ("removed", "all_present")):
@@ -55,7 +55,7 @@ def planted(context: Context) -> list[Row]:
             truth = float(
                 np.mean([_fulfils((spoilt if i in wrong else scenes)[i], wants[i], figure) for i in range(n)])
             )
-            found = [answer((broken if i in wrong else whole)[i], wants[i]).toys for i in range(n)]
+            found = [check_caption((broken if i in wrong else whole)[i], wants[i]).toys for i in range(n)]
             got = stats.share([each.all_bound if figure == "all_bound" else each.all_present for each in found])
             measured.append(f"planted {100 * truth:.1f} %, read {got.text(percent=True)}")
             errors.append(abs(got.value - truth))
@@ -74,7 +74,7 @@ def planted(context: Context) -> list[Row]:
     return rows
 
 
-def read(context: Context, scenes: list[Scene], label: str) -> list[Reading]:
+def read(context: Context, scenes: list[Scene], label: str) -> list[SceneReading]:
     """The toy-judge's readings of renders."""
     eye = common.judge_of(context)
     return [

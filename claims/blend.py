@@ -102,7 +102,7 @@ def outcomes(context: Context, asked: Sequence[Case], method: Method, seed: int,
     return [measured(*each) for each in zip(asked, pictures, readings, strict=True)]
 
 
-def measured(one: Case, picture: Tensor, reading: oracle.Reading) -> Outcome:
+def measured(one: Case, picture: Tensor, reading: oracle.SceneReading) -> Outcome:
     """One picture held against its case."""
     toy = oracle.find(reading, one.wish)
     iou = 0.0 if toy is None else float(segmentation.iou(toy.mask[None], one.mask[None])[0])

@@ -43,7 +43,7 @@ class Pair:
     seed: int
     other: int
     pictures: tuple[Tensor, Tensor]
-    readings: tuple[oracle.Reading, oracle.Reading]
+    readings: tuple[oracle.SceneReading, oracle.SceneReading]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def pairs(context: Context, model: Any, seed: int, n: int) -> list[Pair]:
     return found[:n]
 
 
-def _alike(one: oracle.Reading, two: oracle.Reading) -> bool:
+def _alike(one: oracle.SceneReading, two: oracle.SceneReading) -> bool:
     a, b = one.objects[0], two.objects[0]
     return a.shape == b.shape or a.color == b.color or one.ground == two.ground
 

@@ -178,7 +178,7 @@ def outcomes(
     return [measured(*each) for each in zip(asked, drawn, readings, strict=True)]
 
 
-def measured(case: Case, picture: Tensor, reading: oracle.Reading) -> Outcome:
+def measured(case: Case, picture: Tensor, reading: oracle.SceneReading) -> Outcome:
     """One picture held against its case."""
     error = (picture - case.truth)[:, case.hole].square().mean() / 4  # of the range -1 to 1
     grown, shrunk = (masks.dilate(case.hole.float(), n) > 0.5 for n in (1, -1))

@@ -133,7 +133,9 @@ class Outcome:
     pictures: list[Tensor]
 
 
-def judged(change_: Change, source: oracle.Reading, reading: oracle.Reading, before: Tensor, after: Tensor) -> Any:
+def judged(
+    change_: Change, source: oracle.SceneReading, reading: oracle.SceneReading, before: Tensor, after: Tensor
+) -> Any:
     """(success, IoU of the others, dB of the background) of one edit, or None where the source cannot be judged."""
     toys = [oracle.find(source, wish.only("shape", "color")) for wish in change_.prompt.wishes]
     at = _at(change_)

@@ -68,7 +68,9 @@ def codec(context: Context) -> list[Row]:
     ]
 
 
-def judge_row(claim: str, readings: list[oracle.Reading], dataset: ToyboxDataset, n: int, picture: str | None) -> Row:
+def judge_row(
+    claim: str, readings: list[oracle.SceneReading], dataset: ToyboxDataset, n: int, picture: str | None
+) -> Row:
     """The row for a judge that read the first ``n`` pictures of a dataset."""
     got = oracle.measure(readings, dataset.scenes[:n], common.masks_of(dataset, n))
     words = {"shape": SHAPES, "color": COLORS, "pattern": PATTERNS, "size": SIZES, "ground": GROUNDS, "sky": SKIES}
@@ -129,7 +131,7 @@ def reader_of_round_trips(context: Context) -> list[Row]:
     return [judge_row(claim, readings, dataset, n, picture)]
 
 
-def reading_sheet(pictures: Tensor, readings: list[oracle.Reading]):
+def reading_sheet(pictures: Tensor, readings: list[oracle.SceneReading]):
     """Pictures above the masks that were read, each painted in the colour that was read."""
     from sfumato.toybox.rendering import COLOR_RGB
 

@@ -301,12 +301,12 @@ def _texts_of_picture(path: Path) -> dict[str, str]:
             theirs = exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT, b"")
             texts.setdefault(A1111_CHUNK, _comment(theirs) if isinstance(theirs, bytes) else str(theirs))
             for tag in (0x010F, 0x0110, _EXIF_DESCRIPTION):  # Make and Model too: where ComfyUI writes
-                said = exif.get(tag)
-                if isinstance(said, str) and said.lower().startswith("prompt:"):
-                    texts[COMFY_CHUNK] = said[len("prompt:") :]
-    for said in ours:
-        if said.startswith(f"{CHUNK} "):
-            texts[CHUNK] = said[len(CHUNK) + 1 :]
+                text = exif.get(tag)
+                if isinstance(text, str) and text.lower().startswith("prompt:"):
+                    texts[COMFY_CHUNK] = text[len("prompt:") :]
+    for text in ours:
+        if text.startswith(f"{CHUNK} "):
+            texts[CHUNK] = text[len(CHUNK) + 1 :]
     return {name: text for name, text in texts.items() if text.strip()}
 
 
@@ -323,7 +323,7 @@ def _texts_of_video(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def opened_video(path: Path) -> Iterator[Any]:
-    """A stranger's video, open (an ``av`` container); what is wrong about it is told in one line. Raises BadInput,
+    """A stranger's video, open (an ``av`` container); what is wrong about it is said in one line. Raises BadInput,
     OSError when it cannot be opened."""
     import av
 
@@ -338,7 +338,7 @@ def opened_video(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened_picture(path: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A stranger's picture, open, with whatever is wrong about it told in one line. Raises BadInput, OSError when it
+    """A stranger's picture, open, with whatever is wrong about it said in one line. Raises BadInput, OSError when it
     cannot be opened."""
     from PIL import Image, UnidentifiedImageError
 

@@ -150,7 +150,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Whatever Pillow finds wrong with a picture, told in one line."""
+    """Within: whatever Pillow finds wrong with a picture is raised as BadInput, in one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -158,8 +158,8 @@ def _one_line(what: str) -> Iterator[None]:
     except BadInput:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        said = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
-        raise BadInput(f"{what} cannot be read as a picture: {said}.") from None
+        message = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
+        raise BadInput(f"{what} cannot be read as a picture: {message}.") from None
 
 
 def _from_picture(image: Image.Image, what: str) -> Tensor:
@@ -369,7 +369,7 @@ def otsu_threshold(values: Tensor, bins: int = 256) -> float:
 
 
 def mixture_threshold(values: Tensor, iterations: int = 200) -> float:
-    """The middle between the means of two Gaussians fitted to the values by expectation maximisation (Dombrowski et al.
+    """The midpoint of the means of two Gaussians fitted to the values by expectation maximisation (Dombrowski et al.
     2023); Otsu's threshold where the two fall together. Raises NoMatch where all values are equal."""
     x = values.double().flatten().cpu()
     split = otsu_threshold(values)

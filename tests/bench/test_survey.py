@@ -19,7 +19,7 @@ from sfumato.metrics.stats import Interval
 from sfumato.models.readers import load_clip
 from sfumato.toybox import SHAPES
 from sfumato.toybox.dataset import draw_scene
-from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading
 from tests.folders import write_renders
 
 # --- reservoir -------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class OracleJudge:
                 )
                 for i, toy in enumerate(scene.toys)
             ]
-            out.append(Reading(tuple(toys), scene.ground, scene.sky))
+            out.append(SceneReading(tuple(toys), scene.ground, scene.sky))
         return out
 
 

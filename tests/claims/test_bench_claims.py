@@ -11,7 +11,7 @@ import torch
 from claims import bench, sad_pad
 from claims.core import Context
 from sfumato.toybox.dataset import draw_scene
-from sfumato.toybox.oracle.asked import asked
+from sfumato.toybox.oracle.caption_check import requested
 
 
 @pytest.mark.parametrize("key", ["bench", "sad_pad"])
@@ -44,11 +44,13 @@ def test_failures_are_planted_where_they_should_be():
     for i in range(20):
         scene = draw_scene("test", 3, i, 2)
         text = " and ".join(f"a {toy.color} {toy.shape}" for toy in scene.toys)
-        assert bench._fulfils(scene, asked(text), "all_bound")
+        assert bench._fulfils(scene, requested(text), "all_bound")
         other = bench.recoloured(scene, np.random.default_rng(i))
         assert other.toys[0].color not in {toy.color for toy in scene.toys} and other.toys[1:] == scene.toys[1:]
-        assert bench._fulfils(other, asked(text), "all_present") and not bench._fulfils(other, asked(text), "all_bound")
-        assert not bench._fulfils(scene.remove(0), asked(text), "all_present")
+        assert bench._fulfils(other, requested(text), "all_present") and not bench._fulfils(
+            other, requested(text), "all_bound"
+        )
+        assert not bench._fulfils(scene.remove(0), requested(text), "all_present")
 
 
 def test_corruptions_begin_at_nothing_and_grow():

@@ -10,13 +10,13 @@ import torch
 from claims import inject_fusion, pullback
 from claims.core import Context
 from sfumato.edit.pullback import Pullback
-from sfumato.toybox.oracle import ObjectReading, Reading
+from sfumato.toybox.oracle import ObjectReading, SceneReading
 from tests.tiny import tiny_model
 
 
 def reading(shape, color, ground, sky="day"):
     toy = ObjectReading(shape, color, "plain", "large", torch.ones(4, 4, dtype=torch.bool), (0, 0, 4, 4), 0.9)
-    return Reading((toy,), ground, sky)
+    return SceneReading((toy,), ground, sky)
 
 
 class Eye:
@@ -59,9 +59,9 @@ def test_an_outcome_is_fused_only_with_the_contents_shape_in_the_looks_scenery()
 
     assert judged(reading("cube", "red", "grass", "night")).fused
     assert judged(reading("cube", "blue", "grass", "night")).look == (False, True, False)
-    assert not judged(two).fused and not judged(one).fused and not judged(Reading((), "grass", "day")).shape
+    assert not judged(two).fused and not judged(one).fused and not judged(SceneReading((), "grass", "day")).shape
     found = inject_fusion.score([judged(reading("cube", "red", "grass"))])
-    assert found > inject_fusion.score([judged(one)]) > inject_fusion.score([judged(Reading((), "sand", "night"))])
+    assert found > inject_fusion.score([judged(one)]) > inject_fusion.score([judged(SceneReading((), "sand", "night"))])
 
 
 def test_pairs_differ(context):

@@ -8,7 +8,7 @@ import torch
 
 from claims import prompt_to_prompt as claim
 from claims.core import Context
-from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading
 from tests.tiny import tiny_model
 
 
@@ -38,15 +38,15 @@ def test_judgement_of_an_edit():
     at = claim._at(each)
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, 10:20, 10:20] = masks[1, 40:50, 40:50] = True
-    source = Reading(tuple(toy(w, m) for w, m in zip(each.prompt.wishes, masks, strict=True)), "grass", "day")
-    edited = Reading(tuple(toy(w, m) for w, m in zip(each.wishes, masks, strict=True)), "grass", "day")
+    source = SceneReading(tuple(toy(w, m) for w, m in zip(each.prompt.wishes, masks, strict=True)), "grass", "day")
+    edited = SceneReading(tuple(toy(w, m) for w, m in zip(each.wishes, masks, strict=True)), "grass", "day")
     before = torch.zeros(3, 64, 64)
     after = before + 0.02  # one hundredth of the range: 40 dB
     after[:, masks[at]] = 1.0  # the toy itself does not count
     success, kept, background = claim.judged(each, source, edited, before, after)
     assert success and kept == 1.0 and background == pytest.approx(40, abs=1e-3)
     assert claim.judged(each, source, source, before, after)[0] is False
-    gone = Reading(tuple(o for i, o in enumerate(edited.objects) if i == at), "grass", "day")
+    gone = SceneReading(tuple(o for i, o in enumerate(edited.objects) if i == at), "grass", "day")
     assert claim.judged(each, source, gone, before, after)[1] == 0.0
     assert claim.judged(each, gone, edited, before, after) is None  # the source is not what it should be
 
@@ -82,7 +82,9 @@ class Stub:
         masks = torch.zeros(2, *pictures.shape[-2:], dtype=torch.bool)
         masks[0, :8, :8] = masks[1, 20:28, 20:28] = True
         return [
-            Reading(tuple(toy(w, m) for w, m in zip(c.prompt.wishes, masks, strict=True)), c.prompt.scene.ground, "day")
+            SceneReading(
+                tuple(toy(w, m) for w, m in zip(c.prompt.wishes, masks, strict=True)), c.prompt.scene.ground, "day"
+            )
             for c, _ in zip(self.asked, pictures, strict=True)
         ]
 

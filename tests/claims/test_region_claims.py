@@ -10,7 +10,7 @@ import torch
 from claims import blend, paint_with_words, shape_guided
 from claims.core import Context
 from sfumato.toybox import render
-from sfumato.toybox.oracle import ObjectReading, Reading, Wanted
+from sfumato.toybox.oracle import ObjectReading, SceneReading, Wanted
 from tests.tiny import tiny_model
 
 
@@ -26,8 +26,8 @@ class Eye:
     def read(self, pictures):
         mask = torch.zeros(64, 64, dtype=torch.bool)
         mask[:, :32] = True
-        seen = Reading((toy(Wanted("ball", "red"), mask),), "grass", "day")
-        return [seen if i % 2 == 0 else Reading((), "grass", "day") for i in range(len(pictures))]
+        seen = SceneReading((toy(Wanted("ball", "red"), mask),), "grass", "day")
+        return [seen if i % 2 == 0 else SceneReading((), "grass", "day") for i in range(len(pictures))]
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def test_cases_differ_in_one_colour():
 
 def test_the_true_answer_scores_best():
     [one] = blend.cases("test", 5, 1)
-    right = Reading((toy(one.wish, one.mask),), "grass", "day")
+    right = SceneReading((toy(one.wish, one.mask),), "grass", "day")
     best = blend.measured(one, one.truth, right)
     assert best.there and best.iou == 1 and best.seam == 0 and best.background > 30
-    worse = blend.measured(one, one.truth.roll(8, 2), Reading((), "grass", "day"))
+    worse = blend.measured(one, one.truth.roll(8, 2), SceneReading((), "grass", "day"))
     assert not worse.there and worse.iou == 0 and worse.seam > 0 and worse.background < best.background
 
 
@@ -76,7 +76,7 @@ def test_layouts_and_where_toys_came_to_lie():
     frames = render([layout.prompt.scene], 64)
     objects = [phrase.object for phrase in layout.prompt.told.phrases]
     toys = tuple(toy(w, frames.mask[0] == i) for w, i in zip(layout.prompt.wishes, objects, strict=True))
-    eye = SimpleNamespace(read=lambda pictures: [Reading(toys, "grass", "day")])
+    eye = SimpleNamespace(read=lambda pictures: [SceneReading(toys, "grass", "day")])
     context = Context(quick=True)
     context.cache = {"judge": eye}
     [found] = paint_with_words.placed(context, [layout], torch.zeros(1, 3, 64, 64))

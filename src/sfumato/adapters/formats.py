@@ -146,9 +146,11 @@ class Contents:
     @property
     def base(self) -> str:
         """The architecture that it was made for, as its metadata or its shapes tell; empty where they do not."""
-        said = " ".join(self.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version"))
+        architecture = " ".join(
+            self.metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")
+        )
         for pattern, name in _ARCHITECTURES:
-            if pattern.search(said):
+            if pattern.search(architecture):
                 return name
         names = [module.name for module in self.modules]
         if any(name.startswith(("double_blocks", "single_blocks", "single_transformer_blocks")) for name in names):

@@ -19,7 +19,7 @@ __all__ = ["described", "fits", "index_of_folder"]
 _NETWORKS = re.compile(r"unet|transformer|text_encoder(_\d)?")
 _TABLE = re.compile(r"(^|\.)(token_embedding|shared|embed_tokens)$")
 #: metadata of trainers and model sites that a person wants to see
-_TOLD = (
+_METADATA = (
     "sfumato.word", "modelspec.title", "modelspec.author", "modelspec.date", "modelspec.license",
     "modelspec.trigger_phrase", "modelspec.usage_hint", "ss_output_name", "ss_sd_model_name", "ss_network_module",
     "ss_num_train_images", "ss_steps", "ss_learning_rate",
@@ -49,7 +49,7 @@ def described(file: str) -> dict[str, Any]:
         out["parameters"] = len(held.entries)
     if held.kind == "lora" and held.rest:
         out["other keys"] = list(held.rest[:6])
-    metadata = {key: held.metadata[key] for key in _TOLD if held.metadata.get(key)}
+    metadata = {key: held.metadata[key] for key in _METADATA if held.metadata.get(key)}
     if tags := _tags(held.metadata.get("ss_tag_frequency", "")):
         metadata["captions said most"] = ", ".join(tags)
     return {**out, "metadata": metadata}

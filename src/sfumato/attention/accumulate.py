@@ -38,19 +38,23 @@ class LayerMaps:
         """
         maps, weights = self.maps, torch.tensor(self.calls, dtype=torch.float32)
         if steps is not None:
-            index = [self._kept("step", step, self.steps) for step in steps]
+            index = [self._index("step", step, self.steps) for step in steps]
             maps, weights = maps[index], weights[index]
         if heads is not None:
-            maps = maps[:, [self._kept("head", head, range(self.heads if maps.shape[1] > 1 else 0)) for head in heads]]
+            maps = maps[:, [self._index("head", head, range(self.heads if maps.shape[1] > 1 else 0)) for head in heads]]
         if len(maps) == 1:
             return maps[0]
         return (maps * (weights / weights.sum()).view(-1, *[1] * (maps.dim() - 1))).sum(0)
 
-    def _kept(self, what: str, wanted: int, kept: Sequence[int]) -> int:
-        if wanted not in kept:
-            known = f"it has {', '.join(map(str, kept))}" if len(kept) else f"its {what}s were averaged while recording"
+    def _index(self, what: str, wanted: int, recorded: Sequence[int]) -> int:
+        if wanted not in recorded:
+            known = (
+                f"it has {', '.join(map(str, recorded))}"
+                if len(recorded)
+                else f"its {what}s were averaged while recording"
+            )
             raise NoMatch(f"{what} {wanted} of {self.site.path} was not kept; {known}.")
-        return list(kept).index(wanted)
+        return list(recorded).index(wanted)
 
 
 class MapStore:

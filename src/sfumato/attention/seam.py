@@ -75,12 +75,12 @@ class _Frame(TorchFunctionMode):
 
     def __init__(self, seam: AttentionSeam, site: Site, module: nn.Module):
         super().__init__()
-        self.seam, self.site, self.module, self.seen = seam, site, module, False
+        self.seam, self.site, self.module, self.attended = seam, site, module, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention or self.seen:
+        if func is not F.scaled_dot_product_attention or self.attended:
             return func(*args, **(kwargs or {}))
-        self.seen = True
+        self.attended = True
         return self.seam._attend(self.site, self.module, *args, **(kwargs or {}))
 
 
@@ -232,16 +232,16 @@ class AttentionSeam:
         if not unseen:
             return
         ran = [path for path in unseen if path in forward.entered]
-        seen = ", ".join(forward.calls) or "none"
+        observed = ", ".join(forward.calls) or "none"
         if ran:
             processor = getattr(self._modules[ran[0]], "processor", None)
             how = f" (its processor is {type(processor).__name__})" if processor is not None else ""
             raise NoMatch(
                 f"attention site {ran[0]}{how} ran without calling scaled_dot_product_attention, so nothing of it can "
                 f"be seen; restore the default processors (set_default_attn_processor, attn_implementation='sdpa'). "
-                f"Sites seen: {seen}."
+                f"Sites seen: {observed}."
             )
-        raise NoMatch(f"attention site {unseen[0]} did not run in this forward pass. Sites seen: {seen}.")
+        raise NoMatch(f"attention site {unseen[0]} did not run in this forward pass. Sites seen: {observed}.")
 
 
 def _check_layout(call: Call) -> None:

@@ -30,7 +30,7 @@ from sfumato.models.features import feature_net
 from sfumato.models.perceptual import DEFAULT_ENCODER, load_perceptual
 from sfumato.models.readers import PLAIN, load_clip
 from sfumato.models.readers.preprocessing import as_tensor, square
-from sfumato.toybox.oracle.asked import Answer, answer, asked
+from sfumato.toybox.oracle.caption_check import CaptionCheck, check_caption, requested
 from sfumato.toybox.oracle.toy_judge import SIDE, load_judge
 
 BINARY = ("all_present", "all_bound", "counted", "related", "all_right")
@@ -217,11 +217,11 @@ def matching(one: Folder, two: Folder) -> list[tuple[str, str]]:
     return pairs
 
 
-def _answers(reader: Any, pictures: list[Image.Image], texts: list[str | None]) -> list[Answer | None]:
+def _answers(reader: Any, pictures: list[Image.Image], texts: list[str | None]) -> list[CaptionCheck | None]:
     readings = reader.read(as_tensor([square(picture, SIDE) for picture in pictures]))
-    wants = [asked(text) if text else None for text in texts]
+    wants = [requested(text) if text else None for text in texts]
     return [
-        answer(reading, want) if want is not None and want.wishes else None
+        check_caption(reading, want) if want is not None and want.wishes else None
         for reading, want in zip(readings, wants, strict=True)
     ]
 
@@ -239,7 +239,7 @@ def _scores(clip: Any, pictures: list[Image.Image], texts: list[str | None]) -> 
 
 
 def _note(
-    pairs: Pairs, key: str, about: tuple[Any, ...], answers: list[Answer | None], scores: list[float | None]
+    pairs: Pairs, key: str, about: tuple[Any, ...], answers: list[CaptionCheck | None], scores: list[float | None]
 ) -> tuple[bool, bool] | None:
     """Adds what is known of one pair; returns whether each side is all right, None where that is not known."""
     first, second = answers

@@ -91,10 +91,10 @@ def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[
     return notes + ([f"{side}passed over: {' and '.join(left)}"] if left else [])
 
 
-def _presence(report: Report, tally: Tally, asked_for: bool) -> None:
+def _presence(report: Report, tally: Tally, requested: bool) -> None:
     if "present" not in tally.counts:
         missing = "presence: no caption names a toy of the toybox (ball, cube, cylinder, cone, ring, cross)"
-        if asked_for:
+        if requested:
             raise NoMatch(f"{missing}.")
         report.notes.append(f"{missing}; it is left out")
         return
@@ -187,10 +187,10 @@ def _divergences(
                 mentions = truth.mentions.rows
     if tools.wishes:
         assert tally.shown and truth.shown
-        seen = truth.shown.rows.sum(0) + tally.shown.rows.sum(0)
-        never = [name for name, hits in zip(attributes, seen, strict=True) if not hits]
+        shown = truth.shown.rows.sum(0) + tally.shown.rows.sum(0)
+        never = [name for name, hits in zip(attributes, shown, strict=True) if not hits]
         if never:
-            there = [name for name, hits in zip(attributes, seen, strict=True) if hits]
+            there = [name for name, hits in zip(attributes, shown, strict=True) if hits]
             others = f"; seen are {', '.join(there)}" if there else ""
             raise NoMatch(f"attribute {never[0]!r}: {options.reader} sees it in no picture of either folder{others}.")
         # zeros and ones have no density: a little noise gives them one, the same noise in every run

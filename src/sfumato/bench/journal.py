@@ -53,7 +53,7 @@ class Journal:
         return self.folder / self._made[key].pop(0) if self._made[key] else None
 
     def begin(self, key: str, stem: str, row: dict[str, Any], suffix: str = ".png") -> Path:
-        """Where to write the next picture or clip of this job; says so in the file first. ``row`` is told beside it."""
+        """Where to write the next picture or clip of this job; says so in the file first, with ``row``."""
         if self._lost[key]:
             return self.folder / self._lost[key].pop(0)  # its line is there, the picture is not
         path, count = self.folder / f"{stem}{suffix}", 1

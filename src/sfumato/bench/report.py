@@ -39,8 +39,8 @@ class Figure:
             return f"{self.value:.4g}"
         digits = None if self.percent else max(0, 3 - math.floor(math.log10(max(abs(self.value.value), 1e-12))) - 1)
         bounded = math.isfinite(self.value.low) and math.isfinite(self.value.high)
-        told = self.value.text(self.percent, None if digits is None else min(digits, 8))
-        return told if bounded else told.split(" [")[0]
+        text = self.value.text(self.percent, None if digits is None else min(digits, 8))
+        return text if bounded else text.split(" [")[0]
 
     def to_json(self) -> Any:
         """Plain numbers."""
@@ -101,17 +101,17 @@ class Report:
     def lines(self) -> list[str]:
         """The figures and notes for a terminal."""
         width = max((len(figure.name) for figure in self.figures), default=0)
-        told = [
+        lines = [
             f"{each.name:<{width}}  {each.text()}{'  ' + each.about if each.about else ''}" for each in self.figures
         ]
         for table in self.tables:
             columns = [max(len(cell) for cell in column) for column in zip(table.heads, *table.rows, strict=True)]
-            told += ["", table.title]
-            told += [
+            lines += ["", table.title]
+            lines += [
                 "  ".join(cell.ljust(columns[i]) for i, cell in enumerate(row)).rstrip()
                 for row in (table.heads, *table.rows)
             ]
-        return told + ([""] if self.notes else []) + [f"note: {note}" for note in self.notes]
+        return lines + ([""] if self.notes else []) + [f"note: {note}" for note in self.notes]
 
     def html(self) -> str:
         """The report as one page."""

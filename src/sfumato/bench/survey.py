@@ -30,7 +30,7 @@ from sfumato.metrics.frechet import Moments
 from sfumato.models.features import FeatureNet
 from sfumato.models.readers import Clip
 from sfumato.models.readers.preprocessing import as_tensor, square
-from sfumato.toybox.oracle.asked import answer, asked
+from sfumato.toybox.oracle.caption_check import check_caption, requested
 from sfumato.toybox.oracle.presence import Wanted
 from sfumato.toybox.oracle.toy_judge import SIDE, ToyJudge
 
@@ -142,9 +142,9 @@ class Tally:
         for name in ("seen", "failed", "no_text", "no_toys", "resized"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         for mine, theirs in ((self.counts, part.counts), (self.tasks, part.tasks)):
-            for name, (hits, asked_for) in theirs.items():
+            for name, (hits, total) in theirs.items():
                 before = mine.get(name, [0, 0])
-                mine[name] = [before[0] + hits, before[1] + asked_for]
+                mine[name] = [before[0] + hits, before[1] + total]
         self.named = [*self.named, *part.named][:NAMED]
         self.right, self.wrong = [*self.right, *part.right][:EXAMPLES], [*self.wrong, *part.wrong][:EXAMPLES]
         for name in self._MOMENTS:
@@ -167,13 +167,13 @@ class Tally:
         """Writes everything, whole or not at all."""
         tensors: dict[str, np.ndarray] = {}
         for name in self._MOMENTS:
-            kept = getattr(self, name)
-            if kept is not None:
-                tensors |= {f"{name}.{part}": np.ascontiguousarray(value) for part, value in kept.state().items()}
+            moments = getattr(self, name)
+            if moments is not None:
+                tensors |= {f"{name}.{part}": np.ascontiguousarray(value) for part, value in moments.state().items()}
         for name in self._SAMPLES:
-            kept = getattr(self, name)
-            if kept is not None:
-                tensors |= {f"{name}.indices": kept.indices, f"{name}.rows": np.ascontiguousarray(kept.rows)}
+            sample = getattr(self, name)
+            if sample is not None:
+                tensors |= {f"{name}.indices": sample.indices, f"{name}.rows": np.ascontiguousarray(sample.rows)}
         plain = {name: getattr(self, name) for name in self._PLAIN}
         with files.replacing(path) as file:
             file.write(save_tensors(tensors, {"key": key, "plain": json.dumps(plain)}))
@@ -198,9 +198,9 @@ class Tally:
                 setattr(made, name, Moments.restore(parts))  # type: ignore[arg-type]
         for name in cls._SAMPLES:
             if f"{name}.rows" in tensors:
-                kept = Reservoir(tensors[f"{name}.rows"].shape[1], cap, seed)
-                kept.indices, kept.rows = tensors[f"{name}.indices"], tensors[f"{name}.rows"]
-                setattr(made, name, kept)
+                sample = Reservoir(tensors[f"{name}.rows"].shape[1], cap, seed)
+                sample.indices, sample.rows = tensors[f"{name}.indices"], tensors[f"{name}.rows"]
+                setattr(made, name, sample)
         return made
 
 
@@ -234,8 +234,8 @@ def survey(
         json.dumps([VERSION, folder.fingerprint(), tools.key(), cap, seed, batch, rows is not None]).encode()
     ).hexdigest()
     tally = (Tally.load(journal, key, cap, seed) if journal else None) or Tally()
-    lines_file = _Rows(rows, tally.rows_end) if rows else None
-    kept, start = time.monotonic(), time.monotonic() - tally.seconds
+    lines_file = _RowsFile(rows, tally.rows_end) if rows else None
+    saved, start = time.monotonic(), time.monotonic() - tally.seconds
     starts = range(tally.done, len(folder), batch)
     batches = ((start, folder.names[start : start + batch]) for start in starts)
     try:
@@ -244,11 +244,11 @@ def survey(
             tally.seconds = time.monotonic() - start
             if lines_file:
                 tally.rows_end = lines_file.write(lines)
-            if journal and (time.monotonic() - kept > every or tally.done == len(folder)):
+            if journal and (time.monotonic() - saved > every or tally.done == len(folder)):
                 if lines_file:
                     lines_file.flush()
                 tally.save(journal, key)
-                kept = time.monotonic()
+                saved = time.monotonic()
             if on_progress is not None:
                 on_progress(tally.done, len(folder))
     finally:
@@ -262,12 +262,12 @@ def survey(
 
 Batch = tuple[int, list[str]]
 """Index of the first picture, and the names."""
-Seen = tuple[Tally, list[dict[str, Any]]]
+Surveyed = tuple[Tally, list[dict[str, Any]]]
 """What a batch adds to the tally, and a row per picture."""
-Spread = Callable[[Iterable[Batch]], Iterator[tuple[list[str], Seen]]]
+Spread = Callable[[Iterable[Batch]], Iterator[tuple[list[str], Surveyed]]]
 
 
-def look(folder: Folder, tools: Instruments, cap: int, seed: int, batch: Batch) -> Seen:
+def look(folder: Folder, tools: Instruments, cap: int, seed: int, batch: Batch) -> Surveyed:
     """Looks at one batch of a folder, whatever came before it."""
     start, names = batch
     part = Tally(done=start)
@@ -279,7 +279,7 @@ def look_here(folder: Folder, tools: Instruments, cap: int, seed: int) -> Spread
     return lambda batches: ((batch[1], look(folder, tools, cap, seed, batch)) for batch in batches)
 
 
-class _Rows:
+class _RowsFile:
     """A JSONL file that is gone on with behind its first ``end`` bytes; what a kill left behind them is dropped."""
 
     def __init__(self, path: Path, end: int):
@@ -320,14 +320,14 @@ def _look(
     opened = list(_opened(folder, names, tally))
     if not opened:
         return []
-    indices, kept, pictures = (list(column) for column in zip(*opened, strict=True))
-    tally.seen += len(kept)
+    indices, readable, pictures = (list(column) for column in zip(*opened, strict=True))
+    tally.seen += len(readable)
     sizes = {SIDE} if tools.judge else set()
     sizes |= {net.side for net in (tools.net, tools.clip) if isinstance(net, Clip)}
     tally.resized += sum(any(picture.size != (side, side) for side in sizes) for picture in pictures)
-    about = [folder.about(name) if tools.captions else {"text": None} for name in kept]
+    about = [folder.about(name) if tools.captions else {"text": None} for name in readable]
     texts = [each["text"] for each in about]
-    rows: list[dict[str, Any]] = [{"file_name": name, "text": text} for name, text in zip(kept, texts, strict=True)]
+    rows: list[dict[str, Any]] = [{"file_name": name, "text": text} for name, text in zip(readable, texts, strict=True)]
     tally.no_text += texts.count(None)
     clip_features = tools.clip.features(pictures) if tools.clip else None
     if tools.net is not None:
@@ -377,13 +377,13 @@ def _read(
     readings = tools.judge.read(as_tensor([square(picture, SIDE) for picture in pictures]))
     for row, each, reading in zip(rows, about, readings, strict=True):
         row["toys"] = [f"{toy.size} {toy.color} {toy.pattern} {toy.shape}" for toy in reading.objects]
-        want = asked(each["text"]) if each["text"] else None
+        want = requested(each["text"]) if each["text"] else None
         if want is None:
             continue
         if not want.wishes:
             tally.no_toys += 1
             continue
-        found = answer(reading, want)
+        found = check_caption(reading, want)
         task = each.get("task", each.get("tag"))
         solved = found.solved(None)
         for name, hits in (

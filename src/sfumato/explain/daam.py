@@ -36,7 +36,7 @@ from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage, refuse_idle
 from sfumato.sampling.levels import levels, opened_for
 from sfumato.sampling.request import as_pixels_of, checked_size
-from sfumato.text.words import Reading, asked_for
+from sfumato.text.words import Reading, find_phrases
 from sfumato.windows import Window
 
 __all__ = ["DAAM", "explain_image", "explain_images"]
@@ -113,7 +113,7 @@ class DAAM(Intervention):
         self._branch, prompts = self._read_branch(run)
         words = run.words
         self._readings = [words.read(prompt) for prompt in prompts]
-        wanted = asked_for(self._readings, self.params.words)
+        wanted = find_phrases(self._readings, self.params.words)
         shown = wanted if self.params.words else [reading.all() for reading in self._readings]
         self._labels = [list(dict.fromkeys(span.label for span in spans)) for spans in shown]
         self.activity.tokens.update({label: 1 for labels in self._labels for label in labels})

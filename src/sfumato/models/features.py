@@ -7,8 +7,8 @@ toy-clip, a folder  ``CLIPModel``: the projected image embedding, not normalised
 inception           torch-fidelity's port of the TensorFlow Inception v3, pool features (b, 2048): the standard FID's
 ==================  ====================================================================================================
 
-Pictures of any size are brought to the net's own in one way, unlike in every other tool: the middle square is cut out,
-then resized with Pillow's antialiased bicubic filter (Parmar et al. 2022, https://arxiv.org/abs/2104.11222, on why the
+Pictures of any size are brought to the net's own in one way, unlike in every other tool: a square centre crop is
+resized with Pillow's antialiased bicubic filter (Parmar et al. 2022, https://arxiv.org/abs/2104.11222, on why the
 filter matters). Inception gets pictures as they are and resizes them itself, which is what makes its figure the FID.
 """
 

@@ -35,7 +35,7 @@ DEFAULT_ENCODER = "toy-vae"
 
 
 class Perceptual:
-    """Distances on the encoder of any ``AutoencoderKL``: the outputs of its down blocks and of its middle block."""
+    """Distances on the encoder of any ``AutoencoderKL``: the outputs of its down blocks and of its mid block."""
 
     def __init__(self, codec: Any, name: str, side: int = 64):
         self.encoder, self.name, self.side = codec.encoder, f"perceptual({name})", side
@@ -63,7 +63,7 @@ class Perceptual:
         return total
 
     def between(self, first: Sequence[Image.Image], second: Sequence[Image.Image]) -> np.ndarray:
-        """The same for PIL pictures of any size: the middle squares at the encoder's own size."""
+        """The same for PIL pictures of any size: their centre crops at the encoder's own size."""
         one, two = (as_tensor([square(picture, self.side) for picture in side]) for side in (first, second))
         return self.distances(one, two).numpy()
 

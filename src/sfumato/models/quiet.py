@@ -21,7 +21,7 @@ def quiet(bars: bool = False) -> Iterator[None]:
     import transformers.utils.logging as transformers_logging
 
     # their handlers are taken away: a change of level would empty the caches of all loggers there are
-    kept = [
+    saved = [
         (logger, logger.handlers, logger.propagate)
         for logger in map(logging.getLogger, ("diffusers", "transformers", "huggingface_hub"))
     ]
@@ -31,14 +31,14 @@ def quiet(bars: bool = False) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            for logger, _, _ in kept:
+            for logger, _, _ in saved:
                 logger.handlers, logger.propagate = [_NOWHERE], False
             if not bars:
                 diffusers_logging.disable_progress_bar()
                 transformers_logging.disable_progress_bar()  # also switches off those of the hub client
             yield
         finally:
-            for logger, handlers, propagate in kept:
+            for logger, handlers, propagate in saved:
                 logger.handlers, logger.propagate = handlers, propagate
             if diffusers_bars:
                 diffusers_logging.enable_progress_bar()

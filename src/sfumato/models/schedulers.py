@@ -75,7 +75,7 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
         if flow and "use_flow_sigmas" in settings:
             settings = {**settings, "flow_shift": own.config.get("flow_shift", own.config.get("shift", 1.0))}
         elif not flow:
-            # some classes clip x0 to [-1, 1] unless told otherwise, which suits pixels but not latents
+            # some classes clip x0 to [-1, 1] unless configured otherwise, which suits pixels but not latents
             settings = {"clip_sample": False, **settings}
         try:
             return getattr(diffusers, class_name).from_config(own.config, **settings)

@@ -88,12 +88,12 @@ def pseudo_word(model: Any, word: str, vectors: Mapping[str, Tensor]) -> Iterato
     """While it lasts, ``word`` means ``vectors``: per text encoder (by :class:`TextTower` name) a vector (d), wherever
     the word's token occurs. Encoders without a vector keep the word. Raises BadInput for a word of several tokens."""
     with ExitStack() as stack:
-        seen: set[int] = set()
+        visited: set[int] = set()
         for tower in text_towers(model):
             vector = vectors.get(tower.name)
-            if vector is None or id(tower.encoder) in seen:
+            if vector is None or id(tower.encoder) in visited:
                 continue
-            seen.add(id(tower.encoder))
+            visited.add(id(tower.encoder))
             stack.enter_context(in_place(tower.encoder, _putting(token_of(tower, word), vector)))
         yield
 

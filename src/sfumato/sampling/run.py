@@ -16,7 +16,7 @@ from sfumato.sampling.guidance import Guidance, combine
 from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.noise import Path
 from sfumato.sampling.process import Process
-from sfumato.text.weights import Weighted, read_weights
+from sfumato.text.weights import WeightedPrompt, read_weights
 from sfumato.text.words import Words
 
 if TYPE_CHECKING:
@@ -134,10 +134,10 @@ class Run:
         return self._sites[1]
 
     @property
-    def weighted(self) -> list[Weighted]:
+    def weighted(self) -> list[WeightedPrompt]:
         """The prompts with the weights that the request gave their words."""
         if self.request is None:
-            return [Weighted(text, (1.0,) * len(text)) for text in self.prompts]
+            return [WeightedPrompt(text, (1.0,) * len(text)) for text in self.prompts]
         return [read_weights(text) for text in self.request.prompts[self.samples.start : self.samples.stop]]
 
     @property

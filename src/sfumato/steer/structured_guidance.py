@@ -31,7 +31,7 @@ from sfumato.sampling import Intervention, Run
 from sfumato.sampling.intervention import Coverage
 from sfumato.text.phrases import nested_phrases
 from sfumato.text.weights import encode_weighted
-from sfumato.text.words import Reading, Words, WordSpan, asked_for
+from sfumato.text.words import Reading, Words, WordSpan, find_phrases
 from sfumato.windows import Window
 
 __all__ = ["StructuredGuidance"]
@@ -196,7 +196,9 @@ class StructuredGuidance(Intervention):
     # -- choices -------------------------------------------------------------------------------------------------------
 
     def _chosen(self, readings: Sequence[Reading]) -> list[list[WordSpan]]:
-        found = asked_for(readings, self.params.phrases) if self.params.phrases else list(map(self._parsed, readings))
+        found = (
+            find_phrases(readings, self.params.phrases) if self.params.phrases else list(map(self._parsed, readings))
+        )
         for reading, spans in zip(readings, found, strict=True):
             if any(span.start < 0 for span in spans):
                 raise BadInput(f"phrases={self.params.phrases} of structured_guidance: special tokens are no phrases.")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["NestedPhrase", "NounPhrase", "Part", "nested_phrases", "noun_phrases"]
+__all__ = ["NestedPhrase", "NounPhrase", "PhraseWord", "nested_phrases", "noun_phrases"]
 
 
 @dataclass(frozen=True)
-class Part:
+class PhraseWord:
     """One word at characters [``start``, ``end``)."""
 
     text: str
@@ -29,8 +29,8 @@ class NounPhrase:
     text: str
     start: int
     end: int
-    head: Part
-    modifiers: tuple[Part, ...]
+    head: PhraseWord
+    modifiers: tuple[PhraseWord, ...]
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def noun_phrases(text: str, parser: Callable[[str], Any] | None = None) -> list[
     if parser is not None:
         return [_from_spacy(chunk) for chunk in parser(text).noun_chunks]
     hidden = _POSITIONS.sub(lambda match: "." * len(match.group()), text)
-    tokens = [Part(match.group(), *match.span()) for match in _TOKEN.finditer(hidden)]
+    tokens = [PhraseWord(match.group(), *match.span()) for match in _TOKEN.finditer(hidden)]
     phrases: list[NounPhrase] = []
-    chunk: list[Part] = []
+    chunk: list[PhraseWord] = []
     for i, token in enumerate(tokens):
         follows = tokens[i + 1].text.lower() if i + 1 < len(tokens) else "."
         if _belongs(token.text.lower(), follows, [part.text.lower() for part in chunk]):
@@ -205,7 +205,7 @@ def _is_open(word: str) -> bool:
     return bool(re.match(r"[\w<]", word)) and word not in _CLOSED and not (word.endswith("ly") and len(word) > 4)
 
 
-def _close(text: str, chunk: list[Part]) -> list[NounPhrase]:
+def _close(text: str, chunk: list[PhraseWord]) -> list[NounPhrase]:
     """The phrase that the words of ``chunk`` make, if they make one: adjectives alone do not ("the sky is blue")."""
     while chunk and not re.match(r"[\w<]", chunk[-1].text):
         chunk = chunk[:-1]
@@ -218,6 +218,6 @@ def _close(text: str, chunk: list[Part]) -> list[NounPhrase]:
 
 
 def _from_spacy(chunk: Any) -> NounPhrase:
-    part = lambda token: Part(token.text, token.idx, token.idx + len(token.text))  # noqa: E731
+    part = lambda token: PhraseWord(token.text, token.idx, token.idx + len(token.text))  # noqa: E731
     modifiers = tuple(part(token) for token in chunk if token != chunk.root and token.pos_ not in ("DET", "PUNCT"))
     return NounPhrase(chunk.text, chunk.start_char, chunk.end_char, part(chunk.root), modifiers)

@@ -36,7 +36,7 @@ def placeholders(
 ) -> Iterator[None]:
     """While it lasts, each of ``words`` stands for vectors (k d), or one (d), by text encoder (``text_encoder``,
     ``text_encoder_2`` ...), wherever it occurs as a whole word, in any case; an encoder without vectors reads it as it
-    is written. Contexts nest; of two for one word the inner holds. ``used`` is told whenever a word is read.
+    is written. Contexts nest; of two for one word the inner holds. ``used`` is called with a word whenever it is read.
 
     Raises BadInput for a word that cannot be written in a prompt, an encoder that the model lacks and vectors of
     another width; NotSupported for tokenizers without a normalizer.
@@ -66,7 +66,7 @@ def placeholders(
 
 @contextmanager
 def _instead(pipe: Any, attribute: str, value: Any) -> Iterator[None]:
-    """``value`` for an attribute of a pipeline, which is not told, so that its configuration stays the same."""
+    """``value`` for an attribute of a pipeline that does not register it, so that its configuration stays the same."""
     before = getattr(pipe, attribute)
     object.__setattr__(pipe, attribute, value)
     try:
@@ -117,16 +117,16 @@ def _reading(
     tower: TextTower, first: int, rows: Tensor, word: str, used: Callable[[str], None] | None
 ) -> Iterator[None]:
     """While it lasts, the encoder reads token ``first + i`` as ``rows[i]`` (k d)."""
-    asked: list[Tensor] = []
+    pending: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]
-        asked[:] = [ids - first]
+        pending[:] = [ids - first]
         mine = (ids >= first) & (ids < first + len(rows))
         return (torch.where(mine, 0, ids), *args[1:])  # the table does not go so far
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        at = asked.pop()
+        at = pending.pop()
         mine = (at >= 0) & (at < len(rows))
         if used is not None and bool(mine.any()):
             used(word)

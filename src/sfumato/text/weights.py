@@ -23,7 +23,7 @@ from torch import Tensor
 from sfumato.models import Condition, Model
 from sfumato.text.words import Words
 
-__all__ = ["Weighted", "encode_weighted", "read_weights"]
+__all__ = ["WeightedPrompt", "encode_weighted", "read_weights"]
 
 #: By how much a pair of brackets without a number changes the weight.
 STEP = 1.1
@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedPrompt:
     """A prompt without its weights: the plain ``text``, and the weight of each of its characters."""
 
     text: str
@@ -51,12 +51,12 @@ class Weighted:
         held = [w for w, char in zip(self.weights[start:end], self.text[start:end], strict=True) if not char.isspace()]
         return sum(held) / len(held) if held else 1.0
 
-    def part(self, text: str, home: Sequence[int]) -> Weighted:
+    def part(self, text: str, home: Sequence[int]) -> WeightedPrompt:
         """A text made from this one: ``home`` names the character each of its own comes from, -1 for none."""
-        return Weighted(text, tuple(self.weights[i] if i >= 0 else 1.0 for i in home))
+        return WeightedPrompt(text, tuple(self.weights[i] if i >= 0 else 1.0 for i in home))
 
 
-def read_weights(prompt: str) -> Weighted:
+def read_weights(prompt: str) -> WeightedPrompt:
     """Reads the weights out of a prompt. Never fails: what is no weight is text."""
     chars: list[str] = []
     weights: list[float] = []
@@ -106,13 +106,13 @@ def read_weights(prompt: str) -> Weighted:
         if char in _CLOSES.values() and len(opened) < DEEPEST:
             opened.append((char, len(chars) - 1))
         i += 1
-    return Weighted("".join(chars), tuple(round(weight, 6) for weight in weights))
+    return WeightedPrompt("".join(chars), tuple(round(weight, 6) for weight in weights))
 
 
 def encode_weighted(
     model: Model,
-    prompts: Sequence[str | Weighted],
-    negative: Sequence[str | Weighted] | None = None,
+    prompts: Sequence[str | WeightedPrompt],
+    negative: Sequence[str | WeightedPrompt] | None = None,
     guidance: bool = True,
     embedded_guidance: float | None = None,
 ) -> Condition:
@@ -121,23 +121,23 @@ def encode_weighted(
 
     Prompts whose weights are all 1 are encoded to the very bits of the plain prompt.
     """
-    read = [text if isinstance(text, Weighted) else read_weights(text) for text in prompts]
+    read = [text if isinstance(text, WeightedPrompt) else read_weights(text) for text in prompts]
     unwanted = None
     if negative is not None:
-        unwanted = [text if isinstance(text, Weighted) else read_weights(text) for text in negative]
+        unwanted = [text if isinstance(text, WeightedPrompt) else read_weights(text) for text in negative]
     condition = model.encode_text(
         [each.text for each in read],
         None if unwanted is None else [each.text for each in unwanted],
         guidance=guidance,
         embedded_guidance=embedded_guidance,
     )
-    for rows, said in ((condition.cond, read), (condition.uncond, unwanted)):
-        if rows is not None and said is not None and not all(each.plain for each in said):
-            rows["embeds"] = _weighed(model, rows["embeds"], said)
+    for rows, texts in ((condition.cond, read), (condition.uncond, unwanted)):
+        if rows is not None and texts is not None and not all(each.plain for each in texts):
+            rows["embeds"] = _weighed(model, rows["embeds"], texts)
     return condition
 
 
-def _weighed(model: Model, embeds: Tensor, read: Sequence[Weighted]) -> Tensor:
+def _weighed(model: Model, embeds: Tensor, read: Sequence[WeightedPrompt]) -> Tensor:
     """Embeddings (b t d) with every token moved by its weight."""
     words = Words(model)
     weights = torch.ones(embeds.shape[:2])

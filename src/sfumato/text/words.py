@@ -27,7 +27,7 @@ __all__ = [
     "StreamReading",
     "WordSpan",
     "Words",
-    "asked_for",
+    "find_phrases",
     "homes",
     "noun_phrases",
 ]
@@ -121,16 +121,16 @@ class Reading:
                 times = "once" if len(found) == 1 else f"{len(found)} times"
                 raise NoMatch(f"occurrence={occurrence} of {phrase!r} was asked for, but the prompt has it {times}.")
             found = [found[occurrence - 1]]
-        seen = [word for word in found if word.positions]
-        if not seen and any(stream.at for stream in self.streams.values()):
+        read = [word for word in found if word.positions]
+        if not read and any(stream.at for stream in self.streams.values()):
             raise NoMatch(f"{phrase!r} is in the prompt, but in none of the texts that were put in its place.")
-        if not seen:
+        if not read:
             raise NoMatch(
                 f"{phrase!r} lies beyond what the text encoders read ({self._lengths()}); shorten the prompt."
             )
-        for word in seen:
+        for word in read:
             self._warn_if_cut(word)
-        return seen
+        return read
 
     def one(self, phrase: str, occurrence: int | None = None) -> WordSpan:
         """As :meth:`find`, for exactly one. Raises BadInput when the phrase occurs several times and none is chosen."""
@@ -222,8 +222,8 @@ class Reading:
                 )
 
     def _lengths(self) -> str:
-        told = [f"{name}: {stream.length} tokens" for name, stream in self.streams.items()]
-        return ", ".join(told) or "no text encoder"
+        lengths = [f"{name}: {stream.length} tokens" for name, stream in self.streams.items()]
+        return ", ".join(lengths) or "no text encoder"
 
     def _unknown(self, phrase: str) -> NoMatch:
         there = list(dict.fromkeys(self.prompt[start:end] for start, end in _word_spans(self.prompt)))
@@ -302,8 +302,8 @@ class Words:
         return self.read(prompt).dropped()
 
 
-def asked_for(readings: Sequence[Reading], phrases: Sequence[str]) -> list[list[WordSpan]]:
-    """Per prompt, every occurrence of those of ``phrases`` that it has, each once. Raises NoMatch, as told by the first
+def find_phrases(readings: Sequence[Reading], phrases: Sequence[str]) -> list[list[WordSpan]]:
+    """Per prompt, every occurrence of those of ``phrases`` that it has, each once. Raises NoMatch, worded for the first
     prompt, for a phrase that no prompt has."""
     found: list[dict[tuple[int, int, str], WordSpan]] = [{} for _ in readings]
     for phrase in phrases:

@@ -136,5 +136,5 @@ class BiasedDataset(ToyboxDataset):
         self.labels = np.array([SHAPES.index(scene.toys[0].shape) for scene in self.scenes])
         homes = {own_scenery(shape): i for i, shape in enumerate(SHAPES)}
         self.shortcut = np.array([homes.get((scene.ground, scene.sky), -1) for scene in self.scenes])
-        told = f"{split}-{n}-{size}-seed{seed}-scenery{scenery:g}-color{color:g}"
-        self._attach(cache, f"world{WORLD}-biased-{told}", on_progress, lazy)
+        settings = f"{split}-{n}-{size}-seed{seed}-scenery{scenery:g}-color{color:g}"
+        self._attach(cache, f"world{WORLD}-biased-{settings}", on_progress, lazy)

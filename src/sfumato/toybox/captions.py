@@ -28,7 +28,7 @@ VOCABULARY = tuple(
 
 
 @dataclass(frozen=True)
-class Word:
+class CaptionWord:
     """One word with its character offsets [start, end) in the caption."""
 
     start: int
@@ -44,16 +44,16 @@ class Phrase:
     start: int
     end: int
     object: int | None
-    head: Word
-    modifiers: tuple[Word, ...]
+    head: CaptionWord
+    modifiers: tuple[CaptionWord, ...]
 
 
 @dataclass(frozen=True)
 class Dependency:
     """``dependent`` hangs on ``head`` by ``relation`` (Universal Dependencies: det, amod, conj, cc, nmod, case)."""
 
-    head: Word
-    dependent: Word
+    head: CaptionWord
+    dependent: CaptionWord
     relation: str
 
 
@@ -77,17 +77,17 @@ class _Writer:
         self.phrases: list[Phrase] = []
         self.dependencies: list[Dependency] = []
 
-    def word(self, text: str) -> Word:
+    def word(self, text: str) -> CaptionWord:
         if self.text and text not in ",.":
             self.text += " "
         start = len(self.text)
         self.text += text
-        return Word(start, len(self.text), text)
+        return CaptionWord(start, len(self.text), text)
 
-    def depends(self, head: Word, dependent: Word, relation: str) -> None:
+    def depends(self, head: CaptionWord, dependent: CaptionWord, relation: str) -> None:
         self.dependencies.append(Dependency(head, dependent, relation))
 
-    def noun_phrase(self, article: str, modifiers: list[str], noun: str, object: int | None) -> Word:
+    def noun_phrase(self, article: str, modifiers: list[str], noun: str, object: int | None) -> CaptionWord:
         if article == "a":
             article = "an" if (modifiers + [noun])[0][0] in "aeiou" else "a"
         det = self.word(article) if article else None
@@ -101,7 +101,7 @@ class _Writer:
             self.depends(head, m, "amod")
         return head
 
-    def attach(self, noun: Word, prepositions: str, article: str, thing: str) -> None:
+    def attach(self, noun: CaptionWord, prepositions: str, article: str, thing: str) -> None:
         """A prepositional phrase on a noun: "... on the grass"."""
         case = [self.word(p) for p in prepositions.split()]
         head = self.noun_phrase(article, [], thing, None)
@@ -145,7 +145,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, style: str = "
 
     w = _Writer()
 
-    def toy_phrase(i: int) -> Word:
+    def toy_phrase(i: int) -> CaptionWord:
         toy = scene.toys[i]
         mods = [toy.size] if say_size else []
         mods.append(toy.color)
@@ -153,7 +153,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, style: str = "
             mods.append(toy.pattern)
         return w.noun_phrase("a", mods, toy.shape, i)
 
-    def scenery(noun: Word | None) -> None:
+    def scenery(noun: CaptionWord | None) -> None:
         if say_ground:
             if noun is None:
                 w.word("on")

@@ -1,7 +1,7 @@
 """Shape against texture: toys whose shape says one thing and whose texture another, and pairs that share one factor.
 
 The four *cues* pair a shape with a texture (``CUES``: a ball is plain, a cube striped, ...), so that a label may be
-told by either. In a *conflict* the two name different labels. Colour, pose, place, camera, light and scenery are
+read from either. In a *conflict* the two name different labels. Colour, pose, place, camera, light and scenery are
 drawn apart from
 both: a factor of their own, not a part of shape or texture.
 

@@ -140,19 +140,20 @@ def export_imagefolder(
                     i = start + j
                     # The caption's draw is apart from the scene's, so that styles do not change pictures.
                     generator = sequence("toybox.caption", seed, DATA_SPLITS.index(split), i)
-                    told = captions.caption(scene, generator, style)
+                    caption = captions.caption(scene, generator, style)
                     name = f"{i:06d}"
                     frames.pil(j).save(part / f"{name}.png")
                     Image.fromarray((frames.mask[j] + 1).numpy().astype(np.uint8)).save(part / "masks" / f"{name}.png")
                     (part / "scenes" / f"{name}.json").write_text(scene.to_json(), encoding="utf-8")
                     row = {
                         "file_name": f"{name}.png",
-                        "text": told.text,
+                        "text": caption.text,
                         "mask": f"masks/{name}.png",
                         "scene": f"scenes/{name}.json",
                         "boxes": [None if b[0] != b[0] else b for b in frames.boxes[j].tolist()],
                         "phrases": [
-                            {"text": p.text, "start": p.start, "end": p.end, "object": p.object} for p in told.phrases
+                            {"text": p.text, "start": p.start, "end": p.end, "object": p.object}
+                            for p in caption.phrases
                         ],
                     }
                     metadata.write(json.dumps(row) + "\n")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput, UnknownName
-from .captions import Word
+from .captions import CaptionWord
 from .scene import COLORS, PATTERNS, SHAPES, SIZES, Scene
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ QUESTION_WORDS = tuple(
         + tuple("what color shape pattern is the how many toys toy are there on which side of a an ?".split())
     )
 )
-#: toys closer than this across the picture (half widths) are on no side of each other, at half of it of the middle
+#: toys closer than this across the picture (half widths) are on no side of each other, at half of it of the centre
 CLEAR = 0.3
 
 
@@ -48,7 +48,7 @@ class Question:
     text: str
     answer: str
     objects: tuple[int, ...]
-    words: tuple[Word, ...]
+    words: tuple[CaptionWord, ...]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -58,7 +58,7 @@ class Question:
         """Inverse of :meth:`to_json`. Raises BadInput on anything that is not a question."""
         try:
             raw = json.loads(text)
-            objects, words = tuple(raw.pop("objects")), tuple(Word(**word) for word in raw.pop("words"))
+            objects, words = tuple(raw.pop("objects")), tuple(CaptionWord(**word) for word in raw.pop("words"))
             return cls(objects=objects, words=words, **raw)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise BadInput(f"this text is not a toybox question: {error}.") from None
@@ -73,7 +73,7 @@ def _question(kind: str, text: str, answer: str, objects: Sequence[int], content
     words, start = [], 0
     for word in content:  # in the order in which they stand in the text
         start = text.index(word, start)
-        words.append(Word(start, start + len(word), word))
+        words.append(CaptionWord(start, start + len(word), word))
         start += len(word)
     return Question(kind, text, answer, tuple(objects), tuple(words))
 

@@ -13,7 +13,7 @@ from sfumato.errors import BadInput
 from sfumato.toybox import COLORS, SHAPES, caption, sample_scene
 from sfumato.toybox.oracle import presence
 from sfumato.toybox.oracle.presence import Wanted
-from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading
 
 
 def toy(shape, color, box=(0.0, 0.0, 8.0, 8.0), pattern="plain", size="small"):
@@ -21,7 +21,7 @@ def toy(shape, color, box=(0.0, 0.0, 8.0, 8.0), pattern="plain", size="small"):
 
 
 def reading(*toys):
-    return Reading(tuple(toys), "grass", "day")
+    return SceneReading(tuple(toys), "grass", "day")
 
 
 def test_parse():

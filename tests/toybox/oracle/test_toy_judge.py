@@ -18,7 +18,7 @@ from sfumato.toybox.oracle.toy_judge import (
     JudgeConfig,
     JudgeNet,
     ObjectReading,
-    Reading,
+    SceneReading,
     ToyJudge,
     _cut_out,
     _geometry,
@@ -107,7 +107,7 @@ def test_middle_loss_is_least_for_the_truth(frames):
 
 
 def test_read_does_not_depend_on_the_batch(net, frames):
-    judge = ToyJudge(net, middle=0.01)
+    judge = ToyJudge(net, threshold=0.01)
     together = judge.read(frames.image)
     for i, reading in enumerate(together):
         alone = judge.read(frames.image[i : i + 1])[0]
@@ -117,7 +117,7 @@ def test_read_does_not_depend_on_the_batch(net, frames):
 
 
 def test_other_sizes(net, frames):
-    reading = ToyJudge(net, middle=0.01).read(torch.nn.functional.interpolate(frames.image, size=128))[0]
+    reading = ToyJudge(net, threshold=0.01).read(torch.nn.functional.interpolate(frames.image, size=128))[0]
     assert reading.objects and all(toy.mask.shape == (128, 128) for toy in reading.objects)
     with pytest.raises(NotSupported, match="square"):
         ToyJudge(net).read(torch.zeros(1, 3, 64, 32))
@@ -170,7 +170,7 @@ def reading_of(scene, mask, **changes):
         toys.append(
             ObjectReading(**words | (changes if k == 0 else {}), mask=mask == k, box=(0, 0, 1, 1), confidence=1)
         )
-    return Reading(tuple(toys), scene.ground, scene.sky)
+    return SceneReading(tuple(toys), scene.ground, scene.sky)
 
 
 def test_accuracy_counts_by_hand(frames):
@@ -187,7 +187,7 @@ def test_accuracy_counts_by_hand(frames):
     assert got.attributes.value == pytest.approx(1 - 1 / (4 * toys + 8))
 
     # a toy that was not found is wrong in everything
-    blind = [Reading((), frames.scenes[0].ground, frames.scenes[0].sky), *perfect[1:]]
+    blind = [SceneReading((), frames.scenes[0].ground, frames.scenes[0].sky), *perfect[1:]]
     got = accuracy.measure(blind, frames.scenes, frames.mask, min_pixels=10)
     assert got.found.value == pytest.approx(1 - 1 / toys) and got.attributes.value == pytest.approx(
         1 - 4 / (4 * toys + 8)

@@ -17,7 +17,7 @@ from sfumato.models import Model
 from sfumato.relevance.attention import attention_relevance
 from sfumato.sampling.levels import levels, opened_for
 from sfumato.sampling.request import checked_size
-from sfumato.text.words import Words, asked_for
+from sfumato.text.words import Words, find_phrases
 
 __all__ = ["NOISE_LEVELS", "word_maps"]
 
@@ -46,7 +46,7 @@ def word_maps(
     """
     checked_size(model, (images.shape[-1], images.shape[-2]))
     readings = [Words(model).read(prompt) for prompt in prompts]
-    spans = asked_for(readings, list(words)) if words else [reading.all() for reading in readings]
+    spans = find_phrases(readings, list(words)) if words else [reading.all() for reading in readings]
     score = target or (lambda eps, true: -(eps - true).square().sum((1, 2, 3)))
     total: Tensor | None = None
     scores = torch.zeros(len(prompts))

@@ -57,8 +57,8 @@ class Amused(Family):
 
     @property
     def layers(self) -> list[Layer]:
-        middle = [Layer(f"block.{i}", f"transformer_layers.{i}") for i in range(len(self.denoiser.transformer_layers))]
-        return [Layer("down.0", "down_block"), *middle, Layer("up.0", "up_block")]
+        blocks = [Layer(f"block.{i}", f"transformer_layers.{i}") for i in range(len(self.denoiser.transformer_layers))]
+        return [Layer("down.0", "down_block"), *blocks, Layer("up.0", "up_block")]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         def rows(texts: list[str]) -> Rows:
@@ -70,8 +70,8 @@ class Amused(Family):
                 truncation=True,
                 max_length=tokenizer.model_max_length,
             ).input_ids
-            said = self.pipe.text_encoder(ids.to(self.device), return_dict=True, output_hidden_states=True)
-            return {"embeds": said.hidden_states[-2], "pooled": said.text_embeds}
+            encoded = self.pipe.text_encoder(ids.to(self.device), return_dict=True, output_hidden_states=True)
+            return {"embeds": encoded.hidden_states[-2], "pooled": encoded.text_embeds}
 
         return rows(prompts), rows(negatives or [""] * len(prompts)) if guidance else None
 

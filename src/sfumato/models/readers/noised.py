@@ -2,7 +2,7 @@
 
 All noise paths are brought to one form: ``x = alpha x0 + sigma eps`` divided by ``sqrt(alpha^2 + sigma^2)``, and the
 *noise level* u, the angle between data and noise as a share of a right angle (0 clean, 1 pure noise). Diffusion and
-rectified flow then look the same. The level is told through further input channels that are constant over the picture,
+rectified flow then look the same. The level comes in through further input channels that are constant over the picture,
 so that the network needs nothing that transformers does not have. GLIDE has a learned token per timestep instead
 (Nichol et al. 2021, its code), which knows one schedule only.
 """

@@ -1,4 +1,4 @@
-"""Models that are asked about pictures and texts: transformers checkpoints behind one small face.
+"""Models that answer questions about pictures and texts: transformers checkpoints behind one small face.
 
 A :class:`Reader` holds a genuine transformers model (CLIP, ViT, DETR, LXMERT, VisualBERT, BERT ...), its tokenizer and
 what it wants done to a picture. ``kind`` says what can be asked of it:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sfumato.attention.sites import Site, matches_place
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.text.phrases import noun_phrases
-from sfumato.text.words import Reading, WordSpan, asked_for
+from sfumato.text.words import Reading, WordSpan, find_phrases
 
 #: The original reads 16x16 maps of 64x64 latents; below 8x8 a map can no longer tell two things apart.
 COARSER, FEWEST = 4, 8
@@ -16,7 +16,7 @@ COARSER, FEWEST = 4, 8
 def subjects_of(readings: Sequence[Reading], words: Sequence[str]) -> list[list[WordSpan]]:
     """The words of every prompt that must appear: ``words``, or the heads of its noun phrases. Raises NoMatch
     where there are none."""
-    subjects = asked_for(readings, words) if words else [nouns(reading) for reading in readings]
+    subjects = find_phrases(readings, words) if words else [nouns(reading) for reading in readings]
     for reading, spans in zip(readings, subjects, strict=True):
         if any(span.start < 0 for span in spans):
             raise BadInput(f"words={list(words)} of attend_excite: special tokens are no things to be drawn.")

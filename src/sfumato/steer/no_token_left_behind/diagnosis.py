@@ -12,7 +12,7 @@ from sfumato.models.readers import PLAIN, load_clip
 from sfumato.relevance.clip import ClipLens
 from sfumato.steer.no_token_left_behind.views import cut_outs
 from sfumato.text.phrases import noun_phrases
-from sfumato.text.words import Reading, WordSpan, asked_for
+from sfumato.text.words import Reading, WordSpan, find_phrases
 
 
 def diagnose(images: Tensor, texts: Sequence[str], words: Sequence[str] = (), clip: str = PLAIN) -> list[dict]:
@@ -35,7 +35,7 @@ def subjects(readings: Sequence[Reading], words: Sequence[str]) -> list[list[Wor
     """Per text the words that must count: those of ``words`` that it has, or the heads of its noun phrases. Raises
     NoMatch."""
     if words:
-        return asked_for(readings, words)
+        return find_phrases(readings, words)
     found = []
     for reading in readings:
         heads = [phrase.head.start for phrase in noun_phrases(reading.prompt)]

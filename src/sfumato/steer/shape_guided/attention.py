@@ -16,7 +16,7 @@ from sfumato.models import Condition, Site
 from sfumato.sampling import Intervention, Run
 from sfumato.steer.shape_guided.pieces import plain
 from sfumato.steer.shape_guided.sides import Sides
-from sfumato.text.weights import Weighted, encode_weighted
+from sfumato.text.weights import WeightedPrompt, encode_weighted
 
 if TYPE_CHECKING:
     from sfumato.steer.shape_guided import ShapeGuided
@@ -42,7 +42,7 @@ class InsideOutside(Intervention):
 
     role = "editor"
     hard: bool = False
-    weighted: Sequence[Sequence[Weighted]] = ()  # the texts with the prompt's weights, where these are known
+    weighted: Sequence[Sequence[WeightedPrompt]] = ()  # the texts with the prompt's weights, where these are known
 
     def __init__(
         self,

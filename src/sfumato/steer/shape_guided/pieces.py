@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfumato.errors import BadInput
-from sfumato.text.weights import Weighted
+from sfumato.text.weights import WeightedPrompt
 from sfumato.text.words import Words, homes, noun_phrases
 
 
@@ -59,8 +59,8 @@ def refuse_overlaps(prompt: str, wanted: Sequence[str], phrases: Sequence[Piece]
                 )
 
 
-def plain(text: str) -> Weighted:
-    return Weighted(text, (1.0,) * len(text))
+def plain(text: str) -> WeightedPrompt:
+    return WeightedPrompt(text, (1.0,) * len(text))
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:

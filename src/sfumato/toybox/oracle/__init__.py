@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from sfumato.toybox.oracle.accuracy import Accuracy, measure
 from sfumato.toybox.oracle.presence import Check, Rates, Wanted, check, find, rates, related, wanted
-from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading, ToyJudge, load_judge, read
+from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading, ToyJudge, load_judge, read
 
 __all__ = [
     "Accuracy",
     "Check",
     "ObjectReading",
     "Rates",
-    "Reading",
+    "SceneReading",
     "ToyJudge",
     "Wanted",
     "check",

@@ -11,7 +11,7 @@ from torch import Tensor
 from sfumato.errors import BadInput
 from sfumato.metrics import stats
 from sfumato.toybox import Scene
-from sfumato.toybox.oracle.toy_judge import ATTRIBUTES, ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ATTRIBUTES, ObjectReading, SceneReading
 
 MIN_PIXELS = 30
 
@@ -58,7 +58,7 @@ class Accuracy:
 
 
 def measure(
-    readings: Sequence[Reading], scenes: Sequence[Scene], masks: Tensor, min_pixels: int = MIN_PIXELS
+    readings: Sequence[SceneReading], scenes: Sequence[Scene], masks: Tensor, min_pixels: int = MIN_PIXELS
 ) -> Accuracy:
     """Accuracy of ``readings`` of pictures of ``scenes`` whose true ``masks`` are integer (b, h, w), -1 background."""
     if not len(readings) == len(scenes) == len(masks):
@@ -79,11 +79,11 @@ def measure(
         for index, (toy, area) in enumerate(zip(scene.toys, areas, strict=True)):
             if area < min_pixels:
                 continue
-            seen, overlap = best_match(reading, mask == index)
+            match, overlap = best_match(reading, mask == index)
             found.append(overlap > 0.5)
             overlaps.append(overlap)
             for name in ATTRIBUTES:
-                right = seen is not None and overlap > 0.5 and getattr(seen, name) == getattr(toy, name)
+                right = match is not None and overlap > 0.5 and getattr(match, name) == getattr(toy, name)
                 single[name].append(right)
     if not found or not counted:
         raise BadInput(f"measure: no toy has {min_pixels} visible pixels.")
@@ -100,7 +100,7 @@ def measure(
     )
 
 
-def best_match(reading: Reading, mask: Tensor) -> tuple[ObjectReading | None, float]:
+def best_match(reading: SceneReading, mask: Tensor) -> tuple[ObjectReading | None, float]:
     """The toy read whose mask overlaps ``mask`` bool (h, w) most, and the IoU; (None, 0.0) when none touches it."""
     best, most = None, 0.0
     for toy in reading.objects:

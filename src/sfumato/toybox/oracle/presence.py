@@ -13,7 +13,7 @@ import numpy as np
 from sfumato.errors import BadInput
 from sfumato.metrics import stats
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, SIZES, Caption, Scene
-from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading
 
 _KINDS = {"shape": SHAPES, "color": COLORS, "pattern": PATTERNS, "size": SIZES}
 
@@ -83,7 +83,7 @@ class Check:
         return all(self.bound)
 
 
-def check(reading: Reading, wishes: Sequence[Wanted], attributes: Sequence[str] = ("shape", "color")) -> Check:
+def check(reading: SceneReading, wishes: Sequence[Wanted], attributes: Sequence[str] = ("shape", "color")) -> Check:
     """Compares a reading with wishes on ``attributes`` (those a wish leaves free never count against it)."""
     if not wishes:
         raise BadInput("check: wishes is empty.")
@@ -126,7 +126,7 @@ def rates(checks: Sequence[Check]) -> Rates:
     )
 
 
-def find(reading: Reading, wish: Wanted) -> ObjectReading | None:
+def find(reading: SceneReading, wish: Wanted) -> ObjectReading | None:
     """The most confident toy that fits a wish, or None."""
     return next((toy for toy in reading.objects if wish.fits(toy)), None)
 
@@ -140,7 +140,7 @@ RELATIONS: dict[str, Callable[[ObjectReading, ObjectReading], bool]] = {
 }
 
 
-def related(reading: Reading, first: Wanted, relation: str, second: Wanted) -> bool:
+def related(reading: SceneReading, first: Wanted, relation: str, second: Wanted) -> bool:
     """Whether two different toys that fit ``first`` and ``second`` stand in ``relation`` in the picture."""
     if relation not in RELATIONS:
         raise BadInput(f"related: relation={relation!r}; allowed: {', '.join(RELATIONS)}.")

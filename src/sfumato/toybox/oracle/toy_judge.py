@@ -1,9 +1,9 @@
 """The toy-judge: reads a picture of the toybox back into toys (shape, colour, pattern, size, mask, box) and scenery.
 
-A small U-shaped convolutional network says for every pixel whether it belongs to a toy, how far away the middle of that
+A small U-shaped convolutional network says for every pixel whether it belongs to a toy, how far away the centre of that
 toy is, and where middles are (Cheng et al. 2020, Panoptic-DeepLab, https://arxiv.org/abs/1911.10194, in miniature).
-Foreground pixels vote for the nearest middle, which gives one mask per toy. A second, smaller network takes a close
-look at each toy - its surroundings cut out and enlarged, with its mask - and reads it into words, told also what the
+Foreground pixels vote for the nearest centre, which gives one mask per toy. A second, smaller network takes a close
+look at each toy - its surroundings cut out and enlarged, with its mask - and reads it into words, given also what the
 first one saw inside the mask and where the mask lies. Both are trained on renders and their codec round trips, never on
 what a generator made, and guide none.
 """
@@ -34,7 +34,7 @@ SCENERY = ("ground", "sky")
 class ObjectReading:
     """One toy found in a picture. ``mask`` is bool (h, w), ``box`` (x0, y0, x1, y1) in pixels, ends exclusive.
 
-    ``confidence`` is the probability of the toy's middle times that of its least sure attribute.
+    ``confidence`` is the probability of the toy's centre times that of its least sure attribute.
     """
 
     shape: str
@@ -51,7 +51,7 @@ class ObjectReading:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SceneReading:
     """What the judge sees in one picture; toys from the most to the least confident."""
 
     objects: tuple[ObjectReading, ...]
@@ -83,8 +83,8 @@ class Dense:
 
     Attributes:
         foreground: logits (b, h, w).
-        offset: (b, 2, h, w), from each pixel to its toy's middle as (dx, dy) in pixels.
-        middle: logits (b, h/2, w/2) of being a toy's middle.
+        offset: (b, 2, h, w), from each pixel to its toy's centre as (dx, dy) in pixels.
+        centre: logits (b, h/2, w/2) of being a toy's centre.
         features: (b, c, h/2, w/2), to be pooled over masks.
         images: (b, 3, h, w), what was looked at.
         scenery: logits per scenery name (b, words).
@@ -93,7 +93,7 @@ class Dense:
 
     foreground: Tensor
     offset: Tensor
-    middle: Tensor
+    centre: Tensor
     features: Tensor
     images: Tensor
     scenery: dict[str, Tensor]
@@ -139,15 +139,15 @@ class JudgeNet(nn.Module):
         self.lift2, self.up1 = nn.Conv2d(c, b, 1), nn.Sequential(_Block(b))
         self.lift1, self.up0 = nn.Conv2d(b, a, 1), nn.Sequential(_Block(a))
         self.pixel = nn.Conv2d(a, 3, 1)
-        self.middle = nn.Conv2d(b, 1, 1)
+        self.middle = nn.Conv2d(b, 1, 1)  # centres, under the name that the weights have in files
         # what describes a toy: detail and the wider view at half resolution, and the close look
         self.embed = nn.Sequential(nn.Conv2d(b + c, self.config.embedding, 1), nn.ReLU())
         e, f = self.config.close
         self.close = nn.Sequential(
             _Scale(4, e // 2), _Scale(e // 2, e, stride=2), _Block(e), _Scale(e, f, stride=2), _Block(f), _Block(f)
         )
-        seen = self.config.embedding + 2 * f + d + 6
-        self.toy = nn.Sequential(nn.Linear(seen, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        width = self.config.embedding + 2 * f + d + 6
+        self.toy = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(self.words[name])) for name in ATTRIBUTES})
         self.scenery = nn.ModuleDict({name: nn.Linear(a + b + c + d, len(self.words[name])) for name in SCENERY})
         nn.init.constant_(self.middle.bias, -4.0)
@@ -172,7 +172,7 @@ class JudgeNet(nn.Module):
         return Dense(
             foreground=pixel[:, 0],
             offset=pixel[:, 1:] * 8.0,
-            middle=self.middle(y1)[:, 0].float(),
+            centre=self.middle(y1)[:, 0].float(),
             features=features,
             images=images,
             scenery={name: head(glance) for name, head in self.scenery.items()},
@@ -189,8 +189,8 @@ class JudgeNet(nn.Module):
         pooled = torch.einsum("mn,mcn->mc", weights, dense.features.flatten(2)[rows])
         geometry = _geometry(masks)
         near = self.close(_cut_out(dense.images[rows], masks, geometry, jitter))
-        seen = [pooled, near.mean((2, 3)), near.amax((2, 3)), dense.context[rows], geometry.to(pooled.dtype)]
-        toys = self.toy(torch.cat(seen, 1))
+        inputs = [pooled, near.mean((2, 3)), near.amax((2, 3)), dense.context[rows], geometry.to(pooled.dtype)]
+        toys = self.toy(torch.cat(inputs, 1))
         return {name: head(toys) for name, head in self.heads.items()}
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -239,15 +239,15 @@ class ToyJudge:
 
     Args:
         net: the trained network.
-        middle: smallest probability of a middle that makes a toy.
+        threshold: smallest probability of a centre that makes a toy.
         area: fewest pixels of the 64x64 picture a toy must cover to be reported.
     """
 
-    def __init__(self, net: JudgeNet, middle: float = 0.3, area: int = 10):
-        self.net, self.threshold, self.area = net.eval(), middle, area
+    def __init__(self, net: JudgeNet, threshold: float = 0.3, area: int = 10):
+        self.net, self.threshold, self.area = net.eval(), threshold, area
 
     @torch.no_grad()
-    def read(self, images: Tensor, batch: int = 64) -> list[Reading]:
+    def read(self, images: Tensor, batch: int = 64) -> list[SceneReading]:
         """Readings of square pictures (b, 3, h, w) in [-1, 1]; other sizes than 64 are resized and masks scaled back.
 
         Raises BadInput for another layout or range, NotSupported for pictures that are not square.
@@ -270,7 +270,7 @@ class ToyJudge:
             readings += self._read(small, side)
         return readings
 
-    def _read(self, images: Tensor, side: int) -> list[Reading]:
+    def _read(self, images: Tensor, side: int) -> list[SceneReading]:
         dense = self.net(images)
         masks, rows, sure = group(dense, self.threshold, self.area)
         answers = {}
@@ -288,7 +288,7 @@ class ToyJudge:
             mask = masks[i].cpu()
             found[row].append(ObjectReading(**named, mask=mask, box=box_of(mask), confidence=float(sure[i]) * least))
         return [
-            Reading(
+            SceneReading(
                 tuple(sorted(found[i], key=lambda toy: -toy.confidence)),
                 **{name: words[name][index[i]] for name, index in scenery.items()},
             )
@@ -297,12 +297,12 @@ class ToyJudge:
 
 
 def group(dense: Dense, threshold: float, area: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns dense output into toys: masks bool (m, h, w), picture rows (m,), probability of the middle (m,).
+    """Turns dense output into toys: masks bool (m, h, w), picture rows (m,), probability of the centre (m,).
 
-    Middles are peaks of the middle map over 5x5 cells; each foreground pixel joins the peak nearest to where it points.
+    Centres are peaks of the centre map over 5x5 cells; each foreground pixel joins the peak nearest to where it points.
     """
     h, w = dense.foreground.shape[1:]
-    heat = dense.middle.sigmoid()
+    heat = dense.centre.sigmoid()
     peak = functional.max_pool2d(heat[:, None], 5, stride=1, padding=2)[:, 0]
     picture, y, x = torch.nonzero((heat >= threshold) & (heat == peak), as_tuple=True)
     device = heat.device
@@ -344,7 +344,7 @@ def load_judge(name_or_path: str = "toy-judge") -> ToyJudge:
     return ToyJudge(JudgeNet.load(folder))
 
 
-def read(images: Tensor | Sequence[Tensor], judge: ToyJudge | None = None) -> list[Reading]:
+def read(images: Tensor | Sequence[Tensor], judge: ToyJudge | None = None) -> list[SceneReading]:
     """Reads pictures (b, 3, h, w) in [-1, 1] with ``judge`` (default: the zoo's)."""
     pictures = images if isinstance(images, Tensor) else torch.stack(list(images))
     return (judge or load_judge()).read(pictures)
@@ -357,14 +357,14 @@ def _double(x: Tensor) -> Tensor:
 def _cut_out(images: Tensor, masks: Tensor, geometry: Tensor, jitter: Tensor | None) -> Tensor:
     """The square around each mask (m, h, w), a quarter larger than its box, with the mask: (m, 4, LOOK, LOOK)."""
     x0, y0, x1, y1 = geometry[:, :4].unbind(1)
-    middle = torch.stack([x0 + x1, y0 + y1], 1) - 1  # in [-1, 1]
+    centre = torch.stack([x0 + x1, y0 + y1], 1) - 1  # in [-1, 1]
     half = 1.25 * torch.maximum(x1 - x0, y1 - y0)
     if jitter is not None:
-        middle = middle + jitter[:, :2] * half[:, None]
+        centre = centre + jitter[:, :2] * half[:, None]
         half = half * (1 + jitter[:, 2])
     place = torch.linspace(-1, 1, LOOK, dtype=half.dtype, device=half.device) * half[:, None]  # (m, LOOK)
-    grid_x = (middle[:, :1] + place)[:, None].expand(-1, LOOK, -1)
-    grid_y = (middle[:, 1:] + place)[:, :, None].expand(-1, -1, LOOK)
+    grid_x = (centre[:, :1] + place)[:, None].expand(-1, LOOK, -1)
+    grid_y = (centre[:, 1:] + place)[:, :, None].expand(-1, -1, LOOK)
     pictures = torch.cat([images, 2 * masks[:, None].to(images.dtype) - 1], 1)
     grid = torch.stack([grid_x, grid_y], 3).to(images.dtype)
     return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)

@@ -207,7 +207,7 @@ class JudgeObjective(Objective):
             "foreground": functional.binary_cross_entropy_with_logits(dense.foreground, inside),
             "offset": (functional.smooth_l1_loss(dense.offset, want.offset, reduction="none").sum(1) * inside).sum()
             / inside.sum().clamp_min(1),
-            "middle": middle_loss(dense.middle, want.middle),
+            "middle": middle_loss(dense.centre, want.middle),
         }
         rows, which = want.asked.nonzero(as_tuple=True)
         shown = self._as_seen(want.toys[rows, which], dense, rows, draw)

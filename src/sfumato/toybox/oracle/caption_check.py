@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, SIZES
 from sfumato.toybox.oracle.presence import Check, Wanted, check, related
-from sfumato.toybox.oracle.toy_judge import Reading
+from sfumato.toybox.oracle.toy_judge import SceneReading
 
 _KINDS = {word: kind for kind, words in (("color", COLORS), ("pattern", PATTERNS), ("size", SIZES)) for word in words}
 _NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6} | {str(n): n for n in range(2, 7)}
@@ -23,14 +23,14 @@ _BREAKS = frozenset("a an the and or with on by at in under to of next is are be
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requested:
     """The toys a caption names, in its order, and its relations (first toy, relation, second toy) by index."""
 
     wishes: tuple[Wanted, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
 
 
-def asked(text: str) -> Asked:
+def requested(text: str) -> Requested:
     """What ``text`` asks for; relations other than left of, right of, in front of and behind are not judged."""
     wishes: list[Wanted] = []
     relations: list[tuple[int, str, int]] = []
@@ -52,11 +52,11 @@ def asked(text: str) -> Asked:
             given, count = {}, _NUMBERS[word]
         elif word in _BREAKS:
             given, count = {}, 1
-    return Asked(tuple(wishes), tuple(relations))
+    return Requested(tuple(wishes), tuple(relations))
 
 
 @dataclass(frozen=True)
-class Answer:
+class CaptionCheck:
     """One picture against its caption: the toys (:class:`Check`), and per relation whether it holds."""
 
     toys: Check
@@ -65,7 +65,7 @@ class Answer:
     """Whether as many toys of the first wish's shape and colour were read as are asked for."""
 
     def solved(self, task: str | None) -> bool:
-        """Whether the picture does what the ``task`` (:mod:`.prompts`) is about; None: everything asked."""
+        """Whether the picture does what the ``task`` (:mod:`.prompts`) is about; None: everything requested."""
         if task in ("one", "two"):
             return self.toys.all_present
         if task == "counting":
@@ -77,14 +77,16 @@ class Answer:
         return self.toys.all_bound and self.toys.counted and all(self.related)
 
 
-def answer(reading: Reading, want: Asked, attributes: Sequence[str] = ("shape", "color")) -> Answer:
+def check_caption(
+    reading: SceneReading, want: Requested, attributes: Sequence[str] = ("shape", "color")
+) -> CaptionCheck:
     """Compares a reading with what a caption asks for. Raises BadInput when it asks for nothing."""
     found = check(reading, want.wishes, attributes)
-    told = [wish.only(*attributes) for wish in want.wishes]
+    requests = [wish.only(*attributes) for wish in want.wishes]
     first = want.wishes[0].only("shape", "color")
     meant = sum(wish.only("shape", "color") == first for wish in want.wishes)
-    return Answer(
+    return CaptionCheck(
         found,
-        tuple(related(reading, told[i], how, told[j]) for i, how, j in want.relations),
+        tuple(related(reading, requests[i], how, requests[j]) for i, how, j in want.relations),
         sum(first.fits(toy) for toy in reading.objects) == meant,
     )

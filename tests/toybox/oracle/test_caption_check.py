@@ -11,28 +11,28 @@ import torch
 from sfumato.errors import BadInput, UnknownName
 from sfumato.toybox import COLORS, SHAPES, VOCABULARY, caption
 from sfumato.toybox.dataset import draw_scene
-from sfumato.toybox.oracle.asked import answer, asked
+from sfumato.toybox.oracle.caption_check import check_caption, requested
 from sfumato.toybox.oracle.presence import Wanted, wanted
 from sfumato.toybox.oracle.prompts import TASKS, prompt_set, write_prompts
-from sfumato.toybox.oracle.toy_judge import ObjectReading, Reading
+from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading
 
 
 def reading(*toys):
     mask = torch.zeros(8, 8, dtype=torch.bool)
     read = [ObjectReading(s, c, "plain", "small", mask, (x, 0.0, x + 4.0, y), 0.9) for s, c, x, y in toys]
-    return Reading(tuple(read), "grass", "day")
+    return SceneReading(tuple(read), "grass", "day")
 
 
 @pytest.mark.parametrize("style", ["full", "short", "plain", "random"])
 def test_captions_of_the_toybox_are_read_as_they_were_written(style):
     for index in range(60):
         scene = draw_scene("test", 5, index)
-        told = caption(scene, np.random.default_rng(index), style)
-        got = asked(told.text)
-        assert got.wishes == wanted(told), told.text
+        drawn = caption(scene, np.random.default_rng(index), style)
+        got = requested(drawn.text)
+        assert got.wishes == wanted(drawn), drawn.text
         if len(scene.toys) == 2 and got.relations:
             [(first, how, second)] = got.relations
-            order = [phrase.object for phrase in told.phrases if phrase.object is not None]
+            order = [phrase.object for phrase in drawn.phrases if phrase.object is not None]
             assert scene.relation(order[first], order[second]) == how
 
 
@@ -51,25 +51,25 @@ def test_captions_of_the_toybox_are_read_as_they_were_written(style):
     ],
 )  # fmt: skip
 def test_freer_captions(text, wishes, relations):
-    got = asked(text)
+    got = requested(text)
     assert [(wish.shape, wish.color) for wish in got.wishes] == wishes and got.relations == relations
 
 
 def test_answers():
     scene = reading(("cube", "red", 0, 8), ("ball", "blue", 20, 4))
-    right = answer(scene, asked("a red cube to the left of a blue ball"))
+    right = check_caption(scene, requested("a red cube to the left of a blue ball"))
     assert right.solved(None) and right.related == (True,) and all(right.solved(task) for task in TASKS[-1:])
     assert right.solved("position") and right.solved("two")
-    swapped = answer(scene, asked("a blue cube to the left of a red ball"))
+    swapped = check_caption(scene, requested("a blue cube to the left of a red ball"))
     assert swapped.solved("two") and not swapped.solved("color_attribution") and not swapped.solved("position")
-    turned = answer(scene, asked("a red cube to the right of a blue ball"))
+    turned = check_caption(scene, requested("a red cube to the right of a blue ball"))
     assert turned.toys.all_bound and not turned.solved("position") and not turned.solved(None)
     many = reading(*[("cube", "red", 10 * i, 4) for i in range(3)], ("ball", "red", 50, 4))
-    assert answer(many, asked("a red cube, a red cube and a red cube")).solved("counting")
-    assert not answer(many, asked("a red cube and a red cube")).solved("counting")
-    assert not answer(many, asked("three red cubes")).solved(None)  # the ball is one too many
+    assert check_caption(many, requested("a red cube, a red cube and a red cube")).solved("counting")
+    assert not check_caption(many, requested("a red cube and a red cube")).solved("counting")
+    assert not check_caption(many, requested("three red cubes")).solved(None)  # the ball is one too many
     with pytest.raises(BadInput, match="empty"):
-        answer(scene, asked("nothing"))
+        check_caption(scene, requested("nothing"))
 
 
 def test_prompt_sets_speak_the_grammar_and_mean_their_task():
@@ -79,7 +79,7 @@ def test_prompt_sets_speak_the_grammar_and_mean_their_task():
         for each in made:
             words = each.prompt.replace(",", " ,").split()
             assert set(words) <= set(VOCABULARY), each.prompt
-            want = asked(each.prompt)
+            want = requested(each.prompt)
             colored = not bare or each.task in ("colors", "color_attribution")
             assert all((wish.color in COLORS) == colored and wish.shape in SHAPES for wish in want.wishes)
             toys = {"one": 1, "colors": 1, "counting": len(want.wishes)}.get(each.task, 2)
