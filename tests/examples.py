@@ -15,6 +15,7 @@ LORA_MODULES = {
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 32,
     "transformer.transformer_blocks.1.attn.to_q": 16,
     "transformer.transformer_blocks.1.attn1.to_q": 16,
+    "transformer.joint_transformer_blocks.0.attn.to_q": 32,
     "transformer.single_transformer_blocks.0.attn.to_q": 32,
     "text_encoder.encoder.layers.0.self_attn.v_proj": 16,
 }

@@ -18,6 +18,8 @@ KINDS = {
     "sd35": "sd3",
     "flux": "flux",
     "pixart": "pixart",
+    "chroma": "chroma",
+    "auraflow": "auraflow",
     "animatediff": "animatediff",
     "amused": "amused",
 }

@@ -1,0 +1,98 @@
+"""Sana: linear self-attention, ordinary cross-attention to Gemma, a deep-compression autoencoder, flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.models.condition import Rows
+from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
+from sfumato.models.families.pixart import _can_clean
+from sfumato.models.site import Layer, Site, SiteList
+
+
+class Sana(Family):
+    """Xie et al. 2024, arXiv 2410.10629. Sites are the cross-attentions alone: the linear self-attention has no
+    probabilities that could be read or edited.
+
+    Prompts are encoded without the pipeline's ``complex_human_instruction``: with it the words of a prompt and those of
+    a negative prompt lie at different places of the text axis. Give it as part of the prompt where it is wanted.
+    """
+
+    name = "sana"
+    pipeline_classes = ("SanaPipeline",)
+    denoiser_name = "transformer"
+    capabilities = TEXT_TO_IMAGE
+    defaults = {"steps": 20, "guidance": 4.5}
+    max_sequence_length = 300
+    half = torch.bfloat16
+
+    @property
+    def size_multiple(self) -> int:
+        return self.scale * int(self.config.patch_size)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        side = self.config.sample_size * self.scale
+        return side, side
+
+    @property
+    def streams(self) -> list[TextStream]:
+        def prepare(text: str) -> str:
+            return self.pipe._text_preprocessing(text, clean_caption=_can_clean())[0]
+
+        length = self.max_sequence_length or 0
+        return [TextStream(self.pipe.tokenizer, "gemma", 0, length, prepare)] if self.pipe.tokenizer else []
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [Layer(f"block.{i}", f"transformer_blocks.{i}") for i in range(len(self.denoiser.transformer_blocks))]
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        embeds, mask, negative, negative_mask = self.pipe.encode_prompt(
+            prompts,
+            guidance,
+            negative_prompt=negatives or "",
+            device=self.device,
+            clean_caption=_can_clean(),
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"embeds": embeds, "mask": mask}, {"embeds": negative, "mask": negative_mask} if guidance else None
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
+        dtype = self.denoiser.dtype
+        out = self.denoiser(
+            x.to(dtype),
+            encoder_hidden_states=rows["embeds"].to(dtype),
+            encoder_attention_mask=rows["mask"],
+            timestep=t.expand(x.shape[0]) * self.config.timestep_scale,
+            return_dict=False,
+            **extra,
+        )[0]
+        learned_variance = self.config.out_channels // 2 == self.channels
+        return out.chunk(2, dim=1)[0] if learned_variance else out
+
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        vae = self.pipe.vae  # deterministic: there is nothing to draw
+        return vae.encode(images.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+
+    def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
+        return noise
+
+    def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
+        patch = int(self.config.patch_size)
+        grid = (h // patch, w // patch)
+        found = SiteList()
+        for i, block in enumerate(self.denoiser.transformer_blocks):
+            found.put(
+                f"transformer_blocks.{i}.attn2",
+                block.attn2,
+                kind="cross",
+                grid=grid,
+                block=f"block.{i}",
+                text=(0, text),
+            )
+        return found

@@ -1,0 +1,41 @@
+"""Tokenizers of language models whose pipelines put the prompt into a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Templated:
+    """A tokenizer that puts the text into a template first. Tokens of the template count as special ones, added by
+    the tokenizer; offsets are those of the text. ``template`` maps a text to what is tokenized, the text in it once."""
+
+    def __init__(self, tokenizer: Any, template: Callable[[str], str]):
+        self.tokenizer, self.template = tokenizer, template
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(
+        self,
+        text: str,
+        *,
+        return_offsets_mapping: bool = False,
+        return_special_tokens_mask: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As a fast tokenizer's call on one text; the encoding has ``input_ids`` and what is asked for."""
+        whole = self.template(text)
+        encoding = self.tokenizer(whole, return_offsets_mapping=True, **options)
+        # templates may strip the text; they hold other text before and behind it, never between
+        body = text if text in whole else text.strip()
+        start = whole.rindex(body) if body else len(self.template("x").split("x")[0])
+        left = len(text) - len(text.lstrip()) if body != text else 0
+        mask, offsets = [], []
+        for a, b in encoding["offset_mapping"]:
+            outside = b <= start or a >= start + len(body)
+            mask.append(int(outside))
+            offsets.append((0, 0) if outside else (max(a - start, 0) + left, min(b - start, len(body)) + left))
+        encoding["offset_mapping"] = offsets
+        encoding["special_tokens_mask"] = mask
+        return encoding

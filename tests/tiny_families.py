@@ -1,0 +1,218 @@
+"""Tiny pipelines of the families beyond those of `tests.tiny`, made in the same way; ask `tests.tiny` for them.
+
+==============  =====================================================================================================
+kind            what it is (pixels per latent: 2)
+==============  =====================================================================================================
+chroma          Flux without pooled text, masked padding, real guidance
+auraflow        UMT5, eight register tokens before the text, joint and single blocks
+sana            Gemma2; linear self-attention, cross-attention; its pipeline takes multiples of 32
+klein           Flux.2 [klein]: Qwen3 with a chat template; one place of the grid is 4 pixels wide
+==============  =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
+    AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from tests import tiny
+
+
+def _chroma() -> ChromaPipeline:
+    text_encoder, tokenizer = tiny._t5()
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=tiny._vae(0.3611, 0.1159, quant=False),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def _auraflow() -> AuraFlowPipeline:
+    _, tokenizer = tiny._t5()
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pos_embed_max_size=1024,
+    )
+    return AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(config),
+        vae=tiny._vae(0.13025),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def _words(letters: list[str], blank: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Pieces and merges of a byte-pair tokenizer in which `tiny.WHOLE_WORDS` are one token each, alone or behind a
+    blank."""
+    merges: dict[tuple[str, str], None] = {}
+    for first in (blank, ""):
+        for word in tiny.WHOLE_WORDS:
+            left, *rest = first + word
+            for piece in rest:
+                merges[left, piece] = None
+                left += piece
+    return [*letters, *dict.fromkeys(a + b for a, b in merges)], list(merges)
+
+
+@functools.cache
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Byte-pair pieces over printable ASCII, anything else by its bytes."""
+    pieces, merges = _words(["▁", *(chr(code) for code in range(33, 127))], "▁")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *pieces]))}
+    return GemmaTokenizer(vocab=vocab, merges=merges)
+
+
+@functools.cache
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level pieces over all 256 bytes, with the chat template of Qwen3 in short."""
+    pieces, merges = _words(sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *special]))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def _sana() -> SanaPipeline:
+    tokenizer = gemma_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41407,
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+    )
+    return SanaPipeline(
+        tokenizer=copy.deepcopy(tokenizer),
+        text_encoder=Gemma2Model(config),
+        vae=vae,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+def _klein() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=27,  # the pipeline reads the outputs of layers 9, 18 and 27
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=copy.deepcopy(tokenizer),
+        transformer=transformer,
+    )
+
+
+BUILDERS = {
+    "chroma": _chroma,
+    "auraflow": _auraflow,
+    "sana": _sana,
+    "klein": _klein,
+}
