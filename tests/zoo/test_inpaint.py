@@ -127,6 +127,19 @@ def test_holes_are_of_every_kind(objective) -> None:
                 assert any(fit.all() for fit in fits)
 
 
+def test_holes_of_background_hold_no_toy_and_latents_touched_by_a_hole_can_be_drawn_anew(objective) -> None:
+    shares = {"rectangle": 0, "toy": 0, "stranger": 0, "all": 0, "background": 1}
+    objective.loss_options = inpaint.InpaintLoss(**shares, coverage=0.01)
+    indices, draw = torch.arange(24), Draw(0, 1)
+    holes, toys = objective.holes(objective.train_data, indices, draw), objective.train_data.masks >= 0
+    assert not (holes.numpy() * toys).any() and (holes.flatten(1).sum(1) > 0).float().mean() > 0.9
+    whole = np.ones((64, 64), bool)
+    assert not inpaint.empty_hole(whole, np.random.default_rng(0)).any()
+    batch = objective.draw_latents(objective.train_data, objective.train_latents, indices, draw)
+    touched = holes.reshape(24, 16, 4, 16, 4).amax((2, 4)) > 0
+    assert torch.equal(batch["hole"][:, 0] > 0, touched)
+
+
 def test_captions_tell_what_lies_in_the_hole(objective) -> None:
     scene = Scene((Toy("ball", "red", x=-0.8), Toy("cube", "blue", x=0.8)), "sand")
     toys = np.full((64, 64), -1)

@@ -16,13 +16,14 @@ from transformers import CLIPModel, CLIPProcessor
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
 from sfumato.models.readers.noised import codec_mark, noised_input
-from sfumato.toybox import sample_scene
+from sfumato.toybox import render, sample_scene
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective, build_objective
 from sfumato.training.optim import build_optimizer
 from sfumato.training.recipe import Recipe, TrainOptions
-from sfumato.zoo.objectives.clip import hard_negative
+from sfumato.zoo.objectives import labels
+from sfumato.zoo.objectives.clip import hard_negative, mirrored
 from sfumato.zoo.objectives.latent import LatentObjective
 
 CPU = torch.device("cpu")
@@ -110,6 +111,20 @@ def test_vae_batch_crops_pictures_and_weights_together_and_loss_is_its_formula()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_vae_reads_halved_latents_as_the_halved_picture() -> None:
+    vae = build("vae", loss={"scale": 0.3, "l1": 0.7, "l2": 0.2}, channels=[8, 8, 16])
+    batch = vae.batch(Draw(0, 1))
+    total, logs = vae.loss(batch, Draw(0, 1))
+    plain, _ = build("vae", loss={"l1": 0.7, "l2": 0.2}, channels=[8, 8, 16]).loss(batch, Draw(0, 1))
+    posterior = vae.vae.encode(batch["x"]).latent_dist
+    z = posterior.mean + posterior.std * batch["noise"]
+    half = lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear")  # noqa: E731 - the mean of four
+    error = (vae.vae.decode(half(z)).sample - half(batch["x"])).double()
+    expected = float((half(batch["weight"]) * (0.7 * error.abs() + 0.2 * error.square())).mean())
+    assert float(logs["scale"]) == pytest.approx(expected, rel=1e-4)
+    assert float(total) == pytest.approx(float(plain) + 0.3 * expected, rel=1e-5)
+
+
 @torch.no_grad()
 def test_exported_vae_has_standard_latents_and_the_same_reconstructions(tmp_path: Path) -> None:
     vae = build("vae", channels=[8, 8, 16])
@@ -152,6 +167,46 @@ def test_hard_negatives_change_one_thing() -> None:
     assert kinds == {"swap", "shape", "color", "pattern"}
 
 
+def test_hard_negatives_change_what_they_are_told_to() -> None:
+    rng = np.random.default_rng(0)
+    for kind, field in (("swap", "color"), ("swap_shape", "shape"), ("swap_pattern", "pattern")):
+        seen = set()
+        for _ in range(40):
+            scene = sample_scene(rng, 2)
+            changed = hard_negative(scene, rng, {kind: 1.0})
+            old, new = ([getattr(toy, field) for toy in one.toys] for one in (scene, changed))
+            swapped = old[0] != old[1]  # where there is nothing to swap one of them is replaced
+            assert new == old[::-1] if swapped else sum(a != b for a, b in zip(old, new, strict=True)) == 1
+            rest = [changed.replace(i, **{field: old[i]}) for i in range(2)]
+            assert rest[0].toys[0] == scene.toys[0] and rest[1].toys[1] == scene.toys[1]
+            seen.add(swapped)
+        assert True in seen
+    with pytest.raises(BadInput, match="add to 1"):
+        build("clip", loss={"changes": {"swap": 0.5}})
+    with pytest.raises(BadInput, match="swap_shape"):
+        build("clip", loss={"changes": {"colour": 1.0}})
+
+
+def test_a_mirrored_scene_is_what_the_flipped_picture_shows() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        scene = sample_scene(rng, 2)
+        here, there = render(scene, 64), render(mirrored(scene), 64)
+        assert (here.mask.flip(-1) == there.mask).float().mean() > 0.99
+        assert mirrored(mirrored(scene)) == scene
+        sides = {"left of": "right of", "right of": "left of"}
+        relation = scene.relation(0, 1)
+        assert mirrored(scene).relation(0, 1) == sides.get(relation, relation)
+    clip = build("clip", batch=24, loss={"mirror": 0.5, "places": 0.5}, text_width=32, vision_layers=1, projection=16)
+    plain = build("clip", batch=24, loss={"places": 0.5}, text_width=32, vision_layers=1, projection=16)
+    mine, other = clip.batch(Draw(0, 0)), plain.batch(Draw(0, 0))
+    flipped = [not torch.equal(a, b) for a, b in zip(mine["pixels"], other["pixels"], strict=True)]
+    assert 4 < sum(flipped) < 20
+    for row, yes in enumerate(flipped):
+        for key in ("pixels", "places"):
+            assert torch.equal(mine[key][row], other[key][row].flip(-1) if yes else other[key][row])
+
+
 def test_clip_loss_is_the_two_way_cross_entropy_with_extra_captions() -> None:
     clip = build("clip", text_width=32, text_layers=1, vision_layers=1, projection=16, loss={"negatives": 2})
     batch = clip.batch(Draw(0, 3))
@@ -170,6 +225,37 @@ def test_clip_loss_is_the_two_way_cross_entropy_with_extra_captions() -> None:
         total -= math.log(score(i, i) / sum(score(i, j) for j in texts))
         total -= math.log(score(i, i) / sum(score(k, i) for k in images))
     assert float(loss) == pytest.approx(total / 8, rel=1e-4)
+
+
+def test_scenes_told_twice_are_contrasted_as_pictures_are_and_alone_at_first() -> None:
+    small = {"text_width": 32, "text_layers": 1, "vision_layers": 1, "projection": 16}
+    loss = {"negatives": 2, "hard": 0.5}
+    clip = build("clip", **small, loss={**loss, "paraphrases": 0.7, "tellings": 5, "text_first": 3, "local": 0.3})
+    plain = build("clip", **small, loss=loss)
+    alone, batch = clip.batch(Draw(0, 2)), clip.batch(Draw(0, 3))
+    assert set(alone) == {"told", "said"} and set(batch) == {*alone, *plain.batch(Draw(0, 3))}
+    for draw, given in ((Draw(0, 2), alone), (Draw(0, 3), batch)):
+        first, changed, again = (part.split(5)[0] for part in (given["told"], given["told"][5:], given["told"][10:]))
+        assert all(sorted(a.tolist()) == sorted(c.tolist()) for a, c in zip(first, changed, strict=True))
+        assert not any(torch.equal(a, c) for a, c in zip(first, changed, strict=True))
+        assert any(not torch.equal(a, c) for a, c in zip(first, again, strict=True))
+        text = clip.features(tokens=given["told"]).double()
+        scores = float(clip.clip.logit_scale.exp()) * text[10:] @ text[:10].T
+        expected = 0.0
+        for i in range(5):
+            rows = [j for j in range(10) if j == i or not given["said"][i, j]]
+            columns = [k for k in range(5) if k == i or not given["said"][k, i]]
+            expected += float(scores[i, rows].logsumexp(0) + scores[columns, i].logsumexp(0) - 2 * scores[i, i]) / 10
+            expected += 0.5 * float(torch.stack([scores[i, i], scores[i, 5 + i]]).logsumexp(0) - scores[i, i]) / 5
+        rest = 0.0 if given is alone else float(plain.loss(plain.batch(draw), draw)[0])
+        total, logs = clip.loss(given, draw)
+        hidden = clip.clip.text_model(input_ids=given["told"], output_hidden_states=True)
+        parts = [
+            float(labels.leaked(h[:5], h[5:10], first, changed, clip.tokenizer.eos_token_id))
+            for h in (hidden.last_hidden_state, hidden.hidden_states[-2])
+        ]
+        assert float(logs["local"]) == pytest.approx(sum(parts) / 2, rel=1e-4) and 0 < parts[0] < 1
+        assert float(total) == pytest.approx(rest + 0.7 * expected + 0.3 * float(logs["local"]), rel=1e-4)
 
 
 @torch.no_grad()
@@ -208,6 +294,76 @@ def test_diffusion_loss_is_the_weighted_noise_error(parts: dict[str, str]) -> No
         total += weight * float((batch["weight"][i] * (guess[0] - batch["noise"][i]) ** 2).mean())
     assert float(loss) == pytest.approx(total / 6, rel=1e-4)
     assert set(made.unet.state_dict()) == set(dict(made.unet.named_parameters()))
+
+
+def test_dropped_skips_silence_one_level_for_some_samples_in_training_only(parts: dict[str, str]) -> None:
+    made = latent("diffusion", parts, skip_dropout=[0.0, 0.5])
+    kept: dict[int, list[torch.Tensor]] = {}
+    for level, block in enumerate(reversed(made.unet.up_blocks)):
+        block.resnets[0].register_forward_pre_hook(
+            lambda _, args, level=level: kept.setdefault(level, []).append(args[0])
+        )
+    whole = latent("diffusion", parts)
+    batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
+    silent = torch.rand(6, generator=draw.generator("skips1")) < 0.5
+    assert 0 < silent.sum() < 6
+    made.unet.eval(), whole.unet.eval()
+    assert torch.equal(made.loss(batch, draw)[0], whole.loss(batch, draw)[0])
+    made.unet.train()
+    first, again = (made.loss(batch, draw)[0] for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first, whole.loss(batch, draw)[0])
+    skip = {level: seen[1][:, -16:] for level, seen in kept.items()}  # behind the features from below
+    assert (skip[1].flatten(1).abs().sum(1) == 0).tolist() == silent.tolist()
+    assert (skip[0].flatten(1).abs().sum(1) > 0).all()
+    assert not any(block._forward_pre_hooks for block in made.unet.up_blocks)
+
+
+def test_silent_skips_have_no_weights_and_get_none(parts: dict[str, str]) -> None:
+    shape = {"channels": [24, 48], "heads": [2, 2], "attention": [True, True], "groups": 12, "text_width": 32, **parts}
+    made = build("diffusion", 6, {"skip_dropout": [0.0, 1.0]}, **shape)
+    with torch.no_grad():
+        made.unet.conv_out.weight.normal_(generator=torch.Generator().manual_seed(0))
+    options = TrainOptions(steps=1, batch=1, optimizer="muon", lr=0.01, muon_lr=0.1)
+    optimizer = build_optimizer(made.modules, options, made.takes_muon)
+    for step in range(2):
+        made.loss(made.batch(Draw(0, step)), Draw(0, step))[0].backward()
+        optimizer.step(), optimizer.zero_grad()
+    coarse, fine = made.unet.up_blocks
+    for resnet in coarse.resnets:
+        for layer in (resnet.conv1, resnet.conv_shortcut):
+            assert not layer.weight[:, 48:].any() and layer.weight[:, :48].any()
+    assert all(resnet.conv1.weight[:, -24:].any() for resnet in fine.resnets)
+    batch, draw = made.batch(Draw(0, 5)), Draw(0, 5)
+    trained = float(made.loss(batch, draw)[0])
+    made.unet.eval()  # the skip connections are there, and nobody reads them
+    assert float(made.loss(batch, draw)[0]) == pytest.approx(trained, rel=1e-5)
+    with pytest.raises(BadInput, match="do not part after 48"):
+        build("diffusion", 6, {"skip_dropout": [0.0, 1.0]}, **{**shape, "groups": 8})
+
+
+def test_latents_have_the_shape_that_the_autoencoder_makes(home: Path) -> None:
+    vae = build("vae", channels=[8, 8, 8, 16], latent_channels=6)
+    with torch.no_grad():
+        vae.export(home / "deep")
+    small = {"vae": str(home / "deep"), "text_width": 128}
+    unet = build("diffusion", channels=[16, 16], layers=[1, 2], heads=[2, 2], attention=[True, True], **small)
+    assert unet.batch(Draw(0, 0))["x0"].shape[1:] == (6, 8, 8) == (unet.unet.config.in_channels, 8, 8)
+    assert [len(block.resnets) for block in unet.unet.down_blocks] == [1, 2] and unet.unet.config.sample_size == 8
+    flow = build("flow", layers=1, heads=2, **small)
+    assert flow.transformer.config.in_channels == flow.transformer.config.out_channels == 6
+    for made in (unet, flow):
+        assert math.isfinite(float(made.loss(made.batch(Draw(0, 0)), Draw(0, 0))[0]))
+
+
+def test_measuring_a_generator_puts_its_vital_signs_on_the_card(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = latent("diffusion", parts)
+    assert "vital_signs" not in made.export(tmp_path / "before")
+    monkeypatch.setattr("sfumato.zoo.objectives.latent.vital_signs", lambda model, judge: {"of": model.family.name})
+    monkeypatch.setattr(made, "sample", lambda prompts, *_, **__: torch.zeros(len(prompts), 3, 64, 64))
+    assert set(made.measure(n=2)) >= {"held_out_loss", "two_toys_right", "right_number"}
+    assert made.export(tmp_path / "after")["vital_signs"] == {"of": "sd"}
 
 
 def test_flow_loss_is_the_weighted_velocity_error(parts: dict[str, str]) -> None:
@@ -268,7 +424,7 @@ def test_latents_are_encoded_once_and_read_back(parts: dict[str, str], home: Pat
     x = data.pictures(made.val_data, torch.arange(8))
     expected = made.vae.encode(x).latent_dist.mean.half().numpy()
     assert (np.asarray(made.val_latents) == expected).all() and made.val_latents.dtype == np.float16
-    stored = sorted((home / "latents").glob("*val*.npy"))
+    stored = sorted((home / "latents").glob(f"*val*{made.key}.npy"))
     assert len(stored) == 1
     before = stored[0].stat().st_mtime_ns
     latent("flow", parts)

@@ -97,6 +97,17 @@ def test_flips_move_boxes_with_the_picture() -> None:
                 assert boxes[toy, 0] <= middle[0] <= boxes[toy, 2] and boxes[toy, 1] <= middle[1] <= boxes[toy, 3]
 
 
+def test_each_answer_by_itself_is_a_sum_of_binary_cross_entropies() -> None:
+    made = build("vqa", places=0.0, answers="each")
+    batch = made.batch(Draw(0, 0))
+    loss, _ = made.loss(batch, Draw(0, 0))
+    scores, _ = made.answer(batch["pixels"], batch["regions"], batch["tokens"], batch["mask"])
+    chance = scores.double().sigmoid()
+    right = torch.arange(len(ANSWERS)) == batch["answers"][:, None]
+    expected = -torch.where(right, chance, 1 - chance).log().sum() / len(scores)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["detr", "vqa"])
 def test_a_few_steps_on_one_batch_lower_the_loss(kind: str) -> None:
     made = build(kind)

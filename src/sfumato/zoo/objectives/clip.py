@@ -9,17 +9,18 @@ toy's noun must carry the toy's attributes, and the patches of a picture must te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from sfumato.toybox import COLORS, PATTERNS, SHAPES, Scene, ToyboxDataset
+from sfumato.toybox import COLORS, PATTERNS, SHAPES, Scene, ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
 from sfumato.toybox.captions import Caption
 from sfumato.training import data
@@ -44,32 +45,76 @@ class CLIPModelOptions(Options):
     length: int = Field(32, description="text tokens")
 
 
+KINDS = ("swap", "swap_shape", "swap_pattern", "color", "shape", "pattern")
+EXCHANGES = {"swap": 0.8, "swap_pattern": 0.2}
+CHANGES = {"swap": 0.3, "color": 0.2, "shape": 0.3, "pattern": 0.2}
+
+
 class CLIPLoss(Options):
     """The ``[loss]`` section."""
 
     negatives: int = Field(2, ge=0, description="hard negative captions per picture")
     hard: float = Field(0.0, ge=0, description="weight of the contrast with one's own hard negatives alone")
+    changes: dict[str, float] = Field(
+        CHANGES, description="what a hard negative changes, each with its share: " + ", ".join(KINDS)
+    )
+    paraphrases: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a contrast between two captions of one scene, without its picture: the second must find"
+        " the first among those of all scenes and among the same with attributes exchanged between toys",
+    )
+    local: float = Field(
+        0.0,
+        ge=0,
+        description="weight of words keeping to themselves: where two captions differ in some words, the share of the"
+        " difference in the last two layers that lies at all others, padding included; the end may know everything",
+    )
+    tellings: int = Field(32, ge=1, description="scenes a step that are told twice for it")
+    text_first: int = Field(0, ge=0, description="steps at the start with the paraphrases alone")
+    mirror: float = Field(0.0, ge=0, le=1, description="share of the pictures shown with left and right exchanged")
     words: float = Field(0.0, ge=0, description="weight of reading a toy's attributes off its noun")
     places: float = Field(0.0, ge=0, description="weight of reading what lies where off the picture's patches")
 
+    @field_validator("changes")
+    @classmethod
+    def _known(cls, given: dict[str, float]) -> dict[str, float]:
+        if not given or not set(given) <= set(KINDS) or min(given.values()) < 0 or abs(sum(given.values()) - 1) > 1e-6:
+            raise ValueError(f"shares of {', '.join(KINDS)} that add to 1 are wanted")
+        return given
 
-def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that differs in one thing: the colours of two toys swapped, or a colour, shape or pattern replaced."""
+
+def hard_negative(scene: Scene, rng: np.random.Generator, changes: Mapping[str, float] = CHANGES) -> Scene:
+    """A scene that differs in one thing, drawn with the shares ``changes``: the colours, shapes or patterns of two toys
+    swapped, or a colour, shape or pattern replaced (also where there are no two toys to swap)."""
     toys = scene.toys
     i = int(rng.integers(len(toys)))
-    others = [k for k, toy in enumerate(toys) if toy.color != toys[i].color]
-    kind = rng.choice(("swap", "color", "shape", "pattern"), p=(0.3, 0.2, 0.3, 0.2))
-    if kind == "swap" and others:
+    kind = str(rng.choice(tuple(changes), p=tuple(changes.values())))
+    field = {"shape": "shape", "pattern": "pattern"}.get(kind.removeprefix("swap_"), "color")
+    old = getattr(toys[i], field)
+    others = [k for k, toy in enumerate(toys) if getattr(toy, field) != old]
+    if kind.startswith("swap") and others:
         j = int(rng.choice(others))
-        return scene.replace(i, color=toys[j].color).replace(j, color=toys[i].color)
-    words = {"shape": SHAPES, "pattern": PATTERNS}.get(kind, COLORS)
-    field = kind if kind in ("shape", "pattern") else "color"
-    choices = [word for word in words if word != getattr(toys[i], field)]
-    return scene.replace(i, **{field: str(rng.choice(choices))})
+        return scene.replace(i, **{field: getattr(toys[j], field)}).replace(j, **{field: old})
+    words = {"shape": SHAPES, "pattern": PATTERNS}.get(field, COLORS)
+    return scene.replace(i, **{field: str(rng.choice([word for word in words if word != old]))})
+
+
+def mirrored(scene: Scene) -> Scene:
+    """The scene with left and right exchanged: what its picture shows when it is flipped."""
+    toys = [replace(toy, x=-toy.x, yaw=-toy.yaw) for toy in scene.toys]
+    camera, light = (replace(each, azimuth=-each.azimuth) for each in (scene.camera, scene.light))
+    return scene.replace(toys=tuple(toys), camera=camera, light=light)
 
 
 def different_negatives(
-    text: str, scene: Scene, n: int, rng: np.random.Generator, say: Callable[[Scene], Caption], tries: int = 8
+    text: str,
+    scene: Scene,
+    n: int,
+    rng: np.random.Generator,
+    say: Callable[[Scene], Caption],
+    tries: int = 8,
+    changes: Mapping[str, float] = CHANGES,
 ) -> list[tuple[Caption, Scene]]:
     """``n`` changed scenes with captions in the words and order of ``text``; one that reads like it is drawn again.
 
@@ -79,7 +124,7 @@ def different_negatives(
     out = []
     for _ in range(n):
         for _ in range(tries):
-            changed = hard_negative(scene, rng)
+            changed = hard_negative(scene, rng, changes)
             told = say(changed)
             if told.text != text:
                 break
@@ -87,20 +132,48 @@ def different_negatives(
     return out
 
 
-def captions_with_negatives(source: ToyboxDataset, indices: Tensor, draw: Draw, n: int) -> list[tuple[Caption, Scene]]:
-    """A caption of each scene, then the ``n`` hard negatives of the first, of the second ..."""
+def captions_with_negatives(
+    source: ToyboxDataset,
+    indices: Tensor,
+    draw: Draw,
+    n: int,
+    changes: Mapping[str, float] = CHANGES,
+    flipped: Sequence[bool] = (),
+) -> list[tuple[Caption, Scene]]:
+    """A caption of each scene, then the ``n`` hard negatives of the first, of the second ...; ``flipped`` says which
+    scenes are told with left and right exchanged."""
     own, negatives = [], []
-    for i in indices.tolist():
+    for row, i in enumerate(indices.tolist()):
         seed = draw.number("caption", i)
 
         def say(scene: Scene, seed: int = seed) -> Caption:  # the same draw gives the same style and order
             return describe(scene, np.random.default_rng(seed), "random")
 
-        scene = source.scenes[i]
+        scene = mirrored(source.scenes[i]) if flipped and flipped[row] else source.scenes[i]
         own.append((say(scene), scene))
         rng = np.random.default_rng(draw.number("negative", i))
-        negatives += different_negatives(own[-1][0].text, scene, n, rng, say)
+        negatives += different_negatives(own[-1][0].text, scene, n, rng, say, changes=changes)
     return own + negatives
+
+
+def retold(n: int, draw: Draw) -> tuple[list[str], list[str], list[str]]:
+    """For ``n`` scenes of two toys unlike in shape and colour a caption, the same with the colours or the patterns of
+    the two exchanged, and a second caption of the scene, in words and order of its own."""
+    first, changed, again = [], [], []
+    for i in range(n):
+        rng = np.random.default_rng(draw.number("telling", i))
+        scene = sample_scene(rng, 2)
+        while scene.toys[0].shape == scene.toys[1].shape or scene.toys[0].color == scene.toys[1].color:
+            scene = sample_scene(rng, 2)
+        seed = int(rng.integers(2**31))
+
+        def say(one: Scene, seed: int = seed) -> Caption:
+            return describe(one, np.random.default_rng(seed), "random")
+
+        first.append(say(scene).text)
+        changed.append(different_negatives(first[-1], scene, 1, rng, say, changes=EXCHANGES)[0][0].text)
+        again.append(describe(scene, rng, "random").text)
+    return first, changed, again
 
 
 class CLIPObjective(Objective):
@@ -156,19 +229,30 @@ class CLIPObjective(Objective):
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         o: CLIPLoss = self.loss_options
+        told_twice: dict[str, Tensor] = {}
+        if o.paraphrases:
+            first, changed, again = retold(o.tellings, draw)
+            said = torch.tensor([[c in (a, b) for c in first + changed] for a, b in zip(first, again, strict=True)])
+            told_twice = {"told": self.tokens(first + changed + again), "said": said}
+            if draw.step < o.text_first:
+                return told_twice
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
-        told, scenes = zip(*captions_with_negatives(self.train_data, indices, draw, o.negatives), strict=True)
+        flip = torch.rand(len(indices), generator=draw.generator("mirror")) < o.mirror
+        pairs = captions_with_negatives(self.train_data, indices, draw, o.negatives, o.changes, flip.tolist())
+        told, scenes = zip(*pairs, strict=True)
         texts = [one.text for one in told]
         # two scenes of a batch may share a caption: not each other's negatives
         same = torch.tensor([[a == b for b in texts] for a in texts[: len(indices)]])
         batch = {"pixels": data.pictures(self.train_data, indices), "tokens": self.tokens(texts), "same": same}
+        batch["pixels"][flip] = batch["pixels"][flip].flip(-1)
         if o.words:
             spans = self.tokenizer(texts, return_offsets_mapping=True, padding="longest", return_tensors="pt")
             batch["nouns"], batch["attributes"] = labels.word_targets(told, scenes, spans.offset_mapping)
         if o.places:
             cells = self.recipe.data.size // self.model_options.patch
             batch["places"] = labels.place_labels(self.train_data, indices, cells)
-        return batch
+            batch["places"][flip] = batch["places"][flip].flip(-1)
+        return {**batch, **told_twice}
 
     def features(self, pixels: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         """Unit vectors (b, d) of pictures (b, 3, h, w) in [-1, 1] or of token ids (b, t)."""
@@ -178,25 +262,49 @@ class CLIPObjective(Objective):
             out = self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
         return F.normalize(out.float(), dim=-1)
 
-    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    def contrast(self, logits: Tensor, same: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two-way cross-entropy of ``logits`` (b, m): row i belongs to column i, the columns from b on are the hard
+        negatives of row 0, of row 1 ...; ``same`` (b, m) marks columns that are no negatives of a row."""
         o: CLIPLoss = self.loss_options
-        seen = self.clip.vision_model(pixel_values=batch["pixels"])
-        read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
-        image = F.normalize(self.clip.visual_projection(seen.pooler_output).float(), dim=-1)
-        text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
-        logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        b = len(image)
+        b = len(logits)
         own = torch.arange(b, device=logits.device)
-        twins = batch["same"].clone()
+        twins = same.clone()
         twins[own, own] = False
         logits = logits.masked_fill(twins, -1e4)
         loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :b].T, own))
         logs = {"right": (logits.detach().argmax(1) == own).float().mean()}
-        if o.hard and o.negatives:
+        if o.hard and logits.shape[1] > b:
             rivals = logits[:, b:].unflatten(1, (b, -1))[own, own]
             duel = torch.cat([logits[own, own, None], rivals], 1)
             loss = loss + o.hard * F.cross_entropy(duel, torch.zeros_like(own))
             logs["duel"] = (duel.detach().argmax(1) == 0).float().mean()
+        return loss, logs
+
+    def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        o: CLIPLoss = self.loss_options
+        loss, logs = torch.zeros((), device=self.device), {}
+        if "told" in batch:
+            n = len(batch["said"])
+            out = self.clip.text_model(input_ids=batch["told"], output_hidden_states=True)
+            text = F.normalize(self.clip.text_projection(out.pooler_output).float(), dim=-1)
+            scale = self.clip.logit_scale.exp().clamp(max=100)
+            part, told = self.contrast(scale * text[2 * n :] @ text[: 2 * n].T, batch["said"])
+            loss, logs = loss + o.paraphrases * part, {f"again_{key}": value for key, value in told.items()}
+            if o.local:
+                one, other, end = batch["told"][:n], batch["told"][n : 2 * n], self.tokenizer.eos_token_id
+                # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
+                layers = (out.last_hidden_state, out.hidden_states[-2])
+                part = sum(labels.leaked(h[:n], h[n : 2 * n], one, other, end) for h in layers) / len(layers)
+                loss = loss + o.local * part
+                logs["local"] = part.detach()
+        if "pixels" not in batch:
+            return loss, logs
+        seen = self.clip.vision_model(pixel_values=batch["pixels"])
+        read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
+        image = F.normalize(self.clip.visual_projection(seen.pooler_output).float(), dim=-1)
+        text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
+        part, told = self.contrast(self.clip.logit_scale.exp().clamp(max=100) * image @ text.T, batch["same"])
+        loss, logs = loss + part, {**told, **logs}
         if o.words:
             # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
             for hidden in (read.last_hidden_state, read.hidden_states[-2]):

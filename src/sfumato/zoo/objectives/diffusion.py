@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sfumato import registry
+from sfumato.errors import BadInput
 from sfumato.training.draw import Draw
 from sfumato.training.losses import Noise, denoising_loss, min_snr
 from sfumato.training.objective import save_half, weights_in
@@ -31,7 +35,7 @@ class UNetModel(LatentModel):
     """The ``[model]`` section."""
 
     channels: tuple[int, ...] = (48, 96, 128)
-    layers: int = Field(1, ge=1)
+    layers: int | tuple[int, ...] = Field(1, description="residual blocks of each level on the way down")
     heads: tuple[int, ...] = Field((2, 4, 4), description="attention heads of each level")
     groups: int = 16
     attention: tuple[bool, ...] = Field(
@@ -49,6 +53,11 @@ class DiffusionLoss(LatentLoss):
         ge=0,
         description="added to it over the ratio: noisy steps, where shapes are decided, count as for a velocity",
     )
+    skip_dropout: tuple[float, ...] = Field(
+        (),
+        description="per level, the finest first: share of the training samples whose skip connections into that level"
+        " are silent, so that it cannot do without what comes through the levels below; 1: they have no weights at all",
+    )
 
 
 class DiffusionObjective(LatentObjective):
@@ -57,16 +66,18 @@ class DiffusionObjective(LatentObjective):
     NAME = "diffusion"
     Model: ClassVar[type[Options]] = UNetModel
     Loss: ClassVar[type[Options]] = DiffusionLoss
+    sampling: ClassVar[dict[str, Any]] = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
     unet: UNet2DConditionModel
 
     def build(self) -> dict[str, nn.Module]:
         o: UNetModel = self.model_options
         down = ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in o.attention]
         up = ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(o.attention)]
+        channels, side = self.latent_shape()
         self.unet = UNet2DConditionModel(
-            sample_size=self.recipe.data.size // 4,
-            in_channels=4,
-            out_channels=4,
+            sample_size=side,
+            in_channels=channels,
+            out_channels=channels,
             down_block_types=tuple(down),
             up_block_types=tuple(up),
             block_out_channels=o.channels,
@@ -80,6 +91,7 @@ class DiffusionObjective(LatentObjective):
             if name.endswith(("conv2", "proj_out", "conv_out")):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.cut_skips()
         self.noise_schedule = DDPMScheduler(**SCHEDULE)
         self.build_text()
         parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[min(1, len(o.channels) - 1)])}
@@ -94,6 +106,50 @@ class DiffusionObjective(LatentObjective):
         """What the network is shown (b, c', h, w) of a batch whose noisy latents are ``noisy`` (b, c, h, w)."""
         return noisy
 
+    def cut_skips(self) -> None:
+        """Sets the weights that read skip connections to zero where these are always silent (``skip_dropout`` of 1);
+        silent in training, they stay so.
+
+        Raises:
+            BadInput: a group of a normalisation would hold such a skip connection and other features.
+        """
+        widths = [*self.unet.config.block_out_channels[::-1]]
+        shares = [*self.loss_options.skip_dropout, *[0.0] * len(widths)][: len(widths)][
+            ::-1
+        ]  # as the blocks: coarsest first
+        for block, below, share in zip(self.unet.up_blocks, [widths[0], *widths], shares, strict=False):
+            for resnet in block.resnets if share == 1 else ():
+                own = below if resnet is block.resnets[0] else resnet.out_channels  # skip channels lie behind these
+                if own % (resnet.norm1.num_channels // resnet.norm1.num_groups):
+                    raise BadInput(
+                        f"recipe key model.groups: {resnet.norm1.num_groups} groups of {resnet.norm1.num_channels}"
+                        f" channels do not part after {own}, where a silent skip connection begins."
+                    )
+                for layer in (resnet.conv1, resnet.conv_shortcut):
+                    with torch.no_grad():
+                        layer.weight[:, own:] = 0
+
+    @contextlib.contextmanager
+    def dropping(self, draw: Draw) -> Iterator[None]:
+        """Within: skip connections are dropped for some samples of a batch, in training only (``skip_dropout``)."""
+        handles = []
+        if self.unet.training:
+            ups = reversed(self.unet.up_blocks)  # the finest level first
+            for level, (block, share) in enumerate(zip(ups, self.loss_options.skip_dropout, strict=False)):
+                generator = draw.generator(f"skips{level}")
+
+                def drop(_: Any, args: Any, kwargs: dict[str, Any], share: float = share, g: Any = generator) -> Any:
+                    skips = kwargs["res_hidden_states_tuple"]
+                    kept = (torch.rand(len(skips[0]), 1, 1, 1, generator=g) >= share).to(skips[0])
+                    return args, {**kwargs, "res_hidden_states_tuple": tuple(skip * kept for skip in skips)}
+
+                handles.append(block.register_forward_pre_hook(drop, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         x0, noise = batch["x0"], batch["noise"]
         steps = self.noise_schedule.config.num_train_timesteps
@@ -105,7 +161,7 @@ class DiffusionObjective(LatentObjective):
         snr = path.snr(t)
         # pure noise has nothing to say, hence the floor
         weight = min_snr(snr, self.loss_options.min_snr) + self.loss_options.structure / snr.clamp(min=0.05)
-        with self.watching(middle) as kept:
+        with self.watching(middle) as kept, self.dropping(draw):
             found = denoising_loss(
                 lambda x, t: self.unet(self.seen(x, batch), t, context).sample,
                 path, x0, noise, t, mask=batch["weight"], weight=weight,
@@ -139,8 +195,7 @@ class DiffusionObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.unet, folder / "unet")
         save_half(self.vae, folder / "vae")
-        sampling = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
-        return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
+        return {"sampling": dict(self.sampling), "plain": PLAIN, **self.expert_card(), **self.measured_card()}
 
     def load(self, folder: Path) -> None:
         self.take(weights_in(folder, UNet2DConditionModel, subfolder="unet"))

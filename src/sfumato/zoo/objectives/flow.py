@@ -48,15 +48,22 @@ class FlowObjective(LatentObjective):
     NAME = "flow"
     Model: ClassVar[type[Options]] = FlowModel
     Loss: ClassVar[type[Options]] = FlowLoss
+    sampling: ClassVar[dict[str, Any]] = {
+        "steps": 25,
+        "guidance": 3.0,
+        "scheduler": "flow_euler",
+        "max_sequence_length": 0,
+    }
     transformer: SD3Transformer2DModel
 
     def build(self) -> dict[str, nn.Module]:
         o: FlowModel = self.model_options
+        channels, side = self.latent_shape()
         self.transformer = SD3Transformer2DModel(
-            sample_size=self.recipe.data.size // 4,
+            sample_size=side,
             patch_size=o.patch,
-            in_channels=4,
-            out_channels=4,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=o.layers,
             attention_head_dim=o.head_width,
             num_attention_heads=o.heads,
@@ -125,8 +132,7 @@ class FlowObjective(LatentObjective):
         self.pipeline().save_pretrained(folder)
         save_half(self.transformer, folder / "transformer")
         save_half(self.vae, folder / "vae")
-        sampling = {"steps": 25, "guidance": 3.0, "scheduler": "flow_euler", "max_sequence_length": 0}
-        return {"sampling": sampling, "plain": PLAIN, **self.expert_card()}
+        return {"sampling": dict(self.sampling), "plain": PLAIN, **self.expert_card(), **self.measured_card()}
 
     def load(self, folder: Path) -> None:
         self.transformer.load_state_dict(weights_in(folder, SD3Transformer2DModel, subfolder="transformer"))

@@ -49,6 +49,10 @@ class InpaintLoss(DiffusionLoss):
     toy: float = Field(0.35, ge=0, description="how often it is a toy of the picture: its silhouette or box, grown")
     stranger: float = Field(0.25, ge=0, description="how often it has the shape and place of a toy of another picture")
     all: float = Field(0.1, ge=0, description="how often it is the whole picture")
+    background: float = Field(0.0, ge=0, description="how often it is a rectangle in which no toy lies")
+    coverage: float = Field(
+        0.5, gt=0, le=1, description="share of a latent's pixels in the hole from which on the latent is drawn anew"
+    )
     told: float = Field(0.5, ge=0, le=1, description="share of captions that tell only what lies in the hole")
     grow: int = Field(4, ge=0, description="most pixels by which holes of the shape of toys are grown")
 
@@ -76,7 +80,7 @@ class InpaintObjective(DiffusionObjective):
         (b, 3, H, W), the pictures with the hole in grey."""
         batch = super().draw_latents(source, latents, indices, draw)
         hole = self.holes(source, indices, draw)
-        grid = masks.on_grid(hole, batch["x0"].shape[-2:])[:, None]
+        grid = masks.on_grid(hole, batch["x0"].shape[-2:], self.loss_options.coverage)[:, None]
         weight = batch["weight"] * (1 + (self.loss_options.hole_weight - 1) * grid)
         erased = data.pictures(source, indices) * (1 - hole[:, None])
         return {**batch, "weight": weight / weight.mean(), "hole": grid, "erased": erased}
@@ -101,14 +105,16 @@ class InpaintObjective(DiffusionObjective):
         """Random holes (b, H, W) of 0 and 1, a pure function of the draw."""
         o: InpaintLoss = self.loss_options
         rng = np.random.default_rng(draw.number("holes"))
-        shares = np.array([o.rectangle, o.toy, o.stranger, o.all])
-        kinds = rng.choice(4, size=len(indices), p=shares / shares.sum())
+        shares = np.array([o.rectangle, o.toy, o.stranger, o.all, o.background])
+        kinds = rng.choice(5, size=len(indices), p=shares / shares.sum())
         toys = source.masks[indices.numpy()]
         holes = []
         for i, kind in enumerate(kinds.tolist()):
             whose = toys[i] if kind == 1 else toys[(i + 1) % len(toys)]
             if kind in (1, 2) and (whose >= 0).any():
                 holes.append(toy_hole(whose, o.grow, rng))
+            elif kind == 4:
+                holes.append(empty_hole(toys[i] >= 0, rng))
             else:
                 holes.append(torch.ones(whose.shape) if kind == 3 else rectangle(whose.shape, rng))
         return torch.stack(holes)
@@ -149,6 +155,7 @@ class InpaintObjective(DiffusionObjective):
         """Beside the loss: how often a toy asked for in another's place is there, by the toy-judge, on ``n`` unseen
         scenes; nothing is added when there is no toy-judge."""
         quality = self.evaluate()
+        self.look_inside()
         if registry.find("toy-judge") is None:
             return quality
         cases = recolourings(self.val_data, n)
@@ -194,6 +201,15 @@ def rectangle(shape: tuple[int, int], rng: np.random.Generator) -> Tensor:
     y, x = int(rng.integers(shape[0] - h + 1)), int(rng.integers(shape[1] - w + 1))
     hole[y : y + h, x : x + w] = 1
     return hole
+
+
+def empty_hole(toys: np.ndarray, rng: np.random.Generator, tries: int = 8) -> Tensor:
+    """A hole (H, W) in which no toy of the mask (H, W; bool) lies: a rectangle, after ``tries`` without the toys."""
+    for _ in range(tries):
+        hole = rectangle(toys.shape, rng)
+        if not (hole.numpy() * toys).any():
+            break
+    return hole * torch.from_numpy(~toys)
 
 
 def toy_hole(toys: np.ndarray, grow: int, rng: np.random.Generator) -> Tensor:

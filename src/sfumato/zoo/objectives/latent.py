@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import registry, sheets
 from sfumato.errors import UnknownName
+from sfumato.models import Model
 from sfumato.ondemand import Spec, Store
 from sfumato.toybox import ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
@@ -31,6 +32,7 @@ from sfumato.training.objective import Objective
 from sfumato.training.recipe import Options
 from sfumato.windows import Window
 from sfumato.zoo.objectives import labels
+from sfumato.zoo.objectives.vital_signs import Signs, vital_signs
 
 GRID_PROMPTS = (
     "a red ball on the grass",
@@ -90,12 +92,25 @@ def zoo_folder(name: str) -> Path:
     return found
 
 
+def codec_shape(vae: str, size: int) -> tuple[int, int]:
+    """Channels and side of the latents that the autoencoder ``vae`` (zoo name or folder) makes of pictures of ``size``
+    pixels, from its configuration alone."""
+    config = AutoencoderKL.load_config(zoo_folder(vae))
+    return int(config["latent_channels"]), size // 2 ** (len(config["block_out_channels"]) - 1)
+
+
 class LatentObjective(Objective):
     """Base of :class:`DiffusionObjective` and :class:`FlowObjective`."""
 
     Model: ClassVar[type[Options]] = LatentModel
     Loss: ClassVar[type[Options]] = LatentLoss
     align_cell = 1  # side in latents of the places that the aligned features stand for
+    sampling: ClassVar[dict[str, Any]]  # the card's sampling defaults
+    signs: Signs | None = None  # the vital signs, once measured
+
+    def latent_shape(self) -> tuple[int, int]:
+        """Channels and side of the latents."""
+        return codec_shape(self.model_options.vae, self.recipe.data.size)
 
     def build_text(self) -> None:
         """Takes the text tower and the tokenizer from the CLIP model."""
@@ -185,6 +200,15 @@ class LatentObjective(Objective):
         timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
         return {"expert": {"of": self.recipe.init_from, "timesteps": timesteps}}
 
+    def look_inside(self) -> None:
+        """Measures the vital signs, which the card then tells (:meth:`measured_card`)."""
+        judge = load_judge() if registry.find("toy-judge") else None
+        self.signs = vital_signs(Model(self.pipeline(), card={"sampling": self.sampling}), judge)
+
+    def measured_card(self) -> dict[str, Any]:
+        """What the card says of the model's inside, once it has been measured."""
+        return {"vital_signs": self.signs} if self.signs else {}
+
     def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
         """What the pictures of a batch are said to show."""
         return data.captions(source, indices, draw)
@@ -209,16 +233,19 @@ class LatentObjective(Objective):
         return {"held_out_loss": total / min(n, len(self.val_data))}
 
     def measure(self, n: int = 200) -> dict[str, float]:
-        """Beside the loss: the share of pictures whose toys have the shape and colour asked for, by the toy-judge.
+        """Beside the loss: the share of pictures whose toys have the shape and colour asked for, and of those with as
+        many toys as asked for, by the toy-judge.
 
         ``n`` one-toy and ``n`` two-toy captions of unseen scenes, with the card's sampling defaults; nothing is added
-        when no toy-judge is there yet.
+        when no toy-judge is there yet. The vital signs are measured too, for the card.
         """
         quality = self.evaluate()
-        # an expert alone draws nothing, and the judge knows toys
-        if self.expert or self.recipe.data.folder or registry.find("toy-judge") is None:
+        if self.expert or self.recipe.data.folder:  # an expert alone draws nothing, and the judge knows toys
             return quality
-        judge = load_judge()
+        self.look_inside()
+        if registry.find("toy-judge") is None:
+            return quality
+        judge, counted = load_judge(), []
         for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
             scenes = [sample_scene(np.random.default_rng((3, toys, i)), toys) for i in range(n)]
             told = [describe(scene, np.random.default_rng((4, toys, i)), "random") for i, scene in enumerate(scenes)]
@@ -226,9 +253,11 @@ class LatentObjective(Objective):
             for start in range(0, n, 40):
                 part = told[start : start + 40]
                 pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
-                hits += [check(r, wanted(one)).all_bound for r, one in zip(judge.read(pixels), part, strict=True)]
+                checks = [check(r, wanted(one)) for r, one in zip(judge.read(pixels), part, strict=True)]
+                hits += [one.all_bound for one in checks]
+                counted += [one.counted for one in checks]
             quality[name] = float(np.mean(hits))
-        return quality
+        return {**quality, "right_number": float(np.mean(counted))}
 
     def pipeline(self) -> DiffusionPipeline:
         """The genuine pipeline around the modules in training."""

@@ -26,7 +26,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.recipe import Options
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.clip import captions_with_negatives, hard_negative
-from sfumato.zoo.objectives.latent import LatentObjective, zoo_folder
+from sfumato.zoo.objectives.latent import LatentObjective, codec_shape, zoo_folder
 
 LEVELS = (0.0, 0.25, 0.5, 0.75)
 """Noise levels at which quality is measured."""
@@ -64,8 +64,13 @@ class NoisyCLIPObjective(LatentObjective):
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.teacher = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
         told = self.teacher.config.to_dict()
+        channels, _ = codec_shape(o.vae, self.recipe.data.size)
         cells = self.recipe.data.size // told["vision_config"]["patch_size"]
-        told["vision_config"] |= {"num_channels": 4 + PLANES, "image_size": cells * o.patch, "patch_size": o.patch}
+        told["vision_config"] |= {
+            "num_channels": channels + PLANES,
+            "image_size": cells * o.patch,
+            "patch_size": o.patch,
+        }
         self.clip = CLIPModel(CLIPConfig(**told))
         mine = self.clip.state_dict()
         fits = {k: v for k, v in self.teacher.state_dict().items() if mine[k].shape == v.shape}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL.Image import Image
 from pydantic import Field
@@ -39,6 +40,12 @@ class VAELoss(Options):
     toy_weight: float = Field(3.0, gt=0, description="weight of toy pixels beside background pixels")
     decoder_only: bool = Field(False, description="leave the latents as they are and train only what reads them")
     crop: int = Field(0, ge=0, description="train on random crops of this side, 0 = whole pictures")
+    scale: float = Field(
+        0.0,
+        ge=0,
+        description="weight of reading latents at half size as the picture at half size (Kouzelis et al. 2025, EQ-VAE):"
+        " latents that scale as pictures do are easier to denoise",
+    )
 
 
 class VAEObjective(Objective):
@@ -92,7 +99,8 @@ class VAEObjective(Objective):
         if self.recipe.train.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
-        y = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample.float()
+        z = posterior.mean + posterior.std * batch["noise"]
+        y = self.vae.decode(z).sample.float()
         error = y - x
         l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
         edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean() + (
@@ -101,7 +109,13 @@ class VAEObjective(Objective):
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = o.l1 * l1 + o.l2 * l2 + o.edge * edge + o.kl * kl
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        return loss, {"psnr": psnr, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
+        logs = {"psnr": psnr, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
+        if o.scale:
+            small = self.vae.decode(F.avg_pool2d(z, 2)).sample.float() - F.avg_pool2d(x, 2)
+            scaled = (F.avg_pool2d(weight, 2) * (o.l1 * small.abs() + o.l2 * small.square())).mean()
+            loss = loss + o.scale * scaled
+            logs["scale"] = scaled.detach()
+        return loss, logs
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pictures (b, 3, h, w) through the autoencoder by the posterior mean, clamped to [-1, 1]."""

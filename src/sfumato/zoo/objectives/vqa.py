@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class VQALoss(Options):
     questions: int = Field(3, ge=1, description="questions per picture and step")
     kinds: list[str] = Field(list(QUESTION_KINDS), min_length=1, description="kinds drawn from; named twice: as often")
     places: float = Field(0.5, ge=0, description="weight of reading off each region which toy it shows")
+    answers: Literal["one", "each"] = Field(
+        "one",
+        description="one: a softmax over the answers; each: binary cross-entropy of every answer by itself, as LXMERT",
+    )
     displaced: float = Field(0.08, ge=0, description="largest displacement of a toy's box, in shares of its sides")
 
 
@@ -178,7 +182,11 @@ class VQAObjective(Objective):
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: VQALoss = self.loss_options
         scores, hidden = self.answer(batch["pixels"], batch["regions"], batch["tokens"], batch["mask"])
-        loss = F.cross_entropy(scores, batch["answers"])
+        if o.answers == "each":  # summed: the loss does not shrink as answers are added
+            wanted = F.one_hot(batch["answers"], scores.shape[1]).float()
+            loss = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(1).mean()
+        else:
+            loss = F.cross_entropy(scores, batch["answers"])
         logs = {"right": (scores.detach().argmax(1) == batch["answers"]).float().mean()}
         if o.places:
             read = self.modules["readout"](hidden[:: o.questions]).float()
