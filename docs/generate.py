@@ -123,13 +123,13 @@ def written(page: Path, blocks: dict[str, Callable[[Path], str]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
     parser.add_argument("--composition", action="store_true", help="also run new pairs of systems (minutes)")
-    asked = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     for page, blocks in tables().items():
         text = written(page, blocks)
         if text != page.read_text(encoding="utf-8"):
             page.write_text(text, encoding="utf-8")
             print(page.relative_to(ROOT))
-    if asked.composition:
+    if given.composition:
         from tests.contract import matrix
 
         matrix.main()

@@ -164,7 +164,7 @@ VERBS: dict[str, tuple[tuple[type, str], ...]] = {
 def serves(system: type | Any) -> dict[str, tuple[str, ...]]:
     """The verbs that a system (its class, or an object) serves, each with what may be asked of it."""
     cls = system if isinstance(system, type) else type(system)
-    found = {verb: tuple(words for asked, words in ways if _has(cls, asked)) for verb, ways in VERBS.items()}
+    found = {verb: tuple(words for way, words in ways if _has(cls, way)) for verb, ways in VERBS.items()}
     return {verb: words for verb, words in found.items() if words}
 
 

@@ -235,8 +235,8 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
     with files.output(out) as (folder, named):
         model = _load_reader(name, order) if reads else load(name, dtype=order.dtype, device=order.device)
         image = image if reads else as_taken(model, image, job.what)
-        what, asked = (job.what, None) if text else (image, prompt)
-        [maps] = explain(what, asked, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
+        what, question = (job.what, None) if text else (image, prompt)
+        [maps] = explain(what, question, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
         path = named or files.free_name(folder, f"{files.slug(job.what if text else Path(job.what).stem)}.heat")
         about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
         yield files.save_png(path, maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about})

@@ -321,7 +321,7 @@ def carry_out(
         Everything that :func:`make` raises.
     """
     pictures = order.pictures()
-    build_all(order.with_)  # misspelt systems are told before the model is loaded
+    build_all(order.with_)  # misspelt systems are refused before the model is loaded
     image = None if order.image is None else read_shown(order.image)
     with files.output(out, (".png", *clips.FORMATS)) as (folder, named):
         model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
@@ -335,12 +335,12 @@ def carry_out(
 
         for index, options in enumerate(pictures):
 
-            def heard(step: Any, index: int = index) -> None:
+            def report(step: Any, index: int = index) -> None:
                 if on_step is not None:
                     on_step(index, len(pictures), (step.i + 1) / step.total)
 
             systems = build_all(order.with_)
-            result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+            result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=report)
             yield write(result, folder, order.maps, files.numbered(named, index, len(pictures)))
 
 
@@ -393,11 +393,11 @@ def warn_if_different(expected: dict[str, Any], model: Model) -> None:
         return
     if expected.get("hash") != model.weight_hash:
         then = str(expected.get("hash"))[:10]
-        told = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
-        warnings.warn(RecipeDiffers(f"{told}: the picture will differ."), stacklevel=2)
+        difference = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
+        warnings.warn(RecipeDiffers(f"{difference}: the picture will differ."), stacklevel=2)
     versions = expected.get("versions")
     for name in ("torch", "diffusers", "transformers"):
         then = str(versions.get(name))[:20] if isinstance(versions, dict) else "unknown"
         if then != metadata.version(name):
-            told = f"{name} is {metadata.version(name)} here and was {then} then"
-            warnings.warn(RecipeDiffers(f"{told}: the picture may differ in small ways."), stacklevel=2)
+            difference = f"{name} is {metadata.version(name)} here and was {then} then"
+            warnings.warn(RecipeDiffers(f"{difference}: the picture may differ in small ways."), stacklevel=2)

@@ -100,7 +100,7 @@ def carry_out_lines(
     """Make the pictures of a prompts file one by one in folder ``out``, which keeps ``metadata.jsonl`` of them.
 
     What that file says is done is not made again; so the same call goes on after a kill. Lines that cannot be followed
-    are told at the end, when all others are done. ``ray``: pictures are made on so many ``workers``
+    are reported at the end, when all others are done. ``ray``: pictures are made on so many ``workers``
     (:mod:`sfumato.scale`); files, their order and their content are the same.
 
     Raises:
@@ -141,8 +141,8 @@ def carry_out_lines(
     count, done = tally["lines"], tally["done"]
     if wrong:
         named = " ".join(wrong[:3]) + (f" And {len(wrong) - 3} more." if len(wrong) > 3 else "")
-        kept = f" The {done} pictures of the others are in {out}." if done else ""
-        raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{kept}")
+        finished = f" The {done} pictures of the others are in {out}." if done else ""
+        raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{finished}")
 
 
 Answer = tuple[int, Line, Any]
@@ -169,7 +169,7 @@ def _make_lines(
             model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
         journal = journal or Journal(out)
 
-        def heard(step: Any, index: int = index) -> None:
+        def on_progress(step: Any, index: int = index) -> None:
             if on_step is not None:
                 on_step(index, max(total, index + 1), (step.i + 1) / step.total)
 
@@ -179,7 +179,7 @@ def _make_lines(
             if there is not None:
                 yield index, line, Made([there], there=True)
                 continue
-            result, seconds = _timed(model, options, order, image, heard)
+            result, seconds = _timed(model, options, order, image, on_progress)
             path = journal.begin(key, _stem(options), _row(options, line.about, seconds, result.cost), ending(result))
             made = Made(write(result, out, order.maps, path), False, seconds, result.cost)
         except SfumatoError as error:
@@ -256,14 +256,14 @@ class _Maker:
 
 
 def _timed(
-    model: Model, options: JobOptions, order: Order, image: Image | None, heard: Callable[[Any], None] | None
+    model: Model, options: JobOptions, order: Order, image: Image | None, on_progress: Callable[[Any], None] | None
 ) -> tuple[Result, float]:
-    """One picture, decoded within the seconds that are told."""
+    """One picture, decoded within the seconds that are measured."""
     from sfumato.sampling import generate
 
     start = time.perf_counter()
     systems = build_all(order.with_)
-    result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=heard)
+    result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=on_progress)
     result.images  # noqa: B018
     return result, time.perf_counter() - start
 

@@ -125,9 +125,9 @@ def _listed(given: Any) -> list[tuple[str, Image]]:
         found += [(p.stem, files.read_picture(p)) for p in inside]
     if not found:
         raise BadInput(f"there is no picture in {given}; PNG, JPEG, WebP, BMP, GIF and TIFF are read.")
-    seen: dict[str, int] = {}
+    count: dict[str, int] = {}
     named = []
     for name, image in found:
-        seen[name] = seen.get(name, 0) + 1
-        named.append((name if seen[name] == 1 else f"{name}-{seen[name]}", image))
+        count[name] = count.get(name, 0) + 1
+        named.append((name if count[name] == 1 else f"{name}-{count[name]}", image))
     return named

@@ -57,6 +57,11 @@ class Result:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def __repr__(self) -> str:
+        width, height = self.request.size
+        texts = ", ".join(map(repr, dict.fromkeys(self.prompts)))
+        return f"Result({len(self)} of {width}x{height} by {self.model.name}: {texts})"
+
     @property
     def prompts(self) -> list[str]:
         return self.request.prompts[: len(self)]

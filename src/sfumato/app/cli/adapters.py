@@ -28,6 +28,6 @@ def adapters(
     for each in found:
         typer.echo(f"{each['path']}: {headline(each)}")
         rows = [("hash", each["hash"]), *each["metadata"].items()]
-        rows += [(f"fits {name}", told) for name, told in each["fits"].items()]
+        rows += [(f"fits {name}", fit) for name, fit in each["fits"].items()]
         for name, value in rows:
             typer.echo(f"  {name}: {value}")

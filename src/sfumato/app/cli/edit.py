@@ -56,8 +56,8 @@ def edit(
     order = app.Order([], model, with_, dtype, device)
     with show.bar("steps") as bar:
 
-        def heard(step: Any) -> None:
+        def report(step: Any) -> None:
             bar(step.i + 1, step.total)
 
-        for path in app.edit_file(image, mask, typed, order, out, heard):
+        for path in app.edit_file(image, mask, typed, order, out, report):
             typer.echo(path)

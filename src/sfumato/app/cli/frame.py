@@ -140,15 +140,15 @@ def _os_error(error: OSError) -> str:
 
 def _teller() -> Any:
     """Tells each of our own warnings once, in one line; those of the libraries below are not the user's to act on."""
-    told = set()
+    shown = set()
 
-    def tell(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
         line = " ".join(str(message).split())
-        if category.__module__.startswith("sfumato.") and line not in told:
-            told.add(line)
+        if category.__module__.startswith("sfumato.") and line not in shown:
+            shown.add(line)
             typer.echo(f"warning: {line}", err=True)
 
-    return tell
+    return show
 
 
 app = typer.Typer(

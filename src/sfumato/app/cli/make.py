@@ -75,7 +75,7 @@ def deliver(order: Any, out: Path, grid: bool = False) -> None:
 def deliver_lines(
     prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
 ) -> None:
-    """The same for a prompts file: what is there already is not made again, bad lines are told at the end."""
+    """The same for a prompts file: what is there already is not made again, bad lines are reported at the end."""
     from sfumato import app
 
     total = sum(1 for line in prompts.open("rb") if line.strip())
@@ -93,8 +93,8 @@ def deliver_lines(
                     for path in picture.paths:
                         typer.echo(path)
     except (KeyboardInterrupt, WorkInterrupted):
-        told = f"{made + there} finished pictures are in {out}, the same command goes on from there"
-        raise WorkInterrupted(f"interrupted; {told}.") from None
+        kept = f"{made + there} finished pictures are in {out}, the same command goes on from there"
+        raise WorkInterrupted(f"interrupted; {kept}.") from None
     finally:
         if there:
             typer.echo(f"{there} pictures were there already.", err=True)

@@ -32,8 +32,8 @@ def teach(
         raise BadInput(f"output folder {str(out)!r} is not empty; name a new one.")
     with show.bar("epochs") as bar:
 
-        def told(epoch: int, epochs: int, log: dict[str, float]) -> None:
+        def report(epoch: int, epochs: int, log: dict[str, float]) -> None:
             bar(epoch, epochs, 0.0, f"{epoch}/{epochs} epochs, loss {log['loss']:.4g}")
 
-        app.teach(by, model, data, per_class=per_class, seed=seed, out=out, on_progress=told)
+        app.teach(by, model, data, per_class=per_class, seed=seed, out=out, on_progress=report)
     typer.echo(out)

@@ -23,12 +23,12 @@ def train(
 
     with show.bar("steps") as bar:
 
-        def told(progress: Any) -> None:
+        def report(progress: Any) -> None:
             loss = progress.logs.get("loss")
             note = f"{progress.step}/{progress.steps} steps" + (f", loss {loss:.4g}" if loss is not None else "")
             bar(progress.step, progress.steps, 0.0, note)
 
-        result = app.train(recipe, resume=resume, minutes=minutes, out=out, on_progress=told)
+        result = app.train(recipe, resume=resume, minutes=minutes, out=out, on_progress=report)
     for complaint in result.complaints:
         typer.echo(f"warning: {complaint}", err=True)
     if result.interrupted:
