@@ -54,15 +54,20 @@ class JobOptions(Options):
     prompt: str = Field(description="what the picture shows")  # type: ignore[assignment]
     negative: str | None = Field(default=None, description="what the picture should not show")  # type: ignore[assignment]
     n: int = Field(default=1, ge=1, le=100_000, description="how many pictures of each prompt")
-    seed: int = Field(  # type: ignore[assignment]
-        default=0, ge=0, lt=2**62, description="where the noise comes from; picture i uses seed + i"
-    )
+    seed: int = Field(default=0, description="where the noise comes from; picture i uses seed + i")  # type: ignore[assignment]
     scheduler: str | None = Field(default=None, description="the scheduler by name, such as ddim, euler or dpm++")
 
     @field_validator("prompt")
     @classmethod
     def readable(cls, prompt: Any) -> Any:
         return readable(prompt)
+
+    @field_validator("seed")
+    @classmethod
+    def _seeds(cls, seed: int) -> int:
+        if not 0 <= seed < 2**62:
+            raise ValueError("a seed must be 0 or above and below 2**62")
+        return seed
 
     def arguments(self) -> dict[str, Any]:
         """The options that were given, as arguments of the sampling loop; the rest stays the model's own choice."""

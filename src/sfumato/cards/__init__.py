@@ -154,13 +154,16 @@ def _only_lists(annotation: Any) -> bool:
 
 
 def _one_line(system: str, params: type[Params], error: ValidationError) -> BadInput | UnknownName:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     name = str(first["loc"][0]) if first["loc"] else "parameters"
     of = f" of {system}" if system else ""
     if first["type"] == "extra_forbidden":
         return UnknownName(f"parameter{of}", name, params.model_fields)
     inside = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
     field = params.model_fields.get(name)
+    if first["type"] == "missing":
+        return BadInput(f"{name}{of} must be given: {field.description if field else ''}.")
     unit = (field.json_schema_extra or {}).get("unit") if field and isinstance(field.json_schema_extra, dict) else None
     said = first["msg"].removeprefix("Value error, ")
     message = f"{name}{inside}{of} is {brief(first['input'])}: {said[:1].lower()}{said[1:]}"
