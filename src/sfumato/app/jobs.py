@@ -376,7 +376,7 @@ def write_grid(made: Sequence[Path]) -> Path:
     path = files.free_name(made[0].parent, f"{made[0].stem}-grid")
     cells: list[Any] = []
     if made[0].suffix.lower() in clips.FORMATS:
-        strips = [sheets.strip(clips.read_clip(each)[0]) for each in made]
+        strips = [sheets.strip(list(clips.read_clip(each)[0])) for each in made]
         columns = max(map(len, strips))
         for strip in strips:
             cells += [*strip, *[None] * (columns - len(strip))]
