@@ -82,6 +82,6 @@ def test_a_picture_is_repeated_with_the_same_files_only(sfumato, refused, lora, 
 
 def test_bad_adapters_are_told_before_the_model_is_loaded(refused, lora, tmp_path):
     refused("make", "a cube", "--model", "nowhere", "--with", "lora:file=missing", says=["no adapter file 'missing'"])
-    refused("make", "a cube", "--model", "nowhere", "--with", "lora", says=["file of lora", "field required"])
+    refused("make", "a cube", "--model", "nowhere", "--with", "lora", says=["file of lora", "must be given"])
     peft = write_peft(tmp_path / "sd3.safetensors", factors(tiny_model("sd3"), text=False))
     refused("make", "a cube", "--with", f"lora:file={peft}", says=["fits 0 of", "toy-sd"])
