@@ -25,8 +25,7 @@ class Sana(Family):
     name = "sana"
     pipeline_classes = ("SanaPipeline",)
     denoiser_name = "transformer"
-    #: not yet a noise path for editors: their effect on its linear attention has not been shown
-    capabilities = TEXT_TO_IMAGE - {"noise_path"}
+    capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 20, "guidance": 4.5}
     max_sequence_length = 300
     half = torch.bfloat16
