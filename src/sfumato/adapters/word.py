@@ -26,7 +26,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, NotSupported
 from sfumato.models import Model
 from sfumato.models.slot import TextTower, text_towers
-from sfumato.sampling import Run
+from sfumato.sampling import Run, Step
 from sfumato.text.placeholders import placeholders
 
 __all__ = ["Word", "save_word"]
@@ -148,6 +148,9 @@ class Word(Adapter):
             f"{' and '.join(self.words)} of {self.path} is in no text of this run, such as {run.prompts[0]!r}.{hint} "
             "Write it into the prompt, or give the word another name."
         )
+
+    def after_predict(self, step: Step) -> None:
+        self._tell(None)  # it acts where texts are encoded, which is no step, also when a system encodes during one
 
     def _covered(self, names: list[str]) -> dict[str, list[str]]:
         return {"tokens": names}
