@@ -122,7 +122,10 @@ class _Processor:
             out |= dict(self.net.tokenizer(text, return_tensors="pt", padding="max_length", truncation=True))
         if images is not None:
             pixels = torch.stack([torch.as_tensor(np.asarray(each)) for each in images]).float() / 255
-            out["pixel_values"] = (pixels - self.net.mean) / self.net.std
+            mean, std = (
+                torch.tensor(part)[:, None, None] for part in (self.net.preprocessing.mean, self.net.preprocessing.std)
+            )
+            out["pixel_values"] = (pixels - mean) / std
         return out
 
 
