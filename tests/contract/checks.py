@@ -190,7 +190,7 @@ def check_wide_pictures(make: Make, model: Model) -> None:
     size = (48, 32)
     result = run(model, make(), size=size, decode=True)
     assert result.latents.shape[1:] == model.latent_shape(size[1], size[0])
-    _same_acts(result, alone(make, model))
+    _same_acts(result, alone(make, model), fewer=True)  # some leave out sites above a number of pixels
     _changes(make, result.latents, alone(None, model, size=size).latents)
     drawn(result)
 
@@ -215,10 +215,11 @@ def check_without_guidance(make: Make, model: Model) -> None:
     _changes(make, result.latents, alone(None, model, guidance=1.0).latents)
 
 
-def _same_acts(result: Result, other: Alone) -> None:
+def _same_acts(result: Result, other: Alone, fewer: bool = False) -> None:
     (here,), (there,) = result.coverage.values(), other.coverage.values()
     assert here["steps"] == there["steps"], "acts at other steps"
-    assert set(here["sites"]) == set(there["sites"]), "acts at other sites"
+    found, expected = set(here["sites"]), set(there["sites"])
+    assert found == expected or (fewer and found and found < expected), "acts at other sites"
 
 
 def _changes(make: Make, latents: Tensor, bare: Tensor) -> None:
