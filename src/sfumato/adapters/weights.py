@@ -67,8 +67,8 @@ class Weights(Adapter):
             stack.enter_context(exchanged(model.modules, weights))
 
     def weights(self, model: Model, scale: float | None = None) -> dict[str, weight_sets.Weights]:
-        """Raises NoMatch where parameters of the file are missing in the model (all of them, with ``partial``) or equal
-        the model's own, BadWeights for shapes that do not fit and numbers that are not finite."""
+        """Raises NoMatch where parameters of the file are missing in the model (all of them, with ``partial``) or, at a
+        scale other than 0, equal the model's own; BadWeights for shapes that do not fit and numbers not finite."""
         from safetensors.torch import load_file
 
         scale = self.scale if scale is None else float(scale)
@@ -97,7 +97,7 @@ class Weights(Adapter):
             with torch.no_grad():
                 value = value if scale == 1 else torch.lerp(base, value, scale)
             out.setdefault(component, {})[path] = like_own(base, value)
-        if not changed:
+        if scale and not changed:
             raise NoMatch(f"{self.path} changes nothing: {model.name} has these very weights.")
         return dict(out)
 
