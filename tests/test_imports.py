@@ -64,15 +64,8 @@ def _named(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def _imports(path: Path) -> set[str]:
-    """What a file imports at its top or inside its functions; imports for annotations only are left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    return _named(path, (node for node in ast.walk(tree) if id(node) not in typing_only))
+    """What a file imports: at its top, inside its functions, or for annotations only."""
+    return _named(path, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 import sfumato
+from sfumato.attention import OtherMap, Tap
 from sfumato.attention.call import FEW_KEYS, Call
 from sfumato.attention.seam import AttentionSeam
 from sfumato.attention.sites import Where, find_sites
-from sfumato.attention.tap import OtherMap, Tap
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.site import Site
 

@@ -1,9 +1,10 @@
 """One way into attention: the seam, its sites and running sums of maps."""
 
 from sfumato.attention.call import Call
+from sfumato.attention.other_map import OtherMap
 from sfumato.attention.seam import AttentionSeam, Forward, StopForward
 from sfumato.attention.sites import Site, Where, find_sites
-from sfumato.attention.tap import OtherMap, Tap
+from sfumato.attention.tap import Tap
 
 __all__ = [
     "AttentionSeam",

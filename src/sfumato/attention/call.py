@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.attention.tap import OtherMap
+from sfumato.attention.other_map import OtherMap
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.site import Site
 

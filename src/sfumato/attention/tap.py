@@ -1,4 +1,4 @@
-"""What is wanted from attention: a :class:`Tap` per party, and the map that may stand in for a call's own."""
+"""What is wanted from attention: a :class:`Tap` per party."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from sfumato.errors import BadInput
 from sfumato.models.site import Site
 
 if TYPE_CHECKING:
     from sfumato.attention.call import Call
 
-__all__ = ["STAGES", "OtherMap", "Tap"]
+__all__ = ["STAGES", "Tap"]
 
 Callback = Callable[["Call"], Any]
 
@@ -29,9 +27,9 @@ class Tap:
     ``where`` selects sites (a predicate on :class:`~sfumato.models.site.Site`; None for all). Every callback takes a
     :class:`Call`. ``observe`` returns nothing and sees the map after all edits (``raw=True``: before). Editors return
     the new tensor, in the shape of ``call.v`` / ``call.scores()`` / ``call.probs()``, or for ``edit_map`` an
-    :class:`OtherMap`; or None to leave the call alone. Several taps on one site compose: first all ``edit_values`` in
-    the order of the taps, then all ``edit_scores``, then all ``edit_probs``, at last ``edit_map``; each sees what those
-    before it made. ``stop_after=True`` says that this tap needs nothing of the
+    :class:`~sfumato.attention.other_map.OtherMap`; or None to leave the call alone. Several taps on one site compose:
+    first all ``edit_values`` in the order of the taps, then all ``edit_scores``, then all ``edit_probs``, at last
+    ``edit_map``; each sees what those before it made. ``stop_after=True`` says that this tap needs nothing of the
     forward pass beyond its sites; the pass ends early once that is true of all taps.
     """
 
@@ -57,16 +55,3 @@ class Tap:
     def edits(self) -> bool:
         """Whether this tap may change attention."""
         return any(getattr(self, stage) is not None for stage in STAGES)
-
-
-@dataclass(eq=False)
-class OtherMap:
-    """A map in place of a call's own, in some ``rows`` of its batch, without materialising it.
-
-    ``attend(own)`` gives the output (b k n d) of those rows, ``probs(own, queries)`` their map (b k n t) for some
-    queries, asked only by those who look; ``own`` is the call of those rows as edited so far.
-    """
-
-    rows: slice
-    attend: Callable[[Call], Tensor]
-    probs: Callable[[Call, slice], Tensor]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from sfumato.bench.folder import Folder
+from sfumato.bench.judge_options import JudgeOptions
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.bench.survey import EXAMPLES, Instruments, Tally
 from sfumato.errors import BadInput, NoMatch
@@ -16,9 +15,6 @@ from sfumato.metrics.frechet import frechet
 from sfumato.metrics.kernel import kernel_distance
 from sfumato.metrics.manifold import manifold
 from sfumato.metrics.sad_pad import Divergences
-
-if TYPE_CHECKING:
-    from sfumato.bench.judge import JudgeOptions
 
 RATES = {
     "present": "of the toys asked for, the shape is there",

@@ -7,57 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator
-
-from sfumato import cards, files
+from sfumato import files
 from sfumato.bench.findings import report_of
 from sfumato.bench.folder import Folder
+from sfumato.bench.judge_options import JudgeOptions
 from sfumato.bench.report import Report
-from sfumato.bench.survey import CAP, Instruments, look, survey
-from sfumato.cards import Field
-from sfumato.errors import BadInput, SfumatoError, UnknownName
+from sfumato.bench.survey import Instruments, look, survey
+from sfumato.errors import BadInput, SfumatoError
 from sfumato.judge.sad_pad import SadPad, find_attributes
 from sfumato.models.features import feature_net
-from sfumato.models.readers import PLAIN, load_clip
+from sfumato.models.readers import load_clip
 from sfumato.scale import Workers, check
 from sfumato.toybox.oracle.presence import Wanted
 from sfumato.toybox.oracle.toy_judge import load_judge
-
-METRICS = ("presence", "clip_score", "frechet", "kernel", "manifold", "attributes")
-
-
-class JudgeOptions(cards.Params):
-    """What can be said about judging folders, besides the folders."""
-
-    SYSTEM = "judge"
-
-    metrics: list[str] = Field(default=[], description=f"which of {', '.join(METRICS)}; empty: all that apply")
-    attributes: list[str] = Field(default=[], description="attributes to compare; 'captions': the captions' own")
-    oracle: bool = Field(default=False, description="let the toy-judge say which attributes a picture shows, not CLIP")
-    net: str = Field(default=PLAIN, description="net of the distances: a CLIP by name or folder, or inception")
-    clip: str = Field(default=PLAIN, description="CLIP of scores and attributes, by name or folder")
-    reader: str = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
-    captions: bool = Field(default=True, description="whether captions are read")
-    cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for what needs pairs of them")
-    k: int = Field(default=3, ge=1, le=100, description="neighbours of precision and recall")
-    k_density: int = Field(default=5, ge=1, le=100, description="neighbours of density and coverage")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of the samples and permutations")
-    batch: int = Field(default=32, ge=1, le=4096, description="pictures looked at together")
-    dtype: str = Field(default="float32", description="of the feature nets: float32, bfloat16 or float16")
-    device: str = Field(default="cpu", description="of the feature nets")
-    template: str = Field(default="a photo of {}", description="sentence an attribute is put into")
-    pairs: bool = Field(default=True, description="whether pairs of attributes are compared")
-    draws: int = Field(default=100, ge=0, le=10_000, description="permutations behind attribute densities")
-    ray: bool = Field(default=False, description="look at pictures on Ray workers")
-    workers: int | None = Field(default=None, ge=1, description="how many; none: as many as the cluster has CPUs")
-
-    @field_validator("metrics")
-    @classmethod
-    def _known(cls, metrics: list[str]) -> list[str]:
-        for name in metrics:
-            if name not in METRICS:
-                raise UnknownName("metric", name, METRICS)
-        return metrics
 
 
 def judge_folder(

@@ -13,7 +13,6 @@ from torch import Tensor
 from sfumato.errors import BadInput, Conflict
 from sfumato.models import Condition, Model, Site
 from sfumato.sampling.guidance import Guidance, combine
-from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.noise import Path
 from sfumato.sampling.process import Process
 from sfumato.text.weights import WeightedPrompt, read_weights
@@ -59,7 +58,8 @@ class Prediction:
 class Run:
     """One batch on its way to pictures; interventions read it.
 
-    ``samples``: indices of the batch's rows in the whole request. ``prompts``, ``negatives`` (plain, without weights),
+    ``parts``: the interventions, in the order in which they act. ``samples``: indices of the batch's rows in the whole
+    request. ``prompts``, ``negatives`` (plain, without weights),
     ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents or
     tokens. ``process``: how the model draws. The walk begins at index ``begin`` of ``timesteps`` and goes forward, or
     backward in time with ``direction`` -1. ``request``: all that was asked for, of which this is a batch. ``condition``
@@ -68,7 +68,7 @@ class Run:
     """
 
     model: Model
-    parts: tuple[Intervention, ...]
+    parts: tuple[Any, ...]
     samples: range
     prompts: list[str]
     negatives: list[str] | None
@@ -86,7 +86,7 @@ class Run:
     request: Request | None = None
     stepper: Callable[[Step], Tensor] | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
-    _taps: list[tuple[Intervention, list[Tap]]] = field(default_factory=list)
+    _taps: list[tuple[Any, list[Tap]]] = field(default_factory=list)
     _seams: dict[tuple[Tap, ...], AttentionSeam] = field(default_factory=dict)
     _sites: tuple[int | None, list[Site]] | None = None
     _frozen: bool = False
@@ -183,8 +183,9 @@ class Run:
 
     def connect_taps(self) -> None:
         """Ask every intervention what it wants from attention. The step's own prediction never stops early."""
-        for part in overridden(self.parts, "taps"):
-            self._taps.append((part, [replace(tap, stop_after=False) for tap in part.taps()]))
+        for part in self.parts:
+            if taps := part.taps():
+                self._taps.append((part, [replace(tap, stop_after=False) for tap in taps]))
 
     def __enter__(self) -> Run:
         self._stack.__enter__()
@@ -271,7 +272,7 @@ class Step:
         self.options: dict[str, Any] = {}
         self._output: Tensor | None = None
         self.next = i + run.direction
-        self.actor: Intervention | None = None  # whose method is running
+        self.actor: Any = None  # whose method is running
         self._predicted_at: Tensor = x
 
     @property
@@ -384,11 +385,11 @@ class Step:
             raise BadInput(f"step.goto({i}) is outside the schedule of {self.total} steps.")
         self.next = i
 
-    def active(self, parts: Sequence[Intervention]) -> list[Intervention]:
+    def active(self, parts: Sequence[Any]) -> list[Any]:
         """Those of ``parts`` whose window covers this step."""
         return [part for part in parts if self.covered_by(part)]
 
-    def covered_by(self, part: Intervention) -> bool:
+    def covered_by(self, part: Any) -> bool:
         """Whether this step lies in the part's window of progress."""
         return part.window[0] <= self.progress < part.window[1]
 

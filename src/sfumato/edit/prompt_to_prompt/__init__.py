@@ -24,8 +24,9 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.attention.call import Call
+from sfumato.attention.other_map import OtherMap
 from sfumato.attention.sites import Site
-from sfumato.attention.tap import OtherMap, Tap
+from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.edit.original import FollowsSource
 from sfumato.edit.prompt_to_prompt.blend import LocalBlend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from sfumato.sampling import Intervention, Run
 from sfumato.steer.shape_guided.pieces import plain
 from sfumato.steer.shape_guided.sides import Sides
 from sfumato.text.weights import WeightedPrompt, encode_weighted
-
-if TYPE_CHECKING:
-    from sfumato.steer.shape_guided import ShapeGuided
 
 DECAYS = {
     "constant": lambda progress: 1.0,
@@ -36,8 +33,9 @@ def takes_part(site: Site) -> bool:
 class InsideOutside(Intervention):
     """The constraint itself: a composite text and inside-outside attention, for given regions and texts.
 
-    ``regions`` (r H W); ``texts`` and, where something is edited, ``before``: one list of r + 1 texts per sample, the
-    outside last. ``hard``: the given decay is left out, as on the original's way back.
+    ``params``: those of ``ShapeGuided``. ``regions`` (r H W); ``texts`` and, where something is edited, ``before``: one
+    list of r + 1 texts per sample, the outside last. ``hard``: the given decay is left out, as on the original's way
+    back.
     """
 
     role = "editor"
@@ -46,7 +44,7 @@ class InsideOutside(Intervention):
 
     def __init__(
         self,
-        params: ShapeGuided.Params,
+        params: Any,
         regions: Tensor,
         texts: Sequence[Sequence[str]],
         before: Sequence[Sequence[str]] | None = None,
