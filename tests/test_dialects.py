@@ -38,7 +38,7 @@ KEYS = {"prompt", "negative", "steps", "guidance", "seed", "size", "scheduler", 
         # quoted values hold commas, quotes and line breaks
         (
             f'a cube\n{SETTINGS}, Wildcard prompt: "a __colour__,\n\\"cube\\"", Clip skip: 2',
-            {"prompt": "a cube", **READ, "dropped": ["Wildcard prompt", "Clip skip"]},
+            {"prompt": "a cube", **READ, "clip_skip": 1, "dropped": ["Wildcard prompt"]},
         ),
         # a last line of the prompt that looks like settings
         (f"walk\nSteps: 3, then turn\n{SETTINGS}", {"prompt": "walk\nSteps: 3, then turn", **READ}),

@@ -26,6 +26,9 @@ SAMPLERS = (
     ("dpm++", "DPM++ 2M", "", "dpmpp_2m", ""),
     ("dpm++_karras", "DPM++ 2M", "Karras", "dpmpp_2m", "karras"),
     ("dpm++_sde", "DPM++ 2M SDE", "", "dpmpp_2m_sde", ""),
+    ("dpm++_sde_karras", "DPM++ 2M SDE", "Karras", "dpmpp_2m_sde", "karras"),
+    ("dpm_sde", "DPM++ SDE", "", "dpmpp_sde", ""),
+    ("dpm_sde_karras", "DPM++ SDE", "Karras", "dpmpp_sde", "karras"),
     ("dpm++_single", "DPM++ 2S", "", "dpmpp_2s", ""),
     ("deis", "DEIS", "", "deis", ""),
     ("unipc", "UniPC", "", "uni_pc", ""),
@@ -37,14 +40,15 @@ _SCHEDULES = ("karras", "exponential", "polyexponential", "sgm uniform", "beta",
 
 _FIELD = re.compile(r'\s*([A-Za-z][\w \-/+.]{0,60}):[ \t]*("(?:\\.|[^\\"])*"|[^,\n]*)(?:,|(?=\n)|$)')
 _START = re.compile(r"^Steps:[ \t]*\d+[ \t]*(?:,|$)", re.MULTILINE)
-_READ = {"steps", "cfg scale", "seed", "size", "sampler", "schedule type", "model"}
+_READ = {"steps", "cfg scale", "seed", "size", "sampler", "schedule type", "model", "clip skip"}
 _NO_MATTER = {"model hash", "version", "vae hash", "vae", "lora hashes", "ti hashes", "hashes"}  # say what, not how
 
 
 def a1111_text(recipe: dict[str, Any]) -> str:
     """The ``parameters`` text of a recipe.
 
-    Keys written: prompt, negative, steps, scheduler, guidance, seed, size (w, h), model, hash, sfumato (our version).
+    Keys written: prompt, negative, steps, scheduler, guidance, seed, clip_skip, size (w, h), model, hash, sfumato (our
+    version).
     """
     size = recipe.get("size")
     scheduler = recipe.get("scheduler")
@@ -55,6 +59,7 @@ def a1111_text(recipe: dict[str, Any]) -> str:
         "Schedule type": schedule,
         "CFG scale": recipe.get("guidance"),
         "Seed": recipe.get("seed"),
+        "Clip skip": recipe["clip_skip"] + 1 if recipe.get("clip_skip") else None,
         "Size": f"{size[0]}x{size[1]}" if size else None,
         "Model hash": str(recipe.get("hash") or "")[:10],
         "Model": recipe.get("model"),
@@ -105,6 +110,8 @@ def parse_a1111(text: str) -> dict[str, Any]:
             recipe[key] = read(known[name][:40])
     if found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", known.get("size", "")):
         recipe["size"] = [int(found[1]), int(found[2])]
+    if re.fullmatch(r"\d{1,2}", known.get("clip skip", "")) and int(known["clip skip"]) > 1:
+        recipe["clip_skip"] = int(known["clip skip"]) - 1  # theirs counts the last layer as 1
     if known.get("model"):
         recipe["named_model"] = known["model"][:200]
     dropped = [name for name in facts if name.lower() not in _READ | _NO_MATTER] + dropped
@@ -208,6 +215,8 @@ def parse_comfy(text: str) -> dict[str, Any] | None:
             recipe.setdefault("size", size)
         if isinstance(node["inputs"].get("ckpt_name") or node["inputs"].get("unet_name"), str):
             recipe.setdefault("named_model", str(node["inputs"].get("ckpt_name") or node["inputs"]["unet_name"])[:200])
+        if isinstance(last := node["inputs"].get("stop_at_clip_layer"), int) and -24 <= last < -1:
+            recipe.setdefault("clip_skip", -last - 1)
         if isinstance(node["inputs"].get("lora_name"), str):
             dropped.append(f"LoRA {node['inputs']['lora_name'][:80]!r}")
         if "ControlNet" in str(node.get("class_type")):

@@ -41,7 +41,8 @@ def test_lines_behind_the_settings_and_what_is_dropped(tmp_path):
     )
     job, note = order(png(tmp_path / "a.png", parameters=text))
     assert (job.prompt, job.negative, job.scheduler, job.size) == ("a red cube", "blue", "dpm++_karras", (64, 64))
-    assert "left out: Clip skip, Template" in note and "made with 'foo'" in note
+    assert job.clip_skip == 1  # they count the last layer as 1
+    assert "left out: Template" in note and "made with 'foo'" in note
 
 
 def test_a_comfy_graph(tmp_path):

@@ -285,6 +285,9 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
     if not exact and "negative" in known and guidance is not None and guidance <= 1:
         del known["negative"]
         dropped.append(f"the negative prompt, which has no effect at CFG {guidance:g}")
+    model = order.model or recipe.get("model")
+    if not exact and "clip_skip" in known and _reads_last_but_one(model or DEFAULT_MODEL):
+        dropped.append(f"Clip skip {known.pop('clip_skip') + 1}, which is what SDXL does by itself")
     try:
         job = JobOptions(**{**known, **typed})
         with_ = order.with_ or recipe.get("with") or []
@@ -293,7 +296,6 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         build_all(with_)
     except SfumatoError as error:
         raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
-    model = order.model or recipe.get("model")
     if exact and not order.model and model not in registry.names():
         raise BadInput(
             f"{picture} was made with the model {str(model)[:200]!r}, which is not built in; "
@@ -306,6 +308,14 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         warnings.warn(RecipeDiffers(f"{picture}: {message}."), stacklevel=2)
     dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
     return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=recipe if exact else {})
+
+
+def _reads_last_but_one(model: str) -> bool:
+    """Whether other programs read the last but one layer of this model's CLIPs whatever Clip skip says."""
+    from sfumato.models import family_at
+
+    family = family_at(model)
+    return family is not None and family.name in ("sdxl", "sd3")
 
 
 class RecipeDiffers(UserWarning):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfumato.models.condition import Condition, TruncatedPrompt
+from sfumato.models.condition import Condition, Encoding, TruncatedPrompt
 from sfumato.models.families import Family, TextStream
 from sfumato.models.load import family_at, load
 from sfumato.models.model import Model
@@ -16,6 +16,7 @@ __all__ = [
     "Model",
     "Site",
     "TextStream",
+    "Encoding",
     "TruncatedPrompt",
     "family_at",
     "load",

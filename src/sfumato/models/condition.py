@@ -22,6 +22,19 @@ class TruncatedPrompt(UserWarning):
     """Part of a prompt does not fit into the text encoder and is not seen by it; the message quotes that part."""
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How the texts of one run are encoded, beyond what they say.
+
+    ``clip_skip``: how many of the last layers of its CLIPs are left out, as in diffusers. ``micro``: SDXL's six numbers
+    (height and width of the original, top and left of the crop, height and width of the target; Podell et al. 2023,
+    section 2.2) of the conditional and of the unconditional branch.
+    """
+
+    clip_skip: int | None = None
+    micro: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
 @dataclass
 class Condition:
     """The condition of ``b`` samples. Rows of the two guidance branches are kept apart so that either can be edited.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput
-from sfumato.models.condition import COND, UNCOND, Condition, TruncatedPrompt
+from sfumato.models.condition import COND, UNCOND, Condition, Encoding, TruncatedPrompt
 from sfumato.models.families import Family, TextStream, family_of
 from sfumato.models.quiet import quiet
 from sfumato.models.schedulers import is_flow, make_scheduler, scheduler_names
@@ -219,6 +219,15 @@ class Model:
             guidance=embedded_guidance if self.embeds_guidance else None,
         )
 
+    @contextmanager
+    def encoding(self, encoding: Encoding) -> Iterator[None]:
+        """Within: all texts are encoded so."""
+        before, self.family.encoding = self.family.encoding, encoding
+        try:
+            yield
+        finally:
+            self.family.encoding = before
+
     def _warn_truncation(self, text: str) -> None:
         for stream in self.tokenizers:
             with quiet():
@@ -307,12 +316,32 @@ class Model:
         scheduler = self.pipe.scheduler if scheduler is None else scheduler
         return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
 
-    def timesteps(self, scheduler: Any, steps: int, height: int | None = None, width: int | None = None) -> Tensor:
-        """Set the scheduler up as the pipeline does, shifts by picture size included; returns its timesteps."""
+    def timesteps(
+        self,
+        scheduler: Any,
+        steps: int,
+        height: int | None = None,
+        width: int | None = None,
+        **given: Sequence[float],
+    ) -> Tensor:
+        """Set the scheduler up as the pipeline does, shifts by picture size included; returns its timesteps.
+
+        ``given``: ``timesteps`` or ``sigmas`` of one's own instead of ``steps``. Raises `BadInput` where the scheduler
+        cannot take them.
+        """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise BadInput(f"steps={steps!r} is not allowed: give a whole number from 1.")
         h, w = self.grid(*self._size(height, width))
-        self.family.set_timesteps(scheduler, steps, h, w, self.device)
+        own = {name: [int(x) if float(x).is_integer() else x for x in values] for name, values in given.items()}
+        if "timesteps" in own and is_flow(scheduler):
+            raise BadInput(
+                f"timesteps do not say how far {self.name}, a flow model, has come; give sigmas, from 1 down."
+            )
+        self.family.set_timesteps(scheduler, steps, h, w, self.device, **own)
+        if "timesteps" in own and not set(own["timesteps"]) <= set(scheduler.timesteps.tolist()):
+            raise BadInput(
+                f"timesteps={own['timesteps']} cannot be kept by {type(scheduler).__name__}; give whole numbers."
+            )
         return scheduler.timesteps
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:

@@ -226,6 +226,7 @@ def opened(
         run.enter(torch.set_grad_enabled(grad))
         run.enter(torch.random.fork_rng([model.device] if model.device.type == "cuda" else []))
         run.enter(_evaluation_mode(model.modules.values()))
+        run.enter(model.encoding(request.encoding))
         for part in overridden(parts, "start"):
             part.start(run)
         _encode(run, request)

@@ -10,6 +10,7 @@ rather than what each of them is; ``"flag": False`` for what makes sense only be
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from typing import Annotated, Any
@@ -24,6 +25,9 @@ __all__ = ["MAX_SIDE", "Options", "recorded"]
 
 MAX_SIDE = 8192  # pixels; beyond it the latents alone outgrow any denoiser
 WHOLE_RUN = (0.0, 1.0)
+PIXELS = {"unit": "pixel"}
+SIZES = ("size", "original_size", "target_size", "negative_original_size", "negative_target_size")
+CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")
 
 
 def _index(value: Any) -> Any:
@@ -48,6 +52,12 @@ class Options(Params):
         default=1, ge=1, description="how many samples of each prompt", json_schema_extra={"recipe": False}
     )
     steps: Whole | None = Field(default=None, ge=1, le=1000, description="how many steps from noise to picture")
+    timesteps: list[float] | None = Field(
+        default=None, description="the schedule itself, from noise down, instead of steps; where the scheduler takes it"
+    )
+    sigmas: list[float] | None = Field(
+        default=None, description="noise levels from noise down instead of steps; euler's end with 0, a flow's do not"
+    )
     guidance: float | None = Field(
         default=None,
         ge=0,
@@ -71,6 +81,29 @@ class Options(Params):
     )
     size: tuple[Whole, Whole] | None = Field(
         default=None, description="width and height of the picture", json_schema_extra={"unit": "pixel"}
+    )
+    clip_skip: Whole | None = Field(
+        default=None,
+        ge=0,
+        description="how many of the text encoder's last layers to leave out (A1111's Clip skip - 1)",
+    )
+    original_size: tuple[Whole, Whole] | None = Field(
+        default=None, description="SDXL: width and height before resizing, as it is told", json_schema_extra=PIXELS
+    )
+    crops_coords_top_left: tuple[Whole, Whole] | None = Field(
+        default=None, description="SDXL: top and left of the crop, as it is told", json_schema_extra=PIXELS
+    )
+    target_size: tuple[Whole, Whole] | None = Field(
+        default=None, description="SDXL: width and height to be made, as it is told", json_schema_extra=PIXELS
+    )
+    negative_original_size: tuple[Whole, Whole] | None = Field(
+        default=None, description="SDXL: original_size of the unconditional branch", json_schema_extra=PIXELS
+    )
+    negative_crops_coords_top_left: tuple[Whole, Whole] | None = Field(
+        default=None, description="SDXL: crops_coords_top_left of the unconditional branch", json_schema_extra=PIXELS
+    )
+    negative_target_size: tuple[Whole, Whole] | None = Field(
+        default=None, description="SDXL: target_size of the unconditional branch", json_schema_extra=PIXELS
     )
     frames: Whole | None = Field(default=None, ge=1, le=4096, description="how many frames a clip has; models of clips")
     fps: float | None = Field(
@@ -126,14 +159,32 @@ class Options(Params):
                 raise ValueError("a seed must be 0 or above and below 2**63")
         return seed
 
-    @field_validator("size", mode="before")
+    @field_validator(*SIZES, mode="before")
     @classmethod
     def _pair(cls, size: Any) -> Any:
         if size is not None and not (isinstance(size, list | tuple) and len(size) == 2):
             raise ValueError("it must be (width, height), such as (512, 768)")
         return size
 
-    @field_validator("size")
+    @field_validator(*CROPS)
+    @classmethod
+    def _corner(cls, corner: tuple[int, int] | None) -> tuple[int, int] | None:
+        if corner is not None and not all(0 <= side <= MAX_SIDE for side in corner):
+            raise ValueError(f"top and left must lie between 0 and {MAX_SIDE}")
+        return corner
+
+    @field_validator("timesteps", "sigmas")
+    @classmethod
+    def _downwards(cls, levels: list[float] | None) -> list[float] | None:
+        if levels is None:
+            return None
+        if not 1 <= len(levels) <= 1001 or not all(level >= 0 and math.isfinite(level) for level in levels):
+            raise ValueError("give 1 to 1001 numbers, 0 or above")
+        if any(later >= level for level, later in itertools.pairwise(levels)):
+            raise ValueError("each must be smaller than the one before")
+        return levels
+
+    @field_validator(*SIZES)
     @classmethod
     def _sides(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
         if size is not None and not all(1 <= side <= MAX_SIDE for side in size):

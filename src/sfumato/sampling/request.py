@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from sfumato import files
 from sfumato.cards.text import brief
 from sfumato.errors import BadInput
+from sfumato.models import Encoding
+from sfumato.sampling.encoding import encoding_of
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_SIDE, Options
 from sfumato.sampling.process import Source, process_of
@@ -24,11 +27,15 @@ from sfumato.sampling.process import Source, process_of
 DEFAULT_STRENGTH = 0.8  # of image-to-image, as in diffusers
 
 
+class GuidanceCosts(UserWarning):
+    """Guidance asked of a model that is distilled to do without; the message says what it costs."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to generate. ``options``: as given, with what was left open filled in by the model's own choice; one entry
-    of ``prompts``, ``negatives`` and ``seeds`` per sample. ``embedded``: the guidance scale that is an input of a
-    guidance-distilled denoiser."""
+    of ``prompts``, ``negatives`` and ``seeds`` per sample. ``encoding``: how the texts are encoded. ``embedded``: the
+    guidance scale that is an input of a guidance-distilled denoiser."""
 
     options: Options
     prompts: list[str]
@@ -37,6 +44,7 @@ class Request:
     guidance: Guidance
     embedded: float | None
     source: Source
+    encoding: Encoding
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -82,6 +90,13 @@ def checked(
     if any(negatives or ()) and not mixed.on and not options.compose:
         name = "true_guidance" if model.embeds_guidance else "guidance"
         raise BadInput(f"negative has no effect without classifier-free guidance; give {name} above 1.")
+    if mixed.on and not model.embeds_guidance and model.defaults["guidance"] <= 1:
+        warnings.warn(
+            f"{model.name} is distilled to draw without guidance; guidance {mixed.scale:g} takes a second pass through "
+            "it in every step, twice the time, and it was not made for that: 1 is its own.",
+            GuidanceCosts,
+            stacklevel=3,
+        )
     if options.fps is not None and not model.clips:
         raise BadInput(f"fps={options.fps:g}, but {model.name} makes pictures, not clips.")
     steps = process.steps(model, options)
@@ -103,6 +118,7 @@ def checked(
         guidance=mixed,
         embedded=embedded,
         source=source,
+        encoding=encoding_of(model, options, size),
     )
 
 

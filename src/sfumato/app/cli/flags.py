@@ -13,9 +13,16 @@ import typer
 from sfumato import cards
 from sfumato.app.cli.options import literal
 from sfumato.errors import BadInput
+from sfumato.sampling.options import CROPS, SIZES
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "list": list[str]}
-METAVARS = {"size": "WxH", "compose": "TEXT=WEIGHT", "guidance_interval": "START|END"}
+METAVARS = {
+    "timesteps": "T|T|...",
+    "sigmas": "S|S|...",
+    **dict.fromkeys(SIZES, "WxH"),
+    **dict.fromkeys(CROPS, "TOP|LEFT"),
+}
+METAVARS |= {"compose": "TEXT=WEIGHT", "guidance_interval": "START|END"}
 DECLARED = {"n": "-n", "from_": "--from"}
 
 
@@ -83,20 +90,22 @@ def said(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any) -> Any:
-    if name == "size":
-        return pixels(value)
+    if name in SIZES:
+        return pixels(value, name)
     if name == "compose":
         return [_weighted(text) for text in value]
     if isinstance(value, list):
         return [part for text in value for part in str(text).split("|")]
-    return value.split("|") if isinstance(value, str) and name in ("guidance_interval", "temperature") else value
+    return (
+        value.split("|") if isinstance(value, str) and name in (*CROPS, "guidance_interval", "temperature") else value
+    )
 
 
-def pixels(text: str) -> tuple[int, int]:
+def pixels(text: str, name: str = "size") -> tuple[int, int]:
     """Width and height from ``64x64``."""
     width, x, height = text.lower().partition("x")
     if not (x and width.strip().isdecimal() and height.strip().isdecimal()):
-        raise BadInput(f"--size is {text!r}; write width x height in pixels, such as 64x64.")
+        raise BadInput(f"--{name.replace('_', '-')} is {text!r}; write width x height in pixels, such as 64x64.")
     return int(width), int(height)
 
 

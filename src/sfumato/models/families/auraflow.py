@@ -65,8 +65,10 @@ class AuraFlow(Family):
             **extra,
         )[0]
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
-        scheduler.set_timesteps(steps, device=device)
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
+        self._set(scheduler, steps, device, given)
         scheduler.set_begin_index(0)
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sfumato.errors import NotSupported
+from sfumato.errors import BadInput, NotSupported
 from sfumato.models import codec
-from sfumato.models.condition import Rows
+from sfumato.models.condition import Encoding, Rows
 from sfumato.models.site import Layer, Site
 
 
@@ -71,6 +71,10 @@ class Family:
     half: ClassVar[torch.dtype] = torch.float16
     #: whether the pipeline lifts a float16 autoencoder with ``force_upcast`` to float32
     upcasts_vae: ClassVar[bool] = False
+    #: whether the denoiser is told the picture's original size, crop and target size
+    micro_conditions: ClassVar[bool] = False
+    #: of the run in progress: see `Model.encoding`
+    encoding: Encoding = Encoding()
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         self.pipe = pipe
@@ -171,6 +175,11 @@ class Family:
         return max((stream.offset + stream.length for stream in self.streams), default=0)
 
     @property
+    def clip_layers(self) -> int:
+        """How many of its CLIPs' last layers ``clip_skip`` may leave out; 0 where it means nothing."""
+        return 0
+
+    @property
     def layers(self) -> list[Layer]:
         """Blocks whose features can be read, in the order of execution."""
         return []
@@ -204,9 +213,12 @@ class Family:
         of execution."""
         raise NotImplementedError
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
-        """Prepare the scheduler as the pipeline does, for latents of h by w."""
-        scheduler.set_timesteps(steps, device=device)
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
+        """Prepare the scheduler as the pipeline does, for latents of h by w. ``given``: ``timesteps`` or ``sigmas`` of
+        one's own, which count instead of ``steps``. Raises `BadInput` where the scheduler takes no such thing."""
+        self._set(scheduler, steps, device, given)
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         """First latents of the loop from unit noise."""
@@ -226,8 +238,25 @@ class Family:
 
         return [TextStream(tokenizer, name, offset, length or int(tokenizer.model_max_length), prepare)]
 
+    def _set(self, scheduler: Any, steps: int, device: torch.device, given: dict[str, Any], **kwargs: Any) -> None:
+        """``set_timesteps`` of a scheduler, with a schedule of the user's own where one is ``given``."""
+        takes = accepted_by(scheduler.set_timesteps)
+        if refused := sorted(set(given) - takes):
+            other = sorted({"timesteps", "sigmas"} & takes)
+            hint = f"give {other[0]}" if other else "use euler" if "alphas_cumprod" in vars(scheduler) else "give steps"
+            raise BadInput(f"scheduler {type(scheduler).__name__} takes no {refused[0]} of one's own; {hint}.")
+        kwargs.update(given)
+        scheduler.set_timesteps(*(() if given else (steps,)), device=device, **kwargs)
+
     def _shifted_timesteps(
-        self, scheduler: Any, steps: int, device: torch.device, tokens: int, max_shift: float, **kwargs: Any
+        self,
+        scheduler: Any,
+        steps: int,
+        device: torch.device,
+        tokens: int,
+        max_shift: float,
+        given: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
         """``set_timesteps`` with the resolution-dependent shift ``mu`` of flow models: linear in the image tokens."""
         config = scheduler.config
@@ -241,4 +270,4 @@ class Family:
             low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
             slope = (high - low) / (long - short)
             kwargs["mu"] = tokens * slope + (low - slope * short)  # the pipelines' order of operations, for equal bits
-        scheduler.set_timesteps(steps, device=device, **kwargs)
+        self._set(scheduler, steps, device, given, **kwargs)

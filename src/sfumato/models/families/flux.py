@@ -91,12 +91,14 @@ class Flux(Family):
             )[0]
         return self.pipe._unpack_latents(out, h * self.scale, w * self.scale, self.scale)
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
         kwargs = {}
         own_sigmas = scheduler.config.get("use_flow_sigmas") or "sigmas" not in accepted_by(scheduler.set_timesteps)
-        if not own_sigmas:
+        if not own_sigmas and not given:
             kwargs["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        self._shifted_timesteps(scheduler, steps, device, (h // 2) * (w // 2), max_shift=1.15, **kwargs)
+        self._shifted_timesteps(scheduler, steps, device, (h // 2) * (w // 2), max_shift=1.15, given=given, **kwargs)
         scheduler.set_begin_index(0)
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:

@@ -92,14 +92,16 @@ class Flux2Klein(Flux):
         )[0]
         return out.transpose(1, 2).reshape(x.shape)
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-        sigmas = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        sigmas = None if given or scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
         kwargs = {} if sigmas is None else {"sigmas": sigmas}
         if scheduler.config.get("use_dynamic_shifting"):
             kwargs["mu"] = compute_empirical_mu(image_seq_len=h * w, num_steps=steps)
-        scheduler.set_timesteps(steps, device=device, **kwargs)
+        self._set(scheduler, steps, device, given, **kwargs)
         scheduler.set_begin_index(0)
 
     def decode(self, state: Tensor) -> Tensor:

@@ -97,8 +97,10 @@ class PixArtAlpha(PixArtSigma):
     pipeline_classes = ("PixArtAlphaPipeline",)
     max_sequence_length = 120
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device)
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
+        super().set_timesteps(scheduler, steps, h, w, device, **given)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
 

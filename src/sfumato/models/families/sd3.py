@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
+from sfumato.models.families.unet import fewest_layers
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
@@ -50,6 +51,10 @@ class StableDiffusion3(Family):
         return int(self.pipe.tokenizer_max_length) + (self.max_sequence_length or 0)
 
     @property
+    def clip_layers(self) -> int:
+        return fewest_layers(self.pipe.text_encoder, self.pipe.text_encoder_2)
+
+    @property
     def layers(self) -> list[Layer]:
         return [Layer(f"joint.{i}", f"transformer_blocks.{i}", 1) for i in range(len(self.denoiser.transformer_blocks))]
 
@@ -62,6 +67,7 @@ class StableDiffusion3(Family):
             do_classifier_free_guidance=guidance,
             negative_prompt=negatives,
             max_sequence_length=self.max_sequence_length,
+            clip_skip=self.encoding.clip_skip,
         )
         cond = {"embeds": embeds, "pooled": pooled}
         return cond, {"embeds": negative, "pooled": negative_pooled} if guidance else None
@@ -76,9 +82,11 @@ class StableDiffusion3(Family):
             **extra,
         )[0]
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
         patch = int(self.config.patch_size)
-        self._shifted_timesteps(scheduler, steps, device, (h // patch) * (w // patch), max_shift=1.16)
+        self._shifted_timesteps(scheduler, steps, device, (h // patch) * (w // patch), max_shift=1.16, given=given)
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         return noise

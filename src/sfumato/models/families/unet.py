@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,24 @@ from torch import Tensor, nn
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList, is_attention
+
+
+@contextmanager
+def _with_text_model(encoder: Any) -> Iterator[None]:
+    """diffusers looks for the last norm of a CLIP under ``text_model``, where transformers 5 has it no more."""
+    lent = not hasattr(encoder, "text_model")
+    if lent:
+        vars(encoder)["text_model"] = encoder
+    try:
+        yield
+    finally:
+        if lent:
+            del vars(encoder)["text_model"]
+
+
+def fewest_layers(*encoders: Any) -> int:
+    """How many layers can be left out of several CLIPs of which the last but one is read; 0 where there are none."""
+    return min((int(each.config.num_hidden_layers) - 1 for each in encoders if each is not None), default=0)
 
 
 class StableDiffusion(Family):
@@ -42,6 +61,10 @@ class StableDiffusion(Family):
         return self._stream("tokenizer", "clip", 0)
 
     @property
+    def clip_layers(self) -> int:
+        return int(self.pipe.text_encoder.config.num_hidden_layers)
+
+    @property
     def layers(self) -> list[Layer]:
         unet = self.denoiser
         down = [Layer(f"down.{i}", f"down_blocks.{i}", 0) for i in range(len(unet.down_blocks))]
@@ -56,7 +79,9 @@ class StableDiffusion(Family):
         return super().has(capability) and (capability != "h_space" or self.bottleneck is not None)
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
-        embeds, negative = self.pipe.encode_prompt(prompts, self.device, 1, guidance, negatives)
+        skip = self.encoding.clip_skip
+        with nullcontext() if skip is None else _with_text_model(self.pipe.text_encoder):
+            embeds, negative = self.pipe.encode_prompt(prompts, self.device, 1, guidance, negatives, clip_skip=skip)
         return {"embeds": embeds}, {"embeds": negative} if guidance else None
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
@@ -145,8 +170,10 @@ class StableDiffusionInpaint(StableDiffusion):
     def has(self, capability: str) -> bool:
         return super().has(capability) and (capability != "mask_input" or self.takes_mask)
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device)
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
+        super().set_timesteps(scheduler, steps, h, w, device, **given)
         if self.takes_mask:  # before anybody watches the denoiser: the autoencoder has attention of its own
             self._all(torch.empty(1, self.channels, h, w, device=device, dtype=self.denoiser.dtype))
 
@@ -176,10 +203,15 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_classes = ("StableDiffusionXLPipeline",)
     defaults = {"steps": 50, "guidance": 5.0}
     upcasts_vae = True
+    micro_conditions = True
 
     @property
     def streams(self) -> list[TextStream]:
         return self._stream("tokenizer", "clip", 0) + self._stream("tokenizer_2", "clip2", 0)
+
+    @property
+    def clip_layers(self) -> int:
+        return fewest_layers(self.pipe.text_encoder, self.pipe.text_encoder_2)
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(
@@ -187,12 +219,20 @@ class StableDiffusionXL(StableDiffusion):
             device=self.device,
             do_classifier_free_guidance=guidance,
             negative_prompt=negatives,
+            clip_skip=self.encoding.clip_skip,
         )
         cond = {"embeds": embeds, "pooled": pooled}
-        return cond, {"embeds": negative, "pooled": negative_pooled} if guidance else None
+        uncond = {"embeds": negative, "pooled": negative_pooled} if guidance else None
+        for rows, numbers in zip((cond, uncond), self.encoding.micro or (), strict=False):
+            if rows is not None:
+                ids = torch.tensor([numbers], dtype=embeds.dtype, device=embeds.device)
+                rows["time_ids"] = ids.repeat(len(embeds), 1)
+        return cond, uncond
 
-    def set_timesteps(self, scheduler: Any, steps: int, h: int, w: int, device: torch.device) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device)
+    def set_timesteps(
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+    ) -> None:
+        super().set_timesteps(scheduler, steps, h, w, device, **given)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
 

@@ -21,7 +21,7 @@ from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
 
 #: options that only some processes have a meaning for; each process names its own
-OF_SOME = {"steps", "scheduler", "eta", "temperature", "top_k", "top_p", "start", "strength"}
+OF_SOME = {"steps", "timesteps", "sigmas", "scheduler", "eta", "temperature", "top_k", "top_p", "start", "strength"}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported, SfumatoError
-from sfumato.models import Model
+from sfumato.models import Model, quiet
 from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
 from sfumato.sampling.process.base import Process, Source, taken
@@ -22,7 +23,7 @@ class Diffusion(Process):
 
     name = "diffusion"
     title = "diffusion"
-    takes = frozenset({"steps", "scheduler", "eta", "start", "strength"})
+    takes = frozenset({"steps", "timesteps", "sigmas", "scheduler", "eta", "start", "strength"})
     noise_path = differentiable = takes_image = True
 
     def __init__(
@@ -59,6 +60,18 @@ class Diffusion(Process):
     def scheduler(self) -> Any:
         return self._scheduler
 
+    @classmethod
+    def steps(cls, model: Model, options: Options) -> int:
+        given = _own_schedule(options)
+        if not given:
+            return super().steps(model, options)
+        scheduler = model.make_scheduler(options.scheduler or model.defaults["scheduler"])
+        _set(model, scheduler, options, 1, options.size)
+        steps = int(scheduler.num_inference_steps)
+        if options.steps not in (None, steps):
+            raise BadInput(f"steps is {options.steps}, but the {next(iter(given))} given make {steps}; leave it out.")
+        return steps
+
     def make_scheduler(self) -> Any:
         """A fresh scheduler with the whole schedule set. Raises BadInput for a number of steps that it refuses."""
         scheduler = self.model.make_scheduler(self.options.scheduler)
@@ -66,15 +79,7 @@ class Diffusion(Process):
         trained = scheduler.config.get("num_train_timesteps", 1000)
         if steps > trained:
             raise BadInput(f"steps is {steps}; this scheduler has {trained} timesteps at most.")
-        name = type(scheduler).__name__
-        try:
-            self.model.timesteps(scheduler, steps, self.size[1], self.size[0])
-        except SfumatoError:
-            raise
-        except ValueError as error:  # a limit of this scheduler's own
-            raise BadInput(f"steps is {steps}, which {name} refuses: {' '.join(str(error).split())}") from error
-        except (AttributeError, LookupError, TypeError) as error:  # one that is set up in another way
-            raise self._unfit(f"its schedule cannot be set ({type(error).__name__}: {error})") from error
+        _set(self.model, scheduler, self.options, steps, self.size)
         if hasattr(scheduler, "noise_sampler_seed"):  # Brownian motion: one path per sample, from its own seed
             scheduler.noise_sampler_seed = [generator.initial_seed() for generator in self.generators]
         return scheduler
@@ -91,9 +96,7 @@ class Diffusion(Process):
             raise self._unfit(f"its step needs {', '.join(needed)} as well")
 
     def _unfit(self, why: str) -> NotSupported:
-        name = self.options.scheduler if isinstance(self.options.scheduler, str) else type(self.options.scheduler)
-        name = name if isinstance(name, str) else name.__name__
-        return NotSupported(f"scheduler {name} does not serve {self.model.name}: {' '.join(why.split())}.")
+        return _unfit(self.model, self.options, why)
 
     def scheduler_at(self, i: int) -> Any:
         """A fresh scheduler that takes its next step at index ``i``."""
@@ -140,7 +143,9 @@ class Diffusion(Process):
     def advance(self, output: Tensor, i: int, x: Tensor, options: dict[str, Any]) -> Tensor:
         settings = {**self.step_options, **options}
         before = _global_state(x)
-        x = self._scheduler.step(output, self.timesteps[i], x, **settings, return_dict=False)[0]
+        brownian = hasattr(self._scheduler, "noise_sampler_seed")  # its library warns of rounding at the ends
+        with quiet() if brownian else nullcontext():
+            x = self._scheduler.step(output, self.timesteps[i], x, **settings, return_dict=False)[0]
         if not torch.equal(before, _global_state(x)):
             raise NotSupported(
                 f"scheduler {type(self._scheduler).__name__} draws from torch's global random state, so a sample would "
@@ -155,6 +160,33 @@ class Diffusion(Process):
         other = super().beside()
         other.seek(self.begin)
         return other
+
+
+def _own_schedule(options: Options) -> dict[str, list[float]]:
+    """The timesteps or sigmas that the user gave. Raises BadInput for both."""
+    given = {name: getattr(options, name) for name in ("timesteps", "sigmas") if getattr(options, name) is not None}
+    if len(given) > 1:
+        raise BadInput("timesteps and sigmas are both given; one of them says the schedule.")
+    return given
+
+
+def _set(model: Model, scheduler: Any, options: Options, steps: int, size: tuple[int, int] | None) -> None:
+    """Set the whole schedule for a picture of (width, height), by default the model's own."""
+    given = _own_schedule(options)
+    what = next((f"{name} is {values}" for name, values in given.items()), f"steps is {steps}")
+    try:
+        model.timesteps(scheduler, steps, *(() if size is None else size[::-1]), **given)
+    except SfumatoError:
+        raise
+    except ValueError as error:  # a limit of this scheduler's own
+        raise BadInput(f"{what}, which {type(scheduler).__name__} refuses: {' '.join(str(error).split())}") from error
+    except (AttributeError, LookupError, TypeError) as error:  # one that is set up in another way
+        raise _unfit(model, options, f"its schedule cannot be set ({type(error).__name__}: {error})") from error
+
+
+def _unfit(model: Model, options: Options, why: str) -> NotSupported:
+    name = options.scheduler if isinstance(options.scheduler, str) else type(options.scheduler).__name__
+    return NotSupported(f"scheduler {name} does not serve {model.name}: {' '.join(why.split())}.")
 
 
 def _global_state(x: Tensor) -> Tensor:
