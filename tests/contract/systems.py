@@ -33,11 +33,35 @@ PAIRS = [
     for kind, family in KINDS.items()
     if BY_NAME[family].capabilities.issuperset(card.needs)
 ]
-# properties that do not depend on the family are checked on one U-Net and one joint-attention model per system
+
+
+def only(key: str) -> bool:
+    """Whether one family of all offers what the system needs."""
+    return len(offering(SYSTEMS[key].needs)) == 1
+
+
+def cover(check: str) -> list[tuple[str, str]]:
+    """The (system, model) on which a check runs whose outcome hardly depends on the family.
+
+    Every system is checked on a U-Net and on joint attention; on the other models the checks in :data:`COVERED` take
+    turns, so that each of them meets every model and every system meets one of them on every model.
+    """
+    turn, found = COVERED.index(check), []
+    for i, kind in enumerate(KINDS):
+        keys = [key for key, other in PAIRS if other == kind]
+        everything = kind in ("sd", "sd3") or len(keys) < len(COVERED)
+        found += [
+            (key, kind) for k, key in enumerate(keys) if everything or only(key) or (k + i) % len(COVERED) == turn
+        ]
+    return found
+
+
+COVERED = ("identity", "detaches", "batch_independent", "wide_pictures")
+# properties that do not depend on the family are checked on a U-Net and, in turn, on one of two with joint attention
 SOME = [
     (key, kind)
     for key, kind in PAIRS
-    if kind in ("sd", "sd3", "flux") or offering(method(key).CARD.needs) == [KINDS[kind]]
+    if kind == "sd" or only(key) or kind == ("sd3", "flux")[list(SYSTEMS).index(key) % 2]
 ]
 ELSEWHERE = [
     (key, kind)
