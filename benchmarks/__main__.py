@@ -22,6 +22,7 @@ BENCHMARKS = {
     "prompt_to_prompt": ("benchmarks.prompt_to_prompt", "editing against drawing anew"),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),
+    "one_picture": ("benchmarks.one_picture", "one picture from the command line"),
 }
 
 

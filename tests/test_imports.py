@@ -17,10 +17,10 @@ import sfumato
 SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
-    {"errors"},
+    {"errors", "startup"},
     {"sheets", "rng", "windows", "dialects", "ondemand"},
     {"files", "registry", "cards", "protocol", "scale"},
-    {"clips"},
+    {"clips", "checkpoints"},
     {"metrics"},
     {"toybox"},
     {"models", "masks"},
@@ -133,6 +133,7 @@ LIGHT = [
     "sfumato.app",
     "sfumato.app.cli",
     "sfumato.registry",
+    "sfumato.checkpoints",
 ]
 LIGHT += ["sfumato.toybox", "sfumato.toybox.scene", "sfumato.toybox.captions"]
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, clips, files, sheets
+from sfumato import cards, checkpoints, clips, files, sheets
 from sfumato.cards import Field
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.sampling.options import Options
+from sfumato.startup import collector_paused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,9 +113,12 @@ def load(
         UnknownName: nothing of this name. NotSupported: an unknown family. BadWeights: pickles, damaged or ill-fitting
         files.
     """
-    from sfumato.models import load as load_model
+    found = checkpoints.find(str(name), revision)  # a wrong name is answered before anything heavy is imported
+    with collector_paused():
+        from sfumato.models import load as load_model
 
-    return load_model(name, dtype=dtype, device=device, revision=revision)
+        model = load_model(name, dtype=dtype, device=device, revision=revision if found.repo is None else found.commit)
+    return model
 
 
 def make(

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sfumato.cards.parameters import Parameter, parameter_rows, parameters_in, parameters_of
 from sfumato.cards.text import WITH_GRAMMAR, brief, parse_with
 from sfumato.errors import BadInput, Conflict, UnknownName
+from sfumato.startup import collector_paused
 
 __all__ = [
     "CAPABILITIES",
@@ -208,7 +209,8 @@ def method(key: str) -> type:
         shipped = _shipped()
         if key not in shipped:
             raise UnknownName("method", key, methods())
-        importlib.import_module(f"sfumato.{shipped[key].verb}.{key}")
+        with collector_paused():
+            importlib.import_module(f"sfumato.{shipped[key].verb}.{key}")
     return _registered[key]
 
 

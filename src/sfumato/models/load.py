@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sfumato import registry
-from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError, UnknownName
+from sfumato import checkpoints, registry
+from sfumato.checkpoints import Checkpoint
+from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models.families import Family, family_of
 from sfumato.models.families.base import accepted_by
 from sfumato.models.model import Model
@@ -52,83 +53,47 @@ def load(
     where = _device(device)
     precision = _dtype(dtype)
     name = str(name_or_path)
-    source, commit = _find(name, revision)
+    found = checkpoints.find(name, revision)
+    source = _downloaded(found)
     if source.is_file():
         model = _load_file(source, precision, where, config)
     else:
         if config is not None:
             raise BadInput(f"config={str(config)!r} only applies to a single-file checkpoint; {name} is a folder.")
         model = _load_folder(source, precision, where)
-    model.name, model.revision = name, commit
+    model.name, model.revision = name, found.commit
     return model
 
 
 def family_at(name_or_path: str | Path) -> type[Family] | None:
     """The family of a built-in model or a local folder, read from its index; None where only loading will tell."""
     folder = registry.find(str(name_or_path)) or Path(name_or_path).expanduser()
-    return _pipeline(read_json(folder / "model_index.json"), folder)[1] if _is_pipeline(folder) else None
+    return _pipeline(read_json(folder / "model_index.json"), folder)[1] if checkpoints.is_pipeline(folder) else None
 
 
 # --- where ----------------------------------------------------------------------------------------------------------
 
 
-def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local folder or file that a name stands for, and its commit when it comes from the Hub."""
-    path = Path(name)
-    try:
-        path = path.expanduser()
-        local = path if name and path.exists() else registry.find(name)
-    except (OSError, RuntimeError, ValueError) as error:  # too long for a path, a zero byte, an unknown home
-        raise BadInput(f"{name[:60]!r}... cannot be the name of a model: {first_line(error)[:80]}.") from error
-    if local is not None:
-        if revision is not None:
-            raise BadInput(f"revision={revision!r} only applies to a Hub id; {name} is local.")
-        return Path(local), None
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not re.search(r"\.(safetensors|ckpt|pth?|bin)$", name):
-        return _download(name, revision)
-    if "/" in name or "\\" in name or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        raise BadInput(f"no file or folder {name!r}.")
-    raise UnknownName("model", name, [known for known in registry.names() if _is_pipeline(registry.find(known))])
-
-
-def _is_pipeline(folder: Path | None) -> bool:
-    return folder is not None and (folder / "model_index.json").is_file()
-
-
-def _download(repo: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
-
-    where = repo if revision is None else f"{repo} at {revision!r}"
+def _downloaded(source: Checkpoint) -> Path:
+    """The folder of a model, after getting what is missing of it from the Hub."""
+    if source.repo is None:
+        return source.path
+    pipeline, _ = _pipeline(read_json(source.path / "model_index.json"), source.path / "model_index.json")
+    skipped = {part: None for part in _UNUSED if part in accepted_by(pipeline.__init__)}
+    here = {} if source.online else {"local_files_only": True}
     try:
         with quiet(bars=True):
-            index = Path(hf_hub_download(repo, "model_index.json", revision=revision))
-        commit = index.parent.name
-        pipeline, _ = _pipeline(read_json(index), index)
-        skipped = {part: None for part in _UNUSED if part in accepted_by(pipeline.__init__)}
-        with quiet(bars=True):
-            return Path(pipeline.download(repo, revision=commit, use_safetensors=True, **skipped)), commit
-    except SfumatoError:
-        raise
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) as error:
-        raise BadInput(
-            f"{where} is not in the local cache and the Hugging Face Hub cannot be reached; connect, or give a folder."
-        ) from error
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
-        raise BadInput(
-            f"{where} is not on the Hugging Face Hub, or is private (log in with `hf auth login`)."
-        ) from error
-    except hub.EntryNotFoundError as error:
-        raise BadInput(f"{where} holds no model_index.json: it is not a diffusers pipeline.") from error
+            found = pipeline.download(source.repo, revision=source.commit, use_safetensors=True, **here, **skipped)
     except Exception as error:  # the client of the day (httpx, requests) raises errors of its own
-        raise BadInput(f"cannot get {where} from the Hugging Face Hub: {first_line(error)}.") from error
+        raise BadInput(f"cannot get {source.repo} from the Hugging Face Hub: {first_line(error)}.") from error
+    return Path(found)
 
 
 # --- diffusers folders ----------------------------------------------------------------------------------------------
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
-    if not _is_pipeline(folder):
+    if not checkpoints.is_pipeline(folder):
         raise BadInput(f"{folder} is not a diffusers model: it has no model_index.json.")
     index = read_json(folder / "model_index.json")
     pipeline, family = _pipeline(index, folder)
@@ -264,7 +229,7 @@ def _config_folder(path: Path, config: str | Path | None) -> Path:
     """The folder whose configuration describes a single file: the one given, or the standard one if it is cached."""
     if config is not None:
         folder = registry.find(str(config)) or Path(config).expanduser()
-        if not _is_pipeline(folder):
+        if not checkpoints.is_pipeline(folder):
             raise BadInput(f"config={str(config)!r} is not the folder of a diffusers model: no model_index.json there.")
         return folder
     from diffusers.loaders.single_file_utils import fetch_diffusers_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from sfumato.app.cli.frame import app
+from sfumato.startup import leave_quickly
 
 __all__ = ["app", "main"]
 
@@ -13,4 +14,7 @@ def main() -> None:
     """The entry point ``sfumato``."""
     # threads that wait for each other sleep instead of spinning: on a busy machine that is many times faster
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    try:
+        app()
+    finally:
+        leave_quickly()
