@@ -33,7 +33,8 @@ def run() -> list[Figure]:
         whole = registry.export("toy-sd", Path(folder) / "toy-sd")
 
         def fresh(*arguments: str):
-            return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=HERE.parent)
+            command = [sys.executable, *arguments]
+            return lambda: subprocess.run(command, check=True, capture_output=True, cwd=HERE.parent)
 
         seconds = interleaved(
             {

@@ -1,4 +1,4 @@
-"""Finding models by name: what is wrong is answered before anything heavy is loaded, and without a connection at once."""
+"""Finding models by name: what is wrong is answered before anything heavy is loaded, without a connection at once."""
 
 from __future__ import annotations
 

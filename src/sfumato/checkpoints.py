@@ -1,5 +1,5 @@
-"""Where a model is that somebody named: built in, a folder, a file, or on the Hugging Face Hub. Nothing heavy is imported
-here, so that a wrong name is answered before torch is loaded."""
+"""Where a model is that somebody named: built in, a folder, a file, or on the Hugging Face Hub. Nothing heavy is
+imported here, so that a wrong name is answered before torch is loaded."""
 
 from __future__ import annotations
 
