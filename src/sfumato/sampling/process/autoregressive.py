@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.sampling.options import Options
-from sfumato.sampling.process.base import Process, Source, taken
+from sfumato.sampling.process.base import Process, taken
 from sfumato.sampling.process.masked import refuse_other_than_tokens
 
 UNDRAWN = -1
@@ -27,19 +27,10 @@ class Autoregressive(Process):
     title = "autoregressive tokens"
     takes = frozenset({"steps", "temperature", "top_k", "top_p", "start"})
 
-    def __init__(
-        self,
-        model: Model,
-        options: Options,
-        source: Source,
-        size: tuple[int, int],
-        generators: Sequence[torch.Generator],
-        backward: bool = False,
-    ):
-        super().__init__(model, options, source, size, generators, backward)
-        (self.length,) = model.latent_shape(size[1], size[0])
-        self.timesteps = torch.arange(self.length, device=model.device)
-        self.begin = source.start
+    def prepare(self, backward: bool) -> None:
+        (self.length,) = self.model.latent_shape(self.size[1], self.size[0])
+        self.timesteps = torch.arange(self.length, device=self.model.device)
+        self.begin = self.source.start
 
     @classmethod
     def steps(cls, model: Model, options: Options) -> int:

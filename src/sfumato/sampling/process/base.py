@@ -72,6 +72,11 @@ class Process:
         self.step_options: dict[str, Any] = {}  # settings of every step
         if backward and not self.noise_path:
             raise self.lacks("way back from a picture")
+        self.prepare(backward)
+
+    def prepare(self, backward: bool) -> None:
+        """Set ``timesteps``, ``begin`` and what else the walk needs; part of making the object."""
+        raise NotImplementedError
 
     # --- before the walk ---------------------------------------------------------------------------------------------
 

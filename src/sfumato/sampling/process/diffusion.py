@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +13,7 @@ from sfumato.errors import BadInput, NotSupported, SfumatoError
 from sfumato.models import Model, quiet
 from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
-from sfumato.sampling.process.base import Process, Source, taken
+from sfumato.sampling.process.base import Process, taken
 
 
 class Diffusion(Process):
@@ -26,28 +25,18 @@ class Diffusion(Process):
     takes = frozenset({"steps", "timesteps", "sigmas", "scheduler", "eta", "start", "strength"})
     noise_path = differentiable = takes_image = True
 
-    def __init__(
-        self,
-        model: Model,
-        options: Options,
-        source: Source,
-        size: tuple[int, int],
-        generators: Sequence[torch.Generator],
-        backward: bool = False,
-    ):
-        super().__init__(model, options, source, size, generators, backward)
+    def prepare(self, backward: bool) -> None:
         self._scheduler = self.make_scheduler()
         self.timesteps = self._scheduler.timesteps
         self._path = Path(self._scheduler)
         self._refuse_unfit()
         self.begin = len(self.timesteps) - 1 if backward else self._begin()
         accepted = inspect.signature(self._scheduler.step).parameters
-        if options.eta and "eta" not in accepted:
-            raise BadInput(
-                f"eta is {options.eta:g}, but {type(self._scheduler).__name__} adds no noise by eta; use scheduler "
-                f"'ddim'."
-            )
-        wanted = {"eta": options.eta, "generator": self.generators}
+        eta = self.options.eta
+        if eta and "eta" not in accepted:
+            name = type(self._scheduler).__name__
+            raise BadInput(f"eta is {eta:g}, but {name} adds no noise by eta; use scheduler 'ddim'.")
+        wanted = {"eta": eta, "generator": self.generators}
         self.step_options = {name: value for name, value in wanted.items() if name in accepted}
         if self.begin and hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(self.begin)

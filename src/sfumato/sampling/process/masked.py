@@ -3,7 +3,6 @@ ones stay, the others are masked again - fewer at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput
 from sfumato.models import Model
-from sfumato.sampling.options import Options
-from sfumato.sampling.process.base import Process, Source, taken
+from sfumato.sampling.process.base import Process, taken
 
 TEMPERATURE = (2.0, 0.0)  # of the noise on the tokens' confidence, first and last step: the pipelines' default
 
@@ -27,27 +25,18 @@ class Masked(Process):
     takes = frozenset({"steps", "temperature", "start", "strength"})
     takes_image = True
 
-    def __init__(
-        self,
-        model: Model,
-        options: Options,
-        source: Source,
-        size: tuple[int, int],
-        generators: Sequence[torch.Generator],
-        backward: bool = False,
-    ):
-        super().__init__(model, options, source, size, generators, backward)
-        self._scheduler = model.make_scheduler()
-        steps = self.steps(model, options)
-        heat = TEMPERATURE if options.temperature is None else options.temperature
-        self._scheduler.set_timesteps(steps, heat, model.device)
+    def prepare(self, backward: bool) -> None:
+        self._scheduler = self.model.make_scheduler()
+        steps, strength = self.steps(self.model, self.options), self.source.strength
+        heat = TEMPERATURE if self.options.temperature is None else self.options.temperature
+        self._scheduler.set_timesteps(steps, heat, self.model.device)
         self.timesteps = self._scheduler.timesteps
         self.mask = int(self._scheduler.config.mask_token_id)
-        self.begin = source.start
-        if source.strength is not None:
-            self.begin = steps - int(steps * source.strength)
-            if self.begin == steps and source.strength:
-                raise BadInput(f"strength {source.strength:g} leaves no step out of {steps}; give at least 1/{steps}.")
+        self.begin = self.source.start
+        if strength is not None:
+            self.begin = steps - int(steps * strength)
+            if self.begin == steps and strength:
+                raise BadInput(f"strength {strength:g} leaves no step out of {steps}; give at least 1/{steps}.")
 
     @property
     def scheduler(self) -> Any:

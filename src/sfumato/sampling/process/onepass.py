@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.sampling.options import Options
-from sfumato.sampling.process.base import Process, Source, taken
+from sfumato.sampling.process.base import Process, taken
 
 
 class OnePass(Process):
@@ -23,17 +22,8 @@ class OnePass(Process):
     differentiable = True
     keeps_shape = False
 
-    def __init__(
-        self,
-        model: Model,
-        options: Options,
-        source: Source,
-        size: tuple[int, int],
-        generators: Sequence[torch.Generator],
-        backward: bool = False,
-    ):
-        super().__init__(model, options, source, size, generators, backward)
-        self.timesteps = torch.zeros(1, device=model.device)
+    def prepare(self, backward: bool) -> None:
+        self.timesteps = torch.zeros(1, device=self.model.device)
 
     @classmethod
     def steps(cls, model: Model, options: Options) -> int:
