@@ -19,7 +19,7 @@ from sfumato.sampling import Intervention
         ((), ["nothing to make", 'sfumato make "a red cube"']),
         (("",), ["prompt", "must say something"]),
         (("  \n ",), ["prompt", "must say something"]),
-        (("word " * 10_000,), ["10000 words", "no text encoder reads more"]),
+        (("word " * 10_000,), ["10000 words", "at most 1000 words are read"]),
         (("x" * 50_000,), ["prompt", "1 words"]),
         (("a", "--steps", 0), ["steps", "is 0", "greater than or equal to 1"]),
         (("a", "--steps", 5000), ["steps", "less than or equal to 1000"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from sfumato.attention.accumulate import LayerMaps
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.explain import heat
 from sfumato.explain.heatmaps import HeatMaps
+from sfumato.models.families import TextStream
 from sfumato.text import Words
 from tests.tiny import clip_tokenizer
 
@@ -30,9 +30,7 @@ def layer(block, grid, steps=1, heads=1, seed=0):
 
 
 def heatmaps(**changes):
-    reading = Words([SimpleNamespace(tokenizer=clip_tokenizer(), name="clip", offset=0, length=77, prepare=str)]).read(
-        PROMPT
-    )
+    reading = Words([TextStream(clip_tokenizer(), "clip", 0, 77, str)]).read(PROMPT)
     layers = (layer("down.0", (6, 4), seed=1), layer("up.1", (3, 2), seed=2))
     words = tuple(span.label for span in reading.all())
     return HeatMaps(

@@ -164,14 +164,16 @@ def test_filling_goes_on_side_by_side():
     assert replaced.taken[extra].all() and not replaced.matrix[:, extra].any()
 
 
-def test_prompts_that_an_encoder_cannot_read_to_the_end_lose_nothing():
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_prompts_longer_than_a_window_lose_nothing(chunks):
     model = tiny_model("sd3")
-    words = Words(model)
-    long = "green " * 25 + "cube"  # 101 tokens, of which CLIP reads 75; T5 reads them all
-    found = align(words, long, long.replace("green", "red"), "replace", model.text_length)
-    torch.testing.assert_close(found.matrix.sum(1), torch.ones(model.text_length))
-    back = align(words, long.replace("green", "red"), long, "replace", model.text_length)
-    torch.testing.assert_close(back.matrix.sum(1), torch.ones(model.text_length))
+    with model.in_chunks(chunks):
+        words, length = Words(model), model.text_length
+        long = "green " * 25 + "cube"  # 101 tokens, of which one window of CLIP reads 75; T5 reads them all
+        found = align(words, long, long.replace("green", "red"), "replace", length)
+        torch.testing.assert_close(found.matrix.sum(1), torch.ones(length))
+        back = align(words, long.replace("green", "red"), long, "replace", length)
+        torch.testing.assert_close(back.matrix.sum(1), torch.ones(length))
 
 
 def test_the_mode_follows_the_number_of_words():

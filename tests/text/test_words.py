@@ -11,6 +11,7 @@ import pytest
 
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models.condition import TruncatedPrompt
+from sfumato.models.families import TextStream
 from sfumato.text.phrases import nested_phrases
 from sfumato.text.words import Reading, Words, homes, noun_phrases
 from sfumato.toybox import caption
@@ -19,7 +20,7 @@ from tests.tiny import clip_tokenizer, t5_tokenizer, tiny_model
 
 
 def stream(tokenizer, name, offset=0, length=77, prepare=lambda text: text):
-    return SimpleNamespace(tokenizer=tokenizer, name=name, offset=offset, length=length, prepare=prepare)
+    return TextStream(tokenizer, name, offset, length, prepare)
 
 
 @pytest.fixture

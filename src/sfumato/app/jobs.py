@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "toy-sd"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LONGEST_PROMPT = 1000  # words; the longest text encoder of any supported family reads 512 tokens
+LONGEST_PROMPT = 1000  # words; about 17 chunks of CLIP
 
 
 def readable(prompt: Any) -> Any:
@@ -39,7 +39,9 @@ def readable(prompt: Any) -> Any:
         if not text.strip():
             raise ValueError("a prompt must say something")
         if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
-            raise ValueError(f"it has {len(text.split())} words; no text encoder reads more than {LONGEST_PROMPT}")
+            raise ValueError(
+                f"it has {len(text.split())} words and {len(text)} characters; at most {LONGEST_PROMPT} words are read"
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -278,6 +280,8 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
     if recipe.get("edit") is not None:
         raise BadInput(f"{picture} is an edit; repeat it from its original: sfumato edit ORIGINAL --like {picture}.")
     known = {name: recipe[name] for name in JobOptions.model_fields if recipe.get(name) is not None and name != "n"}
+    if exact:  # recipes that do not say come from versions that knew nothing else
+        known.setdefault("long_prompts", "cut")
     if recipe.get("latents") is not None:
         raise BadInput(f"{picture} was made from latents that a program gave; only that program can repeat it.")
     if (recipe.get("image") is None) != (order.image is None):

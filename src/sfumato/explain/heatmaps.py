@@ -269,7 +269,7 @@ class HeatMaps:
             return [[stream]]
         axes: dict[int, list[str]] = {}
         for name, each in self.reading.streams.items():
-            axes.setdefault(each.first - len(each.special["<start>"]), []).append(name)
+            axes.setdefault(each.offset, []).append(name)
         return list(axes.values())
 
     @staticmethod

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput
+from sfumato.models import chunks
 from sfumato.models.condition import COND, UNCOND, Condition, Encoding, TruncatedPrompt
 from sfumato.models.families import Family, TextStream, family_of
 from sfumato.models.quiet import quiet
@@ -47,6 +48,7 @@ class Model:
         self.revision = revision
         self._files = tuple(files)
         self._listeners: list[Callable[[Any], None]] = []
+        self._chunks: int | None = None
         own = self.card.get("sampling", {})
         self.family: Family = family_of(type(pipe).__name__)(pipe, own.get("max_sequence_length"))
 
@@ -105,12 +107,13 @@ class Model:
     @property
     def tokenizers(self) -> list[TextStream]:
         """Tokenizers whose tokens attention sees, with their place on its text axis."""
-        return self.family.streams
+        return chunks.laid_out(self.family.streams, self._chunks)
 
     @property
     def text_length(self) -> int:
-        """``t``: length of the text axis in attention."""
-        return self.family.text_length
+        """``t``: length of the text axis in attention; of texts of one chunk, unless :meth:`in_chunks` says more."""
+        window = next((stream.window for stream in self.family.streams if stream.window), 0)
+        return self.family.text_length + max((self._chunks or 1) - 1, 0) * window
 
     @property
     def layers(self) -> list[Layer]:
@@ -199,7 +202,8 @@ class Model:
 
         ``guidance``: also encode the unconditional branch, from ``negative`` or from what the family uses for "nothing"
         (an empty prompt; zeros for SDXL). ``embedded_guidance`` is the scale given to a guidance-distilled denoiser and
-        ignored by all others. Warns `TruncatedPrompt`, quoting what does not fit. Raises `BadInput`.
+        ignored by all others. Texts longer than CLIP's window are read in chunks, all in as many as the longest takes
+        (:meth:`in_chunks` says otherwise). Warns `TruncatedPrompt`, quoting what does not fit. Raises `BadInput`.
         """
         texts = _texts(prompts, "prompts")
         negatives = None if negative is None else _texts(negative, "negative")
@@ -207,10 +211,13 @@ class Model:
             if len(negatives) > 1:
                 raise BadInput(f"negative has {len(negatives)} entries for {len(texts)} prompts; give one or as many.")
             negatives *= len(texts)
-        for text in texts + (negatives or []):
-            self._warn_truncation(text)
         with quiet():
-            cond, uncond = self.family.encode(texts, negatives, guidance)
+            parts = self.chunks_for(texts + (negatives or []))
+        with self.in_chunks(parts):
+            for text in texts + (negatives or []):
+                self._warn_truncation(text)
+        with quiet():
+            cond, uncond = chunks.encode(self.family, texts, negatives, guidance, parts)
         return Condition(
             cond=cond,
             uncond=uncond,
@@ -228,17 +235,27 @@ class Model:
         finally:
             self.family.encoding = before
 
+    def chunks_for(self, texts: Sequence[str]) -> int:
+        """In how many chunks ``texts`` are read: as many as the longest takes, unless :meth:`in_chunks` says otherwise;
+        1 where the model reads none. Raises `BadInput` for a text of more than any model attends to."""
+        return chunks.needed(self.family.streams, texts) if self._chunks is None else self._chunks
+
+    @contextmanager
+    def in_chunks(self, number: int | None) -> Iterator[None]:
+        """Within: every text is read in so many chunks and the text axis is as long; 0: what does not fit into one
+        window is cut off, as diffusers does; None: each call takes as many as its texts need."""
+        before, self._chunks = self._chunks, number
+        try:
+            yield
+        finally:
+            self._chunks = before
+
     def _warn_truncation(self, text: str) -> None:
         for stream in self.tokenizers:
             with quiet():
-                full = stream.prepare(text)
-                fits = len(stream.tokenizer(full).input_ids) <= stream.length
-                if fits:
-                    continue
-                offsets = stream.tokenizer(
-                    full, truncation=True, max_length=stream.length, return_offsets_mapping=True
-                ).offset_mapping
-            dropped = full[max(end for _, end in offsets) :].strip()
+                dropped = chunks.unseen(stream, text)
+            if not dropped:
+                continue
             shown = dropped if len(dropped) <= 80 else f"{dropped[:38]} ... {dropped[-37:]}"
             warnings.warn(
                 f"{self.name} reads {stream.length} tokens of {stream.name} text and does not see {shown!r}.",

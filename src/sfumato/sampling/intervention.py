@@ -95,6 +95,10 @@ class Intervention:
         latents are known by now. Called once for each."""
         return condition
 
+    def texts(self) -> Sequence[str]:
+        """Further prompts that are read on the run's text axis, and must fit on it."""
+        return ()
+
     def before_predict(self, step: Step) -> None:
         """May replace ``step.x`` (use ``step.grad``) or ``step.condition``."""
 

@@ -18,8 +18,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sfumato import rng
-from sfumato.errors import Conflict, NotFinite, SfumatoError, WorkInterrupted
+from sfumato import cards, rng
+from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling.intervention import (
     Coverage,
@@ -34,6 +34,7 @@ from sfumato.sampling.process import process_of
 from sfumato.sampling.recipe import recipe_of
 from sfumato.sampling.request import Request, as_clips, as_pictures, checked
 from sfumato.sampling.run import Run, Step
+from sfumato.text.dialects import adapter_tags
 from sfumato.text.weights import encode_weighted, read_weights
 
 
@@ -129,12 +130,20 @@ def generate(
         one of them did nothing. WorkInterrupted: Ctrl-C. NotFinite: numbers overflowed; the message says at which step.
         The ``result`` of whatever stops a later batch holds the samples finished before.
     """
-    parts = arrange(interventions)
+    prompt, adapters = _adapters(prompt)
+    parts = arrange([adapters, interventions])
     request = checked(model, prompt, latents=latents, image=image, **options)
-    batches = request.batches()
+    batches = request.batches(model)
     coupled = [part.name for part in parts if part.couples_samples]
     if coupled and len(batches) > 1:
-        raise Conflict(f"{coupled[0]} couples the samples of a batch, so batch_size must be at least {len(request)}.")
+        if (request.options.batch_size or len(request)) < len(request):
+            raise Conflict(
+                f"{coupled[0]} couples the samples of a batch, so batch_size must be at least {len(request)}."
+            )
+        raise Conflict(
+            f"{coupled[0]} couples the samples of a batch, but these prompts take different numbers of chunks or AND "
+            f"parts; give them to separate calls."
+        )
     for part in parts:
         part.activity = Coverage()
     latents_done: list[Tensor] = []
@@ -210,7 +219,7 @@ def opened(
         model=model,
         parts=parts,
         samples=samples,
-        prompts=[read_weights(text).text for text in request.prompts[rows]],
+        prompts=[read_weights(request.composition(i).text).text for i in samples],
         negatives=request.negatives and [read_weights(text).text for text in request.negatives[rows]],
         seeds=request.seeds[rows],
         generators=process.generators,
@@ -221,14 +230,23 @@ def opened(
         grad=grad,
         direction=-1 if backward else 1,
         request=request,
+        weight=request.composition(samples.start).weight,
     )
     with run:
         run.enter(torch.set_grad_enabled(grad))
         run.enter(torch.random.fork_rng([model.device] if model.device.type == "cuda" else []))
         run.enter(_evaluation_mode(model.modules.values()))
         run.enter(model.encoding(request.encoding))
-        for part in overridden(parts, "start"):
-            part.start(run)
+        started = overridden(parts, "start")
+        for part in started:
+            if part.role == "adapter":
+                part.start(run)
+        # only now every tokenizer knows its words; the systems find theirs on an axis of its final length
+        further = [text for part in parts for text in part.texts()]
+        run.enter(model.in_chunks(request.chunks(model, samples, further)))
+        for part in started:
+            if part.role != "adapter":
+                part.start(run)
         _encode(run, request)
         for part in overridden(parts, "on_text"):
             run.condition = part.on_text(run, run.condition)
@@ -286,21 +304,44 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
 def _encode(run: Run, request: Request) -> None:
     """Encode the batch's texts, each once however many samples share it, and spread them over the samples."""
     rows = slice(run.samples.start, run.samples.stop)  # with the weights that run.prompts lack
+    said = [request.composition(i) for i in run.samples]
+    if len({(each.weight, tuple(weight for _, weight in each.others)) for each in said}) > 1:
+        raise BadInput("these prompts compose differently many texts, or with other weights; give them one by one.")
     negatives = request.negatives[rows] if request.negatives else [""] * len(run)
-    pairs = list(zip(request.prompts[rows], negatives, strict=True))
+    pairs = list(zip([each.text for each in said], negatives, strict=True))
     known = list(dict.fromkeys(pairs))
-    guided = request.guidance.on or bool(request.options.compose)
+    composed = [([text] * len(run), weight) for text, weight in request.options.compose]
+    for k, (_, weight) in enumerate(said[0].others):
+        composed.append(([each.others[k][0] for each in said], weight * request.guidance.scale))
     encoded = encode_weighted(
         run.model,
         [prompt for prompt, _ in known],
         None if run.negatives is None else [negative for _, negative in known],
-        guidance=guided,
+        guidance=request.guidance.on or bool(composed),
         embedded_guidance=request.embedded,
+        weighting=run.weighting,
     )
     run.condition = encoded.rows([known.index(pair) for pair in pairs])
-    for k, (text, weight) in enumerate(request.options.compose, 1):
-        extra = encode_weighted(run.model, [text], None, guidance=False, embedded_guidance=request.embedded)
-        run.compose[f"compose {k}"] = extra.rows([0] * len(run)), weight
+    for k, (texts, weight) in enumerate(composed, 1):
+        each = list(dict.fromkeys(texts))
+        extra = encode_weighted(
+            run.model, each, None, guidance=False, embedded_guidance=request.embedded, weighting=run.weighting
+        )
+        run.compose[f"compose {k}"] = extra.rows([each.index(text) for text in texts]), weight
+
+
+def _adapters(prompt: Any) -> tuple[Any, list[Any]]:
+    """The prompts without their ``<lora:name:scale>``, and the adapters these name. Raises BadInput where prompts name
+    different ones, for an adapter acts on the whole batch."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return prompt, []  # refused with the other options
+    read = [adapter_tags(text) for text in texts]
+    if len({tags for _, tags in read}) > 1:
+        raise BadInput("the prompts name different adapters in <lora:...>; give them one by one.")
+    lora = [cards.method("lora")(file=name, scale=scale) for name, scale in (read[0][1] if read else ())]
+    plain = [text for text, _ in read]
+    return plain[0] if isinstance(prompt, str) else plain, lora
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema, field_validator
 
@@ -75,6 +75,16 @@ class Options(Params):
     )  # fmt: skip
     compose: list[tuple[str, float]] = Field(
         default=[], description="further (text, weight) conditions of every sample"
+    )
+    long_prompts: Literal["chunks", "cut"] = Field(
+        default="chunks",
+        description="what of a prompt is longer than CLIP reads at once: read in further chunks, or cut off as in "
+        "diffusers",
+    )
+    weighting: Literal["comfyui", "compel"] = Field(
+        default="comfyui",
+        description="where a word of weight below 1 moves to: what the empty prompt has in its place, or (as compel) "
+        "the prompt without the word",
     )
     seed: Whole | list[Whole] | None = Field(
         default=0, description="sample i uses seed + i; or one per sample; none: a random one, written into the recipe"

@@ -55,6 +55,7 @@ def recipe_args(recipe: dict[str, Any], *, image: Any = None, latents: Tensor | 
         if (recipe.get(name) is None) != (given is None):
             raise BadInput(f"{name} must be given exactly when the recipe began from one.")
     arguments = {name: recipe[name] for name in recorded() if recipe.get(name) is not None}
+    arguments.setdefault("long_prompts", "cut")  # recipes that do not say come from versions that knew nothing else
     if isinstance(arguments.get("scheduler"), dict):
         described = arguments["scheduler"]
         arguments["scheduler"] = getattr(diffusers, described["class"]).from_config(described["config"])

@@ -193,7 +193,7 @@ class Recorder(Intervention):
             size=run.size,
             model=run.model.name,
             tensors=self._tensors,
-            facts={"scales": self._scales},
+            facts={"scales": self._scales, "text": run.model.text_length},
         )
         del self._tensors, self._latents, self._latest
 
@@ -243,6 +243,7 @@ def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorde
         None if run.negatives is None else [negative for _, negative in pairs],
         guidance=run.guidance.on or bool(run.compose),
         embedded_guidance=run.condition.guidance,
+        weighting=run.weighting,
     )
     recorder.activity = Coverage()
     process = run.process.beside()

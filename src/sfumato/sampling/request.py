@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from sfumato.sampling.encoding import encoding_of
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_SIDE, Options
 from sfumato.sampling.process import Source, process_of
+from sfumato.text.dialects import Composition, adapter_tags, read_composition, refuse_dialect
+from sfumato.text.weights import read_weights
 
 DEFAULT_STRENGTH = 0.8  # of image-to-image, as in diffusers
 
@@ -60,10 +63,40 @@ class Request:
         assert self.options.steps is not None
         return self.options.steps
 
-    def batches(self) -> list[range]:
-        """The samples, cut into batches of at most ``batch_size``."""
-        step = self.options.batch_size or len(self)
-        return [range(i, min(i + step, len(self))) for i in range(0, len(self), step)]
+    def batches(self, model: Any) -> list[range]:
+        """The samples, cut into batches of at most ``batch_size``, whose prompts take equally many chunks and compose
+        alike, so that no sample depends on another."""
+        step, known = self.options.batch_size or len(self), {}
+        starts: list[int] = [0]
+        layout = None
+        for i in range(len(self)):
+            key = self.prompts[i], self.negatives[i] if self.negatives else None
+            if key not in known:
+                said = self.composition(i)
+                known[key] = self.chunks(model, [i]), said.weight, tuple(weight for _, weight in said.others)
+            if i and (i - starts[-1] == step or known[key] != layout):
+                starts.append(i)
+            layout = known[key]
+        return [range(i, j) for i, j in itertools.pairwise([*starts, len(self)])]
+
+    def composition(self, i: int) -> Composition:
+        """What the prompt of sample ``i`` composes by ``AND``."""
+        return read_composition(self.prompts[i])
+
+    def chunks(self, model: Any, samples: Iterable[int], further: Iterable[str] = ()) -> int:
+        """In how many chunks every text of these samples is read, and ``further`` ones; 0: none is, all are cut."""
+        if self.options.long_prompts == "cut":
+            return 0
+        texts = {*further, *(text for text, _ in self.options.compose)}
+        for i in samples:
+            said = self.composition(i)
+            texts |= {
+                said.text,
+                *(text for text, _ in said.others),
+                *(self.negatives[i : i + 1] if self.negatives else ()),
+            }
+        with model.in_chunks(None):
+            return model.chunks_for([read_weights(text).text for text in texts])
 
 
 def checked(
@@ -80,14 +113,23 @@ def checked(
     process.check(model, options, changed | ({"image"} if image is not None else set()))
     prompts = _texts(options.prompt)
     total = len(prompts) * options.n
+    for text in prompts:
+        if adapter_tags(text)[1]:
+            raise BadInput(
+                f"<lora:...> stands in {text[:80]!r}, but no adapter is read here; give --with lora:file=NAME."
+            )
+        read_composition(text)
     negatives = None if options.negative is None else _texts(options.negative)
     if negatives is not None and len(negatives) not in (1, len(prompts)):
         raise BadInput(f"negative has {len(negatives)} texts for {len(prompts)} prompts; give one for all or one each.")
     if negatives is not None and len(negatives) < len(prompts):
         negatives = negatives * len(prompts)
+    for text in negatives or ():
+        refuse_dialect(text, "the negative prompt")
     scale = model.defaults["guidance"] if options.guidance is None else options.guidance
     mixed, embedded = _guidance(model, scale, options)
-    if any(negatives or ()) and not mixed.on and not options.compose:
+    composes = bool(options.compose) or any(read_composition(text).others for text in prompts)
+    if any(negatives or ()) and not mixed.on and not composes:
         name = "true_guidance" if model.embeds_guidance else "guidance"
         raise BadInput(f"negative has no effect without classifier-free guidance; give {name} above 1.")
     if mixed.on and not model.embeds_guidance and model.defaults["guidance"] <= 1:

@@ -63,8 +63,8 @@ class Run:
     ``seeds``, ``generators``: one per row. ``size``: (width, height) in pixels; ``grid``: (h, w) of the latents or
     tokens. ``process``: how the model draws. The walk begins at index ``begin`` of ``timesteps`` and goes forward, or
     backward in time with ``direction`` -1. ``request``: all that was asked for, of which this is a batch. ``condition``
-    is set after ``on_text``. ``cost``: forward-equivalents per sample so far (1 = one row through the denoiser, a
-    backward pass counts as one more).
+    is set after ``on_text``. ``weight``: of the prompt beside the texts of ``compose``. ``cost``: forward-equivalents
+    per sample so far (1 = one row through the denoiser, a backward pass counts as one more).
     """
 
     model: Model
@@ -80,6 +80,7 @@ class Run:
     process: Process
     grad: bool = False
     compose: dict[str, tuple[Condition, float]] = field(default_factory=dict)
+    weight: float = 1.0
     condition: Condition | None = None
     cost: float = 0.0
     direction: int = 1
@@ -138,7 +139,12 @@ class Run:
         """The prompts with the weights that the request gave their words."""
         if self.request is None:
             return [WeightedPrompt(text, (1.0,) * len(text)) for text in self.prompts]
-        return [read_weights(text) for text in self.request.prompts[self.samples.start : self.samples.stop]]
+        return [read_weights(self.request.composition(i).text) for i in self.samples]
+
+    @property
+    def weighting(self) -> str:
+        """What weights below 1 mean: see :func:`~sfumato.text.weights.encode_weighted`."""
+        return "comfyui" if self.request is None else self.request.options.weighting
 
     @property
     def words(self) -> Words:
@@ -223,7 +229,10 @@ class Run:
         """The one output that guidance makes of the branches."""
         if "uncond" not in outputs:
             return outputs["cond"]
-        weights = {"cond": self.guidance.scale, **{name: weight for name, (_, weight) in self.compose.items()}}
+        weights = {
+            "cond": self.guidance.scale * self.weight,
+            **{name: weight for name, (_, weight) in self.compose.items()},
+        }
         held = [name for name in weights if name in outputs]
         return combine(outputs["uncond"], [outputs[n] for n in held], [weights[n] for n in held], self.guidance.rescale)
 

@@ -126,7 +126,8 @@ class StructuredGuidance(Intervention):
             for prompt, spans in zip(run.weighted, self._spans, strict=True)
         ]
         texts = sorted({each for one in said for each in one}, key=lambda each: (each.text, each.weights))
-        alone = dict(zip(texts, encode_weighted(run.model, texts, guidance=False).cond["embeds"], strict=True))
+        encoded = encode_weighted(run.model, texts, guidance=False, weighting=run.weighting)
+        alone = dict(zip(texts, encoded.cond["embeds"], strict=True))
         k = max(len(spans) for spans in self._spans)
         sequences = full[None].repeat(k + 1, 1, 1, 1)  # (i b t d): W_0 = W_p, then W_p with phrase i in its place
         weights = torch.zeros(k + 1, len(full), 1, 1, device=full.device)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
-from sfumato.text.words import Reading, StreamReading, Words
+from sfumato.text.words import Reading, StreamReading, Words, token_ids
 
 __all__ = ["Alignment", "align", "best_mode", "equaliser", "gate", "global_alignment"]
 
@@ -65,12 +65,13 @@ def align(words: Words, source: str, target: str, mode: Mode, length: int) -> Al
             continue
         done.add(stream.offset)
         one, other = (reading.streams[stream.name] for reading in readings)
+        if (one.length, other.length) != (stream.length, stream.length):
+            raise BadInput("prompts of several chunks have to be aligned within model.in_chunks, on an axis for both.")
         if mode == "replace":
             pairs = _word_groups(readings[0], readings[1], stream.name)
         else:
-            ids = [_ids(stream, prompt, reading) for prompt, reading in ((source, one), (target, other))]
-            partners = global_alignment(*ids)
-            pairs = [([one.first + i], [other.first + j]) for j, i in enumerate(partners) if i is not None]
+            partners = global_alignment(token_ids(stream, source), token_ids(stream, target))
+            pairs = [([one.places[i]], [other.places[j]]) for j, i in enumerate(partners) if i is not None]
         place = slice(stream.offset, stream.offset + stream.length)
         matrix[place, place] = 0.0
         taken[place] = 0.0
@@ -175,11 +176,11 @@ def _groups(reading: Reading, stream: str) -> list[tuple[list[int], list[int]]]:
     it."""
     read, words = reading.streams[stream], reading.all()
     found: list[tuple[list[int], list[int]]] = [([], []) for _ in words]
-    for i, (start, end) in enumerate(read.spans):
+    for place, (start, end) in zip(read.places, read.spans, strict=True):
         touched = [k for k, word in enumerate(words) if word.start < end and word.end > start]
         before = [k for k, word in enumerate(words) if word.end <= start]
         k = touched[0] if touched else before[-1] if before else 0
-        found[k][0 if touched or not before else 1].append(read.first + i)
+        found[k][0 if touched or not before else 1].append(place)
     return found
 
 
@@ -194,10 +195,3 @@ def _tails(source: StreamReading, target: StreamReading, mode: Mode) -> list[tup
     if mode == "replace":  # the source's further filling loses no attention, the target's gets none
         pairs += [([i], last) for i in ours[len(theirs) :]]
     return pairs
-
-
-def _ids(stream: Any, prompt: str, reading: StreamReading) -> list[int]:
-    """Ids of a prompt's real tokens."""
-    lead = len(reading.special["<start>"])
-    encoded = stream.tokenizer(stream.prepare(prompt), truncation=True, max_length=stream.length, verbose=False)
-    return list(encoded.input_ids[lead : lead + len(reading.spans)])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
+from sfumato.models.chunks import instead
 from sfumato.models.slot import TextTower, text_towers
 
 __all__ = ["placeholders"]
@@ -58,21 +59,10 @@ def placeholders(
             if known:
                 attribute = name.replace("text_encoder", "tokenizer")
                 tokenizer, ids = _extended(tower.tokenizer, {word: len(rows) for word, rows in known.items()})
-                stack.enter_context(_instead(model.pipe, attribute, tokenizer))
+                stack.enter_context(instead(model.pipe, attribute, tokenizer))
                 for word, rows in known.items():
                     stack.enter_context(_reading(tower, ids[word], rows, word, used))
         yield
-
-
-@contextmanager
-def _instead(pipe: Any, attribute: str, value: Any) -> Iterator[None]:
-    """``value`` for an attribute of a pipeline that does not register it, so that its configuration stays the same."""
-    before = getattr(pipe, attribute)
-    object.__setattr__(pipe, attribute, value)
-    try:
-        yield
-    finally:
-        object.__setattr__(pipe, attribute, before)
 
 
 # copies by tokenizer: a vocabulary of 49,000 takes 0.4 seconds to copy, and a run of several batches needs it in each

@@ -8,19 +8,29 @@ too, as are brackets that hold nothing or are nested more than 100 deep. What A1
 
 A token of weight w is moved along the line from what the *empty* prompt has at its position to what the encoder says
 (ComfyUI's convention, in every text encoder alike): ``e_0 + w (e - e_0)``. At 1 the embedding keeps its bits, at 0 it
-is the empty prompt's; nothing is renormalised, and pooled vectors are left as they are.
+is the empty prompt's; nothing is renormalised, and pooled vectors are left as they are. With ``weighting="compel"``
+prompts with weights below 1 are moved on, as compel does, towards what the encoder says while these words are hidden
+from it: ``(e + sum_i a_i e_i) / (1 + sum_i a_i)`` over the stretches i of weight w_i < 1, with
+``a_i = tan((1 - w_i) pi / 2)``.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sfumato.errors import NotSupported
 from sfumato.models import Condition, Model
+from sfumato.models.chunks import BREAK, MARK
+from sfumato.models.families.templated import Templated
 from sfumato.text.words import Words
 
 __all__ = ["WeightedPrompt", "encode_weighted", "read_weights"]
@@ -51,13 +61,21 @@ class WeightedPrompt:
         held = [w for w, char in zip(self.weights[start:end], self.text[start:end], strict=True) if not char.isspace()]
         return sum(held) / len(held) if held else 1.0
 
+    def lowered(self) -> list[tuple[int, int, float]]:
+        """The stretches of equal weight below 1: (start, end, weight), blanks between words left to either side."""
+        visible = [i for i, char in enumerate(self.text) if not char.isspace()]
+        runs = [list(run) for _, run in itertools.groupby(visible, key=self.weights.__getitem__)]
+        return [(run[0], run[-1] + 1, self.weights[run[0]]) for run in runs if self.weights[run[0]] < 1]
+
     def part(self, text: str, home: Sequence[int]) -> WeightedPrompt:
         """A text made from this one: ``home`` names the character each of its own comes from, -1 for none."""
         return WeightedPrompt(text, tuple(self.weights[i] if i >= 0 else 1.0 for i in home))
 
 
 def read_weights(prompt: str) -> WeightedPrompt:
-    """Reads the weights out of a prompt. Never fails: what is no weight is text."""
+    """Reads the weights out of a prompt. Never fails: what is no weight is text. ``BREAK`` becomes the blank that
+    begins a new chunk (:mod:`sfumato.models.chunks`)."""
+    prompt = BREAK.sub(MARK, prompt)
     chars: list[str] = []
     weights: list[float] = []
     opened: list[tuple[str, int]] = []  # brackets not closed yet, with their place among chars
@@ -115,25 +133,29 @@ def encode_weighted(
     negative: Sequence[str | WeightedPrompt] | None = None,
     guidance: bool = True,
     embedded_guidance: float | None = None,
+    weighting: str = "comfyui",
 ) -> Condition:
     """:meth:`~sfumato.models.Model.encode_text` for prompts with weights, read already or not; the condition holds the
-    plain texts.
+    plain texts. ``weighting``: ``"comfyui"`` or ``"compel"``, what weights below 1 mean.
 
-    Prompts whose weights are all 1 are encoded to the very bits of the plain prompt.
+    Prompts whose weights are all 1 are encoded to the very bits of the plain prompt. Raises NotSupported for compel's
+    weights below 1 where the text stands inside a template of its encoder.
     """
     read = [text if isinstance(text, WeightedPrompt) else read_weights(text) for text in prompts]
     unwanted = None
     if negative is not None:
         unwanted = [text if isinstance(text, WeightedPrompt) else read_weights(text) for text in negative]
-    condition = model.encode_text(
-        [each.text for each in read],
-        None if unwanted is None else [each.text for each in unwanted],
-        guidance=guidance,
-        embedded_guidance=embedded_guidance,
-    )
-    for rows, texts in ((condition.cond, read), (condition.uncond, unwanted)):
-        if rows is not None and texts is not None and not all(each.plain for each in texts):
-            rows["embeds"] = _weighed(model, rows["embeds"], texts)
+    with model.in_chunks(model.chunks_for([each.text for each in [*read, *(unwanted or ())]])):
+        condition = model.encode_text(
+            [each.text for each in read],
+            None if unwanted is None else [each.text for each in unwanted],
+            guidance=guidance,
+            embedded_guidance=embedded_guidance,
+        )
+        for rows, texts in ((condition.cond, read), (condition.uncond, unwanted)):
+            if rows is not None and texts is not None and not all(each.plain for each in texts):
+                weighed = _weighed(model, rows["embeds"], texts)
+                rows["embeds"] = _lowered(model, weighed, texts) if weighting == "compel" else weighed
     return condition
 
 
@@ -144,10 +166,57 @@ def _weighed(model: Model, embeds: Tensor, read: Sequence[WeightedPrompt]) -> Te
     for row, each in enumerate(read):
         found: dict[int, list[float]] = {}
         for stream in words.read(each.text).streams.values():
-            for i, (start, end) in enumerate(stream.spans):
-                found.setdefault(stream.first + i, []).append(each.weight(start, end))
+            for place, (start, end) in zip(stream.places, stream.spans, strict=True):
+                found.setdefault(place, []).append(each.weight(start, end))
         for position, values in found.items():  # two encoders side by side say the same, unless they split words apart
             weights[row, position] = sum(values) / len(values)
     empty = model.encode_text("", guidance=False).cond["embeds"].to(embeds)
     w = weights.to(embeds)[..., None]
     return torch.where(w == 1, embeds, empty + w * (embeds - empty))
+
+
+def _lowered(model: Model, weighed: Tensor, read: Sequence[WeightedPrompt]) -> Tensor:
+    """Embeddings (b t d), weighed already, moved towards those of prompts without their words of weight below 1."""
+    words, out = Words(model), weighed.clone()
+    for row, each in enumerate(read):
+        total = 1.0
+        for start, end, weight in each.lowered():
+            places = words.span(each.text, start, end).positions
+            with _hidden(model, places):
+                without = model.encode_text(each.text, guidance=False).cond["embeds"]
+            share = math.tan((1 - max(weight, 1e-5)) * math.pi / 2)
+            out[row] += share * _weighed(model, without, [each])[0]
+            total += share
+        out[row] /= total
+    return out
+
+
+@contextmanager
+def _hidden(model: Model, places: Sequence[int]) -> Iterator[None]:
+    """While it lasts, no token attends to those at ``places`` of the text axis, in any text encoder."""
+
+    def hide(stream: Any) -> Any:
+        calls = itertools.count()  # an encoder reads chunk after chunk
+
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            ids = args[0] if args else options["input_ids"]
+            first = stream.offset + next(calls) * (stream.window or 0)
+            given = options.get("attention_mask")
+            mask = torch.ones_like(ids) if given is None else given.clone()
+            mask[:, [place - first for place in places if 0 <= place - first < ids.shape[1]]] = 0
+            return args, {**options, "attention_mask": mask}
+
+        return hook
+
+    with ExitStack() as stack:
+        for stream in model.tokenizers:
+            if isinstance(stream.tokenizer, Templated):
+                raise NotSupported(
+                    f"weighting=compel cannot hide words from the text encoder of {model.name}, which reads them in a "
+                    f"template; use weighting=comfyui."
+                )
+            encoder = getattr(model.pipe, stream.attribute.replace("tokenizer", "text_encoder"))
+            stack.callback(encoder.register_forward_pre_hook(hide(stream), with_kwargs=True).remove)
+        yield

@@ -13,12 +13,13 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from difflib import SequenceMatcher
 from typing import Any
 
 from sfumato.errors import BadInput, NoMatch, NotSupported, nearest
+from sfumato.models.chunks import laid_out, needed
 from sfumato.models.condition import TruncatedPrompt
 from sfumato.text.phrases import NounPhrase, noun_phrases
+from sfumato.text.reading import SPECIAL, StreamReading, homes, read_stream, token_ids
 
 __all__ = [
     "NounPhrase",
@@ -30,10 +31,8 @@ __all__ = [
     "find_phrases",
     "homes",
     "noun_phrases",
+    "token_ids",
 ]
-
-#: Names of tokens that stand for no word: where the text starts, where it ends, and what fills the rest of the axis.
-SPECIAL = ("<start>", "<end>", "<pad>")
 
 # An added token such as <my-cat>, or a run without blanks; the latter is then split at punctuation.
 _RUN = re.compile(r"(<[\w-]+>)|\S+")
@@ -66,28 +65,6 @@ class WordSpan:
     def positions(self) -> tuple[int, ...]:
         """All positions on the text axis, of all streams, each once."""
         return tuple(sorted({position for part in self.tokens.values() for position in part}))
-
-
-@dataclass(frozen=True)
-class StreamReading:
-    """How one tokenizer stream reads one prompt.
-
-    ``spans``: prompt characters [start, end) of each real token; token i lies at ``first + i`` on the text axis, or at
-    ``at[i]`` where a system has laid the text out anew. ``special``: positions of the special tokens by name. ``seen``:
-    the first character that is not read any more. ``length``: positions of the stream in all.
-    """
-
-    first: int
-    spans: tuple[tuple[int, int], ...]
-    special: dict[str, tuple[int, ...]]
-    seen: int
-    length: int
-    at: tuple[int, ...] = ()
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """The position of each real token on the text axis."""
-        return self.at or tuple(range(self.first, self.first + len(self.spans)))
 
 
 @dataclass(frozen=True)
@@ -270,7 +247,10 @@ class Words:
         if prompt not in self._readings:
             if len(self._readings) > 256:
                 self._readings.clear()
-            self._readings[prompt] = Reading(prompt, {s.name: _read_stream(s, prompt) for s in self.streams})
+            streams = self.streams
+            if any(stream.window and not stream.chunks for stream in streams):
+                streams = laid_out(streams, needed(streams, [prompt]))
+            self._readings[prompt] = Reading(prompt, {stream.name: read_stream(stream, prompt) for stream in streams})
         return self._readings[prompt]
 
     def find(self, prompt: str, phrase: str, occurrence: int | None = None) -> list[WordSpan]:
@@ -318,55 +298,6 @@ def find_phrases(readings: Sequence[Reading], phrases: Sequence[str]) -> list[li
         if complaint is not None and not known:
             raise complaint
     return [list(spans.values()) for spans in found]
-
-
-def _read_stream(stream: Any, prompt: str) -> StreamReading:
-    text = stream.prepare(prompt)
-    home = homes(prompt, text)
-    tokenizer, length = stream.tokenizer, stream.length
-    full = tokenizer(
-        text, truncation=True, max_length=length, return_offsets_mapping=True, return_special_tokens_mask=True,
-        verbose=False,
-    )  # fmt: skip
-    # A special token typed by the user has characters of its own; those the tokenizer adds have none.
-    added = [bool(m) and a == b for m, (a, b) in zip(full.special_tokens_mask, full.offset_mapping, strict=True)]
-    lead = next((i for i, is_added in enumerate(added) if not is_added), 1 if len(added) > 1 else 0)
-    stop = len(added) - next((i for i, is_added in enumerate(reversed(added)) if not is_added), len(added) - lead)
-    spans = []
-    for a, b in full.offset_mapping[lead:stop]:
-        places = [home[i] for i in range(a, b) if not text[i].isspace()]
-        spans.append((min(places), max(places) + 1) if places else (0, 0))
-    cut = len(tokenizer(text, verbose=False).input_ids) > length
-    base = stream.offset
-    special = {
-        "<start>": tuple(base + i for i in range(lead)),
-        "<end>": tuple(base + i for i in range(stop, len(added))),
-        "<pad>": tuple(base + i for i in range(len(added), length)),
-    }
-    seen = max((end for _, end in spans), default=0) if cut else len(prompt)
-    return StreamReading(base + lead, tuple(spans), special, seen, length)
-
-
-def homes(prompt: str, prepared: str) -> Sequence[int]:
-    """For each character of the text that the tokenizer is given, the character of the prompt it stands for.
-
-    Pipelines may lower-case, strip, clean, or write out an added token as several ("<cat>" as "<cat> <cat>_1"); what
-    was put in belongs to the last visible character before it.
-    """
-    if prepared == prompt:
-        return range(len(prompt))
-    lower = [char.lower() if len(char.lower()) == 1 else char for char in prompt]
-    other = [char.lower() if len(char.lower()) == 1 else char for char in prepared]
-    home = [-1] * len(prepared)
-    for a, b, size in SequenceMatcher(None, lower, other, autojunk=False).get_matching_blocks():
-        home[b : b + size] = range(a, a + size)
-    last = 0
-    for i, place in enumerate(home):
-        if place < 0:
-            home[i] = last
-        elif not prompt[place].isspace():
-            last = place
-    return home
 
 
 def _occurrences(prompt: str, phrase: str) -> list[tuple[int, int]]:

@@ -189,6 +189,9 @@ class PromptToPrompt(FollowsSource, Intervention):
 
     # -- what the loop calls -------------------------------------------------------------------------------------------
 
+    def texts(self) -> Sequence[str]:
+        return [self.params.source or ""] if self._given is None else self._given.prompts
+
     def start(self, run: Run) -> None:
         """Aligns the prompts. Raises NoMatch for words, sites and layers that are not there, BadInput for prompts that
         cannot be aligned or a recording of something else."""

@@ -19,6 +19,11 @@ def prompts_of(recording: Recording, run: Run) -> list[str]:
         raise BadInput(f"the recording is of {made}, this run is {run.size[0]}x{run.size[1]} with {run.model.name}.")
     if recording.begin != run.begin or not torch.equal(recording.timesteps.cpu(), run.timesteps.cpu()):
         raise BadInput("the recording was made with other steps or another scheduler than this run.")
+    if recording.facts.get("text", run.model.text_length) != run.model.text_length:
+        raise BadInput(
+            f"the recording has {recording.facts['text']} text positions and this run {run.model.text_length}, as its "
+            f"prompt takes more chunks; give source, which is then drawn anew, without a recording."
+        )
     if len(recording) not in (1, len(run)):
         raise BadInput(f"the recording has {len(recording)} samples for {len(run)}; one for all, or one each.")
     return recording.prompts * (len(run) if len(recording) == 1 else 1)

@@ -53,7 +53,7 @@ class Amused(Family):
 
     @property
     def streams(self) -> list[TextStream]:
-        return self._stream("tokenizer", "clip", 0)
+        return self._stream("tokenizer", "clip", 0, chunked=True)
 
     @property
     def layers(self) -> list[Layer]:

@@ -32,6 +32,12 @@ class TextStream:
     length: int
     #: what the pipeline does to the text before tokenizing (PixArt: lower case, stripped)
     prepare: Callable[[str], str]
+    #: the tokenizer's attribute of the pipeline
+    attribute: str = "tokenizer"
+    #: positions of one chunk, where a longer text is read in several (:mod:`sfumato.models.chunks`)
+    window: int | None = None
+    #: how many chunks there are; 0 as many as a text needs
+    chunks: int = 0
 
 
 def accepted_by(function: Callable[..., Any]) -> set[str]:
@@ -69,6 +75,8 @@ class Family:
     inpaints: ClassVar[bool] = False
     #: half-precision in which checkpoints of this family are customarily run
     half: ClassVar[torch.dtype] = torch.float16
+    #: components that read a text of several chunks once, with its first
+    read_once: ClassVar[tuple[str, ...]] = ()
     #: whether the pipeline lifts a float16 autoencoder with ``force_upcast`` to float32
     upcasts_vae: ClassVar[bool] = False
     #: whether the denoiser is told the picture's original size, crop and target size
@@ -195,6 +203,10 @@ class Family:
         """Rows of the conditional and of the unconditional branch, from the pipeline's own ``encode_prompt``."""
         raise NotImplementedError
 
+    def joined(self, chunks: Sequence[Rows]) -> Rows:
+        """The rows of a text from those of its chunks: one behind the other on the text axis, all else the first's."""
+        return {**chunks[0], "embeds": torch.cat([rows["embeds"] for rows in chunks], 1)}
+
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         """One forward pass of the denoiser on states (b ...); ``t`` is a scalar or (b,), ``rows`` has ``b`` rows."""
         raise NotImplementedError
@@ -226,8 +238,11 @@ class Family:
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
-    def _stream(self, attribute: str, name: str, offset: int, length: int | None = None) -> list[TextStream]:
-        """The stream of one tokenizer of the pipeline; none where the pipeline lacks it."""
+    def _stream(
+        self, attribute: str, name: str, offset: int, length: int | None = None, chunked: bool = False
+    ) -> list[TextStream]:
+        """The stream of one tokenizer of the pipeline; none where the pipeline lacks it. ``chunked``: longer texts are
+        read in chunks, which takes a tokenizer that reports character offsets."""
         tokenizer = getattr(self.pipe, attribute)
         if tokenizer is None:
             return []
@@ -236,7 +251,9 @@ class Family:
         def prepare(text: str) -> str:
             return convert(text, tokenizer) if convert else text
 
-        return [TextStream(tokenizer, name, offset, length or int(tokenizer.model_max_length), prepare)]
+        length = length or int(tokenizer.model_max_length)
+        window = length if chunked and tokenizer.is_fast else None
+        return [TextStream(tokenizer, name, offset, length, prepare, attribute, window)]
 
     def _set(self, scheduler: Any, steps: int, device: torch.device, given: dict[str, Any], **kwargs: Any) -> None:
         """``set_timesteps`` of a scheduler, with a schedule of the user's own where one is ``given``."""

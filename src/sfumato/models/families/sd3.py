@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class StableDiffusion3(Family):
     defaults = {"steps": 28, "guidance": 7.0}
     max_sequence_length = 256
     half = torch.bfloat16
+    read_once = ("text_encoder_3",)
 
     @property
     def size_multiple(self) -> int:
@@ -40,7 +42,8 @@ class StableDiffusion3(Family):
     @property
     def streams(self) -> list[TextStream]:
         clip = int(self.pipe.tokenizer_max_length)
-        streams = self._stream("tokenizer", "clip", 0, clip) + self._stream("tokenizer_2", "clip2", 0, clip)
+        streams = self._stream("tokenizer", "clip", 0, clip, chunked=True)
+        streams += self._stream("tokenizer_2", "clip2", 0, clip, chunked=True)
         if self.max_sequence_length:
             streams += self._stream("tokenizer_3", "t5", clip, self.max_sequence_length)
         return streams
@@ -71,6 +74,11 @@ class StableDiffusion3(Family):
         )
         cond = {"embeds": embeds, "pooled": pooled}
         return cond, {"embeds": negative, "pooled": negative_pooled} if guidance else None
+
+    def joined(self, chunks: Sequence[Rows]) -> Rows:
+        clip = int(self.pipe.tokenizer_max_length)
+        read = [rows["embeds"][:, :clip] for rows in chunks]
+        return {**chunks[0], "embeds": torch.cat([*read, chunks[0]["embeds"][:, clip:]], 1)}
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         return self.denoiser(

@@ -58,7 +58,7 @@ class StableDiffusion(Family):
 
     @property
     def streams(self) -> list[TextStream]:
-        return self._stream("tokenizer", "clip", 0)
+        return self._stream("tokenizer", "clip", 0, chunked=True)
 
     @property
     def clip_layers(self) -> int:
@@ -207,7 +207,8 @@ class StableDiffusionXL(StableDiffusion):
 
     @property
     def streams(self) -> list[TextStream]:
-        return self._stream("tokenizer", "clip", 0) + self._stream("tokenizer_2", "clip2", 0)
+        first, second = ("tokenizer", "clip", 0), ("tokenizer_2", "clip2", 0)
+        return self._stream(*first, chunked=True) + self._stream(*second, chunked=True)
 
     @property
     def clip_layers(self) -> int:

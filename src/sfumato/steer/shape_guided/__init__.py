@@ -34,6 +34,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.metrics.geometry import slerp
 from sfumato.models import Condition
+from sfumato.models.chunks import MARK
 from sfumato.sampling import Run, Step
 from sfumato.sampling.inversion import invert
 from sfumato.steer.shape_guided.attention import DECAYS, InsideOutside, takes_part
@@ -128,7 +129,8 @@ class ShapeGuided(InsideOutside):
         if not any(site.kind in ("cross", "joint") and takes_part(site) for site in run.sites):
             raise NotSupported(f"shape_guided needs attention from picture to text, and {run.model.name} has none.")
         words = Words(run.model)
-        parts = [split(words, prompt, p.words) for prompt in run.prompts]
+        # each side is encoded by itself, in one window: a new chunk begins nowhere
+        parts = [split(words, prompt.replace(MARK, " "), p.words) for prompt in run.prompts]
         self._pixels = None if run.request is None else run.request.source.pixels
         if p.source and self._pixels is None:
             raise BadInput("source of shape_guided says what a picture shows, but no image is given.")

@@ -71,7 +71,14 @@ class InsideOutside(Intervention):
             texts = [each[group] for each in self.texts]
             sides.check_lengths(texts)
             given = [each[group] for each in self.weighted] if self.weighted else list(map(plain, texts))
-            alone = encode_weighted(run.model, given, None, guidance=False, embedded_guidance=condition.guidance).cond
+            alone = encode_weighted(
+                run.model,
+                given,
+                None,
+                guidance=False,
+                embedded_guidance=condition.guidance,
+                weighting=run.weighting,
+            ).cond
             for stream, (first, part) in sides.stretches.items():
                 embeds[:, sides.part(stream, group)] = alone["embeds"][:, first : first + part]
                 if "mask" in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.steer.shape_guided.pieces import Piece
-from sfumato.text.words import Reading, StreamReading, Words
+from sfumato.text.words import Reading, StreamReading, Words, token_ids
 
 
 class Sides:
@@ -25,9 +24,11 @@ class Sides:
     def __init__(self, model: Model, groups: int):
         self.words, self.groups = Words(model), groups
         self.stretches: dict[str, tuple[int, int]] = {}  # stream -> (first position, length of a part)
+        self.rooms: dict[str, int] = {}  # stream -> most tokens of a text, which is encoded in one window
         for stream in model.tokenizers:
             lead = len(self.words.read("").streams[stream.name].special["<start>"])
             self.stretches[stream.name] = stream.offset + lead, (stream.length - lead) // groups
+            self.rooms[stream.name] = min(self.stretches[stream.name][1], (stream.window or stream.length) - lead - 1)
 
     def part(self, stream: str, group: int) -> slice:
         first, length = self.stretches[stream]
@@ -60,7 +61,10 @@ class Sides:
             streams[name] = StreamReading(
                 first=plain.first,
                 spans=tuple(span for span, _ in tokens),
-                special={"<start>": plain.special["<start>"], **{key: tuple(each) for key, each in special.items()}},
+                special={
+                    "<start>": (plain.offset,) if plain.offset < plain.first else (),
+                    **{key: tuple(each) for key, each in special.items()},
+                },
                 seen=len(prompt),
                 length=plain.length,
                 at=tuple(position for _, position in tokens),
@@ -71,10 +75,10 @@ class Sides:
         """Raise BadInput for a text that does not fit into its part of the axis."""
         for text in texts:
             for name, stream in self.words.read(text).streams.items():
-                if len(stream.spans) > self.stretches[name][1]:
+                if len(stream.spans) > self.rooms[name]:
                     raise BadInput(
                         f"{text[:60]!r} has {len(stream.spans)} {name} tokens; beside the other texts of shape_guided "
-                        f"there is room for {self.stretches[name][1]}."
+                        f"there is room for {self.rooms[name]}."
                     )
 
     def fixed(self, before: str, after: str, group: int, length: int) -> Tensor:
@@ -84,13 +88,8 @@ class Sides:
         readers = torch.zeros(length)
         for stream in self.words.streams:
             part = self.part(stream.name, group)
-            old, new = (self._ids(stream, text) for text in (before, after))
+            old, new = (token_ids(stream, text) for text in (before, after))
             readers[part.start : part.start + len(new)] += 1
             for _, at, size in SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks():
                 matches[part.start + at : part.start + at + size] += 1
         return (matches == readers) & (readers > 0)
-
-    def _ids(self, stream: Any, text: str) -> list[int]:
-        reading = self.words.read(text).streams[stream.name]
-        lead = reading.first - stream.offset
-        return stream.tokenizer(stream.prepare(text), verbose=False).input_ids[lead : lead + len(reading.spans)]

@@ -1,0 +1,93 @@
+"""What prompts of other programs say besides what a picture shows: ``AND`` and ``<lora:name:0.8>``.
+
+``a cat AND a dog :0.7`` composes two texts (Liu et al. 2022, equation 11): each is guided by itself, with a weight
+times the scale of guidance. A1111's web UI reads both notations in the same way. Word weights and ``BREAK`` are read
+further on, by :mod:`sfumato.text.weights`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from sfumato.errors import BadInput, NotSupported
+
+__all__ = ["Composition", "adapter_tags", "read_composition", "refuse_dialect"]
+
+_AND = re.compile(r"\bAND\b")
+_WEIGHT = re.compile(r"^(.*?)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$", re.DOTALL)
+_TAG = re.compile(r"\s*<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A prompt that composes: its first ``text`` with its ``weight``, and (text, weight) of all ``others``. Weights are
+    shares of the scale of guidance."""
+
+    text: str
+    weight: float
+    others: tuple[tuple[str, float], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def read_composition(prompt: str) -> Composition:
+    """Reads ``AND``; a prompt without it is its own first text, of weight 1. Raises BadInput for an empty side and for
+    weights that are no finite numbers."""
+    parts = _AND.split(prompt)
+    if len(parts) == 1:
+        return Composition(prompt, 1.0, ())
+    read = []
+    for part in parts:
+        weighted = _WEIGHT.match(part)
+        text, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
+        if not text.strip():
+            raise BadInput(
+                f"AND composes two texts, but one side of it is empty in {prompt[:80]!r}; write it as 'and'."
+            )
+        if not math.isfinite(weight):
+            raise BadInput(f"the weight of {text.strip()[:80]!r} is {weight:g}; it must be a finite number.")
+        read.append((text.strip(), weight))
+    (text, weight), *others = read
+    return Composition(text, weight, tuple(others))
+
+
+def adapter_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The prompt without its ``<lora:name:scale>``, and (name, scale) of each, 1 where no scale is named.
+
+    Raises NotSupported for ``<lyco:...>``, ``<hypernet:...>`` and settings per network, BadInput for what is no name or
+    number.
+    """
+    found = []
+    for kind, inside in _TAG.findall(prompt):
+        tag = f"<{kind}:{inside}>"
+        if kind.lower() == "hypernet":
+            raise NotSupported(f"{tag}: hypernetworks are not supported; leave it out.")
+        if kind.lower() == "lyco":
+            raise NotSupported(f"{tag}: lyco is not supported; write <lora:{inside}>, which reads LoHa and LoKr, too.")
+        name, *numbers = (part.strip() for part in inside.split(":"))
+        if not name or PurePath(name).name != name or "\\" in name:
+            raise BadInput(f"{tag}: {name!r} is no name of an adapter; give a file by --with lora:file=PATH instead.")
+        if len(numbers) > 1:
+            raise NotSupported(
+                f"{tag}: only one scale, of text encoder and denoiser alike, is read: <lora:{name}:0.8>."
+            )
+        try:
+            scale = float(numbers[0]) if numbers else 1.0
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise BadInput(f"{tag}: {numbers[0]!r} is no scale; write a number, as in <lora:{name}:0.8>.")
+        found.append((name, scale))
+    return (_TAG.sub("", prompt).strip(), tuple(found)) if found else (prompt, ())
+
+
+def refuse_dialect(text: str, what: str) -> None:
+    """Raise BadInput where a text that neither composes nor brings adapters says so."""
+    tag = _TAG.search(text)
+    if tag:
+        raise BadInput(f"{tag[0].strip()} stands in {what}, where no adapter is read; write it in the prompt.")
+    if _AND.search(text):
+        raise BadInput(f"AND composes prompts, and stands in {what}; write it as 'and', or join texts by commas.")
