@@ -68,6 +68,7 @@ class Trainer:
         accumulate: parts that each step's batch is cut into, whose gradients are added up: each part is a draw of its
             own, with a share of ``Draw.indices``.
         accelerator: accelerate's, where several processes train.
+        averages: gradients are averaged over the processes here, because no loss is one of accelerate's modules.
         name: for messages.
     """
 
@@ -79,6 +80,7 @@ class Trainer:
         seed: int = 0,
         accumulate: int = 1,
         accelerator: Any = None,
+        averages: bool = False,
         name: str = "training",
     ):
         self.players = [players] if isinstance(players, Player) else list(players)
@@ -88,6 +90,7 @@ class Trainer:
         if accumulate < 1:
             raise BadInput(f"accumulate must be at least 1, got {accumulate}.")
         self.data, self.seed, self.accumulate, self.accelerator, self.name = data, seed, accumulate, accelerator, name
+        self.averages = averages and accelerator is not None and accelerator.num_processes > 1
         self.step, self.seconds = 0, 0.0
         self._stop = threading.Event()
 
@@ -105,7 +108,9 @@ class Trainer:
         draws = self.draws()
         torch.manual_seed(draws[0].number("global"))  # dropout and the like; the noise has generators of its own
         samples = [(draw,) if self.data is None else (self.data(draw), draw) for draw in draws]
-        backward = torch.Tensor.backward if self.accelerator is None else self.accelerator.backward
+        backward: Callable[..., None] = torch.Tensor.backward
+        if self.accelerator is not None:
+            backward = self._averaged_backward if self.averages else self.accelerator.backward
         logs: dict[str, Tensor] = {}
         with torch.enable_grad():
             for player in self.players:
@@ -114,7 +119,14 @@ class Trainer:
                     head = f"{player.name}." if len(self.players) > 1 else ""
                     logs |= {head + key: value for key, value in found.items()}
         self.step += 1
-        return logs
+        return {key: self.accelerator.reduce(value, "mean") for key, value in logs.items()} if self.averages else logs
+
+    def _averaged_backward(self, loss: Tensor, inputs: list[Tensor]) -> None:
+        """Adds the gradients' mean over all processes; none of a tensor counts as zeros, or the others would wait."""
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        for tensor, gradient in zip(inputs, found, strict=True):
+            mean = self.accelerator.reduce(gradient, "mean")
+            tensor.grad = mean if tensor.grad is None else tensor.grad + mean
 
     def scalars(self, logs: dict[str, Tensor]) -> dict[str, float]:
         """The log of a step as numbers.
@@ -215,6 +227,8 @@ def fit(
     stop: Callable[[Progress], bool] | None = None,
     folder: Path | str | None = None,
     checkpoint_every: int = 500,
+    state: dict[str, Any] | None = None,
+    accelerator: Any = None,
     name: str = "training",
 ) -> Fitted:
     """Trains ``players`` for ``steps``, in memory; the module's page has examples.
@@ -230,6 +244,10 @@ def fit(
         stop: says whether to end here.
         folder: keeps checkpoints every ``checkpoint_every`` steps, and goes on from the newest one that is there; for
             players whose losses depend on their draws alone the result is that of an uninterrupted run.
+        state: plain values (JSON) of the caller's that belong to a checkpoint: written with each, put back into this
+            dict when one is read.
+        accelerator: accelerate's, where several processes train: gradients and logs are their mean, the first one
+            writes.
 
     Raises:
         BadInput: a loss that is not finite, or arguments out of range.
@@ -237,12 +255,21 @@ def fit(
     """
     if steps < 0 or log_every < 1 or checkpoint_every < 1 or (minutes is not None and not minutes > 0):
         raise BadInput(f"{name}: steps, log_every, checkpoint_every and minutes must be above 0.")
-    trainer = Trainer(players, data, seed=seed, accumulate=accumulate, name=name)
+    trainer = Trainer(
+        players, data, seed=seed, accumulate=accumulate, accelerator=accelerator, averages=True, name=name
+    )
+    kept: dict[str, Any] = {} if state is None else state
+    main = accelerator is None or accelerator.is_main_process
     result = Fitted(0, False, False, 0.0)
     checkpoints = None if folder is None else Path(folder)
     if checkpoints is not None and (found := checkpoint.load_latest(checkpoints)):
         trainer.restore(found[0], found[1])
+        kept.update(found[1].get("state", {}))
         result.complaints = found[2]
+
+    def save() -> None:
+        if checkpoints is not None and main:
+            trainer.save(checkpoints, {"state": kept})
 
     def after(logs: dict[str, Tensor]) -> None:
         last = trainer.step == steps
@@ -254,15 +281,15 @@ def fit(
             if stop is not None and stop(progress):
                 ended.append(progress.step)
                 trainer.stop()
-        if checkpoints is not None and (last or trainer.step % checkpoint_every == 0):
-            trainer.save(checkpoints, {})
+        if last or trainer.step % checkpoint_every == 0:
+            save()
 
     ended: list[int] = []
     cuda = {p.device for player in trainer.players for p in player.parameters.values() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cuda, key=str)), trainer.signals():
         result.finished = trainer.walk(steps, after, minutes)
-        if checkpoints is not None and not result.finished:
-            trainer.save(checkpoints, {})
+        if not result.finished:
+            save()
         for player in trainer.players:
             player.take_average()
     result.step, result.seconds = trainer.step, trainer.seconds
