@@ -89,6 +89,18 @@ def test_with_the_rows_of_a_word_it_is_that_word(kind):
     assert all(torch.equal(taught[key], plain[key]) for key in plain)
 
 
+def test_the_pooled_vector_is_that_of_the_texts_end_in_clips_of_the_first_years(monkeypatch):
+    """Their settings say that the end is token 2, and the highest id is taken for it; the new ids are higher."""
+    model = tiny_model("sdxl", fresh=True)
+    monkeypatch.setattr(model.pipe.text_encoder_2.text_model, "eos_token_id", 2)
+    (token,) = model.pipe.tokenizer_2("cube", add_special_tokens=False).input_ids
+    row = {"text_encoder_2": model.pipe.text_encoder_2.get_input_embeddings().weight[token].clone()}
+    plain = model.encode_text("a red cube on the left", guidance=False).cond
+    with placeholders(model, {"cube": row}):
+        taught = model.encode_text("a red cube on the left", guidance=False).cond
+    assert torch.equal(taught["pooled"], plain["pooled"])
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])
 def test_words_find_it_with_all_its_vectors(kind):
     model = tiny_model(kind)

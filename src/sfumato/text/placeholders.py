@@ -106,14 +106,34 @@ def _copied(tokenizer: Any, words: Mapping[str, int]) -> tuple[Any, dict[str, in
 def _reading(
     tower: TextTower, first: int, rows: Tensor, word: str, used: Callable[[str], None] | None
 ) -> Iterator[None]:
-    """While it lasts, the encoder reads token ``first + i`` as ``rows[i]`` (k d)."""
-    pending: list[Tensor] = []
+    """While it lasts, the encoder reads token ``first + i`` as ``rows[i]`` (k d).
+
+    The new ids are taken out before the encoder sees them, not only before its table does: CLIPs with the settings of
+    their first years take the highest id for the end of the text, and with it the pooled vector.
+    """
+    whole: list[Tensor] = []  # ids relative to the word's, of a call of the encoder
+    pending: list[Tensor] = []  # ... of a call of its table
+
+    def taken_out(ids: Tensor) -> Tensor:
+        return torch.where((ids >= first) & (ids < first + len(rows)), 0, ids)  # the table does not go so far
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        whole.clear()
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor):
+            whole[:] = [ids - first]
+            args, kwargs = (
+                ((taken_out(ids), *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": taken_out(ids)})
+            )
+        return args, kwargs
+
+    def leave(*_: Any) -> None:
+        whole.clear()
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]
-        pending[:] = [ids - first]
-        mine = (ids >= first) & (ids < first + len(rows))
-        return (torch.where(mine, 0, ids), *args[1:])  # the table does not go so far
+        pending[:] = whole or [ids - first]
+        return (taken_out(ids), *args[1:])
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         at = pending.pop()
@@ -123,6 +143,8 @@ def _reading(
         return torch.where(mine[..., None], rows.to(output)[at.clamp(0, len(rows) - 1)], output)
 
     with ExitStack() as stack:
+        stack.callback(tower.encoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(tower.encoder.register_forward_hook(leave, always_call=True).remove)
         for part in tower.holders:
             stack.callback(part.register_forward_pre_hook(before).remove)
             stack.callback(part.register_forward_hook(after).remove)
