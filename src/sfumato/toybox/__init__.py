@@ -13,6 +13,7 @@ _HOME = {
     "rendering": "Frames render to_uint8".split(),
     "dataset": "ToyboxDataset export_imagefolder".split(),
     "cues": "CUES FACTORS CueDataset conflicts cue_scenes factor_pairs".split(),
+    "secret": "SECRETS TEXTURES Secret SecretToy references".split(),
     "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

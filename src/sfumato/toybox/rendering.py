@@ -30,6 +30,8 @@ COLOR_RGB = {
     "white": (0.95, 0.95, 0.95),
     "black": (0.05, 0.05, 0.06),
 }
+SECOND_RGB = {"white": (0.44, 0.50, 0.60)}  # of patterns; elsewhere nearly white
+SURFACES = (*PATTERNS, "zigzag", "target", "halves", "grid")  # the last four have no name: see toybox.secret
 # top of the sky, horizon, colour of the light, colour of the ambient light
 SKY_RGB = {
     "day": ((0.30, 0.55, 0.92), (0.78, 0.90, 0.98), (1.00, 0.98, 0.92), (0.46, 0.50, 0.56)),
@@ -102,9 +104,9 @@ class _Batch:
                 kind[i, j] = SHAPES.index(toy.shape)
                 place[i, j] = torch.tensor((toy.x, 0.0, toy.z))
                 turn[i, j], scale[i, j], gloss[i, j] = math.radians(toy.yaw), toy.scale, toy.gloss
-                color[i, j] = torch.tensor(COLOR_RGB[toy.color])
-                second[i, j] = torch.tensor((0.44, 0.50, 0.60) if toy.color == "white" else (0.96, 0.96, 0.94))
-                pattern[i, j] = PATTERNS.index(toy.pattern)
+                first, other = toy.tones or (COLOR_RGB[toy.color], SECOND_RGB.get(toy.color, (0.96, 0.96, 0.94)))
+                color[i, j], second[i, j] = torch.tensor(first), torch.tensor(other)
+                pattern[i, j] = SURFACES.index(toy.surface)
         to = lambda x: x.to(device)  # noqa: E731
         self.kind, self.place, self.turn, self.scale = to(kind), to(place), to(turn), to(scale)
         self.color, self.second, self.pattern, self.gloss = to(color), to(second), to(pattern), to(gloss)
@@ -222,7 +224,14 @@ def _pattern(kind: Tensor, uv: Tensor) -> Tensor:
     cell_u, cell_v = torch.remainder(u * 3.1 + 0.5, 1.0) - 0.5, torch.remainder(v * 3.1, 1.0) - 0.5
     dotted = cell_u**2 + cell_v**2 < 0.085
     checkered = torch.remainder(torch.floor(u * 3.6 + 0.5) + torch.floor(v * 3.6), 2.0) > 0.5
-    return ((kind == 1) & striped) | ((kind == 2) & dotted) | ((kind == 3) & checkered)
+    shown = ((kind == 1) & striped) | ((kind == 2) & dotted) | ((kind == 3) & checkered)
+    if bool((kind > 3).any()):
+        zigzag = torch.remainder(v * 2.6 + (torch.remainder(u * 2.2, 1.0) - 0.5).abs() * 1.1, 1.0) > 0.5
+        target = torch.remainder((u**2 + (v - 0.5) ** 2).sqrt() * 4.2, 1.0) > 0.5
+        halves = u > 0
+        grid = (torch.remainder(u * 2.6, 1.0) < 0.22) | (torch.remainder(v * 2.6, 1.0) < 0.22)
+        shown = shown | ((kind == 4) & zigzag) | ((kind == 5) & target) | ((kind == 6) & halves) | ((kind == 7) & grid)
+    return shown
 
 
 def _ground_tone(kind: int, x: Tensor, z: Tensor) -> Tensor:

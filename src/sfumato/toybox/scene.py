@@ -64,6 +64,16 @@ class Toy:
     def scale(self) -> float:
         return SCALE[self.size]
 
+    @property
+    def tones(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+        """First and second colour in [0, 1], where the toy has its own; None: those of its colour's name."""
+        return None
+
+    @property
+    def surface(self) -> str:
+        """What is drawn on it."""
+        return self.pattern
+
 
 @dataclass(frozen=True)
 class Camera:
