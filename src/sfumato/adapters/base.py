@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from sfumato import cards
 from sfumato.adapters.formats import Contents, content_hash, find_file, read_contents
+from sfumato.adapters.metadata import check_base
 from sfumato.adapters.weight_sets import Weights, exchanged
 from sfumato.cards import Field
 from sfumato.errors import BadInput
@@ -34,6 +35,9 @@ class AdapterParams(cards.Params):
     scale: float = Field(default=1.0, description="how much of it is applied; below 0 its opposite, 0 nothing at all")
     hash: str = Field(
         default="", description="SHA-256 of the file, or its beginning; another file is refused. Recipes hold it"
+    )
+    any_base: bool = Field(
+        default=False, description="use it although the file says that it was taught on a model with other weights"
     )
 
 
@@ -100,7 +104,9 @@ class Adapter(Intervention):
     @contextmanager
     def attach(self, model: Model, scale: float | None = None) -> Iterator[None]:
         """While it lasts, the model works with the adapter at ``scale`` (its own). 0 attaches nothing, but the fit is
-        checked all the same. Raises NoMatch and BadWeights for an adapter that does not fit the model."""
+        checked all the same. Raises NoMatch and BadWeights for an adapter that does not fit the model, BadInput for one
+        that was taught on other weights."""
+        check_base(self.contents.metadata, model, self.path, self.params.any_base)
         with ExitStack() as stack:
             self._attach(model, self.scale if scale is None else float(scale), stack)
             yield
@@ -141,6 +147,7 @@ class Adapter(Intervention):
 
     def merge(self, model: Model, scale: float | None = None) -> Merged:
         """Puts the adapter into the weights of the model, until ``undo``: no cost per call, equal up to rounding."""
+        check_base(self.contents.metadata, model, self.path, self.params.any_base)
         used = self.scale if scale is None else float(scale)
         weights = exchanged(model.modules, self.weights(model, used))
         return Merged(model, weights, f"{self.name} {self.hash} {used!r}")

@@ -89,8 +89,8 @@ class Adapted:
         down, up, factor = layer.lora_A[NAME], layer.lora_B[NAME], self._factor(scale)
         if NAME in layer.lora_magnitude_vector:
             more = {"lora_A": down, "lora_B": up, "scaling": factor, "base_layer": self.module, "base_result": output}
-            return output + layer.lora_magnitude_vector[NAME](x, **more)
-        return output + up(down(x)) * factor
+            return output + layer.lora_magnitude_vector[NAME](x, **more).to(output.dtype)
+        return output + (up(down(x.to(down.weight.dtype))) * factor).to(output.dtype)
 
     def delta(self, scale: float) -> Tensor:
         """What the adapter adds to the module's weight, of its shape."""
@@ -133,8 +133,10 @@ class Scaling:
     rank: int | None = None
 
 
-def held(module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling, where: str) -> Adapted:
-    """A file's tensors beside their module, on its device and in its precision.
+def held(
+    module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling, where: str, dtype: torch.dtype | None = None
+) -> Adapted:
+    """A file's tensors beside their module, on its device and in its precision, or in ``dtype``.
 
     Raises NotSupported for an algebra or a kind of module that cannot be adapted, BadWeights for tensors that do not
     fit; ``where`` names the module in messages.
@@ -145,7 +147,7 @@ def held(module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling, where
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise NotSupported(f"{where} is a {type(module).__name__}; only Linear and Conv2d modules can be adapted.")
     weight = module.weight
-    cast = {part: tensor.to(device=weight.device, dtype=weight.dtype) for part, tensor in parts.items()}
+    cast = {part: tensor.to(device=weight.device, dtype=dtype or weight.dtype) for part, tensor in parts.items()}
     try:
         if algebra in ("LoHa", "LoKr"):
             adapted = _lycoris(algebra, module, cast, scaling)

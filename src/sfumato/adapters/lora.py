@@ -28,6 +28,7 @@ from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.formats import FileModule, fit
 from sfumato.adapters.layers import Adapted, Scaling, held
 from sfumato.adapters.naming import Place
+from sfumato.adapters.spelling import published_path
 from sfumato.adapters.weight_sets import Weights, like_own
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadWeights, NoMatch, NotSupported, nearest
@@ -227,6 +228,8 @@ def save_lora(path: str | Path, adapted: Mapping[str, Adapted], metadata: Mappin
         if not each.is_lora:
             raise NotSupported(f"{name} is no LoRA; only LoRA and DoRA can be written.")
         parts = {part: tensor.detach().cpu() for part, tensor in each.parameters().items()}
+        component, _, where = name.partition(".")
+        name = f"{component}.{published_path(component, where)}"
         factor = each.delta_factor
         tensors[f"{name}.lora_A.weight"] = parts["down"]
         tensors[f"{name}.lora_B.weight"] = parts["up"] if math.isclose(factor, 1.0) else parts["up"] * factor

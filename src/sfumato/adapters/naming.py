@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["DENOISER", "FileKey", "Index", "Place", "places", "read_key"]
+__all__ = ["DENOISER", "FileKey", "Index", "Place", "places", "published", "read_key"]
 
 DENOISER = "denoiser"
 
@@ -134,7 +134,7 @@ def places(index: Index) -> dict[tuple[str, str], list[Place]]:
     for component, shapes in index.items():
         if component.startswith("text_encoder"):
             continue
-        for name, several in _published(shapes):
+        for name, several in published(shapes):
             there = [(path, rows) for path, rows in several if path in shapes]
             if there:
                 found.setdefault((DENOISER, _plain(name)), [Place(component, path, rows) for path, rows in there])
@@ -148,7 +148,7 @@ Rows = tuple[tuple[int, int], ...]
 Named = Iterator[tuple[str, list[tuple[str, Rows]]]]
 
 
-def _published(shapes: Mapping[str, tuple[int, ...]]) -> Named:
+def published(shapes: Mapping[str, tuple[int, ...]]) -> Named:
     """Names of the original code, each with the paths and rows of diffusers that it stands for."""
     if any(path.startswith("single_transformer_blocks.") for path in shapes):
         yield from _flux(shapes)

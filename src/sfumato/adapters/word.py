@@ -10,7 +10,7 @@ SDXL and ComfyUI pairs, pivotal tuning, and A1111's pictures; pickles (``.pt``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -158,13 +158,13 @@ class Word(Adapter):
     def weights(self, model: Model, scale: float | None = None) -> dict[str, Weights]:
         raise NotSupported("a taught word changes no weights: it cannot be merged, and has no difference.")
 
-    def save(self, path: str | Path, dialect: Literal["diffusers", "kohya", "comfyui"] = "diffusers") -> Path:
+    def save(self, path: str | Path, dialect: Dialect = "diffusers") -> Path:
         """Writes the only word of the file in another dialect; see :func:`save_word`."""
         if len(self.contents.words) > 1:
             raise BadInput(f"{self.path} holds several words; save them one by one.")
         tensors, held = self._read(), next(iter(self.contents.words.values()))
         vectors = {place or "text_encoder": tensors[key].reshape(k, d) for place, (key, k, d) in held.items()}
-        return save_word(path, self.words[0], vectors, dialect)
+        return save_word(path, self.words[0], vectors, dialect, metadata=self.contents.metadata)
 
 
 def _tower(towers: list[TextTower], place: str, width: int) -> TextTower | None:
@@ -177,6 +177,8 @@ def _tower(towers: list[TextTower], place: str, width: int) -> TextTower | None:
     return next((tower for tower in fitting if tower.name == place), None)
 
 
+Dialect = Literal["diffusers", "kohya", "comfyui", "pivotal"]
+
 _KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
@@ -184,19 +186,32 @@ def save_word(
     path: str | Path,
     word: str,
     vectors: Mapping[str, Tensor],
-    dialect: Literal["diffusers", "kohya", "comfyui"] = "diffusers",
+    dialect: Dialect = "diffusers",
+    *,
+    t5: Collection[str] = ("text_encoder_3",),
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a word, vectors (k d) by text encoder, as a textual inversion.
 
     ``diffusers``: one key, the word, read by ``load_textual_inversion``; ``kohya``: ``emb_params``, the file's name
-    being the word (A1111, ComfyUI). Several encoders are always written as ``clip_l``, ``clip_g``, ``t5xxl``
-    (ComfyUI, kohya, A1111). The word is noted in the metadata too. Raises BadInput for no vectors, OSError.
+    being the word (A1111, ComfyUI); ``comfyui``: ``clip_l``, ``clip_g``, ``t5xxl`` (ComfyUI, kohya, A1111), which
+    several encoders are always written as unless it is ``pivotal``: ``text_encoders_0`` ... ``t5``: the encoders that
+    are T5s, of any place. The word is noted in the ``metadata`` too. Raises BadInput for no vectors, OSError.
     """
     if not vectors:
         raise BadInput(f"{word} has no vectors to write.")
     rows = {name: each.detach().cpu().reshape(-1, each.shape[-1]) for name, each in vectors.items()}
-    if len(rows) > 1 or dialect == "comfyui":
-        tensors = {_KEYS[name]: each for name, each in rows.items()}
+    if dialect == "pivotal":
+        tensors = {f"text_encoders_{i}": rows[name] for i, name in enumerate(sorted(rows))}
+    elif len(rows) > 1 or dialect == "comfyui":
+        tensors = {_key(name, each, name in t5): each for name, each in rows.items()}
     else:
         tensors = {"emb_params" if dialect == "kohya" else word: next(iter(rows.values()))}
-    return files.save_tensors(path, tensors, {"sfumato.word": word})
+    return files.save_tensors(path, tensors, {**(metadata or {}), "sfumato.word": word})
+
+
+def _key(name: str, rows: Tensor, t5: bool) -> str:
+    """ComfyUI's name of a text encoder: SD 2's only one is its ``clip_h``."""
+    if t5:
+        return "t5xxl"
+    return "clip_h" if name == "text_encoder" and rows.shape[1] == 1024 else _KEYS[name]

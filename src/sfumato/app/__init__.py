@@ -18,7 +18,7 @@ MODULES = {
     "segmenting": ("segment", "segment_files"),
     "judging": ("LinesLeftOut", "Side", "compare", "judge", "side"),
     "teaching": ("teach", "train"),
-    "adapting": ("adapters",),
+    "adapting": ("adapters", "convert"),
 }
 _HOME = {name: module for module, names in MODULES.items() for name in names}
 __all__ = list(_HOME)  # noqa: PLE0605

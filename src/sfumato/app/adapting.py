@@ -24,15 +24,35 @@ def adapters(files: Sequence[str | Path], model: str | Path | None = None) -> li
         drawing = {name: folder for name, folder in built_in.items() if (folder / "model_index.json").is_file()}
         indices = {name: index_of_folder(folder) for name, folder in drawing.items()}
     else:
-        folder = registry.find(str(model)) or Path(model)
-        if (folder / "model_index.json").is_file():
-            indices = {str(model): index_of_folder(folder)}
-        else:
-            from sfumato.adapters.lora import index_of
-            from sfumato.app.jobs import load
-
-            indices = {str(model): index_of(load(model))}
+        indices = {str(model): _index(model)}
     return [
         {**each, "fits": {name: fits(str(file), index) for name, index in indices.items()}}
         for file, each in zip(files, found, strict=True)
     ]
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str, model: str | Path | None = None, name: str = ""
+) -> list[Path]:
+    """Write an adapter's file in another dialect (:func:`sfumato.adapters.convert.convert`); returns the files.
+
+    Args:
+        to: ``diffusers``, ``kohya``, ``comfyui``, ``old-diffusers``, ``peft``, ``pivotal`` or ``custom-diffusion``.
+        model: the model it is for, where the file's names alone do not tell the places.
+        name: of a taught word, another one.
+    """
+    from sfumato.adapters.convert import convert
+
+    return convert(source, target, to, None if model is None else _index(model), name)
+
+
+def _index(model: str | Path) -> Any:
+    from sfumato.adapters.inspection import index_of_folder
+
+    folder = registry.find(str(model)) or Path(model)
+    if (folder / "model_index.json").is_file():
+        return index_of_folder(folder)
+    from sfumato.adapters.lora import index_of
+    from sfumato.app.jobs import load
+
+    return index_of(load(model))
