@@ -42,13 +42,17 @@ def test_every_system_serves_a_verb():
         ("inject_fusion", {"make"}),
         ("text_to_segmentation", {"segment"}),
         ("robust_vit", {"teach"}),
+        ("textual_inversion", {"teach"}),
+        ("dreambooth", {"teach"}),
+        ("custom_diffusion", {"teach"}),
+        ("discriminative_tokens", {"teach"}),
     ],
 )
 def test_verbs_of_systems(key, verbs):
     assert set(protocol.serves(cards.method(key))) == verbs
 
 
-@pytest.mark.parametrize("wish", ["explain", "edit", "edit mask", "segment"])
+@pytest.mark.parametrize("wish", ["explain", "edit", "edit mask", "segment", "teach"])
 def test_every_wish_has_one_default(wish):
     assert [key for key, card in cards.methods().items() if wish in card.default_for] == [cards.default(wish)]
 
@@ -64,4 +68,4 @@ def test_systems_that_do_not_serve_a_verb_are_refused():
     with pytest.raises(NotSupported, match="daam does not learn to segment"):
         app.segment("cube", by="daam")
     with pytest.raises(UnknownName, match="unknown system that teaches 'daam'.*robust_vit"):
-        app.teach("daam", "toy-vit")
+        app.teach("toybox", by="daam", model="toy-vit")

@@ -13,10 +13,12 @@ Whatever a method cannot take (a model, a picture, an option) it refuses with an
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 __all__ = [
     "VERBS",
@@ -30,6 +32,7 @@ __all__ = [
     "Segments",
     "TakesPart",
     "Teaches",
+    "Work",
     "serves",
 ]
 
@@ -137,13 +140,37 @@ class Segments(Protocol):
         """A segmenter written before: ``mask(image)`` (PIL) gives the mask in the picture's size (PIL)."""
 
 
+@dataclass
+class Work:
+    """What a run that teaches keeps to be able to go on: checkpoints in ``folder`` (None: none), whether to ``resume``
+    those that are there, the ``minutes`` after which to stop, and whom to tell of (step, steps, figures)."""
+
+    folder: Path | None = None
+    resume: bool = False
+    minutes: float | None = None
+    on_progress: Callable[[int, int, dict[str, float]], None] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the first of those that were launched together, which writes."""
+        return os.environ.get("RANK", "0") == "0"
+
+    def remove(self) -> None:
+        """Drops the folder, when the result is written."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
 @runtime_checkable
 class Teaches(Protocol):
-    """Teaches a model that exists."""
+    """Teaches a model that exists. ``RESUMES``: it takes ``work`` (a :class:`Work`) and a loaded model, and its record
+    has ``save(path)``, which returns the files, ``step`` and ``interrupted``; otherwise it takes ``on_progress``."""
 
-    def teach(self, model: Any, data: Any, *, on_progress: Callable[..., Any] | None = None, **options: Any) -> Any:
+    RESUMES: ClassVar[bool]
+
+    def teach(self, model: Any, data: Any, **options: Any) -> Any:
         """``model``: a name, a folder or a loaded model, which is not changed; ``data``: a folder, or "toybox".
-        Returns a record with ``model``, the taught copy, and ``save(folder)``."""
+        Returns a record with ``model`` and ``save(path)``."""
 
 
 VERBS: dict[str, tuple[tuple[type, str], ...]] = {

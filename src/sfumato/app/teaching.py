@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, protocol
-from sfumato.errors import UnknownName
+from sfumato.app.jobs import DEFAULT_MODEL, load
+from sfumato.errors import BadInput, NotSupported, UnknownName, WorkInterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,31 +38,83 @@ def train(
 
 
 def teach(
-    by: str,
-    model: str | Path | Any,
-    data: str | Path = "toybox",
+    data: str | Path,
     *,
+    by: str | None = None,
+    model: str | Path | Any = DEFAULT_MODEL,
     out: str | Path | None = None,
-    on_progress: Callable[..., None] | None = None,
-    **options: Any,
+    resume: bool = False,
+    minutes: float | None = None,
+    on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    **given: Any,
 ) -> Any:
     """Teach a model that exists by a system of the verb teach; the model itself is not changed.
 
     Args:
-        by: the system with its parameters, as for ``--with``.
+        data: a folder of pictures, or what else the system takes, such as "toybox".
+        by: the system with its parameters, as for ``--with``; None: a new word.
         model: a name, a folder, or a loaded model of the kind that the system teaches.
-        data: a folder of examples, or "toybox".
-        out: a new folder for the taught model.
-        on_progress: called with epoch, epochs and what is logged.
-        options: what the system takes besides, such as ``per_class`` and ``seed`` of the toybox's examples.
+        out: where the result goes: an adapter's .safetensors file, or the new folder of a taught model. While it runs,
+            the folder ``<out>.training`` beside it holds its checkpoints.
+        resume: go on from them; the losses are those of an uninterrupted run.
+        minutes: stop after so much time, with a checkpoint.
+        on_progress: called with steps done, steps in all and what is logged.
+        given: parameters of the system that ``by`` does not have yet, and what it takes besides.
 
-    Returns the system's record; its ``model`` is the taught copy. Raises BadInput, UnknownName, NotSupported.
+    Returns the system's record. Raises BadInput, UnknownName, NotSupported, Conflict; WorkInterrupted for a run that
+    was stopped and can be resumed, whose ``result`` is the record.
     """
-    key, params = cards.parse_with(by)
-    system = cards.method(key)(**params)
+    key, params = cards.parse_with(by or cards.default("teach"))
+    cls = cards.method(key)
+    fields = cls.Params.model_fields  # type: ignore[attr-defined]
+    params |= {name: value for name, value in given.items() if name in fields}
+    options = {name: value for name, value in given.items() if name not in fields}
+    system = cls(**params)
     if not isinstance(system, protocol.Teaches):
         raise UnknownName("system that teaches", key, cards.methods("teach"))
-    found = system.teach(model, data, on_progress=on_progress, **options)
-    if out is not None:
-        found.save(out)
+    if minutes is not None and not minutes > 0:
+        raise BadInput(f"minutes must be above 0, got {minutes}.")
+    if not system.RESUMES:
+        if resume or minutes is not None:
+            raise NotSupported(f"{key} keeps no checkpoints: leave resume and minutes out.")
+        found = system.teach(model, data, on_progress=on_progress, **options)
+        if out is not None:
+            found.save(out)
+        return found
+    if options:
+        raise UnknownName(f"parameter of {key}", next(iter(options)), fields)
+    target = None if out is None else fresh(Path(out))
+    if resume and target is None:
+        raise BadInput("resume needs out: the run's checkpoints are beside it.")
+    folder = None if target is None else target.with_name(f"{target.name}.training")
+    work = protocol.Work(folder, resume, minutes, on_progress)
+    loaded = load(model) if isinstance(model, str | Path) else model
+    refuse(key, loaded)
+    found = system.teach(loaded, data, work=work)
+    if found.interrupted:
+        where = f"; {folder} holds the checkpoint, go on with --resume" if folder else ""
+        error = WorkInterrupted(f"stopped after step {found.step}{where}.")
+        error.result = found
+        raise error
+    if target is not None and work.first:
+        found.files = found.save(target)
+        work.remove()
     return found
+
+
+def fresh(target: Path) -> Path:
+    """A path for a file that is not there yet, in a folder that can be written to. Raises BadInput."""
+    if target.suffix != ".safetensors":
+        raise BadInput(f"-o {str(target)!r} must end in .safetensors: that is what every program reads.")
+    if target.exists():
+        raise BadInput(f"{target} exists; name a new file.")
+    if not target.absolute().parent.is_dir():
+        raise BadInput(f"-o {str(target)!r}: there is no folder {target.absolute().parent}; make it first.")
+    return target
+
+
+def refuse(key: str, model: Any) -> None:
+    """Raises NotSupported where the model lacks what the system needs."""
+    for need in cards.methods()[key.replace("-", "_")].needs:
+        if not model.family.has(need):
+            raise NotSupported(f"{key} needs {cards.CAPABILITIES[need]}; {model.name} has none.")

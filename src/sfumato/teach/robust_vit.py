@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,8 @@ class RobustVit:
         not_reproduced="masks by TokenCut; the baselines GradMask and RRR",
         summary="fine-tunes a vision transformer on few masked pictures so that it looks at the thing, not around it",
     )
+
+    RESUMES: ClassVar[bool] = False
 
     class Params(cards.Params):
         relevance: float = Field(default=0.8, ge=0, description="weight of the relevance loss")

@@ -1,39 +1,62 @@
-"""Teach a model that exists: a classifier, from a few masked pictures, to look at the thing."""
+"""Teach a model that exists, from a few pictures: a word, a subject, a style, a class - or a classifier to look at the
+thing. Ctrl-C or --minutes leave a checkpoint that --resume goes on from."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sfumato.app.cli import show
+from sfumato.app.cli import options, show
 from sfumato.app.cli.frame import command
-from sfumato.errors import BadInput
+from sfumato.errors import BadInput, WorkInterrupted
 
 
 @command()
 def teach(
-    by: Annotated[
-        str,
-        typer.Argument(metavar="KEY:name=value,...", help="The system that teaches: see sfumato methods --verb teach."),
-    ],
-    model: Annotated[str, typer.Option(help="The model: a built-in name or a folder.")],
     data: Annotated[
-        str, typer.Option(help="A folder whose metadata.jsonl has file_name, mask and label, or toybox.")
-    ] = "toybox",
-    per_class: Annotated[int, typer.Option(min=1, max=20, help="toybox: how many pictures of each shape.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="toybox: another seed, other pictures.")] = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for the taught model.")] = Path("taught"),
+        str, typer.Argument(help="A folder of pictures, tar shards, or what else the system takes, such as toybox.")
+    ],
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="KEY:name=value,...", help="The system that teaches: see sfumato methods --verb teach."),
+    ] = None,
+    model: options.Model = None,
+    name: Annotated[str | None, typer.Option(help="The new word, such as <rex>.")] = None,
+    class_: Annotated[str | None, typer.Option("--class", help="What the pictures show, such as ball.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How many steps at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order, noise and sentences; another seed, another run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so much time with a resumable checkpoint.")] = None,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, max=20, help="toybox: how many pictures of each shape.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The adapter's .safetensors, or a taught model's new folder.")
+    ] = None,
 ) -> None:
     from sfumato import app
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"output folder {str(out)!r} is not empty; name a new one.")
-    with show.bar("epochs") as bar:
+    if out is None:
+        raise BadInput("nowhere to write: give -o, such as -o rex.safetensors.")
+    said = {"name": name, "class_noun": class_, "steps": steps, "seed": seed, "per_class": per_class}
+    given: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+    if model is not None:
+        given["model"] = model
+    with show.bar("steps") as bar:
 
-        def report(epoch: int, epochs: int, log: dict[str, float]) -> None:
-            bar(epoch, epochs, 0.0, f"{epoch}/{epochs} epochs, loss {log['loss']:.4g}")
+        def report(step: int, steps: int, log: dict[str, float]) -> None:
+            bar(step, steps, 0.0, f"{step}/{steps}, loss {log['loss']:.4g}")
 
-        app.teach(by, model, data, per_class=per_class, seed=seed, out=out, on_progress=report)
-    typer.echo(out)
+        try:
+            found = app.teach(
+                data, by=by, out=out, resume=resume, minutes=minutes, on_progress=report, **given
+            )  # fmt: skip
+        except WorkInterrupted as error:
+            again = shlex.join(["sfumato", *(each for each in sys.argv[1:] if each != "--resume"), "--resume"])
+            raise WorkInterrupted(f"{str(error).split(';')[0].rstrip('.')}; go on with: {again}") from None
+    for path in getattr(found, "files", None) or [out]:
+        typer.echo(path)

@@ -1,0 +1,240 @@
+"""Custom Diffusion: new concepts in the keys and values of the text alone, and several of them merged in seconds.
+
+Kumari et al. 2023 (arXiv 2212.04488). Text enters a denoiser through K = W_k c and V = W_v c only, and these weights
+change most when a whole model is fine-tuned (section 3.1). So they alone learn, with the vectors of one new word per
+concept that begin as a rare token's; pictures of the same kind, with their own captions, keep the rest. As in the
+authors' code, the start token's keys and values carry no gradient, and pictures are shown small and near
+(:mod:`.augment`). Concepts are learnt together in one run (folders "NAME CLASS"), or apart and *merged*: for every
+matrix a constrained least squares in closed form (:mod:`sfumato.adapters.closed_form`). ``compress`` keeps the largest
+singular directions of each change, which is a LoRA.
+
+    >>> taught = CustomDiffusion(name="<rex>", class_noun="ball").teach(model, "photos")
+    >>> taught.save("rex.safetensors")  # weights, and the word in rex-word.safetensors
+    >>> merged(model, [Part("<rex>", "ball", words, weights), other], captions).weights
+
+The closed form holds where keys and values are linear in the text: in cross-attention. In joint attention (SD3, Flux)
+``add_k_proj`` and ``add_v_proj`` learn in the same way, but their inputs change from layer to layer and with the noise,
+so there is nothing to merge exactly; a merge is refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from sfumato import cards
+from sfumato.adapters.closed_form import compressed
+from sfumato.adapters.fresh import CROSS, copies, learning_weights, matching
+from sfumato.adapters.layers import Scaling, held
+from sfumato.cards import Card, Field, register
+from sfumato.errors import BadInput
+from sfumato.models import Model
+from sfumato.models.condition import Condition
+from sfumato.models.slot import frozen, text_towers
+from sfumato.protocol import Work
+from sfumato.teach.augment import resized
+from sfumato.teach.concepts import Concept, ConceptsLoss, folders_of, made_prior
+from sfumato.teach.denoising import Denoising
+from sfumato.teach.identifier import meant, pick
+from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.merging import merge_files
+from sfumato.teach.rows import Rows, is_word, reading
+from sfumato.teach.subject import Subject
+from sfumato.teach.taught import Taught
+from sfumato.training import Player
+
+__all__ = ["CustomDiffusion", "start_detached"]
+
+
+@register
+class CustomDiffusion:
+    """The card and the parameters; :meth:`teach` does the work."""
+
+    CARD = Card(
+        key="custom_diffusion",
+        title="Multi-Concept Customization of Text-to-Image Diffusion",
+        authors="Kumari, Zhang, Zhang, Shechtman, Zhu",
+        year=2023,
+        arxiv="2212.04488",
+        verb="teach",
+        needs=("pictures", "noise_path", "differentiable_state"),
+        defaults_from="the paper and its code: 250 steps of 8, 1e-5 times the batch, 200 other pictures",
+        cost="6 forward-equivalents per picture and step, the codec's, and the other pictures",
+        not_reproduced="retrieving captioned pictures of the kind from LAION: give a folder, or the model draws them",
+        summary="concepts in the keys and values of the text and a new word each, merged in closed form",
+    )
+    RESUMES: ClassVar[bool] = True
+
+    class Params(cards.Params):
+        name: str = Field(default="<new1>", description="the new word")
+        class_noun: str = Field(default="", description="what the pictures show, such as ball; merge: taken from files")
+        prompt: str = Field(default="photo of a {}", description="sentence; {} is word and class")
+        attention: bool = Field(default=False, description="the whole cross-attention learns, for faces")
+        regular: str = Field(default="", description="folder of other pictures of the kind, with captions; none: drawn")
+        prior: int = Field(default=200, ge=0, description="how many are drawn; 0: none")
+        prior_weight: float = Field(default=1.0, ge=0, description="their weight")
+        augment: bool = Field(default=True, description="show pictures small and near")
+        merge: list[str] = Field(
+            default=[], description="merge these files instead of learning; DATA: captions, a line each"
+        )
+        ridge: float = Field(default=1e-6, gt=0, description="merge: share of the mean square that is added")
+        compress: float = Field(
+            default=0.0, ge=0, le=1, description="share of singular values that is kept as a LoRA; 0.6"
+        )
+        steps: int = Field(default=250, ge=1, description="steps")
+        batch: int = Field(default=8, ge=1, description="pictures of each concept per step, and as many others")
+        accumulate: int = Field(default=1, ge=1, description="parts that a step's batch is cut into, to save memory")
+        lr: float = Field(default=8e-5, gt=0, le=1, description="learning rate of AdamW")
+        word_lr: float = Field(default=0.0, ge=0, le=10, description="of the word; 0: as lr, as in the code")
+        weight_decay: float = Field(default=1e-2, ge=0, description="weight decay, not of the word")
+        flip: bool = Field(default=True, description="mirror every second picture")
+        size: int = Field(
+            default=0, ge=0, description="side of the pictures; 0: the model's", json_schema_extra={"unit": "pixel"}
+        )
+        timesteps: Literal["auto", "uniform", "logit_normal", "mode"] = Field(
+            default="auto", description="density of noise levels; auto: uniform, for flow models logit_normal"
+        )
+        checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
+        checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
+        seed: int = Field(default=0, ge=0, description="order, noise, rare tokens and drawn pictures")
+
+        @field_validator("prompt")
+        @classmethod
+        def _holds_it(cls, prompt: str) -> str:
+            if prompt.count("{}") != 1:
+                raise ValueError("it must hold {} once, where word and class go")
+            return prompt
+
+    def __init__(self, **given: Any):
+        self.params = self.Params(**given)
+
+    def teach(self, model: Model, data: Any, *, work: Work | None = None) -> Taught:
+        """The concept of the pictures in ``data``, or several from its folders "NAME CLASS"; with ``merge``, the
+        concepts of the files that it names. ``model`` is afterwards as it was.
+
+        Raises BadInput, NotSupported (merging in joint attention), Conflict: see
+        :func:`~sfumato.teach.learning.opened`.
+        """
+        p, work = self.params, work or Work()
+        if p.merge:
+            return self._compressed(model, merge_files(model, p.merge, data, p.prompt, p.ridge, self.CARD.key))
+        if not p.class_noun:
+            raise BadInput("class_noun of custom_diffusion must be given: what the pictures show, such as ball.")
+        towers = text_towers(model)
+        concepts, rows = [], []
+        for number, (folder, name, noun) in enumerate(folders_of(data, p.name, p.class_noun)):
+            if taken := is_word(towers, name):
+                raise BadInput(
+                    f"name {name!r} is a word of {taken[0]} already; take one that is none, such as <{name}>."
+                )
+            subject = Subject(model, folder, (p.size, p.size) if p.size else None)
+            rare = pick(towers, {*meant(model), *subject.captions}, p.seed, number + 1)[number]
+            concepts.append(Concept(subject, f"{name} {noun}", name, noun, p.prompt))
+            rows.append(Rows(towers, name, rare, 1, p.seed))
+        denoiser = model.family.denoiser_name
+        pattern = r"(.*\.)?attn2\..*" if p.attention and _cross(model) else rf"{CROSS}\.weight"
+        weights = copies(model, {denoiser: pattern})
+        kept = None if work.folder is None else work.folder / "prior.safetensors"
+        for number, each in enumerate(concepts):
+            self._keep_the_rest(model, each, number, kept)
+
+        def encode(prompts: Sequence[str]) -> Condition:
+            with reading(model, {each.word: each.shown() for each in rows}):
+                return model.encode_text(list(prompts), guidance=False)
+
+        learning = dict(weights)
+        for each in rows:
+            learning |= {f"{each.word}.{name}": value for name, value in each.parameters.items()}
+        best = Best(learning)
+        loss = ConceptsLoss(
+            Denoising(model, p.batch, p.seed, p.timesteps), concepts, encode, p.batch, p.prior_weight, p.flip, p.seed,
+            resized if p.augment else None,
+        )  # fmt: skip
+        tensors = list(best.learning)
+        matrices, vectors = tensors[: len(weights)], tensors[len(weights) :]
+        groups = [
+            {"params": matrices, "lr": p.lr, "weight_decay": p.weight_decay},
+            {"params": vectors, "lr": p.word_lr or p.lr, "weight_decay": 0.0},
+        ]
+        player = Player(loss, torch.optim.AdamW(groups), best, name="concepts")
+        settings = {
+            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
+            "pictures": [each.subject.hash for each in concepts],
+        }  # fmt: skip
+        with ExitStack() as stack:
+            stack.enter_context(frozen(model))
+            stack.enter_context(recomputed(model, p.checkpointing))
+            stack.enter_context(learning_weights(model, weights))
+            stack.enter_context(start_detached(model))
+            done = learn(
+                player, p.steps, name=self.CARD.key, work=work, settings=settings, accumulate=p.accumulate, seed=p.seed,
+                checkpoint_every=p.checkpoint_every,
+            )  # fmt: skip
+        facts = {
+            "class": concepts[0].class_noun, "lr": p.lr, "seed": p.seed, "prompt": p.prompt,
+            "pictures": sum(len(each.subject) for each in concepts), "subjects": [each.said for each in concepts],
+        }  # fmt: skip
+        found = Taught(
+            model, self.CARD.key, words={each.word: {k: v.detach().clone() for k, v in each.parameters.items()}
+                                         for each in rows},
+            weights={name: value.detach() for name, value in weights.items()}, log=done.log, facts=facts,
+            step=done.fitted.step, interrupted=not done.enough,
+        )  # fmt: skip
+        return found if found.interrupted else self._compressed(model, found)
+
+    def _keep_the_rest(self, model: Model, concept: Concept, number: int, kept: Any) -> None:
+        """Other pictures of the kind with their captions: given ones, or drawn ones."""
+        p = self.params
+        plain = p.prompt.format(concept.class_noun)
+        if p.regular:
+            others = Subject(model, p.regular, concept.subject.size)
+            concept.prior = [others.latents(i) for i in range(len(others))]
+            concept.prior_said = [text or plain for text in others.captions]
+        elif p.prior:
+            at = kept if number == 0 or kept is None else kept.with_stem(f"prior-{number}")
+            concept.prior = made_prior(model, plain, p.prior, p.seed + number, at)
+            concept.prior_said = [plain] * p.prior
+
+    def _compressed(self, model: Model, found: Taught) -> Taught:
+        """The changes of the weights as a LoRA, if that is asked for."""
+        share = self.params.compress
+        if not share:
+            return found
+        for name, weight in found.weights.items():
+            component, _, path = name.partition(".")
+            if not path.endswith(".weight") or weight.ndim != 2:
+                raise BadInput("compress keeps changes of matrices; leave attention out.")
+            module = model.modules[component].get_submodule(path.removesuffix(".weight"))
+            small = compressed(weight - module.weight, share)
+            where = name.removesuffix(".weight")
+            parts = {"down": small.down, "up": small.up}
+            found.lora[where] = held(module, parts, Scaling(), where, dtype=torch.float32)
+        found.weights = {}
+        found.facts |= {"compress": share}
+        return found
+
+
+def _cross(model: Model) -> bool:
+    return any(site.kind == "cross" for site in model.sites())
+
+
+@contextmanager
+def start_detached(model: Model) -> Iterator[None]:
+    """While it lasts, no gradient reaches keys and values through the start of the text, which is in every prompt. In
+    models whose text begins without such a token (T5) there is nothing to detach."""
+    first = next((stream for stream in model.tokenizers if stream.offset == 0), None)
+    starts = first is not None and first.name.startswith("clip")
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
+
+    with ExitStack() as stack:
+        for path in matching(model, model.family.denoiser_name, CROSS) if starts else ():
+            module = model.denoiser.get_submodule(path)
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield

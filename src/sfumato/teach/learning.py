@@ -1,0 +1,232 @@
+"""A run that teaches: its folder, which only one run may use at a time, its checkpoints, its log, and when to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import BadInput, Conflict, NotSupported
+from sfumato.protocol import Work
+from sfumato.training import Fitted, Player, Progress, fit
+
+__all__ = ["Best", "learn", "recomputed", "several_processes"]
+
+
+@contextlib.contextmanager
+def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Within: the folder of the checkpoints is this run's alone; None where nothing is kept.
+
+    Raises Conflict where another process is in it, where it holds a run and ``resume`` was not asked for, or a run with
+    other ``settings`` (JSON values); BadInput where there is nothing to resume.
+    """
+    if work.folder is None or not work.first:  # of several processes the first one looks
+        yield None if work.folder is None else work.folder / "checkpoints"
+        return
+    there, told = work.folder.exists(), work.folder / "run.json"
+    if work.resume and not told.is_file():
+        raise BadInput(f"there is nothing to resume: {work.folder} holds no run.")
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(work.folder):
+        if told.is_file() and not work.resume:
+            raise Conflict(f"{work.folder} holds a run that was not finished: give --resume, or remove the folder.")
+        said = json.loads(json.dumps(dict(settings)))
+        if work.resume:
+            _same(told, said)
+        else:
+            told.write_text(json.dumps(said, indent=1), encoding="utf-8")
+        try:
+            yield work.folder / "checkpoints"
+        except BaseException:
+            if not there and not (work.folder / "checkpoints").is_dir():
+                work.remove()
+            raise
+
+
+def _same(told: Path, said: dict[str, Any]) -> None:
+    before = json.loads(told.read_text(encoding="utf-8"))
+    other = [name for name in said if before.get(name) != said[name]]
+    if other:
+        name = other[0]
+        was, now = before.get(name), said[name]
+        if isinstance(was, dict) and isinstance(now, dict):
+            name = next(key for key in {**was, **now} if was.get(key) != now.get(key))
+            was, now = was.get(name), now.get(name)
+        raise Conflict(
+            f"{told.parent} holds a run with another {name} ({was!r}, now {now!r}): ask for the same, or remove the "
+            "folder to begin anew."
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within: no other process is in the folder; the system frees the lock however this one ends."""
+    import fcntl
+
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"another run is at work in {folder}; give this one another -o.") from None
+        yield
+
+
+@contextlib.contextmanager
+def recomputed(model: Any, wanted: bool) -> Iterator[None]:
+    """Within: the denoiser keeps no activations and computes them anew on the way back, if that is ``wanted``. Raises
+    NotSupported for one that cannot."""
+    if not wanted:
+        yield
+        return
+    denoiser = model.denoiser
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise NotSupported(f"{model.name} cannot recompute activations: leave checkpointing out.")
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
+
+
+class Best(nn.Module):
+    """The tensors that learn, and copies of them where a figure was best: what a player's checkpoint holds.
+
+    ``figures``: (step, figure) of every measurement, lowest is best; :meth:`over` says whether the last ``patience``
+    of them were no better than the best before by a share ``least``.
+    """
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter]):
+        super().__init__()
+        self.names = list(tensors)
+        self.learning = nn.ParameterList(list(tensors.values()))
+        for i, tensor in enumerate(tensors.values()):
+            self.register_buffer(f"best_{i}", tensor.detach().clone())
+        self.figures: list[tuple[int, float]] = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.learning, strict=True))
+
+    @torch.no_grad()
+    def measured(self, step: int, figure: float) -> bool:
+        """Notes a figure; returns whether it is the lowest, and then keeps the tensors."""
+        first = not self.figures or figure < min(value for _, value in self.figures)
+        self.figures.append((step, figure))
+        if first:
+            self.keep()
+        return first
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for i, tensor in enumerate(self.learning):
+            getattr(self, f"best_{i}").copy_(tensor)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Puts the best in the place of the last."""
+        for i, tensor in enumerate(self.learning):
+            tensor.copy_(getattr(self, f"best_{i}"))
+
+    def over(self, patience: int, least: float = 0.005) -> bool:
+        values = [value for _, value in self.figures]
+        return len(values) > patience and min(values[-patience:]) > (1 - least) * min(values[:-patience])
+
+
+@dataclass
+class Learned:
+    """What :func:`learn` did. ``log``: figures of every step; ``measured``: what was measured, by step; ``enough``: it
+    ended, on its last step or because there was no more progress, rather than being stopped."""
+
+    fitted: Fitted
+    log: list[dict[str, float]]
+    measured: list[dict[str, float]]
+    enough: bool
+
+
+def several_processes() -> Any:
+    """accelerate's accelerator where several processes were launched, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+
+
+def learn(
+    player: Player,
+    steps: int,
+    *,
+    name: str,
+    work: Work,
+    settings: Mapping[str, Any],
+    best: Best | None = None,
+    measure: Callable[[int], dict[str, float]] | None = None,
+    every: int = 50,
+    patience: int = 0,
+    accumulate: int = 1,
+    seed: int = 0,
+    after: Callable[[int], dict[str, float]] | None = None,
+    stop: Callable[[int], bool] | None = None,
+    checkpoint_every: int = 100,
+) -> Learned:
+    """Lets ``player`` learn for ``steps`` steps, with the folder and the limits of ``work``.
+
+    Args:
+        settings: what must be the same when a run is resumed.
+        best, measure: what is measured at a step, every ``every`` steps; "probe" of it is the figure that is to be low,
+            and ``best`` keeps what is best by it; with ``patience`` the run ends when so many measurements in a row
+            were no better. The best are put in place.
+        after: called after each step with the number of steps done; returns further entries of the log.
+        stop: called after each step (after ``after``): whether to end here.
+
+    Raises Conflict (see :func:`opened`), BadInput for a loss that is not finite.
+    """
+    state: dict[str, Any] = {"log": [], "figures": [], "measured": []}
+    accelerator = several_processes()
+    main = accelerator is None or accelerator.is_main_process
+    over, begun, enough = False, False, False
+
+    def progressed(progress: Progress) -> None:
+        nonlocal over, begun
+        if best is not None and not begun:  # those of the checkpoint, if there was one
+            best.figures = [(int(step), float(value)) for step, value in state["figures"]]
+        begun = True
+        entry = {"step": float(progress.step), **progress.logs}
+        if after is not None:
+            entry |= after(progress.step)
+        last = progress.step == steps
+        if best is not None and measure is not None and (progress.step % every == 0 or last):
+            found = measure(progress.step)
+            entry["probe"] = found["probe"]
+            best.measured(progress.step, found["probe"])
+            over = bool(patience) and best.over(patience)
+            state["figures"] = best.figures
+            state["measured"].append({"step": progress.step, **found})
+        state["log"].append(entry)
+        if work.on_progress is not None and main:
+            work.on_progress(progress.step, steps, {**entry})
+
+    def ended(progress: Progress) -> bool:
+        nonlocal enough
+        enough = over or (stop is not None and stop(progress.step))
+        return enough
+
+    with opened(work, settings) as folder:
+        if best is not None and measure is not None:
+            found = measure(0)
+            best.measured(0, found["probe"])
+            state["figures"] = best.figures
+            state["measured"].append({"step": 0, **found})
+        fitted = fit(
+            player, steps, seed=seed, accumulate=accumulate, minutes=work.minutes, on_progress=progressed, stop=ended,
+            folder=folder, checkpoint_every=checkpoint_every, state=state, accelerator=accelerator, name=name,
+        )  # fmt: skip
+    if best is not None and measure is not None:
+        best.take()
+    return Learned(fitted, state["log"], state["measured"], fitted.finished or enough)

@@ -1,0 +1,108 @@
+"""The pictures that something is taught from: read, checked, and encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.files import fitted
+from sfumato.models import Model
+from sfumato.training.samples import Samples, open_samples
+
+__all__ = ["Subject"]
+
+BUDGET = 512 << 20  # bytes of latents that are kept in memory
+
+
+class Subject:
+    """Pictures of one subject, and their latents, each encoded when it is first asked for and then kept.
+
+    Args:
+        where: a folder or shards (:func:`~sfumato.training.samples.open_samples`): pictures are upright as EXIF says,
+            transparency white, greys RGB.
+        size: (width, height) that every picture is brought to; None: the model's own.
+        keep_aspect: a picture keeps its aspect and has about the area of ``size``, instead of being cut to it.
+
+    Raises BadInput: no picture, one that cannot be read, or no two that differ (a picture given twice is one).
+    """
+
+    def __init__(self, model: Model, where: str | Path, size: tuple[int, int] | None = None, keep_aspect: bool = False):
+        self.model, self.keep_aspect = model, keep_aspect
+        self.size = size or model.default_size[::-1]
+        model.latent_shape(self.size[1], self.size[0])  # refuses a size that the model cannot make
+        self.samples: Samples = open_samples(where, self.size)
+        self.where = str(where)
+        self._kept: OrderedDict[Any, Tensor] = OrderedDict()
+        self._bytes = 0
+        self.captions = [self.samples.caption(i) for i in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def hash(self) -> str:
+        """Of names, sizes and times of the files, in order: another one whenever a file changes."""
+        facts = []
+        for entry in self.samples.entries:
+            at = entry.shown.path.stat()
+            facts.append((entry.shown.name, entry.shown.offset, at.st_size, at.st_mtime_ns))
+        return hashlib.sha256(repr((facts, self.captions)).encode()).hexdigest()
+
+    def pixels(self, i: int) -> Tensor:
+        """Picture ``i`` (3 h w) in [-1, 1], at its size. Raises BadInput with the file's name."""
+        if not self.keep_aspect:
+            return self.samples.sample(i).pixels
+        picture = self.samples.entries[i].shown.picture()
+        size = bucket(picture.size, self.size, self.model.size_multiple)
+        return torch.from_numpy(_array(fitted(picture, size))).permute(2, 0, 1).float() / 255 * 2 - 1
+
+    def latents(self, i: int, mirrored: bool = False) -> Tensor:
+        """Latents (c h w) of picture ``i``: the mean of the codec's posterior, in float32. Pictures are encoded one by
+        one, so that a picture's bits depend on no other."""
+        key = (i, mirrored)
+        if key not in self._kept:
+            pixels = self.pixels(i)
+            self._keep(key, self.encoded(pixels.flip(-1) if mirrored else pixels))
+        return self._kept[key]
+
+    @torch.no_grad()
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """Latents (c h w) of a picture (3 h w)."""
+        at = pixels[None].to(self.model.device, self.model.dtype)
+        return self.model.encode_image(at)[0].float()
+
+    def _keep(self, key: Any, latents: Tensor) -> None:
+        self._kept[key] = latents
+        self._bytes += latents.nbytes
+        while self._bytes > BUDGET and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+def bucket(own: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(width, height) in multiples of the model's for a picture of ``own`` size: about the area of ``size`` and its own
+    aspect, at most 1 : 2."""
+    aspect = min(2.0, max(0.5, own[0] / own[1]))
+    height = math.sqrt(size[0] * size[1] / aspect)
+    sides = (max(1, round(aspect * height / multiple)), max(1, round(height / multiple)))
+    return sides[0] * multiple, sides[1] * multiple
+
+
+def by_shape(latents: Sequence[Tensor]) -> dict[tuple[int, ...], list[int]]:
+    """Rows of latents that can be stacked, by their shape."""
+    out: dict[tuple[int, ...], list[int]] = {}
+    for row, each in enumerate(latents):
+        out.setdefault(tuple(each.shape), []).append(row)
+    return out
+
+
+def _array(picture: Any) -> Any:
+    import numpy as np
+
+    return np.array(picture)

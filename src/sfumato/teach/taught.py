@@ -1,0 +1,81 @@
+"""What teaching gives back: adapters that can be used at once or written to files, and the record of how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from sfumato import files
+from sfumato.adapters.lora import save_lora
+from sfumato.adapters.metadata import about
+from sfumato.adapters.word import save_word
+from sfumato.errors import BadInput
+from sfumato.models import Model
+from sfumato.models.slot import text_towers
+
+__all__ = ["Taught"]
+
+
+@dataclass(eq=False)
+class Taught:
+    """What was learnt.
+
+    ``words``: word -> text encoder -> vectors (k d); ``lora``: adapted modules by ``component.path``; ``weights``:
+    whole parameters by ``component.path``. ``model`` is the model that was taught, as it was before. ``log``: figures
+    of every step; ``facts``: plain values about the run; ``step``: steps done; ``interrupted``: it can be resumed.
+    ``pictures``: what is worth looking at, by name; ``files``: where it was written.
+    """
+
+    model: Model
+    method: str
+    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    log: list[dict[str, float]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    interrupted: bool = False
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    def metadata(self, words: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """The strings that every file carries; see :func:`sfumato.adapters.metadata.about`."""
+        kind = "lora" if self.lora else "textual-inversion" if self.words and not self.weights else "weights"
+        return about(self.model, self.method, kind, {**self.facts, "steps": self.step}, words=list(words or self.words))
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes ``path``, a .safetensors file; words beside weights or a LoRA as ``NAME-word.safetensors``, pictures
+        as ``NAME-KIND.png``. Returns the files. Raises BadInput for another ending and for files that exist."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise BadInput(f"-o {str(path)!r} must end in .safetensors: that is what every program reads.")
+        written: list[Path] = []
+        metadata = self.metadata()
+        if self.lora:
+            written.append(save_lora(free(path), self.lora, metadata))
+        elif self.weights:
+            written.append(files.save_tensors(free(path), self.weights, metadata))
+        t5 = [
+            tower.name for tower in text_towers(self.model) if getattr(tower.encoder.config, "model_type", "") == "t5"
+        ]
+        for i, (word, vectors) in enumerate(self.words.items()):
+            named = path if not written else path.with_stem(f"{path.stem}-word{i + 1 if i else ''}")
+            written.append(save_word(free(named), word, vectors, t5=t5, metadata=self.metadata({word: vectors})))
+        for name, picture in self.pictures.items():
+            named = path.with_name(f"{path.stem}-{name}.png")
+            with files.replacing(named) as file:
+                picture.save(file, format="PNG")
+            written.append(named)
+        return written
+
+
+def free(path: Path) -> Path:
+    """``path``, if nothing is there. Raises BadInput."""
+    if path.exists():
+        raise BadInput(f"{path} exists; name a new file.")
+    return path
