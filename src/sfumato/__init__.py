@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sfumato.app.attaching import attached
     from sfumato.app.editing import edit
     from sfumato.app.explaining import explain
     from sfumato.app.jobs import load, make, models
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from sfumato.cards import build, method, methods
 
 __all__ = [
+    "attached",
     "load",
     "make",
     "explain",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "attached": "app",
     "load": "app",
     "make": "app",
     "explain": "app",

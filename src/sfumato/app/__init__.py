@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 MODULES = {
+    "attaching": ("attached",),
     "jobs": ("DEFAULT_MODEL", "JobOptions", "MakeOptions", "Order", "RecipeDiffers", "build_all", "carry_out")
     + ("fitting_size", "is_picture", "like", "load", "make", "models", "write", "write_grid", "PICTURES")
     + ("LONGEST_PROMPT", "offers", "suitable_model"),

@@ -17,11 +17,7 @@ def refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> Non
     """Raise NotSupported where attention at a wanted site would never reach the seam."""
     for path, target in wanted.items():
         for above, part in _ancestors(module, path):
-            if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
-                raise NotSupported(
-                    f"{above or type(part).__name__} is compiled by torch.compile, which hides attention from taps; "
-                    f"use the uncompiled module."
-                )
+            _refuse_compiled(above, part)
             registry = getattr(part, "_diffusers_hook", None)
             for name, hook in getattr(registry, "hooks", {}).items():
                 if hasattr(
@@ -48,6 +44,20 @@ def refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> Non
                 f"attention implementation {implementation!r} at {path} bypasses attention taps; "
                 f"load the model with attn_implementation='sdpa'."
             )
+
+
+def refuse_compiled(module: nn.Module) -> None:
+    """Raise NotSupported where a module or a part of it is compiled: what runs then is a copy made before."""
+    for path, part in module.named_modules():
+        _refuse_compiled(path, part)
+
+
+def _refuse_compiled(path: str, part: nn.Module) -> None:
+    if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+        raise NotSupported(
+            f"{path or type(part).__name__} is compiled by torch.compile, which hides attention from taps; "
+            f"use the uncompiled module."
+        )
 
 
 def _ancestors(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

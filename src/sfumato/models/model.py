@@ -37,8 +37,10 @@ class Model:
         revision: str | None = None,
         card: dict[str, Any] | None = None,
         files: Sequence[tuple[str, Path]] = (),
+        family: type[Family] | None = None,
     ):
-        """``card``: content of the folder's ``sfumato.json``; ``files``: (component, weight file) pairs for the hash.
+        """``card``: content of the folder's ``sfumato.json``; ``files``: (component, weight file) pairs for the hash;
+        ``family``: what the pipeline is to be taken for, by default what its class is known as.
 
         Raises `NotSupported` for a pipeline of an unknown family.
         """
@@ -50,7 +52,8 @@ class Model:
         self._listeners: list[Callable[[Any], None]] = []
         self._chunks: int | None = None
         own = self.card.get("sampling", {})
-        self.family: Family = family_of(type(pipe).__name__)(pipe, own.get("max_sequence_length"))
+        family = family or family_of(type(pipe).__name__)
+        self.family: Family = family(pipe, own.get("max_sequence_length"))
 
     def __repr__(self) -> str:
         h, w = self.default_size
@@ -290,8 +293,7 @@ class Model:
         layout of the latents (logits of tokens: see the family); by default for all branches of the condition.
         ``extra`` goes to the denoiser's forward. Raises `BadInput` for other shapes.
         """
-        for listener in self._listeners:
-            listener(t)
+        self.announce(t)
         names = (branches,) if isinstance(branches, str) else tuple(branches or condition.branches)
         samples, rows = len(condition), len(names) * len(condition)
         if x.ndim != self.family.state_dims or x.shape[0] not in (samples, rows):
@@ -304,6 +306,11 @@ class Model:
         if time.ndim and time.shape[0] not in (1, rows):
             time = time.repeat(len(names))
         return self.family.predict(x, time, condition.batch(names), condition.guidance, extra)
+
+    def announce(self, t: Any) -> None:
+        """Tell those who listen that a denoiser call at timestep ``t`` comes next."""
+        for listener in self._listeners:
+            listener(t)
 
     @contextmanager
     def listening(self, listener: Callable[[Any], None]) -> Iterator[None]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sfumato import cards, rng
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
 from sfumato.models import Model
+from sfumato.sampling.guest.hosting import has_guest
 from sfumato.sampling.intervention import (
     Coverage,
     Intervention,
@@ -200,6 +201,11 @@ def opened(
     """A run ready to walk: interventions started, texts encoded, weights in evaluation mode. On leaving, however that
     comes about, everything attached is detached, and torch's global random state is what it was."""
     refuse_unfit(parts, model)
+    if has_guest(model.pipe):
+        raise Conflict(
+            f"systems are attached to the pipeline of {model.name}, which see its own calls only; give them to this "
+            f"run as interventions, or call the pipeline."
+        )
     rows = slice(samples.start, samples.stop)
 
     process = process_of(model)(

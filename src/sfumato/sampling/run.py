@@ -134,6 +134,10 @@ class Run:
             self._sites = text, self.model.sites(self.size[1], self.size[0], text, self.frames)
         return self._sites[1]
 
+    def know_sites(self, sites: list[Site], text: int) -> None:
+        """Take these for the sites at ``text`` text positions, of whatever size the picture is."""
+        self._sites = text, sites
+
     @property
     def weighted(self) -> list[WeightedPrompt]:
         """The prompts with the weights that the request gave their words."""
@@ -216,7 +220,7 @@ class Run:
             if not taps:
                 share, out = 1.0, self.model.predict(scaled, t, condition, names)
             else:
-                seam, rows, out = self._seam(tuple(taps)), self.rows(names, len(condition)), None
+                seam, rows, out = self.seam(tuple(taps)), self.rows(names, len(condition)), None
                 with seam.forward(step=step, rows=rows) as forward:
                     out = self.model.predict(scaled, t, condition, names)
                 share = self._share(forward.calls) if forward.stopped else 1.0
@@ -247,7 +251,8 @@ class Run:
         if step is not None and step.actor is not None:
             step.actor.activity.cost += cost
 
-    def _seam(self, taps: tuple[Tap, ...]) -> AttentionSeam:
+    def seam(self, taps: tuple[Tap, ...]) -> AttentionSeam:
+        """The seam with these taps, attached for the rest of the batch."""
         if taps not in self._seams:
             from sfumato.attention.seam import AttentionSeam
 

@@ -107,6 +107,7 @@ class LatentGeometry(Intervention):
 
     role = "observer"
     couples_samples = True  # samples are compared
+    needs_our_loop = "it follows the denoiser's derivatives at latents of its own"
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

@@ -225,6 +225,16 @@ class Family:
         of execution."""
         raise NotImplementedError
 
+    def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        """(frames, h, w) of the latents that somebody's call of the denoiser with these ``arguments`` works on."""
+        x = next(arguments[name] for name in ("sample", "hidden_states", "input_ids") if name in arguments)
+        frames = self.frames_of(x.shape[-3]) if self.state.startswith("c f") else 1
+        return frames, x.shape[-2], x.shape[-1]
+
+    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
+        """States (b ...) of h by w from the form in which the pipeline carries them."""
+        return x
+
     def set_timesteps(
         self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
     ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.errors import NotSupported
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream, accepted_by
 from sfumato.models.site import Layer, Site, SiteList
@@ -90,6 +91,27 @@ class Flux(Family):
                 **extra,
             )[0]
         return self.pipe._unpack_latents(out, h * self.scale, w * self.scale, self.scale)
+
+    def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        h, w = self.tokens_of_call(arguments)
+        return 1, 2 * h, 2 * w
+
+    @staticmethod
+    def tokens_of_call(arguments: dict[str, Any]) -> tuple[int, int]:
+        """(h, w) of the tokens that are drawn; those of reference pictures follow them and count in their first
+        place."""
+        ids = arguments["img_ids"]
+        ids = ids if ids.dim() == 2 else ids[0]
+        drawn = ids[ids[:, 0] == 0]
+        h, w = int(drawn[:, 1].max()) + 1, int(drawn[:, 2].max()) + 1
+        if not torch.equal(drawn, ids[: h * w]) or len(drawn) != h * w:
+            raise NotSupported("the tokens that are drawn do not come first, row by row, so their places are unknown.")
+        return h, w
+
+    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
+        drawn = x[:, : (h // 2) * (w // 2)]  # tokens of reference pictures follow
+        cells = drawn.unflatten(1, (h // 2, w // 2)).unflatten(-1, (-1, 2, 2))  # b h w c 2 2
+        return cells.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
 
     def set_timesteps(
         self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]

@@ -92,6 +92,12 @@ class Flux2Klein(Flux):
         )[0]
         return out.transpose(1, 2).reshape(x.shape)
 
+    def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        return 1, *self.tokens_of_call(arguments)
+
+    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
+        return x[:, : h * w].transpose(1, 2).unflatten(-1, (h, w))
+
     def set_timesteps(
         self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
     ) -> None:

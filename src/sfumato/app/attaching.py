@@ -1,0 +1,28 @@
+"""Systems as guests of somebody's own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sfumato.app.jobs import build_all
+from sfumato.sampling.guest import Guest
+from sfumato.sampling.guest import attached as _attached
+
+__all__ = ["attached"]
+
+
+def attached(
+    pipe: Any, *with_: Any, text: str | None = None, prompt: str | Sequence[str] | None = None
+) -> AbstractContextManager[Guest]:
+    """While it lasts, systems take part in every call of a pipeline that no loop of ours replaces.
+
+        >>> with sfumato.attached(pipe, "daam:words=[cat|hat]") as run:
+        ...     image = pipe("a cat in a hat", control_image=edges).images[0]
+        >>> run.maps[0].overlay(image, "hat"), run.coverage
+
+    ``with_``: systems, or what ``--with`` takes. ``text``, ``prompt``, errors: see
+    :func:`sfumato.sampling.guest.attached`.
+    """
+    return _attached(pipe, build_all(list(with_)), text=text, prompt=prompt)

@@ -1,0 +1,74 @@
+"""Guests: systems that take part in somebody's own call of a pipeline, which no loop of ours replaces.
+
+    >>> with attached(pipe, DAAM(words=["cat"])) as run:
+    ...     image = pipe("a cat on a mat", control_image=edges).images[0]
+    >>> run.maps[0].overlay(image, "cat")
+
+The pipeline does what it does; a guest looks at two places of it, the denoiser's forward and the scheduler's step, and
+at attention through the same seam as in our own loop. Prompts are read from the call, the rows of a denoiser call that
+belong to them from the embeddings that the pipeline made: nothing is guessed, and what cannot be told is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sfumato.errors import NoMatch
+from sfumato.sampling.guest.call import Call
+from sfumato.sampling.guest.face import Guest
+from sfumato.sampling.guest.hosting import hosted, model_of
+from sfumato.sampling.guest.texts import TextAxis
+from sfumato.sampling.guest.walk import refuse_who_needs_our_loop
+from sfumato.sampling.intervention import Coverage, Intervention, arrange, refuse_idle, refuse_unfit
+
+__all__ = ["Guest", "attached"]
+
+
+@contextmanager
+def attached(
+    pipe: Any,
+    interventions: Intervention | Sequence[Any],
+    *,
+    text: str | None = None,
+    prompt: str | Sequence[str] | None = None,
+) -> Iterator[Guest]:
+    """While it lasts, ``interventions`` take part in every call of ``pipe``. Afterwards pipeline and networks are what
+    they were, bit for bit, however it ends.
+
+    Args:
+        pipe: a diffusers pipeline, of a known class or not.
+        interventions: observers, editors of attention and adapters; lists nest.
+        text: for pipelines of an unknown class with joint attention whose text axis cannot be told: where the text lies
+            among the keys, as ``"first 512"``, ``"last 77"`` or ``"64:141"``.
+        prompt: what the pictures show, for calls that are given embeddings in place of a prompt.
+
+    Raises:
+        NotSupported: systems that need our own loop; networks whose attention cannot be seen, such as compiled ones;
+            texts or pictures whose place cannot be told. Conflict: another guest. NoMatch, on leaving: the pipeline was
+            not called, or a system did nothing.
+    """
+    host = getattr(pipe, "pipe", pipe)
+    model_of(host)
+    parts = arrange(interventions)
+    refuse_who_needs_our_loop(parts)
+    axis = TextAxis.read(text)
+    for part in parts:
+        part.activity = Coverage()
+    guest = Guest(parts)
+
+    def call(proceed: Any, arguments: dict[str, Any]) -> Any:
+        model = model_of(host, arguments.get("max_sequence_length"))
+        refuse_unfit(parts, model)
+        with Call(guest, model, arguments, axis, prompt) as now:
+            out = proceed(now)
+        guest.calls += 1
+        guest.samples += now.count
+        return out
+
+    with hosted(host, call):
+        yield guest
+    if not guest.calls:
+        raise NoMatch(f"{type(host).__name__} was not called while systems were attached to it, so they saw nothing.")
+    refuse_idle(parts, guest.sites)

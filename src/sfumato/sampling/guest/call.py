@@ -1,0 +1,271 @@
+"""One call of a pipeline that has guests: a batch, whose steps are told by the denoiser and the scheduler."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sfumato.attention.bypass import refuse_compiled
+from sfumato.errors import BadInput, NoMatch, NotSupported
+from sfumato.models import Condition, Model
+from sfumato.sampling.guest.face import Guest
+from sfumato.sampling.guest.texts import TextAxis, Texts, hearing
+from sfumato.sampling.guest.unknown import Unknown, explore
+from sfumato.sampling.guest.walk import GuestProcess, GuestStep, unchanged
+from sfumato.sampling.guidance import Guidance
+from sfumato.sampling.intervention import Intervention, overridden
+from sfumato.sampling.run import Run
+
+__all__ = ["Call"]
+
+Around = Callable[[Callable[..., Any], dict[str, Any], Any, Any], Any]
+
+
+class Call:
+    """Context of one call. Adapters are attached when it begins; everybody else starts at the first denoiser call, when
+    size, levels and texts are known. On leaving everything is detached again."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        model: Model,
+        arguments: dict[str, Any],
+        axis: TextAxis | None,
+        prompt: str | Sequence[str] | None,
+    ):
+        self.guest, self.model, self.axis, self.arguments = guest, model, axis, arguments
+        self.texts = Texts.of_call(model, arguments, prompt)
+        self.count = len(self.texts)
+        self.step: GuestStep | None = None
+        self.steps = 0  # of the scheduler, so far
+        self.started = False
+        self._x: Tensor | None = None  # the state, in the pipeline's form, as far as it is known
+        generators, seeds = _generators(arguments.get("generator"), self.count)
+        self.process = GuestProcess(model, generators)
+        self.run = Run(
+            model=model,
+            parts=guest.parts,
+            samples=range(guest.samples, guest.samples + self.count),
+            prompts=self.texts.prompts,
+            negatives=self.texts.negatives,
+            seeds=cast(Any, seeds),
+            generators=generators,
+            size=(0, 0),
+            grid=(0, 0),
+            guidance=Guidance(0.0),
+            process=self.process,
+        )
+        for part in guest.parts:
+            if part.couples_samples and guest.calls:
+                raise NotSupported(f"{part.name} holds one batch; attach it anew for another call of the pipeline.")
+
+    def __enter__(self) -> Call:
+        self.run.__enter__()
+        try:
+            refuse_compiled(self.model.denoiser)
+            for part in self._starting(adapters=True):
+                part.start(self.run)
+            self.run.enter(hearing(self.model.pipe, self.texts.passes))
+            self._wrap(self.model.denoiser, "forward", self._predicting)
+            self._wrap(self.model.pipe.scheduler, "step", self._stepping)
+        except BaseException:
+            self.run.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                if not self.started:
+                    raise NoMatch(f"{type(self.model.pipe).__name__} did not run its denoiser in this call.")
+                for part in overridden(self.guest.parts, "finish"):
+                    part.finish(self.run)
+        finally:
+            self.run.__exit__(kind, error, trace)
+
+    def heard(self, name: str, arguments: dict[str, Any], result: Any) -> None:
+        """A method of the pipeline was called so and gave this. What systems call later, once the walk has begun, is
+        not the pipeline's own."""
+        if self.started:
+            return
+        if name == "encode_prompt":
+            self.texts.encoded(arguments, result)
+        elif name == "prepare_latents":
+            first = result[0] if isinstance(result, tuple) else result
+            self._x = first if isinstance(first, Tensor) else None
+
+    # --- the two places ----------------------------------------------------------------------------------------------
+
+    def _predicting(self, real: Callable[..., Any], arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        x, embeds = _inputs(self.model.denoiser, arguments)
+        if not self.started:
+            self._start(real, arguments, x, embeds)
+        rows = self.texts.rows(embeds, len(x))
+        step = self._step()
+        self.model.announce(step.t)
+        # what a branch says once more in a step, as when layers are skipped for guidance, is not what was asked about
+        again = bool(set(rows) & set(step.outputs))
+        taps = step.active_taps(editors=again)
+        if taps:
+            with self.run.seam(tuple(taps)).forward(step=step, rows=rows):
+                out = real(*args, **kwargs)
+        else:
+            out = real(*args, **kwargs)
+        if not again:
+            said = self._unpacked(out if isinstance(out, Tensor) else out[0])
+            step.outputs.update({name: said[part] for name, part in rows.items()})
+        self.run.spend(len(x) / self.count, None)
+        return out
+
+    def _stepping(self, real: Callable[..., Any], arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        step = self.step
+        if step is None:
+            raise NotSupported(
+                f"{type(self.model.pipe).__name__} steps without a call of its {self.model.family.denoiser_name}, so "
+                f"what belongs to a step cannot be told."
+            )
+        t = torch.as_tensor(arguments["timestep"])
+        if t.dim() == 0 and float(t) != float(step.t):
+            raise NotSupported(
+                f"{type(self.model.pipe).__name__} steps at t = {float(t):g}, step {step.i + 1} of its scheduler is at "
+                f"{float(step.t):g}, so windows and steps have no meaning in it."
+            )
+        before, output = self._unpacked(arguments["sample"]), self._unpacked(arguments["model_output"])
+        step.predicted(before, output)
+        for part in step.active(overridden(self.guest.parts, "after_predict")):
+            step.actor = part
+            part.after_predict(step)
+            unchanged(part, "the prediction", output, step.output)
+        out = real(*args, **kwargs)
+        self._x = out[0] if isinstance(out, tuple) else out.prev_sample
+        step.x = after = self._unpacked(self._x)
+        for part in step.active(overridden(self.guest.parts, "after_step")):
+            step.actor = part
+            part.after_step(step)
+            unchanged(part, "the latents", after, step.x)
+        self.steps += 1
+        self.step = None
+        return out
+
+    def _step(self) -> GuestStep:
+        """The step under way: all denoiser calls between two steps of the scheduler belong to one."""
+        if self.step is None:
+            i = self.run.begin + self.steps
+            if i >= self.run.total:
+                raise NotSupported(
+                    f"{type(self.model.pipe).__name__} walks beyond the {self.run.total} levels of its scheduler."
+                )
+            assert self._x is not None
+            self.step = step = GuestStep(self.run, i, self._unpacked(self._x))
+            for part in step.active(overridden(self.guest.parts, "before_predict")):
+                step.actor, before = part, step.x
+                part.before_predict(step)
+                unchanged(part, "the latents", before, step.x)
+                unchanged(part, "the texts", self.run.condition, step.condition)
+            step.actor = None
+        return self.step
+
+    # --- the beginning -----------------------------------------------------------------------------------------------
+
+    def _start(self, real: Callable[..., Any], arguments: dict[str, Any], x: Tensor, embeds: Tensor) -> None:
+        """Everything is known: those who are no adapters begin."""
+        run, model, texts = self.run, self.model, self.texts
+        texts.require(model, embeds)
+        if self.axis is not None and not isinstance(model.family, Unknown):
+            raise BadInput(f"text says where the text lies in attention; of {model.name} that is known, leave it out.")
+        if isinstance(model.family, Unknown):
+            explore(model.family, real, arguments, self.arguments, embeds, texts, self.axis)
+        elif embeds.shape[1] != model.text_length:
+            raise NotSupported(
+                f"{type(model.denoiser).__name__} sees {embeds.shape[1]} text positions, but the text encoders of "
+                f"{model.name} read {model.text_length}, so which word lies where cannot be told."
+            )
+        frames, h, w = model.family.grid_of_call(arguments)
+        run.grid, run.size = (h, w), (w * model.family.scale, h * model.family.scale)
+        self.process.options.frames = frames if frames > 1 or model.clips else None
+        run.know_sites(model.family.sites(h, w, embeds.shape[1], frames), embeds.shape[1])
+        assert texts.cond is not None
+        uncond = None if texts.uncond is None else {"embeds": texts.uncond}
+        run.condition = Condition({"embeds": texts.cond}, uncond, tuple(texts.prompts))
+        asked = self.arguments.get("true_cfg_scale") or self.arguments.get("guidance_scale")
+        run.guidance = Guidance(max(float(asked or 0), 1.001) if uncond is not None else 0.0)
+        self.process.begin = _begin(model.pipe, arguments.get("timestep"))
+        self.guest.sites = run.sites
+        for part in self._starting(adapters=False):
+            part.start(run)
+        for part in overridden(run.parts, "on_text"):
+            unchanged(part, "the texts", run.condition, part.on_text(run, run.condition))
+        run.connect_taps()
+        self._x = x[: self.count] if self._x is None else self._x
+        first = self._unpacked(self._x)
+        for part in overridden(run.parts, "on_noise"):
+            unchanged(part, "the latents", first, part.on_noise(run, first))
+        for part in overridden(run.parts, "on_condition"):
+            unchanged(part, "the condition", run.condition, part.on_condition(run, run.condition))
+        self.started = True
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _starting(self, adapters: bool) -> list[Intervention]:
+        return [part for part in overridden(self.guest.parts, "start") if (part.role == "adapter") == adapters]
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        return self.model.family.unpacked(x, *self.run.grid)
+
+    def _wrap(self, owner: Any, name: str, around: Around) -> None:
+        """Until the call ends, ``owner.name`` is ``around(real, arguments by name, args, kwargs)``."""
+        real = getattr(owner, name)
+        signature = inspect.signature(real)
+
+        @functools.wraps(real)
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            return around(real, signature.bind(*args, **kwargs).arguments, args, kwargs)
+
+        held = vars(owner)
+        before = {name: held[name]} if name in held else {}
+        held[name] = instead
+
+        def undo() -> None:
+            if held.get(name) is instead:  # offloading may have put back the forward it knows when the call ended
+                del held[name]
+                held.update(before)
+
+        self.run.defer(undo)
+
+
+def _inputs(denoiser: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """State and text (b t d) of a denoiser call."""
+    x = next((arguments[name] for name in ("sample", "hidden_states", "input_ids") if name in arguments), None)
+    embeds = arguments.get("encoder_hidden_states")
+    if not isinstance(x, Tensor) or not isinstance(embeds, Tensor) or embeds.dim() != 3:
+        raise NotSupported(
+            f"{type(denoiser).__name__} is not called with encoder_hidden_states (b t d) as others of diffusers are, "
+            f"so where the prompt is read cannot be told."
+        )
+    return x, embeds
+
+
+def _begin(pipe: Any, time: Any) -> int:
+    """The step of the schedule that the walk begins with: what the pipeline has set, or else the one whose timestep the
+    denoiser is given. Of several at one timestep the one with as many to come as the pipeline says it takes."""
+    begin = getattr(pipe.scheduler, "begin_index", None)
+    if begin is not None or time is None:
+        return int(begin or 0)
+    t = float(torch.as_tensor(time).flatten()[0])
+    levels = pipe.scheduler.timesteps.tolist()
+    fit = [i for i, level in enumerate(levels) if level == t] or [0]
+    told = len(levels) - int(getattr(pipe, "_num_timesteps", 0) or 0)
+    return told if told in fit else fit[0]
+
+
+def _generators(given: Any, count: int) -> tuple[list[torch.Generator], list[int | None]]:
+    """The generators of a call, one for each sample, and their seeds; none of either where the call has none."""
+    if given is None:
+        return [], [None] * count
+    each = list(given) if isinstance(given, list | tuple) else [given] * count
+    return each, [generator.initial_seed() for generator in each]

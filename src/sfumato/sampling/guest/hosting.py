@@ -1,0 +1,106 @@
+"""A pipeline that has a guest: for so long its class is one that tells the guest of calls and encoded texts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from sfumato.errors import BadInput, Conflict, NotSupported
+from sfumato.models import Model
+from sfumato.models.hosts import family_like
+from sfumato.sampling.guest.unknown import Unknown
+
+__all__ = ["has_guest", "hosted", "model_of"]
+
+
+class _Hosting:
+    """Marks the class of a pipeline that has a guest."""
+
+
+def has_guest(pipe: Any) -> bool:
+    """Whether systems are attached to a pipeline."""
+    return isinstance(pipe, _Hosting)
+
+
+def model_of(pipe: Any, max_sequence_length: int | None = None) -> Model:
+    """The pipeline under the face that systems know. Raises BadInput for what is no pipeline, NotSupported for one
+    without a denoiser or a scheduler."""
+    if not (callable(pipe) and isinstance(getattr(pipe, "components", None), dict)):
+        raise BadInput(f"attached takes a diffusers pipeline; {type(pipe).__name__} is none.")
+    if getattr(pipe, "scheduler", None) is None:
+        raise NotSupported(f"{type(pipe).__name__} has no scheduler, so its steps cannot be told.")
+    card = {"sampling": {"max_sequence_length": max_sequence_length}}
+    if (family := family_like(pipe)) is not None:
+        try:
+            model = Model(pipe, card=card, family=family)
+            model.tokenizers, model.text_length, model.family.scale  # noqa: B018
+            return model
+        except AttributeError:
+            pass  # the networks of a family in a class that lacks what its pipelines have
+    if not isinstance(Unknown.denoiser_of(pipe), nn.Module):
+        raise NotSupported(f"{type(pipe).__name__} has no network called unet or transformer to look into.")
+    return Model(pipe, family=Unknown)
+
+
+@contextmanager
+def hosted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterator[None]:
+    """While it lasts, calling ``pipe`` is ``call(proceed, arguments)``: ``proceed(now)`` makes the real call, and
+    tells ``now.heard(method, arguments, result)`` of texts that are encoded in it, and of the first latents. Raises
+    Conflict for a pipeline that has a guest already."""
+    own = type(pipe)
+    if has_guest(pipe):
+        raise Conflict(f"{own.__name__} has systems attached already; give all of them to one attached(...).")
+    heard: list[Any] = []
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not pipe or heard:  # a copy, or a pipeline that calls itself
+            return own.__call__(self, *args, **kwargs)
+
+        def proceed(now: Any) -> Any:
+            heard.append(now)
+            try:
+                return own.__call__(self, *args, **kwargs)
+            finally:
+                heard.clear()
+
+        return call(proceed, _bound(own.__call__, self, args, kwargs))
+
+    def listening(name: str, real: Any) -> Any:
+        @functools.wraps(real)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = real(self, *args, **kwargs)
+            if self is pipe and heard:
+                heard[0].heard(name, _bound(real, self, args, kwargs), result)
+            return result
+
+        return method
+
+    members: dict[str, Any] = {"__module__": own.__module__, "__call__": functools.wraps(own.__call__)(__call__)}
+    for name in ("encode_prompt", "prepare_latents"):
+        if callable(real := getattr(own, name, None)):
+            members[name] = listening(name, real)
+    object.__setattr__(pipe, "__class__", type(own.__name__, (own, _Hosting), members))
+    try:
+        yield
+    finally:
+        object.__setattr__(pipe, "__class__", own)
+
+
+def _bound(function: Any, pipe: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments of a call by name, defaults included; those of ``**kwargs`` beside the others. A call that does not fit
+    the function is left for it to complain about."""
+    try:
+        bound = inspect.signature(function).bind(pipe, *args, **kwargs)
+    except TypeError:
+        return dict(kwargs)
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        found.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return found

@@ -1,0 +1,111 @@
+"""Steps and process of a pipeline's own loop, as far as a guest can see them, and who could not live with that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import Conflict, NotSupported
+from sfumato.models import Model
+from sfumato.sampling.intervention import Intervention, overridden
+from sfumato.sampling.noise import Path
+from sfumato.sampling.process.base import Process
+from sfumato.sampling.run import Prediction, Step
+
+__all__ = ["GuestProcess", "GuestStep", "refuse_who_needs_our_loop", "unchanged"]
+
+HOW = "sfumato.make(...), or generate(model, ..., interventions=...), draws with it"
+
+_REASONS = {
+    "path": "it replaces the trajectory",
+    "steerer": "it moves the latents by gradients or by extra denoiser calls",
+    "guider": "it changes the prediction by gradients with respect to the latents",
+    "conditioner": "it changes the texts that are encoded, or those of each step",
+}
+
+
+def refuse_who_needs_our_loop(parts: Sequence[Intervention]) -> None:
+    """Raise NotSupported, with the reason, for a system that cannot act in a loop of others."""
+    for part in parts:
+        reason = part.needs_our_loop or _REASONS.get(part.role, "")
+        if part.keeps_graph:
+            reason = "it needs gradients with respect to the latents"
+        if overridden([part], "on_decode"):
+            reason = reason or "it changes the decoded picture"
+        if reason:
+            raise NotSupported(f"{part.name} cannot be a guest of a pipeline: {reason}; {HOW}.")
+
+
+def unchanged(part: Intervention, what: str, before: Any, after: Any) -> None:
+    """Raise NotSupported where a system put something else in place of what only our loop can exchange."""
+    if after is not before:
+        raise NotSupported(f"{part.name} changed {what}, which a guest of a pipeline cannot; {HOW}.")
+
+
+@dataclass
+class _GuestOptions:
+    frames: int | None
+
+
+class GuestProcess(Process):
+    """The pipeline's own scheduler, to be looked at. It makes no step for us."""
+
+    name = "guest"
+    title = "the loop of its own pipeline"
+
+    def __init__(self, model: Model, generators: Sequence[torch.Generator]):
+        self.model = model
+        self.generators = list(generators)
+        self.options: Any = _GuestOptions(None)
+        self.begin = 0
+        self._path: Path | None = None
+
+    @property
+    def scheduler(self) -> Any:
+        return self.model.pipe.scheduler
+
+    @property
+    def timesteps(self) -> Tensor:  # type: ignore[override]
+        return self.scheduler.timesteps
+
+    @property
+    def noise_path(self) -> bool:  # type: ignore[override]
+        return self.model.family.has("noise_path")
+
+    @property
+    def path(self) -> Path:
+        if self._path is None:
+            self._path = Path(self.scheduler)
+        return self._path
+
+    def beside(self) -> Process:
+        raise self.lacks("run of its own, with the same noise,", "drawing a second picture beside the first")
+
+
+class GuestStep(Step):
+    """A step of the pipeline. ``x`` is exact from ``after_predict`` on; before, it is what the last step gave."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
+        raise self._needs("an extra denoiser call")
+
+    def grad(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise self._needs("a gradient with respect to the latents")
+
+    def goto(self, i: int) -> None:
+        raise Conflict(f"{self._who} goes to another step, which a guest of a pipeline cannot; {HOW}.")
+
+    @property
+    def _who(self) -> str:
+        return self.actor.name if self.actor is not None else "this system"
+
+    def _needs(self, what: str) -> NotSupported:
+        return NotSupported(f"{self._who} needs {what}, which a guest of a pipeline has not; {HOW}.")
+
+    def predicted(self, x: Tensor, output: Tensor) -> None:
+        """The scheduler was given ``output`` for the state ``x``."""
+        self.x = self._predicted_at = x
+        self._output = output
