@@ -117,7 +117,8 @@ class _NoMixing(TorchFunctionMode):
 
     def __init__(self, stack: list[Any]):
         super().__init__()
-        self.stack, self.seen = stack, {}
+        self.stack = stack
+        self.seen: dict[str, _Seen] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
