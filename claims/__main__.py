@@ -1,13 +1,15 @@
-"""``python -m claims [KEY...]``: runs experiments, writes ``results/*.json`` and the table ``README.md``."""
+"""``python -m claims [KEY...]``: runs experiments, writes ``results/*.json``, the overview ``README.md`` and a page of
+details for each in ``details/``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from claims import core
+from claims import core, table
 from sfumato import cards
 from sfumato.errors import SfumatoError
 
@@ -34,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights", type=Path, help="folder whose subfolders replace the zoo's models of the same name"
     )
+    parser.add_argument("--stale", action="store_true", help="list what must run again, and why; measure nothing")
     parser.add_argument("--threads", type=int, help="CPU threads")
     asked = parser.parse_args(arguments)
 
@@ -47,9 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
 
             torch.set_num_threads(core.positive("--threads", asked.threads))
         context = core.Context(asked.quick, asked.weights, report)
+        if asked.stale:
+            for key, parts in stale(keys, context).items():
+                print(*(f"{key} / {part}: {why}" for part, why in parts.items()), sep="\n")
+            return 0
         for key in keys:
-            core.run(importlib.import_module(f"claims.{key}").EXPERIMENT, context, asked.fresh, asked.part)
-        print(write_table(asked.quick))
+            core.run(experiment(key), context, asked.fresh, asked.part)
+        print(write_table(context))
     except SfumatoError as error:
         report(f"error: {error}")
         return error.exit_code
@@ -59,16 +66,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def write_table(quick: bool) -> Path:
-    """Writes the table of every record there is, and each system's own into its page; returns the table's path."""
-    folder = core.results_folder(quick)
-    records = [core.read_record(folder / f"{key}.json") for key in EXPERIMENTS]
-    target = folder / "README.md" if quick else core.HERE / "README.md"
-    core.write(target, core.table([r for r in records if r], "../../pictures/quick" if quick else "pictures"))
-    for record in [] if quick else records:
-        page = PAGES / f"{record.get('key')}.md"
-        if page.exists():
-            core.write(page, core.page(page.read_text(encoding="utf-8"), record))
+def experiment(key: str) -> core.Experiment:
+    """The claims under a key."""
+    return importlib.import_module(f"claims.{key}").EXPERIMENT
+
+
+def stale(keys: Iterable[str], context: core.Context) -> dict[str, dict[str, str]]:
+    """Key -> part -> why it must run again; keys with nothing stale are left out."""
+    return {key: parts for key in keys if (parts := core.stale(experiment(key), context))}
+
+
+def write_table(context: core.Context) -> Path:
+    """Writes the overview of every record there is, the details of each, and each system's own into its page; returns
+    the overview's path."""
+    folder, home = core.results_folder(context.quick), core.HERE
+    target = folder / "README.md" if context.quick else home / "README.md"
+    pictures = "../../pictures/quick" if context.quick else "pictures"
+    records = [each for each in (core.read_record(folder / f"{key}.json") for key in EXPERIMENTS) if each]
+    old = stale((each["key"] for each in records), context)
+    core.write(target, table.overview(records, {key: list(parts) for key, parts in old.items()}, "details", pictures))
+    for record in records:
+        core.write(target.parent / "details" / f"{record['key']}.md", table.details(record, f"../{pictures}"))
+        page = PAGES / f"{record['key']}.md"
+        if page.exists() and not context.quick:
+            core.write(page, table.page(page.read_text(encoding="utf-8"), record))
     return target
 
 

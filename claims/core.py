@@ -1,7 +1,7 @@
 """What every claim shares: rows of results, resumable parts, seeds and sizes, the table.
 
 An :class:`Experiment` has parts; a part returns rows. Finished parts are written at once and kept as long as the
-weights they measured and the experiment's own file stay the same, so an interrupted run goes on where it stopped.
+weights they measured and the code they depend on stay the same, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from claims import sources
+from claims.bars import Bar
 from sfumato import registry
 from sfumato.errors import BadInput, UnknownName
 
@@ -35,8 +37,11 @@ class Row:
         source: who claims it.
         measured: our figure with its interval.
         baseline: the figure of a method that should be worse, or of chance.
-        holds: the verdict; None where a figure is only reported.
-        n: how many samples stand behind it.
+        bars: what the figures must show; the claim holds where all are met.
+        holds: the verdict, where there are no bars; None where a figure is only reported.
+        void: why the test says nothing this time (plain sampling succeeds too often ...); empty: it does.
+        headline: whether this is what the system promises, and not an ablation or an extra.
+        n: how many samples, or clusters of samples, stand behind it.
         leans_on: the accuracy of the judge or oracle that the figure relies on, if any.
         picture: file under ``claims/pictures``.
         data: every number, for programs.
@@ -46,12 +51,29 @@ class Row:
     source: str
     measured: str
     baseline: str
-    holds: bool | None
     n: int
+    holds: bool | None = None
+    bars: Sequence[Bar] = ()
+    void: str = ""
+    headline: bool = False
     leans_on: str = ""
     picture: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        faults = [fault for bar in self.bars if (fault := bar.fault)]
+        if self.bars and not self.void and faults:
+            self.void = f"the bar decides nothing: {'; '.join(faults)}"
+        if self.bars:
+            self.holds = all(bar.met() for bar in self.bars)
+        if self.void:
+            self.holds = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the record."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return plain | {"bars": [bar.to_json() for bar in self.bars]}
 
 
 @dataclass(frozen=True)
@@ -165,11 +187,12 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
         seconds = time.perf_counter() - start
         for row in rows:
             row.seconds = row.seconds or round(seconds / len(rows), 1)
-            context.report(f"  {verdict(row.holds)}: {row.claim}: {row.measured}; baseline {row.baseline}")
+            context.report(f"  {verdict(row.to_json())}: {row.claim}: {row.measured}; baseline {row.baseline}")
         record["parts"][part.name] = {
             "fingerprint": mark,
             "seconds": round(seconds, 1),
-            "rows": [asdict(row) for row in rows],
+            "supervision": sources.supervision(context.folder(name) for name in part.models),
+            "rows": [row.to_json() for row in rows],
         }
         # parts that come later keep their old result until they are run again
         rest = {name: old for name, old in before.get("parts", {}).items() if name not in record["parts"]}
@@ -207,16 +230,42 @@ def has(context: Context, name: str) -> bool:
         return False
 
 
-def fingerprint(experiment: Experiment, part: Part, context: Context) -> str:
-    """Changes when the experiment's file, the weights it measures or the sample sizes change."""
-    digest = hashlib.sha256(Path(experiment.file).read_bytes())
-    digest.update(f"{part.name} {context.quick}".encode())
-    for name in part.models:
-        digest.update(_weights_hash(str(context.folder(name))).encode())
-    return digest.hexdigest()[:16]
+def fingerprint(experiment: Experiment, part: Part, context: Context) -> dict[str, Any]:
+    """What a part's result depends on: changes with the code that makes it, the weights it measures, the sizes."""
+    return {
+        "code": sources.code_fingerprint(Path(experiment.file).resolve(), experiment.key),
+        "weights": {name: _weights_hash(str(context.folder(name)))[:16] for name in part.models},
+        "quick": context.quick,
+    }
 
 
-@lru_cache
+def stale(experiment: Experiment, context: Context) -> dict[str, str]:
+    """Parts that must run again, and why: part -> reason. Parts whose models are missing are left out."""
+    record = read_record(results_folder(context.quick) / f"{experiment.key}.json")
+    found = {}
+    for part in experiment.parts:
+        if any(not has(context, name) for name in part.models):
+            continue
+        kept = record.get("parts", {}).get(part.name)
+        reason = "never measured" if kept is None else _difference(kept["fingerprint"], part, experiment, context)
+        if reason:
+            found[part.name] = reason
+    return found
+
+
+def _difference(before: Any, part: Part, experiment: Experiment, context: Context) -> str:
+    """Why a kept result is not valid any more; empty where it is."""
+    now = fingerprint(experiment, part, context)
+    if before == now:
+        return ""
+    if not isinstance(before, dict):
+        return "measured before the record knew the code it depends on"
+    changed = [name for name, found in now["weights"].items() if before["weights"].get(name) != found]
+    reasons = [f"other weights of {', '.join(changed)}"] if changed else []
+    return "; ".join(reasons + (["other code"] if before["code"] != now["code"] else [])) or "other sizes"
+
+
+@cache
 def _weights_hash(folder: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
@@ -244,84 +293,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def verdict(holds: bool | None) -> str:
-    """The verdict in words."""
-    return {True: "holds", False: "does not hold", None: "reported"}[holds]
-
-
-def table(records: Iterable[dict[str, Any]], pictures: str = "pictures") -> str:
-    """The page that shows every record."""
-    parts = [
-        "# Claims, measured again",
-        "Written by `python -m claims`; every number is also in `results/*.json`. *Ours* carries a 95 % interval;"
-        " thresholds and guidance were chosen on other scenes and seeds than those reported. A verdict may well be"
-        " *does not hold*.",
-    ]
-    records = list(records)
-    parts.append(
-        "| experiment | holds | does not hold | reported |\n|---|---|---|---|\n"
-        + "\n".join(f"| {each['key']} | " + " | ".join(map(str, _verdicts(each))) + " |" for each in records)
-    )
-    for record in records:
-        rows = _rows(record)
-        about = record["machine"]
-        seconds = sum(part["seconds"] for part in record["parts"].values())
-        parts.append(f"## {record['key']}: {record['title']}\n\n{record['intro']}")
-        if record["quick"]:
-            parts.append("**A quick run on small samples: it shows that everything runs, and proves nothing.**")
-        parts.append(
-            "| claim | source | ours | baseline | verdict | n | judge | seconds | picture |\n"
-            + "|---|---|---|---|---|---|---|---|---|\n"
-            + "\n".join(_line(row, pictures) for row in rows)
-        )
-        parts.append(
-            f"{seconds / 60:.1f} minutes on {about['threads']} of {about['cores']} cores ({about['processor']}), torch"
-            f" {about['torch']}, diffusers {about['diffusers']}, transformers {about['transformers']}."
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for part in record["parts"].values() for row in part["rows"]]
-
-
-def _verdicts(record: dict[str, Any]) -> list[int]:
-    """How many of a record's claims hold, do not, and are only reported."""
-    held = [row["holds"] for row in _rows(record)]
-    return [held.count(verdict) for verdict in (True, False, None)]
-
-
-BEGIN, END = "<!-- measured: written by python -m claims -->", "<!-- end of measured -->"
-
-
-def page(text: str, record: dict[str, Any]) -> str:
-    """A system's page with what was measured at the end of its section on claims, in place of what stood there."""
-    lines = [f"- **{verdict(r['holds'])}** - {r['claim']}: {r['measured']} (n {r['n']})" for r in _rows(record)]
-    block = "\n".join([BEGIN, "Measured, with 95 % intervals:", "", *lines, END])
-    if BEGIN in text:
-        before, rest = text.split(BEGIN, 1)
-        return before + block + rest.split(END, 1)[1]
-    before, heading, section = text.partition("## Its claims\n")
-    if not heading:
-        return text
-    section, following, rest = section.partition("\n## ")
-    return before + heading + section.rstrip() + "\n\n" + block + "\n" + following + rest
-
-
-def _line(row: dict[str, Any], pictures: str) -> str:
-    picture = f"[picture]({pictures}/{row['picture']})" if row["picture"] else ""
-    cells = (
-        row["claim"],
-        row["source"],
-        row["measured"],
-        row["baseline"],
-        f"**{verdict(row['holds'])}**",
-        str(row["n"]),
-        row["leans_on"],
-        f"{row['seconds']:.0f}",
-        picture,
-    )
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def verdict(row: dict[str, Any]) -> str:
+    """The verdict of a row of the record in words."""
+    if row.get("void"):
+        return "void"
+    return {True: "holds", False: "does not hold", None: "reported"}[row["holds"]]
 
 
 def choose(asked: Sequence[str], known: Sequence[str]) -> list[str]:

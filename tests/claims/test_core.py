@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from claims import core
+from claims import core, sources, table
 from claims.__main__ import EXPERIMENTS, PAGES, main
 from claims.core import Context, Experiment, Part, Row
 from sfumato.errors import UnknownName
@@ -17,6 +17,8 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(core, "PICTURES", tmp_path / "pictures")
     core._weights_hash.cache_clear()
+    sources.code_hash.cache_clear()
+    sources._imports.cache_clear()
 
 
 def row(text="it works"):
@@ -34,7 +36,7 @@ def model(tmp_path):
 @pytest.fixture
 def experiment(tmp_path):
     source = tmp_path / "experiment.py"
-    source.write_text("first")
+    source.write_text("first = 1")
     calls: list[str] = []
 
     def part(name):
@@ -67,7 +69,8 @@ def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, mo
     core._weights_hash.cache_clear()
     core.run(made, context(tmp_path))
     assert len(calls) == 3
-    source.write_text("second")
+    source.write_text("second = 1")
+    sources.code_hash.cache_clear()
     core.run(made, context(tmp_path))
     core.run(made, context(tmp_path), fresh=True)
     assert calls[3:] == ["a", "b", "a", "b"]
@@ -77,7 +80,8 @@ def test_one_part_alone_leaves_the_others_on_record(tmp_path, experiment, model)
     made, calls, source = experiment
     assert list(core.run(made, context(tmp_path), only="b")["parts"]) == ["b"]
     core.run(made, context(tmp_path))
-    source.write_text("second")
+    source.write_text("second = 1")
+    sources.code_hash.cache_clear()
     record = core.run(made, context(tmp_path), only="b")
     assert calls == ["b", "a", "b"] and list(record["parts"]) == ["a", "b"]
     with pytest.raises(UnknownName, match="part of demo"):
@@ -113,19 +117,38 @@ def test_quick_results_stay_apart(tmp_path, experiment, model):
     assert context(tmp_path, quick=True).count(500, 7) == 7 and context(tmp_path).count(500, 7) == 500
 
 
-def test_table(tmp_path, experiment, model):
+def test_one_line_a_system_and_the_details_behind_it(tmp_path, experiment, model):
     made, *_ = experiment
-    text = core.table([core.run(made, context(tmp_path))])
+    record = core.run(made, context(tmp_path))
+    text = table.overview([record], {"demo": ["a"]}, "details", "pictures")
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[:3] == [
-        "| experiment | holds | does not hold | reported |",
-        "|---|---|---|---|",
-        "| demo | 2 | 0 | 0 |",
-    ]
-    lines = lines[3:]
-    assert len(lines) == 4 and lines[0].count("|") == lines[2].count("|") == 10
-    assert "**holds**" in lines[2] and "a demo" in text
-    assert core.verdict(False) == "does not hold"
+    assert len(lines) == 3 and lines[2].startswith(
+        "| [demo](details/demo.md) | a | 0.9 [0.8, 1.0] | 0.1 | **holds** (stale)"
+    )
+    assert "1 parts were measured with other code" in text
+    assert "stale)" not in table.overview([record], {}, "details", "pictures")
+    more = table.details(record, "../pictures")
+    assert "## a" in more and "## b" in more and "- baseline: 0.1" in more and "For tests." in more
+    record["parts"]["b"]["rows"][0]["headline"] = True
+    assert "| b |" in table.overview([record], {}, "details", "pictures").splitlines()[-1]
+
+
+def test_what_is_stale_is_told_with_the_reason(tmp_path, experiment, model):
+    made, _, source = experiment
+    assert set(core.stale(made, context(tmp_path)).values()) == {"never measured"}
+    core.run(made, context(tmp_path))
+    assert core.stale(made, context(tmp_path)) == {}
+    (model / "model.safetensors").write_bytes(b"two")
+    core._weights_hash.cache_clear()
+    assert core.stale(made, context(tmp_path)) == {"a": "other weights of toy-x"}
+    source.write_text("second = 2")
+    sources.code_hash.cache_clear()
+    assert core.stale(made, context(tmp_path)) == {"a": "other weights of toy-x; other code", "b": "other code"}
+    record = json.loads((tmp_path / "results" / "demo.json").read_text())
+    for part in record["parts"].values():
+        part["fingerprint"] = "0123"  # as it was once
+    (tmp_path / "results" / "demo.json").write_text(json.dumps(record))
+    assert "before the record knew" in core.stale(made, context(tmp_path))["b"]
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
@@ -150,19 +173,19 @@ def test_choose():
 
 
 def test_a_page_shows_what_was_measured_and_keeps_its_own_words():
-    record = {"parts": {"one": {"rows": [vars(row("first"))]}}}
+    record = {"parts": {"one": {"rows": [row("first").to_json()]}}}
     page = "# X\n\n## Its claims\n\nWhy.\n\n## Sources\n\nBooks.\n"
-    shown = core.page(page, record)
+    shown = table.page(page, record)
     assert "- **holds** - first: 0.9 [0.8, 1.0] (n 10)" in shown
     assert shown.startswith("# X\n\n## Its claims\n\nWhy.\n\n") and shown.endswith("\n\n## Sources\n\nBooks.\n")
-    record["parts"]["one"]["rows"] = [vars(row("second"))]
-    again = core.page(shown, record)
-    assert "first" not in again and again == core.page(again, record) == core.page(page, record)
-    assert core.page("# Y\n", record) == "# Y\n"
+    record["parts"]["one"]["rows"] = [row("second").to_json()]
+    again = table.page(shown, record)
+    assert "first" not in again and again == table.page(again, record) == table.page(page, record)
+    assert table.page("# Y\n", record) == "# Y\n"
 
 
 @pytest.mark.parametrize("key", [key for key in EXPERIMENTS if (PAGES / f"{key}.md").exists()])
 def test_pages_tell_what_is_on_record(key):
     record = core.read_record(core.HERE / "results" / f"{key}.json")
     page = (PAGES / f"{key}.md").read_text(encoding="utf-8")
-    assert core.BEGIN not in page if not record else page == core.page(page, record)
+    assert table.BEGIN not in page if not record else page == table.page(page, record)

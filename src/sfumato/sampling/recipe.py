@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 from torch import Tensor
 
-import sfumato
-from sfumato import cards
+from sfumato import __version__, cards
 from sfumato.errors import BadInput
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.options import recorded
@@ -31,7 +30,7 @@ def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: 
         "scheduler": _scheduler(request.options.scheduler),
     }
     return {
-        "sfumato": sfumato.__version__,
+        "sfumato": __version__,
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         "model": model.name,
         "revision": model.revision,

@@ -1,0 +1,110 @@
+"""What a result depends on: the code that made it, and the supervision that its models had."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"claims": ROOT / "claims", "sfumato": ROOT / "src" / "sfumato"}
+
+SUPERVISION = {
+    "align": "attention maps drawn to each word's true cells",
+    "words": "each noun's embedding taught its toy's attributes",
+    "places": "picture patches taught which toy they show",
+    "local": "embeddings of unchanged words kept equal when another word changes",
+    "toy_weight": "pixels of toys weigh more in the loss",
+}
+"""Terms of the recipes' losses that use what only a toybox knows, and what they mean for a claim."""
+
+
+@cache
+def code_hash(path: str) -> str:
+    """Of a file's code; comments, docstrings and layout do not count."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(getattr(first, "value", None), ast.Constant):
+                node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _file(name: str) -> Path | None:
+    """The file of a module of this repository, if it is one."""
+    room, *rest = name.split(".")
+    if room not in ROOMS:
+        return None
+    place = ROOMS[room].joinpath(*rest)
+    return next((each for each in (place.with_suffix(".py"), place / "__init__.py") if each.is_file()), None)
+
+
+def _module(path: Path) -> str:
+    for room, place in ROOMS.items():
+        if path.is_relative_to(place):
+            parts = [room, *path.relative_to(place).with_suffix("").parts]
+            return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ""
+
+
+@cache
+def _imports(path: Path) -> frozenset[Path]:
+    """Files of this repository that one imports, at its top or inside its functions, with the rooms they lie in
+    (not the face of the library, which every import passes and nothing measured depends on)."""
+    module = _module(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base += [node.module] if node.module else []
+            full = {".".join([*base, alias.name]) for alias in node.names if alias.name != "__version__"}
+            names |= {name if _file(name) else ".".join(base) for name in full}
+    names |= {".".join(name.split(".")[:k]) for name in names for k in range(2, name.count(".") + 1)}
+    return frozenset(found for name in names if (found := _file(name)) is not None and found != path)
+
+
+def dependencies(start: Path, also: Iterable[Path] = ()) -> list[Path]:
+    """The file ``start``, those it imports, those they import, and so on; sorted. Files of systems that a claim knows
+    by their key only are named in ``also``."""
+    found, left = set(), [start, *also]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found.add(path)
+            left.extend(_imports(path))
+    return sorted(found)
+
+
+def system_files(key: str) -> list[Path]:
+    """The file or files of the system of this key, if there is one."""
+    source = ROOMS["sfumato"]
+    return [*source.glob(f"*/{key}.py"), *source.glob(f"*/{key}/**/*.py")]
+
+
+def code_fingerprint(start: Path, key: str) -> str:
+    """Changes when any code that a claim's result depends on changes."""
+    digest = hashlib.sha256()
+    for path in dependencies(start, system_files(key)):
+        digest.update(path.name.encode() if path == start else _module(path).encode())
+        digest.update(code_hash(str(path)).encode())
+    return digest.hexdigest()[:16]
+
+
+def supervision(folders: Iterable[Path]) -> str:
+    """What the models in these folders were taught that models of real pictures are not, in words; from their cards."""
+    said = []
+    for folder in folders:
+        card = folder / "sfumato.json"
+        if card.is_file():
+            loss = json.loads(card.read_text(encoding="utf-8")).get("recipe", {}).get("loss", {})
+            terms = [f"{name} {loss[name]:g} ({why})" for name, why in SUPERVISION.items() if loss.get(name)]
+            if terms:
+                said.append(f"{folder.name}: {', '.join(terms)}")
+    return "; ".join(said)
