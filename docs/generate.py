@@ -35,6 +35,21 @@ def models(page: Path) -> str:
     return _table(("name", "what it is"), rows)
 
 
+def families(page: Path) -> str:
+    """Family x system: + where it runs, else what the family lacks. Families that offer the same share a column."""
+    from sfumato.models.families import families as known
+
+    ours = dict.fromkeys(family for family in known().values() if _ours(family))
+    columns: dict[frozenset[str], list[str]] = {}
+    for family in ours:
+        columns.setdefault(family.capabilities, []).append(f"`{family.name}`")
+    rows = []
+    for key, card in _methods().items():
+        lacking = [", ".join(need for need in card.needs if need not in offered) for offered in columns]
+        rows.append((f"[`{key}`](systems/{key}.md)", *(f"no {lack}" if lack else "+" for lack in lacking)))
+    return _table(("system", *(" ".join(names) for names in columns.values())), rows)
+
+
 def system(page: Path) -> str:
     """What the card of a system says, and its parameters."""
     cls = cards.method(page.stem)
@@ -95,6 +110,7 @@ def tables() -> dict[Path, dict[str, Callable[[Path], str]]]:
     found: dict[Path, dict[str, Callable[[Path], str]]] = {
         ROOT / "README.md": {"models": models, "methods": methods},
         ROOT / "docs" / "systems" / "README.md": {"methods": methods},
+        ROOT / "docs" / "models.md": {"families": families},
     }
     for key in _methods():
         found[ROOT / "docs" / "systems" / f"{key}.md"] = {"system": system}

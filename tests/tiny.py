@@ -74,6 +74,10 @@ from sfumato.models import Model, quiet
 
 KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "schnell", "pixart", "pixart_alpha", "inpaint")
 
+#: of those that make clips, as their cards say: frames, and (height, width)
+FRAMES = {"animatediff": 4, "wan": 5, "ltx": 9, "cogvideox": 9, "hunyuan": 9}
+SIZES = {"wan": (32, 48), "ltx": (32, 64), "cogvideox": (48, 80), "hunyuan": (48, 80)}
+
 # One token each in both tokenizers; every other word falls into several pieces ("green" -> g, re, e, n).
 WHOLE_WORDS = "a an and the of on in to left right small big red blue yellow black white cube ball cone dog cat".split()
 
@@ -87,12 +91,14 @@ def tiny_pipeline(kind: str, seed: int = 0, fresh: bool = False) -> DiffusionPip
 def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
     """The same as a `sfumato.models.Model`."""
     card = {"sampling": {"size": [32, 32]}}
-    if kind == "animatediff":
-        card["sampling"]["frames"] = 4
+    if kind in FRAMES:
+        card["sampling"] |= {"frames": FRAMES[kind], "size": list(SIZES.get(kind, (32, 32)))}
     if kind == "sd3clip":
         card["sampling"]["max_sequence_length"] = 0
     if kind == "klein":
         card["sampling"]["max_sequence_length"] = 48  # its encoder has 27 layers, which pads to 512 take long
+    if kind in ("z_image", "wan", "ltx", "cogvideox", "hunyuan"):
+        card["sampling"]["max_sequence_length"] = 64
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
 
 
@@ -117,15 +123,15 @@ def _cached_pipeline(kind: str, seed: int) -> DiffusionPipeline:
 
 
 def _further(kind: str) -> Callable[[], DiffusionPipeline]:
-    from tests.tiny_families import BUILDERS  # builds on the parts here
+    from tests import tiny_clips, tiny_families  # build on the parts here
 
-    return BUILDERS[kind]
+    return {**tiny_families.BUILDERS, **tiny_clips.BUILDERS}[kind]
 
 
 def _primed(module: torch.nn.Module) -> None:
     """transformers hangs hooks of its own on a text encoder when hidden states are first asked for, and leaves them: it
     shall have done so before a test looks at what *we* leave."""
-    if any(name in type(module).__name__ for name in ("Text", "T5", "Qwen")):
+    if any(name in type(module).__name__ for name in ("Text", "T5", "Qwen2_5", "Qwen3", "Gemma", "Llama")):
         with torch.no_grad():
             module(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True)
 
@@ -182,11 +188,11 @@ def _t5():
 # --- pictures and denoisers -------------------------------------------------------------------------------------------
 
 
-def _vae(scaling: float, shift: float | None = None, quant: bool = True) -> AutoencoderKL:
+def _vae(scaling: float, shift: float | None = None, quant: bool = True, levels: int = 2) -> AutoencoderKL:
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * (levels - 1) + (16,),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,

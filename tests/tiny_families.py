@@ -7,6 +7,10 @@ chroma          Flux without pooled text, masked padding, real guidance
 auraflow        UMT5, eight register tokens before the text, joint and single blocks
 sana            Gemma2; linear self-attention, cross-attention; its pipeline takes multiples of 32
 klein           Flux.2 [klein]: Qwen3 with a chat template; one place of the grid is 4 pixels wide
+qwenimage       Qwen2.5-VL behind a template whose head is cut off; texts of their own length in each branch
+lumina2         Gemma2; text and image in one sequence, packed per sample; 8 pixels per latent
+z_image         Qwen3; image and text in one sequence, padded to multiples of 32
+(clips)         see `tests.tiny_clips`
 ==============  =====================================================================================================
 """
 
@@ -15,28 +19,39 @@ from __future__ import annotations
 import copy
 import functools
 
+import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -125,10 +140,9 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _sana() -> SanaPipeline:
-    tokenizer = gemma_tokenizer()
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
+def _gemma_config(words: int) -> Gemma2Config:
+    return Gemma2Config(
+        vocab_size=words,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -136,6 +150,10 @@ def _sana() -> SanaPipeline:
         num_key_value_heads=1,
         head_dim=8,
     )
+
+
+def _sana() -> SanaPipeline:
+    tokenizer = gemma_tokenizer()
     vae = AutoencoderDC(
         latent_channels=4,
         encoder_block_out_channels=(8, 16),
@@ -160,7 +178,7 @@ def _sana() -> SanaPipeline:
     )
     return SanaPipeline(
         tokenizer=copy.deepcopy(tokenizer),
-        text_encoder=Gemma2Model(config),
+        text_encoder=Gemma2Model(_gemma_config(len(tokenizer))),
         vae=vae,
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -210,9 +228,116 @@ def _klein() -> Flux2KleinPipeline:
     )
 
 
+def _qwenimage() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.1, 0.9, 2.0, 0.5],
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=copy.deepcopy(tokenizer),
+        transformer=transformer,
+    )
+
+
+def _lumina2() -> Lumina2Pipeline:
+    tokenizer = gemma_tokenizer()
+    vae = tiny._vae(0.3611, 0.1159, quant=False, levels=4)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        cap_feat_dim=16,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=6.0),
+        vae=vae,
+        text_encoder=Gemma2Model(_gemma_config(len(tokenizer))),
+        tokenizer=copy.deepcopy(tokenizer),
+    )
+
+
+def _z_image() -> ZImagePipeline:
+    tokenizer = qwen_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[512, 64, 64],
+    )
+    with torch.no_grad():  # made with torch.empty
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny._vae(0.3611, 0.1159, quant=False),
+        text_encoder=Qwen3Model(config),
+        tokenizer=copy.deepcopy(tokenizer),
+        transformer=transformer,
+    )
+
+
 BUILDERS = {
     "chroma": _chroma,
     "auraflow": _auraflow,
     "sana": _sana,
     "klein": _klein,
+    "qwenimage": _qwenimage,
+    "lumina2": _lumina2,
+    "z_image": _z_image,
 }

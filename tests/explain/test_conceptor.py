@@ -18,21 +18,21 @@ from sfumato.explain.conceptor.pseudo_word import mixture_vectors, read_mixture
 from sfumato.explain.conceptor.vocabulary import usual_norms
 from sfumato.explain.conceptor.word_cloud import word_cloud
 from sfumato.models import Model
-from sfumato.models.slot import pseudo_word, text_towers, token_of
+from sfumato.models.slot import pseudo_word, text_towers, token_of, tokens_of
 from sfumato.sampling import generate
 from tests.helpers import fingerprint
 from tests.tiny import WHOLE_WORDS, tiny_model, tiny_pipeline
 
 PROMPT = "a red cube and a blue ball"
 QUICK = dict(images=3, checked=2, iterations=4, every=2, batch=2, steps=2, keep=4)
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "z_image")
 
 
 def planted(model: Model, word: str, vectors) -> None:
     """Writes vectors into the tables themselves."""
     for tower in text_towers(model):
         with torch.no_grad():
-            tower.table[token_of(tower, word)] = vectors[tower.name]
+            tower.table[list(tokens_of(tower, word))] = vectors[tower.name]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -87,7 +87,7 @@ def test_the_dictionary_is_what_every_encoder_has_as_one_token(kind):
     assert set(WHOLE_WORDS) - {"a"} <= set(found.names)
     for tower in text_towers(model):
         for name, token in zip(found.names, found.ids[tower.name].tolist(), strict=True):
-            assert tower.tokenizer(name, add_special_tokens=False).input_ids == [token]
+            assert token_of(tower, name) == token
         assert torch.equal(found.tables[tower.name], tower.table[found.ids[tower.name]])
 
 
@@ -308,3 +308,12 @@ def test_bad_input(tmp_path):
         Decomposition.load(tmp_path / "x.json")
     with pytest.raises(UnknownName, match="rde"):
         hand_made(red=1.0).changed(rde=2)
+
+
+def test_a_mixture_that_no_encoder_reads_is_no_silent_no_op():
+    """Language models tell "Cube" from "cube", though Words does not."""
+    with pytest.raises(NoMatch, match="conceptor"):
+        generate(
+            tiny_model("z_image"), "a red Cube", steps=1, decode=False,
+            interventions=Conceptor(word="cube", mixture=["red=0.7", "ball=0.3"]),
+        )  # fmt: skip

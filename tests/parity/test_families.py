@@ -13,16 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as HUNYUAN
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sfumato.explain.daam import DAAM
-from sfumato.models import Model, load, quiet
+from sfumato.models import Model, Site, load, quiet
 from sfumato.models.hooks import running
 from sfumato.sampling import generate
+from tests import tiny
 from tests.tiny import tiny_model, tiny_pipeline
 
 PROMPTS = ["a red cube and a dog", "a big blue cat on the left"]
@@ -33,10 +36,27 @@ CALLS: dict[str, dict[str, Any]] = {
     "auraflow": {},
     "sana": {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
     "klein": {"max_sequence_length": 48},
+    "qwenimage": {},
+    "lumina2": {},
+    "z_image": {"max_sequence_length": 64},
+    "wan": {"max_sequence_length": 64, "num_frames": 5},
+    "ltx": {"max_sequence_length": 64, "num_frames": 9},
+    "cogvideox": {"max_sequence_length": 64, "num_frames": 9},
+    "hunyuan": {"max_sequence_length": 64, "num_frames": 9},
 }
-SIZES = {"sana": (96, 64)}
+SIZES = {"sana": (96, 64), "lumina2": (144, 80), **{kind: size[::-1] for kind, size in tiny.SIZES.items()}}
+#: what the pipeline calls its guidance, and the scale that turns it off
+GUIDANCE = {
+    "qwenimage": ("true_cfg_scale", 1.0),
+    "z_image": ("guidance_scale", 0.0),
+    "hunyuan": ("true_cfg_scale", 1.0),
+}
+#: what has to be said for "nothing": without it the pipeline would not guide
+NEGATIVE = {"qwenimage": " ", "hunyuan": ""}
+#: attention among the text alone, no sites
+TEXT_ALONE = ("context_refiner", "context_embedder")
 #: parts that mix places without attention, muted too
-MIXING = {"sana": ("attn1", "ff")}
+MIXING = {"sana": ("attn1", "ff"), "hunyuan": ("context_embedder.time_text_embed",)}
 
 
 def size_of(kind: str) -> tuple[int, int]:
@@ -46,22 +66,29 @@ def size_of(kind: str) -> tuple[int, int]:
 
 def pipeline_latents(model: Model, kind: str, size: tuple[int, int], seeds: list[int], **given: Any) -> Tensor:
     """Final latents (b c h w) of the diffusers pipeline for a picture of (width, height)."""
+    if kind in NEGATIVE:
+        given.setdefault("negative_prompt", [NEGATIVE[kind]] * len(PROMPTS))
     if kind == "klein" and (negatives := given.pop("negative_prompt", None)):
         given["negative_prompt_embeds"] = model.pipe.encode_prompt(negatives, max_sequence_length=48)[0]
     with quiet():
-        latents = model.pipe(
-            prompt=PROMPTS,
+        out = model.pipe(
+            prompt=list(PROMPTS),  # some write their template into it
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             width=size[0],
             height=size[1],
-            num_inference_steps=3,
+            num_inference_steps=2,
             **given,
             **CALLS[kind],
-        ).images
-    if kind == "chroma":
+        )
+    latents = out.frames if model.clips else out.images
+    if kind in ("chroma", "qwenimage"):
         latents = model.pipe._unpack_latents(latents, size[1], size[0], model.pipe.vae_scale_factor)
-    return latents
+    if kind == "ltx":
+        latents = model.pipe._unpack_latents(latents, 3, size[1] // 4, size[0] // 4)
+    if kind == "cogvideox":
+        latents = latents.transpose(1, 2)
+    return latents[:, :, 0] if kind == "qwenimage" else latents
 
 
 def as_given_out(model: Model, kind: str, latents: Tensor) -> Tensor:
@@ -74,27 +101,31 @@ def as_given_out(model: Model, kind: str, latents: Tensor) -> Tensor:
     return model.pipe._unpatchify_latents(latents * std + mean)
 
 
+def guidance(kind: str, scale: float | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Our argument, none being off, and the pipeline's."""
+    name, off = GUIDANCE.get(kind, ("guidance_scale", 1.0))
+    scale = off if scale is None else scale
+    return {"true_guidance" if kind == "hunyuan" else "guidance": scale}, {name: scale}
+
+
 @pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.parametrize("given", [{"guidance": 1.0}, {"guidance": 4.0, "negative": NEGATIVES}], ids=["off", "on"])
-def test_latents_of_the_pipeline(kind: str, given: dict[str, Any]):
+def test_latents_of_the_pipeline(kind: str):
     model = tiny_model(kind)
-    theirs = {"guidance_scale": given["guidance"]}
-    if "negative" in given:
-        theirs["negative_prompt"] = given["negative"]
-    peer = pipeline_latents(model, kind, size_of(kind), [7, 3], **theirs)
-    ours = generate(model, PROMPTS, steps=3, seed=[7, 3], size=size_of(kind), decode=False, **given)
+    own, theirs = guidance(kind, 4.0)
+    peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
+    ours = generate(model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, negative=NEGATIVES, **own)
     assert torch.equal(as_given_out(model, kind, ours.latents), peer)
     assert peer.abs().sum() > 0
-    assert ours.cost == 3 * (2 if given["guidance"] > 1 else 1)
+    assert ours.cost == 4
 
 
-# Sana's pipeline keeps its latents in float32 whatever the model's precision
-@pytest.mark.parametrize("kind", [kind for kind in CALLS if kind != "sana"])
-def test_half_precision(kind: str):
+@pytest.mark.parametrize("kind", CALLS)
+def test_half_precision_without_guidance(kind: str):
     model = tiny_model(kind, fresh=True).to(dtype=torch.bfloat16)
-    peer = pipeline_latents(model, kind, size_of(kind), [7, 3], guidance_scale=4.0)
-    ours = generate(model, PROMPTS, steps=3, seed=[7, 3], size=size_of(kind), guidance=4.0, decode=False)
-    assert ours.latents.dtype == torch.bfloat16
+    own, theirs = guidance(kind, None)
+    peer = pipeline_latents(model, kind, size_of(kind), [7, 3], **theirs)
+    ours = generate(model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, **own)
+    assert ours.latents.dtype == peer.dtype  # some keep theirs in float32 whatever the model's precision
     assert torch.equal(as_given_out(model, kind, ours.latents), peer)
 
 
@@ -106,20 +137,26 @@ def test_picture_from_a_saved_folder(kind: str, tmp_path):
     model = load(tmp_path)
     assert model.family.name == tiny_model(kind).family.name
     width, height = size_of(kind)
+    own, theirs = guidance(kind, 2.0)
     with quiet():
         generator = torch.Generator().manual_seed(4)
-        peer = tiny_pipeline(kind)(
+        peer = model.pipe(
             prompt=PROMPTS[0],
             num_inference_steps=2,
-            guidance_scale=2.0,
             generator=generator,
             height=height,
             width=width,
+            **theirs,
             **CALLS[kind],
-        ).images[0]
-    ours = generate(model, PROMPTS[0], steps=2, guidance=2.0, seed=4, size=size_of(kind)).images[0]
-    assert ours.size == size_of(kind)
-    assert ours.tobytes() == peer.tobytes()
+            **({"negative_prompt": NEGATIVE[kind]} if kind in NEGATIVE else {}),
+        )
+    ours = generate(model, PROMPTS[0], steps=2, seed=4, size=size_of(kind), **own)
+    if model.clips:
+        frames = np.stack([np.asarray(frame) for frame in peer.frames[0]])  # pictures or floats
+        frames = frames if frames.dtype == np.uint8 else (frames * 255).round().astype("uint8")
+        assert np.array_equal(ours.clips[0], frames) and frames.shape[1:3] == size_of(kind)[::-1]
+    else:
+        assert ours.images[0].size == size_of(kind) and ours.images[0].tobytes() == peer.images[0].tobytes()
 
 
 # --- where the text lies ----------------------------------------------------------------------------------------------
@@ -145,7 +182,7 @@ class Recorder(TorchFunctionMode):
 
 @contextmanager
 def recorded(model: Model, kind: str, mute: bool = False) -> Iterator[Recorder]:
-    mixing = [part for name, part in model.denoiser.named_modules() if name.split(".")[-1] in MIXING.get(kind, ())]
+    mixing = [part for name, part in model.denoiser.named_modules() if name.endswith(MIXING.get(kind, ()) or "-")]
     handles = [part.register_forward_hook(lambda *call: torch.zeros_like(call[-1])) for part in mixing if mute]
     with torch.no_grad(), running(model.denoiser) as stack, Recorder(stack, mute) as recorder:
         yield recorder
@@ -158,17 +195,33 @@ def places_changed(a: Tensor, b: Tensor) -> list[int]:
     return ((a - b).abs().amax((0, 1, 3)) > 0).nonzero().flatten().tolist()
 
 
-def token_of(model: Model, prompt: str, word: str) -> int:
-    """Place of a one-token word in the features that the pipeline makes of a prompt."""
-    tokenizer = model.pipe.tokenizer
-    if tokenizer.chat_template:
+def tokens_of(model: Model, kind: str, prompt: str) -> list[int]:
+    """The tokens whose features the denoiser is given, as the pipeline lays the prompt out."""
+    tokenizer, head = model.pipe.tokenizer, 0
+    if kind == "qwenimage":
+        prompt, head = model.pipe.prompt_template_encode.format(prompt), model.pipe.prompt_template_encode_start_idx
+    elif kind == "hunyuan":
+        prompt, head = HUNYUAN["template"].format(prompt), HUNYUAN["crop_start"]
+    elif kind == "lumina2":
+        prompt = f"{model.pipe.system_prompt} <Prompt Start> {prompt}"
+    elif tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    alone = [tokenizer(blank + word, add_special_tokens=False).input_ids for blank in ("", " ")]
-    whole = tokenizer(prompt).input_ids
+    return tokenizer(prompt).input_ids[head:]
+
+
+def token_of(model: Model, kind: str, prompt: str, word: str) -> int:
+    """Place of a one-token word in the features that the pipeline makes of a prompt."""
+    alone = [model.pipe.tokenizer(blank + word, add_special_tokens=False).input_ids for blank in ("", " ")]
     # byte-pair pieces within a text begin with the blank
-    (place,) = (i for i, token in enumerate(whole) if [token] in alone)
+    (place,) = (i for i, token in enumerate(tokens_of(model, kind, prompt)) if [token] in alone)
     return place
+
+
+def sites_of(model: Model, kind: str, prompts: list[str]) -> list[Site]:
+    """The sites of a call with these prompts."""
+    text = model.family.text_in(model.encode_text(prompts, guidance=False).cond)
+    return model.sites(*reversed(size_of(kind)), text)
 
 
 def planted_keys(model: Model, kind: str, position: int) -> dict[str, list[int]]:
@@ -190,11 +243,11 @@ def planted_keys(model: Model, kind: str, position: int) -> dict[str, list[int]]
 @pytest.mark.parametrize("kind", CALLS)
 def test_one_token_reaches_one_key(kind: str):
     model = tiny_model(kind)
-    sites = {site.path: site for site in model.sites(*reversed(size_of(kind)))}
+    sites = {site.path: site for site in sites_of(model, kind, PROMPTS[:1])}
     for word in ("red", "dog"):
-        position = token_of(model, PROMPTS[0], word)
+        position = token_of(model, kind, PROMPTS[0], word)
         found = planted_keys(model, kind, position)
-        assert set(sites) == set(found)
+        assert set(sites) == {path for path in found if not path.startswith(TEXT_ALONE)}
         for path, site in sites.items():
             assert found[path] == ([site.text[0] + position] if site.text else [])
 
@@ -202,14 +255,17 @@ def test_one_token_reaches_one_key(kind: str):
 @pytest.mark.parametrize("kind", CALLS)
 def test_one_cell_reaches_one_query(kind: str):
     model = tiny_model(kind)
-    c, h, w = model.latent_shape(*reversed(size_of(kind)))
+    shape = model.latent_shape(*reversed(size_of(kind)))
+    h, w = shape[-2:]
     condition = model.encode_text(PROMPTS[:1], guidance=False)
-    sites = model.sites(*reversed(size_of(kind)))
-    x = torch.randn(1, c, h, w, generator=torch.Generator().manual_seed(0))
+    sites = sites_of(model, kind, PROMPTS[:1])
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     moved = x.clone()
     rows, columns = sites[0].grid
-    row, column = 3, 5
-    moved[..., row * h // rows : (row + 1) * h // rows, column * w // columns : (column + 1) * w // columns] += 1
+    row, column = rows - 2, columns - 1
+    frame = model.clips * 1
+    part = moved[:, :, frame] if model.clips else moved
+    part[..., row * h // rows : (row + 1) * h // rows, column * w // columns : (column + 1) * w // columns] += 1
     calls = []
     for state in (x, moved):
         with recorded(model, kind, mute=True) as recorder:
@@ -217,31 +273,38 @@ def test_one_cell_reaches_one_query(kind: str):
         calls.append(recorder.calls)
     for site in sites:
         before, after = (each[site.path][0][0] for each in calls)
-        assert places_changed(before, after) == [site.image[0] + row * columns + column]
+        assert places_changed(before, after) == [site.image[0] + (frame * rows + row) * columns + column]
 
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_word_maps_are_the_attention_at_the_planted_keys(kind: str):
     model = tiny_model(kind)
-    options: dict[str, Any] = {"steps": 2, "seed": [7, 3], "size": size_of(kind), "guidance": 1.0, "decode": False}
+    options: dict[str, Any] = {"steps": 2, "seed": [7, 3], "size": size_of(kind), "decode": False}
+    options |= guidance(kind, None)[0]
     with recorded(model, kind) as recorder:
         plain = generate(model, PROMPTS, **options)
     daam = DAAM(words=["dog", "cat"])
     seen = generate(model, PROMPTS, interventions=daam, **options)
     assert torch.equal(seen.latents, plain.latents)
-    sites = [site for site in model.sites(*reversed(size_of(kind))) if site.text]
+    sites = [site for site in sites_of(model, kind, PROMPTS) if site.text]
     for sample, word in enumerate(("dog", "cat")):
-        position = token_of(model, PROMPTS[sample], word)
+        position = token_of(model, kind, PROMPTS[sample], word)
         keys = planted_keys(model, kind, position)
         maps = []
         for site in sites:
+            image = slice(*site.image)
+            if kind == "lumina2":  # behind the sample's own text
+                start = len(tokens_of(model, kind, PROMPTS[sample]))
+                image = slice(start, start + site.cells)
             for q, k, scale, mask in recorder.calls[site.path]:
                 scores = q[sample] @ k[sample].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
                 if mask is not None:
                     mask = mask.expand(q.shape[0], *mask.shape[1:])[sample]
                     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-                column = scores.softmax(-1)[:, slice(*site.image), keys[site.path][0]]
-                maps.append(column.mean(0).view(site.grid))
+                column = scores.softmax(-1)[:, image, keys[site.path][0]]
+                maps.append(column.mean(0).view(site.shape))
         expected = torch.stack(maps).mean(0)
-        torch.testing.assert_close(daam.maps[sample].map(word, size=expected.shape), expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            daam.maps[sample].map(word, size=expected.shape[-2:]), expected, rtol=1e-4, atol=1e-7
+        )
         assert expected.std() > 0

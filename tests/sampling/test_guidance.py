@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
+from sfumato.models.families import Family
 from sfumato.sampling import Guidance, Options, generate
-from sfumato.sampling.guidance import combine
+from sfumato.sampling.guidance import rescaled
 from tests.tiny import tiny_model
 
 
 def outputs(count: int) -> list[Tensor]:
     draw = torch.Generator().manual_seed(0)
     return [torch.randn(2, 4, 3, 5, generator=draw, dtype=torch.float64) for _ in range(count)]
+
+
+def combine(uncond: Tensor, conds: list[Tensor], weights: list[float], rescale: float = 0.0) -> Tensor:
+    guided = Family.combine(None, uncond, conds, weights)  # type: ignore[arg-type]
+    return rescaled(guided, conds[0], rescale) if rescale else guided
 
 
 def test_classifier_free_guidance():

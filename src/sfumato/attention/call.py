@@ -68,6 +68,7 @@ class Call:
         # until the collector of cycles comes by
         self._whole: Call | None = None
         self._part = slice(None)
+        self._came: tuple[Call, Tensor, Tensor] | None = None  # before `rearrange`, with the places, and `v` behind it
 
     # -- where things are ----------------------------------------------------------------------------------------------
 
@@ -141,10 +142,26 @@ class Call:
             raise Conflict(f"two editors put another map in place of the one at {self.site.path}; only one can.")
         self._other = other
 
+    def rearrange(self, places: Tensor) -> None:
+        """Show every row in the order of the site: its i-th query, key and value is the one at ``places`` (b n). The
+        output stays in the order in which the call came, and its bits unless something is edited."""
+        came = copy.copy(self)
+
+        def ordered(x: Tensor) -> Tensor:
+            return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        self.q, self.k, self.v = ordered(self.q), ordered(self.k), ordered(self.v)
+        if self.mask is not None and self.mask.dim() == 4:
+            mask = self.mask.expand(len(places), *self.mask.shape[1:])
+            if mask.shape[-2] > 1:
+                mask = mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            self.mask = mask.gather(3, places[:, None, None].expand(-1, *mask.shape[1:3], -1))
+        self._came = came, places, self.v
+
     def with_values(self, values: Tensor) -> Call:
         """The same map paid out to other ``values`` (b k t d), whose heads may be shared; a call of its own."""
         call = copy.copy(self)
-        call.v, call._fused = values, None
+        call.v, call._fused, call._came = values, None, None
         return call
 
     def of_queries(self, queries: slice) -> Call:
@@ -159,7 +176,7 @@ class Call:
         call._probs = None if self._probs is None else self._probs[:, :, queries]
         if self.mask is not None and self.mask.dim() > 1 and self.mask.shape[-2] > 1:
             call.mask = self.mask[..., queries, :]
-        call._whole, call._part = None, slice(None)
+        call._whole, call._part, call._came = None, slice(None), None
         return call
 
     @property
@@ -232,6 +249,12 @@ class Call:
 
     def attend(self) -> Tensor:
         """The output (b k n d) in the dtype of ``q``: the fused kernel's own unless the map was edited."""
+        if self._came is not None:
+            came, places, values = self._came
+            if self.v is values and self._scores is None and self._probs is None and self._other is None:
+                return came.attend()
+            out = self.with_values(self.v).attend()
+            return torch.empty_like(out).scatter(2, places[:, None, :, None].expand_as(out), out)
         if self._other is not None:
             return self._around(self._other, Call.attend, self._other.attend).to(self.q.dtype)
         if self._scores is None and self._probs is None:

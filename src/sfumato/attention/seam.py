@@ -59,10 +59,12 @@ _REPLACE = dict(
 @dataclass(eq=False)
 class Forward:
     """One forward pass under the seam. ``stopped`` is True if it was left early (there is no output then);
-    ``calls`` counts the attention calls seen per site path."""
+    ``calls`` counts the attention calls seen per site path; ``sites`` and ``places`` as in :meth:`forward`."""
 
     step: Any = None
     rows: dict[str, slice] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    places: Callable[[Site], Tensor | None] | None = None
     stopped: bool = False
     calls: dict[str, int] = field(default_factory=dict)
     entered: set[str] = field(default_factory=set)
@@ -73,15 +75,15 @@ class _Frame(TorchFunctionMode):
     """The mode that is on while one wanted module runs. Its first attention call belongs to the taps; further ones,
     such as those of image-prompt adapters, pass untouched."""
 
-    def __init__(self, seam: AttentionSeam, site: Site, module: nn.Module):
+    def __init__(self, seam: AttentionSeam, path: str, module: nn.Module):
         super().__init__()
-        self.seam, self.site, self.module, self.attended = seam, site, module, False
+        self.seam, self.path, self.module, self.attended = seam, path, module, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention or self.attended:
             return func(*args, **(kwargs or {}))
         self.attended = True
-        return self.seam._attend(self.site, self.module, *args, **(kwargs or {}))
+        return self.seam._attend(self.path, self.module, *args, **(kwargs or {}))
 
 
 class AttentionSeam:
@@ -128,7 +130,7 @@ class AttentionSeam:
             raise Conflict("this attention seam is already attached.")
         refuse_what_bypasses(self.module, self._modules)
         for path, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._opener(self._sites[path])))
+            self._handles.append(module.register_forward_pre_hook(self._opener(path)))
             self._handles.append(module.register_forward_hook(self._close, always_call=True))
         return self
 
@@ -136,13 +138,13 @@ class AttentionSeam:
         while self._handles:
             self._handles.pop().remove()
 
-    def _opener(self, site: Site) -> Callable[[nn.Module, Any], None]:
+    def _opener(self, path: str) -> Callable[[nn.Module, Any], None]:
         def open_frame(module: nn.Module, args: Any) -> None:
             if self._forward is None or self._forward.thread != threading.get_ident():
                 return
-            frame = _Frame(self, site, module)
+            frame = _Frame(self, path, module)
             self._frames.append(frame)
-            self._forward.entered.add(site.path)
+            self._forward.entered.add(path)
             frame.__enter__()
 
         return open_frame
@@ -160,12 +162,21 @@ class AttentionSeam:
     # -- one forward pass ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def forward(self, step: Any = None, rows: dict[str, slice] | None = None) -> Iterator[Forward]:
+    def forward(
+        self,
+        step: Any = None,
+        rows: dict[str, slice] | None = None,
+        sites: Iterable[Site] = (),
+        places: Callable[[Site], Tensor | None] | None = None,
+    ) -> Iterator[Forward]:
         """Surrounds one call of the module.
 
         ``rows`` tells which part of the batch is which branch: ``{"uncond": slice(0, b), "cond": slice(b, 2 * b)}``;
-        it is never guessed. If the pass ends early the statements after the module's call are skipped and
-        ``forward.stopped`` is True. Raises NoMatch when a wanted site was not seen.
+        it is never guessed. ``sites``: those of this pass where they differ from the seam's own, as with a text of
+        another length. ``places(site)``: where the positions of the site's sequence lie in this pass (b n), if not in
+        the same place in every row; taps see all rows in the order of the site. If the pass ends early the statements
+        after the module's call are skipped and ``forward.stopped`` is True. Raises NoMatch when a wanted site was not
+        seen.
         """
         if not self._handles and self._modules:
             raise Conflict("the attention seam is not attached; use it as a context manager.")
@@ -177,7 +188,7 @@ class AttentionSeam:
                 "gradient checkpointing runs attention twice, which attention taps cannot follow; "
                 "call disable_gradient_checkpointing() first."
             )
-        forward = Forward(step, dict(rows or {}))
+        forward = Forward(step, dict(rows or {}), {site.path: site for site in sites} or self._sites, places)
         AttentionSeam._running.add(key)
         self._forward = forward
         try:
@@ -204,10 +215,14 @@ class AttentionSeam:
 
     # -- inside a call -------------------------------------------------------------------------------------------------
 
-    def _attend(self, site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def _attend(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         forward = self._forward
         assert forward is not None
+        site = forward.sites[path]
         call = Call(*args, **kwargs, site=site, module=module, step=forward.step)
+        places = forward.places(site) if forward.places is not None else None
+        if places is not None:
+            call.rearrange(places)
         _check_layout(call)
         call.rows = _expand_rows(forward.rows, call.q.shape[0], site)
         taps = self._taps_at[site.path]

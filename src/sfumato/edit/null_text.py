@@ -139,7 +139,7 @@ def null_text(
         units = {name: float(each.square().mean().sqrt()) if model.flow else 1.0 for name, each in text.items()}
         relative = (0.1 if model.flow else 1e-2) if learning_rate is None else learning_rate
         rates = {name: relative * unit for name, unit in units.items()}
-        pivot = trajectory.latents.to(run.model.device, run.model.dtype)
+        pivot = trajectory.latents.to(run.model.device, run.model.state_dtype)
         x = pivot[0]
         for i in range(run.total):
             run.seek(i)

@@ -45,6 +45,32 @@ def encode(
         return latents * scaling
 
 
+def decode_frames(vae: Any, latents: Tensor) -> Tensor:
+    """Clips (b 3 f H W) from latents (b c f h w) of an autoencoder that states mean and spread of its channels (Wan's
+    and its kin), in the pipelines' order of operations."""
+    latents = latents.to(vae.dtype)
+    mean, inverse = _frame_statistics(vae, latents)
+    return vae.decode(latents / inverse + mean, return_dict=False)[0]
+
+
+def encode_frames(vae: Any, clips: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Latents (b c f h w) of clips (b 3 f H W) in [-1, 1] by such an autoencoder; see :func:`encode`."""
+    clips = clips.to(vae.device, vae.dtype)
+    if generators is None:
+        latents = vae.encode(clips).latent_dist.mode()
+    else:
+        rows = zip(clips.split(1), generators, strict=True)
+        latents = torch.cat([vae.encode(clip).latent_dist.sample(generator) for clip, generator in rows])
+    mean, inverse = _frame_statistics(vae, latents)
+    return (latents - mean) * inverse
+
+
+def _frame_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and one over the standard deviation (1 c 1 1 1)."""
+    mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (vae.config.latents_mean, vae.config.latents_std))
+    return mean.to(like), 1.0 / std.to(like)
+
+
 class upcast:
     """Lifts a float16 autoencoder that overflows in float16 to float32 for a while."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput
 from sfumato.models import chunks
-from sfumato.models.condition import COND, UNCOND, Condition, Encoding, TruncatedPrompt
+from sfumato.models.condition import Condition, Encoding, TruncatedPrompt
 from sfumato.models.families import Family, TextStream, family_of
 from sfumato.models.quiet import quiet
 from sfumato.models.schedulers import is_flow, make_scheduler, scheduler_names
@@ -69,6 +69,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.family.denoiser.dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In which states are kept between steps; some pipelines keep latents of a bfloat16 model in float32."""
+        return self.family.state_dtype
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +163,14 @@ class Model:
             return min(int(self.defaults["frames"]), most or int(self.defaults["frames"]))
         if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or (most and frames > most):
             raise BadInput(f"frames={frames!r} does not fit {self.name}: give 1 to {most or 'as many as you like'}.")
+
+        def fits(count: int) -> bool:
+            return self.family.frames_of(self.family.states_of(count)) == count
+
+        if not fits(frames):
+            near = [next(filter(fits, counts), None) for counts in (range(frames, 0, -1), range(frames, 16 * frames))]
+            listed = " or ".join(str(count) for count in near if count is not None)
+            raise BadInput(f"frames={frames} does not fit {self.name}, which compresses time. Nearest: {listed}.")
         return frames
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -273,9 +286,8 @@ class Model:
 
         One call for both with most families; Flux runs them one by one, the conditional first.
         """
-        if self.family.joint_branches:
-            return (tuple(branches),)
-        return tuple((name,) for name in sorted(branches, key=(COND, UNCOND).index))
+        ordered = tuple(sorted(branches, key=self.family.branch_order.index))
+        return (ordered,) if self.family.joint_branches else tuple((name,) for name in ordered)
 
     def predict(
         self,
@@ -346,9 +358,11 @@ class Model:
         steps: int,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
         **given: Sequence[float],
     ) -> Tensor:
-        """Set the scheduler up as the pipeline does, shifts by picture size included; returns its timesteps.
+        """Set the scheduler up as the pipeline does, shifts by the size of pictures and clips included; returns its
+        timesteps.
 
         ``given``: ``timesteps`` or ``sigmas`` of one's own instead of ``steps``. Raises `BadInput` where the scheduler
         cannot take them.
@@ -361,7 +375,7 @@ class Model:
             raise BadInput(
                 f"timesteps do not say how far {self.name}, a flow model, has come; give sigmas, from 1 down."
             )
-        self.family.set_timesteps(scheduler, steps, h, w, self.device, **own)
+        self.family.set_timesteps(scheduler, steps, h, w, self.device, self.frames(frames) or 1, **own)
         if "timesteps" in own and not set(own["timesteps"]) <= set(scheduler.timesteps.tolist()):
             raise BadInput(
                 f"timesteps={own['timesteps']} cannot be kept by {type(scheduler).__name__}; give whole numbers."
@@ -392,7 +406,7 @@ class Model:
         if generators is not None and len(generators) != len(images):
             raise BadInput(f"generators has {len(generators)} entries for {len(images)} images; give one for each.")
         encoded = self.family.encode_image(images, generators)
-        return encoded.to(self.dtype) if encoded.is_floating_point() else encoded
+        return encoded.to(self.state_dtype) if encoded.is_floating_point() else encoded
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.default_size

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
 
-__all__ = ["TextTower", "frozen", "in_place", "pseudo_word", "text_towers", "token_of"]
+__all__ = ["TextTower", "frozen", "in_place", "pseudo_word", "text_towers", "token_of", "tokens_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,12 @@ class TextTower:
     def table(self) -> Tensor:
         """Embeddings (v d) of all tokens."""
         return self.encoder.get_input_embeddings().weight  # type: ignore[operator]
+
+    def as_read(self, rows: Tensor) -> Tensor:
+        """Rows of the table (... d) as the encoder reads them: Gemma's table multiplies what it looks up."""
+        scale = getattr(self.encoder.get_input_embeddings(), "embed_scale", None)  # type: ignore[operator]
+        rows = rows.to(self.table)
+        return rows if scale is None else rows * scale.to(rows)
 
     @property
     def holders(self) -> list[nn.Module]:
@@ -60,12 +66,24 @@ def text_towers(model: Any) -> list[TextTower]:
     return found
 
 
+def tokens_of(tower: TextTower, word: str) -> tuple[int, ...]:
+    """The ids of a word that is a single token of this tower: within a text, and at its beginning where that is another
+    one (byte-pair pieces of language models begin with the blank before them). Raises BadInput for other words."""
+
+    def ids(text: str) -> list[int]:
+        return tower.tokenizer(text, add_special_tokens=False).input_ids
+
+    inside, alone = ids(f"a {word}")[len(ids("a")) :], ids(word)
+    found = [each[0] for each in (inside, alone) if len(each) == 1 and each[0] != tower.tokenizer.unk_token_id]
+    if not found:
+        count = max(len(inside), len(alone))
+        raise BadInput(f"{word!r} is {count} tokens in {tower.name}; only a word of one token can be a slot.")
+    return tuple(dict.fromkeys(map(int, found)))
+
+
 def token_of(tower: TextTower, word: str) -> int:
-    """The id of a word that is a single token of this tower. Raises BadInput for others."""
-    ids = tower.tokenizer(word, add_special_tokens=False).input_ids
-    if len(ids) != 1 or ids[0] == tower.tokenizer.unk_token_id:
-        raise BadInput(f"{word!r} is {len(ids)} tokens in {tower.name}; only a word of one token can be a slot.")
-    return int(ids[0])
+    """The first of :func:`tokens_of`: the id of a word within a text."""
+    return tokens_of(tower, word)[0]
 
 
 @contextmanager
@@ -84,9 +102,12 @@ def in_place(encoder: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> 
 
 
 @contextmanager
-def pseudo_word(model: Any, word: str, vectors: Mapping[str, Tensor]) -> Iterator[None]:
+def pseudo_word(
+    model: Any, word: str, vectors: Mapping[str, Tensor], used: Callable[[], None] | None = None
+) -> Iterator[None]:
     """While it lasts, ``word`` means ``vectors``: per text encoder (by :class:`TextTower` name) a vector (d), wherever
-    the word's token occurs. Encoders without a vector keep the word. Raises BadInput for a word of several tokens."""
+    the word's token occurs. Encoders without a vector keep the word. ``used`` is called whenever it is read. Raises
+    BadInput for a word of several tokens."""
     with ExitStack() as stack:
         visited: set[int] = set()
         for tower in text_towers(model):
@@ -94,13 +115,18 @@ def pseudo_word(model: Any, word: str, vectors: Mapping[str, Tensor]) -> Iterato
             if vector is None or id(tower.encoder) in visited:
                 continue
             visited.add(id(tower.encoder))
-            stack.enter_context(in_place(tower.encoder, _putting(token_of(tower, word), vector)))
+            stack.enter_context(in_place(tower.encoder, _putting(tokens_of(tower, word), tower.as_read(vector), used)))
         yield
 
 
-def _putting(token: int, vector: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _putting(
+    tokens: tuple[int, ...], vector: Tensor, used: Callable[[], None] | None
+) -> Callable[[Tensor, Tensor], Tensor]:
     def change(ids: Tensor, embeds: Tensor) -> Tensor:
-        return torch.where((ids == token)[..., None], vector.to(embeds), embeds)
+        mine = torch.isin(ids, torch.tensor(tokens, device=ids.device))
+        if used is not None and bool(mine.any()):
+            used()
+        return torch.where(mine[..., None], vector.to(embeds), embeds)
 
     return change
 

@@ -95,7 +95,7 @@ def invert(
     for part in parts:
         part.activity = Coverage()
     with opened(model, request, range(len(request)), parts, backward=True) as run:
-        states = [latents.to(run.model.device, run.model.dtype)]
+        states = [latents.to(run.model.device, run.model.state_dtype)]
 
         def back(step: Step) -> Tensor:
             states.append(_one_back(run, step, refine))

@@ -46,6 +46,6 @@ def levels(run: Run, clean: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     generator, at that step's level; the run stands at the step meanwhile."""
     for i in range(run.total):
         noise = randn_tensor(tuple(clean.shape), generator=run.generators, device=clean.device, dtype=clean.dtype)
-        x = run.path.add_noise(clean, noise, run.timesteps[i]).to(run.model.dtype)
+        x = run.path.add_noise(clean, noise, run.timesteps[i]).to(run.model.state_dtype)
         run.seek(i)
         yield i, x, noise

@@ -131,7 +131,7 @@ def checked(
     composes = bool(options.compose) or any(read_composition(text).others for text in prompts)
     if any(negatives or ()) and not mixed.on and not composes:
         name = "true_guidance" if model.embeds_guidance else "guidance"
-        raise BadInput(f"negative has no effect without classifier-free guidance; give {name} above 1.")
+        raise BadInput(f"negative has no effect without classifier-free guidance; give {name} above {mixed.off:g}.")
     if mixed.on and not model.embeds_guidance and model.defaults["guidance"] <= 1:
         warnings.warn(
             f"{model.name} is distilled to draw without guidance; guidance {mixed.scale:g} takes a second pass through "
@@ -171,7 +171,7 @@ def _guidance(model: Any, scale: float, options: Options) -> tuple[Guidance, flo
         mixed, embedded = 1.0 if options.true_guidance is None else options.true_guidance, float(scale)
     elif options.true_guidance is not None:
         raise BadInput("true_guidance is for guidance-distilled models; this one takes guidance alone.")
-    return Guidance(mixed, options.rescale, options.guidance_interval), embedded
+    return Guidance(mixed, options.rescale, options.guidance_interval, model.family.guidance_off), embedded
 
 
 def _source(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, Conflict
 from sfumato.models import Condition, Model, Site
-from sfumato.sampling.guidance import Guidance, combine
+from sfumato.models.condition import Rows
+from sfumato.sampling.guidance import Guidance, rescaled
 from sfumato.sampling.noise import Path
 from sfumato.sampling.process import Process
 from sfumato.text.weights import WeightedPrompt, read_weights
@@ -89,7 +91,7 @@ class Run:
     _stack: ExitStack = field(default_factory=ExitStack)
     _taps: list[tuple[Any, list[Tap]]] = field(default_factory=list)
     _seams: dict[tuple[Tap, ...], AttentionSeam] = field(default_factory=dict)
-    _sites: tuple[int | None, list[Site]] | None = None
+    _sites: dict[int | None, list[Site]] = field(default_factory=dict)
     _frozen: bool = False
     _words: Words | None = None
 
@@ -129,14 +131,18 @@ class Run:
     @property
     def sites(self) -> list[Site]:
         """Attention sites of a denoiser call at this size, in the order of execution."""
-        text = None if self.condition is None else self.condition.cond["embeds"].shape[1]
-        if self._sites is None or self._sites[0] != text:
-            self._sites = text, self.model.sites(self.size[1], self.size[0], text, self.frames)
-        return self._sites[1]
+        return self._sites_with(None if self.condition is None else self.condition.cond)
+
+    def _sites_with(self, rows: Rows | None) -> list[Site]:
+        """The sites of a denoiser call with these rows: texts of other branches may be of other lengths."""
+        text = None if rows is None else self.model.family.text_in(rows)
+        if text not in self._sites:
+            self._sites[text] = self.model.sites(self.size[1], self.size[0], text, self.frames)
+        return self._sites[text]
 
     def know_sites(self, sites: list[Site], text: int) -> None:
         """Take these for the sites at ``text`` text positions, of whatever size the picture is."""
-        self._sites = text, sites
+        self._sites = {text: sites}
 
     @property
     def weighted(self) -> list[WeightedPrompt]:
@@ -221,7 +227,9 @@ class Run:
                 share, out = 1.0, self.model.predict(scaled, t, condition, names)
             else:
                 seam, rows, out = self.seam(tuple(taps)), self.rows(names, len(condition)), None
-                with seam.forward(step=step, rows=rows) as forward:
+                batch = condition.batch(names)
+                order = partial(self.model.family.places, batch)
+                with seam.forward(step, rows, self._sites_with(batch), order) as forward:
                     out = self.model.predict(scaled, t, condition, names)
                 share = self._share(forward.calls) if forward.stopped else 1.0
             if out is not None:
@@ -238,7 +246,9 @@ class Run:
             **{name: weight for name, (_, weight) in self.compose.items()},
         }
         held = [name for name in weights if name in outputs]
-        return combine(outputs["uncond"], [outputs[n] for n in held], [weights[n] for n in held], self.guidance.rescale)
+        conds = [outputs[name] for name in held]
+        guided = self.model.family.combine(outputs["uncond"], conds, [weights[name] for name in held])
+        return rescaled(guided, conds[0], self.guidance.rescale) if self.guidance.rescale > 0 else guided
 
     def rows(self, names: Sequence[str], samples: int | None = None) -> dict[str, slice]:
         """Where the rows of each branch lie in a denoiser call that holds these branches of so many samples (all)."""

@@ -72,7 +72,7 @@ def align(words: Words, source: str, target: str, mode: Mode, length: int) -> Al
         else:
             partners = global_alignment(token_ids(stream, source), token_ids(stream, target))
             pairs = [([one.places[i]], [other.places[j]]) for j, i in enumerate(partners) if i is not None]
-        place = slice(stream.offset, stream.offset + stream.length)
+        place = slice(max(stream.offset, 0), stream.offset + stream.length)
         matrix[place, place] = 0.0
         taken[place] = 0.0
         if mode == "replace":  # words behind what an encoder reads, and more filling than the other prompt has

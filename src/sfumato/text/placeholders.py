@@ -130,6 +130,8 @@ def _reading(
     def leave(*_: Any) -> None:
         whole.clear()
 
+    rows = tower.as_read(rows)
+
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ids = args[0]
         pending[:] = whole or [ids - first]

@@ -67,9 +67,9 @@ def read_stream(stream: Any, prompt: str) -> StreamReading:
     cut = len(stream.tokenizer(text, verbose=False).input_ids) > stream.length
     base, size = stream.offset, len(full.input_ids)
     special = {
-        "<start>": tuple(base + i for i in range(lead)),
+        "<start>": tuple(base + i for i in range(lead) if base + i >= 0),
         "<end>": tuple(base + i for i in range(stop, size)),
-        "<pad>": tuple(base + i for i in range(size, stream.length)),
+        "<pad>": tuple(base + i for i in range(size, stream.length if stream.padded else size)),
     }
     seen = max((end for _, end in spans), default=0) if cut else len(prompt)
     return StreamReading(base + lead, spans, special, seen, stream.length)

@@ -170,7 +170,9 @@ def _weighed(model: Model, embeds: Tensor, read: Sequence[WeightedPrompt]) -> Te
                 found.setdefault(place, []).append(each.weight(start, end))
         for position, values in found.items():  # two encoders side by side say the same, unless they split words apart
             weights[row, position] = sum(values) / len(values)
-    empty = model.encode_text("", guidance=False).cond["embeds"].to(embeds)
+    empty = model.encode_text("", guidance=False).cond["embeds"].to(embeds)[:, : embeds.shape[1]]
+    # of families that do not fill texts up: nothing stands where the empty text has no token
+    empty = torch.nn.functional.pad(empty, (0, 0, 0, embeds.shape[1] - empty.shape[1]))
     w = weights.to(embeds)[..., None]
     return torch.where(w == 1, embeds, empty + w * (embeds - empty))
 

@@ -44,7 +44,7 @@ from sfumato.edit.prompt_to_prompt.values import (
     window_of,
     windows_of,
 )
-from sfumato.errors import BadInput, Conflict
+from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.recording import Recorder, Recording, record_beside
@@ -292,6 +292,11 @@ class PromptToPrompt(FollowsSource, Intervention):
         self.mark(call.step, sites=[site.path])
         rows = call.rows["cond"]
         source = attention_of(self.recording, i, site, rows.stop - rows.start, call.v)
+        if source.k.shape[2] != call.k.shape[2]:
+            raise NotSupported(
+                f"{call.step.run.model.name} reads a text at its own length, and source and edited prompt differ by "
+                f"{abs(source.k.shape[2] - call.k.shape[2])} tokens; give prompt_to_prompt prompts of equal length."
+            )
         if edit.identity and torch.equal(source.q, call.q[rows]) and torch.equal(source.k, call.k[rows]):
             return None  # the source's map is the own map
         mixed = MixedMap(source, edit if words else None, share)

@@ -121,7 +121,8 @@ class MixedMap:
         if self.image is not None:
             out[:, :, self.image] = self.image_share * values[:, :, self.image]
         if self.text is not None and self.edit is not None:
-            matrix = self.edit.source.abs() if absolute else self.edit.source
+            t = self.text.stop - self.text.start  # the text of this call may be shorter than the model's axis
+            matrix = (self.edit.source.abs() if absolute else self.edit.source)[:, :t, :t]
             out[:, :, self.text] = (matrix[:, None] @ values[:, :, self.text].float()).to(values.dtype)
         return out
 
@@ -131,7 +132,7 @@ class MixedMap:
         if self.image is not None:
             out[:, :, self.image] *= 1 - self.image_share
         if self.text is not None and self.edit is not None:
-            own = self.edit.own.abs() if absolute else self.edit.own
+            own = (self.edit.own.abs() if absolute else self.edit.own)[:, : self.text.stop - self.text.start]
             out[:, :, self.text] *= own[:, None, :, None].to(values.dtype)
         return out
 

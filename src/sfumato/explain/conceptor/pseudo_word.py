@@ -91,8 +91,12 @@ class PseudoWord(Intervention):
             for tower in text_towers(run.model):
                 own = tower.table.detach()[token_of(tower, word)].float()
                 vectors[tower.name] = torch.lerp(own, vectors[tower.name].to(own), self.strength)
-        run.enter(pseudo_word(run.model, word, vectors))
-        self.mark(tokens=[word])
+
+        def used() -> None:
+            if word not in self.activity.tokens:  # once, however many texts hold it
+                self.mark(tokens=[word])
+
+        run.enter(pseudo_word(run.model, word, vectors, used))
 
 
 def draw(model: Model, template: str, system: PseudoWord, seeds: Sequence[int], **options: Any) -> Tensor:

@@ -75,9 +75,14 @@ def _names(tower: TextTower, pieces: bool) -> dict[str, int]:
     special = set(tower.tokenizer.all_special_ids)
     ids = [i for i in range(min(len(tower.tokenizer), len(tower.table))) if i not in special]
     texts = [tower.tokenizer.decode([i]).strip().removesuffix("</w>") for i in ids]
-    again = tower.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    alone, before, inside = (
+        tower.tokenizer(given, add_special_tokens=False, verbose=False).input_ids
+        for given in (texts, ["a"], [f"a {text}" for text in texts])
+    )
     names: dict[str, int] = {}
-    for i, text, back in zip(ids, texts, again, strict=True):
+    for i, text, single, within in zip(ids, texts, alone, inside, strict=True):
+        back = within[len(before[0]) :]
+        back = back if len(back) == 1 else single  # as words stand in texts, else as they begin them
         if not text or not text.isprintable() or any(char.isspace() or char in "=+,|[]\"'\ufffd" for char in text):
             continue
         if back == [i]:

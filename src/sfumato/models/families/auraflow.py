@@ -66,7 +66,7 @@ class AuraFlow(Family):
         )[0]
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
         self._set(scheduler, steps, device, given)
         scheduler.set_begin_index(0)

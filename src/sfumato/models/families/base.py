@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import codec
-from sfumato.models.condition import Encoding, Rows
+from sfumato.models.condition import COND, UNCOND, Encoding, Rows
 from sfumato.models.site import Layer, Site
 
 
@@ -21,7 +21,8 @@ class TextStream:
     """One tokenizer whose tokens are seen by attention.
 
     Position ``i`` of the tokenizer's padded output lies at ``offset + i`` of the text axis; two streams may share
-    positions (SDXL and SD3 put the features of two CLIPs side by side).
+    positions (SDXL and SD3 put the features of two CLIPs side by side). Below 0 lies what the pipeline cuts off (the
+    head of a template).
     """
 
     tokenizer: Any
@@ -38,6 +39,8 @@ class TextStream:
     window: int | None = None
     #: how many chunks there are; 0 as many as a text needs
     chunks: int = 0
+    #: whether texts are filled up to ``length``; else the axis is as long as the longest text of a call
+    padded: bool = True
 
 
 def accepted_by(function: Callable[..., Any]) -> set[str]:
@@ -71,8 +74,14 @@ class Family:
     max_sequence_length: int | None = None
     #: whether the pipeline feeds both guidance branches in one denoiser call
     joint_branches: ClassVar[bool] = True
+    #: the order in which it feeds them
+    branch_order: ClassVar[tuple[str, ...]] = (UNCOND, COND)
+    #: the guidance scale up to which the unconditional branch is not run
+    guidance_off: ClassVar[float] = 1.0
     #: whether checkpoints of this family are made for redrawing regions of pictures
     inpaints: ClassVar[bool] = False
+    #: whether the pipeline brings the state back to ``state_dtype`` after every step
+    casts_state: ClassVar[bool] = False
     #: half-precision in which checkpoints of this family are customarily run
     half: ClassVar[torch.dtype] = torch.float16
     #: components that read a text of several chunks once, with its first
@@ -124,6 +133,11 @@ class Family:
         return int(self.config.in_channels)
 
     @property
+    def state_dtype(self) -> torch.dtype:
+        """In which the pipeline keeps states between steps."""
+        return self.denoiser.dtype
+
+    @property
     def state_dims(self) -> int:
         """Number of axes of a batch of states."""
         return 1 + len(self.state.split())
@@ -133,9 +147,18 @@ class Family:
         ``frames``."""
         return self.channels, h, w
 
+    @property
+    def frames_per_state(self) -> int:
+        """Frames of a clip per frame of its state, beyond the first one."""
+        return 1
+
     def frames_of(self, f: int) -> int:
         """How many frames a clip has whose state has f along its axis of frames."""
-        return f
+        return (f - 1) * self.frames_per_state + 1
+
+    def states_of(self, frames: int) -> int:
+        """The state's frames of a clip of so many ``frames``."""
+        return (frames - 1) // self.frames_per_state + 1
 
     @property
     def vocabulary(self) -> int:
@@ -235,12 +258,44 @@ class Family:
         """States (b ...) of h by w from the form in which the pipeline carries them."""
         return x
 
+    def text_in(self, rows: Rows) -> int:
+        """``t`` of a denoiser call with these rows."""
+        return int(rows["embeds"].shape[1])
+
+    def places(self, rows: Rows, site: Site) -> Tensor | None:
+        """Where the positions of a site's sequence lie in a call with these rows (b n), for networks that pack each
+        sample in its own way; None where all lie as the site says."""
+        return None
+
+    def combine(self, uncond: Tensor, conds: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """What the pipeline's guidance makes of the outputs (b ...) without text, and with one text or several.
+
+        ``u + sum_i w_i (c_i - u)``: classifier-free guidance for one, composable diffusion for several.
+        """
+        guided = uncond
+        for cond, weight in zip(conds, weights, strict=True):
+            guided = guided + weight * (cond - uncond)
+        return guided
+
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
-        """Prepare the scheduler as the pipeline does, for latents of h by w. ``given``: ``timesteps`` or ``sigmas`` of
-        one's own, which count instead of ``steps``. Raises `BadInput` where the scheduler takes no such thing."""
+        """Prepare the scheduler as the pipeline does, for latents of h by w of a clip of so many ``frames``. ``given``:
+        ``timesteps`` or ``sigmas`` of one's own, which count instead of ``steps``. Raises `BadInput` where the
+        scheduler takes no such thing."""
         self._set(scheduler, steps, device, given)
+
+    def noise(self, generators: Sequence[torch.Generator], h: int, w: int, frames: int) -> Tensor:
+        """Unit noise (b ...) in the shape of the state, each sample from its own generator, as the pipeline draws
+        it."""
+        return self._drawn(generators, self.state_shape(h, w, frames))
+
+    def _drawn(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        return randn_tensor(
+            (len(generators), *shape), generator=list(generators), device=self.device, dtype=self.state_dtype
+        )
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         """First latents of the loop from unit noise."""
@@ -274,6 +329,11 @@ class Family:
             raise BadInput(f"scheduler {type(scheduler).__name__} takes no {refused[0]} of one's own; {hint}.")
         kwargs.update(given)
         scheduler.set_timesteps(*(() if given else (steps,)), device=device, **kwargs)
+
+    def _spaced(self, scheduler: Any, sigmas: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's ``sigmas`` as an argument, for schedulers that do not space the levels themselves."""
+        own = given or scheduler.config.get("use_flow_sigmas") or "sigmas" not in accepted_by(scheduler.set_timesteps)
+        return {} if own else {"sigmas": sigmas}
 
     def _shifted_timesteps(
         self,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.errors import NotSupported
-from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream, accepted_by
+from sfumato.models.condition import COND, UNCOND, Rows
+from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList
 
 
@@ -26,6 +26,12 @@ class Flux(Family):
     defaults: dict[str, Any] = {"steps": 28, "guidance": 3.5}
     max_sequence_length = 512
     joint_branches = False
+    branch_order = (COND, UNCOND)
+    #: kinds of blocks with the denoiser's attribute that holds them, in the order of execution
+    blocks: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("joint", "transformer_blocks"),
+        ("single", "single_transformer_blocks"),
+    )
     half = torch.bfloat16
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
@@ -56,10 +62,11 @@ class Flux(Family):
 
     @property
     def layers(self) -> list[Layer]:
-        flux = self.denoiser
-        double = [Layer(f"joint.{i}", f"transformer_blocks.{i}", 1) for i in range(len(flux.transformer_blocks))]
-        single = range(len(flux.single_transformer_blocks))
-        return double + [Layer(f"single.{i}", f"single_transformer_blocks.{i}", 1) for i in single]
+        return [
+            Layer(f"{name}.{i}", f"{blocks}.{i}", 1)
+            for name, blocks in self.blocks
+            for i in range(len(getattr(self.denoiser, blocks)))
+        ]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         def rows(texts: list[str]) -> Rows:
@@ -114,13 +121,10 @@ class Flux(Family):
         return cells.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
-        kwargs = {}
-        own_sigmas = scheduler.config.get("use_flow_sigmas") or "sigmas" not in accepted_by(scheduler.set_timesteps)
-        if not own_sigmas and not given:
-            kwargs["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        self._shifted_timesteps(scheduler, steps, device, (h // 2) * (w // 2), max_shift=1.15, given=given, **kwargs)
+        sigmas = self._spaced(scheduler, np.linspace(1.0, 1 / steps, steps), given)
+        self._shifted_timesteps(scheduler, steps, device, (h // 2) * (w // 2), max_shift=1.15, given=given, **sigmas)
         scheduler.set_begin_index(0)
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
@@ -130,7 +134,7 @@ class Flux(Family):
         grid = (h // 2, w // 2)
         image = (text, text + grid[0] * grid[1])
         found = SiteList()
-        for name, blocks in (("joint", "transformer_blocks"), ("single", "single_transformer_blocks")):
+        for name, blocks in self.blocks:
             for i, block in enumerate(getattr(self.denoiser, blocks)):
                 found.put(
                     f"{blocks}.{i}.attn",

@@ -99,12 +99,11 @@ class Flux2Klein(Flux):
         return x[:, : h * w].transpose(1, 2).unflatten(-1, (h, w))
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-        sigmas = None if given or scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
-        kwargs = {} if sigmas is None else {"sigmas": sigmas}
+        kwargs = self._spaced(scheduler, np.linspace(1.0, 1 / steps, steps), given)
         if scheduler.config.get("use_dynamic_shifting"):
             kwargs["mu"] = compute_empirical_mu(image_seq_len=h * w, num_steps=steps)
         self._set(scheduler, steps, device, given, **kwargs)

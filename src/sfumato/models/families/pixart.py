@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
-from sfumato.models.site import Layer, Site, SiteList
+from sfumato.models.families.base import TEXT_TO_IMAGE
+from sfumato.models.families.captioned import Captioned
+from sfumato.models.site import Site, SiteList
 
 
-class PixArtSigma(Family):
+class PixArtSigma(Captioned):
     """Chen et al. 2024, arXiv 2403.04692. The denoiser also predicts a variance, which the sampler does not use."""
 
     name = "pixart"
@@ -26,34 +27,6 @@ class PixArtSigma(Family):
     @property
     def size_multiple(self) -> int:
         return math.lcm(8, self.scale * int(self.config.patch_size))
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.config.sample_size * self.scale
-        return side, side
-
-    @property
-    def streams(self) -> list[TextStream]:
-        def prepare(text: str) -> str:
-            return self.pipe._text_preprocessing(text, clean_caption=_can_clean())[0]
-
-        length = self.max_sequence_length or 0
-        return [TextStream(self.pipe.tokenizer, "t5", 0, length, prepare)] if self.pipe.tokenizer else []
-
-    @property
-    def layers(self) -> list[Layer]:
-        return [Layer(f"block.{i}", f"transformer_blocks.{i}") for i in range(len(self.denoiser.transformer_blocks))]
-
-    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
-        embeds, mask, negative, negative_mask = self.pipe.encode_prompt(
-            prompts,
-            guidance,
-            negative_prompt=negatives or "",
-            device=self.device,
-            clean_caption=_can_clean(),
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"embeds": embeds, "mask": mask}, {"embeds": negative, "mask": negative_mask} if guidance else None
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         out = self.denoiser(
@@ -98,9 +71,9 @@ class PixArtAlpha(PixArtSigma):
     max_sequence_length = 120
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device, **given)
+        super().set_timesteps(scheduler, steps, h, w, device, frames, **given)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
 
@@ -112,10 +85,3 @@ class PixArtAlpha(PixArtSigma):
             "resolution": torch.tensor([height, width]).repeat(b, 1).to(rows["embeds"]),
             "aspect_ratio": torch.tensor([float(height / width)]).repeat(b, 1).to(rows["embeds"]),
         }
-
-
-def _can_clean() -> bool:
-    """Whether the pipeline's caption cleaning is at hand; without its two libraries it only lower-cases."""
-    from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
-
-    return is_bs4_available() and is_ftfy_available()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
-from sfumato.models.families.pixart import _can_clean
-from sfumato.models.site import Layer, Site, SiteList
+from sfumato.models.families.base import TEXT_TO_IMAGE
+from sfumato.models.families.captioned import Captioned
+from sfumato.models.site import Site, SiteList
 
 
-class Sana(Family):
+class Sana(Captioned):
     """Xie et al. 2024, arXiv 2410.10629. Sites are the cross-attentions alone: the linear self-attention has no
     probabilities that could be read or edited.
 
@@ -29,38 +29,15 @@ class Sana(Family):
     defaults = {"steps": 20, "guidance": 4.5}
     max_sequence_length = 300
     half = torch.bfloat16
+    encoder = "gemma"
 
     @property
     def size_multiple(self) -> int:
         return self.scale * int(self.config.patch_size)
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.config.sample_size * self.scale
-        return side, side
-
-    @property
-    def streams(self) -> list[TextStream]:
-        def prepare(text: str) -> str:
-            return self.pipe._text_preprocessing(text, clean_caption=_can_clean())[0]
-
-        length = self.max_sequence_length or 0
-        return [TextStream(self.pipe.tokenizer, "gemma", 0, length, prepare)] if self.pipe.tokenizer else []
-
-    @property
-    def layers(self) -> list[Layer]:
-        return [Layer(f"block.{i}", f"transformer_blocks.{i}") for i in range(len(self.denoiser.transformer_blocks))]
-
-    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
-        embeds, mask, negative, negative_mask = self.pipe.encode_prompt(
-            prompts,
-            guidance,
-            negative_prompt=negatives or "",
-            device=self.device,
-            clean_caption=_can_clean(),
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"embeds": embeds, "mask": mask}, {"embeds": negative, "mask": negative_mask} if guidance else None
+    def state_dtype(self) -> torch.dtype:
+        return torch.float32  # whatever the model's
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         dtype = self.denoiser.dtype
@@ -73,7 +50,7 @@ class Sana(Family):
             **extra,
         )[0]
         learned_variance = self.config.out_channels // 2 == self.channels
-        return out.chunk(2, dim=1)[0] if learned_variance else out
+        return (out.chunk(2, dim=1)[0] if learned_variance else out).float()
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vae = self.pipe.vae  # deterministic: there is nothing to draw

@@ -91,7 +91,7 @@ class StableDiffusion3(Family):
         )[0]
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
         patch = int(self.config.patch_size)
         self._shifted_timesteps(scheduler, steps, device, (h // patch) * (w // patch), max_shift=1.16, given=given)

@@ -1,9 +1,12 @@
-"""Tokenizers of language models whose pipelines put the prompt into a chat template."""
+"""Tokenizers of language models whose pipelines put the prompt into a template."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+#: a character that no prompt has, to find the place of the text in a template
+_MARK = "\ue000"
 
 
 class Templated:
@@ -25,11 +28,10 @@ class Templated:
         **options: Any,
     ) -> Any:
         """As a fast tokenizer's call on one text; the encoding has ``input_ids`` and what is asked for."""
-        whole = self.template(text)
+        whole, start = self.template(text), self.template(_MARK).index(_MARK)
         encoding = self.tokenizer(whole, return_offsets_mapping=True, **options)
         # templates may strip the text; they hold other text before and behind it, never between
-        body = text if text in whole else text.strip()
-        start = whole.rindex(body) if body else len(self.template("x").split("x")[0])
+        body = text if whole.startswith(text, start) else text.strip()
         left = len(text) - len(text.lstrip()) if body != text else 0
         mask, offsets = [], []
         for a, b in encoding["offset_mapping"]:

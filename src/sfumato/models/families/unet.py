@@ -171,9 +171,9 @@ class StableDiffusionInpaint(StableDiffusion):
         return super().has(capability) and (capability != "mask_input" or self.takes_mask)
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device, **given)
+        super().set_timesteps(scheduler, steps, h, w, device, frames, **given)
         if self.takes_mask:  # before anybody watches the denoiser: the autoencoder has attention of its own
             self._all(torch.empty(1, self.channels, h, w, device=device, dtype=self.denoiser.dtype))
 
@@ -231,9 +231,9 @@ class StableDiffusionXL(StableDiffusion):
         return cond, uncond
 
     def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, **given: list[float]
+        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device, **given)
+        super().set_timesteps(scheduler, steps, h, w, device, frames, **given)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
@@ -99,8 +98,9 @@ class Process:
 
     def noise(self) -> Tensor:
         """Unit noise (b ...) in the shape of the state, each sample from its own generator."""
-        shape = (len(self.generators), *self.model.latent_shape(self.size[1], self.size[0], self.options.frames))
-        return randn_tensor(shape, generator=self.generators, device=self.model.device, dtype=self.model.dtype)
+        model = self.model
+        frames = model.frames(self.options.frames) or 1
+        return model.family.noise(self.generators, *model.grid(self.size[1], self.size[0]), frames)
 
     # --- during the walk ---------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class Diffusion(Process):
 
     def initial(self, rows: slice) -> Tensor:
         model, source, b = self.model, self.source, len(self.generators)
-        like: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+        like: dict[str, Any] = {"device": model.device, "dtype": model.state_dtype}
         if source.latents is not None:
             latents = taken(source.latents, rows, b).to(**like)
             return latents if self.begin else model.prepare(latents, self._scheduler)
@@ -135,6 +135,8 @@ class Diffusion(Process):
         brownian = hasattr(self._scheduler, "noise_sampler_seed")  # its library warns of rounding at the ends
         with quiet() if brownian else nullcontext():
             x = self._scheduler.step(output, self.timesteps[i], x, **settings, return_dict=False)[0]
+        if self.model.family.casts_state:
+            x = x.to(self.model.state_dtype)
         if not torch.equal(before, _global_state(x)):
             raise NotSupported(
                 f"scheduler {type(self._scheduler).__name__} draws from torch's global random state, so a sample would "
@@ -164,7 +166,7 @@ def _set(model: Model, scheduler: Any, options: Options, steps: int, size: tuple
     given = _own_schedule(options)
     what = next((f"{name} is {values}" for name, values in given.items()), f"steps is {steps}")
     try:
-        model.timesteps(scheduler, steps, *(() if size is None else size[::-1]), **given)
+        model.timesteps(scheduler, steps, *(() if size is None else size[::-1]), frames=options.frames, **given)
     except SfumatoError:
         raise
     except ValueError as error:  # a limit of this scheduler's own

@@ -20,8 +20,8 @@ class WordMaps:
     """The maps of each prompt's ``subjects``, from the attention of ``sites`` of one grid.
 
     ``against``: which tokens share a place's attention: "words", "all" (end and padding too), or "auto": all for CLIP
-    cross-attention. T5 pads with hundreds of tokens, and in joint attention end and padding are no rivals that the
-    temperature was made for. ``kernel`` (1 1 3 3) smooths.
+    cross-attention. Other encoders pad with hundreds of tokens, and in joint attention end and padding are no rivals
+    that the temperature was made for. ``kernel`` (1 1 3 3) smooths.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class WordMaps:
     ):
         whole = against == "all"
         if against == "auto":
-            whole = all(site.kind == "cross" for site in sites) and "t5" not in readings[0].streams
+            clip = all(name.startswith("clip") for name in readings[0].streams)
+            whole = clip and all(site.kind == "cross" for site in sites)
         rivals = [_rivals(reading, whole) for reading in readings]
         self.columns = sorted(set().union(*rivals))
         index = {position: i for i, position in enumerate(self.columns)}

@@ -1,0 +1,86 @@
+"""Qwen-Image: a multimodal transformer (MM-DiT) beside a language model that reads the prompt in a template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.models import codec
+from sfumato.models.condition import Rows
+from sfumato.models.families.base import TextStream
+from sfumato.models.families.flux import Flux
+from sfumato.models.families.templated import Templated
+
+
+class QwenImage(Flux):
+    """Wu et al. 2025, arXiv 2508.02324. As in Flux, latents are packed by 2x2, attention sees the text first and a
+    denoiser call one guidance branch; the text is what is behind the template's head, as long as the longest prompt of
+    the call, so the two branches may differ in length. The guided output of each place gets the length that the
+    conditional one has there."""
+
+    name = "qwenimage"
+    pipeline_classes = ("QwenImagePipeline",)
+    blocks = (("joint", "transformer_blocks"),)
+
+    def __init__(self, pipe: Any, max_sequence_length: int | None = None):
+        super().__init__(pipe, max_sequence_length)
+        self.defaults = {"steps": 50, "guidance": 4.0}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return False
+
+    @property
+    def streams(self) -> list[TextStream]:
+        if self.pipe.tokenizer is None:
+            return []
+        head = int(self.pipe.prompt_template_encode_start_idx)
+        length = head + (self.max_sequence_length or 0)
+        tokenizer = Templated(self.pipe.tokenizer, self.pipe.prompt_template_encode.format)
+        return [TextStream(tokenizer, "qwen", -head, length, lambda text: text, padded=False)]
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        def rows(texts: list[str]) -> Rows:
+            embeds, mask = self.pipe.encode_prompt(texts, self.device, max_sequence_length=self.max_sequence_length)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+            return {"embeds": embeds, "mask": mask}
+
+        return rows(prompts), rows(negatives or [" "] * len(prompts)) if guidance else None
+
+    def text_in(self, rows: Rows) -> int:
+        return int(rows["mask"].sum(1).max())
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
+        b, c, h, w = x.shape
+        text = self.text_in(rows)
+        mask = rows["mask"][:, :text]
+        out = self.denoiser(
+            hidden_states=self._packed(x),
+            timestep=t.expand(b).to(x.dtype) / 1000,
+            encoder_hidden_states=rows["embeds"][:, :text],
+            encoder_hidden_states_mask=None if mask.all() else mask,
+            img_shapes=[[(1, h // 2, w // 2)]] * b,
+            return_dict=False,
+            **extra,
+        )[0]
+        return self._unpacked(out, h, w)
+
+    def combine(self, uncond: Tensor, conds: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        guided, cond = (self._packed(each) for each in (super().combine(uncond, conds, weights), conds[0]))
+        length, wanted = (torch.norm(each, dim=-1, keepdim=True) for each in (guided, cond))
+        return self._unpacked(guided * (wanted / length), *uncond.shape[-2:])
+
+    def decode(self, state: Tensor) -> Tensor:
+        return codec.decode_frames(self.pipe.vae, state[:, :, None])[:, :, 0]
+
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        return codec.encode_frames(self.pipe.vae, images[:, :, None], generators)[:, :, 0]
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return self.pipe._pack_latents(x.contiguous(), *x.shape)
+
+    def _unpacked(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        return self.pipe._unpack_latents(tokens, h * self.scale, w * self.scale, self.scale)[:, :, 0]
