@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor
 
-from sfumato.errors import BadInput
+from sfumato.errors import BadInput, NotSupported
 from sfumato.models import Model
 from sfumato.steer.shape_guided.pieces import Piece
 from sfumato.text.words import Reading, StreamReading, Words, token_ids
@@ -26,6 +26,10 @@ class Sides:
         self.stretches: dict[str, tuple[int, int]] = {}  # stream -> (first position, length of a part)
         self.rooms: dict[str, int] = {}  # stream -> most tokens of a text, which is encoded in one window
         for stream in model.tokenizers:
+            if not stream.padded:
+                raise NotSupported(
+                    f"shape_guided lays texts side by side on the text axis, and {model.name} has none of fixed length."
+                )
             lead = len(self.words.read("").streams[stream.name].special["<start>"])
             self.stretches[stream.name] = stream.offset + lead, (stream.length - lead) // groups
             self.rooms[stream.name] = min(self.stretches[stream.name][1], (stream.window or stream.length) - lead - 1)
