@@ -18,8 +18,8 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors", "startup"},
-    {"sheets", "rng", "windows", "dialects", "ondemand"},
-    {"files", "registry", "cards", "protocol", "scale"},
+    {"sheets", "rng", "windows", "dialects", "ondemand", "valid", "writing", "registry"},
+    {"files", "cards", "protocol", "scale"},
     {"clips", "checkpoints"},
     {"metrics"},
     {"toybox"},

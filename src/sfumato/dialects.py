@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import deque
 from typing import Any
 
 #: (our scheduler, A1111's sampler, A1111's schedule type, ComfyUI's sampler, ComfyUI's scheduler); "" is the usual one
@@ -159,6 +160,7 @@ def _scheduler(sampler: str, schedule: str, column: int) -> tuple[str | None, li
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------
 
 _MOST_NODES = 2000
+_MOST_SAMPLERS = 20  # that are looked at
 
 
 def parse_comfy(text: str) -> dict[str, Any] | None:
@@ -181,8 +183,8 @@ def parse_comfy(text: str) -> dict[str, Any] | None:
     saved = [
         key for key, node in graph.items() if str(node.get("class_type")).startswith(("SaveImage", "PreviewImage"))
     ]
-    behind = [key for each in saved for key in _upstream(graph, each) if key in samplers]
-    for key in dict.fromkeys([*behind, *samplers]):
+    behind = [key for key in _upstream(graph, *saved) if key in samplers]
+    for key in list(dict.fromkeys([*behind, *samplers]))[:_MOST_SAMPLERS]:
         inputs = graph[key]["inputs"]
         prompt = _text(graph, inputs.get("positive"))
         if prompt is not None:
@@ -206,7 +208,7 @@ def parse_comfy(text: str) -> dict[str, Any] | None:
     recipe |= {"scheduler": scheduler} if scheduler else {}
     dropped += lost if inputs.get("sampler_name") else []
     denoise = _value(graph, inputs.get("denoise"))
-    if isinstance(denoise, int | float) and denoise < 1:
+    if isinstance(denoise, int | float) and 0 <= denoise < 1:
         dropped.append(f"denoise {denoise:g} (img2img)")
     for each in _upstream(graph, key):
         node = graph[each]
@@ -231,12 +233,12 @@ def _link(graph: dict[str, Any], value: Any) -> str | None:
     return None
 
 
-def _upstream(graph: dict[str, Any], key: str) -> list[str]:
-    """Every node that a node depends on, nearest first, itself at the beginning."""
-    found, queue = [], [key]
-    seen = {key}
+def _upstream(graph: dict[str, Any], *keys: str) -> list[str]:
+    """Every node that nodes depend on, nearest first, they themselves at the beginning."""
+    found, queue = [], deque(keys)
+    seen = set(keys)
     while queue:
-        each = queue.pop(0)
+        each = queue.popleft()
         found.append(each)
         for value in graph[each]["inputs"].values():
             source = _link(graph, value)

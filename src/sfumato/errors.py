@@ -6,8 +6,9 @@ exit code 2, a traceback appears only with ``--debug``.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
@@ -64,3 +65,44 @@ class WorkInterrupted(SfumatoError):
 
 class NotFinite(SfumatoError):
     """Numbers overflowed on the way; the message says at which step."""
+
+
+class NotAllowed(BadInput):
+    """A stranger's recipe names files of this computer that its reader has not allowed it to open."""
+
+
+class OutOfMemory(SfumatoError, MemoryError):
+    """The work did not fit into memory; the message says what to make smaller."""
+
+
+#: what torch says, in errors of no type of their own, when memory runs out
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+    "unable to mmap",
+)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whatever library it comes from."""
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, which is not imported here
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+@contextlib.contextmanager
+def within_memory(what: str, remedy: str) -> Iterator[None]:
+    """Within: running out of memory is raised as :class:`OutOfMemory`, which says what to do about it."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, SfumatoError) or not no_memory(error):
+            raise
+        found = OutOfMemory(f"{what} does not fit into memory: {remedy}.")
+    raise found from None  # outside the clause, so that the frames that hold the memory are let go

@@ -12,22 +12,51 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
-import re
-import secrets
-import tempfile
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from sfumato import valid
 from sfumato.dialects import a1111_text, parse_a1111, parse_comfy
 from sfumato.errors import BadInput
+from sfumato.writing import (
+    PICTURES,
+    VIDEOS,
+    create,
+    free_name,
+    new_folder,
+    numbered,
+    only_folder,
+    output,
+    output_folder,
+    replacing,
+    reserved,
+    slug,
+    sweep,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+__all__ = [
+    "PICTURES",
+    "VIDEOS",
+    "create",
+    "free_name",
+    "new_folder",
+    "numbered",
+    "only_folder",
+    "output",
+    "output_folder",
+    "replacing",
+    "reserved",
+    "slug",
+    "sweep",
+]  # what :mod:`sfumato.writing` has; what is defined here needs no list
 
 CHUNK = "sfumato"
 A1111_CHUNK = "parameters"
@@ -35,117 +64,32 @@ COMFY_CHUNK = "prompt"
 LONGEST_RECIPE = 1_000_000  # characters of one chunk; Pillow itself stops at a megabyte per compressed chunk
 LARGEST_PICTURE = 256 * 2**20  # bytes
 LARGEST_VIDEO = 4 * 2**30
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 MOST_PIXELS = 2**26
-
-
-@contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[IO[bytes]]:
-    """A binary file written beside ``path`` and renamed onto it at the end; after any failure nothing is left.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; an older file at ``path`` is untouched.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
-    try:
-        try:
-            with open(beside, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
-    except OSError as error:  # tell the name the caller knows
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-@contextlib.contextmanager
-def output_folder(path: Path | str) -> Iterator[Path]:
-    """``path`` as a folder that can be written, made if it is missing; if nothing came into it, it is taken away again.
-
-    Raises:
-        BadInput: the path is a file. OSError: the folder cannot be made or written.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise BadInput(f"output folder {str(path)!r} is a file; name a folder.")
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        yield path
-    finally:
-        with contextlib.suppress(OSError):  # not empty, or never made
-            for folder in missing:
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def output(out: Path, endings: tuple[str, ...] = (".png",)) -> Iterator[tuple[Path, Path | None]]:
-    """Where to write: (the folder ``out``, None) or, where its name has one of the ``endings`` and is no folder, (the
-    folder that the file ``out`` lies in, ``out``). Raises as :func:`output_folder`."""
-    named = out.suffix.lower() in endings and not out.is_dir()
-    with output_folder(out.parent if named else out) as folder:
-        yield folder, out if named else None
-
-
-def numbered(path: Path | None, index: int, total: int) -> Path | None:
-    """``x.png`` for the only file of a name that was given, ``x-1.png``, ``x-2.png``, ... for the first of several."""
-    return path if path is None or total == 1 else path.with_stem(f"{path.stem}-{index + 1}")
-
-
-def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
-    """The first of ``stem.png``, ``stem-2.png``, ... that does not exist: pictures are never overwritten."""
-    path, count = folder / f"{stem}{suffix}", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}-{count}{suffix}"
-    return path
-
-
-def slug(text: str, longest: int = 60) -> str:
-    """A file name made from a prompt: lower case letters and digits of any script, joined by ``-``."""
-    words = re.findall(r"\w+", text.lower())
-    name = ""
-    for word in words:
-        if len(f"{name}-{word}") > longest:
-            break
-        name += ("-" if name else "") + word
-    name = name or (words[0][:longest] if words else "picture")
-    return name.encode()[:180].decode(errors="ignore")  # file systems count bytes
 
 
 # --- pictures with their recipe ------------------------------------------------------------------------------------
 
 
-def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any]) -> Path:
-    """Write ``image`` with its recipe to ``path``, whole or not at all.
+def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any], new: bool = False) -> Path:
+    """Write ``image`` with its recipe to ``path``, whole or not at all; ``new`` as for :func:`replacing`.
 
     ``recipe`` holds plain JSON values; :func:`.dialects.a1111_text` says which keys A1111's dialect has a word for.
     """
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_itxt(CHUNK, json.dumps(recipe, ensure_ascii=False, allow_nan=False))
-    chunks.add_itxt(A1111_CHUNK, a1111_text(recipe))
+    chunks.add_itxt(CHUNK, valid.json_text(recipe))
+    chunks.add_itxt(A1111_CHUNK, valid.shown(a1111_text(recipe)))
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=chunks)
-    with replacing(path) as file:
+    with replacing(path, new) as file:
         file.write(encoded.getbuffer())
     return Path(path)
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
     """A recipe as one ASCII text that says whose it is, for files that have no named texts."""
-    return f"{CHUNK} {json.dumps(recipe, allow_nan=False)}"
+    return f"{CHUNK} {valid.json_text(recipe, ascii_only=True)}"
 
 
 def recipe_exif(text: str, recipe: dict[str, Any]) -> Any:
@@ -154,7 +98,7 @@ def recipe_exif(text: str, recipe: dict[str, Any]) -> Any:
 
     exif = Image.Exif()
     exif[_EXIF_DESCRIPTION] = text
-    exif.get_ifd(_EXIF_IFD)[_EXIF_COMMENT] = b"UNICODE\0" + a1111_text(recipe).encode("utf-16-be")
+    exif.get_ifd(_EXIF_IFD)[_EXIF_COMMENT] = b"UNICODE\0" + valid.shown(a1111_text(recipe)).encode("utf-16-be")
     return exif
 
 
@@ -179,6 +123,7 @@ def reading_tensors(path: Path | str, form: str, what: str) -> Iterator[tuple[An
     """
     from safetensors import SafetensorError, safe_open
 
+    regular(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -189,6 +134,28 @@ def reading_tensors(path: Path | str, form: str, what: str) -> Iterator[tuple[An
         raise
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise BadInput(f"{path} holds no {what}, or it is damaged.") from None
+
+
+def regular(path: Path | str) -> Path:
+    """``path``, unless it is a named pipe, a device or a socket: opening one may wait for ever, or do something.
+
+    Raises BadInput. OSError where there is nothing.
+    """
+    if "\0" in str(path):
+        raise BadInput(f"{str(path)!r} cannot be the name of a file: it holds a zero byte.")
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise BadInput(f"{path} is no ordinary file but a named pipe, device or socket; it is not opened.")
+    return Path(path)
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a UTF-8 file, without the mark that some programs write at its beginning. Raises BadInput for another
+    encoding, OSError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8 text; save it as that.") from None
 
 
 def read_picture(path: Path | str | IO[bytes]) -> Image.Image:
@@ -262,8 +229,8 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
             raise BadInput(f"{path} carries a recipe of more than {LONGEST_RECIPE} characters; it is not read.")
     if CHUNK in texts:
         try:
-            recipe = json.loads(texts[CHUNK], parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
+            recipe = valid.parsed_json(texts[CHUNK])
+        except ValueError:
             recipe = None
         if not isinstance(recipe, dict):
             raise BadInput(f"{path} carries a damaged recipe; give the prompt and settings yourself.")
@@ -327,7 +294,7 @@ def opened_video(path: Path) -> Iterator[Any]:
     OSError when it cannot be opened."""
     import av
 
-    if path.stat().st_size > LARGEST_VIDEO:
+    if regular(path).stat().st_size > LARGEST_VIDEO:
         raise BadInput(f"{path} is larger than {LARGEST_VIDEO >> 20} MB, the most that is read.")
     try:
         with open(path, "rb") as file, av.open(file, "r") as container:
@@ -343,7 +310,7 @@ def opened_picture(path: Path | IO[bytes]) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     name = path if isinstance(path, Path) else path.name
-    if isinstance(path, Path) and path.stat().st_size > LARGEST_PICTURE:
+    if isinstance(path, Path) and regular(path).stat().st_size > LARGEST_PICTURE:
         raise BadInput(f"{path} is larger than {LARGEST_PICTURE >> 20} MB, the most that is read.")
     try:
         with warnings.catch_warnings():
@@ -354,10 +321,6 @@ def opened_picture(path: Path | IO[bytes]) -> Iterator[Image.Image]:
         if isinstance(error, BadInput) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise BadInput(f"{name} cannot be read as a picture: {_line(error)}.") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def _line(error: BaseException) -> str:

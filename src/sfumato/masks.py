@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from scipy import ndimage
 from torch import Tensor
 
 from sfumato import files
+from sfumato.cards.paths import EMBEDDED, FilePath
 from sfumato.errors import BadInput, NoMatch
 from sfumato.metrics.segmentation import otsu_split
 
@@ -50,7 +51,8 @@ __all__ = [
     "regions",
 ]
 
-EMBEDDED = "data:image/png;base64,"
+MOST_REGIONS = 64  # masks, or boxes, of one system
+MOST_EMBEDDED = 2**24  # pixels of a picture that is a text: a few kilobytes of it may stand for many
 SAME_COLOR = 8 / 255  # colours closer than this are one: what JPEG and antialiasing leave of a flat colour
 TOLERANCE = 24  # of 255, in each channel, between a label map's pixel and the colour named
 
@@ -123,6 +125,8 @@ def as_text(given: Any, labels: bool = False) -> str:
         image = Image.fromarray(read_labels(given).numpy())
     else:
         image = Image.fromarray((read_mask(given) * 255).round().to(torch.uint8).numpy())
+    if image.width * image.height > MOST_EMBEDDED:
+        raise BadInput(f"a mask of {image.width}x{image.height} pixels is too large for a recipe; give it as a file.")
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", optimize=True)
     return EMBEDDED + base64.b64encode(encoded.getvalue()).decode()
@@ -134,17 +138,17 @@ def _opened(given: str | Path, what: str) -> Image.Image:
             raise BadInput(f"{what} is not understood; embedded pictures begin with {EMBEDDED!r}.")
         try:
             with Image.open(io.BytesIO(base64.b64decode(given[len(EMBEDDED) :], validate=True))) as image:
-                return _upright(image)
+                return _upright(image, MOST_EMBEDDED)
         except (UnidentifiedImageError, binascii.Error):
             raise BadInput(f"{what} cannot be read as a picture: it is damaged.") from None
-    if not Path(given).is_file():
+    if "\0" in str(given) or not Path(given).exists() or Path(given).is_dir():
         raise BadInput(f"{what} is no file; give the path of a picture.")
     return files.read_upright(given)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    if image.width * image.height > files.MOST_PIXELS:
-        raise BadInput(f"a mask of {image.width}x{image.height} pixels is too large; the most is {files.MOST_PIXELS}.")
+def _upright(image: Image.Image, most: int = files.MOST_PIXELS) -> Image.Image:
+    if image.width * image.height > most:
+        raise BadInput(f"a mask of {image.width}x{image.height} pixels is too large; the most is {most} in all.")
     return ImageOps.exif_transpose(image)
 
 
@@ -182,6 +186,8 @@ def _from_picture(image: Image.Image, what: str) -> Tensor:
 
 
 def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
+    if array.dtype.kind not in "buif":
+        raise BadInput(f"{what} is an array of {array.dtype}; it must hold finite numbers, or yes and no.")
     while array.ndim > 2 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -194,7 +200,7 @@ def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
         raise BadInput(f"{what} has shape {array.shape}; it must be (height, width), one mask at a time.")
     if array.dtype == bool:
         return torch.from_numpy(array.astype(np.float32))
-    if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
+    if not np.isfinite(array).all():
         raise BadInput(f"{what} holds values that are not finite numbers.")
     low, high = array.min(), array.max()
     if np.issubdtype(array.dtype, np.floating):
@@ -223,10 +229,10 @@ def _as_boxes(given: Any) -> Any:
     return given
 
 
-MaskTexts = Annotated[list[str], BeforeValidator(_as_texts)]
+MaskTexts = Annotated[list[FilePath], BeforeValidator(_as_texts), Field(max_length=MOST_REGIONS)]
 """A parameter that takes one mask or several, in any form of :func:`read_mask`; kept as text."""
 
-Boxes = Annotated[list[tuple[float, float, float, float]], BeforeValidator(_as_boxes)]
+Boxes = Annotated[list[tuple[float, float, float, float]], BeforeValidator(_as_boxes), Field(max_length=MOST_REGIONS)]
 """A parameter that takes one box ``x0|y0|x1|y1`` or a list of them; see :func:`box_mask`."""
 
 

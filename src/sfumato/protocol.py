@@ -75,7 +75,8 @@ class ExplainsConcept(Protocol):
         on_step: Callable[..., Any] | None = None,
         **options: Any,
     ) -> Any:
-        """Returns a finding with ``pictures`` and ``save(folder)``, the files it wrote."""
+        """Returns a finding with ``pictures``, ``picture()`` that sums it up, and ``save(folder, name="")``, the files
+        it wrote."""
 
 
 @runtime_checkable
@@ -83,7 +84,8 @@ class ExplainsNet(Protocol):
     """Explains what the layers of a net know."""
 
     def explain_net(self, net: Any, name: str = "", **options: Any) -> Any:
-        """Returns a table with ``lines()`` and ``save(folder, stem)``, the files it wrote."""
+        """Returns a table with ``lines()`` and ``save(folder, stem, new=False)``, the files it wrote; ``new``:
+        FileExistsError where the first of them is there."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -265,7 +265,7 @@ def test_a_terminal_is_not_needed_and_nothing_else_is_printed(sfumato, tiny_sd):
 def _fail_at_picture(monkeypatch, count, error):
     save, calls = files.save_png, []
 
-    def failing(path, *args):
+    def failing(path, *args, **more):
         calls.append(path)
         if len(calls) == count:
             raise error

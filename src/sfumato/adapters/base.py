@@ -20,7 +20,7 @@ from sfumato import cards
 from sfumato.adapters.formats import Contents, content_hash, find_file, read_contents
 from sfumato.adapters.metadata import check_base
 from sfumato.adapters.weight_sets import Weights, exchanged
-from sfumato.cards import Field
+from sfumato.cards import Field, FilePath
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step
@@ -31,7 +31,9 @@ __all__ = ["Adapter", "AdapterParams", "Merged"]
 class AdapterParams(cards.Params):
     """What every adapter is given."""
 
-    file: str = Field(description="the adapter's .safetensors file, or the name of one in the cache's adapters folder")
+    file: FilePath = Field(
+        description="the adapter's .safetensors file, or the name of one in the cache's adapters folder"
+    )
     scale: float = Field(default=1.0, description="how much of it is applied; below 0 its opposite, 0 nothing at all")
     hash: str = Field(
         default="", description="SHA-256 of the file, or its beginning; another file is refused. Recipes hold it"

@@ -112,6 +112,7 @@ def edit(
     model: str | Path | Model | None = None,
     by: str | None = None,
     with_: Any = (),
+    allow: Sequence[str | Path] = (),
     on_step: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Edits:
@@ -129,6 +130,7 @@ def edit(
             there, and nothing is inverted).
         with_: systems that take part. With one of the verb edit that only takes part, and no parameters of an editing
             system, that one edits alone.
+        allow: files, or folders of files, that systems in a picture's recipe may open (:func:`.cards.refuse_files`).
         options: parameters of the editing system (``sfumato methods KEY``), and those of :class:`EditOptions` that it
             takes: ``steps``, ``guidance``, ``size``, ``seed``, ``inner``, ``refine``, ``invert``.
 
@@ -138,6 +140,7 @@ def edit(
     if by is not None and not _edits(cards.method(cards.parse_with(by)[0])):
         raise NotSupported(f"{by} edits no pictures by itself; give it as with_, or --with.")
     systems = [*([by] if by else []), *(with_ if isinstance(with_, list | tuple) else [with_])]
+    cards.refuse_files([each for each in systems if isinstance(each, dict)], allow)
     general = {name: options.pop(name) for name in list(options) if name in EditOptions.model_fields}
     editor = _editor(systems, {k: v for k, v in options.items() if v is not None}, model, mask)
     if "from_" in editor.cls.OPENING:
@@ -146,7 +149,7 @@ def edit(
     checked = EditOptions(prompt=[prompt] if isinstance(prompt, str) else list(prompt), from_=from_, **general)
     _refuse_foreign(editor, checked)
     editor.cls.Params(**editor.params)  # misspelt parameters are refused before anything heavy is loaded
-    build_all(editor.others)
+    build_all(editor.others, allow)
     if mask is not None and editor.params.get("mask"):
         raise BadInput(f"the mask is given twice: as mask, and within {editor.key}.")
     whole = None if mask is None else _mask(mask)
@@ -158,16 +161,16 @@ def edit(
             )
         opened, about = image, dict(getattr(image, "facts", {}).get("about", {}))
     else:
-        opened, about = _open(image, checked, editor, whole, model, on_step)
+        opened, about = _open(image, checked, editor, whole, model, allow, on_step)
     results: list[Result] = []
     recipes: list[dict[str, Any]] = []
     for text in checked.prompt:
-        given: dict[str, Any] = {"with_": build_all(editor.others), "on_step": on_step}
+        given: dict[str, Any] = {"with_": build_all(editor.others, allow), "on_step": on_step}
         given |= {} if whole is None else {"mask": whole}
         result = opened.redraw(text, **given) if editor.plain else opened.edit(text, **{**editor.params, **given})
         edited = [] if editor.plain else [next(part for part in result.parts if isinstance(part, editor.cls))]
         about["mask"] = None if whole is None else files.pixel_hash(whole)
-        about["with"] = [_recipe_of(each) for each in (*edited, *build_all(editor.others))]
+        about["with"] = [_recipe_of(each) for each in (*edited, *build_all(editor.others, allow))]
         if edited and whole is not None:  # it is given beside the recipe
             about["with"][0]["params"].pop("mask", None)
         results.append(result)
@@ -204,7 +207,13 @@ def _refuse_foreign(editor: Editor, options: EditOptions) -> None:
 
 
 def _open(
-    image: Any, options: EditOptions, editor: Editor, mask: Image | None, model: Any, on_step: Any
+    image: Any,
+    options: EditOptions,
+    editor: Editor,
+    mask: Image | None,
+    model: Any,
+    allow: Sequence[str | Path],
+    on_step: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """A picture opened for editing, and what a recipe says about that."""
     path = Path(image) if isinstance(image, str | Path) else None
@@ -228,7 +237,7 @@ def _open(
             pass
     fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents"))
     if path is not None and exact and fresh and not options.invert:
-        opened = _replayed(path, picture, options, editor, model, on_step)
+        opened = _replayed(path, picture, options, editor, model, allow, on_step)
     else:
         shown = options.from_ or (str(recipe["prompt"]) if recipe.get("prompt") else None)
         if shown is None and "from_" in editor.cls.OPENING:
@@ -247,14 +256,20 @@ def _open(
 
 
 def _replayed(
-    path: Path, picture: Image, options: EditOptions, editor: Editor, model: Any, on_step: Any
+    path: Path,
+    picture: Image,
+    options: EditOptions,
+    editor: Editor,
+    model: Any,
+    allow: Sequence[str | Path],
+    on_step: Any,
 ) -> protocol.Opened:
     """A picture of ours opened by its recipe."""
     if options.opening():
         names = " and ".join(options.opening())
         raise BadInput(f"{names} cannot be given for {path}, which is drawn again by its recipe; or add invert.")
     named = str(model) if isinstance(model, str | Path) else getattr(model, "name", None)
-    order = like(path, {}, Order([], named))
+    order = like(path, {}, Order([], named, allow=list(allow)))
     shown = order.jobs[0].prompt
     if options.from_ is not None and options.from_ != shown:
         raise BadInput(f"from is {options.from_!r}, but {path} says that it shows {shown!r}; or add invert.")
@@ -262,7 +277,7 @@ def _replayed(
     loaded = load(order.model or DEFAULT_MODEL, dtype=order.dtype) if isinstance(model, str | Path | None) else model
     warn_if_different(order.expected, loaded)
     settings = order.jobs[0].arguments() | {"n": 1}
-    opened = system.open(loaded, protocol.Picture(picture, shown, settings, build_all(order.with_)), on_step)
+    opened = system.open(loaded, protocol.Picture(picture, shown, settings, order.systems()), on_step)
     if opened.fidelity < 60:  # rounding to 8 bits alone leaves equal pictures
         why = "its recipe makes another picture here" if opened.fidelity else "it was cut or resized"
         warnings.warn(
@@ -302,10 +317,11 @@ def _recipe_of(system: Any) -> dict[str, Any]:
     return cards.to_recipe(system) if hasattr(system, "CARD") else {"method": system.name, "params": {}}
 
 
-def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
+def edit_like(picture: Path, image: Path, mask: Path | None, allow: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Arguments of :func:`edit` that make the edit ``picture`` again from its original ``image`` (and ``mask``).
 
     Raises:
+        NotAllowed: a system in the recipe opens a file that ``allow`` does not name.
         BadInput: it is no edit, its recipe is damaged, or image or mask are not those it was made from.
     """
     recipe, exact = files.read_recipe(picture)
@@ -320,6 +336,7 @@ def edit_like(picture: Path, image: Path, mask: Path | None) -> dict[str, Any]:
     with_ = block.get("with")
     if not isinstance(options, dict) or not isinstance(with_, list):
         raise BadInput(f"{picture} carries a damaged recipe; give the prompt and settings yourself.")
+    cards.refuse_files(with_, allow, f"the recipe in {picture}")
     known = {name: value for name, value in options.items() if name in EditOptions.model_fields}
     for each in with_:  # what the picture showed is known from "from", or from its own recipe
         if isinstance(each, dict) and isinstance(each.get("params"), dict):
@@ -358,13 +375,18 @@ def edit_file(
     with files.output(out) as (folder, named):
         if model is not None and (order.dtype or order.device != "cpu"):
             model = load(model, dtype=order.dtype, device=order.device)
-        done = edit(picture, prompts, mask=mask, model=model, with_=order.with_, on_step=on_step, **given)
+        systems, allow = order.with_, order.allow
+        done = edit(picture, prompts, mask=mask, model=model, with_=systems, allow=allow, on_step=on_step, **given)
         warn_if_different(expected, done.results[0].model)
         for index, (result, recipe) in enumerate(zip(done.results, done.recipes, strict=True)):
-            path = files.numbered(named, index, len(done.results)) or files.free_name(
-                folder, f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}"
-            )
-            yield files.save_png(path, result.images[0], recipe)
+            at = files.numbered(named, index, len(done.results))
+
+            def save(path: Path, image: Any = result.images[0], recipe: Any = recipe, new: bool = at is None) -> Path:
+                return files.save_png(path, image, recipe, new)
+
+            stem = f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}"
+            path = files.create(folder, stem, ".png", save) if at is None else save(at)
+            yield path
             for part in result.parts:
                 for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():
                     yield files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol
+from sfumato import cards, files, protocol, valid
 from sfumato.app.jobs import (
     DEFAULT_MODEL,
     JobOptions,
@@ -78,6 +79,10 @@ def explain(
     Raises:
         NoMatch: a word is not in the prompt. BadInput, UnknownName, NotSupported: as :func:`make` and :func:`load`.
     """
+    if prompt is not None:
+        valid.text(prompt, "prompt")
+    if isinstance(what, str) and not os.path.exists(what):
+        valid.text(what, "what")
     system = _built(by, words)
     key = type(system).CARD.key
     if isinstance(system, protocol.ExplainsNet):
@@ -104,7 +109,7 @@ def explain(
     loaded = load(model) if isinstance(model, str | Path) else model
     if isinstance(what, str | Path):
         image = as_taken(loaded, image, what)
-    size = options.pop("size", None) or fitting_size(loaded, size_of(image))
+    size = options.pop("size", None) or fitting_size(loaded, size_of(image) or loaded.default_size[::-1])
     return Explanation([image], [system.explain_image(loaded, image, prompt, size=size, **options)])
 
 
@@ -182,13 +187,15 @@ class Explaining:
 def explain_into(
     job: Explaining, out: Path, on_step: Callable[[int, int, float], None] | None = None
 ) -> Iterator[str | Path | list[Path]]:
-    """Explain and write what is found into folder ``out``: yields lines of text, and the files as soon as they are
-    whole.
+    """Explain and write what is found into ``out``, a folder or the name of the picture (what is written besides has
+    its name, too): yields lines of text, and the files as soon as they are whole.
 
     Raises:
         Everything that :func:`explain` raises, and OSError. BadInput also for options that do not go with the system.
     """
     order, what = job.order, job.what
+    if not os.path.exists(what):  # the name of a file need not be text
+        valid.text(what, "what")
     prompt, options = job.given.get("prompt"), {k: v for k, v in job.given.items() if k not in ("words", "prompt")}
     system = _built(job.by)
     key = type(system).CARD.key
@@ -196,18 +203,33 @@ def explain_into(
     reads = isinstance(system, protocol.ExplainsReading) and _reads(model)
     if isinstance(system, protocol.ExplainsNet):
         job.refuse((), f"with {key}, which explains a net: give its name and the parameters of --by, nothing else")
-        with files.output_folder(out):
+        with files.output(out) as (folder, named):
             table = system.explain_net(open_net(what, order.dtype, order.device), Path(what).name)
-            stem = files.free_name(out, f"{files.slug(Path(what).name)}.{key}", ".json").stem
-            yield from (*table.lines(), *table.save(out, stem))
+            found: list[Path] = []
+
+            def save(path: Path) -> Path:
+                found[:] = table.save(path.parent, path.stem, new=named is None)
+                return path
+
+            if named is None:
+                files.create(folder, f"{files.slug(Path(what).name)}.{key}", ".json", save)
+            else:
+                save(named)
+            yield from (*table.lines(), *found)
     elif isinstance(system, protocol.ExplainsConcept):
         allowed = ("prompt", "model", *(set(JobOptions.model_fields) - {"n", "size"}))
         job.refuse(allowed, f"with --by {key}; see: sfumato methods {key}")
-        with files.output_folder(out):
+        with files.output(out) as (folder, named):
             loaded = load(model, dtype=order.dtype, device=order.device)
-            yield from system.explain_concept(loaded, what, prompt, on_step=on_step, **options).save(out)
+            finding = system.explain_concept(loaded, what, prompt, on_step=on_step, **options)
+            if named is None:
+                yield from finding.save(folder)
+            else:
+                yield files.save_png(named, finding.picture(), {"concept": what, "model": loaded.name, "by": job.by})
+                yield from finding.save(folder, named.stem)
     elif prompt is None and not is_picture(what) and not reads:
         order.with_ = [cards.to_recipe(_built(job.by, job.given.get("words") or ()))]
+        order.allow = [text for *_, text in cards.files_of(order.with_)]  # they were typed, or are the defaults
         order.jobs = [JobOptions(prompt=what, **options)]
         yield from carry_out(order, out, on_step)
     else:
@@ -237,9 +259,14 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         image = image if reads else as_taken(model, image, job.what)
         what, question = (job.what, None) if text else (image, prompt)
         [maps] = explain(what, question, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
-        path = named or files.free_name(folder, f"{files.slug(job.what if text else Path(job.what).stem)}.heat")
         about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
-        yield files.save_png(path, maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about})
+        drawn, recipe = maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about}
+        stem = f"{files.slug(job.what if text else Path(job.what).stem)}.heat"
+        if named is None:
+            path = files.create(folder, stem, ".png", lambda path: files.save_png(path, drawn, recipe, new=True))
+        else:
+            path = files.save_png(named, drawn, recipe)
+        yield path
         if order.maps:
             yield maps.save(path.with_suffix(".safetensors"))
 

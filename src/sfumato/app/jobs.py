@@ -15,7 +15,7 @@ from pydantic import field_validator
 
 from sfumato import cards, checkpoints, clips, files, sheets
 from sfumato.cards import Field
-from sfumato.errors import BadInput, SfumatoError
+from sfumato.errors import BadInput, NotAllowed, SfumatoError
 from sfumato.sampling.options import Options
 from sfumato.startup import collector_paused
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MODEL = "toy-sd"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = files.PICTURES
+ORIENTATION = 0x0112  # of EXIF
 LONGEST_PROMPT = 1000  # words; about 17 chunks of CLIP
 
 
@@ -38,14 +39,11 @@ def readable(prompt: Any) -> Any:
     for text in [prompt] if isinstance(prompt, str) else prompt:
         if not text.strip():
             raise ValueError("a prompt must say something")
-        if len(text.split()) > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
+        words = len(text.split())
+        if words > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
             raise ValueError(
-                f"it has {len(text.split())} words and {len(text)} characters; at most {LONGEST_PROMPT} words are read"
+                f"it has {words} words, {len(text)} characters; at most {LONGEST_PROMPT} words are read"
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("it is not valid text (a character cannot be encoded)") from None
     return prompt
 
 
@@ -128,6 +126,7 @@ def make(
     *,
     model: str | Path | Model = DEFAULT_MODEL,
     with_: Any = (),
+    allow: Sequence[str | Path] = (),
     image: Any = None,
     on_step: Callable[..., Any] | None = None,
     **options: Any,
@@ -138,8 +137,10 @@ def make(
         prompt: one text, or several: ``n`` pictures of each.
         model: a name for :func:`load`, or a loaded model.
         with_: systems that watch or change the generation: objects, or texts as on the command line
-            (``"KEY:words=[red cube|ball]"``).
-        image: a PIL picture to begin from instead of noise; ``strength`` says how much of it is drawn anew.
+            (``"KEY:words=[red cube|ball]"``), or as recipes hold them.
+        allow: files, or folders of files, that systems described by recipes may open (:func:`.cards.refuse_files`).
+        image: a PIL picture to begin from instead of noise; ``strength`` says how much of it is drawn anew. Without
+            ``size`` it is brought to about the model's own area, in its own shape.
         on_step: called after every denoising step with the loop's step record.
         options: see :class:`MakeOptions`: ``n``, ``negative``, ``steps``, ``guidance``, ``size`` (width, height in
             pixels), ``seed``, ``scheduler``, ... What is left out is the model's choice. Picture i uses ``seed`` + i
@@ -154,12 +155,13 @@ def make(
         touched nothing.
     """
     checked = MakeOptions(prompt=prompt if isinstance(prompt, str) else list(prompt), **options)
-    systems = build_all(with_)
+    systems = build_all(with_, allow)
 
     from sfumato.sampling import generate
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    return generate(loaded, **checked.arguments(), image=image, interventions=systems, on_step=on_step)
+    given = checked.arguments() | beginning(loaded, image, checked.size)
+    return generate(loaded, **given, interventions=systems, on_step=on_step)
 
 
 def is_picture(what: str) -> bool:
@@ -198,9 +200,26 @@ def as_taken(model: Model, shown: Any, path: str | Path) -> Any:
     return shown
 
 
-def size_of(shown: Any) -> tuple[int, int]:
-    """(width, height) of a picture or of frames (f h w 3)."""
-    return (shown.shape[2], shown.shape[1]) if hasattr(shown, "ndim") else shown.size
+def size_of(shown: Any) -> tuple[int, int] | None:
+    """(width, height) of a picture (PIL or an array), of frames (f h w 3) or of the first of several; None for tensors,
+    which are as they shall be, and for what is none of these."""
+    if isinstance(shown, list | tuple):
+        return size_of(shown[0]) if shown else None
+    if hasattr(shown, "getexif"):
+        turned = shown.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        return shown.size[::-1] if turned else shown.size
+    if not hasattr(shown, "__array_interface__") or not 2 <= shown.ndim <= 4 or 0 in shown.shape:
+        return None
+    return (shown.shape[2], shown.shape[1]) if shown.ndim == 4 else (shown.shape[1], shown.shape[0])
+
+
+def beginning(model: Model, image: Any, size: tuple[int, int] | None) -> dict[str, Any]:
+    """The arguments of the sampling loop that say what a picture begins from: without a ``size`` that was said, about
+    the model's own area in the picture's shape (:func:`fitting_size`), as wherever a picture is brought along."""
+    if image is None:
+        return {}
+    own = None if size is not None else size_of(image)
+    return {"image": image} | ({} if own is None else {"size": fitting_size(model, own)})
 
 
 def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
@@ -228,16 +247,19 @@ def suitable_model(needs: Sequence[str]) -> str:
     return next((name for name in (DEFAULT_MODEL, *registry.names()) if offers(name, needs)), DEFAULT_MODEL)
 
 
-def build_all(with_: Any) -> list[Any]:
-    """Systems from systems, ``--with`` texts and recipes of systems; a single one is taken as a list of one."""
+def build_all(with_: Any, allow: Sequence[str | Path] = ()) -> list[Any]:
+    """Systems from systems, ``--with`` texts and recipes of systems; a single one is taken as a list of one. ``allow``:
+    what recipes may open. Raises BadInput for more than any run can use."""
     given = with_ if isinstance(with_, list | tuple) else [with_]
-    return [_built(each) for each in given]
+    if len(given) > cards.MOST_SYSTEMS:
+        raise BadInput(f"{len(given)} systems are given; the most is {cards.MOST_SYSTEMS}.")
+    return [_built(each, allow) for each in given]
 
 
-def _built(given: Any) -> Any:
+def _built(given: Any, allow: Sequence[str | Path]) -> Any:
     if isinstance(given, str):
         return cards.build(given)
-    return cards.from_recipe(given) if isinstance(given, dict) else given
+    return cards.from_recipe(given, allow) if isinstance(given, dict) else given
 
 
 def models() -> dict[str, dict[str, Any]]:
@@ -252,7 +274,8 @@ class Order:
     """Pictures to make and write: one entry of ``jobs`` per prompt, with one model and the same systems for all.
 
     ``expected`` is the recipe that a picture to be repeated carries, to warn where model or versions differ from it.
-    ``maps``: also write the numbers behind the pictures that systems draw.
+    ``maps``: also write the numbers behind the pictures that systems draw. ``allow``: files that systems described by
+    recipes may open.
     """
 
     jobs: list[JobOptions]
@@ -263,6 +286,11 @@ class Order:
     image: Path | None = None
     expected: dict[str, Any] = field(default_factory=dict)
     maps: bool = False
+    allow: list[str | Path] = field(default_factory=list)
+
+    def systems(self) -> list[Any]:
+        """The systems, built anew."""
+        return build_all(self.with_, self.allow)
 
     def pictures(self) -> list[JobOptions]:
         """The jobs spelt out: one entry, with one seed, per picture."""
@@ -272,7 +300,8 @@ class Order:
 def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
     """``order`` completed by the recipe in ``picture``; what was typed, there or in ``order``, wins.
 
-    The recipe is a stranger's: it may name built-in models only, and every value is checked as if typed.
+    The recipe is a stranger's: it may name built-in models only, its systems open no file that ``order.allow`` does not
+    name, and every value is checked as if typed.
     """
     from sfumato import registry
 
@@ -298,10 +327,10 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         dropped.append(f"Clip skip {known.pop('clip_skip') + 1}, which is what SDXL does by itself")
     try:
         job = JobOptions(**{**known, **typed})
-        with_ = order.with_ or recipe.get("with") or []
-        if not (isinstance(with_, list) and all(isinstance(each, str | dict) for each in with_)):
-            raise BadInput("its list of systems is damaged.")
-        build_all(with_)
+        with_ = order.with_ or _systems_of(recipe, order.allow)
+        build_all(with_, order.allow)
+    except NotAllowed as error:
+        raise NotAllowed(f"{picture}: {error}") from None
     except SfumatoError as error:
         raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
     if exact and not order.model and model not in registry.names():
@@ -311,7 +340,8 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         )
     if not exact:
         message = "its settings come from another program's text, so the picture will not be the same"
-        message += f"; left out: {', '.join(map(str, dropped))}" if dropped else ""
+        message += f"; left out: {', '.join(map(str, dropped[:20]))}" if dropped else ""
+        message += f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
         message += f"; it was made with {recipe['named_model']!r}" if recipe.get("named_model") else ""
         warnings.warn(RecipeDiffers(f"{picture}: {message}."), stacklevel=2)
     dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
@@ -324,6 +354,17 @@ def _reads_last_but_one(model: str) -> bool:
 
     family = family_at(model)
     return family is not None and family.name in ("sdxl", "sd3")
+
+
+def _systems_of(recipe: dict[str, Any], allow: Sequence[str | Path]) -> list[Any]:
+    """The systems in a stranger's recipe, as it describes them. Raises NotAllowed, BadInput."""
+    with_ = recipe.get("with") or []
+    if not (isinstance(with_, list) and all(isinstance(each, str | dict) for each in with_)):
+        raise BadInput("its list of systems is damaged.")
+    if len(with_) > cards.MOST_SYSTEMS:
+        raise BadInput(f"it has {len(with_)} systems; the most is {cards.MOST_SYSTEMS}.")
+    cards.refuse_files(with_, allow)
+    return with_
 
 
 class RecipeDiffers(UserWarning):
@@ -344,7 +385,7 @@ def carry_out(
         Everything that :func:`make` raises.
     """
     pictures = order.pictures()
-    build_all(order.with_)  # misspelt systems are refused before the model is loaded
+    order.systems()  # misspelt ones are refused before the model is loaded
     image = None if order.image is None else read_shown(order.image)
     with files.output(out, (".png", *clips.FORMATS)) as (folder, named):
         model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
@@ -354,6 +395,7 @@ def carry_out(
         warn_if_different(order.expected, model)
         if order.image is not None:
             image = as_taken(model, image, order.image)
+            pictures = [job.model_copy(update=beginning(model, image, job.size)) for job in pictures]
         from sfumato.sampling import generate
 
         for index, options in enumerate(pictures):
@@ -362,24 +404,29 @@ def carry_out(
                 if on_step is not None:
                     on_step(index, len(pictures), (step.i + 1) / step.total)
 
-            systems = build_all(order.with_)
+            systems = order.systems()
             result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=report)
             yield write(result, folder, order.maps, files.numbered(named, index, len(pictures)))
 
 
-def write(result: Result, out: Path, maps: bool = False, at: Path | None = None) -> list[Path]:
+def write(result: Result, out: Path, maps: bool = False, at: Path | None = None, new: bool = False) -> list[Path]:
     """Write each picture or clip of ``result`` with its recipe, and beside it whatever pictures its systems drew.
 
-    ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes.
+    ``maps``: also the numbers behind these, as ``.safetensors``. ``at``: where the only picture of ``result`` goes;
+    with ``new`` never onto a file that is there (FileExistsError).
     """
     written = []
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
-        path = at or files.free_name(out, f"{files.slug(result.prompts[index])}-{result.seeds[index]}", ending(result))
-        if result.clips:
-            written.append(clips.save_clip(path, result.clips[index], recipe, recipe["fps"]))
-        else:
-            written.append(files.save_png(path, image, recipe))
+
+        def save(path: Path, index: int = index, image: Any = image, recipe: Any = recipe) -> Path:
+            if result.clips:
+                return clips.save_clip(path, result.clips[index], recipe, recipe["fps"], new=new or at is None)
+            return files.save_png(path, image, recipe, new=new or at is None)
+
+        stem = f"{files.slug(result.prompts[index])}-{result.seeds[index]}"
+        path = files.create(out, stem, ending(result), save) if at is None else save(at)
+        written.append(path)
         for part in result.parts:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
             for name, picture in drawn.items():
@@ -391,7 +438,6 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None)
 
 def write_grid(made: Sequence[Path]) -> Path:
     """All pictures that were made as one, beside the first of them; of clips a strip of each. Returns where it is."""
-    path = files.free_name(made[0].parent, f"{made[0].stem}-grid")
     cells: list[Any] = []
     if made[0].suffix.lower() in clips.FORMATS:
         strips = [sheets.strip(list(clips.read_clip(each)[0])) for each in made]
@@ -400,9 +446,13 @@ def write_grid(made: Sequence[Path]) -> Path:
             cells += [*strip, *[None] * (columns - len(strip))]
     else:
         cells, columns = [files.read_picture(each) for each in made], math.ceil(math.sqrt(len(made)))
-    with files.replacing(path) as file:
-        sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
-    return path
+
+    def save(path: Path) -> Path:
+        with files.replacing(path, new=True) as file:
+            sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
+        return path
+
+    return files.create(made[0].parent, f"{made[0].stem}-grid", ".png", save)
 
 
 def ending(result: Result) -> str:

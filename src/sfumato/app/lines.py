@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from sfumato import cards, files
-from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, ending, load, write
+from sfumato import cards, files, valid
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, beginning, ending, load, write
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 
 ANNOTATIONS = ("task", "tag", "include", "exclude", "id")  # what a prompt set says besides how to make the picture
+LONGEST_LINE = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,37 +43,52 @@ class Line:
 
 
 def read_prompts(path: Path, typed: dict[str, Any]) -> Iterator[Line]:
-    """The lines of a JSONL file, one by one: a JSON object each with the keys of :class:`JobOptions` (and
-    :data:`ANNOTATIONS`); what was ``typed`` wins.
+    """The lines of a JSONL file or pipe (``-``: standard input), one by one: a JSON object each with the keys of
+    :class:`JobOptions` (and :data:`ANNOTATIONS`); what was ``typed`` wins.
 
     Raises:
-        BadInput: the file is not text, or has no line. OSError: it cannot be read.
+        BadInput: the file is UTF-16, or has no line. OSError: it cannot be read.
     """
     any_line = False
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    any_line = True
-                    yield _line(number, line, typed)
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not UTF-8 text.") from None
+    with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+        for number, line in enumerate(_raw_lines(file), start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise BadInput(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8.")
+            if line.strip():
+                any_line = True
+                yield _line(number, line, typed)
     if not any_line:
         raise BadInput(f"{path} holds no prompts.")
 
 
-def _line(number: int, text: str, typed: dict[str, Any]) -> Line:
+def _raw_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, of those that are too long the beginning."""
+    while line := file.readline(LONGEST_LINE + 1):
+        rest = line
+        while not rest.endswith(b"\n") and (rest := file.readline(LONGEST_LINE)):
+            pass
+        yield line
+
+
+def _line(number: int, text: bytes, typed: dict[str, Any]) -> Line:
+    if len(text) > LONGEST_LINE:
+        return Line(number, None, wrong=f"it is longer than {LONGEST_LINE} bytes.")
     try:
-        given = json.loads(text)
-        if not isinstance(given, dict):
-            raise ValueError("not an object")
-        about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
+        given = valid.parsed_json(text)
+    except ValueError as error:
+        said = str(error)
+        why = f": {said}" if said.startswith(("it ", "a number")) or "is no JSON" in said else ""
+        example = '{"prompt": "a red cube", "seed": 1}'
+        return Line(number, None, wrong=f"not a JSON object{why}; write lines such as {example}.")
+    if not isinstance(given, dict):
+        return Line(number, None, wrong=f"not a JSON object but {valid.brief(given)}.")
+    about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
+    try:
         return Line(number, JobOptions(**{**given, **typed}), about)
     except SfumatoError as error:
         return Line(number, None, wrong=str(error))
-    except (ValueError, RecursionError):
-        example = '{"prompt": "a red cube", "seed": 1}'
-        return Line(number, None, wrong=f"not a JSON object; write lines such as {example}.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,7 @@ def carry_out_lines(
     Raises:
         BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
     """
-    build_all(order.with_)
+    order.systems()
     image = None if order.image is None else files.read_picture(order.image)
     wrong: list[str] = []
     tally = {"lines": 0, "done": 0}
@@ -121,7 +139,8 @@ def carry_out_lines(
             for i in range(line.job.n):
                 yield index, line, line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
 
-    with files.output_folder(out), contextlib.ExitStack() as stack:
+    files.only_folder(out, "the pictures of a prompts file and their metadata.jsonl")
+    with files.output_folder(out), files.reserved(out, "a run of prompts"), contextlib.ExitStack() as stack:
         made = (
             _spread_lines(jobs(), order, image, out, workers, stack)
             if ray
@@ -180,8 +199,13 @@ def _make_lines(
                 yield index, line, Made([there], there=True)
                 continue
             result, seconds = _timed(model, options, order, image, on_progress)
-            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, result.cost), ending(result))
-            made = Made(write(result, out, order.maps, path), False, seconds, result.cost)
+            row = _row(options, line.about, seconds, result.cost)
+
+            def save(at: Path, result: Result = result) -> list[Path]:
+                return write(result, out, order.maps, at, new=True)
+
+            paths = journal.put(key, _stem(options), row, ending(result), save)
+            made = Made(paths, False, seconds, result.cost)
         except SfumatoError as error:
             if isinstance(error, WorkInterrupted):
                 raise
@@ -223,13 +247,16 @@ def _spread_lines(
 
         def put(options: JobOptions = options, line: Line = line, key: str = key, answer: Any = answer) -> Made:
             parts, seconds, cost = answer
-            path = journal.begin(key, _stem(options), _row(options, line.about, seconds, cost), parts[0][0])
-            written = []
-            for suffix, content in parts:  # what is drawn beside a picture carries its name
-                written.append(path.with_name(path.stem + suffix))
-                with files.replacing(written[-1]) as file:
-                    file.write(content)
-            return Made(written, False, seconds, cost)
+
+            def save(path: Path) -> list[Path]:
+                written = [path.with_name(path.stem + suffix) for suffix, _ in parts]
+                for at, (_, content) in zip(written, parts, strict=True):  # what is drawn beside it carries its name
+                    with files.replacing(at, new=at == path) as file:
+                        file.write(content)
+                return written
+
+            row = _row(options, line.about, seconds, cost)
+            return Made(journal.put(key, _stem(options), row, parts[0][0], save), False, seconds, cost)
 
         yield index, line, put
 
@@ -262,15 +289,15 @@ def _timed(
     from sfumato.sampling import generate
 
     start = time.perf_counter()
-    systems = build_all(order.with_)
-    result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=on_progress)
+    given = options.arguments() | beginning(model, image, options.size)
+    result = generate(model, **given, interventions=order.systems(), on_step=on_progress)
     result.images  # noqa: B018
     return result, time.perf_counter() - start
 
 
 def _job_key(options: JobOptions, order: Order, image: Image | None, weight_hash: str, dtype: str) -> str:
     """By what a picture that is there already is known."""
-    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in build_all(order.with_)]]
+    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in order.systems()]]
     what += [weight_hash, dtype, None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -19,7 +19,7 @@ from sfumato import cards, sheets
 from sfumato.bench.folder import Folder
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.bench.survey import CAP, Instruments, Reservoir, survey
-from sfumato.cards import Field
+from sfumato.cards import Field, ModelPath
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
@@ -44,10 +44,10 @@ class CompareOptions(cards.Params):
 
     SYSTEM = "compare"
 
-    net: str = Field(default=PLAIN, description="net of the distances to the reference")
-    clip: str = Field(default=PLAIN, description="CLIP of the scores, by name or folder")
-    reader: str = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
-    encoder: str = Field(default=DEFAULT_ENCODER, description="autoencoder of the perceptual distance")
+    net: ModelPath = Field(default=PLAIN, description="net of the distances to the reference")
+    clip: ModelPath = Field(default=PLAIN, description="CLIP of the scores, by name or folder")
+    reader: ModelPath = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
+    encoder: ModelPath = Field(default=DEFAULT_ENCODER, description="autoencoder of the perceptual distance")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of bootstrap and samples")
     batch: int = Field(default=32, ge=1, le=4096, description="pairs looked at together")
     cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for the kernel distance")
@@ -199,7 +199,7 @@ def matching(one: Folder, two: Folder) -> list[tuple[str, str]]:
         found: dict[tuple[str, Any], str] = {}
         for name in folder.names:
             about = folder.about(name)
-            if about["text"] is None or about.get("seed") is None:
+            if about["text"] is None or not isinstance(about.get("seed"), int | str):
                 continue
             key = (about["text"], about["seed"])
             if key in found:

@@ -83,6 +83,7 @@ def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[
         rule = next((net.rule for net in (tools.net, tools.clip) if net is not None), "middle square, bicubic to 64x64")
         notes.append(f"{side}{tally.resized} pictures were resized: {rule}; the judge sees the middle square at 64x64")
     left = [f"{folder.others} other files"] if folder.others else []
+    left += [f"what cannot be looked at: {'; '.join(folder.skipped[:5])}"] if folder.skipped else []
     left += [f"{folder.drawn} pictures drawn beside others"] if folder.drawn else []
     return notes + ([f"{side}passed over: {' and '.join(left)}"] if left else [])
 

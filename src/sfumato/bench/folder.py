@@ -7,14 +7,18 @@ prompts file, from ``metadata.jsonl``, or from the recipe that the PNG carries, 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files
+from sfumato import files, valid
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,7 +34,8 @@ class Folder:
 
     Attributes:
         path: the folder. names: file names relative to it.
-        others: how many files are no pictures; drawn: how many were left out as drawn beside a picture.
+        others: how many files are no pictures; drawn: how many were left out as drawn beside a picture;
+        skipped: what could not be looked at, and why.
 
     Args:
         prompts: a file with one JSON object per line; with ``file_name`` it is matched by name, otherwise line i
@@ -46,6 +51,7 @@ class Folder:
             what = "is a file" if self.path.exists() else "does not exist"
             raise BadInput(f"{str(self.path)!r} {what}; name a folder of pictures.")
         self.others = self.drawn = 0
+        self.skipped: list[str] = []
         self._rows: dict[str, tuple[Path, int]] = {}  # name -> where its line begins
         self._given = dict(prompts) if isinstance(prompts, Mapping) else {}
         own = self.path / METADATA
@@ -56,14 +62,20 @@ class Folder:
                 f"{str(self.path)!r} holds no picture ({', '.join(SUFFIXES[:4])}, ...); name another folder."
             )
         if isinstance(prompts, Path | str):
-            self._match(Path(prompts))
+            self._match(_rereadable(Path(prompts), self))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def _listed(self) -> list[str]:
+        found = set()
         with os.scandir(self.path) as entries:
-            found = {entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")}
+            for entry in entries:
+                try:
+                    if entry.is_file() and not entry.name.startswith("."):
+                        found.add(entry.name)
+                except OSError as error:  # a link that leads in a circle
+                    self.skipped.append(f"{valid.shown(entry.name)}: {error.strerror}")
         names = {name for name in found if name.lower().endswith(SUFFIXES)}
         self.others = len(found) - len(names)
         beside = {name for name in names if _original(name) in names}
@@ -148,17 +160,29 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
         with path.open("rb") as file:
             start = 0
             for number, line in enumerate(file, start=1):
+                mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                line, start = line[mark:], start + mark
                 if line.strip():
                     try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError):
-                        row = None
+                        row = valid.parsed_json(line)
+                    except ValueError as error:
+                        raise BadInput(f"{path}, line {number}: not a JSON object ({valid.shown(error)}).") from None
                     if not isinstance(row, dict):
                         raise BadInput(f"{path}, line {number}: not a JSON object.")
                     yield number, start, row
                 start += len(line)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _rereadable(path: Path, owner: object) -> Path:
+    """``path``, or a copy of what a pipe holds, which can be read but once; it is there as long as ``owner``."""
+    if path.is_file() or not path.exists():
+        return path
+    with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=".jsonl", delete=False) as kept:
+        weakref.finalize(owner, os.unlink, kept.name)
+        shutil.copyfileobj(file, kept)
+    return Path(kept.name)
 
 
 def _text(row: Mapping[str, Any]) -> str | None:

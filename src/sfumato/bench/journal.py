@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sfumato import files, valid
 from sfumato.bench.folder import METADATA
 from sfumato.errors import BadInput
+
+T = TypeVar("T")
 
 
 class Journal:
@@ -52,18 +56,34 @@ class Journal:
         """A finished picture of this job that has not been taken yet, or None."""
         return self.folder / self._made[key].pop(0) if self._made[key] else None
 
+    def put(self, key: str, stem: str, row: dict[str, Any], suffix: str, save: Callable[[Path], T]) -> T:
+        """Writes the next picture or clip of this job by ``save``, which raises FileExistsError where another process
+        has put a file of that name there in the meantime: then it gets another name."""
+        while True:
+            path = self.begin(key, stem, row, suffix)
+            try:
+                return save(path)
+            except FileExistsError:
+                self._take_back(path.name)
+
     def begin(self, key: str, stem: str, row: dict[str, Any], suffix: str = ".png") -> Path:
         """Where to write the next picture or clip of this job; says so in the file first, with ``row``."""
-        if self._lost[key]:
-            return self.folder / self._lost[key].pop(0)  # its line is there, the picture is not
+        while self._lost[key]:  # its line is there, the picture is not
+            name = self._lost[key].pop(0)
+            if not os.path.lexists(self.folder / name):
+                return self.folder / name
         path, count = self.folder / f"{stem}{suffix}", 1
-        while path.exists() or path.name in self._names:  # there, or promised to a job that was stopped
+        while os.path.lexists(path) or path.name in self._names:  # there, or promised to a job that was stopped
             count += 1
             path = self.folder / f"{stem}-{count}{suffix}"
-        line = json.dumps({"file_name": path.name, **row, "key": key}, ensure_ascii=False) + "\n"
         with self.path.open("ab") as file:
-            file.write(line.encode())
+            file.write(valid.json_line({"file_name": path.name, **row, "key": key}))
             file.flush()
             os.fsync(file.fileno())
         self._names.add(path.name)
         return path
+
+    def _take_back(self, name: str) -> None:
+        """Removes the line of a picture that is another one's."""
+        with self.path.open("rb") as source, files.replacing(self.path) as file:
+            file.writelines(line for line in source if not line.strip() or json.loads(line).get("file_name") != name)

@@ -198,10 +198,7 @@ def read_attributes(path: Path) -> list[str]:
 
     Raises BadInput when there is none, OSError when the file cannot be read.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not UTF-8 text.") from None
+    lines = [line.strip() for line in files.read_text(path).splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise BadInput(f"{path} names no attribute; write one per line.")

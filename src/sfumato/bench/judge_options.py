@@ -6,7 +6,7 @@ from pydantic import field_validator
 
 from sfumato import cards
 from sfumato.bench.survey import CAP
-from sfumato.cards import Field
+from sfumato.cards import Field, ModelPath
 from sfumato.errors import UnknownName
 from sfumato.models.readers import PLAIN
 
@@ -21,9 +21,9 @@ class JudgeOptions(cards.Params):
     metrics: list[str] = Field(default=[], description=f"which of {', '.join(METRICS)}; empty: all that apply")
     attributes: list[str] = Field(default=[], description="attributes to compare; 'captions': the captions' own")
     oracle: bool = Field(default=False, description="let the toy-judge say which attributes a picture shows, not CLIP")
-    net: str = Field(default=PLAIN, description="net of the distances: a CLIP by name or folder, or inception")
-    clip: str = Field(default=PLAIN, description="CLIP of scores and attributes, by name or folder")
-    reader: str = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
+    net: ModelPath = Field(default=PLAIN, description="net of the distances: a CLIP by name or folder, or inception")
+    clip: ModelPath = Field(default=PLAIN, description="CLIP of scores and attributes, by name or folder")
+    reader: ModelPath = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
     captions: bool = Field(default=True, description="whether captions are read")
     cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for what needs pairs of them")
     k: int = Field(default=3, ge=1, le=100, description="neighbours of precision and recall")

@@ -8,14 +8,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files
+from sfumato import files, valid
 from sfumato.metrics.stats import Interval
 
 if TYPE_CHECKING:
@@ -141,8 +140,8 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self.files = []
         for suffix, text in (
-            (".json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"),
-            (".html", self.html()),
+            (".json", valid.json_text(self.to_json(), indent=1, ascii_only=True) + "\n"),
+            (".html", valid.shown(self.html())),
         ):
             with files.replacing(folder / f"{name}{suffix}") as file:
                 file.write(text.encode())

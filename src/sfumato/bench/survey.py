@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from sfumato import files
+from sfumato import files, valid
 from sfumato.bench.folder import Folder
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
@@ -291,7 +291,7 @@ class _RowsFile:
 
     def write(self, rows: list[dict[str, Any]]) -> int:
         """Appends rows; returns the length of the file."""
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.write(b"".join(map(valid.json_line, rows)))
         return self.file.tell()
 
     def flush(self) -> None:

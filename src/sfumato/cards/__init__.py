@@ -24,27 +24,35 @@ import functools
 import importlib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sfumato import valid
 from sfumato.cards.parameters import Parameter, parameter_rows, parameters_in, parameters_of
-from sfumato.cards.text import WITH_GRAMMAR, brief, parse_with
+from sfumato.cards.paths import FilePath, ModelPath, opens, refuse_unallowed
+from sfumato.cards.text import WITH_GRAMMAR, parse_with
 from sfumato.errors import BadInput, Conflict, UnknownName
 from sfumato.startup import collector_paused
+from sfumato.valid import brief
 
 __all__ = [
     "CAPABILITIES",
+    "MOST_SYSTEMS",
     "ROOMS",
     "WITH_GRAMMAR",
     "Card",
     "Field",
+    "FilePath",
+    "ModelPath",
     "Parameter",
     "Params",
     "build",
     "default",
+    "files_of",
     "from_recipe",
     "method",
     "methods",
@@ -52,6 +60,7 @@ __all__ = [
     "parameters",
     "parameters_of",
     "parse_with",
+    "refuse_files",
     "register",
     "to_recipe",
 ]
@@ -72,6 +81,8 @@ CAPABILITIES = {
     "classifier": "a classifier of pictures",
 }
 """What a model may offer and a system may need, with the words of a refusal: "KEY needs ...; MODEL has none"."""
+
+MOST_SYSTEMS = 100  # of one run
 
 ROOMS = ("explain", "steer", "edit", "teach", "animate", "generate", "disentangle", "judge", "adapters")
 
@@ -127,9 +138,14 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     SYSTEM: ClassVar[str] = ""
+    MOST: ClassVar[int] = valid.MOST  # items of one list
     RENAMED: ClassVar[dict[str, str]] = {}  # names that older recipes have, and what they are called today
 
-    def __init__(self, **given: Any):
+    def __init__(self, /, **given: Any):
+        for name, value in given.items():
+            if wrong := valid.wrong(value, self.MOST):
+                of = f" of {self.SYSTEM}" if self.SYSTEM else ""
+                raise BadInput(f"{name.rstrip('_')}{of} is {brief(value)}: {wrong}.")
         try:
             super().__init__(**given)
         except ValidationError as error:
@@ -167,6 +183,8 @@ def _one_line(system: str, params: type[Params], error: ValidationError) -> BadI
         return BadInput(f"{name}{of} must be given: {field.description if field else ''}.")
     unit = (field.json_schema_extra or {}).get("unit") if field and isinstance(field.json_schema_extra, dict) else None
     said = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # what several parameters say together
+        return BadInput(" ".join(f"{said}{of}.".split()))
     message = f"{name}{inside}{of} is {brief(first['input'])}: {said[:1].lower()}{said[1:]}"
     message += f" (unit: {unit})" if unit else ""
     message += f"; {name} is {field.description}" if field is not None and field.description else ""
@@ -268,7 +286,7 @@ def _card_in(path: Path) -> Card | None:
 def build(text: str) -> Any:
     """Construct a system from ``KEY`` or ``KEY:name=value,...`` (grammar: :func:`parse_with`)."""
     key, given = parse_with(text)
-    return method(key)(**given)
+    return _constructed(method(key), given)
 
 
 def to_recipe(system: Any) -> dict[str, Any]:
@@ -276,11 +294,42 @@ def to_recipe(system: Any) -> dict[str, Any]:
     return {"method": system.CARD.key, "params": system.params.model_dump(mode="json")}
 
 
-def from_recipe(recipe: dict[str, Any]) -> Any:
-    """The system that :func:`to_recipe` described. Raises BadInput, UnknownName for anything else."""
-    key, params = recipe.get("method"), recipe.get("params", {})
+def from_recipe(recipe: dict[str, Any], allow: Sequence[str | Path] = ()) -> Any:
+    """The system that :func:`to_recipe` described. Raises BadInput, UnknownName for anything else, and NotAllowed for
+    one that opens files which ``allow`` does not name (:func:`refuse_files`)."""
+    refuse_files([recipe], allow)
+    key, params = _described(recipe)
+    return _constructed(method(key), params)
+
+
+def _constructed(cls: Any, given: dict[str, Any]) -> Any:
+    """A system from parameters alone: what else its constructor takes are objects, which no text can be."""
+    for name in given:
+        if name not in cls.Params.model_fields:
+            raise UnknownName(f"parameter of {cls.CARD.key}", name, cls.Params.model_fields)
+    return cls(**given)
+
+
+def refuse_files(
+    systems: Sequence[str | dict[str, Any]], allow: Sequence[str | Path], whose: str = "the recipe"
+) -> None:
+    """Raises NotAllowed where systems, described by recipes or ``--with`` texts, open files of this computer that
+    ``allow`` - files, or folders that they lie in - does not name. Built-in models and embedded pictures are none."""
+    refuse_unallowed(files_of(systems), allow, whose)
+
+
+def files_of(systems: Sequence[str | dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(system, parameter, file) for every file of this computer that described systems open."""
+    found = []
+    for each in systems:
+        key, params = parse_with(each) if isinstance(each, str) else _described(each)
+        found += [(key, *named) for named in opens(method(key).Params, params)]  # type: ignore[attr-defined]
+    return found
+
+
+def _described(recipe: Any) -> tuple[str, dict[str, Any]]:
+    key, params = (recipe.get("method"), recipe.get("params", {})) if isinstance(recipe, dict) else (None, None)
     if not (isinstance(key, str) and isinstance(params, dict)):
         raise BadInput(f"{brief(recipe)} describes no system; it must be {{'method': key, 'params': {{...}}}}.")
-    system = method(key)
-    renamed = system.Params.RENAMED  # type: ignore[attr-defined]
-    return system(**{renamed.get(name, name): value for name, value in params.items()})
+    renamed = method(key).Params.RENAMED  # type: ignore[attr-defined]
+    return key, {renamed.get(name, name): value for name, value in params.items()}

@@ -59,6 +59,7 @@ def _kind(annotation: Any) -> str:
     """What a text becomes, by the type of a parameter or its source text; None aside."""
     if isinstance(annotation, str):
         names = {part.strip() for part in re.sub(r"\[.*\]", "", annotation).split(" | ")} - {"None"}
+        names = {"str" if name in ("FilePath", "ModelPath") else name for name in names}
         if not names <= KINDS | {"Literal", "tuple", "dict", "Any"}:
             raise ValueError(f"{annotation} is a name that only importing would explain")
     else:

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sfumato.errors import BadInput
+from sfumato.valid import brief
 
 WITH_GRAMMAR = "KEY:name=value,name=value - lists as [red cube|ball], quotes around anything with , | [ ] or quotes"
-
-
-def brief(value: Any, limit: int = 60) -> str:
-    """A value as Python writes it, cut to ``limit`` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def parse_with(text: str) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato import cards
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, register
 from sfumato.errors import BadInput
 from sfumato.hspace.basis import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
@@ -80,7 +80,7 @@ class Pullback(Intervention):
             default=None, ge=0, description="take the direction from the sample of this seed and carry it over"
         )
         from_prompt: str | None = Field(default=None, description="the prompt of that sample; none: the run's own")
-        directions: str | None = Field(
+        directions: FilePath | None = Field(
             default=None, description="file of directions for many samples, as latent_geometry writes them"
         )
         transport: Literal["published", "exact"] = Field(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sfumato import checkpoints, registry
+from sfumato import checkpoints, files, registry
 from sfumato.checkpoints import Checkpoint
-from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
+from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName, within_memory
 from sfumato.models.families import Family, family_of
 from sfumato.models.families.base import accepted_by
 from sfumato.models.model import Model
@@ -55,12 +55,15 @@ def load(
     name = str(name_or_path)
     found = checkpoints.find(name, revision)
     source = _downloaded(found)
-    if source.is_file():
-        model = _load_file(source, precision, where, config)
-    else:
-        if config is not None:
-            raise BadInput(f"config={str(config)!r} only applies to a single-file checkpoint; {name} is a folder.")
-        model = _load_folder(source, precision, where)
+    if source.exists():
+        files.regular(source)
+    with within_memory(f"the model {name}", "load it in dtype bfloat16, or take a smaller one"):
+        if source.is_file():
+            model = _load_file(source, precision, where, config)
+        else:
+            if config is not None:
+                raise BadInput(f"config={str(config)!r} only applies to a single-file checkpoint; {name} is a folder.")
+            model = _load_folder(source, precision, where)
     model.name, model.revision = name, found.commit
     return model
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sfumato.cards import CAPABILITIES
+from sfumato.cards import CAPABILITIES, MOST_SYSTEMS
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, UnknownName
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def arrange(interventions: Intervention | Iterable[Any]) -> tuple[Intervention, 
     twice.
     """
     parts = _flatten(interventions)
+    if len(parts) > MOST_SYSTEMS:
+        raise BadInput(f"{len(parts)} systems are given; the most is {MOST_SYSTEMS}.")
     if len({id(part) for part in parts}) < len(parts):
         twice = next(part for part in parts if sum(other is part for other in parts) > 1)
         raise Conflict(f"the same {twice.name} object is given twice; make a second one if both are meant.")

@@ -8,7 +8,7 @@ else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from sfumato import cards, rng
-from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted
+from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted, within_memory
 from sfumato.models import Model
 from sfumato.sampling.guest.hosting import has_guest
 from sfumato.sampling.intervention import (
@@ -160,7 +160,7 @@ def generate(
     run: Run | None = None
     try:
         for samples in batches:
-            with opened(model, request, samples, parts, grad=grad) as run:
+            with _remedy(request, samples), opened(model, request, samples, parts, grad=grad) as run:
                 x = walk(run, run.process.initial(slice(samples.start, samples.stop)), on_step)
                 pixels = None
                 if decode:
@@ -348,6 +348,15 @@ def _adapters(prompt: Any) -> tuple[Any, list[Any]]:
     lora = [cards.method("lora")(file=name, scale=scale) for name, scale in (read[0][1] if read else ())]
     plain = [text for text, _ in read]
     return plain[0] if isinstance(prompt, str) else plain, lora
+
+
+def _remedy(request: Request, samples: range) -> AbstractContextManager[None]:
+    """Within: running out of memory is said in our words."""
+    what = f"{len(samples)} samples at once" if len(samples) > 1 else "one sample"
+    fewer = f"draw fewer at once (batch_size={len(samples) // 2}), " if len(samples) > 1 else ""
+    return within_memory(
+        f"{what} of {request.size[0]}x{request.size[1]}", f"{fewer}make it smaller (size) or use dtype bfloat16"
+    )
 
 
 @contextmanager

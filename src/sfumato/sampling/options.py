@@ -13,21 +13,27 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, WithJsonSchema, field_validator, model_validator
 
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput
 from sfumato.sampling.guidance import Guidance
+from sfumato.valid import brief
 
 __all__ = ["MAX_SIDE", "Options", "recorded"]
 
 MAX_SIDE = 8192  # pixels; beyond it the latents alone outgrow any denoiser
+MAX_AREA = 2**24  # pixels of a picture, such as 4096x4096
+MAX_VOLUME = 2**28  # pixels of all frames of a clip
+MOST_SAMPLES = 100_000
 WHOLE_RUN = (0.0, 1.0)
 PIXELS = {"unit": "pixel"}
 SIZES = ("size", "original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")
+_HEAVY = re.compile(r":[ \t]{0,20}[+-]?0*[1-9]\d{3,}(?:\.\d*)?[ \t]{0,20}\)")  # a weight of 1000 and more in a prompt
 
 
 def _index(value: Any) -> Any:
@@ -44,19 +50,29 @@ Whole = Annotated[int, BeforeValidator(_index)]
 class Options(Params):
     """What can be said about samples beside the model. None leaves the choice to the model."""
 
+    MOST = MOST_SAMPLES
+
     prompt: str | list[str] = Field(description="what the picture shows; several: n samples of each")
     negative: str | list[str] | None = Field(
         default=None, description="what to steer away from; one text for all prompts or one each"
     )
     n: Whole = Field(
-        default=1, ge=1, description="how many samples of each prompt", json_schema_extra={"recipe": False}
+        default=1,
+        ge=1,
+        le=MOST_SAMPLES,
+        description="how many samples of each prompt",
+        json_schema_extra={"recipe": False},
     )
     steps: Whole | None = Field(default=None, ge=1, le=1000, description="how many steps from noise to picture")
     timesteps: list[float] | None = Field(
-        default=None, description="the schedule itself, from noise down, instead of steps; where the scheduler takes it"
+        default=None,
+        max_length=1000,
+        description="the schedule itself, from noise down, instead of steps; where the scheduler takes it",
     )
     sigmas: list[float] | None = Field(
-        default=None, description="noise levels from noise down instead of steps; euler's end with 0, a flow's do not"
+        default=None,
+        max_length=1000,
+        description="noise levels from noise down instead of steps; euler's end with 0, a flow's do not",
     )
     guidance: float | None = Field(
         default=None,
@@ -74,7 +90,7 @@ class Options(Params):
         json_schema_extra={"unit": "progress"},
     )  # fmt: skip
     compose: list[tuple[str, float]] = Field(
-        default=[], description="further (text, weight) conditions of every sample"
+        default=[], max_length=100, description="further (text, weight) conditions of every sample"
     )
     long_prompts: Literal["chunks", "cut"] = Field(
         default="chunks",
@@ -159,6 +175,12 @@ class Options(Params):
     def _some(cls, texts: Any) -> Any:
         if texts == []:
             raise ValueError("give at least one text")
+        for text in [texts] if isinstance(texts, str) else texts or ():
+            if found := _HEAVY.search(text):
+                number = found[0].strip(":) \t")
+                raise ValueError(
+                    f"a weight of {brief(number, 20)[1:-1]} is more than any text encoder takes; about 1 is usual"
+                )
         return texts
 
     @field_validator("seed")
@@ -199,7 +221,20 @@ class Options(Params):
     def _sides(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
         if size is not None and not all(1 <= side <= MAX_SIDE for side in size):
             raise ValueError(f"each side must lie between 1 and {MAX_SIDE}")
+        if size is not None and size[0] * size[1] > MAX_AREA:
+            raise ValueError(f"the most is {MAX_AREA} pixels, such as 4096x4096")
         return size
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Options:
+        prompts = 1 if isinstance(self.prompt, str) else len(self.prompt)
+        if prompts * self.n > MOST_SAMPLES:
+            raise ValueError(f"{prompts} prompts with n = {self.n} make more than {MOST_SAMPLES} samples")
+        if self.size and self.frames and self.size[0] * self.size[1] * self.frames > MAX_VOLUME:
+            raise ValueError(
+                f"{self.frames} frames of {self.size[0]}x{self.size[1]} have more than {MAX_VOLUME} pixels"
+            )
+        return self
 
     @field_validator("guidance_interval")
     @classmethod

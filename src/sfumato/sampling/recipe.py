@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -43,8 +44,16 @@ def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: 
     }
 
 
-def recipe_args(recipe: dict[str, Any], *, image: Any = None, latents: Tensor | None = None) -> dict[str, Any]:
+def recipe_args(
+    recipe: dict[str, Any],
+    *,
+    image: Any = None,
+    latents: Tensor | None = None,
+    allow: Sequence[str | Path] = (),
+) -> dict[str, Any]:
     """Arguments for ``generate(model, **recipe_args(recipe))`` that make the recipe's sample again.
+
+    ``allow``: files, or folders of files, that its systems may open; a recipe that names others raises NotAllowed.
 
     A recipe that began from a picture or from given latents needs the same ones again. Raises BadInput when they are
     missing. The same bits come out where the sample was made in a batch of its own; in a larger batch, float rounding
@@ -58,7 +67,7 @@ def recipe_args(recipe: dict[str, Any], *, image: Any = None, latents: Tensor | 
     if isinstance(arguments.get("scheduler"), dict):
         described = arguments["scheduler"]
         arguments["scheduler"] = getattr(diffusers, described["class"]).from_config(described["config"])
-    arguments["interventions"] = [cards.from_recipe(each) for each in recipe.get("with") or ()]
+    arguments["interventions"] = [cards.from_recipe(each, allow) for each in recipe.get("with") or ()]
     return {**arguments, "image": image, "latents": latents}
 
 

@@ -17,15 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
-from sfumato.cards.text import brief
 from sfumato.errors import BadInput
 from sfumato.models import Encoding
 from sfumato.sampling.encoding import encoding_of
 from sfumato.sampling.guidance import Guidance
-from sfumato.sampling.options import MAX_SIDE, Options
+from sfumato.sampling.options import MAX_AREA, MAX_SIDE, Options
 from sfumato.sampling.process import Source, process_of
 from sfumato.text.dialects import Composition, adapter_tags, read_composition, refuse_dialect
 from sfumato.text.weights import read_weights
+from sfumato.valid import brief
 
 DEFAULT_STRENGTH = 0.8  # of image-to-image, as in diffusers
 
@@ -268,6 +268,8 @@ def checked_size(model: Any, size: Any, what: str = "size") -> tuple[int, int]:
     if not (isinstance(size, list | tuple) and len(size) == 2):
         raise BadInput(f"size is {size!r}; it must be (width, height) in pixels, such as (512, 768).")
     width, height = (whole(side, "size", 1, MAX_SIDE) for side in size)
+    if width * height > MAX_AREA:
+        raise BadInput(f"{what} is {width}x{height}; the most is {MAX_AREA} pixels, such as 4096x4096.")
     step = model.size_multiple
     if width % step or height % step:
         nearest = dict.fromkeys((_round(width, step, up), _round(height, step, up)) for up in (False, True))
@@ -335,6 +337,8 @@ def _opened(given: Any) -> Image.Image:
         raise BadInput(
             f"image is {brief(given)}; it must be a PIL picture, an array, a list of these, or a tensor (b, 3, H, W)."
         )
+    if given.width * given.height > files.MOST_PIXELS:
+        raise BadInput(f"image is {given.width}x{given.height}; the most is {files.MOST_PIXELS} pixels.")
     return files.as_rgb(given)
 
 
@@ -344,6 +348,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array[..., 0]
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
         raise BadInput(f"{what}; it must be (height, width), with 3 channels for colour and a fourth for transparency.")
+    if array.shape[0] * array.shape[1] > files.MOST_PIXELS:
+        raise BadInput(f"{what}; the most is {files.MOST_PIXELS} pixels.")
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise BadInput(f"{what} from {array.min():g} to {array.max():g}; floats must lie in [0, 1].")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput
 from sfumato.models.readers import Clip, clip_for
 from sfumato.sampling import Run, Step
@@ -64,7 +64,7 @@ class ClipGuidance(GradientGuidance):
             description="other texts from which CLIP must tell it: with them this is classifier guidance, the classes "
             "being these and the text itself",
         )
-        clip: str | None = Field(
+        clip: ModelPath | None = Field(
             default=None,
             description="a built-in CLIP or the folder of one; none: the noise-aware toy-clip, for models of toys",
         )

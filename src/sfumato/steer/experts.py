@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sfumato import cards, registry
 from sfumato.adapters.weight_sets import Weights, WeightSets, fitting, like_own, read_weights
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
 from sfumato.sampling import Intervention, Run, Step
 
@@ -65,7 +65,7 @@ class Experts(Intervention):
     )
 
     class Params(cards.Params):
-        models: list[str] = Field(
+        models: list[ModelPath] = Field(
             default=[],
             description="the experts: built-in models, finished training runs or folders; none: all that were trained "
             "from the model in use",

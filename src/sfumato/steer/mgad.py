@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sfumato import masks, rng, sheets
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import NoMatch
 from sfumato.metrics.geometry import spherical_distance
 from sfumato.models import Condition
@@ -71,7 +71,7 @@ class MGAD(GradientGuidance):
             description="what to pull towards, each with a weight after a colon if it is not 1; negative ones push "
             "away; neither texts nor images: the prompt",
         )
-        images: Annotated[list[str], BeforeValidator(_as_texts)] = Field(
+        images: Annotated[list[FilePath], BeforeValidator(_as_texts)] = Field(
             default=[], description="reference pictures, each with a weight after a colon if it is not 1"
         )
         prompted: bool = Field(
@@ -88,7 +88,7 @@ class MGAD(GradientGuidance):
         )
         smooth: float = Field(default=0.08, ge=0, description="weight of the total variation beside the distances")
         in_range: float = Field(default=0.0, ge=0, description="weight of brightness out of range beside the distances")
-        clip: str | None = Field(
+        clip: ModelPath | None = Field(
             default=None, description="a built-in CLIP or the folder of one; none: toy-clip, for models that draw toys"
         )
         through: Literal["denoiser", "decoder"] = Field(

@@ -31,7 +31,7 @@ from torch import Tensor
 from sfumato import cards, masks, rng
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Site
 from sfumato.sampling import Intervention, Run, Step
@@ -40,7 +40,7 @@ from sfumato.windows import Window
 __all__ = ["PaintWithWords", "noise_level"]
 
 LARGEST_SIGMA = 14.6  # where Stable Diffusion's own schedule begins; flow models begin at infinity
-LabelMap = Annotated[str, BeforeValidator(lambda given: masks.as_text(given, labels=True))]
+LabelMap = Annotated[FilePath, BeforeValidator(lambda given: masks.as_text(given, labels=True))]
 
 
 @register

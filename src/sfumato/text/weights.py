@@ -41,7 +41,10 @@ STEP = 1.1
 DEEPEST = 100
 
 _CLOSES = {")": "(", "]": "["}
-_NUMBER = re.compile(r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
+#: Weights beyond this, from numbers or brackets within brackets, are this: the numbers behind them must stay finite.
+LARGEST = 1e5
+
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,14 @@ def read_weights(prompt: str) -> WeightedPrompt:
         if depth is None:
             return False
         at, end, factor = opened[depth][1], len(chars), STEP if bracket == ")" else 1 / STEP
-        if bracket == ")" and (number := _NUMBER.search("".join(chars[at + 1 :]))):
-            end, factor = at + 1 + number.start(), float(number[1])
+        if bracket == ")":
+            held, colon, number = "".join(chars[at + 1 :]).rpartition(":")
+            if colon and _NUMBER.fullmatch(number.strip()):
+                end, factor = at + 1 + len(held.rstrip()), float(number)
         if not "".join(chars[at + 1 : end]).strip():
             return False
         del opened[depth:], chars[end:], weights[end:]
-        weights[at + 1 :] = [weight * factor for weight in weights[at + 1 :]]
+        weights[at + 1 :] = [max(-LARGEST, min(LARGEST, weight * factor)) for weight in weights[at + 1 :]]
         if at and chars[at - 1].isalnum() and chars[at + 1].isalnum():
             chars[at] = " "
         else:

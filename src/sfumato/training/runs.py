@@ -297,7 +297,7 @@ def run(
     try:
         this = Run(loaded, folder, snapshots)
         complaints = this.restore() if resume else []
-        with this.trainer.signals(signal.SIGTERM):
+        with this.trainer.signals(signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
             result = this.fit(minutes, on_progress)
         result.complaints = complaints
         if result.finished:

@@ -33,6 +33,7 @@ def edit(
     by: options.By = None,
     model: options.Model = None,
     like: Annotated[Path | None, typer.Option(help="Repeat this edit of IMAGE by its recipe.")] = None,
+    allow: options.Allow = None,
     out: options.Out = Path("out"),
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
@@ -46,14 +47,14 @@ def edit(
     with_ = with_ or []
     if like is not None:
         if typed or with_ or by:
-            raise BadInput("--like repeats an edit as it was; give only IMAGE, --mask, --model and -o with it.")
-        typed = app.edit_like(like, image, mask)
+            raise BadInput("--like repeats an edit as it was: with it go IMAGE, --mask, --model, --allow and -o only.")
+        typed = app.edit_like(like, image, mask, allow or ())
         with_ = typed.pop("with_")
     elif not prompt:
         raise BadInput('nothing to do: say what the picture shall show, such as sfumato edit toys.png "a blue cube".')
     if by is not None:
         typed["by"] = by
-    order = app.Order([], model, with_, dtype, device)
+    order = app.Order([], model, with_, dtype, device, allow=list(allow or ()))
     with show.bar("steps") as bar:
 
         def report(step: Any) -> None:

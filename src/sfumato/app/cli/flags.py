@@ -4,6 +4,7 @@ is used, and becomes a flag with its description, unit and limits here."""
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from sfumato import cards
 from sfumato.app.cli.options import literal
 from sfumato.errors import BadInput
 from sfumato.sampling.options import CROPS, SIZES
+from sfumato.valid import brief
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "list": list[str]}
 METAVARS = {
@@ -103,15 +105,15 @@ def _value(name: str, value: Any) -> Any:
 
 def pixels(text: str, name: str = "size") -> tuple[int, int]:
     """Width and height from ``64x64``."""
-    width, x, height = text.lower().partition("x")
-    if not (x and width.strip().isdecimal() and height.strip().isdecimal()):
-        raise BadInput(f"--{name.replace('_', '-')} is {text!r}; write width x height in pixels, such as 64x64.")
-    return int(width), int(height)
+    found = re.fullmatch(r"\s*(\d{1,9})\s*[xX]\s*(\d{1,9})\s*", text)
+    if found is None:
+        raise BadInput(f"--{name.replace('_', '-')} is {brief(text)}; write width x height in pixels, such as 64x64.")
+    return int(found[1]), int(found[2])
 
 
 def _weighted(text: str) -> tuple[str, str]:
     """A text and its weight from ``TEXT=WEIGHT``."""
     words, equals, weight = text.rpartition("=")
     if not equals:
-        raise BadInput(f"--compose is {text!r}; write TEXT=WEIGHT, such as 'in the snow=1.5'.")
+        raise BadInput(f"--compose is {brief(text)}; write TEXT=WEIGHT, such as 'in the snow=1.5'.")
     return words, weight

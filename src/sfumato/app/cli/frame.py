@@ -1,13 +1,16 @@
 """The command group: what goes wrong on purpose is one line on stderr and exit code 2; ``--debug`` shows the traceback
-instead. Ctrl-C keeps what is finished and leaves with 130."""
+instead. Ctrl-C, SIGTERM and SIGHUP keep what is finished and leave with 130."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +19,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from sfumato.app.cli import options
-from sfumato.errors import SfumatoError, UnknownName
+from sfumato.errors import BadInput, SfumatoError, UnknownName, no_memory
 
 HERE = Path(__file__).parent
 #: the commands in the order in which help lists them; each is the module of this name, read when it is called
@@ -87,8 +90,13 @@ class _OneLine(TyperGroup):
         debug = "--debug" in options
         if debug:  # accepted before and after the command
             args.remove("--debug")
+        for stream in (sys.stdout, sys.stderr):  # names of files may be no text, and terminals know few letters
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
-            with warnings.catch_warnings():
+            if any("\0" in arg for arg in args):
+                raise BadInput("an argument holds a zero byte, which no text and no name of a file can.")
+            with warnings.catch_warnings(), _stopped_by_signals():
                 warnings.simplefilter("always")
                 warnings.showwarning = _teller()
                 code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
@@ -107,6 +115,11 @@ def _report(error: BaseException) -> int:
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted; nothing half-written is left.", 130
+    elif no_memory(error):
+        message, code = (
+            "it does not fit into memory; make less at once (-n, --batch), smaller, or in --dtype bfloat16.",
+            2,
+        )
     elif isinstance(error, OSError):
         message, code = _os_error(error), 2
     elif hasattr(error, "format_message"):  # a wrong option or command, whichever parser typer carries
@@ -119,8 +132,29 @@ def _report(error: BaseException) -> int:
     else:
         message = f"unexpected {type(error).__name__}: {error}. Please report it with what --debug shows."
         code = 1
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        typer.echo("error: " + " ".join(message.split()), err=True)
     return code
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Within: SIGTERM and, unless ignored as under nohup, SIGHUP interrupt as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    which = [each for name in names if signal.getsignal(each := getattr(signal, name)) is not signal.SIG_IGN]
+    old = {each: signal.signal(each, stop) for each in which}
+    try:
+        yield
+    finally:
+        for each, handler in old.items():
+            signal.signal(each, handler)
 
 
 def _os_error(error: OSError) -> str:
@@ -134,8 +168,11 @@ def _os_error(error: OSError) -> str:
         errno.EPERM: "check its permissions or write elsewhere with -o",
         errno.EROFS: "the file system is read-only; write elsewhere with -o",
         errno.ENOENT: "check the path",
+        errno.EMFILE: "this process may open no more files: raise the limit (ulimit -n 1024)",
+        errno.ENFILE: "the system can open no more files: close other programs",
+        errno.ENOMEM: "it does not fit into memory: make less at once, or smaller",
     }.get(error.errno or 0, "check the path and the disk")
-    return f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}."
+    return f"{error.filename or 'a file'}: {error.strerror or str(error)[:300]}; {remedy}."
 
 
 def _teller() -> Any:

@@ -26,9 +26,15 @@ def make(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A JSONL file with one {prompt, negative, seed, n} per line. Goes on where it was stopped."),
+        typer.Option(
+            help="A JSONL file, or - for a pipe, with one {prompt, negative, seed, n} per line. Goes on where it was "
+            "stopped."
+        ),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to begin from instead of noise.")] = None,
+    allow: options.Allow = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to begin from instead of noise; --size says how large.")
+    ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
     ray: options.Ray = False,
     workers: options.NWorkers = None,
@@ -51,7 +57,9 @@ def make(
     typed = flags.said(given)
     if prompt is not None:
         typed["prompt"] = prompt
-    order = app.Order([], model, with_ or [], dtype, device, image)
+    if allow and like is None:
+        raise BadInput("--allow is for the systems in a recipe: give --like.")
+    order = app.Order([], model, with_ or [], dtype, device, image, allow=list(allow or ()))
     if like is not None:
         order = app.like(like, typed, order)
     elif prompts is not None:
@@ -78,7 +86,7 @@ def deliver_lines(
     """The same for a prompts file: what is there already is not made again, bad lines are reported at the end."""
     from sfumato import app
 
-    total = sum(1 for line in prompts.open("rb") if line.strip())
+    total = sum(1 for line in prompts.open("rb") if line.strip()) if prompts.is_file() else 0  # pipes are read once
     spread: dict[str, Any] = {"ray": True, "workers": workers} if ray else {}
     finished: list[Path] = []
     made = there = 0

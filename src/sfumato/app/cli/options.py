@@ -29,6 +29,10 @@ By = Annotated[
     typer.Option("--by", metavar="KEY:name=value,...", help="The system that does it: see sfumato methods."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the files, or the name of one.")]
+Allow = Annotated[
+    list[Path] | None,
+    typer.Option(help="A file, or a folder of files, that systems in a recipe may open; repeatable."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 

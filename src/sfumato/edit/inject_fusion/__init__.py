@@ -24,7 +24,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from sfumato import cards, files, masks, rng
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, register
 from sfumato.edit.inject_fusion.content import FeatureRecord, prompt_of
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.hspace.tap import bottleneck_of, layer_of, tapped
@@ -39,7 +39,7 @@ from sfumato.windows import Window, inside
 __all__ = ["InjectFusion"]
 
 PictureText = Annotated[
-    str | None, BeforeValidator(lambda given: None if given is None else masks.as_text(given, labels=True))
+    FilePath | None, BeforeValidator(lambda given: None if given is None else masks.as_text(given, labels=True))
 ]
 """A picture as a path, or as a PNG in text so that a recipe can hold it; also from a PIL picture or a uint8 array."""
 

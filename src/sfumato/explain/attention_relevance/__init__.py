@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sfumato import cards
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput
 from sfumato.explain.attention_relevance.questions import ask
 from sfumato.explain.attention_relevance.words import NOISE_LEVELS, word_maps
@@ -54,7 +54,9 @@ class AttentionRelevance:
         add: bool = Field(default=True, description="add up over layers rather than keep the last")
         words: list[str] = Field(default=[], description="models that draw: words to map; none: every word")
         least: float = Field(default=0.5, ge=0, le=1, description="detectors: explain finds of this certainty")
-        detector: str = Field(default="toy-detr", description="question answerers: the model that finds the regions")
+        detector: ModelPath = Field(
+            default="toy-detr", description="question answerers: the model that finds the regions"
+        )
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

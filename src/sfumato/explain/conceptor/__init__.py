@@ -19,6 +19,7 @@ token, one coefficient each), flow models, and sets of given pictures.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from sfumato import cards, files
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput
 from sfumato.explain.conceptor.bias import Balance, balance
 from sfumato.explain.conceptor.decomposition import Decomposition
@@ -66,6 +67,7 @@ class Conceptor(PseudoWord):
 
     class Params(cards.Params):
         RENAMED = {"rate": "learning_rate"}
+        MOST = 100_000  # words of a dictionary
 
         word: str | None = Field(default=None, description="make: the word of the prompt that the mixture stands for")
         mixture: list[str] = Field(default=[], description="make: words with weights, as red=0.7")
@@ -104,7 +106,7 @@ class Conceptor(PseudoWord):
         learning_rate: float = Field(default=1e-3, gt=0, le=10, description="explain: learning rate of AdamW")
         batch: int = Field(default=6, ge=1, description="explain: pictures per step")
         flip: bool = Field(default=True, description="explain: mirror pictures at random")
-        clip: str = Field(default=PLAIN, description="explain: the CLIP that checks; built in, or a folder")
+        clip: ModelPath = Field(default=PLAIN, description="explain: the CLIP that checks; built in, or a folder")
 
         @field_validator("mixture", mode="before")
         @classmethod
@@ -131,7 +133,7 @@ class Conceptor(PseudoWord):
             raise BadInput("word and mixture of conceptor are for make; explain finds the mixture.")
         p = self.params.model_dump(exclude={"word", "mixture", "strength"})
         folder = Path(what) if isinstance(what, str | Path) else None
-        if folder is not None and folder.is_dir():
+        if folder is not None and os.path.isdir(folder):
             given = [files.read_picture(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES]
             if not given:
                 raise BadInput(f"{folder} holds no picture.")

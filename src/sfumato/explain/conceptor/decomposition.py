@@ -126,10 +126,14 @@ class Decomposition:
             figures=figures,
             notes=notes,
             tables=tables,
-            plots={"words": word_cloud(self.shares(40))},
+            plots={"words": self.picture()},
             gallery=[(head, shown) for head, shown in gallery if shown],
             data={"decomposition": self.to_json()},
         )
+
+    def picture(self) -> Image.Image:
+        """The words as a cloud, larger ones weigh more."""
+        return word_cloud(self.shares(40))
 
     def save(self, folder: str | Path, name: str = "") -> list[Path]:
         """Writes the report (HTML and JSON), the decomposition (``NAME.json``) and the pseudo-word as a textual

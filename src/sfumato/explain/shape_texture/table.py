@@ -39,9 +39,9 @@ class LayerTable:
         """Raw scores by layer, one line per factor, with their intervals."""
         return plot({self.net: self})
 
-    def save(self, folder: Path, stem: str) -> list[Path]:
-        """Writes ``<stem>.json`` and ``<stem>.png``; returns them."""
-        with files.replacing(folder / f"{stem}.json") as file:
+    def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
+        """Writes ``<stem>.json`` and ``<stem>.png``; returns them. ``new``: FileExistsError if they are there."""
+        with files.replacing(folder / f"{stem}.json", new) as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
         return [folder / f"{stem}.json", files.save_png(folder / f"{stem}.png", self.picture(), {"net": self.net})]
 

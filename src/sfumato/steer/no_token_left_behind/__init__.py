@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import cards, masks, rng
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput
 from sfumato.models.readers import PLAIN, load_clip
 from sfumato.relevance.clip import ClipLens
@@ -111,7 +111,7 @@ class NoTokenLeftBehind(Intervention):
             default="denoiser",
             description="take gradients through the denoiser, or cheaper of the predicted picture alone",
         )
-        clip: str = Field(default=PLAIN, description="a built-in CLIP or the folder of a CLIPModel")
+        clip: ModelPath = Field(default=PLAIN, description="a built-in CLIP or the folder of a CLIPModel")
         window: Window = Field(
             default=(0.0, 1.0), description="share of the denoising to act in", json_schema_extra={"unit": "progress"}
         )

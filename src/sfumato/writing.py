@@ -1,0 +1,282 @@
+"""Files and folders that are whole or absent, by one process at a time.
+
+What is written lies beside its place under a name of its own (``.NAME.XXXXXXXX.partial``) until it is whole, and is
+locked while somebody writes it: whatever a killed process left behind is told from what is being written now by its
+lock alone, and is taken away by the next one that writes there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from sfumato.errors import BadInput, Conflict
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks: there, nothing is swept, and folders are not reserved
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "PICTURES",
+    "VIDEOS",
+    "create",
+    "free_name",
+    "new_folder",
+    "numbered",
+    "only_folder",
+    "output",
+    "output_folder",
+    "replacing",
+    "reserved",
+    "slug",
+    "sweep",
+]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+_PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")
+
+
+def _lock(handle: int) -> bool:
+    """Locks an open file or folder for this process, until it is closed; False where another one holds it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _beside(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """(where to write what becomes ``path``, its open handle), made by ``make`` and locked until the end, when whatever
+    is still there is removed."""
+    while True:
+        beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
+        handle = make(beside)
+        if _lock(handle) and (fcntl is None or beside.exists()):  # or else somebody sweeps here at this moment
+            break
+        os.close(handle)
+    try:
+        yield beside, handle
+    finally:
+        os.close(handle)
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _made_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def _made_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path if fcntl else os.devnull, os.O_RDONLY)
+
+
+def sweep(folder: Path) -> None:
+    """Takes away what killed processes have left half-written in ``folder``."""
+    if fcntl is None or not folder.is_dir():
+        return
+    for path in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            mode = path.lstat().st_mode
+            if not _PARTIAL.fullmatch(path.name) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                continue
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held: somebody is writing it
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
+    """A binary file written beside ``path`` and renamed onto it at the end; after any failure nothing is left.
+
+    ``new``: never in the place of a file that is there, also if another process has put it there in the meantime.
+
+    Raises:
+        FileExistsError: with ``new``. OSError: the folder cannot be written or the disk is full; an older file at
+        ``path`` is untouched.
+    """
+    path = Path(path)
+    try:
+        with _beside(path, _made_file) as (beside, handle):
+            with open(handle, "w+b", closefd=False) as file:
+                yield file
+                file.flush()
+                os.fsync(handle)
+            _put_new(beside, path) if new else os.replace(beside, path)
+    except OSError as error:  # tell the name the caller knows
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _put_new(beside: Path, path: Path) -> None:
+    """``beside`` renamed to ``path``. Raises FileExistsError if that is there."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: two steps, which a kill in between leaves as an empty file
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(beside, path)
+    else:
+        os.unlink(beside)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
+    """A folder filled beside ``target`` and renamed to it at the end; after any failure nothing is left. ``target`` may
+    be an empty folder, or with ``replace`` any.
+
+    Raises:
+        BadInput: ``target`` is a file, or not empty. OSError: it cannot be written.
+    """
+    target = Path(target)
+    if not replace:
+        refuse_filled(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    with _beside(target, _made_folder) as (beside, _):
+        yield beside
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            refuse_filled(target)
+            with contextlib.suppress(FileNotFoundError):
+                target.rmdir()
+        beside.rename(target)
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raises BadInput for what is no new or empty folder."""
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"output folder {str(folder)!r} exists and is not empty; name a new one.")
+
+
+@contextlib.contextmanager
+def reserved(folder: Path | str, doing: str) -> Iterator[None]:
+    """Within, no other process that asks may work in ``folder``; a kill frees it.
+
+    Raises:
+        Conflict: another one does; ``doing`` says what this one wanted.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(handle):
+            raise Conflict(
+                f"another process is at work in {str(folder)!r}, so {doing} there would mix with it; "
+                f"wait until it is done, or name another folder."
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def output_folder(path: Path | str) -> Iterator[Path]:
+    """``path`` as a folder that can be written, made if it is missing; if nothing came into it, it is taken away again.
+
+    Raises:
+        BadInput: the path is a file. OSError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"output folder {str(path)!r} is a file; name a folder.")
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        sweep(path)
+        yield path
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def output(out: Path, endings: tuple[str, ...] = (".png",)) -> Iterator[tuple[Path, Path | None]]:
+    """Where to write: (the folder ``out``, None) or, where its name is that of a picture and no folder is there, (the
+    folder that the file ``out`` lies in, ``out``).
+
+    Raises BadInput for the name of a picture that has none of the ``endings``; otherwise as :func:`output_folder`.
+    """
+    named = names_file(out)
+    if named and out.suffix.lower() not in endings:
+        raise BadInput(f"-o is {out.name!r}, but what is made here ends in {' or '.join(endings)}; name such a file.")
+    with output_folder(out.parent if named else out) as folder:
+        yield folder, out if named else None
+
+
+def names_file(out: Path) -> bool:
+    """Whether a path is meant as the name of a picture or clip: it ends like one, and there is no such folder."""
+    return out.suffix.lower() in (*PICTURES, *VIDEOS) and not out.is_dir()
+
+
+def only_folder(out: Path | str, what: str) -> Path:
+    """``out`` where only a folder will do. Raises BadInput for the name of a picture or clip: ``what`` is written."""
+    if names_file(Path(out)):
+        raise BadInput(f"-o is {Path(out).name!r}, the name of a file, but {what} fill a folder; name one.")
+    return Path(out)
+
+
+def numbered(path: Path | None, index: int, total: int) -> Path | None:
+    """``x.png`` for the only file of a name that was given, ``x-1.png``, ``x-2.png``, ... for the first of several."""
+    return path if path is None or total == 1 else path.with_stem(f"{path.stem}-{index + 1}")
+
+
+def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
+    """The first of ``stem.png``, ``stem-2.png``, ... that does not exist: pictures are never overwritten."""
+    path, count = folder / f"{stem}{suffix}", 1
+    while os.path.lexists(path):
+        count += 1
+        path = folder / f"{stem}-{count}{suffix}"
+    return path
+
+
+def create(folder: Path, stem: str, suffix: str, write: Callable[[Path], Path]) -> Path:
+    """A new file under the first free name, written by ``write``, which raises FileExistsError where another process
+    has taken that name in the meantime (``replacing(..., new=True)``); the next one is tried then."""
+    while True:
+        try:
+            return write(free_name(folder, stem, suffix))
+        except FileExistsError:
+            continue
+
+
+def slug(text: str, longest: int = 60) -> str:
+    """A file name made from a prompt: lower case letters and digits of any script, joined by ``-``."""
+    words = re.findall(r"\w+", text.encode(errors="ignore").decode().lower())
+    name = ""
+    for word in words:
+        if len(f"{name}-{word}") > longest:
+            break
+        name += ("-" if name else "") + word
+    name = name or (words[0][:longest] if words else "picture")
+    return name.encode()[:180].decode(errors="ignore")  # file systems count bytes
