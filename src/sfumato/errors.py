@@ -100,9 +100,8 @@ def within_memory(what: str, remedy: str) -> Iterator[None]:
     """Within: running out of memory is raised as :class:`OutOfMemory`, which says what to do about it."""
     try:
         yield
-        return
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, SfumatoError) or not no_memory(error):
             raise
-        found = OutOfMemory(f"{what} does not fit into memory: {remedy}.")
-    raise found from None  # outside the clause, so that the frames that hold the memory are let go
+        error.__traceback__ = None  # its frames hold the memory
+        raise OutOfMemory(f"{what} does not fit into memory: {remedy}.") from None

@@ -43,6 +43,7 @@ DEEPEST = 100
 _CLOSES = {")": "(", "]": "["}
 #: Weights beyond this, from numbers or brackets within brackets, are this: the numbers behind them must stay finite.
 LARGEST = 1e5
+LONGEST_NUMBER = 40  # characters, with colon and blanks
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
@@ -101,13 +102,16 @@ def read_weights(prompt: str) -> WeightedPrompt:
             return False
         at, end, factor = opened[depth][1], len(chars), STEP if bracket == ")" else 1 / STEP
         if bracket == ")":
-            held, colon, number = "".join(chars[at + 1 :]).rpartition(":")
+            start = max(at + 1, end - LONGEST_NUMBER)
+            held, colon, number = "".join(chars[start:]).rpartition(":")
             if colon and _NUMBER.fullmatch(number.strip()):
-                end, factor = at + 1 + len(held.rstrip()), float(number)
-        if not "".join(chars[at + 1 : end]).strip():
+                factor, end = float(number), start + len(held)
+                while end > at + 1 and chars[end - 1].isspace():
+                    end -= 1
+        if all(char.isspace() for char in chars[at + 1 : end]):
             return False
         del opened[depth:], chars[end:], weights[end:]
-        weights[at + 1 :] = [max(-LARGEST, min(LARGEST, weight * factor)) for weight in weights[at + 1 :]]
+        weights[at + 1 :] = [weight * factor for weight in weights[at + 1 :]]
         if at and chars[at - 1].isalnum() and chars[at + 1].isalnum():
             chars[at] = " "
         else:
@@ -129,7 +133,11 @@ def read_weights(prompt: str) -> WeightedPrompt:
         if char in _CLOSES.values() and len(opened) < DEEPEST:
             opened.append((char, len(chars) - 1))
         i += 1
-    return WeightedPrompt("".join(chars), tuple(round(weight, 6) for weight in weights))
+    return WeightedPrompt("".join(chars), tuple(map(_bounded, weights)))
+
+
+def _bounded(weight: float) -> float:
+    return round(max(-LARGEST, min(LARGEST, weight)), 6) if weight == weight else 0.0  # 0 times infinity
 
 
 def encode_weighted(

@@ -1,0 +1,240 @@
+"""Bombs are refused before anything is loaded, in one line; running out of memory is an error with a remedy."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato import cards, errors, files, masks, valid
+from sfumato.app import JobOptions, Order, like, make
+from sfumato.dialects import parse_comfy
+from sfumato.errors import BadInput, OutOfMemory, SfumatoError
+from sfumato.models import Model
+from sfumato.sampling import Options, generate
+from sfumato.text.weights import read_weights
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def nothing_loads(monkeypatch, request):
+    if "memory" not in request.node.name:
+        monkeypatch.setattr(Model, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"size": (8192, 8192)}, "most is 16777216 pixels"),
+        ({"size": (8192, 4096)}, "most is 16777216 pixels"),
+        ({"size": (10**9, 1)}, "between 1 and 8192"),
+        ({"size": (4096, 4096), "frames": 4096}, "4096 frames"),
+        ({"frames": 10**6}, "4096"),
+        ({"steps": 10**5}, "1000"),
+        ({"n": 10**9}, "100000"),
+        ({"prompt": ["a"] * 1000, "n": 1000}, "make more than 100000 samples"),
+        ({"compose": [("a dog", 1.0)] * 20_000}, "100"),
+        ({"seed": 10**5000}, "300 digits"),
+        ({"seed": 10**400}, "300 digits"),
+        ({"seed": 10**40}, "below 2"),
+        ({"guidance": 10**400}, "300 digits"),
+        ({"seed": [0] * 200_000}, "200000 entries"),
+        ({"sigmas": [1.0] * 5000}, "1000"),
+        ({"prompt": "a " * 200_000}, "characters"),
+        ({"prompt": "a (cube:" + "9" * 5000 + ")"}, "more than any text encoder takes"),
+        ({"negative": "a (cube: 1000.0)"}, "more than any text encoder takes"),
+        ({"prompt": [["a"] * 3] * 3}, "prompt"),
+    ],
+)
+def test_options_are_bounded(options, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        Options(**{"prompt": "a cube", **options})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(BadInput):
+        make(**{"prompt": "a cube", **options}, model="toy-sd")
+
+
+@pytest.mark.parametrize(
+    ("system", "says"),
+    [
+        ("attend_excite:words=[" + "|".join("ab" for _ in range(5000)) + "]", "5000 entries"),
+        ("paint_with_words:box=[" + "|".join("[0|0|1|1]" for _ in range(500)) + "]", "64"),
+        ("blend:mask=[" + "|".join("m.png" for _ in range(500)) + "]", "64"),
+        ("blend:box=" + "[" * 20_000, "nested deeper"),
+        ("daam:heads=" + "9" * 5000, "heads"),
+        ("shape_guided:words=" + "x" * 200_000, "200000 characters"),
+    ],
+)
+def test_parameters_of_systems_are_bounded(system, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        cards.build(system)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_systems_are_counted(tmp_path):
+    many = ["daam:words=cube"] * 3000
+    with pytest.raises(BadInput, match="3000 systems are given; the most is 100"):
+        make("a cube", with_=many)
+    with pytest.raises(BadInput, match="3000 systems are given"):
+        generate(tiny_stub(), "a cube", interventions=[cards.build("daam") for _ in range(3000)])
+    files.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), {"prompt": "a", "model": "toy-sd", "with": many})
+    with pytest.raises(BadInput, match="it has 3000 systems"):
+        like(tmp_path / "a.png", {}, Order([]))
+
+
+def tiny_stub():
+    return object()  # it is never asked
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"size": [8192, 8192]}, "16777216"),
+        ({"compose": [["a", 1]] * 20_000}, "compose"),
+        ({"seed": 10**400}, "damaged"),
+        ({"steps": "9" * 5000}, "steps"),
+        ({"guidance": "Infinity"}, "guidance"),
+        ({"prompt": "a\ud800"}, "damaged"),
+        ({"prompt": "a" * 90_000}, "no text encoder reads more"),
+        ({"with": [{"method": "blend", "params": {"box": [[0, 0, 1, 1]] * 900}}]}, "64"),
+    ],
+)
+def test_recipes_are_bounded(tmp_path, recipe, says):
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_itxt("sfumato", json.dumps({"prompt": "a cube", "model": "toy-sd", **recipe}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
+    with pytest.raises(BadInput, match=says) as caught:
+        like(tmp_path / "a.png", {}, Order([]))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, '{"a":' * 20_000, "9" * 5000, "NaN", "[1e999]", '"\\ud800"'])
+def test_json_is_bounded(text):
+    with pytest.raises(ValueError):
+        valid.parsed_json(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 20_000 + "a" + ")" * 20_000, "(" * 100 + " " * 10_000 + "a:1.1)" * 100, "[(" * 10_000, "(a:" + "9" * 5000 + ")",
+     "(a" + ":1" * 20_000 + ")"],
+    ids="deep blanks open digits colons".split(),
+)  # fmt: skip
+def test_weights_are_read_in_proportion_to_their_length(text):
+    start = time.process_time()
+    assert all(abs(weight) <= 1e5 for weight in read_weights(text).weights)
+    assert time.process_time() - start < 5
+
+
+def test_large_graphs_are_read_in_proportion_to_their_length():
+    nodes = {str(i): {"class_type": "SaveImage", "inputs": {f"k{j}": [str((i + j) % 2000), 0] for j in range(15)}}
+             for i in range(1000)}  # fmt: skip
+    nodes |= {str(i): {"class_type": "KSampler", "inputs": {"positive": [str(i - 1), 0], "steps": 1}}
+              for i in range(1000, 2000)}  # fmt: skip
+    start = time.process_time()
+    assert parse_comfy(json.dumps(nodes)) is None
+    assert time.process_time() - start < 5
+
+
+def bomb(width, height):
+    """A PNG of a few hundred bytes that says it is larger."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0])
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_pictures_that_say_they_are_large(tmp_path):
+    (tmp_path / "a.png").write_bytes(bomb(100_000, 100_000))
+    for read in (files.read_picture, files.read_upright, masks.read_mask):
+        with pytest.raises(BadInput, match="pixels"):
+            read(tmp_path / "a.png")
+    import base64
+
+    for width, height in ((100_000, 100_000), (8000, 8000)):
+        with pytest.raises(BadInput, match="pixels|cannot be read"):
+            masks.read_mask(masks.EMBEDDED + base64.b64encode(bomb(width, height)).decode())
+    with pytest.raises(BadInput, match="pixels|cannot be read"):
+        files.read_picture(named(io.BytesIO(bomb(100_000, 100_000))))
+
+
+def named(stream):
+    stream.name = "x.png"
+    return stream
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's own is called."""
+
+
+OUT = [
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", OUT, ids=lambda error: type(error).__name__ + str(error)[:12])
+def test_memory_that_runs_out_while_drawing(error, monkeypatch):
+    model = tiny_model("sd")
+    calls = []
+
+    def fails(*args, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise error
+        return decode(*args, **options)
+
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", fails)
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    with pytest.raises(
+        OutOfMemory, match="2 samples at once of 32x32 does not fit into memory.*batch_size=1"
+    ) as caught:
+        generate(model, "a cube", n=4, batch_size=2, steps=1, seed=0)
+    assert len(caught.value.result) == 2 and "first 2 of 4 samples are finished" in str(caught.value)
+    assert error.__traceback__ is None  # its frames would hold the memory
+    assert all(torch.equal(value, before[name]) for name, value in model.denoiser.state_dict().items())
+
+
+def test_memory_of_other_errors_is_left_alone():
+    for error in (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("out of memory"),
+        BadInput("x"),
+    ):
+        with pytest.raises(type(error)), errors.within_memory("x", "y"):
+            raise error
+    with errors.within_memory("x", "y"):
+        pass
+
+
+def test_memory_that_is_not_there_at_all(monkeypatch):
+    """A real allocation that no machine grants."""
+    with pytest.raises(OutOfMemory, match="the thing does not fit"), errors.within_memory("the thing", "buy more"):
+        torch.empty(2**50)
+    with pytest.raises(OutOfMemory), errors.within_memory("the thing", "buy more"):
+        np.empty(2**60, np.uint8)
+    assert issubclass(OutOfMemory, SfumatoError) and issubclass(OutOfMemory, MemoryError)
+
+
+def test_what_is_large_and_right_is_taken():
+    assert JobOptions(prompt="a cube", size=(4096, 4096)).size == (4096, 4096)
+    assert Options(prompt=["a"] * 1000, n=100).n == 100
+    assert Options(prompt="a (cube:1.5) (ball:-2) f(x):12345", compose=[("a", 1)] * 100)
