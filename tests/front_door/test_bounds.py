@@ -49,6 +49,8 @@ def nothing_loads(monkeypatch, request):
         ({"prompt": "a " * 200_000}, "characters"),
         ({"prompt": "a (cube:" + "9" * 5000 + ")"}, "more than any text encoder takes"),
         ({"negative": "a (cube: 1000.0)"}, "more than any text encoder takes"),
+        ({"prompt": " AND ".join(["a"] * 5000)}, "at most 100 texts are composed"),
+        ({"prompt": "<lora:a:1>" * 3000}, "adapters named"),
         ({"prompt": [["a"] * 3] * 3}, "prompt"),
     ],
 )
@@ -124,8 +126,8 @@ def test_json_is_bounded(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["(" * 20_000 + "a" + ")" * 20_000, "(" * 100 + " " * 10_000 + "a:1.1)" * 100, "[(" * 10_000, "(a:" + "9" * 5000 + ")",
-     "(a" + ":1" * 20_000 + ")"],
+    ["(" * 20_000 + "a" + ")" * 20_000, "(" * 100 + " " * 10_000 + "a:1.1)" * 100, "[(" * 10_000,
+     "(a:" + "9" * 5000 + ")", "(a" + ":1" * 20_000 + ")"],
     ids="deep blanks open digits colons".split(),
 )  # fmt: skip
 def test_weights_are_read_in_proportion_to_their_length(text):

@@ -141,6 +141,13 @@ def test_what_is_allowed(tmp_path):
     assert allowed("ref.png:-0.5", ["ref.png"]) and not allowed("\0", ["/"])
 
 
+def test_adapters_that_a_prompt_names(tmp_path):
+    path = picture(tmp_path / "a.png", like_recipe(prompt="a cube <lora:ink:0.8>"))
+    with pytest.raises(NotAllowed, match="'ink' .file of lora.*--allow ink"):
+        like(path, {}, Order([]))
+    assert like(path, {}, Order([], allow=["ink"])).jobs[0].prompt == "a cube <lora:ink:0.8>"
+
+
 def test_an_edit_of_a_stranger_opens_nothing(tmp_path):
     original = picture(tmp_path / "a.png", like_recipe())
     systems = [{"method": "lora", "params": {"file": "/etc/passwd"}}]

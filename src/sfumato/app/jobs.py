@@ -41,9 +41,7 @@ def readable(prompt: Any) -> Any:
             raise ValueError("a prompt must say something")
         words = len(text.split())
         if words > LONGEST_PROMPT or len(text) > 20 * LONGEST_PROMPT:
-            raise ValueError(
-                f"it has {words} words, {len(text)} characters; at most {LONGEST_PROMPT} words are read"
-            )
+            raise ValueError(f"it has {words} words, {len(text)} characters; at most {LONGEST_PROMPT} words are read")
     return prompt
 
 
@@ -160,8 +158,8 @@ def make(
     from sfumato.sampling import generate
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    given = checked.arguments() | beginning(loaded, image, checked.size)
-    return generate(loaded, **given, interventions=systems, on_step=on_step)
+    given = checked.arguments() | fitted_to(loaded, image, checked.size)
+    return generate(loaded, **given, image=image, interventions=systems, on_step=on_step)
 
 
 def is_picture(what: str) -> bool:
@@ -213,13 +211,11 @@ def size_of(shown: Any) -> tuple[int, int] | None:
     return (shown.shape[2], shown.shape[1]) if shown.ndim == 4 else (shown.shape[1], shown.shape[0])
 
 
-def beginning(model: Model, image: Any, size: tuple[int, int] | None) -> dict[str, Any]:
-    """The arguments of the sampling loop that say what a picture begins from: without a ``size`` that was said, about
-    the model's own area in the picture's shape (:func:`fitting_size`), as wherever a picture is brought along."""
-    if image is None:
-        return {}
-    own = None if size is not None else size_of(image)
-    return {"image": image} | ({} if own is None else {"size": fitting_size(model, own)})
+def fitted_to(model: Model, image: Any, size: tuple[int, int] | None) -> dict[str, Any]:
+    """The ``size`` of a run that begins from a picture: without one that was said, about the model's own area in the
+    picture's shape (:func:`fitting_size`), as wherever a picture is brought along. Nothing without a picture."""
+    own = None if image is None or size is not None else size_of(image)
+    return {} if own is None else {"size": fitting_size(model, own)}
 
 
 def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
@@ -363,7 +359,13 @@ def _systems_of(recipe: dict[str, Any], allow: Sequence[str | Path]) -> list[Any
         raise BadInput("its list of systems is damaged.")
     if len(with_) > cards.MOST_SYSTEMS:
         raise BadInput(f"it has {len(with_)} systems; the most is {cards.MOST_SYSTEMS}.")
-    cards.refuse_files(with_, allow)
+    tagged = []
+    prompt = recipe.get("prompt")
+    if isinstance(prompt, str) and "<" in prompt:  # its <lora:name:scale>
+        from sfumato.text.dialects import adapter_tags
+
+        tagged = [{"method": "lora", "params": {"file": name}} for name, _ in adapter_tags(prompt)[1]]
+    cards.refuse_files([*with_, *tagged], allow)
     return with_
 
 
@@ -395,7 +397,7 @@ def carry_out(
         warn_if_different(order.expected, model)
         if order.image is not None:
             image = as_taken(model, image, order.image)
-            pictures = [job.model_copy(update=beginning(model, image, job.size)) for job in pictures]
+            pictures = [job.model_copy(update=fitted_to(model, image, job.size)) for job in pictures]
         from sfumato.sampling import generate
 
         for index, options in enumerate(pictures):

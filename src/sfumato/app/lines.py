@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sfumato import cards, files, valid
-from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, beginning, ending, load, write
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, ending, fitted_to, load, write
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -289,8 +289,8 @@ def _timed(
     from sfumato.sampling import generate
 
     start = time.perf_counter()
-    given = options.arguments() | beginning(model, image, options.size)
-    result = generate(model, **given, interventions=order.systems(), on_step=on_progress)
+    given = options.arguments() | fitted_to(model, image, options.size)
+    result = generate(model, **given, image=image, interventions=order.systems(), on_step=on_progress)
     result.images  # noqa: B018
     return result, time.perf_counter() - start
 

@@ -29,6 +29,7 @@ MAX_SIDE = 8192  # pixels; beyond it the latents alone outgrow any denoiser
 MAX_AREA = 2**24  # pixels of a picture, such as 4096x4096
 MAX_VOLUME = 2**28  # pixels of all frames of a clip
 MOST_SAMPLES = 100_000
+MOST_COMPOSED = 100
 WHOLE_RUN = (0.0, 1.0)
 PIXELS = {"unit": "pixel"}
 SIZES = ("size", "original_size", "target_size", "negative_original_size", "negative_target_size")
@@ -90,7 +91,7 @@ class Options(Params):
         json_schema_extra={"unit": "progress"},
     )  # fmt: skip
     compose: list[tuple[str, float]] = Field(
-        default=[], max_length=100, description="further (text, weight) conditions of every sample"
+        default=[], max_length=MOST_COMPOSED, description="further (text, weight) conditions of every sample"
     )
     long_prompts: Literal["chunks", "cut"] = Field(
         default="chunks",
@@ -176,6 +177,8 @@ class Options(Params):
         if texts == []:
             raise ValueError("give at least one text")
         for text in [texts] if isinstance(texts, str) else texts or ():
+            if max(text.count("AND"), text.count("<")) > MOST_COMPOSED:
+                raise ValueError(f"at most {MOST_COMPOSED} texts are composed by AND, and adapters named by <...>")
             if found := _HEAVY.search(text):
                 number = found[0].strip(":) \t")
                 raise ValueError(

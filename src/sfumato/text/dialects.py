@@ -18,8 +18,8 @@ from sfumato.errors import BadInput, NotSupported
 __all__ = ["Composition", "adapter_tags", "read_composition", "refuse_dialect"]
 
 _AND = re.compile(r"\bAND\b")
-_WEIGHT = re.compile(r"^(.*?)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$", re.DOTALL)
-_TAG = re.compile(r"\s*<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
+_WEIGHT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_TAG = re.compile(r"\s{0,20}<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def read_composition(prompt: str) -> Composition:
         return Composition(prompt, 1.0, ())
     read = []
     for part in parts:
-        weighted = _WEIGHT.match(part)
-        text, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
+        said, colon, number = part.rpartition(":")
+        text, weight = (said, float(number)) if colon and _WEIGHT.fullmatch(number.strip()) else (part, 1.0)
         if not text.strip():
             raise BadInput(
                 f"AND composes two texts, but one side of it is empty in {prompt[:80]!r}; write it as 'and'."
