@@ -67,7 +67,7 @@ def opens(schema: type[BaseModel], given: Mapping[str, Any]) -> list[tuple[str, 
     found = []
     for name, mark in marked(schema).items():
         for text in _texts(given.get(name)):
-            if text.startswith(EMBEDDED) or (mark.models and text in registry.names()):
+            if not text or text.startswith(EMBEDDED) or (mark.models and text in registry.names()):
                 continue
             found.append((name, text))
     return found

@@ -31,7 +31,7 @@ from sfumato import cards
 from sfumato.adapters.closed_form import compressed
 from sfumato.adapters.fresh import CROSS, copies, learning_weights, matching
 from sfumato.adapters.layers import Scaling, held
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
@@ -75,11 +75,13 @@ class CustomDiffusion:
         class_noun: str = Field(default="", description="what the pictures show, such as ball; merge: taken from files")
         prompt: str = Field(default="photo of a {}", description="sentence; {} is word and class")
         attention: bool = Field(default=False, description="the whole cross-attention learns, for faces")
-        regular: str = Field(default="", description="folder of other pictures of the kind, with captions; none: drawn")
+        regular: FilePath = Field(
+            default="", description="folder of other pictures of the kind, with captions; none: drawn"
+        )
         prior: int = Field(default=200, ge=0, description="how many are drawn; 0: none")
         prior_weight: float = Field(default=1.0, ge=0, description="their weight")
         augment: bool = Field(default=True, description="show pictures small and near")
-        merge: list[str] = Field(
+        merge: list[FilePath] = Field(
             default=[], description="merge these files instead of learning; DATA: captions, a line each"
         )
         ridge: float = Field(default=1e-6, gt=0, description="merge: share of the mean square that is added")

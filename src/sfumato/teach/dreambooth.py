@@ -27,7 +27,7 @@ from torch import nn
 from sfumato import cards
 from sfumato.adapters.fresh import ATTENTION, CROSS, TEXT, adapting, copies, fresh_lora, learning_weights
 from sfumato.bench.subject import Score
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
@@ -107,7 +107,7 @@ class DreamBooth:
         score_every: int = Field(default=0, ge=0, description="steps between scores; 0: none, the last step counts")
         scored: int = Field(default=4, ge=2, description="pictures of each kind that are drawn for a score")
         score_steps: int = Field(default=0, ge=0, description="denoising steps of these; 0: the model's")
-        net: str = Field(default=PLAIN, description="the CLIP that scores; built in, or a folder")
+        net: ModelPath = Field(default=PLAIN, description="the CLIP that scores; built in, or a folder")
         checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
         checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
         seed: int = Field(default=0, ge=0, description="order, noise, identifier and prior")
