@@ -249,7 +249,9 @@ def test_any_text_is_a_prompt(sfumato, tiny_sd):
 
 
 def test_a_prompt_longer_than_the_context_is_said_loudly(sfumato, tiny_sd):
-    outcome = sfumato("make", "red cube " * 100 + "lighthouse", "--model", tiny_sd, "--steps", 1)
+    outcome = sfumato(
+        "make", "red cube " * 100 + "lighthouse", "--model", tiny_sd, "--steps", 1, "--long-prompts", "cut"
+    )
     assert outcome.code == 0
     assert outcome.err.startswith("warning: ") and "does not see" in outcome.err and outcome.err.count("\n") == 1
 
