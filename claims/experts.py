@@ -47,7 +47,7 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
     run_name = f"{name}-{weights[:8]}" + ("-quick" if context.quick else "")
     if run_name not in registry.trained():
         from sfumato.training.recipe import load_recipe
-        from sfumato.training.runs import Run
+        from sfumato.training.runs import TrainingRun
 
         text = registry.recipes()[min(HALVES)].read_text(encoding="utf-8")
         steps = 2 if context.quick else times * int(re.search(r"^steps = (\d+)", text, re.M)[1])  # type: ignore[index]
@@ -60,7 +60,7 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.toml"
             recipe.write_text(text, encoding="utf-8")
-            this = Run(load_recipe(recipe), registry.cache_folder() / "runs" / run_name)
+            this = TrainingRun(load_recipe(recipe), registry.cache_folder() / "runs" / run_name)
         this.folder.mkdir(parents=True, exist_ok=True)
         this.restore()
         this.fit(None, lambda p: context.report(f"  {run_name}: step {p.step} of {p.steps}"))

@@ -1,5 +1,6 @@
 """``python -m docs.generate`` writes every table of README and docs that can be known from the code: methods, models,
-parameters, what a system runs on. A test fails when they are stale.
+parameters, what a system runs on; and the modules ``arguments.py``, the options of public functions as type checkers
+read them. A test fails when they are stale.
 
 Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``. ``--composition`` also runs the new
 pairs of systems for the table of docs/composition.md.
@@ -8,10 +9,11 @@ pairs of systems for the table of docs/composition.md.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sfumato import cards, protocol, registry
+from sfumato import app, cards, protocol, registry
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- generated: {} -->", "<!-- end of generated -->"
@@ -70,6 +72,22 @@ def _default(parameter: cards.Parameter) -> str:
     return parameter.default if parameter.default == "required" else f"`{parameter.default}`"
 
 
+def face(page: Path) -> str:
+    """The functions of the public face, and what each is for."""
+    import inspect
+
+    import sfumato
+
+    rows = []
+    for name in sfumato.__all__:
+        found = getattr(app, name, None) or getattr(cards, name, None)
+        if found is not None:
+            about = " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
+            taken = [each.name for each in inspect.signature(found).parameters.values() if each.default is each.empty]
+            rows.append((f"`sfumato.{name}({', '.join(taken)}, ...)`".replace("(, ", "("), about))
+    return _table(("function", "what it does"), rows)
+
+
 def runs_on(card: cards.Card) -> str:
     """The families that offer what a system needs, in words."""
     from sfumato.models.families import families, offering
@@ -105,10 +123,63 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+HEAD = '''"""{about} Written by ``python -m docs.generate`` from the schemas, for type checkers."""
+
+from __future__ import annotations
+
+{imports}
+'''
+GUIDANCE = dict.fromkeys(("guidance", "true_guidance"), "float | Guidance | None")
+
+
+def modules() -> dict[Path, str]:
+    """Module -> its text: the options of the public functions as ``TypedDict``."""
+    from sfumato.app.editing import EditOptions
+    from sfumato.bench.options import CompareOptions, JudgeOptions
+    from sfumato.cards.signatures import typed_dict
+    from sfumato.sampling.options import Options
+
+    editor, segmenter, teacher = (cards.method(cards.default(wish)).Params for wish in ("edit", "segment", "teach"))
+    options = "Options of {}; see :class:`{}`."
+    found = {
+        "sampling": [
+            typed_dict("GenerateArguments", options.format("a generation", "sfumato.sampling.Options"), Options,
+                       without=("prompt",), types_of=GUIDANCE),
+        ],
+        "bench": [
+            typed_dict("JudgeArguments", options.format("judging", "sfumato.bench.options.JudgeOptions"), JudgeOptions),
+            typed_dict("CompareArguments", options.format("comparing", "sfumato.bench.options.CompareOptions"),
+                       CompareOptions, without=("seed",)),
+        ],
+        "app": [
+            typed_dict("EditArguments", "Options of an edit, and the parameters of the system that edits by default.",
+                       EditOptions, editor, without=("prompt", "from_", "source", "mask")),
+            typed_dict("SegmentArguments", "Parameters of the system that segments by default.", segmenter),
+            typed_dict("TeachArguments", "Parameters of the system that teaches by default.", teacher),
+        ],
+    }  # fmt: skip
+    return {ROOT / "src" / "sfumato" / room / "arguments.py": _module(room, found[room]) for room in found}
+
+
+def _module(room: str, classes: list[str]) -> str:
+    body = "\n\n".join(classes)
+    names = {module: [name for name in names if re.search(rf"\b{name}\b", body)] for module, names in IMPORTED.items()}
+    imports = [f"from {module} import {', '.join(found)}" for module, found in names.items() if found]
+    if "| Guidance" in body:
+        imports += ["", "from sfumato.sampling.guidance import Guidance"]
+    about = {"sampling": "Options of a generation.", "bench": "Options of judging and comparing."}
+    text = about.get(room, "Options of the verbs.")
+    return HEAD.format(about=text, imports="\n".join(imports)) + "\n\n" + body
+
+
+IMPORTED = {"collections.abc": ("Sequence",), "typing": ("Any", "Literal", "TypedDict")}
+
+
 def tables() -> dict[Path, dict[str, Callable[[Path], str]]]:
     """Page -> name of the block -> what writes it."""
     found: dict[Path, dict[str, Callable[[Path], str]]] = {
         ROOT / "README.md": {"models": models, "methods": methods},
+        ROOT / "docs" / "index.md": {"face": face},
         ROOT / "docs" / "systems" / "README.md": {"methods": methods},
         ROOT / "docs" / "models.md": {"families": families},
     }
@@ -145,6 +216,10 @@ def main(arguments: list[str] | None = None) -> None:
         if text != page.read_text(encoding="utf-8"):
             page.write_text(text, encoding="utf-8")
             print(page.relative_to(ROOT))
+    for path, text in modules().items():
+        if not path.is_file() or text != path.read_text(encoding="utf-8"):
+            path.write_text(text, encoding="utf-8")
+            print(path.relative_to(ROOT))
     if given.composition:
         from tests.contract import matrix
 

@@ -18,7 +18,7 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors", "startup"},
-    {"sheets", "rng", "windows", "dialects", "ondemand", "valid", "writing", "registry"},
+    {"arrays", "sheets", "markup", "rng", "windows", "dialects", "ondemand", "valid", "writing", "registry"},
     {"files", "cards", "protocol", "scale"},
     {"clips", "checkpoints"},
     {"metrics"},

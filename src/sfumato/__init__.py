@@ -12,6 +12,7 @@ changes nothing global. A room that carries the name of a verb is that verb as w
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sfumato.app.editing import edit
     from sfumato.app.explaining import explain
     from sfumato.app.jobs import load, make, models
-    from sfumato.app.judging import compare
+    from sfumato.app.judging import compare, judge
     from sfumato.app.segmenting import segment
     from sfumato.app.teaching import teach, train
     from sfumato.cards import build, method, methods
@@ -65,10 +66,15 @@ _HOME = {
 
 
 class _Verb(types.ModuleType):
-    """A room that can be called: the call goes to the function of the same name in the public face."""
+    """A room that can be called: the call goes to the function of the same name in the public face, which also says
+    what it takes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _public(self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(_public(self.__name__.rpartition(".")[2]))
 
 
 class _Face(types.ModuleType):

@@ -26,6 +26,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from sfumato import files
+from sfumato.arrays import to_tensor
 from sfumato.cards.paths import EMBEDDED, FilePath
 from sfumato.errors import BadInput, NoMatch
 from sfumato.metrics.segmentation import otsu_split
@@ -112,7 +113,7 @@ def read_labels(given: Any, what: str = "map") -> Tensor:
         if isinstance(given, Image.Image):
             layered = _upright(given).convert("RGBA")
             flat = Image.alpha_composite(Image.new("RGBA", layered.size, (0, 0, 0, 255)), layered)
-            return torch.from_numpy(np.array(flat.convert("RGB")))
+            return to_tensor(np.array(flat.convert("RGB")))
     raise BadInput(f"{what} is {type(given).__name__}; it must be a file, a PIL picture or an array.")
 
 
@@ -176,7 +177,7 @@ def _from_picture(image: Image.Image, what: str) -> Tensor:
         if alpha.min() != alpha.max():
             visible = colors[alpha > 0].astype(np.float32) / 255
             if (np.ptp(visible, axis=0) <= SAME_COLOR).all():
-                return torch.from_numpy(alpha.astype(np.float32) / 255)
+                return to_tensor(alpha.astype(np.float32) / 255)
             raise BadInput(
                 f"{what} has colours and transparency, and does not say which of them is the mask; save it in black "
                 f"and white without transparency, or in a single colour on a transparent layer."
@@ -199,7 +200,7 @@ def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
     if array.ndim != 2 or 0 in array.shape:
         raise BadInput(f"{what} has shape {array.shape}; it must be (height, width), one mask at a time.")
     if array.dtype == bool:
-        return torch.from_numpy(array.astype(np.float32))
+        return to_tensor(array.astype(np.float32))
     if not np.isfinite(array).all():
         raise BadInput(f"{what} holds values that are not finite numbers.")
     low, high = array.min(), array.max()
@@ -212,7 +213,7 @@ def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
     if low < 0 or high > top:
         allowed = "in [0, 1]" if top == 1 else f"whole numbers up to {top:.0f}"
         raise BadInput(f"{what} holds values from {low:g} to {high:g}; they must be {allowed}.")
-    return torch.from_numpy((array / top).astype(np.float32))
+    return to_tensor((array / top).astype(np.float32))
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -348,14 +349,14 @@ def close(mask: Tensor, cells: int = 1) -> Tensor:
 
 def fill_holes(mask: Tensor) -> Tensor:
     """A mask (H W) of 0 and 1 with everything filled that it encloses (cells touch at their sides)."""
-    return torch.from_numpy(ndimage.binary_fill_holes(mask.cpu().numpy() > 0.5).astype(np.float32))
+    return to_tensor(ndimage.binary_fill_holes(mask.cpu().numpy() > 0.5).astype(np.float32))
 
 
 def feather(mask: Tensor, width: float) -> Tensor:
     """1 on a mask (H W) of 0 and 1, falling in a straight line to 0 at a distance of ``width`` cells outside it."""
     if width <= 0 or not mask.any():
         return (mask > 0.5).float()
-    away = torch.from_numpy(ndimage.distance_transform_edt(mask.cpu().numpy() <= 0.5))
+    away = to_tensor(ndimage.distance_transform_edt(mask.cpu().numpy() <= 0.5))
     return (1 - away / width).clamp(0, 1).float()
 
 

@@ -6,7 +6,9 @@ A system is one class with a card (:mod:`sfumato.cards`). The public face asks t
     explain   a picture, a reading, a model's idea of a concept, a net    ``--by KEY``
     edit      opens a picture and changes it                              ``--with KEY``
     segment   learns masks from the name of an object                     ``--by KEY``
-    teach     teaches a model that exists
+    teach     teaches a model that exists                                 ``--by KEY``
+    judge     compares two sets of pictures by attributes                 ``--by KEY``
+    train     trains a model from a recipe                                ``objective = "KEY"``
 
 Whatever a method cannot take (a model, a picture, an option) it refuses with an error of :mod:`sfumato.errors`.
 """
@@ -15,23 +17,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = [
     "VERBS",
+    "Comparison",
     "Edits",
     "ExplainsConcept",
     "ExplainsImage",
     "ExplainsNet",
     "ExplainsReading",
+    "Judges",
     "Opened",
     "Picture",
+    "Segmentation",
     "Segments",
+    "Table",
     "TakesPart",
+    "Taught",
     "Teaches",
+    "Trains",
     "Work",
     "serves",
 ]
@@ -79,13 +90,21 @@ class ExplainsConcept(Protocol):
         it wrote."""
 
 
+class Table(Protocol):
+    """What is found in a net."""
+
+    def lines(self) -> list[str]:
+        """It as lines of text."""
+
+    def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
+        """Writes it; returns the files. ``new``: FileExistsError where the first of them is there."""
+
+
 @runtime_checkable
 class ExplainsNet(Protocol):
     """Explains what the layers of a net know."""
 
-    def explain_net(self, net: Any, name: str = "", **options: Any) -> Any:
-        """Returns a table with ``lines()`` and ``save(folder, stem, new=False)``, the files it wrote; ``new``:
-        FileExistsError where the first of them is there."""
+    def explain_net(self, net: Any, name: str = "", **options: Any) -> Table: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +140,17 @@ class Edits(Protocol):
         """Open a picture; the object keeps this system's parameters for its edits."""
 
 
+class Segmentation(Protocol):
+    """Masks, and what has learnt to make them."""
+
+    @property
+    def segmenter(self) -> Any:
+        """``mask(image)`` (PIL) gives the mask in the picture's size (PIL)."""
+
+    def save(self, folder: Path, names: Sequence[str] | None = None) -> list[Path]:
+        """Writes masks and segmenter; returns the files."""
+
+
 @runtime_checkable
 class Segments(Protocol):
     """Learns to segment an object from its name."""
@@ -133,9 +163,9 @@ class Segments(Protocol):
         *,
         remover: Any = None,
         on_progress: Callable[[str, int, int], None] | None = None,
-    ) -> Any:
+    ) -> Segmentation:
         """``pictures`` (PIL, all of one size) show the object; None makes some. ``remover`` redraws pictures without
-        it. Returns a finding with ``save(folder, names)``, the files it wrote."""
+        it."""
 
     @staticmethod
     def open_segmenter(path: Path) -> Any:
@@ -163,6 +193,17 @@ class Work:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class Taught(Protocol):
+    """What teaching leaves."""
+
+    @property
+    def model(self) -> Any:
+        """The taught copy."""
+
+    def save(self, path: Path | str) -> Any:
+        """Writes it: an adapter's file, or a new folder; returns the files or the folder."""
+
+
 @runtime_checkable
 class Teaches(Protocol):
     """Teaches a model that exists. ``RESUMES``: it takes ``work`` (a :class:`Work`) and a loaded model, and its record
@@ -170,9 +211,45 @@ class Teaches(Protocol):
 
     RESUMES: ClassVar[bool]
 
-    def teach(self, model: Any, data: Any, **options: Any) -> Any:
-        """``model``: a name, a folder or a loaded model, which is not changed; ``data``: a folder, or "toybox".
-        Returns a record with ``model`` and ``save(path)``."""
+    def teach(self, model: Any, data: Any, **options: Any) -> Taught:
+        """``model``: a name, a folder or a loaded model, which is not changed; ``data``: a folder, or "toybox"."""
+
+
+@dataclass
+class Comparison:
+    """What differs between two sets of pictures, as a report shows it: ``figures`` (name, value, what it is),
+    ``tables`` (title, heads, rows), ``notes``, ``plots`` by name, and everything as plain values in ``data``."""
+
+    figures: list[tuple[str, float, str]] = field(default_factory=list)
+    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    plots: dict[str, Image] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """Compares two sets of pictures by attributes that are named."""
+
+    def find_attributes(self, captions: Iterable[str], most: int = 20) -> list[str]:
+        """Attributes worth comparing, from captions. Raises NoMatch where there is none."""
+
+    def scores(self, clip: Any, attributes: Sequence[str], real: Any, fake: Any) -> Any:
+        """How much of each attribute each picture shows, (n m) and (n' m), from embeddings (n d) and (n' d)."""
+
+    def compare_attributes(
+        self, attributes: Sequence[str], real: Any, fake: Any, mentions: Any = None, scored_by: str = ""
+    ) -> Comparison:
+        """The two sets by such scores; ``mentions`` (n m): whether captions of the real ones name an attribute."""
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """Trains a model from a recipe whose ``objective`` is the system's key."""
+
+    @staticmethod
+    def objective(recipe: Any) -> Any:
+        """The :class:`sfumato.training.objective.Objective` that a recipe describes, its modules built."""
 
 
 VERBS: dict[str, tuple[tuple[type, str], ...]] = {
@@ -186,6 +263,8 @@ VERBS: dict[str, tuple[tuple[type, str], ...]] = {
     "edit": ((Edits, "pictures that exist"),),
     "segment": ((Segments, "the object that is named"),),
     "teach": ((Teaches, "a model that exists"),),
+    "judge": ((Judges, "two sets of pictures, by attributes"),),
+    "train": ((Trains, "a model from a recipe that names it as its objective"),),
 }
 """Verb -> what may be asked of a system, in words."""
 

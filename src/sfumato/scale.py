@@ -159,7 +159,7 @@ def _dataset(feed: Any, make: Callable[[], Callable[[Any], Any]], count: int) ->
     from ray import data, get
     from ray.data.block import BlockMetadata
 
-    class Source(data.Datasource):
+    class Items(data.Datasource):
         def get_name(self) -> str:
             return "Items"
 
@@ -175,7 +175,7 @@ def _dataset(feed: Any, make: Callable[[], Callable[[Any], Any]], count: int) ->
             return [data.ReadTask(read, unknown)]
 
     # reading takes no CPU of its own, or the workers would have one too few
-    items = data.read_datasource(Source(), num_cpus=0, override_num_blocks=1)
+    items = data.read_datasource(Items(), num_cpus=0, override_num_blocks=1)
     answers = items.map(_Worker, fn_constructor_args=(make,), compute=data.ActorPoolStrategy(size=count), num_cpus=1)
     answers.context.execution_options.preserve_order = True
     answers.context.target_max_block_size = 1  # an item must not wait for a block to fill
@@ -210,7 +210,7 @@ class _Worker:
 class _Failed(NamedTuple):
     """What went wrong on a worker: an error of ours by its name, or one that nobody expects and where it arose."""
 
-    told: str
+    message: str
     kind: str = ""
     trace: str = ""
 
@@ -219,10 +219,10 @@ def _opened(answer: Any) -> Any:
     if not isinstance(answer, _Failed):
         return answer
     if not answer.kind:
-        raise RuntimeError(answer.told) from RuntimeError(f"on a worker:\n{answer.trace}")
+        raise RuntimeError(answer.message) from RuntimeError(f"on a worker:\n{answer.trace}")
     made = getattr(errors, answer.kind, SfumatoError)
     error = made.__new__(made)  # the message is whole: the constructor would write another
-    error.args = (answer.told,)
+    error.args = (answer.message,)
     raise error
 
 
@@ -238,9 +238,9 @@ def _connect(workers: int | None) -> None:
 
 @contextlib.contextmanager
 def _mute() -> Iterator[None]:
-    """Within: nothing reaches the terminal. Ray's core tells there that it was told to be quiet."""
+    """Within: nothing reaches the terminal. Ray's core says there that it is asked to be quiet."""
     try:
-        kept = os.dup(2)
+        stderr = os.dup(2)
     except OSError:  # there is none
         yield
         return
@@ -249,8 +249,8 @@ def _mute() -> Iterator[None]:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -258,14 +258,14 @@ def _settings() -> Iterator[None]:
     """Within: Ray reports nothing to its makers, says nothing on the console (its log files have it all) and leaves
     graphics cards as it finds them, and the workers of a cluster that is started here find this very package."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    told = {
+    settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     importlib.import_module("ray.data")  # its console is there from now on
     consoles = [each for each in logging.getLogger("ray.data").handlers if each.name == "console"]
     levels = [each.level for each in consoles]

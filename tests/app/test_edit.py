@@ -193,7 +193,8 @@ def test_recipes_that_do_not_fit(sfumato, refused, tiny_sd, made, photo):
     refused("edit", photo, "--like", ours, "--model", tiny_sd, says=["photo.jpg is not the picture"])
     refused("edit", made, "--like", ours, "--mask", photo, "--model", tiny_sd, says=["photo.jpg is not the mask"])
     refused("edit", made, "--like", made, says=["is no edit", "sfumato make --like"])
-    refused("edit", made, "--like", ours, says=["not built in", "--model"])
+    again = sfumato("edit", made, "--like", ours, "-o", "again.png")  # the folder in the recipe is found again
+    assert again.lines[0] == "again.png" and (pixels("again.png") == pixels(ours)).all()
     refused("edit", made, "--like", ours, "--steps", 4, "--model", tiny_sd, says=["as it was"])
     refused("make", "--like", ours, "--model", tiny_sd, says=["is an edit", "sfumato edit ORIGINAL --like"])
     refused("edit", made, TARGET, "--steps", 4, "--model", tiny_sd, says=["steps cannot be given", "recipe"])

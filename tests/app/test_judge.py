@@ -59,7 +59,7 @@ def test_two_folders_as_the_issue_writes_it(sfumato, toys, tmp_path):
         (("{toys}", "--metric", "fid"), ["unknown metric 'fid'"]),
         (("{toys}", "--metric", "frechet"), ["frechet needs a reference"]),
         (("{toys}", "--attributes", "none.txt"), ["none.txt", "No such file"]),
-        (("{toys}", "--attributes", "a.txt", "--attribute", "b"), ["not both"]),
+        (("{toys}", "--attributes", "captions", "--attribute", "b"), ["'captions'"]),
         (("{toys}", "{toys}"), ["both the folder and its reference"]),
         (("{toys}", "--no-captions"), ["no captions and there is no reference"]),
         (("{toys}", "--cap", 1), ["cap of judge is 1"]),

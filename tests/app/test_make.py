@@ -154,7 +154,20 @@ def test_like_trusts_nothing(refused, tmp_path, tiny_sd, change, says):
 def test_like_loads_no_model_that_only_a_picture_names(refused, tmp_path):
     recipe = {"prompt": "a cube", "model": "somebody/weights", "hash": ""}
     picture = files.save_png(tmp_path / "strange.png", Image.new("RGB", (8, 8)), recipe)
-    refused("make", "--like", picture, says=["'somebody/weights', which is not built in", "say --model yourself"])
+    says = ["'somebody/weights', which is neither built in nor here", "say --model yourself"]
+    refused("make", "--like", picture, says=says)
+
+
+def test_like_finds_a_folder_of_ones_own_again(sfumato, refused, tiny_sd, loaded_once, tmp_path):
+    made = sfumato("make", "a cube", "--model", tiny_sd, *FAST).lines[0]
+    again = sfumato("make", "--like", made, "-o", "again.png")
+    assert again.lines == ["again.png"] and (pixels("again.png") == pixels(made)).all()
+    recipe = files.read_recipe(made)[0]
+    other = files.save_png(tmp_path / "other.png", Image.new("RGB", (8, 8)), {**recipe, "hash": "ab" * 32})
+    refused("make", "--like", other, says=["other weights of", "--model", "all the same"])
+    for model in (str(tmp_path), f"{tiny_sd}/vae", "~nobody/x", "x" * 5000, "/dev/zero", "nul\0byte", 3):
+        strange = files.save_png(tmp_path / "strange.png", Image.new("RGB", (8, 8)), {**recipe, "model": model})
+        refused("make", "--like", strange, says=["neither built in nor here"])
 
 
 def test_prompts_from_a_file(sfumato, tiny_sd):
@@ -164,7 +177,7 @@ def test_prompts_from_a_file(sfumato, tiny_sd):
         "out/a-cube-4.png",
         "out/a-ball-0.png",
         "out/a-ball-1.png",
-        "out/a-cube-4-grid.png",
+        "out/a-cube-4-grid-of-3.png",
     ]
     grid = pixels(outcome.lines[3])
     assert grid.shape == (66, 66, 3) and (grid[:32, 34:] == pixels("out/a-ball-0.png")).all()

@@ -59,8 +59,8 @@ def test_in_a_folder_clips_are_mp4_with_their_sheets_beside(sfumato, tiny_clips)
     with Image.open("here/a-red-cube-0.heat.png") as sheet:
         assert sheet.width > 3 * 256 and sheet.height > 2 * 256
     numbered = sfumato("make", "a red cube", "-n", 2, "--model", tiny_clips, *FAST, "--grid", "-o", "two.gif")
-    assert numbered.lines == ["two-1.gif", "two-2.gif", "two-1-grid.png"], numbered.err
-    with Image.open("two-1-grid.png") as grid:
+    assert numbered.lines == ["two-1.gif", "two-2.gif", "two-1-grid-of-2.png"], numbered.err
+    with Image.open("two-1-grid-of-2.png") as grid:
         assert grid.size == (3 * 32 + 2 * 2, 2 * 32 + 2)  # a strip of each
 
 

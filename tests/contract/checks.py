@@ -24,6 +24,7 @@ from sfumato.attention import Call
 from sfumato.cards import CAPABILITIES, from_recipe, to_recipe
 from sfumato.errors import Conflict, NoMatch, NotSupported, SfumatoError, WorkInterrupted
 from sfumato.models import Model
+from sfumato.models.families import families_with
 from sfumato.sampling import Guidance, Intervention, Result, Step, generate, recipe_args
 from tests.helpers import fingerprint
 from tests.tiny import forget_pipelines
@@ -363,5 +364,6 @@ def check_refuses(make: Make, model: Model, missing: str) -> None:
         run(model, make())
     message = str(caught.value)
     assert isinstance(caught.value, NotSupported) and "\n" not in message, message
-    expected = f"{make().name} needs {CAPABILITIES[missing]}; {model.name} ({model.family.name}) has none."
-    assert message.startswith(expected), f"{message!r} does not begin with {expected!r}"
+    expected = f"{make().name} needs {CAPABILITIES[missing]}; {model.name} ({model.family.name}) has none; "
+    assert message == f"{expected}{families_with(*make().CARD.needs)}.", f"{message!r} does not begin with {expected!r}"
+    assert model.family.name not in message.rpartition("families ")[2].rstrip(".").split(", ")

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
-from sfumato.teach.robust_vit import RobustVit, _loss, masks_from, relevance_maps, teach
+from sfumato.teach.robust_vit import RobustVit, masks_from, relevance_maps, teach
+from sfumato.teach.robust_vit.loss import batch_loss
 
 
 def vit(**more) -> ViTForImageClassification:
@@ -64,7 +65,7 @@ def test_relevance_is_the_papers_matrix() -> None:
 def test_loss_is_the_papers() -> None:
     images, masks, labels = examples()
     options = RobustVit(temperature=2.0).params
-    loss, told = _loss(REFERENCE, images, masks, labels, options)
+    loss, told = batch_loss(REFERENCE, images, masks, labels, options)
     maps = F.interpolate(slow_maps(REFERENCE, images, labels)[:, None], (16, 16), mode="bilinear")[:, 0]
     low, high = maps.flatten(1).min(1)[0], maps.flatten(1).max(1)[0]
     heat = (maps - low[:, None, None]) / (high - low)[:, None, None]
@@ -75,7 +76,7 @@ def test_loss_is_the_papers() -> None:
     assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-4)
     assert told["background"] == pytest.approx(float(background), rel=1e-4)
     assert told["foreground"] == pytest.approx(float(foreground), rel=1e-4)
-    label = _loss(REFERENCE, images, masks, labels, RobustVit(keep="label", relevance=0).params)[0]
+    label = batch_loss(REFERENCE, images, masks, labels, RobustVit(keep="label", relevance=0).params)[0]
     assert float(label.detach()) == pytest.approx(0.2 * float(F.cross_entropy(logits, labels).detach()), rel=1e-4)
 
 

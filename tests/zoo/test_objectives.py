@@ -233,23 +233,25 @@ def test_scenes_told_twice_are_contrasted_as_pictures_are_and_alone_at_first() -
     clip = build("clip", **small, loss={**loss, "paraphrases": 0.7, "tellings": 5, "text_first": 3, "local": 0.3})
     plain = build("clip", **small, loss=loss)
     alone, batch = clip.batch(Draw(0, 2)), clip.batch(Draw(0, 3))
-    assert set(alone) == {"told", "said"} and set(batch) == {*alone, *plain.batch(Draw(0, 3))}
+    assert set(alone) == {"paraphrases", "paraphrases_same"} and set(batch) == {*alone, *plain.batch(Draw(0, 3))}
     for draw, given in ((Draw(0, 2), alone), (Draw(0, 3), batch)):
-        first, changed, again = (part.split(5)[0] for part in (given["told"], given["told"][5:], given["told"][10:]))
+        first, changed, again = (
+            part.split(5)[0] for part in (given["paraphrases"], given["paraphrases"][5:], given["paraphrases"][10:])
+        )
         assert all(sorted(a.tolist()) == sorted(c.tolist()) for a, c in zip(first, changed, strict=True))
         assert not any(torch.equal(a, c) for a, c in zip(first, changed, strict=True))
         assert any(not torch.equal(a, c) for a, c in zip(first, again, strict=True))
-        text = clip.features(tokens=given["told"]).double()
+        text = clip.features(tokens=given["paraphrases"]).double()
         scores = float(clip.clip.logit_scale.exp()) * text[10:] @ text[:10].T
         expected = 0.0
         for i in range(5):
-            rows = [j for j in range(10) if j == i or not given["said"][i, j]]
-            columns = [k for k in range(5) if k == i or not given["said"][k, i]]
+            rows = [j for j in range(10) if j == i or not given["paraphrases_same"][i, j]]
+            columns = [k for k in range(5) if k == i or not given["paraphrases_same"][k, i]]
             expected += float(scores[i, rows].logsumexp(0) + scores[columns, i].logsumexp(0) - 2 * scores[i, i]) / 10
             expected += 0.5 * float(torch.stack([scores[i, i], scores[i, 5 + i]]).logsumexp(0) - scores[i, i]) / 5
         rest = 0.0 if given is alone else float(plain.loss(plain.batch(draw), draw)[0])
         total, logs = clip.loss(given, draw)
-        hidden = clip.clip.text_model(input_ids=given["told"], output_hidden_states=True)
+        hidden = clip.clip.text_model(input_ids=given["paraphrases"], output_hidden_states=True)
         parts = [
             float(labels.leaked(h[:5], h[5:10], first, changed, clip.tokenizer.eos_token_id))
             for h in (hidden.last_hidden_state, hidden.hidden_states[-2])

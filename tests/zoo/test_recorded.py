@@ -10,7 +10,7 @@ import torch
 
 from sfumato.training.objective import objectives
 from sfumato.training.recipe import Recipe
-from sfumato.training.runs import Run
+from sfumato.training.runs import TrainingRun
 
 # recorded at commit 779dd8d, one thread; on the machine of the record they are equal bit for bit
 LOSSES = {
@@ -75,7 +75,7 @@ def home(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_first_losses(name: str, home: Path, tmp_path: Path) -> None:
-    run = Run(Recipe.model_validate(recipe_values(name, home)), tmp_path)
+    run = TrainingRun(Recipe.model_validate(recipe_values(name, home)), tmp_path)
     found = [float(run.trainer.train_step()["loss"]) for _ in range(2)]
     assert found == pytest.approx(LOSSES[name], rel=2e-3)
     if name in ("vae", "clip"):  # the others are made of them

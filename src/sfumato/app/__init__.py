@@ -15,7 +15,7 @@ MODULES = {
     + ("LONGEST_PROMPT", "offers", "suitable_model"),
     "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "carry_out_lines", "read_prompts"),
     "explaining": ("Explaining", "Explanation", "explain", "explain_into", "open_net"),
-    "editing": ("EditOptions", "Edits", "edit", "edit_file", "edit_like"),
+    "editing": ("EditOptions", "EditResult", "edit", "edit_file", "edit_like"),
     "segmenting": ("segment", "segment_files"),
     "judging": ("LinesLeftOut", "Side", "compare", "judge", "side"),
     "teaching": ("teach", "train"),

@@ -10,28 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, files, protocol
+from sfumato import cards, files, markup, protocol
+from sfumato.app.arguments import EditArguments
 from sfumato.app.jobs import (
     DEFAULT_MODEL,
     JobOptions,
     Order,
     RecipeDiffers,
     build_all,
+    check_weights,
     fitting_size,
     like,
     load,
+    model_of,
     offers,
     readable,
     suitable_model,
-    warn_if_different,
 )
 from sfumato.cards import Field, Params
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
     from sfumato.models import Model
     from sfumato.sampling import Result
@@ -71,7 +75,7 @@ class EditOptions(Params):
 
 
 @dataclass(frozen=True, eq=False)
-class Edits:
+class EditResult:
     """What :func:`edit` made: one result per new prompt, and the opened ``original``, which further edits can be given
     in place of the picture (where a region was drawn anew: the picture itself, as it was cut)."""
 
@@ -84,8 +88,12 @@ class Edits:
         """The edited pictures."""
         return [result.images[0] for result in self.results]
 
+    def _repr_html_(self) -> str:
+        shown = [(each.prompts[0], image) for each, image in zip(self.results, self.images, strict=True)]
+        return markup.gallery(repr(self), shown)
+
     def __repr__(self) -> str:
-        return f"Edits({len(self.results)} pictures: {', '.join(repr(each.prompts[0]) for each in self.results)})"
+        return f"EditResult({len(self.results)} pictures: {', '.join(repr(each.prompts[0]) for each in self.results)})"
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class Editor:
         return self.cls.CARD.key
 
 
+@spelt_out(EditArguments, cards.parameters_of(EditOptions), cards.parameters(cards.default("edit")))
 def edit(
     image: str | Path | Image | Any,
     prompt: str | Sequence[str],
@@ -114,8 +123,8 @@ def edit(
     with_: Any = (),
     allow: Sequence[str | Path] = (),
     on_step: Callable[..., Any] | None = None,
-    **options: Any,
-) -> Edits:
+    **options: Unpack[EditArguments],
+) -> EditResult:
     """Change what a picture shows by its prompt, and keep the rest of it.
 
     Args:
@@ -175,7 +184,7 @@ def edit(
             about["with"][0]["params"].pop("mask", None)
         results.append(result)
         recipes.append({**result.recipe, "edit": dict(about)})
-    return Edits(getattr(opened, "original", opened), results, recipes)
+    return EditResult(getattr(opened, "original", opened), results, recipes)
 
 
 def _editor(systems: Sequence[Any], params: dict[str, Any], model: Any, mask: Any) -> Editor:
@@ -275,7 +284,7 @@ def _replayed(
         raise BadInput(f"from is {options.from_!r}, but {path} says that it shows {shown!r}; or add invert.")
     system = _built(editor, shown)
     loaded = load(order.model or DEFAULT_MODEL, dtype=order.dtype) if isinstance(model, str | Path | None) else model
-    warn_if_different(order.expected, loaded)
+    check_weights(order.expected, loaded, order.same_weights)
     settings = order.jobs[0].arguments() | {"n": 1}
     opened = system.open(loaded, protocol.Picture(picture, shown, settings, order.systems()), on_step)
     if opened.fidelity < 60:  # rounding to 8 bits alone leaves equal pictures
@@ -364,20 +373,15 @@ def edit_file(
     given = dict(arguments)
     prompts, expected = given.pop("prompt"), given.pop("expected", {})
     model: Any = order.model
-    if model is None and expected:
-        from sfumato import registry
-
-        model = expected.get("model")
-        if model not in registry.names():
-            raise BadInput(
-                f"the edit was made with the model {str(model)[:200]!r}, which is not built in; say --model."
-            )
+    same = model is None and bool(expected)
+    if same:
+        model = model_of(expected, Path("the edit"))
     with files.output(out) as (folder, named):
         if model is not None and (order.dtype or order.device != "cpu"):
             model = load(model, dtype=order.dtype, device=order.device)
         systems, allow = order.with_, order.allow
         done = edit(picture, prompts, mask=mask, model=model, with_=systems, allow=allow, on_step=on_step, **given)
-        warn_if_different(expected, done.results[0].model)
+        check_weights(expected, done.results[0].model, same)
         for index, (result, recipe) in enumerate(zip(done.results, done.recipes, strict=True)):
             at = files.numbered(named, index, len(done.results))
 

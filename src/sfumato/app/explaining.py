@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol, valid
+from sfumato import cards, files, markup, protocol, valid
 from sfumato.app.jobs import (
     DEFAULT_MODEL,
     JobOptions,
+    MakeOptions,
     Order,
     as_taken,
     carry_out,
@@ -22,12 +23,15 @@ from sfumato.app.jobs import (
     picture_and_prompt,
     size_of,
 )
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported
+from sfumato.sampling.arguments import GenerateArguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
     from sfumato.models import Model
     from sfumato.sampling import Result
@@ -49,7 +53,16 @@ class Explanation:
         kinds = ", ".join(sorted({type(each).__name__ for each in self.maps}))
         return f"Explanation({len(self.images)} pictures, {kinds})"
 
+    def _repr_html_(self) -> str:
+        if len(self.maps) != len(self.images):  # a concept: what it is made of, and pictures of it
+            shown = [("", image) for image in self.images]
+        else:
+            both = zip(self.maps, self.images, strict=True)
+            shown = [("", maps.grid(image) if hasattr(maps, "grid") else image) for maps, image in both]
+        return markup.gallery(repr(self), shown)
 
+
+@spelt_out(GenerateArguments, cards.parameters_of(MakeOptions))
 def explain(
     what: str | Path | Image,
     prompt: str | None = None,
@@ -57,8 +70,8 @@ def explain(
     words: str | Sequence[str] = (),
     model: str | Path | Model = DEFAULT_MODEL,
     by: str | None = None,
-    **options: Any,
-) -> Any:
+    **options: Unpack[GenerateArguments],
+) -> Explanation | protocol.Table:
     """Where words of a prompt are in a picture; what in a picture led a reading model to its answer; what a concept is
     made of; or what the layers of a net know.
 

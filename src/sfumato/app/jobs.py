@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,18 @@ from pydantic import field_validator
 
 from sfumato import cards, checkpoints, clips, files, sheets
 from sfumato.cards import Field
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
+from sfumato.sampling.arguments import GenerateArguments
 from sfumato.sampling.options import Options
 from sfumato.startup import collector_paused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
     from sfumato.models import Model
     from sfumato.sampling import Result
@@ -95,8 +100,8 @@ class MakeOptions(Options):
 
 def load(
     name: str | Path,
-    dtype: Any = None,
-    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> Model:
     """A model by built-in name, local diffusers folder, single ``.safetensors`` file or hub id.
@@ -119,6 +124,7 @@ def load(
     return model
 
 
+@spelt_out(GenerateArguments, cards.parameters_of(MakeOptions))
 def make(
     prompt: str | Sequence[str],
     *,
@@ -127,7 +133,7 @@ def make(
     allow: Sequence[str | Path] = (),
     image: Any = None,
     on_step: Callable[..., Any] | None = None,
-    **options: Any,
+    **options: Unpack[GenerateArguments],
 ) -> Result:
     """Generate pictures.
 
@@ -270,8 +276,9 @@ class Order:
     """Pictures to make and write: one entry of ``jobs`` per prompt, with one model and the same systems for all.
 
     ``expected`` is the recipe that a picture to be repeated carries, to warn where model or versions differ from it.
-    ``maps``: also write the numbers behind the pictures that systems draw. ``allow``: files that systems described by
-    recipes may open.
+    ``same_weights``: it must be those weights, for nobody but the recipe named the model. ``maps``: also write the
+    numbers behind the pictures that systems draw. ``allow``: files that systems described by recipes may
+    open.
     """
 
     jobs: list[JobOptions]
@@ -282,6 +289,7 @@ class Order:
     image: Path | None = None
     expected: dict[str, Any] = field(default_factory=dict)
     maps: bool = False
+    same_weights: bool = False
     allow: list[str | Path] = field(default_factory=list)
 
     def systems(self) -> list[Any]:
@@ -296,11 +304,9 @@ class Order:
 def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
     """``order`` completed by the recipe in ``picture``; what was typed, there or in ``order``, wins.
 
-    The recipe is a stranger's: it may name built-in models only, its systems open no file that ``order.allow`` does not
-    name, and every value is checked as if typed.
+    The recipe is a stranger's: the models it may name are :func:`model_of`'s, its systems open no file that
+    ``order.allow`` does not name, and every value is checked as if typed.
     """
-    from sfumato import registry
-
     recipe, exact = files.read_recipe(picture)
     if recipe.get("edit") is not None:
         raise BadInput(f"{picture} is an edit; repeat it from its original: sfumato edit ORIGINAL --like {picture}.")
@@ -329,11 +335,8 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         raise NotAllowed(f"{picture}: {error}") from None
     except SfumatoError as error:
         raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
-    if exact and not order.model and model not in registry.names():
-        raise BadInput(
-            f"{picture} was made with the model {str(model)[:200]!r}, which is not built in; "
-            "say --model yourself to load it, or another one."
-        )
+    if exact and not order.model:
+        model = model_of(recipe, picture)
     if not exact:
         message = "its settings come from another program's text, so the picture will not be the same"
         message += f"; left out: {', '.join(map(str, dropped[:20]))}" if dropped else ""
@@ -341,7 +344,31 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
         message += f"; it was made with {recipe['named_model']!r}" if recipe.get("named_model") else ""
         warnings.warn(RecipeDiffers(f"{picture}: {message}."), stacklevel=2)
     dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
-    return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=recipe if exact else {})
+    own = exact and not order.model
+    expected = recipe if exact else {}
+    return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=expected, same_weights=own)
+
+
+def model_of(recipe: dict[str, Any], picture: Path) -> str:
+    """The model that a recipe names: a built-in one, or a folder or file that lies here. Whether its weights are those
+    of the recipe shows when it is loaded (:func:`check_weights`).
+
+    Raises BadInput for any other, such as a Hub id: a picture must not start a download.
+    """
+    from sfumato import registry
+
+    named = recipe.get("model")
+    if named in registry.names():
+        return str(named)
+    if isinstance(named, str) and isinstance(recipe.get("hash"), str):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long for a path, a zero byte
+            path = Path(named).expanduser()
+            if checkpoints.is_pipeline(path) or (path.suffix == ".safetensors" and path.is_file()):
+                return named
+    raise BadInput(
+        f"{picture} was made with the model {str(named)[:200]!r}, which is neither built in nor here; "
+        "say --model yourself to load it, or another one."
+    )
 
 
 def _reads_last_but_one(model: str) -> bool:
@@ -394,7 +421,7 @@ def carry_out(
         if named is not None and (out.suffix.lower() == ".png") == model.clips:
             kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
             raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")
-        warn_if_different(order.expected, model)
+        check_weights(order.expected, model, order.same_weights)
         if order.image is not None:
             image = as_taken(model, image, order.image)
             pictures = [job.model_copy(update=fitted_to(model, image, job.size)) for job in pictures]
@@ -454,7 +481,7 @@ def write_grid(made: Sequence[Path]) -> Path:
             sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
         return path
 
-    return files.create(made[0].parent, f"{made[0].stem}-grid", ".png", save)
+    return files.create(made[0].parent, f"{made[0].stem}-grid-of-{len(made)}", ".png", save)
 
 
 def ending(result: Result) -> str:
@@ -462,13 +489,17 @@ def ending(result: Result) -> str:
     return ".mp4" if result.clips else ".png"
 
 
-def warn_if_different(expected: dict[str, Any], model: Model) -> None:
-    """Say so when the picture to be repeated was made by other weights or versions than are here."""
+def check_weights(expected: dict[str, Any], model: Model, same: bool = False) -> None:
+    """Say so when the picture to be repeated was made by other weights or versions than are here.
+
+    Raises BadInput for other weights where they must be the ``same``: a model that nobody but a recipe has named."""
     if not expected:
         return
     if expected.get("hash") != model.weight_hash:
         then = str(expected.get("hash"))[:10]
         difference = f"other weights of {model.name} here ({model.weight_hash[:10]}) than then ({then})"
+        if same:
+            raise BadInput(f"the picture was made with {difference}; --model {model.name} takes these all the same.")
         warnings.warn(RecipeDiffers(f"{difference}: the picture will differ."), stacklevel=2)
     versions = expected.get("versions")
     for name in ("torch", "diffusers", "transformers"):

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, load
 from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
+from sfumato.bench.arguments import CompareArguments, JudgeArguments
+from sfumato.bench.options import CompareOptions, JudgeOptions
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Unpack
 
-def judge(folder: str | Path, reference: str | Path | None = None, **options: Any) -> Any:
+    from sfumato.bench.report import Report
+    from sfumato.models import Model
+
+
+@spelt_out(JudgeArguments, cards.parameters_of(JudgeOptions))
+def judge(
+    folder: str | Path,
+    reference: str | Path | None = None,
+    *,
+    prompts: str | Path | Mapping[str, str] | None = None,
+    out: str | Path | None = None,
+    by: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[JudgeArguments],
+) -> Report:
     """Measures a folder of pictures, against its captions and against a reference folder.
 
-    Returns a :class:`sfumato.bench.report.Report`; arguments, options and errors are those of
-    :func:`sfumato.bench.judge.judge_folder` (``prompts``, ``out``, ``metrics``, ``attributes``, ``net``, ...).
+    Args:
+        by: the system that compares attributes, as for ``--with``; by default the one whose card says so.
+
+    All other arguments and options, and the errors, are those of :func:`sfumato.bench.judge.judge_folder`.
     """
     from sfumato.bench.judge import judge_folder
 
-    return judge_folder(folder, reference, **options)
+    return judge_folder(folder, reference, prompts=prompts, out=out, by=by, on_progress=on_progress, **options)
 
 
 @dataclass
@@ -68,15 +88,22 @@ def side(given: Any) -> Side:
     return Side(str(given), None, model, options, with_)
 
 
+def _joined(one: Side, with_: Any) -> Side:
+    """A side with systems of both sides before its own."""
+    return one if one.folder else replace(one, with_=[*_as_list(with_), *one.with_])
+
+
 def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
+@spelt_out(CompareArguments, cards.parameters_of(CompareOptions))
 def compare(
-    first: Any,
-    second: Any,
+    first: str | Path | Model | dict[str, Any] | Side,
+    second: str | Path | Model | dict[str, Any] | Side,
     *,
-    prompts: str | Path | Sequence[str] | None = None,
+    prompts: str | Path | Sequence[str] | Mapping[str, str] | None = None,
+    reference: str | Path | None = None,
     n: int | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
@@ -84,8 +111,9 @@ def compare(
     device: str = "cpu",
     on_progress: Callable[[int, int, float, str], None] | None = None,
     options: dict[str, Any] | None = None,
-    **measuring: Any,
-) -> Any:
+    with_: Any = (),
+    **measuring: Unpack[CompareArguments],
+) -> Report:
     """Compares two models, two settings of one model, or two folders, on the same prompts and seeds.
 
     Args:
@@ -95,11 +123,10 @@ def compare(
         out: folder for the report and, for models, the pictures (``pictures-a``, ``pictures-b``); what is there of them
             is not made again. For models it is needed.
         options: settings for both models, as for :func:`make`; those of a side win.
+        with_: systems that take part on both sides, beside those of each.
         on_progress: called with (done, of how many, share of the next, note).
-        measuring: ``reference`` and the options of :class:`sfumato.bench.compare.CompareOptions`.
-
-    Returns:
-        A :class:`sfumato.bench.report.Report`.
+        reference: real pictures; each side's distance to them is measured too.
+        measuring: see :class:`sfumato.bench.options.CompareOptions`.
 
     Raises:
         BadInput: one folder and one model, models without prompts or ``out``, two equal sides, or as
@@ -107,18 +134,18 @@ def compare(
     """
     from sfumato.bench.compare import compare_folders
 
-    one, two = side(first), side(second)
+    one, two = (_joined(side(each), with_) for each in (first, second))
     names = (one.name, two.name) if one.name != two.name else (f"{one.name} (A)", f"{two.name} (B)")
-    measuring = {"names": names, **measuring}
+    compared = {"names": names, "reference": reference, **measuring}
 
     def measured(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(done, total, 0.0, f"{done}/{total} pairs measured")
 
     if one.folder and two.folder:
-        if n is not None or seed is not None or options:
+        if n is not None or seed is not None or options or with_:
             raise BadInput("two folders are compared as they are: n, seed and settings of models cannot be given.")
-        return compare_folders(one.folder, two.folder, prompts=prompts, out=out, on_progress=measured, **measuring)  # type: ignore[arg-type]
+        return compare_folders(one.folder, two.folder, prompts=prompts, out=out, on_progress=measured, **compared)  # type: ignore[arg-type]
     if one.folder or two.folder:
         raise BadInput(f"{one.name!r} and {two.name!r}: one is a folder and one a model; compare two of a kind.")
     if prompts is None:
@@ -130,7 +157,7 @@ def compare(
     out = Path(out)
     sources = [out / "pictures-a", out / "pictures-b"]
     _make_sides([one, two], sources, prompts, {"n": n, "seed": seed, **(options or {})}, dtype, device, on_progress)
-    return compare_folders(*sources, out=out, on_progress=measured, **measuring)
+    return compare_folders(*sources, out=out, on_progress=measured, **compared)
 
 
 def _make_sides(

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, files, protocol
+from sfumato.app.arguments import SegmentArguments
 from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, fitting_size, load, suitable_model
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
     from sfumato.models import Model
 
 
+@spelt_out(SegmentArguments, cards.parameters(cards.default("segment")))
 def segment(
     concept: str,
     pictures: Any = None,
@@ -27,8 +31,8 @@ def segment(
     by: str | None = None,
     size: tuple[int, int] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
-    **options: Any,
-) -> Any:
+    **options: Unpack[SegmentArguments],
+) -> protocol.Segmentation:
     """From the name of an object to a network that segments it, with no mask drawn.
 
     Args:

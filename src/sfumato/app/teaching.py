@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, protocol
+from sfumato.app.arguments import TeachArguments
 from sfumato.app.jobs import DEFAULT_MODEL, load
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported, UnknownName, WorkInterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import Unpack
+
+    from sfumato.models import Model
+    from sfumato.models.readers import Reader
+    from sfumato.training import Progress, RunResult
 
 
 def train(
@@ -19,8 +27,8 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
     out: str | Path | None = None,
-    on_progress: Callable[..., Any] | None = None,
-) -> Any:
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
     """Train a recipe (a TOML file, or the name of a shipped one) and export the averaged weights at its end.
 
     Args:
@@ -37,17 +45,19 @@ def train(
     return run(recipe, resume=resume, minutes=minutes, out=None if out is None else Path(out), on_progress=on_progress)
 
 
+@spelt_out(TeachArguments, cards.parameters(cards.default("teach")))
 def teach(
     data: str | Path,
     *,
     by: str | None = None,
-    model: str | Path | Any = DEFAULT_MODEL,
+    model: str | Path | Model | Reader = DEFAULT_MODEL,
     out: str | Path | None = None,
     resume: bool = False,
     minutes: float | None = None,
+    per_class: int | None = None,
     on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
-    **given: Any,
-) -> Any:
+    **given: Unpack[TeachArguments],
+) -> protocol.Taught:
     """Teach a model that exists by a system of the verb teach; the model itself is not changed.
 
     Args:
@@ -59,16 +69,18 @@ def teach(
         resume: go on from them; the losses are those of an uninterrupted run.
         minutes: stop after so much time, with a checkpoint.
         on_progress: called with steps done, steps in all and what is logged.
-        given: parameters of the system that ``by`` does not have yet, and what it takes besides.
+        per_class: with "toybox": how many pictures of each shape.
+        given: parameters of the system that ``by`` does not have yet (those of the default one are shown).
 
-    Returns the system's record. Raises BadInput, UnknownName, NotSupported, Conflict; WorkInterrupted for a run that
+    Raises BadInput, UnknownName, NotSupported, Conflict; WorkInterrupted for a run that
     was stopped and can be resumed, whose ``result`` is the record.
     """
     key, params = cards.parse_with(by or cards.default("teach"))
     cls = cards.method(key)
-    fields = cls.Params.model_fields  # type: ignore[attr-defined]
-    params |= {name: value for name, value in given.items() if name in fields}
-    options = {name: value for name, value in given.items() if name not in fields}
+    fields = cls.Params.model_fields
+    said: dict[str, Any] = {**given} | ({} if per_class is None else {"per_class": per_class})
+    params |= {name: value for name, value in said.items() if name in fields}
+    options = {name: value for name, value in said.items() if name not in fields}
     system = cls(**params)
     if not isinstance(system, protocol.Teaches):
         raise UnknownName("system that teaches", key, cards.methods("teach"))

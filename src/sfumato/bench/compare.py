@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import field_validator
 
 from sfumato import cards, sheets
+from sfumato.bench.arguments import CompareArguments
 from sfumato.bench.folder import Folder
+from sfumato.bench.options import CompareOptions
 from sfumato.bench.report import Figure, Report, Table
-from sfumato.bench.survey import CAP, Instruments, Reservoir, survey
-from sfumato.cards import Field, ModelPath
+from sfumato.bench.survey import Instruments, Reservoir, survey
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
@@ -27,39 +28,18 @@ from sfumato.metrics.frechet import Moments, frechet
 from sfumato.metrics.kernel import kernel_distance
 from sfumato.metrics.stats import Interval
 from sfumato.models.features import feature_net
-from sfumato.models.perceptual import DEFAULT_ENCODER, load_perceptual
-from sfumato.models.readers import PLAIN, load_clip
+from sfumato.models.perceptual import load_perceptual
+from sfumato.models.readers import load_clip
 from sfumato.models.readers.preprocessing import as_tensor, square
 from sfumato.toybox.oracle.caption_check import CaptionCheck, check_caption, requested
 from sfumato.toybox.oracle.toy_judge import SIDE, load_judge
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 BINARY = ("all_present", "all_bound", "counted", "related", "all_right")
 PARTIAL = ("present", "bound")
-SHOWN = 40  # pairs on the page
 MOST_DRAWS = 40_000_000  # resampled numbers at a time
-
-
-class CompareOptions(cards.Params):
-    """What can be said about comparing, besides what is compared."""
-
-    SYSTEM = "compare"
-
-    net: ModelPath = Field(default=PLAIN, description="net of the distances to the reference")
-    clip: ModelPath = Field(default=PLAIN, description="CLIP of the scores, by name or folder")
-    reader: ModelPath = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
-    encoder: ModelPath = Field(default=DEFAULT_ENCODER, description="autoencoder of the perceptual distance")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of bootstrap and samples")
-    batch: int = Field(default=32, ge=1, le=4096, description="pairs looked at together")
-    cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for the kernel distance")
-    shown: int = Field(default=SHOWN, ge=0, le=1000, description="pairs shown on the page")
-    names: tuple[str, str] = Field(default=("A", "B"), description="what the two sides are called")
-
-    @field_validator("names")
-    @classmethod
-    def _two(cls, names: tuple[str, str]) -> tuple[str, str]:
-        if names[0] == names[1]:
-            raise ValueError("the two sides need different names")
-        return names
 
 
 class Pairs:
@@ -96,6 +76,7 @@ def _is_binary(name: str) -> bool:
     return name in BINARY or name.startswith("task ")
 
 
+@spelt_out(CompareArguments, cards.parameters_of(CompareOptions))
 def compare_folders(
     first: Path | str,
     second: Path | str,
@@ -103,8 +84,9 @@ def compare_folders(
     prompts: Path | str | Mapping[str, str] | None = None,
     reference: Path | str | None = None,
     out: Path | str | None = None,
+    seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    **options: Unpack[CompareArguments],
 ) -> Report:
     """Compares two folders pair by pair.
 
@@ -114,12 +96,13 @@ def compare_folders(
         prompts: what the pictures show, for both, as for :class:`sfumato.bench.folder.Folder`.
         reference: real pictures; each side's distance to them is measured too.
         out: folder for ``report.json`` and ``report.html``. None: nothing is written.
-        options: see :class:`CompareOptions`.
+        seed: of bootstrap and samples.
+        options: see :class:`sfumato.bench.options.CompareOptions`.
 
     Raises:
         BadInput: a folder, an option, or no pair. UnknownName, BadWeights, NotSupported: nets.
     """
-    chosen = CompareOptions(**options)
+    chosen = CompareOptions(**{"seed": seed, **options})
     one, two = Folder(first, prompts), Folder(second, prompts)
     if one.path.resolve() == two.path.resolve():
         raise BadInput(f"{str(first)!r} is compared with itself; name two folders.")
@@ -289,7 +272,9 @@ def _figures(report: Report, pairs: Pairs, chosen: CompareOptions, distance: str
         percent = _is_binary(name) or name in PARTIAL
         shown = f"CLIPScore({chosen.clip})" if name == "clip_score" else name
         about = ABOUT.get(name, "solved")
-        figure = Figure(f"{shown}: {chosen.names[0]} - {chosen.names[1]}", difference, about, percent)
+        figure = Figure(f"{shown}: {chosen.names[0]} - {chosen.names[1]}", difference, "their difference", percent)
+        for side, values in zip(chosen.names, (first, second), strict=True):
+            report.figures.append(Figure(f"{shown}: {side}", stats.mean(values), about, percent))
         report.figures.append(figure)
         scale, unit = (100, " %") if percent else (1, "")
         p = "" if difference.p is None else f"{difference.p:.2g}"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sfumato.bench.folder import Folder
-from sfumato.bench.judge_options import JudgeOptions
+from sfumato.bench.options import JudgeOptions
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.bench.survey import EXAMPLES, Instruments, Tally
 from sfumato.errors import BadInput, NoMatch
-from sfumato.judge.sad_pad import SadPad, find_attributes, plots
 from sfumato.metrics import stats
 from sfumato.metrics.frechet import frechet
 from sfumato.metrics.kernel import kernel_distance
 from sfumato.metrics.manifold import manifold
-from sfumato.metrics.sad_pad import Divergences
+from sfumato.protocol import Comparison
 
 RATES = {
     "present": "of the toys asked for, the shape is there",
@@ -30,7 +31,7 @@ RATES = {
 
 def report_of(
     options: JudgeOptions,
-    system: SadPad,
+    system: Any,
     fake: Folder,
     tally: Tally,
     real: Folder | None,
@@ -53,8 +54,12 @@ def report_of(
     if truth is not None and tally.moments is not None:
         _distances(report, options, tally, truth, wanted, tools)
     if "attributes" in wanted and truth is not None:
-        found = _divergences(options, system, tally, truth, attributes, tools, fake, real)
-        _attribute_tables(report, found, options)
+        found = _comparison(options, system, tally, truth, attributes, tools, fake, real)
+        report.figures += [Figure(*figure) for figure in found.figures]
+        report.tables += [Table(*table) for table in found.tables]
+        report.notes += found.notes
+        report.plots |= found.plots
+        report.data[system.CARD.key] = found.data
     if "presence" in wanted:
         _gallery(report, fake, tally)
     report.data |= {
@@ -154,16 +159,16 @@ def _distances(
         )
 
 
-def _divergences(
+def _comparison(
     options: JudgeOptions,
-    system: SadPad,
+    system: Any,
     tally: Tally,
     truth: Tally,
     attributes: list[str],
     tools: Instruments,
     fake: Folder,
     real: Folder | None,
-) -> Divergences:
+) -> Comparison:
     assert tally.clip_sample and truth.clip_sample and tools.clip and real
     mentions = None
     if tally.mentions is not None and truth.mentions is not None:
@@ -173,7 +178,9 @@ def _divergences(
             if absent:
                 texts = (real.about(name)["text"] for name in real.names[:500])
                 try:
-                    near = "; frequent there: " + ", ".join(find_attributes([text for text in texts if text], 12))
+                    near = "; frequent there: " + ", ".join(
+                        system.find_attributes([text for text in texts if text], 12)
+                    )
                 except NoMatch:
                     near = ""
                 raise NoMatch(
@@ -193,50 +200,9 @@ def _divergences(
         # zeros and ones have no density: a little noise gives them one, the same noise in every run
         rng = np.random.default_rng(options.seed)
         rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, tally.shown)]
-        return system.compare(attributes, rows[0], rows[1])
+        return system.compare_attributes(attributes, *rows, scored_by=f"{options.reader} (0 or 1)")
     rows = system.scores(tools.clip, attributes, truth.clip_sample.rows, tally.clip_sample.rows)
-    return system.compare(attributes, rows[0], rows[1], mentions)
-
-
-def _attribute_tables(report: Report, found: Divergences, options: JudgeOptions, most: int = 20) -> None:
-    by = f"{options.reader} (0 or 1)" if options.oracle else f"HCS of {options.clip}"
-    report.figures.append(Figure("SaD", found.sad, f"1000 x KL, {by}; chance stays below {found.sad_null:.4g}"))
-    if found.pairs:
-        report.figures.append(Figure("PaD", found.pad, f"1000 x KL; chance stays below {found.pad_null:.4g}"))
-    report.tables.append(
-        Table(
-            "Attributes, by divergence",
-            ("attribute", "1000 KL", "chance", "p", "there is", "mean gap [95 %]", "AUROC"),
-            [
-                (
-                    each.name, f"{each.kl:.1f}", f"{each.null:.1f}", f"{each.p:.3f}",
-                    ("too much" if each.gap.value > 0 else "too little") if each.shifted else "no shift seen",
-                    each.gap.text(digits=2),
-                    "" if each.auroc is None else f"{each.auroc:.2f}" + ("" if each.readable else " unreadable"),
-                )
-                for each in found.attributes
-            ],
-        )
-    )  # fmt: skip
-    if found.pairs:
-        report.tables.append(
-            Table(
-                "Pairs, by what their two attributes do not explain",
-                ("pair", "1000 KL", "excess", "chance", "p", ""),
-                [
-                    (f"{each.first} + {each.second}", f"{each.kl:.1f}", f"{each.excess:.1f}", f"{each.null:.1f}",
-                     f"{each.p:.3f}", "combined otherwise" if each.shifted else "")
-                    for each in found.pairs[:most]
-                ],
-            )
-        )  # fmt: skip
-    unread = [each.name for each in found.attributes if not each.readable]
-    if unread:
-        report.notes.append(
-            f"{options.clip} cannot tell {', '.join(unread)} (AUROC below 0.75); do not read their rows"
-        )
-    report.plots |= plots(found)
-    report.data["sad_pad"] = found.to_json()
+    return system.compare_attributes(attributes, *rows, mentions, scored_by=f"HCS of {options.clip}")
 
 
 def _gallery(report: Report, folder: Folder, tally: Tally) -> None:

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -148,8 +149,9 @@ class Folder:
 def _original(name: str) -> str:
     """The picture that ``name`` may have been drawn beside, '' when its name does not look so."""
     stem, suffix = os.path.splitext(name)
-    if stem.endswith("-grid"):
-        return stem[: -len("-grid")] + suffix
+    grid = re.fullmatch(r"(.+)-grid(-of-\d+)?", stem)
+    if grid:
+        return grid[1] + suffix
     base, dot, _ = stem.rpartition(".")
     return base + suffix if dot else ""
 

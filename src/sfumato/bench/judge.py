@@ -5,31 +5,38 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sfumato import files
+from sfumato import cards, files, protocol
+from sfumato.bench.arguments import JudgeArguments
 from sfumato.bench.findings import report_of
 from sfumato.bench.folder import Folder
-from sfumato.bench.judge_options import JudgeOptions
+from sfumato.bench.options import JudgeOptions
 from sfumato.bench.report import Report
 from sfumato.bench.survey import Instruments, look, survey
-from sfumato.errors import BadInput, SfumatoError
-from sfumato.judge.sad_pad import SadPad, find_attributes
+from sfumato.cards.signatures import spelt_out
+from sfumato.errors import BadInput, NotSupported, SfumatoError
 from sfumato.models.features import feature_net
 from sfumato.models.readers import load_clip
+from sfumato.protocol import Judges
 from sfumato.scale import Workers, check
 from sfumato.toybox.oracle.presence import Wanted
 from sfumato.toybox.oracle.toy_judge import load_judge
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@spelt_out(JudgeArguments, cards.parameters_of(JudgeOptions))
 def judge_folder(
     folder: Path | str,
     reference: Path | str | None = None,
     *,
     prompts: Path | str | Mapping[str, str] | None = None,
     out: Path | str | None = None,
+    by: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    **options: Unpack[JudgeArguments],
 ) -> Report:
     """Measures a folder of pictures, against its captions and against another folder.
 
@@ -39,6 +46,7 @@ def judge_folder(
         prompts: what the pictures show, as for :class:`sfumato.bench.folder.Folder`.
         out: folder for ``report.json``, ``report.html``, ``pictures.jsonl`` (a line per picture) and the state that an
             interrupted run goes on from. None: nothing is written, nothing can be resumed.
+        by: the system that compares attributes, as for ``--with``; by default the one whose card says so.
         on_progress: called with (pictures passed, of how many) over both folders.
         options: see :class:`JudgeOptions`.
 
@@ -51,12 +59,12 @@ def judge_folder(
         check(chosen.workers)
     elif chosen.workers is not None:
         raise BadInput("workers are Ray's: give --ray too.")
-    system = SadPad(template=chosen.template, pairs=chosen.pairs, draws=chosen.draws, seed=chosen.seed)
+    system = _system(by, chosen)
     fake = Folder(folder, prompts)
     real = None if reference is None else Folder(reference)
     if real is not None and real.path.resolve() == fake.path.resolve():
         raise BadInput(f"{str(folder)!r} is both the folder and its reference; name two folders.")
-    attributes = _attributes(chosen, real, fake)
+    attributes = _attributes(chosen, real, fake, system)
     wanted = _applicable(chosen, fake, real, attributes)
     looked = _instruments(chosen, wanted, attributes)
     total = len(fake) + (len(real) if real else 0)
@@ -119,6 +127,18 @@ def judge_folder(
         return report
 
 
+def _system(by: str | None, chosen: JudgeOptions) -> Any:
+    """The system that compares attributes, with its parameters; those that ``chosen`` holds too are taken from there.
+
+    Raises NotSupported for a system that does not judge."""
+    key, given = cards.parse_with(by or cards.default("judge"))
+    cls: Any = cards.method(key)
+    if "judge" not in protocol.serves(cls):
+        raise NotSupported(f"{key} judges no pictures; by default {cards.default('judge')} does.")
+    shared = {name: getattr(chosen, name) for name in cls.Params.model_fields if name in JudgeOptions.model_fields}
+    return cls(**{**shared, **given})
+
+
 @contextlib.contextmanager
 def _nothing_left(folder: Path) -> Iterator[None]:
     """A refused request leaves no state behind; an interrupted one does, to be gone on with."""
@@ -154,15 +174,17 @@ def _at(folder: Path | None, name: str) -> Path | None:
     return None if folder is None else folder / name
 
 
-def _attributes(chosen: JudgeOptions, real: Folder | None, fake: Folder) -> list[str]:
+def _attributes(chosen: JudgeOptions, real: Folder | None, fake: Folder, system: Judges) -> list[str]:
     names = [name.strip() for name in chosen.attributes if name.strip()]
     if names == ["captions"]:
         source = real or fake
         step = max(1, len(source) // 5000)
         texts = (source.about(name)["text"] for name in source.names[::step])
-        return find_attributes(text for text in texts if text)
+        return system.find_attributes(text for text in texts if text)
+    if "captions" in names:
+        raise BadInput("attributes are 'captions' and others; 'captions' stands alone.")
     if chosen.attributes and not names:
-        raise BadInput("attributes are empty; give one per line, or several with --attribute.")
+        raise BadInput("attributes are empty; name some: --attribute, which also takes a file.")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise BadInput(f"attributes: {twice!r} is given twice.")
@@ -178,7 +200,7 @@ def _applicable(chosen: JudgeOptions, fake: Folder, real: Folder | None, attribu
         "frechet": None if real else "a reference folder (--reference)",
         "kernel": None if real else "a reference folder (--reference)",
         "manifold": None if real else "a reference folder (--reference)",
-        "attributes": (None if attributes else "attributes (--attributes)") if real else "a reference folder",
+        "attributes": (None if attributes else "attributes (--attribute)") if real else "a reference folder",
     }
     for name in (*chosen.metrics, *(["attributes"] if attributes else [])):
         if lacking[name]:

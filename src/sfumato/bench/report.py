@@ -5,22 +5,16 @@ The HTML needs nothing beside it: pictures are embedded, there is no script and 
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files, valid
+from sfumato import files, markup, valid
 from sfumato.metrics.stats import Interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-LARGEST = 256  # pixels; embedded pictures are shrunk to it
 
 
 @dataclass(frozen=True)
@@ -112,28 +106,38 @@ class Report:
             ]
         return lines + ([""] if self.notes else []) + [f"note: {note}" for note in self.notes]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{each.name} {each.text()}" for each in self.figures[:4])
+        more = f", and {len(self.figures) - 4} more" if len(self.figures) > 4 else ""
+        return f"Report({self.title}: {shown}{more})"
+
+    def _repr_html_(self) -> str:
+        return self.body()
+
     def html(self) -> str:
         """The report as one page."""
-        parts = [f"<h1>{_text(self.title)}</h1>"]
+        return _PAGE.format(title=markup.text(self.title), body=self.body())
+
+    def body(self) -> str:
+        """What the page holds."""
+        parts = [f"<h1>{markup.text(self.title)}</h1>"]
         if self.figures:
             heads = ("figure", "value [95 % interval]", "n", "what it is")
             rows = [
                 (each.name, each.text(), str(each.value.n) if isinstance(each.value, Interval) else "", each.about)
                 for each in self.figures
             ]
-            parts.append(_table(heads, rows))
+            parts.append(markup.table(heads, rows))
         if self.notes:
-            parts.append("<ul>" + "".join(f"<li>{_text(note)}</li>" for note in self.notes) + "</ul>")
-        parts += [f"<h2>{_text(name)}</h2>{_picture(image, name, None)}" for name, image in self.plots.items()]
+            parts.append("<ul>" + "".join(f"<li>{markup.text(note)}</li>" for note in self.notes) + "</ul>")
+        parts += [
+            f"<h2>{markup.text(name)}</h2>{markup.picture(image, name, None)}" for name, image in self.plots.items()
+        ]
         for table in self.tables:
-            parts.append(f"<h2>{_text(table.title)}</h2>{_table(table.heads, table.rows)}")
+            parts.append(f"<h2>{markup.text(table.title)}</h2>{markup.table(table.heads, table.rows)}")
         for heading, pictures in self.gallery:
-            shown = "".join(
-                f"<figure>{_picture(image, caption, LARGEST)}<figcaption>{_text(caption)}</figcaption></figure>"
-                for caption, image in pictures
-            )
-            parts.append(f"<h2>{_text(heading)}</h2><div class=row>{shown}</div>")
-        return _PAGE.format(title=_text(self.title), body="\n".join(parts))
+            parts.append(f"<h2>{markup.text(heading)}</h2><div class=row>{markup.figures(pictures)}</div>")
+        return "\n".join(parts)
 
     def save(self, folder: Path, name: str = "report") -> list[Path]:
         """Writes ``name.json``, ``name.html`` and the plots into ``folder``; returns and keeps the paths."""
@@ -149,34 +153,9 @@ class Report:
         for plot, image in self.plots.items():
             path = folder / f"{name}-{files.slug(plot)}.png"
             with files.replacing(path) as file:
-                file.write(_encoded(image, None))
+                file.write(markup.encoded(image, None))
             self.files.append(path)
         return self.files
-
-
-def _text(text: str) -> str:
-    return html.escape(str(text))
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _encoded(image: Image, largest: int | None) -> bytes:
-    image = image.convert("RGB")
-    if largest is not None and max(image.size) > largest:
-        image = image.copy()
-        image.thumbnail((largest, largest))
-    out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True)
-    return out.getvalue()
-
-
-def _picture(image: Image, about: str, largest: int | None) -> str:
-    data = base64.b64encode(_encoded(image, largest)).decode()
-    return f'<img alt="{_text(about)}" src="data:image/png;base64,{data}">'
 
 
 _PAGE = """<!doctype html>

@@ -23,6 +23,7 @@ from safetensors.numpy import save as save_tensors
 
 from sfumato import files, valid
 from sfumato.bench.folder import Folder
+from sfumato.bench.options import CAP
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
@@ -34,7 +35,6 @@ from sfumato.toybox.oracle.caption_check import check_caption, requested
 from sfumato.toybox.oracle.presence import Wanted
 from sfumato.toybox.oracle.toy_judge import SIDE, ToyJudge
 
-CAP = 10_000
 VERSION = 1  # of the state on disk
 NAMED = 50  # files that could not be read are counted all, and named up to here
 EXAMPLES = 12

@@ -27,7 +27,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -50,6 +50,7 @@ __all__ = [
     "ModelPath",
     "Parameter",
     "Params",
+    "System",
     "build",
     "default",
     "files_of",
@@ -162,6 +163,13 @@ class Params(BaseModel):
         return wrapped
 
 
+class System(Protocol):
+    """Any system: its card and its checked parameters."""
+
+    CARD: ClassVar[Card]
+    params: Params
+
+
 def _only_lists(annotation: Any) -> bool:
     """Whether every alternative of a type, None aside, is a list or a tuple."""
     origin = typing.get_origin(annotation)
@@ -220,7 +228,7 @@ def methods(verb: str | None = None) -> dict[str, Card]:
     return {key: card for key, card in found.items() if verb is None or card.verb == verb}
 
 
-def method(key: str) -> type:
+def method(key: str) -> type[Any]:
     """The class of the system ``key`` (``-`` and ``_`` are the same). Raises UnknownName with the nearest keys."""
     key = key.strip().replace("-", "_")
     if key not in _registered:
@@ -283,7 +291,7 @@ def _card_in(path: Path) -> Card | None:
 # --- from text and back ---------------------------------------------------------------------------------------------
 
 
-def build(text: str) -> Any:
+def build(text: str) -> System:
     """Construct a system from ``KEY`` or ``KEY:name=value,...`` (grammar: :func:`parse_with`)."""
     key, given = parse_with(text)
     return _constructed(method(key), given)

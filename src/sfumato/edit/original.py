@@ -24,9 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
+from sfumato.arrays import to_tensor
 from sfumato.attention.sites import Site
 from sfumato.edit.null_text import null_text
 from sfumato.errors import BadInput, NoMatch
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.protocol import Picture
 from sfumato.sampling import Intervention, Result, Run, Step, generate, invert
@@ -85,6 +87,8 @@ class Original:
     fidelity: float
     editor: Callable[..., Intervention]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
     def edit(
         self,
@@ -201,7 +205,7 @@ def read_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
     Raises NoMatch for one that is dark everywhere.
     """
     grey = np.asarray(files.fitted(mask.convert("L"), size, smooth=False))
-    inside = torch.from_numpy(grey >= 128)[None, None]
+    inside = to_tensor(grey >= 128)[None, None]
     if not inside.any():
         raise NoMatch("the mask is dark everywhere, so nothing may change; make it white where the picture may.")
     return inside

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from sfumato import files
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.protocol import Picture
 from sfumato.sampling import Intervention, Result, Step, generate
@@ -25,6 +26,8 @@ class Redrawn:
     original: Image.Image
     system: Callable[..., Intervention]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
     def edit(
         self,

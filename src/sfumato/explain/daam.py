@@ -32,6 +32,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
 from sfumato.models import Model
+from sfumato.models.families import families_with
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage, refuse_idle
 from sfumato.sampling.levels import levels, opened_for
@@ -197,7 +198,9 @@ class DAAM(Intervention):
     def _chosen(self, sites: Sequence[Site], model: str) -> list[Site]:
         candidates = [s for s in sites if s.kind in ("cross", "joint") and s.text is not None and s.grid is not None]
         if not candidates:
-            raise NotSupported(f"daam reads attention from picture to text, and {model} has none.")
+            raise NotSupported(
+                f"daam reads attention from picture to text, and {model} has none; {families_with('text_attention')}."
+            )
         p = self.params
         if p.reference:
             if any(site.kind == "joint" for site in candidates):

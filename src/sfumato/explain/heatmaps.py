@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files, sheets
+from sfumato.arrays import to_tensor
 from sfumato.attention.accumulate import LayerMaps, upscale
 from sfumato.attention.sites import Site, matches_place
 from sfumato.errors import BadInput, NoMatch, UnknownName
@@ -284,7 +285,7 @@ class HeatMaps:
     def _other(self, other: Any, tau: float) -> Tensor:
         if isinstance(other, str | WordSpan):
             return self.mask(other, tau)
-        mask = torch.as_tensor(np.asarray(other)).bool()
+        mask = to_tensor(np.asarray(other)).bool()
         expected = (self.frames, *self.size) if self.frames > 1 else tuple(self.size)
         if tuple(mask.shape) != expected:
             raise BadInput(f"the mask has shape {tuple(mask.shape)}; the picture's is {expected}.")

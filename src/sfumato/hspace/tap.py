@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sfumato.cards import CAPABILITIES
 from sfumato.errors import NotSupported, UnknownName
 from sfumato.models import Layer, Model
+from sfumato.models.families import families_with
 
 __all__ = ["bottleneck_of", "layer_of", "tapped"]
 
@@ -30,7 +32,8 @@ def bottleneck_of(model: Model, who: str) -> Layer:
     layer = model.bottleneck
     if layer is None:
         raise NotSupported(
-            f"{who} needs a U-Net with a middle block, its h-space; {model.name} ({model.family.name}) has none."
+            f"{who} needs {CAPABILITIES['h_space']}; {model.name} ({model.family.name}) has none; "
+            f"{families_with('h_space')}."
         )
     return layer
 

@@ -17,6 +17,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import NoMatch
 from sfumato.metrics.frechet import finite
 from sfumato.metrics.sad_pad import Divergences, divergence, hcs
+from sfumato.protocol import Comparison
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,6 +42,7 @@ class SadPad:
         defaults_from="section 3 and the authors' code (template, floor, units); null and excess are ours",
         cost="one forward of a CLIP per picture",
         not_reproduced="attributes from a language model or a captioner: give a list, or captions",
+        default_for=("judge",),
         summary="Names the attributes and pairs of attributes that two sets of pictures show unequally often.",
     )
 
@@ -81,6 +83,21 @@ class SadPad:
             real, fake, names, pairs=p.pairs, draws=p.draws, seed=p.seed, mentions=mentions, on_progress=on_progress
         )
 
+    def find_attributes(self, captions: Iterable[str], most: int = 20) -> list[str]:
+        """:func:`find_attributes`."""
+        return find_attributes(captions, most)
+
+    def compare_attributes(
+        self,
+        attributes: Sequence[str],
+        real: np.ndarray,
+        fake: np.ndarray,
+        mentions: np.ndarray | None = None,
+        scored_by: str = "",
+    ) -> Comparison:
+        """:meth:`compare` as figures, tables and plots."""
+        return _shown(self.compare(attributes, real, fake, mentions), scored_by)
+
 
 # --- attributes ------------------------------------------------------------------------------------------------------
 
@@ -115,6 +132,39 @@ def find_attributes(captions: Iterable[str], most: int = 20, least: float = 0.01
     if not ranked:
         raise NoMatch(f"no attribute occurs in the {n} captions often enough; give a list with --attributes.")
     return ranked[:most]
+
+
+# --- into a report ---------------------------------------------------------------------------------------------------
+
+
+def _shown(found: Divergences, scored_by: str, most: int = 20) -> Comparison:
+    shown = Comparison(plots=plots(found), data=found.to_json())
+    shown.figures.append(("SaD", found.sad, f"1000 x KL, {scored_by}; chance stays below {found.sad_null:.4g}"))
+    if found.pairs:
+        shown.figures.append(("PaD", found.pad, f"1000 x KL; chance stays below {found.pad_null:.4g}"))
+    rows: list[tuple[str, ...]] = [
+        (
+            each.name, f"{each.kl:.1f}", f"{each.null:.1f}", f"{each.p:.3f}",
+            ("too much" if each.gap.value > 0 else "too little") if each.shifted else "no shift seen",
+            each.gap.text(digits=2),
+            "" if each.auroc is None else f"{each.auroc:.2f}" + ("" if each.readable else " unreadable"),
+        )
+        for each in found.attributes
+    ]  # fmt: skip
+    heads = ("attribute", "1000 KL", "chance", "p", "there is", "mean gap [95 %]", "AUROC")
+    shown.tables.append(("Attributes, by divergence", heads, rows))
+    if found.pairs:
+        rows = [
+            (f"{each.first} + {each.second}", f"{each.kl:.1f}", f"{each.excess:.1f}", f"{each.null:.1f}",
+             f"{each.p:.3f}", "combined otherwise" if each.shifted else "")
+            for each in found.pairs[:most]
+        ]  # fmt: skip
+        heads = ("pair", "1000 KL", "excess", "chance", "p", "")
+        shown.tables.append(("Pairs, by what their two attributes do not explain", heads, rows))
+    unread = [each.name for each in found.attributes if not each.readable]
+    if unread:
+        shown.notes.append(f"{scored_by} cannot tell {', '.join(unread)} (AUROC below 0.75); do not read their rows")
+    return shown
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

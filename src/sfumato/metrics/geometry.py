@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
 
 __all__ = [
@@ -66,7 +67,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     from scipy.linalg import subspace_angles
 
     one, other = (rows.detach().double().cpu().numpy().T for rows in (a, b))
-    return torch.from_numpy(subspace_angles(one, other)[::-1].copy()).to(a.device)
+    return to_tensor(subspace_angles(one, other)[::-1].copy()).to(a.device)
 
 
 def geodesic_distance(a: Tensor, b: Tensor) -> float:

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from sfumato import registry
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers.clip import DTYPES, PLAIN, load_clip
 from sfumato.models.readers.loading import net_folder
@@ -94,7 +95,7 @@ class InceptionNet:
         for size in dict.fromkeys(sizes):
             rows = [row for row, each in enumerate(sizes) if each == size]
             pixels = np.stack([np.asarray(pictures[row].convert("RGB")) for row in rows])
-            found = self.net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device))[0].float().cpu().numpy()
+            found = self.net(to_tensor(pixels).permute(0, 3, 1, 2).to(self.device))[0].float().cpu().numpy()
             for row, feature in zip(rows, found, strict=True):
                 out[row] = feature
         return np.stack(out)

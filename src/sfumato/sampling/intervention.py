@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.cards import CAPABILITIES, MOST_SYSTEMS
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, UnknownName
+from sfumato.models.families import families_with
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +187,8 @@ def refuse_unfit(parts: Sequence[Intervention], model: Any) -> None:
         for need in getattr(card, "needs", ()):
             if not model.family.has(need):
                 raise NotSupported(
-                    f"{card.key} needs {CAPABILITIES[need]}; {model.name} ({model.family.name}) has none."
+                    f"{card.key} needs {CAPABILITIES[need]}; {model.name} ({model.family.name}) has none; "
+                    f"{families_with(*card.needs)}."
                 )
 
 

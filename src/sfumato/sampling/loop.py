@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from sfumato import cards, rng
+from sfumato import cards, markup, rng
+from sfumato.cards import parameters_of
+from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted, within_memory
 from sfumato.models import Model
+from sfumato.sampling.arguments import GenerateArguments
 from sfumato.sampling.guest.hosting import has_guest
 from sfumato.sampling.intervention import (
     Coverage,
@@ -31,12 +34,16 @@ from sfumato.sampling.intervention import (
     refuse_idle,
     refuse_unfit,
 )
+from sfumato.sampling.options import Options
 from sfumato.sampling.process import process_of
 from sfumato.sampling.recipe import recipe_of
 from sfumato.sampling.request import Request, as_clips, as_pictures, checked
 from sfumato.sampling.run import Run, Step
 from sfumato.text.dialects import adapter_tags
 from sfumato.text.weights import encode_weighted, read_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(eq=False)
@@ -61,8 +68,13 @@ class Result:
 
     def __repr__(self) -> str:
         width, height = self.request.size
-        texts = ", ".join(map(repr, dict.fromkeys(self.prompts)))
-        return f"Result({len(self)} of {width}x{height} by {self.model.name}: {texts})"
+        texts = [repr(text if len(text) <= 60 else text[:57] + "...") for text in dict.fromkeys(self.prompts)]
+        more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+        return f"Result({len(self)} of {width}x{height} by {self.model.name}: {', '.join(texts[:3])}{more})"
+
+    def _repr_html_(self) -> str:
+        shown = zip(self.prompts, self.seeds, self.images, strict=False)
+        return markup.gallery(repr(self), [(f"{prompt} (seed {seed})", image) for prompt, seed, image in shown])
 
     @property
     def prompts(self) -> list[str]:
@@ -97,6 +109,7 @@ class Result:
         return self.recipes[0]
 
 
+@spelt_out(GenerateArguments, parameters_of(Options))
 def generate(
     model: Model,
     prompt: str | Sequence[str],
@@ -107,7 +120,7 @@ def generate(
     grad: bool = False,
     decode: bool = True,
     on_step: Callable[[Step], None] | None = None,
-    **options: Any,
+    **options: Unpack[GenerateArguments],
 ) -> Result:
     """Make pictures of prompts: ``n`` of each, all n of the first prompt first.
 

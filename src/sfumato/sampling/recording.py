@@ -24,6 +24,7 @@ from sfumato import files
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch
+from sfumato.markup import described
 from sfumato.models import Site
 from sfumato.sampling.intervention import Coverage, Intervention
 from sfumato.sampling.loop import walk
@@ -54,6 +55,8 @@ class Recording:
     model: str
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
 from sfumato.models import Encoding
 from sfumato.sampling.encoding import encoding_of
@@ -326,7 +327,7 @@ def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
     size = size or pictures[0].size
     resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
     array = np.stack([np.asarray(picture) for picture in resized]).astype(np.float32) / 255.0
-    return torch.from_numpy(array.transpose(0, 3, 1, 2)) * 2.0 - 1.0
+    return to_tensor(array.transpose(0, 3, 1, 2)) * 2.0 - 1.0
 
 
 def _opened(given: Any) -> Image.Image:

@@ -34,6 +34,7 @@ from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, FilePath, register
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Condition, Site
+from sfumato.models.families import families_with
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.windows import Window
 
@@ -116,7 +117,10 @@ class PaintWithWords(Intervention):
     def start(self, run: Run) -> None:
         """Finds the phrases in every prompt and lays out the regions. Raises NoMatch, BadInput, NotSupported."""
         if not any(_sees_text(site) for site in run.sites):
-            raise NotSupported(f"paint_with_words needs attention from picture to text, and {run.model.name} has none.")
+            raise NotSupported(
+                f"paint_with_words needs attention from picture to text, and {run.model.name} has none; "
+                f"{families_with('text_attention')}."
+            )
         words = run.words
         found = [[words.find(prompt, phrase) for phrase in self.params.phrases] for prompt in run.prompts]
         self.activity.tokens.update({span.label: 1 for each in found for spans in each for span in spans})

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.rng import sequence
 from sfumato.toybox import SHAPES, BiasedDataset
 from sfumato.training.samples import open_samples
@@ -24,6 +26,8 @@ class Examples:
     pictures: Tensor
     masks: Tensor
     labels: tuple[str, ...]
+
+    __repr__ = described
 
 
 def read_examples(folder: Path | str, size: tuple[int, int]) -> Examples:
@@ -57,6 +61,6 @@ def toybox_examples(
     own = np.flatnonzero((source.labels == source.shortcut) & ((source.masks >= 0).sum((1, 2)) >= 64))
     draw = sequence("teach.examples", seed)
     chosen = np.concatenate([draw.permutation(own[source.labels[own] == c])[:per_class] for c in range(len(SHAPES))])
-    pictures = torch.from_numpy(source.images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    masks = torch.from_numpy(source.masks[chosen] >= 0).float()
+    pictures = to_tensor(source.images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    masks = to_tensor(source.masks[chosen] >= 0).float()
     return Examples(pictures, masks, tuple(SHAPES[i] for i in source.labels[chosen]))

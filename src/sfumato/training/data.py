@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato import files
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput, NotSupported
 from sfumato.toybox import ToyboxDataset
 from sfumato.training.draw import Draw
@@ -97,7 +98,7 @@ Dataset: TypeAlias = ToyboxDataset | FolderDataset
 
 def pictures(data: Dataset, indices: Tensor) -> Tensor:
     """Pictures of the scenes at ``indices`` (b,): (b, 3, h, w) float32 in [-1, 1]."""
-    return torch.from_numpy(data.images[indices.numpy()]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return to_tensor(data.images[indices.numpy()]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def toy_weights(data: Dataset, indices: Tensor, weight: float, cells: int | None = None) -> Tensor:
@@ -105,7 +106,7 @@ def toy_weights(data: Dataset, indices: Tensor, weight: float, cells: int | None
 
     Known masks say where the picture is hard. A weight per place does not move the optimum of a regression.
     """
-    toys = torch.from_numpy(data.masks[indices.numpy()] >= 0).float()[:, None]
+    toys = to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None]
     if cells is not None:
         toys = F.adaptive_max_pool2d(toys, cells)
     weights = 1 + (weight - 1) * toys

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sfumato import cards, protocol
 from sfumato.errors import UnknownName
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.players import Loss
-from sfumato.training.recipe import Options, Recipe, parse
+from sfumato.training.recipe import Recipe, Section, parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,8 +48,8 @@ class Objective:
     """
 
     NAME: ClassVar[str] = ""
-    Model: ClassVar[type[Options]] = Options
-    Loss: ClassVar[type[Options]] = Options
+    Model: ClassVar[type[Section]] = Section
+    Loss: ClassVar[type[Section]] = Section
     EXPORTED: ClassVar[str] = ""  # the module that is exported and loaded, a model of diffusers or transformers
     HALF: ClassVar[bool] = True  # whether it is exported in float16
 
@@ -158,8 +159,12 @@ def objectives() -> dict[str, str]:
 
 
 def build_objective(recipe: Recipe) -> Objective:
-    """The objective that ``recipe`` names, with its modules built."""
+    """The objective that ``recipe`` names, with its modules built: one of :func:`objectives`, or that of a system which
+    trains (:class:`sfumato.protocol.Trains`)."""
     if recipe.objective not in objectives():
-        raise UnknownName("objective", recipe.objective, objectives())
+        system: Any = cards.method(recipe.objective) if recipe.objective in cards.methods() else None
+        if system is None or "train" not in protocol.serves(system):
+            raise UnknownName("objective", recipe.objective, objectives())
+        return system.objective(recipe)
     module, _, name = objectives()[recipe.objective].partition(":")
     return getattr(importlib.import_module(module), name)(recipe)

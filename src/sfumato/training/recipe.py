@@ -18,13 +18,13 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 
-class Options(BaseModel):
+class Section(BaseModel):
     """Base of every section of a recipe: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataOptions(Options):
+class DataOptions(Section):
     """Which toybox scenes are used (:class:`sfumato.toybox.ToyboxDataset`), or a folder of pictures with captions."""
 
     train: int = Field(default=24_000, ge=1, description="training scenes; of a folder, the most pictures used")
@@ -36,7 +36,7 @@ class DataOptions(Options):
     )
 
 
-class TrainOptions(Options):
+class TrainOptions(Section):
     """Optimiser, schedule and bookkeeping."""
 
     steps: int = Field(..., ge=1, description="optimiser steps of the whole schedule")
@@ -65,7 +65,7 @@ class TrainOptions(Options):
     snapshot_minutes: float = Field(10.0, gt=0, description="minutes between exports of the averaged weights")
 
 
-class Recipe(Options):
+class Recipe(Section):
     """A whole training run. ``model`` and ``loss`` are read by the objective's own option classes."""
 
     name: str = Field(..., pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -80,7 +80,7 @@ class Recipe(Options):
     card: dict[str, Any] = Field({}, description="extra entries of the exported card, such as sampling defaults")
 
 
-def parse(section: str, kind: type[Options], values: dict[str, Any]) -> Any:
+def parse(section: str, kind: type[Section], values: dict[str, Any]) -> Any:
     """``kind`` filled from ``values``; mistakes become one-line errors that name ``section`` and the nearest key."""
     try:
         return kind.model_validate(values)

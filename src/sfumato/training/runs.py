@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sfumato import registry
 from sfumato.errors import BadInput, Conflict, UnknownName
+from sfumato.models.quiet import quiet
 from sfumato.training import checkpoint
 from sfumato.training.card import write_card
 from sfumato.training.draw import Draw
@@ -80,7 +81,7 @@ class _Loss(nn.Module):
             return self.turn.loss(batch, draw)
 
 
-class Run:
+class TrainingRun:
     """One recipe in ``folder``: the objective, the trainer, and what is kept on disk. See :func:`run` for the usual way
     in."""
 
@@ -295,16 +296,17 @@ def run(
     random_state = torch.random.get_rng_state()
     keep_memory()
     try:
-        this = Run(loaded, folder, snapshots)
-        complaints = this.restore() if resume else []
-        with this.trainer.signals(signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-            result = this.fit(minutes, on_progress)
-        result.complaints = complaints
-        if result.finished:
-            result.quality = this.measure()
-            result.exported = this.export(out or folder / "export", result.quality)
-        record = {**asdict(result), "folder": str(folder), "exported": str(result.exported or "")}
-        (folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        with quiet():  # what the libraries below say while they load and save is not the user's to act on
+            this = TrainingRun(loaded, folder, snapshots)
+            complaints = this.restore() if resume else []
+            with this.trainer.signals(signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+                result = this.fit(minutes, on_progress)
+            result.complaints = complaints
+            if result.finished:
+                result.quality = this.measure()
+                result.exported = this.export(out or folder / "export", result.quality)
+            record = {**asdict(result), "folder": str(folder), "exported": str(result.exported or "")}
+            (folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         return result
     finally:
         torch.random.set_rng_state(random_state)

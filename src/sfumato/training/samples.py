@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import clips, files
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
 from sfumato.training.draw import Draw
 
@@ -60,7 +61,7 @@ class Sample:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Anything that samples can be drawn from."""
 
     def __len__(self) -> int: ...
@@ -81,7 +82,7 @@ class Batch:
     names: list[str]
 
 
-def draw_batch(source: Source, draw: Draw, n: int, flip: bool = False) -> Batch:
+def draw_batch(source: SampleSource, draw: Draw, n: int, flip: bool = False) -> Batch:
     """This process's share of a step's ``n`` samples, a pure function of the draw; ``flip`` mirrors every second."""
     rows = draw.indices(len(source), n).tolist()
     found = [source.sample(i, torch.Generator().manual_seed(draw.number("sample", i))) for i in rows]
@@ -201,7 +202,7 @@ class Samples:
         part = self.entries[i].mask
         if part is None:
             return None
-        drawn = torch.from_numpy(np.array(files.fitted(part.picture().convert("L"), self.size, smooth=self.soft)))
+        drawn = to_tensor(np.array(files.fitted(part.picture().convert("L"), self.size, smooth=self.soft)))
         return drawn.float() / 255 if self.soft else (drawn > 0).float()
 
     def sample(self, i: int, generator: torch.Generator | None = None) -> Sample:
@@ -227,7 +228,7 @@ class Samples:
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
+    return to_tensor(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
 
 
 def open_samples(

@@ -27,7 +27,7 @@ from sfumato.toybox.oracle.toy_judge import (
 )
 from sfumato.training.draw import Draw
 from sfumato.training.recipe import Recipe
-from sfumato.zoo.objectives.judge import JudgeLoss, JudgeObjective, augment, compress, labels, middle_loss, truth
+from sfumato.zoo.objectives.judge import JudgeLoss, JudgeObjective, augment, centre_loss, compress, labels, targets_of
 
 SMALL = JudgeConfig(widths=(8, 8, 8, 8), blocks=(1, 1, 1), embedding=8, close=(16, 16))
 
@@ -45,24 +45,24 @@ def net():
 
 def ideal(masks):
     """What a perfect network would say, as :class:`Dense`."""
-    want = truth(masks.long(), 10)
+    want = targets_of(masks.long(), 10)
     empty = torch.zeros(len(masks), 1)
-    return Dense(want.toys.sum(1) * 20 - 10, want.offset, want.middle * 20 - 19.5, empty, empty, {}, empty)
+    return Dense(want.toys.sum(1) * 20 - 10, want.offset, want.centre * 20 - 19.5, empty, empty, {}, empty)
 
 
 def test_targets_against_loops(frames):
     masks = frames.mask.long()
-    want = truth(masks, 10)
+    want = targets_of(masks, 10)
     for i, scene in enumerate(frames.scenes):
         for k in range(len(scene.toys)):
             ys, xs = (masks[i] == k).nonzero(as_tuple=True)
             assert torch.equal(want.toys[i, k].bool(), masks[i] == k)
-            assert bool(want.asked[i, k]) == (len(ys) >= 10)
+            assert bool(want.valid[i, k]) == (len(ys) >= 10)
             if len(ys):
                 y, x = int(ys[3]), int(xs[3])
                 assert want.offset[i, 0, y, x] == pytest.approx(float(xs.float().mean()) - x, abs=1e-3)
                 assert want.offset[i, 1, y, x] == pytest.approx(float(ys.float().mean()) - y, abs=1e-3)
-        assert (want.middle[i] == 1).sum() == int(want.asked[i].sum())
+        assert (want.centre[i] == 1).sum() == int(want.valid[i].sum())
         assert (want.offset[i][:, masks[i] < 0] == 0).all()
 
 
@@ -97,12 +97,12 @@ def test_nothing_is_found_in_nothing():
     assert masks.shape == (0, 64, 64) and len(rows) == 0
 
 
-def test_middle_loss_is_least_for_the_truth(frames):
-    target = truth(frames.mask.long(), 10).middle
+def test_centre_loss_is_least_for_the_truth(frames):
+    target = targets_of(frames.mask.long(), 10).centre
     assert (
-        middle_loss(torch.where(target == 1, 12.0, -12.0), target)
+        centre_loss(torch.where(target == 1, 12.0, -12.0), target)
         < 1e-3
-        < middle_loss(torch.zeros_like(target), target)
+        < centre_loss(torch.zeros_like(target), target)
     )
 
 

@@ -28,6 +28,7 @@ def compare(
     task: Annotated[
         list[str] | None, typer.Option(help="Prompts of a task (`sfumato toybox prompts --help`); repeatable.")
     ] = None,
+    with_: options.With = None,
     n: Annotated[int | None, typer.Option("-n", help="Pictures of each prompt; prompts of each --task.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Real pictures; each side's distance to them.")] = None,
     seed: options.Seed = None,
@@ -57,7 +58,7 @@ def compare(
         with show.bar("pairs") as bar:
             report = app.compare(
                 first, second, prompts=source, n=n, seed=seed, out=out, dtype=dtype, device=device, on_progress=bar,
-                options=settings,
+                options=settings, with_=with_ or [],
                 **{name: value for name, value in measuring.items() if value is not None},
             )  # fmt: skip
     except (KeyboardInterrupt, WorkInterrupted):

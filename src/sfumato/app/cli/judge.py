@@ -18,14 +18,23 @@ def judge(
     fake: Annotated[Path | None, typer.Argument(help="The pictures to judge against the first folder.")] = None,
     reference: Annotated[Path | None, typer.Option(help="A folder of real pictures to compare with.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="What the pictures show: JSONL, one object per line.")] = None,
-    attributes: Annotated[
-        str | None, typer.Option(help="A file with an attribute per line, or 'captions': the captions' own.")
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attribute",
+            "--attributes",
+            help="One attribute, a file with one per line, or 'captions': the captions' own; repeatable.",
+        ),
     ] = None,
-    attribute: Annotated[list[str] | None, typer.Option(help="One attribute; repeatable.")] = None,
+    by: options.By = None,
     oracle: Annotated[bool, typer.Option("--oracle", help="The toy-judge, not CLIP, says what is shown.")] = False,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="presence, clip_score, frechet, kernel, manifold, attributes; repeatable. Default: all."),
+        typer.Option(
+            "--metric",
+            "--metrics",
+            help="presence, clip_score, frechet, kernel, manifold, attributes; repeatable. Default: all.",
+        ),
     ] = None,
     net: Annotated[
         str | None, typer.Option(help="Net of the distances: a CLIP, or inception. Default: toy-clip.")
@@ -54,20 +63,16 @@ def judge(
     given = {"metrics": metric, "net": net, "clip": clip, "template": template, "draws": draws, "cap": cap,
              "seed": seed, "batch": batch, "dtype": dtype, "ray": ray or None, "workers": workers}  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
-    if attributes is not None and attribute:
-        raise BadInput("give --attributes or --attribute, not both.")
-    if attributes == "captions":
-        options["attributes"] = ["captions"]
-    elif attributes is not None:
+    if attribute:
         from sfumato.bench.judge import read_attributes
 
-        options["attributes"] = read_attributes(Path(attributes))
-    elif attribute:
-        options["attributes"] = attribute
+        files = [Path(each) for each in attribute if Path(each).suffix == ".txt" or Path(each).is_file()]
+        named = [each for each in attribute if Path(each) not in files]
+        options["attributes"] = named + [each for path in files for each in read_attributes(path)]
     options |= {"oracle": oracle, "captions": captions, "pairs": pairs, "device": device}
     try:
         with show.bar("pictures") as bar:
-            report = app.judge(folder, reference, prompts=prompts, out=out, on_progress=bar, **options)
+            report = app.judge(folder, reference, prompts=prompts, out=out, by=by, on_progress=bar, **options)
     except KeyboardInterrupt:
         raise WorkInterrupted(f"interrupted; the state is in {out}, the same command goes on from it.") from None
     show.report(report, json_)

@@ -36,6 +36,7 @@ from sfumato.edit.text_to_segmentation.stages import (
     weak_maps,
 )
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.sampling.request import as_pictures, as_pixels
 from sfumato.windows import Window
@@ -195,6 +196,8 @@ class Segmented:
     removed: Tensor
     refined: Tensor
     segmenter: Segmenter
+
+    __repr__ = described
 
     def final(self) -> Tensor:
         """The segmenter's masks (n H W) bool of the pictures."""

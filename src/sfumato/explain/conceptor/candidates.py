@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.errors import NoMatch
 from sfumato.explain.conceptor.vocabulary import PIECE, Dictionary
 from sfumato.models.readers import Clip
@@ -30,16 +30,16 @@ def candidates_of(
     if not keep:
         raise NoMatch(f"the dictionary holds nothing but the concept's own words: {', '.join(sorted(excluded))}.")
     if net is not None and (similar < 1 or len(keep) > limit):
-        texts = torch.from_numpy(net.text_features([template.format(known.names[i].removesuffix(PIECE)) for i in keep]))
+        texts = to_tensor(net.text_features([template.format(known.names[i].removesuffix(PIECE)) for i in keep]))
         texts = F.normalize(texts, dim=1)
         if similar < 1 and concept:
-            target = F.normalize(torch.from_numpy(net.text_features([template.format(concept)])), dim=1)[0]
+            target = F.normalize(to_tensor(net.text_features([template.format(concept)])), dim=1)[0]
             near = texts @ target > similar
             keep, texts = [i for i, no in zip(keep, near.tolist(), strict=True) if not no], texts[~near]
             if not keep:
                 raise NoMatch(f"every word is more similar to the concept than similar={similar:g} allows.")
         if len(keep) > limit:
-            mean = F.normalize(torch.from_numpy(net.features(as_pictures(pixels))), dim=1).mean(0)
+            mean = F.normalize(to_tensor(net.features(as_pictures(pixels))), dim=1).mean(0)
             order = (texts @ mean).argsort(descending=True, stable=True)[:limit]
             keep = [keep[i] for i in sorted(order.tolist())]
     return known.only(keep)

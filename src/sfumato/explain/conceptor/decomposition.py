@@ -20,6 +20,7 @@ from sfumato.errors import BadInput, UnknownName
 from sfumato.explain.conceptor.pseudo_word import PseudoWord, draw, read_mixture
 from sfumato.explain.conceptor.vocabulary import placeholder
 from sfumato.explain.conceptor.word_cloud import word_cloud
+from sfumato.markup import described
 from sfumato.models import Model
 
 FORMAT = "sfumato-decomposition-1"
@@ -46,6 +47,8 @@ class Decomposition:
     drawn: list[Image.Image] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = described
 
     def shares(self, n: int | None = None) -> list[tuple[str, float]]:
         """The ``n`` (N) largest coefficients as shares of what these n have, largest first; zeros are left out."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput, UnknownName
 from sfumato.explain.conceptor import vocabulary
 from sfumato.explain.conceptor.candidates import candidates_of
@@ -263,7 +264,7 @@ class _Check:
         self.best = torch.empty(0)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        return F.normalize(torch.from_numpy(self.net.features(as_pictures(pixels))), dim=1)
+        return F.normalize(to_tensor(self.net.features(as_pictures(pixels))), dim=1)
 
     def __call__(self, iteration: int, alphas: Tensor, pixels: Tensor) -> None:
         """Each picture with its own counterpart where seeds pair them, else with the others' mean."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.explain.conceptor.decomposition import Decomposition
 from sfumato.explain.conceptor.vocabulary import PIECE
 from sfumato.models import Model
@@ -35,14 +36,14 @@ def explain_seed(
     alphas = torch.zeros_like(found.alphas)
     alphas[top] = found.alphas[top]
     texts = F.normalize(
-        torch.from_numpy(net.text_features([found.template.format(found.names[i].removesuffix(PIECE)) for i in top])),
+        to_tensor(net.text_features([found.template.format(found.names[i].removesuffix(PIECE)) for i in top])),
         dim=1,
     )
     near = texts @ texts.T > alike
 
     def drawn(coefficients: Tensor) -> tuple[Tensor, Tensor]:
         pixels = replace(found, alphas=coefficients).draw(model, [seed], **drawing)
-        return F.normalize(torch.from_numpy(net.features(as_pictures(pixels))), dim=1)[0], pixels
+        return F.normalize(to_tensor(net.features(as_pictures(pixels))), dim=1)[0], pixels
 
     target, first = drawn(alphas)
     last, removed = first, True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import NotSupported, UnknownName
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.models.slot import TextTower, text_towers
 
@@ -24,6 +25,8 @@ class Dictionary:
     names: tuple[str, ...]
     ids: dict[str, Tensor]
     tables: dict[str, Tensor]
+
+    __repr__ = described
 
     def only(self, rows: Sequence[int]) -> Dictionary:
         """Some of the words."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.hspace.basis import FORMAT, Directions
+from sfumato.markup import described
 from sfumato.metrics.geometry import geodesic_distance
 
 #: names of the tensors in files, and the fields that they hold
@@ -42,6 +43,8 @@ class Geometry:
     prompts: tuple[str, ...]
     curved: dict[str, float]
     directions: Directions
+
+    __repr__ = described
 
     @property
     def centroids(self) -> Tensor:

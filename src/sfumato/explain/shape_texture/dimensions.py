@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, UnknownName
+from sfumato.markup import described
 from sfumato.metrics.stats import Interval
 
 RESIDUAL = "residual"
@@ -38,6 +39,8 @@ class Dimensions:
     information: dict[str, Interval]
     dimensions: dict[str, int]
     units: dict[str, Tensor]
+
+    __repr__ = described
 
     def ranked(self, factor: str) -> list[int]:
         """Units, those that carry most of ``factor`` first."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from sfumato import files
 from sfumato.explain.shape_texture.dimensions import RESIDUAL, Dimensions
+from sfumato.markup import described
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +24,8 @@ class LayerTable:
 
     net: str
     layers: dict[str, Dimensions]
+
+    __repr__ = described
 
     def lines(self) -> list[str]:
         """The table as text: percent of the units and raw score of every factor, layer by layer."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
 
-__all__ = ["Family", "TextStream", "families", "family_of", "offering"]
+__all__ = ["Family", "TextStream", "families", "families_with", "family_of", "offering"]
 
 
 def families() -> dict[str, type[Family]]:
@@ -33,6 +33,12 @@ def offering(needs: Iterable[str]) -> list[str]:
     """Names of the families of this folder that offer all of the capabilities ``needs``."""
     shipped = dict.fromkeys(family for family in families().values() if family.__module__.startswith(__name__))
     return [family.name for family in shipped if family.capabilities.issuperset(needs)]
+
+
+def families_with(*needs: str) -> str:
+    """The end of a refusal: on which families it would work."""
+    names = ", ".join(offering(needs))
+    return f"it works with the families {names}" if names else "no family here would do"
 
 
 @functools.cache

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.models.quiet import quiet
 from sfumato.models.weights import read_json
 
@@ -86,7 +86,7 @@ def square(picture: Image.Image, side: int) -> Image.Image:
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as floats (b, 3, h, w) in [-1, 1]."""
     array = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_tensor(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def side_of(size: Any) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import Model
+from sfumato.models.families import families_with
 from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
 
@@ -154,7 +155,9 @@ class Process:
 
 
 def _lacking(process: type[Process], model: Model, what: str, who: str) -> NotSupported:
-    return NotSupported(f"{who} needs a {what}, but {model.name} draws by {process.title}.")
+    need = {"noise path": "noise_path", "gradient with respect to the state": "differentiable_state"}.get(what)
+    end = f"; {families_with(need)}" if need else ""
+    return NotSupported(f"{who} needs a {what}, but {model.name} draws by {process.title}{end}.")
 
 
 def taken(rows: Tensor, part: slice, b: int) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sfumato.attention.sites import Site, matches_place
 from sfumato.errors import BadInput, NoMatch, NotSupported
+from sfumato.models.families import families_with
 from sfumato.text.phrases import noun_phrases
 from sfumato.text.words import Reading, WordSpan, find_phrases
 
@@ -43,7 +44,10 @@ def sites_of(sites: Sequence[Site], layers: Sequence[str], resolution: int | Non
     if that is at least 8. Raises NoMatch, NotSupported."""
     candidates = [s for s in sites if s.kind in ("cross", "joint") and s.text is not None and s.grid is not None]
     if not candidates:
-        raise NotSupported(f"attend_excite needs attention from picture to text, and {model} has none.")
+        raise NotSupported(
+            f"attend_excite needs attention from picture to text, and {model} has none; "
+            f"{families_with('text_attention')}."
+        )
     chosen = [site for site in candidates if not layers or matches_place(site, layers)]
     if not chosen:
         places = ", ".join(dict.fromkeys(site.block for site in candidates))

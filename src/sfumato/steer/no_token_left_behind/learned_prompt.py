@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.models.readers import PLAIN, load_clip
 from sfumato.relevance.clip import ClipLens
 from sfumato.steer.no_token_left_behind.class_prompts import ClassPrompts, image_embeds, logit_scale
@@ -34,6 +35,8 @@ class LearnedPrompt:
     context: Tensor
     losses: Tensor
     shares: Tensor
+
+    __repr__ = described
 
     def logits(self, images: Tensor) -> Tensor:
         """(b classes) of pictures (b 3 H W) in [-1, 1]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato import rng
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.models.readers import PLAIN, load_clip
 from sfumato.models.slot import frozen
@@ -31,6 +32,8 @@ class Optimised:
     latents: Tensor
     pixels: Tensor
     losses: Tensor
+
+    __repr__ = described
 
     @property
     def images(self) -> list[Image.Image]:

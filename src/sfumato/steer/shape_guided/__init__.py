@@ -35,6 +35,7 @@ from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.metrics.geometry import slerp
 from sfumato.models import Condition
 from sfumato.models.chunks import MARK
+from sfumato.models.families import families_with
 from sfumato.sampling import Run, Step
 from sfumato.sampling.inversion import invert
 from sfumato.steer.shape_guided.attention import DECAYS, InsideOutside, takes_part
@@ -127,7 +128,10 @@ class ShapeGuided(InsideOutside):
         if sum(isinstance(part, ShapeGuided) for part in run.parts) > 1:
             raise Conflict("shape_guided is given twice; give one all regions, with a word for each.")
         if not any(site.kind in ("cross", "joint") and takes_part(site) for site in run.sites):
-            raise NotSupported(f"shape_guided needs attention from picture to text, and {run.model.name} has none.")
+            raise NotSupported(
+                f"shape_guided needs attention from picture to text, and {run.model.name} has none; "
+                f"{families_with('text_attention')}."
+            )
         words = Words(run.model)
         # each side is encoded by itself, in one window: a new chunk begins nowhere
         parts = [split(words, prompt.replace(MARK, " "), p.words) for prompt in run.prompts]

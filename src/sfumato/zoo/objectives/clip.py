@@ -26,12 +26,12 @@ from sfumato.toybox.captions import Caption
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.tokenizer import build_tokenizer
 
 
-class CLIPModelOptions(Options):
+class CLIPModelOptions(Section):
     """The ``[model]`` section."""
 
     text_width: int = 128
@@ -50,7 +50,7 @@ EXCHANGES = {"swap": 0.8, "swap_pattern": 0.2}
 CHANGES = {"swap": 0.3, "color": 0.2, "shape": 0.3, "pattern": 0.2}
 
 
-class CLIPLoss(Options):
+class CLIPLoss(Section):
     """The ``[loss]`` section."""
 
     negatives: int = Field(2, ge=0, description="hard negative captions per picture")
@@ -70,7 +70,7 @@ class CLIPLoss(Options):
         description="weight of words keeping to themselves: where two captions differ in some words, the share of the"
         " difference in the last two layers that lies at all others, padding included; the end may know everything",
     )
-    tellings: int = Field(32, ge=1, description="scenes a step that are told twice for it")
+    tellings: int = Field(32, ge=1, description="scenes a step that get two captions for it")
     text_first: int = Field(0, ge=0, description="steps at the start with the paraphrases alone")
     mirror: float = Field(0.0, ge=0, le=1, description="share of the pictures shown with left and right exchanged")
     words: float = Field(0.0, ge=0, description="weight of reading a toy's attributes off its noun")
@@ -118,17 +118,17 @@ def different_negatives(
 ) -> list[tuple[Caption, Scene]]:
     """``n`` changed scenes with captions in the words and order of ``text``; one that reads like it is drawn again.
 
-    A change that the style leaves unsaid cannot be told apart; after ``tries`` the caption is kept as it is and must be
-    masked by the caller.
+    A change that the style does not express leaves the caption equal; after ``tries`` it stays so and must be masked by
+    the caller.
     """
     out = []
     for _ in range(n):
         for _ in range(tries):
             changed = hard_negative(scene, rng, changes)
-            told = say(changed)
-            if told.text != text:
+            caption = say(changed)
+            if caption.text != text:
                 break
-        out.append((told, changed))
+        out.append((caption, changed))
     return out
 
 
@@ -141,7 +141,7 @@ def captions_with_negatives(
     flipped: Sequence[bool] = (),
 ) -> list[tuple[Caption, Scene]]:
     """A caption of each scene, then the ``n`` hard negatives of the first, of the second ...; ``flipped`` says which
-    scenes are told with left and right exchanged."""
+    scenes are described with left and right exchanged."""
     own, negatives = [], []
     for row, i in enumerate(indices.tolist()):
         seed = draw.number("caption", i)
@@ -182,8 +182,8 @@ class CLIPObjective(Objective):
     NAME = "clip"
     EXPORTED = "clip"
     HALF = False  # whoever trains further from it loses nothing
-    Model: ClassVar[type[Options]] = CLIPModelOptions
-    Loss: ClassVar[type[Options]] = CLIPLoss
+    Model: ClassVar[type[Section]] = CLIPModelOptions
+    Loss: ClassVar[type[Section]] = CLIPLoss
     clip: CLIPModel
 
     def build(self) -> dict[str, nn.Module]:
@@ -229,30 +229,30 @@ class CLIPObjective(Objective):
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         o: CLIPLoss = self.loss_options
-        told_twice: dict[str, Tensor] = {}
+        paraphrases: dict[str, Tensor] = {}
         if o.paraphrases:
             first, changed, again = retold(o.tellings, draw)
-            said = torch.tensor([[c in (a, b) for c in first + changed] for a, b in zip(first, again, strict=True)])
-            told_twice = {"told": self.tokens(first + changed + again), "said": said}
+            same = torch.tensor([[c in (a, b) for c in first + changed] for a, b in zip(first, again, strict=True)])
+            paraphrases = {"paraphrases": self.tokens(first + changed + again), "paraphrases_same": same}
             if draw.step < o.text_first:
-                return told_twice
+                return paraphrases
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
         flip = torch.rand(len(indices), generator=draw.generator("mirror")) < o.mirror
         pairs = captions_with_negatives(self.train_data, indices, draw, o.negatives, o.changes, flip.tolist())
-        told, scenes = zip(*pairs, strict=True)
-        texts = [one.text for one in told]
+        captions, scenes = zip(*pairs, strict=True)
+        texts = [one.text for one in captions]
         # two scenes of a batch may share a caption: not each other's negatives
         same = torch.tensor([[a == b for b in texts] for a in texts[: len(indices)]])
         batch = {"pixels": data.pictures(self.train_data, indices), "tokens": self.tokens(texts), "same": same}
         batch["pixels"][flip] = batch["pixels"][flip].flip(-1)
         if o.words:
             spans = self.tokenizer(texts, return_offsets_mapping=True, padding="longest", return_tensors="pt")
-            batch["nouns"], batch["attributes"] = labels.word_targets(told, scenes, spans.offset_mapping)
+            batch["nouns"], batch["attributes"] = labels.word_targets(captions, scenes, spans.offset_mapping)
         if o.places:
             cells = self.recipe.data.size // self.model_options.patch
             batch["places"] = labels.place_labels(self.train_data, indices, cells)
             batch["places"][flip] = batch["places"][flip].flip(-1)
-        return {**batch, **told_twice}
+        return {**batch, **paraphrases}
 
     def features(self, pixels: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         """Unit vectors (b, d) of pictures (b, 3, h, w) in [-1, 1] or of token ids (b, t)."""
@@ -283,15 +283,15 @@ class CLIPObjective(Objective):
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: CLIPLoss = self.loss_options
         loss, logs = torch.zeros((), device=self.device), {}
-        if "told" in batch:
-            n = len(batch["said"])
-            out = self.clip.text_model(input_ids=batch["told"], output_hidden_states=True)
+        if "paraphrases" in batch:
+            n = len(batch["paraphrases_same"])
+            out = self.clip.text_model(input_ids=batch["paraphrases"], output_hidden_states=True)
             text = F.normalize(self.clip.text_projection(out.pooler_output).float(), dim=-1)
             scale = self.clip.logit_scale.exp().clamp(max=100)
-            part, told = self.contrast(scale * text[2 * n :] @ text[: 2 * n].T, batch["said"])
-            loss, logs = loss + o.paraphrases * part, {f"again_{key}": value for key, value in told.items()}
+            part, figures = self.contrast(scale * text[2 * n :] @ text[: 2 * n].T, batch["paraphrases_same"])
+            loss, logs = loss + o.paraphrases * part, {f"again_{key}": value for key, value in figures.items()}
             if o.local:
-                one, other, end = batch["told"][:n], batch["told"][n : 2 * n], self.tokenizer.eos_token_id
+                one, other, end = batch["paraphrases"][:n], batch["paraphrases"][n : 2 * n], self.tokenizer.eos_token_id
                 # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
                 layers = (out.last_hidden_state, out.hidden_states[-2])
                 part = sum(labels.leaked(h[:n], h[n : 2 * n], one, other, end) for h in layers) / len(layers)
@@ -303,8 +303,8 @@ class CLIPObjective(Objective):
         read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
         image = F.normalize(self.clip.visual_projection(seen.pooler_output).float(), dim=-1)
         text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
-        part, told = self.contrast(self.clip.logit_scale.exp().clamp(max=100) * image @ text.T, batch["same"])
-        loss, logs = loss + part, {**told, **logs}
+        part, figures = self.contrast(self.clip.logit_scale.exp().clamp(max=100) * image @ text.T, batch["same"])
+        loss, logs = loss + part, {**figures, **logs}
         if o.words:
             # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
             for hidden in (read.last_hidden_state, read.hidden_states[-2]):
@@ -329,9 +329,9 @@ class CLIPObjective(Objective):
         for number, part in enumerate(torch.arange(len(self.val_data) // 64 * 64).split(64)):
             draw = Draw(1, number)
             image = self.features(pixels=data.pictures(self.val_data, part).to(self.device))
-            told = [self.val_data.caption(i, style="full").text for i in part.tolist()]
+            captions = [self.val_data.caption(i, style="full").text for i in part.tolist()]
             scenes = [self.val_data.scenes[i] for i in part.tolist()]
-            scores = image @ self.features(tokens=self.tokens(told).to(self.device)).T
+            scores = image @ self.features(tokens=self.tokens(captions).to(self.device)).T
             own = torch.arange(64, device=self.device)
             right["caption_of_64"] += (scores.argmax(1) == own).tolist()
             right["picture_of_64"] += (scores.argmax(0) == own).tolist()

@@ -19,16 +19,17 @@ from torch.nn import functional
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from sfumato import sheets
+from sfumato.arrays import to_tensor
 from sfumato.toybox.cues import CUE_TEXTURES, CUES, CueDataset
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 
 TEXTURE_CHANCE = 1 / len(CUES)
 
 
-class CNNModel(Options):
+class CNNModel(Section):
     """Architecture (``transformers.ResNetConfig``)."""
 
     stem: int = Field(16, ge=4, description="channels of the first convolution (7x7, stride 2) and its max-pool")
@@ -37,7 +38,7 @@ class CNNModel(Options):
     block: Literal["basic", "bottleneck"] = "basic"
 
 
-class CNNLoss(Options):
+class CNNLoss(Section):
     """What the label says about the pictures, and how the pictures are varied."""
 
     shape: float = Field(1.0, ge=0, le=1, description="probability that the shape is the label's")
@@ -71,7 +72,7 @@ class CNNObjective(Objective):
         self.train_data = CueDataset("train", o.train, o.size, o.seed, **cues, lazy=True)
         # measured on the same pictures whatever was trained on: here the texture says nothing about the shape
         self.val_data = CueDataset("val", o.val, o.size, o.seed, 1.0, TEXTURE_CHANCE)
-        self.labels = torch.from_numpy(self.train_data.labels)
+        self.labels = to_tensor(self.train_data.labels)
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         chosen = draw.indices(len(self.train_data), self.recipe.train.batch)
@@ -118,7 +119,7 @@ class CNNObjective(Objective):
 
     def grid(self) -> Image.Image:
         """Training pictures, in rows by label."""
-        rows = [torch.from_numpy(np.flatnonzero(self.train_data.labels == k)[:8]) for k in range(len(CUES))]
+        rows = [to_tensor(np.flatnonzero(self.train_data.labels == k)[:8]) for k in range(len(CUES))]
         return sheets.sheet(torch.cat([data.pictures(self.train_data, row) for row in rows]), 8, scale=2, gap=0)
 
     def companions(self) -> list[Any]:

@@ -17,18 +17,19 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import ConvNextConfig, DetrConfig, DetrForObjectDetection, DetrImageProcessorPil
 
+from sfumato.arrays import to_tensor
 from sfumato.models.readers.regions import box_overlap
 from sfumato.toybox import SHAPES, ToyboxDataset
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives import labels
 
 PATCH = 4
 
 
-class DetrModelOptions(Options):
+class DetrModelOptions(Section):
     """The ``[model]`` section."""
 
     backbone: tuple[int, ...] = Field((64,), description="widths of the backbone's stages, the first at a quarter")
@@ -40,7 +41,7 @@ class DetrModelOptions(Options):
     queries: int = 8
 
 
-class DetrLoss(Options):
+class DetrLoss(Section):
     """The ``[loss]`` section."""
 
     places: float = Field(0.5, ge=0, description="weight of reading toys and their boxes off the encoder's output")
@@ -85,8 +86,8 @@ class DetrObjective(Objective):
 
     NAME = "detr"
     EXPORTED = "detr"
-    Model: ClassVar[type[Options]] = DetrModelOptions
-    Loss: ClassVar[type[Options]] = DetrLoss
+    Model: ClassVar[type[Section]] = DetrModelOptions
+    Loss: ClassVar[type[Section]] = DetrLoss
     detr: DetrForObjectDetection
 
     def build(self) -> dict[str, nn.Module]:
@@ -139,7 +140,7 @@ class DetrObjective(Objective):
             named = [SHAPES.index(toy.shape) for toy in self.train_data.scenes[i].toys]
             shapes[row, : len(named)] = torch.tensor(named)
         places = labels.place_labels(self.train_data, indices, self.cells)
-        masks = torch.from_numpy(self.train_data.masks[indices.numpy()]).long()
+        masks = to_tensor(self.train_data.masks[indices.numpy()]).long()
         flip = torch.rand(len(indices), generator=draw.generator("flip")) < 0.5
         pixels[flip], masks[flip], places[flip] = pixels[flip].flip(3), masks[flip].flip(2), places[flip].flip(3)
         x0, y0, x1, y1 = boxes[flip].unbind(-1)
@@ -150,10 +151,10 @@ class DetrObjective(Objective):
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: DetrLoss = self.loss_options
-        there = ~batch["boxes"].isnan().any(-1)
-        wanted = [
-            {"class_labels": shapes[seen], "boxes": to_centre(boxes[seen])}
-            for shapes, boxes, seen in zip(batch["shapes"], batch["boxes"], there, strict=True)
+        visible = ~batch["boxes"].isnan().any(-1)
+        targets = [
+            {"class_labels": shapes[shown], "boxes": to_centre(boxes[shown])}
+            for shapes, boxes, shown in zip(batch["shapes"], batch["boxes"], visible, strict=True)
         ]
         out = self.detr.model(pixel_values=batch["pixels"])
         with torch.autocast(self.device.type, enabled=False):
@@ -161,7 +162,7 @@ class DetrObjective(Objective):
             classes = self.detr.class_labels_classifier(states)
             sides = self.detr.bbox_predictor(states).sigmoid()
             loss, parts, _ = self.detr.loss_function(
-                classes[-1], wanted, self.device, sides[-1], self.detr.config, classes, sides
+                classes[-1], targets, self.device, sides[-1], self.detr.config, classes, sides
             )
         logs = {key: parts[f"loss_{key}"].detach() for key in ("ce", "bbox", "giou")}
         if o.places:
@@ -177,13 +178,13 @@ class DetrObjective(Objective):
         """
         read = read.transpose(1, 2).unflatten(2, (self.cells, self.cells))
         owner = batch["owner"]
-        middle = (torch.arange(self.cells, device=read.device) + 0.5) / self.cells
-        x, y = middle.expand(self.cells, -1), middle[:, None].expand(-1, self.cells)
+        centre = (torch.arange(self.cells, device=read.device) + 0.5) / self.cells
+        x, y = centre.expand(self.cells, -1), centre[:, None].expand(-1, self.cells)
         found = read[:, -4:] + torch.stack([x, y, x, y])
         boxes = batch["boxes"].nan_to_num(0)
-        want = boxes[torch.arange(len(boxes))[:, None, None], owner.clamp_min(0)].permute(0, 3, 1, 2)
+        target = boxes[torch.arange(len(boxes))[:, None, None], owner.clamp_min(0)].permute(0, 3, 1, 2)
         inside = (owner >= 0).float()
-        sides = ((found - want).abs().sum(1) * inside).sum() / inside.sum().clamp_min(1)
+        sides = ((found - target).abs().sum(1) * inside).sum() / inside.sum().clamp_min(1)
         return labels.place_loss(read[:, :-4], batch["places"]).mean() + 5 * sides
 
     def detect(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,25 +195,25 @@ class DetrObjective(Objective):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """On held-out scenes: toys found (right shape, overlap above a half), finds that are right, mean overlap."""
-        hits = found = there = 0
+        hits = found = total = 0
         overlaps: list[float] = []
         boxes = ToyBoxes(self.val_data)
         for part in torch.arange(len(self.val_data)).split(100):
-            odds, corners = self.detect(data.pictures(self.val_data, part).to(self.device))
+            probabilities, corners = self.detect(data.pictures(self.val_data, part).to(self.device))
             for row, i in enumerate(part.tolist()):
-                seen = ~boxes[i].isnan().any(1)
-                shapes = torch.tensor([SHAPES.index(toy.shape) for toy in self.val_data.scenes[i].toys])[seen]
-                chosen = odds[row, :, :-1].amax(1) > 0.5
-                overlap = box_overlap(corners[row, chosen].cpu(), boxes[i][seen])
-                same = odds[row, chosen, :-1].argmax(1).cpu()[:, None] == shapes
-                there, found = there + len(shapes), found + int(chosen.sum())
+                visible = ~boxes[i].isnan().any(1)
+                shapes = torch.tensor([SHAPES.index(toy.shape) for toy in self.val_data.scenes[i].toys])[visible]
+                chosen = probabilities[row, :, :-1].amax(1) > 0.5
+                overlap = box_overlap(corners[row, chosen].cpu(), boxes[i][visible])
+                same = probabilities[row, chosen, :-1].argmax(1).cpu()[:, None] == shapes
+                total, found = total + len(shapes), found + int(chosen.sum())
                 if overlap.numel():
                     overlaps += overlap.amax(0).tolist()
                     hits += int(((overlap > 0.5) & same).any(0).sum())  # a toy found twice counts once
                 else:
                     overlaps += [0.0] * len(shapes)
         return {
-            "recall": hits / max(1, there),
+            "recall": hits / max(1, total),
             "precision": hits / max(1, found),
             "box_overlap": float(np.mean(overlaps)),
         }
@@ -220,13 +221,13 @@ class DetrObjective(Objective):
     @torch.no_grad()
     def grid(self) -> Image.Image:
         """Held-out pictures with the boxes found."""
-        pictures = torch.from_numpy(np.array(self.val_data.images[:8]))
-        odds, corners = self.detect(pictures.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1)
+        pictures = to_tensor(np.array(self.val_data.images[:8]))
+        probabilities, corners = self.detect(pictures.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1)
         sheet = Image.fromarray(torch.cat(list(pictures), 1).numpy())
         size = self.val_data.size
         draw = ImageDraw.Draw(sheet)
         for k in range(len(pictures)):
-            for box in corners[k][odds[k, :, :-1].amax(1) > 0.5].clamp(0, 1).tolist():
+            for box in corners[k][probabilities[k, :, :-1].amax(1) > 0.5].clamp(0, 1).tolist():
                 x0, y0, x1, y1 = (round(value * size) for value in box)
                 draw.rectangle((x0 + k * size, y0, max(x0, x1 - 1) + k * size, max(y0, y1 - 1)), outline=(255, 0, 0))
         return sheet

@@ -18,7 +18,7 @@ from sfumato.errors import BadInput
 from sfumato.training.draw import Draw
 from sfumato.training.losses import Noise, denoising_loss, min_snr
 from sfumato.training.objective import save_half, weights_in
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
 
 # Stable Diffusion's noise schedule
@@ -64,8 +64,8 @@ class DiffusionObjective(LatentObjective):
     """Denoising score matching: the network says which noise was added."""
 
     NAME = "diffusion"
-    Model: ClassVar[type[Options]] = UNetModel
-    Loss: ClassVar[type[Options]] = DiffusionLoss
+    Model: ClassVar[type[Section]] = UNetModel
+    Loss: ClassVar[type[Section]] = DiffusionLoss
     sampling: ClassVar[dict[str, Any]] = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
     unet: UNet2DConditionModel
 
@@ -156,12 +156,12 @@ class DiffusionObjective(LatentObjective):
         t = (self.quantiles(len(x0), draw) * steps).long().to(x0.device)
         context = self.text.text_model(batch["tokens"]).last_hidden_state
         # the features that the last block starts from, at the size of the latents
-        middle = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
+        block = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
         path = Noise(self.noise_schedule)
         snr = path.snr(t)
         # pure noise has nothing to say, hence the floor
         weight = min_snr(snr, self.loss_options.min_snr) + self.loss_options.structure / snr.clamp(min=0.05)
-        with self.watching(middle) as kept, self.dropping(draw):
+        with self.watching(block) as outputs, self.dropping(draw):
             found = denoising_loss(
                 lambda x, t: self.unet(self.seen(x, batch), t, context).sample,
                 path, x0, noise, t, mask=batch["weight"], weight=weight,
@@ -170,7 +170,7 @@ class DiffusionObjective(LatentObjective):
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
         loss = logs["denoise"] = found.loss
         if self.loss_options.align:
-            logs["align"] = self.alignment(kept[0].permute(0, 2, 3, 1), batch["places"]).mean()
+            logs["align"] = self.alignment(outputs[0].permute(0, 2, 3, 1), batch["places"]).mean()
             loss = loss + self.loss_options.align * logs["align"]
         return loss, {key: value.detach() for key, value in logs.items()}
 

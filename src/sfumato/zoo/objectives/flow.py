@@ -14,10 +14,10 @@ from transformers import CLIPTextModelWithProjection
 from sfumato.training.draw import Draw
 from sfumato.training.losses import Flow, denoising_loss, density
 from sfumato.training.objective import save_half, weights_in
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
 
-# the third text encoder is absent, which diffusers wants to be told
+# the third text encoder is absent, which diffusers wants to be encoded
 PLAIN = """from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
@@ -43,11 +43,11 @@ class FlowLoss(LatentLoss):
 
 
 class FlowObjective(LatentObjective):
-    """Conditional flow matching: x_t = (1 - t) x0 + t eps, the network says eps - x0; t from a logit-normal."""
+    """Conditional flow matching: x_t = (1 - t) x0 + t eps, the network predicts eps - x0; t from a logit-normal."""
 
     NAME = "flow"
-    Model: ClassVar[type[Options]] = FlowModel
-    Loss: ClassVar[type[Options]] = FlowLoss
+    Model: ClassVar[type[Section]] = FlowModel
+    Loss: ClassVar[type[Section]] = FlowLoss
     sampling: ClassVar[dict[str, Any]] = {
         "steps": 25,
         "guidance": 3.0,
@@ -87,11 +87,11 @@ class FlowObjective(LatentObjective):
         o: FlowLoss = self.loss_options
         x0, noise = batch["x0"], batch["noise"]
         t = self.times(self.quantiles(len(x0), draw)).to(x0.device)
-        told = self.text(batch["tokens"], output_hidden_states=True)
-        context = torch.cat([told.hidden_states[-2]] * 2, -1)
-        pooled = torch.cat([told.text_embeds] * 2, -1)
-        middle = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
-        with self.watching(middle) as kept:
+        encoded = self.text(batch["tokens"], output_hidden_states=True)
+        context = torch.cat([encoded.hidden_states[-2]] * 2, -1)
+        pooled = torch.cat([encoded.text_embeds] * 2, -1)
+        block = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
+        with self.watching(block) as outputs:
             found = denoising_loss(
                 lambda x, t: self.transformer(x, context, pooled, 1000 * t, return_dict=False)[0],
                 Flow(), x0, noise, t, mask=batch["weight"],
@@ -100,7 +100,7 @@ class FlowObjective(LatentObjective):
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
         loss = logs["denoise"] = found.loss
         if o.align:
-            features = kept[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
+            features = outputs[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
             logs["align"] = self.alignment(features, batch["places"]).mean()
             loss = loss + o.align * logs["align"]
         return loss, {key: value.detach() for key, value in logs.items()}

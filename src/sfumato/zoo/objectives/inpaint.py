@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionInpaintPipeline
 from PIL.Image import Image
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from sfumato import masks, registry, sheets
+from sfumato.arrays import to_tensor
 from sfumato.toybox import COLORS, Scene, ToyboxDataset
 from sfumato.toybox import caption as describe
 from sfumato.toybox.oracle.presence import Wanted, find, wanted
 from sfumato.toybox.oracle.toy_judge import load_judge
 from sfumato.training import data
 from sfumato.training.draw import Draw
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.diffusion import DiffusionLoss, DiffusionObjective
 
 PLAIN = """\
@@ -37,7 +38,7 @@ from diffusers import StableDiffusionInpaintPipeline
 pipe = StableDiffusionInpaintPipeline.from_pretrained("toy-sd-inpaint", torch_dtype=torch.float32)
 given = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 3.0}
 picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
-INSIDE = 0.3  # a toy is told of when so much of it lies in the hole
+INSIDE = 0.3  # a toy is named when so much of it lies in the hole
 
 
 class InpaintLoss(DiffusionLoss):
@@ -53,7 +54,10 @@ class InpaintLoss(DiffusionLoss):
     coverage: float = Field(
         0.5, gt=0, le=1, description="share of a latent's pixels in the hole from which on the latent is drawn anew"
     )
-    told: float = Field(0.5, ge=0, le=1, description="share of captions that tell only what lies in the hole")
+    hole_captions: float = Field(
+        0.5, ge=0, le=1, description="share of captions that name only what lies in the hole",
+        validation_alias=AliasChoices("hole_captions", "told"),  # older recipes: told
+    )  # fmt: skip
     grow: int = Field(4, ge=0, description="most pixels by which holes of the shape of toys are grown")
 
 
@@ -61,7 +65,7 @@ class InpaintObjective(DiffusionObjective):
     """Denoising of pictures whose surroundings are known."""
 
     NAME = "inpaint"
-    Loss: ClassVar[type[Options]] = InpaintLoss
+    Loss: ClassVar[type[Section]] = InpaintLoss
 
     def build(self) -> dict[str, nn.Module]:
         parts = super().build()
@@ -93,7 +97,7 @@ class InpaintObjective(DiffusionObjective):
     def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
         """Captions of the whole scene, or only of what lies in the hole."""
         holes = self.holes(source, indices, draw)
-        only = torch.rand(len(indices), generator=draw.generator("told")) < self.loss_options.told
+        only = torch.rand(len(indices), generator=draw.generator("told")) < self.loss_options.hole_captions
         texts = []
         for i, hole, short in zip(indices.tolist(), holes.numpy(), only.tolist(), strict=True):
             scene = source.scenes[i]
@@ -209,13 +213,13 @@ def empty_hole(toys: np.ndarray, rng: np.random.Generator, tries: int = 8) -> Te
         hole = rectangle(toys.shape, rng)
         if not (hole.numpy() * toys).any():
             break
-    return hole * torch.from_numpy(~toys)
+    return hole * to_tensor(~toys)
 
 
 def toy_hole(toys: np.ndarray, grow: int, rng: np.random.Generator) -> Tensor:
     """A hole (H, W): one of the toys in an integer mask (H, W; -1 is none), its silhouette or its box, grown."""
     which = rng.choice(np.unique(toys[toys >= 0]))
-    hole = torch.from_numpy((toys == which).astype(np.float32))
+    hole = to_tensor((toys == which).astype(np.float32))
     if rng.random() < 0.5:
         rows, columns = hole.amax(1).nonzero()[:, 0], hole.amax(0).nonzero()[:, 0]
         hole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 1
@@ -225,10 +229,10 @@ def toy_hole(toys: np.ndarray, grow: int, rng: np.random.Generator) -> Tensor:
 def inside(scene: Scene, toys: np.ndarray, hole: np.ndarray) -> Scene:
     """The scene with only those toys that lie in the hole, by :data:`INSIDE`."""
     seen = [(toys == i) for i in range(len(scene.toys))]
-    kept = [
+    toys_inside = [
         toy for toy, mask in zip(scene.toys, seen, strict=True) if (hole * mask).sum() > INSIDE * max(mask.sum(), 1)
     ]
-    return scene.replace(toys=tuple(kept))
+    return scene.replace(toys=tuple(toys_inside))
 
 
 def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, Wanted]]:
@@ -244,10 +248,10 @@ def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, 
         other = scene.replace(0, color=color)
         if (scene.toys[0].shape, color) in {(toy.shape, toy.color) for toy in scene.toys}:
             continue
-        told = describe(other, None, "plain")
+        caption = describe(other, None, "plain")
         rows, columns = np.nonzero(source.masks[i] == 0)
         hole = torch.zeros(source.masks[i].shape)
         hole[max(rows.min() - 2, 0) : rows.max() + 3, max(columns.min() - 2, 0) : columns.max() + 3] = 1
-        wish = next(w for w in wanted(told) if (w.shape, w.color) == (other.toys[0].shape, color))
-        found.append((i, hole, told.text, wish))
+        wish = next(w for w in wanted(caption) if (w.shape, w.color) == (other.toys[0].shape, color))
+        found.append((i, hole, caption.text, wish))
     return found

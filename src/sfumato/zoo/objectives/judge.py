@@ -1,4 +1,4 @@
-"""Training of the toy-judge: masks, middles and attributes from renders, roughened as generators roughen pictures."""
+"""Training of the toy-judge: masks, centres and attributes from renders, roughened as generators roughen pictures."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato import registry
+from sfumato.arrays import to_tensor
 from sfumato.toybox import Scene, ToyboxDataset
 from sfumato.toybox.oracle.accuracy import measure
 from sfumato.toybox.oracle.toy_judge import ATTRIBUTES, SCENERY, Dense, JudgeConfig, JudgeNet, ToyJudge
 from sfumato.toybox.rendering import COLOR_RGB
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options, Recipe
+from sfumato.training.recipe import Recipe, Section
 
 MOST_TOYS = 4
 
 
-class JudgeModel(Options):
+class JudgeModel(Section):
     """Architecture (:class:`sfumato.toybox.oracle.toy_judge.JudgeConfig`)."""
 
     widths: tuple[int, int, int, int] = JudgeConfig.widths
@@ -35,16 +36,16 @@ class JudgeModel(Options):
     close: tuple[int, int] = JudgeConfig.close
 
 
-class JudgeLoss(Options):
+class JudgeLoss(Section):
     """Weights of the losses, strength of the augmentations, and what is read."""
 
     heldout: int = Field(4000, ge=0, description="training scenes with the combinations no generator was trained on")
     roundtrip: str = Field("", description="zoo name or folder of an autoencoder whose round trips are trained on too")
     roundtrips: int = Field(4000, ge=1, description="how many training pictures make the round trip")
-    min_pixels: int = Field(12, ge=1, description="toys with fewer visible pixels are not asked for")
+    min_pixels: int = Field(12, ge=1, description="toys with fewer visible pixels do not count")
     foreground: float = Field(8.0, gt=0)
     offset: float = Field(0.2, gt=0)
-    middle: float = Field(1.0, gt=0)
+    centre: float = Field(1.0, gt=0, validation_alias=AliasChoices("centre", "middle"))  # older recipes: middle
     attribute: float = Field(1.0, gt=0)
     scenery: float = Field(0.5, gt=0)
     blur: float = Field(0.7, ge=0, le=1, description="largest weight of the blurred picture")
@@ -55,16 +56,16 @@ class JudgeLoss(Options):
 
 
 @dataclass
-class Truth:
-    """What the network should say, from masks (b, h, w): see :func:`truth`."""
+class Targets:
+    """What the network should answer, from masks (b, h, w): see :func:`targets_of`."""
 
     toys: Tensor  # (b, k, h, w) float, one mask per toy
-    asked: Tensor  # (b, k) bool, large enough to be asked for
+    valid: Tensor  # (b, k) bool, large enough to count
     offset: Tensor  # (b, 2, h, w)
-    middle: Tensor  # (b, h/2, w/2) in [0, 1], 1 at middles
+    centre: Tensor  # (b, h/2, w/2) in [0, 1], 1 at centres
 
 
-def truth(masks: Tensor, min_pixels: int) -> Truth:
+def targets_of(masks: Tensor, min_pixels: int) -> Targets:
     """Targets for integer masks (b, h, w) with -1 for background and toy indices below ``MOST_TOYS``."""
     b, h, w = masks.shape
     toys = (masks[:, None] == torch.arange(MOST_TOYS, device=masks.device)[:, None, None]).float()
@@ -73,7 +74,7 @@ def truth(masks: Tensor, min_pixels: int) -> Truth:
     area = toys.sum((2, 3))
     y = (toys.sum(3) @ rows) / area.clamp_min(1)
     x = (toys.sum(2) @ columns) / area.clamp_min(1)
-    asked = area >= min_pixels
+    valid = area >= min_pixels
     offset = torch.stack(
         [
             (toys * (x[..., None, None] - columns)).sum(1),
@@ -81,16 +82,16 @@ def truth(masks: Tensor, min_pixels: int) -> Truth:
         ],
         1,
     )
-    # a middle is a cell of the half-resolution map; cell i covers pixels 2i and 2i + 1
+    # a centre is a cell of the half-resolution map; cell i covers pixels 2i and 2i + 1
     cell_x, cell_y = ((x - 0.5) / 2).round(), ((y - 0.5) / 2).round()
     off_x = torch.arange(w // 2, device=masks.device) - cell_x[..., None]
     off_y = torch.arange(h // 2, device=masks.device) - cell_y[..., None]
     bell = torch.exp(-(off_x[:, :, None].square() + off_y[..., None].square()) / (2 * 1.2**2))
-    return Truth(toys, asked, offset, (bell * asked[..., None, None]).amax(1))
+    return Targets(toys, valid, offset, (bell * valid[..., None, None]).amax(1))
 
 
-def middle_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Penalty-reduced focal loss (Law & Deng 2018, CornerNet, eq. 1) per middle, alpha 2, beta 4."""
+def centre_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Penalty-reduced focal loss (Law & Deng 2018, CornerNet, eq. 1) per centre, alpha 2, beta 4."""
     p = logits.sigmoid()
     hit = target == 1
     gain = torch.where(
@@ -149,7 +150,7 @@ def augment(images: Tensor, options: JudgeLoss, generator: torch.Generator) -> T
 
 
 class JudgeObjective(Objective):
-    """Masks, middles and attributes of toys, ground and sky. Trained on renders only (and their codec round trips)."""
+    """Masks, centres and attributes of toys, ground and sky. Trained on renders only (and their codec round trips)."""
 
     NAME = "judge"
     Model, Loss = JudgeModel, JudgeLoss
@@ -172,55 +173,55 @@ class JudgeObjective(Objective):
             ToyboxDataset("heldout", max(1, data.val // 2), data.size, data.seed),
         ]
         self.labels = [labels(self.net, dataset.scenes) for dataset in self.sets]
-        self.trips = self._round_trips() if self.loss_options.roundtrip else None
+        self.decoded = self._round_trips() if self.loss_options.roundtrip else None
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         sizes = [len(dataset) for dataset in self.sets]
         chosen = draw.indices(sum(sizes), self.recipe.train.batch).numpy()
-        images, masks, words = [], [], []
-        trip = torch.rand(len(chosen), generator=draw.generator("trip")).numpy() < 0.5
-        for index, travelled in zip(chosen.tolist(), trip.tolist(), strict=True):
+        images, masks, rows = [], [], []
+        decoded = torch.rand(len(chosen), generator=draw.generator("trip")).numpy() < 0.5
+        for index, use_decoded in zip(chosen.tolist(), decoded.tolist(), strict=True):
             which = 0 if index < sizes[0] else 1
             index -= which * sizes[0]
             source = self.sets[which].images
-            if travelled and self.trips is not None and which == 0:
-                index %= len(self.trips)
-                source = self.trips
+            if use_decoded and self.decoded is not None and which == 0:
+                index %= len(self.decoded)
+                source = self.decoded
             images.append(source[index])
             masks.append(self.sets[which].masks[index])
-            words.append(self.labels[which][index])
-        pictures = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            rows.append(self.labels[which][index])
+        pictures = to_tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         generator = draw.generator("augment")
         flip = torch.rand(len(chosen), generator=generator) < 0.5
-        truths = torch.from_numpy(np.stack(masks)).long()
-        pictures[flip], truths[flip] = pictures[flip].flip(3), truths[flip].flip(2)
+        targets = to_tensor(np.stack(masks)).long()
+        pictures[flip], targets[flip] = pictures[flip].flip(3), targets[flip].flip(2)
         pictures = augment(pictures, self.loss_options, generator)
-        out = {"images": pictures, "masks": truths, "words": torch.stack(words)}
+        out = {"images": pictures, "masks": targets, "labels": torch.stack(rows)}
         return {name: tensor.to(self.device) for name, tensor in out.items()}
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         options = self.loss_options
-        want = truth(batch["masks"], options.min_pixels)
+        targets = targets_of(batch["masks"], options.min_pixels)
         dense = self.net(batch["images"])
-        inside = want.toys.sum(1)
+        inside = targets.toys.sum(1)
         parts = {
             "foreground": functional.binary_cross_entropy_with_logits(dense.foreground, inside),
-            "offset": (functional.smooth_l1_loss(dense.offset, want.offset, reduction="none").sum(1) * inside).sum()
+            "offset": (functional.smooth_l1_loss(dense.offset, targets.offset, reduction="none").sum(1) * inside).sum()
             / inside.sum().clamp_min(1),
-            "middle": middle_loss(dense.centre, want.middle),
+            "centre": centre_loss(dense.centre, targets.centre),
         }
-        rows, which = want.asked.nonzero(as_tuple=True)
-        shown = self._as_seen(want.toys[rows, which], dense, rows, draw)
+        rows, which = targets.valid.nonzero(as_tuple=True)
+        masks = self._imperfect(targets.toys[rows, which], dense, rows, draw)
         jitter = 0.2 * torch.rand(len(rows), 3, generator=draw.generator("jitter")) - 0.1
-        said = self.net.describe(dense, shown, rows, jitter.to(self.device))
-        words = batch["words"]
+        logits = self.net.describe(dense, masks, rows, jitter.to(self.device))
+        labels = batch["labels"]
         single = [
-            functional.cross_entropy(said[name].float(), words[rows, 2 + 4 * which + i])
+            functional.cross_entropy(logits[name].float(), labels[rows, 2 + 4 * which + i])
             for i, name in enumerate(ATTRIBUTES)
         ]
         parts["attribute"] = torch.stack(single).sum()
         parts["scenery"] = torch.stack(
-            [functional.cross_entropy(dense.scenery[name].float(), words[:, i]) for i, name in enumerate(SCENERY)]
+            [functional.cross_entropy(dense.scenery[name].float(), labels[:, i]) for i, name in enumerate(SCENERY)]
         ).sum()
         total = sum(
             (getattr(options, name) * value for name, value in parts.items()), torch.zeros((), device=self.device)
@@ -228,13 +229,13 @@ class JudgeObjective(Objective):
         return total, {name: value.detach() for name, value in parts.items()}
 
     @torch.no_grad()
-    def _as_seen(self, masks: Tensor, dense: Dense, rows: Tensor, draw: Draw) -> Tensor:
+    def _imperfect(self, masks: Tensor, dense: Dense, rows: Tensor, draw: Draw) -> Tensor:
         """True masks (m, h, w), made as imperfect as those at reading time: cut by the foreground, grown or shrunk."""
-        fate = torch.rand(len(masks), 1, 1, generator=draw.generator("masks")).to(masks.device)
+        choice = torch.rand(len(masks), 1, 1, generator=draw.generator("masks")).to(masks.device)
         grown = functional.max_pool2d(masks[:, None], 3, 1, 1)[:, 0]
         shrunk = -functional.max_pool2d(-masks[:, None], 3, 1, 1)[:, 0]
-        seen = masks * (dense.foreground[rows] > 0)
-        out = torch.where(fate < 0.2, grown, torch.where(fate < 0.4, shrunk, torch.where(fate < 0.7, seen, masks)))
+        cut = masks * (dense.foreground[rows] > 0)
+        out = torch.where(choice < 0.2, grown, torch.where(choice < 0.4, shrunk, torch.where(choice < 0.7, cut, masks)))
         return torch.where(out.sum((1, 2), keepdim=True) >= 4, out, masks)
 
     def takes_muon(self, name: str, parameter: Tensor) -> bool:
@@ -246,8 +247,8 @@ class JudgeObjective(Objective):
         judge = ToyJudge(self.net)
         figures: dict[str, float] = {}
         for name, dataset in zip(("val", "heldout"), self.val, strict=True):
-            pictures = torch.from_numpy(np.array(dataset.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            got = measure(judge.read(pictures), dataset.scenes, torch.from_numpy(np.array(dataset.masks)).long())
+            pictures = to_tensor(np.array(dataset.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            got = measure(judge.read(pictures), dataset.scenes, to_tensor(np.array(dataset.masks)).long())
             figures[f"{name}_attributes"] = got.attributes.value
             figures |= {f"{name}_{key}": interval.value for key, interval in got.single.items()}
             figures |= {
@@ -260,7 +261,7 @@ class JudgeObjective(Objective):
     @torch.no_grad()
     def grid(self) -> Image.Image:
         """Held-out pictures above what is read in them: every mask painted in the colour read."""
-        pictures = torch.from_numpy(np.array(self.val[0].images[:12]))
+        pictures = to_tensor(np.array(self.val[0].images[:12]))
         read = torch.full_like(pictures, 128)
         readings = ToyJudge(self.net).read(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
         for canvas, reading in zip(read, readings, strict=True):
@@ -286,7 +287,7 @@ class JudgeObjective(Objective):
         source = self.sets[0].images[: self.loss_options.roundtrips]
         out = np.empty_like(source)
         for start in range(0, len(source), 32):
-            pictures = torch.from_numpy(np.array(source[start : start + 32])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pictures = to_tensor(np.array(source[start : start + 32])).permute(0, 3, 1, 2).float() / 127.5 - 1
             decoded = codec(pictures.to(self.device)).sample.clamp(-1, 1)
             out[start : start + 32] = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return out

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, SIZES, Scene, ToyboxDataset
 from sfumato.toybox.captions import Caption
 
@@ -28,7 +29,7 @@ def place_labels(data: ToyboxDataset, indices: Tensor, cells: int) -> Tensor:
 
     The shares of one attribute add to 1 in every cell.
     """
-    masks = torch.from_numpy(data.masks[indices.numpy()]).long() + 1
+    masks = to_tensor(data.masks[indices.numpy()]).long() + 1
     most = max([len(data.scenes[i].toys) for i in indices.tolist()], default=0) + 1
     shares = F.adaptive_avg_pool2d(F.one_hot(masks, most).permute(0, 3, 1, 2).float(), cells)
     table = torch.zeros(len(indices), most, PLACE_CLASSES)
@@ -70,16 +71,16 @@ def word_targets(captions: Sequence[Caption], scenes: Sequence[Scene], offsets: 
         ``UNSAID`` where the caption leaves it out. A noun beyond the tokens is left out.
     """
     places, targets = [], []
-    for row, (told, scene) in enumerate(zip(captions, scenes, strict=True)):
+    for row, (caption, scene) in enumerate(zip(captions, scenes, strict=True)):
         ends = {end: t for t, (start, end) in enumerate(offsets[row].tolist()) if end > start}
-        for phrase in told.phrases:
+        for phrase in caption.phrases:
             if phrase.object is None or phrase.head.end not in ends:
                 continue
             toy = scene.toys[phrase.object]
-            said = {phrase.head.text, *(word.text for word in phrase.modifiers)}
+            words = {phrase.head.text, *(word.text for word in phrase.modifiers)}
             values = [getattr(toy, name) for name in WORDS]
             places.append((row, ends[phrase.head.end]))
-            targets.append([w.index(v) if v in said else UNSAID for w, v in zip(WORDS.values(), values, strict=True)])
+            targets.append([w.index(v) if v in words else UNSAID for w, v in zip(WORDS.values(), values, strict=True)])
     return torch.tensor(places).reshape(-1, 2), torch.tensor(targets).reshape(-1, len(WORDS))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import registry, sheets
+from sfumato.arrays import to_tensor
 from sfumato.errors import UnknownName
 from sfumato.models import Model
 from sfumato.ondemand import Spec, Store
@@ -29,7 +30,7 @@ from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.losses import stratified
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.windows import Window
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.vital_signs import Signs, vital_signs
@@ -54,7 +55,7 @@ GRID_PROMPTS = (
 )
 
 
-class LatentModel(Options):
+class LatentModel(Section):
     """What every latent text-to-image model names in its ``[model]`` section."""
 
     vae: str = Field("toy-vae", description="zoo name or folder of the autoencoder")
@@ -62,7 +63,7 @@ class LatentModel(Options):
     text_rate: float = Field(0.0, ge=0, description="learning rate of the text tower beside the denoiser's, 0 = frozen")
 
 
-class LatentLoss(Options):
+class LatentLoss(Section):
     """The shared part of the ``[loss]`` section."""
 
     toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
@@ -102,8 +103,8 @@ def codec_shape(vae: str, size: int) -> tuple[int, int]:
 class LatentObjective(Objective):
     """Base of :class:`DiffusionObjective` and :class:`FlowObjective`."""
 
-    Model: ClassVar[type[Options]] = LatentModel
-    Loss: ClassVar[type[Options]] = LatentLoss
+    Model: ClassVar[type[Section]] = LatentModel
+    Loss: ClassVar[type[Section]] = LatentLoss
     align_cell = 1  # side in latents of the places that the aligned features stand for
     sampling: ClassVar[dict[str, Any]]  # the card's sampling defaults
     signs: Signs | None = None  # the vital signs, once measured
@@ -130,10 +131,10 @@ class LatentObjective(Objective):
     @contextlib.contextmanager
     def watching(self, layer: nn.Module) -> Iterator[list[Any]]:
         """Within: what ``layer`` returned, one entry a call."""
-        kept: list[Any] = []
-        handle = layer.register_forward_hook(lambda _, __, out: kept.append(out))
+        outputs: list[Any] = []
+        handle = layer.register_forward_hook(lambda _, __, out: outputs.append(out))
         try:
-            yield kept
+            yield outputs
         finally:
             handle.remove()
 
@@ -164,16 +165,16 @@ class LatentObjective(Objective):
 
     @torch.no_grad()
     def _encode(self, source: ToyboxDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
-        z = self.vae.encode(data.pictures(source, torch.from_numpy(rows)).to(self.device)).latent_dist.mean
+        z = self.vae.encode(data.pictures(source, to_tensor(rows)).to(self.device)).latent_dist.mean
         return {"latents": (z * self.vae.config.scaling_factor).half().cpu().numpy()}
 
     def draw_latents(self, source: ToyboxDataset, latents: Any, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
         """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
-        x0 = torch.from_numpy(latents[indices.numpy()]).float()
+        x0 = to_tensor(latents[indices.numpy()]).float()
         noise = torch.randn(x0.shape, generator=draw.generator("noise"))
         texts = self.captions(source, indices, draw)
         empty = torch.rand(len(texts), generator=draw.generator("empty")) < self.loss_options.empty
-        texts = ["" if gone else text for text, gone in zip(texts, empty.tolist(), strict=True)]
+        texts = ["" if dropped else text for text, dropped in zip(texts, empty.tolist(), strict=True)]
         weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
         batch = {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
         if self.loss_options.align:
@@ -201,7 +202,7 @@ class LatentObjective(Objective):
         return {"expert": {"of": self.recipe.init_from, "timesteps": timesteps}}
 
     def look_inside(self) -> None:
-        """Measures the vital signs, which the card then tells (:meth:`measured_card`)."""
+        """Measures the vital signs, which the card then holds (:meth:`measured_card`)."""
         judge = load_judge() if registry.find("toy-judge") else None
         self.signs = vital_signs(Model(self.pipeline(), card={"sampling": self.sampling}), judge)
 
@@ -210,7 +211,7 @@ class LatentObjective(Objective):
         return {"vital_signs": self.signs} if self.signs else {}
 
     def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
-        """What the pictures of a batch are said to show."""
+        """Captions of the pictures of a batch."""
         return data.captions(source, indices, draw)
 
     def tokens(self, texts: list[str]) -> Tensor:
@@ -248,10 +249,12 @@ class LatentObjective(Objective):
         judge, counted = load_judge(), []
         for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
             scenes = [sample_scene(np.random.default_rng((3, toys, i)), toys) for i in range(n)]
-            told = [describe(scene, np.random.default_rng((4, toys, i)), "random") for i, scene in enumerate(scenes)]
+            captions = [
+                describe(scene, np.random.default_rng((4, toys, i)), "random") for i, scene in enumerate(scenes)
+            ]
             hits = []
             for start in range(0, n, 40):
-                part = told[start : start + 40]
+                part = captions[start : start + 40]
                 pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
                 checks = [check(r, wanted(one)) for r, one in zip(judge.read(pixels), part, strict=True)]
                 hits += [one.all_bound for one in checks]
@@ -279,6 +282,6 @@ class LatentObjective(Objective):
             return None
         prompts = list(GRID_PROMPTS)
         if self.recipe.data.folder:
-            said = [self.val_data.caption(i).text for i in range(min(len(self.val_data), len(prompts)))]
-            prompts = [said[i % len(said)] for i in range(len(prompts))]
+            captions = [self.val_data.caption(i).text for i in range(min(len(self.val_data), len(prompts)))]
+            prompts = [captions[i % len(captions)] for i in range(len(prompts))]
         return sheets.sheet(self.sample(prompts, 20, 3.0), 8, scale=2, gap=0)

@@ -3,8 +3,8 @@
 The text tower is toy-clip's and stays as it is. The picture tower begins as toy-clip's as well, with one new layer: a
 patch of 8 x 8 pixels is a patch of 2 x 2 latents, so the patch embedding is fitted to toy-clip's by least squares and
 everything behind it fits at once. Training then shows it latents at noise levels from clean to pure noise, with the
-losses of :mod:`.clip`. What cannot be seen any more at a level cannot be told from noise either: there the vector falls
-back to what captions have in common, and its gradient is small.
+losses of :mod:`.clip`. What cannot be recognised any more at a level leaves the vector at what captions have in common,
+and its gradient is small.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from sfumato.arrays import to_tensor
 from sfumato.models.readers.noised import PLANES, alpha_sigma, codec_mark, noised_input
 from sfumato.toybox import caption as describe
 from sfumato.training import data
 from sfumato.training.draw import Draw
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.clip import captions_with_negatives, hard_negative
 from sfumato.zoo.objectives.latent import LatentObjective, codec_shape, zoo_folder
@@ -32,7 +33,7 @@ LEVELS = (0.0, 0.25, 0.5, 0.75)
 """Noise levels at which quality is measured."""
 
 
-class NoisyCLIPModel(Options):
+class NoisyCLIPModel(Section):
     """The ``[model]`` section."""
 
     vae: str = Field("toy-vae", description="zoo name or folder of the autoencoder whose latents are read")
@@ -41,7 +42,7 @@ class NoisyCLIPModel(Options):
     text_rate: float = 0.0
 
 
-class NoisyCLIPLoss(Options):
+class NoisyCLIPLoss(Section):
     """The ``[loss]`` section."""
 
     negatives: int = Field(2, ge=0, description="hard negative captions per picture")
@@ -54,8 +55,8 @@ class NoisyCLIPObjective(LatentObjective):
 
     NAME = "noisy_clip"
     EXPORTED = "clip"
-    Model: ClassVar[type[Options]] = NoisyCLIPModel
-    Loss: ClassVar[type[Options]] = NoisyCLIPLoss
+    Model: ClassVar[type[Section]] = NoisyCLIPModel
+    Loss: ClassVar[type[Section]] = NoisyCLIPLoss
     clip: CLIPModel
 
     def build(self) -> dict[str, nn.Module]:
@@ -63,15 +64,15 @@ class NoisyCLIPObjective(LatentObjective):
         folder = zoo_folder(o.clip)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.teacher = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
-        told = self.teacher.config.to_dict()
+        config = self.teacher.config.to_dict()
         channels, _ = codec_shape(o.vae, self.recipe.data.size)
-        cells = self.recipe.data.size // told["vision_config"]["patch_size"]
-        told["vision_config"] |= {
+        cells = self.recipe.data.size // config["vision_config"]["patch_size"]
+        config["vision_config"] |= {
             "num_channels": channels + PLANES,
             "image_size": cells * o.patch,
             "patch_size": o.patch,
         }
-        self.clip = CLIPModel(CLIPConfig(**told))
+        self.clip = CLIPModel(CLIPConfig(**config))
         mine = self.clip.state_dict()
         fits = {k: v for k, v in self.teacher.state_dict().items() if mine[k].shape == v.shape}
         self.clip.load_state_dict(fits, strict=False)
@@ -95,7 +96,7 @@ class NoisyCLIPObjective(LatentObjective):
         """The patch embedding that makes most of toy-clip's from clean latents, by least squares over n pictures."""
         o: NoisyCLIPModel = self.model_options
         indices = torch.arange(n)
-        x = torch.from_numpy(self.train_latents[:n].copy()).float().to(self.device)
+        x = to_tensor(self.train_latents[:n].copy()).float().to(self.device)
         patches = F.unfold(noised_input(x, torch.zeros(n)), o.patch, stride=o.patch).transpose(1, 2).flatten(0, 1)
         old = self.teacher.vision_model.embeddings.patch_embedding
         wanted = torch.cat([old(data.pictures(self.train_data, part).to(self.device)) for part in indices.split(100)])
@@ -114,9 +115,9 @@ class NoisyCLIPObjective(LatentObjective):
         o: NoisyCLIPLoss = self.loss_options
         b = self.recipe.train.batch
         indices = draw.indices(len(self.train_data), b)
-        told, _ = zip(*captions_with_negatives(self.train_data, indices, draw, o.negatives), strict=True)
-        texts = [one.text for one in told]
-        x0 = torch.from_numpy(self.train_latents[indices.numpy()]).float()
+        captions, _ = zip(*captions_with_negatives(self.train_data, indices, draw, o.negatives), strict=True)
+        texts = [one.text for one in captions]
+        x0 = to_tensor(self.train_latents[indices.numpy()]).float()
         # evenly spread over the batch: the loss then varies less with the draw of levels
         spread = torch.rand(1, generator=draw.generator("level")) + torch.arange(len(indices)) / len(indices)
         level = (spread % 1)[torch.randperm(len(indices), generator=draw.generator("order"))]
@@ -182,11 +183,11 @@ class NoisyCLIPObjective(LatentObjective):
             part = torch.arange(64 * number, 64 * number + 64)
             draw = Draw(1, number)
             scenes = [self.val_data.scenes[i] for i in part.tolist()]
-            told = [self.val_data.caption(i, style="full").text for i in part.tolist()]
+            captions = [self.val_data.caption(i, style="full").text for i in part.tolist()]
             rng = np.random.default_rng(draw.number("negative"))
             changed = [describe(hard_negative(scene, rng)).text for scene in scenes]
-            text, rival = (self.read(self.tokens(texts).to(self.device)) for texts in (told, changed))
-            x0 = torch.from_numpy(self.val_latents[part.numpy()]).float().to(self.device)
+            text, rival = (self.read(self.tokens(texts).to(self.device)) for texts in (captions, changed))
+            x0 = to_tensor(self.val_latents[part.numpy()]).float().to(self.device)
             noise = torch.randn(x0.shape, generator=draw.generator("noise")).to(self.device)
             own = torch.arange(len(part), device=self.device)
             for u in LEVELS:

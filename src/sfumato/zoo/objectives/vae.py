@@ -13,13 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfumato import sheets
+from sfumato.arrays import to_tensor
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 
 
-class VAEModel(Options):
+class VAEModel(Section):
     """The ``[model]`` section."""
 
     channels: tuple[int, ...] = Field(
@@ -30,7 +31,7 @@ class VAEModel(Options):
     groups: int = Field(8, ge=1, description="groups of the normalisations")
 
 
-class VAELoss(Options):
+class VAELoss(Section):
     """The ``[loss]`` section: weights of the terms, all means over elements."""
 
     l1: float = Field(1.0, ge=0)
@@ -53,8 +54,8 @@ class VAEObjective(Objective):
 
     NAME = "vae"
     EXPORTED = "vae"
-    Model: ClassVar[type[Options]] = VAEModel
-    Loss: ClassVar[type[Options]] = VAELoss
+    Model: ClassVar[type[Section]] = VAEModel
+    Loss: ClassVar[type[Section]] = VAELoss
     vae: AutoencoderKL
 
     def build(self) -> dict[str, nn.Module]:
@@ -126,7 +127,7 @@ class VAEObjective(Objective):
         for part in torch.arange(min(n, len(self.val_data))).split(32):
             x = data.pictures(self.val_data, part).to(self.device)
             error.append((self.reconstruct(x) - x).square().mean(1) / 4)
-            toys.append(torch.from_numpy(self.val_data.masks[part.numpy()] >= 0).to(self.device))
+            toys.append(to_tensor(self.val_data.masks[part.numpy()] >= 0).to(self.device))
         error, toys = torch.cat(error), torch.cat(toys)
         per_picture = -10 * torch.log10(error.mean((1, 2)))
         figures = {"psnr": per_picture, "psnr_pooled": -10 * torch.log10(error.mean())}
@@ -160,8 +161,8 @@ class VAEObjective(Objective):
         return {"mean": mean.tolist(), "std": std.tolist()}
 
     def export(self, folder: Path) -> dict[str, Any]:
-        kept = {key: value.clone() for key, value in self.vae.state_dict().items()}
+        weights = {key: value.clone() for key, value in self.vae.state_dict().items()}
         before = {} if self.loss_options.decoder_only else {"latents_before_standardising": self.standardise()}
         super().export(folder)
-        self.vae.load_state_dict(kept)
+        self.vae.load_state_dict(weights)
         return before

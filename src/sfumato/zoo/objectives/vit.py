@@ -22,15 +22,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from sfumato.arrays import to_tensor
 from sfumato.toybox import BIASED_SPLITS, COLORS, SHAPES, BiasedDataset, Toy, ToyboxDataset, render
 from sfumato.toybox.dataset import draw_scene
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 
 
-class VitModel(Options):
+class VitModel(Section):
     """The ``[model]`` section."""
 
     width: int = 128
@@ -39,7 +40,7 @@ class VitModel(Options):
     patch: int = 8
 
 
-class VitLoss(Options):
+class VitLoss(Section):
     """The ``[loss]`` section."""
 
     scenery: float = Field(
@@ -54,8 +55,8 @@ class VitObjective(Objective):
 
     NAME = "vit"
     EXPORTED = "vit"
-    Model: ClassVar[type[Options]] = VitModel
-    Loss: ClassVar[type[Options]] = VitLoss
+    Model: ClassVar[type[Section]] = VitModel
+    Loss: ClassVar[type[Section]] = VitLoss
     vit: ViTForImageClassification
 
     def build(self) -> dict[str, nn.Module]:
@@ -108,7 +109,7 @@ class VitObjective(Objective):
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
         pixels = data.pictures(self.train_data, indices)
-        masks = torch.from_numpy(self.train_data.masks[indices.numpy()]).long()
+        masks = to_tensor(self.train_data.masks[indices.numpy()]).long()
         generator = draw.generator("cut")
         windows = self._windows(masks, generator)
         wanted, known = self._seen(indices, masks, windows)

@@ -24,14 +24,14 @@ from sfumato.toybox.questions import QUESTION_WORDS
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.detr import ToyBoxes
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class VQAModelOptions(Options):
+class VQAModelOptions(Section):
     """The ``[model]`` section."""
 
     width: int = 96
@@ -43,7 +43,7 @@ class VQAModelOptions(Options):
     regions: int = Field(8, description="regions a picture is cut into")
 
 
-class VQALoss(Options):
+class VQALoss(Section):
     """The ``[loss]`` section."""
 
     questions: int = Field(3, ge=1, description="questions per picture and step")
@@ -97,8 +97,8 @@ class VQAObjective(Objective):
 
     NAME = "vqa"
     EXPORTED = "vqa"
-    Model: ClassVar[type[Options]] = VQAModelOptions
-    Loss: ClassVar[type[Options]] = VQALoss
+    Model: ClassVar[type[Section]] = VQAModelOptions
+    Loss: ClassVar[type[Section]] = VQALoss
     vqa: LxmertForQuestionAnswering
 
     def build(self) -> dict[str, nn.Module]:
@@ -122,7 +122,7 @@ class VQAObjective(Objective):
         config.id2label = dict(enumerate(ANSWERS))
         config.label2id = {answer: i for i, answer in enumerate(ANSWERS)}
         self.vqa = LxmertForQuestionAnswering(config)
-        with torch.no_grad():  # boxes count from the middle: their layer norm keeps on which side one lies, not how far
+        with torch.no_grad():  # boxes count from the centre: their layer norm keeps on which side one lies, not how far
             boxes = self.vqa.lxmert.encoder.visn_fc.box_fc
             boxes.bias.copy_(-boxes.weight.normal_().sum(1) / 2)
         return {"vqa": self.vqa, "readout": nn.Linear(o.width, labels.PLACE_CLASSES)}
@@ -135,31 +135,31 @@ class VQAObjective(Objective):
     def takes_muon(self, name: str, parameter: Tensor) -> bool:
         return super().takes_muon(name, parameter) and not any(n in name for n in ("visn_fc", "box_fc", "logit_fc.3"))
 
-    def _seen(self, source: ToyboxDataset, boxes: Sequence[Tensor], i: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _regions(self, source: ToyboxDataset, boxes: Sequence[Tensor], i: int, seed: int) -> tuple[Tensor, Tensor]:
         o: VQAModelOptions = self.model_options
         generator = torch.Generator().manual_seed(seed)
-        seen = boxes[i][~boxes[i].isnan().any(1)]
-        regions, owner = draw_regions(seen, o.regions, self.loss_options.displaced, generator)
+        visible_boxes = boxes[i][~boxes[i].isnan().any(1)]
+        regions, owner = draw_regions(visible_boxes, o.regions, self.loss_options.displaced, generator)
         visible = torch.arange(len(boxes[i]))[~boxes[i].isnan().any(1)]
         return regions, torch.where(owner >= 0, visible[owner] if len(visible) else owner, owner)
 
     def batch(self, draw: Draw) -> dict[str, Tensor]:
         loss: VQALoss = self.loss_options
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
-        texts, answers, regions, shown = [], [], [], []
+        texts, answers, regions, classes = [], [], [], []
         for i in indices.tolist():
-            boxes, owner = self._seen(self.train_data, self.boxes, i, draw.number("regions", i))
+            boxes, owner = self._regions(self.train_data, self.boxes, i, draw.number("regions", i))
             scene, rng = self.train_data.scenes[i], np.random.default_rng(draw.number("question", i))
-            asked = [sample_question(scene, rng, loss.kinds) for _ in range(loss.questions)]
-            texts += [question.text for question in asked]
-            answers += [ANSWERS.index(question.answer) for question in asked]
+            questions = [sample_question(scene, rng, loss.kinds) for _ in range(loss.questions)]
+            texts += [question.text for question in questions]
+            answers += [ANSWERS.index(question.answer) for question in questions]
             regions.append(boxes)
-            shown.append(region_labels(scene, owner))
+            classes.append(region_labels(scene, owner))
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         return {
             "pixels": data.pictures(self.train_data, indices),
             "regions": torch.stack(regions),
-            "shown": torch.stack(shown),
+            "classes": torch.stack(classes),
             "tokens": tokens.input_ids,
             "mask": tokens.attention_mask,
             "answers": torch.tensor(answers),
@@ -183,8 +183,8 @@ class VQAObjective(Objective):
         o: VQALoss = self.loss_options
         scores, hidden = self.answer(batch["pixels"], batch["regions"], batch["tokens"], batch["mask"])
         if o.answers == "each":  # summed: the loss does not shrink as answers are added
-            wanted = F.one_hot(batch["answers"], scores.shape[1]).float()
-            loss = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(1).mean()
+            target = F.one_hot(batch["answers"], scores.shape[1]).float()
+            loss = F.binary_cross_entropy_with_logits(scores, target, reduction="none").sum(1).mean()
         else:
             loss = F.cross_entropy(scores, batch["answers"])
         logs = {"right": (scores.detach().argmax(1) == batch["answers"]).float().mean()}
@@ -193,7 +193,7 @@ class VQAObjective(Objective):
             start = 0
             for column, words in enumerate(labels.PLACES.values()):
                 part = read[..., start : start + len(words) + 1].flatten(0, 1)
-                loss = loss + o.places * F.cross_entropy(part, batch["shown"][..., column].flatten())
+                loss = loss + o.places * F.cross_entropy(part, batch["classes"][..., column].flatten())
                 start += len(words) + 1
         return loss, logs
 
@@ -202,23 +202,23 @@ class VQAObjective(Objective):
         """Share of right answers on held-out scenes, by kind of question (one of each kind a scene allows)."""
         right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
         for part in torch.arange(len(self.val_data)).split(100):
-            asked, rows, regions = [], [], []
+            questions, rows, regions = [], [], []
             for row, i in enumerate(part.tolist()):
                 rng = np.random.default_rng(i)
-                regions.append(self._seen(self.val_data, self.val_boxes, i, i)[0])
+                regions.append(self._regions(self.val_data, self.val_boxes, i, i)[0])
                 for kind in QUESTION_KINDS:
                     question = sample_question(self.val_data.scenes[i], rng, [kind, "count"])
                     if question.kind == kind:  # not every kind can be asked of every scene
-                        asked.append(question)
+                        questions.append(question)
                         rows.append(row)
-            tokens = self.tokenizer([question.text for question in asked], padding=True, return_tensors="pt")
+            tokens = self.tokenizer([question.text for question in questions], padding=True, return_tensors="pt")
             scores, _ = self.answer(
                 data.pictures(self.val_data, part)[rows].to(self.device),
                 torch.stack(regions)[rows].to(self.device),
                 tokens.input_ids.to(self.device),
                 tokens.attention_mask.to(self.device),
             )
-            for question, best in zip(asked, scores.argmax(1).tolist(), strict=True):
+            for question, best in zip(questions, scores.argmax(1).tolist(), strict=True):
                 right[question.kind].append(ANSWERS[best] == question.answer)
         out = {f"right_{kind}": float(np.mean(values)) for kind, values in right.items() if values}
         return {"right": float(np.mean([value for values in right.values() for value in values])), **out}

@@ -1,15 +1,16 @@
-"""What can be said about judging folders, besides the folders."""
+"""What can be said about judging and comparing: checked before anything heavy is imported."""
 
 from __future__ import annotations
 
 from pydantic import field_validator
 
 from sfumato import cards
-from sfumato.bench.survey import CAP
 from sfumato.cards import Field, ModelPath
 from sfumato.errors import UnknownName
-from sfumato.models.readers import PLAIN
 
+CAP = 10_000  # pictures a side where pairs of them count
+SHOWN = 40  # pairs on the page
+CLIP = "toy-clip"
 METRICS = ("presence", "clip_score", "frechet", "kernel", "manifold", "attributes")
 
 
@@ -21,8 +22,8 @@ class JudgeOptions(cards.Params):
     metrics: list[str] = Field(default=[], description=f"which of {', '.join(METRICS)}; empty: all that apply")
     attributes: list[str] = Field(default=[], description="attributes to compare; 'captions': the captions' own")
     oracle: bool = Field(default=False, description="let the toy-judge say which attributes a picture shows, not CLIP")
-    net: ModelPath = Field(default=PLAIN, description="net of the distances: a CLIP by name or folder, or inception")
-    clip: ModelPath = Field(default=PLAIN, description="CLIP of scores and attributes, by name or folder")
+    net: ModelPath = Field(default=CLIP, description="net of the distances: a CLIP by name or folder, or inception")
+    clip: ModelPath = Field(default=CLIP, description="CLIP of scores and attributes, by name or folder")
     reader: ModelPath = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
     captions: bool = Field(default=True, description="whether captions are read")
     cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for what needs pairs of them")
@@ -45,3 +46,26 @@ class JudgeOptions(cards.Params):
             if name not in METRICS:
                 raise UnknownName("metric", name, METRICS)
         return metrics
+
+
+class CompareOptions(cards.Params):
+    """What can be said about comparing, besides what is compared."""
+
+    SYSTEM = "compare"
+
+    net: ModelPath = Field(default=CLIP, description="net of the distances to the reference")
+    clip: ModelPath = Field(default=CLIP, description="CLIP of the scores, by name or folder")
+    reader: ModelPath = Field(default="toy-judge", description="judge that reads pictures, by name or folder")
+    encoder: ModelPath = Field(default="toy-vae", description="autoencoder of the perceptual distance")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of bootstrap and samples")
+    batch: int = Field(default=32, ge=1, le=4096, description="pairs looked at together")
+    cap: int = Field(default=CAP, ge=10, le=200_000, description="most pictures a side for the kernel distance")
+    shown: int = Field(default=SHOWN, ge=0, le=1000, description="pairs shown on the page")
+    names: tuple[str, str] = Field(default=("A", "B"), description="what the two sides are called")
+
+    @field_validator("names")
+    @classmethod
+    def _two(cls, names: tuple[str, str]) -> tuple[str, str]:
+        if names[0] == names[1]:
+            raise ValueError("the two sides need different names")
+        return names
