@@ -95,4 +95,55 @@ class SegmentArguments(TypedDict, total=False):
 
 
 class TeachArguments(TypedDict, total=False):
-    """x"""
+    """Parameters of the system that teaches by default."""
+
+    name: str
+    """The new word, such as <rex>"""
+    class_noun: str
+    """What it is, such as ball: where the vectors begin"""
+    begin: str
+    """Another word for the vectors to begin at; none: class_noun"""
+    kind: Literal["object", "style"]
+    """The sentences it is learnt in"""
+    templates: str | Sequence[str]
+    """Sentences with {} instead; none: the 27 or 19 of the code"""
+    with_class: bool
+    """Write the class before the word: a photo of a ball <rex>"""
+    vectors: int
+    """K: more look more alike and obey prompts less (>= 1, <= 64)"""
+    progressive: int
+    """One vector more every so many steps; 0: all at once (>= 0)"""
+    per_picture: float
+    """Share of steps with a second word that is the picture's own; 0.25 (>= 0, <= 1)"""
+    regularise: float
+    """Weight of the distance to where the vectors began (>= 0)"""
+    encoders: str | Sequence[str]
+    """Text encoders that get vectors; none: all"""
+    length: Literal["free", "clamp", "pull"]
+    """Vectors: no longer than the longest word, or pulled to the table's deviation"""
+    steps: int
+    """Most steps (>= 1)"""
+    patience: int
+    """End after so many probes without progress; 0: never (>= 0)"""
+    probe_every: int
+    """Steps between probes (>= 1)"""
+    lr: float
+    """Learning rate of AdamW (> 0, <= 10)"""
+    batch: int
+    """Pictures per step (>= 1)"""
+    accumulate: int
+    """Parts that a step's batch is cut into, to save memory (>= 1)"""
+    flip: bool
+    """Mirror every second picture; not for letters or faces"""
+    keep_aspect: bool
+    """Pictures keep their aspect instead of being cut"""
+    size: int
+    """Side of the pictures; 0: the model's (unit: pixel, >= 0)"""
+    timesteps: Literal["auto", "uniform", "logit_normal", "mode"]
+    """Density of noise levels; auto: uniform, for flow models logit_normal"""
+    checkpointing: bool
+    """Recompute the denoiser's activations, to save memory"""
+    checkpoint_every: int
+    """Steps between checkpoints (>= 1)"""
+    seed: int
+    """Order, noise and sentences (>= 0)"""

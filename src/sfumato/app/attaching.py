@@ -18,7 +18,7 @@ def attached(
 ) -> AbstractContextManager[Guest]:
     """While it lasts, systems take part in every call of a pipeline that no loop of ours replaces.
 
-        >>> with sfumato.attached(pipe, "daam:words=[cat|hat]") as run:
+        >>> with sfumato.attached(pipe, "KEY:words=[cat|hat]") as run:
         ...     image = pipe("a cat in a hat", control_image=edges).images[0]
         >>> run.maps[0].overlay(image, "hat"), run.coverage
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from sfumato.sampling.guidance import Guidance
 
@@ -31,6 +31,11 @@ class GenerateArguments(TypedDict, total=False):
     """Between which classifier-free guidance acts (unit: progress)"""
     compose: Sequence[tuple[str, float]]
     """Further (text, weight) conditions of every sample"""
+    long_prompts: Literal["chunks", "cut"]
+    """What of a prompt is longer than CLIP reads at once: read in further chunks, or cut off as in diffusers"""
+    weighting: Literal["comfyui", "compel"]
+    """Where a word of weight below 1 moves to: what the empty prompt has in its place, or (as compel) the prompt
+    without the word"""
     seed: int | Sequence[int] | None
     """Sample i uses seed + i; or one per sample; none: a random one, written into the recipe"""
     size: tuple[int, int] | None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.files import fitted
 from sfumato.models import Model
 from sfumato.training.samples import Samples, open_samples
@@ -61,7 +62,7 @@ class Subject:
             return self.samples.sample(i).pixels
         picture = self.samples.entries[i].shown.picture()
         size = bucket(picture.size, self.size, self.model.size_multiple)
-        return torch.from_numpy(_array(fitted(picture, size))).permute(2, 0, 1).float() / 255 * 2 - 1
+        return to_tensor(_array(fitted(picture, size))).permute(2, 0, 1).float() / 255 * 2 - 1
 
     def latents(self, i: int, mirrored: bool = False) -> Tensor:
         """Latents (c h w) of picture ``i``: the mean of the codec's posterior, in float32. Pictures are encoded one by
