@@ -14,7 +14,7 @@ class GenerateArguments(TypedDict, total=False):
     negative: str | Sequence[str] | None
     """What to steer away from; one text for all prompts or one each"""
     n: int
-    """How many samples of each prompt (>= 1)"""
+    """How many samples of each prompt (>= 1, <= 100000)"""
     steps: int | None
     """How many steps from noise to picture (>= 1, <= 1000)"""
     timesteps: float | Sequence[float] | None
