@@ -389,9 +389,9 @@ def _systems_of(recipe: dict[str, Any], allow: Sequence[str | Path]) -> list[Any
     tagged = []
     prompt = recipe.get("prompt")
     if isinstance(prompt, str) and "<" in prompt:  # its <lora:name:scale>
-        from sfumato.text.dialects import adapter_tags
+        from sfumato.text.dialects import TAGGED, adapter_tags
 
-        tagged = [{"method": "lora", "params": {"file": name}} for name, _ in adapter_tags(prompt)[1]]
+        tagged = [{"method": TAGGED, "params": {"file": name}} for name, _ in adapter_tags(prompt)[1]]
     cards.refuse_files([*with_, *tagged], allow)
     return with_
 

@@ -54,6 +54,10 @@ def read_composition(prompt: str) -> Composition:
     return Composition(text, weight, tuple(others))
 
 
+TAGGED = "lora"
+"""The system that ``<lora:name:scale>`` stands for."""
+
+
 def adapter_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     """The prompt without its ``<lora:name:scale>``, and (name, scale) of each, 1 where no scale is named.
 
