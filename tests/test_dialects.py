@@ -72,11 +72,11 @@ def test_parameters(text, expected):
 
 
 def test_every_scheduler_has_a_name_both_ways():
-    assert {row[0] for row in SAMPLERS} == set(scheduler_names(flow=False))
+    assert {row[0] for row in SAMPLERS} == set(scheduler_names("diffusion"))
     for name, *_ in SAMPLERS:
         recipe = {"prompt": "a cube", "steps": 4, "seed": 3, "scheduler": name, "guidance": 2.0}
         assert parse_a1111(a1111_text(recipe)) == recipe
-    for name in scheduler_names(flow=True):  # flow models' own names are kept
+    for name in scheduler_names("flow"):  # flow models' own names are kept
         assert f"Sampler: {name}" in a1111_text({"scheduler": name}) or name in {row[0] for row in SAMPLERS}
 
 

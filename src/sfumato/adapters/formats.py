@@ -17,7 +17,7 @@ from typing import Any
 from sfumato import files, registry
 from sfumato.adapters.naming import DENOISER, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
-from sfumato.models.weights import TensorEntry, read_header, read_json
+from sfumato.models.weights import TensorEntry, read_header, read_json, read_metadata
 
 __all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "picture_word", "read_contents"]
 
@@ -178,7 +178,7 @@ def read_contents(path: Path) -> Contents:
             f"{path} is a pickle, which can run code when read; sfumato never opens one. Get the .safetensors of this "
             "adapter, or convert it on a machine you can lose: torch.load, then safetensors.torch.save_file."
         ) from None
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     read = {key: read_key(key) for key in entries}
     found: dict[tuple[str, str], dict[str, tuple[str, FileKey]]] = {}
     for key, each in read.items():
@@ -232,13 +232,6 @@ def picture_word(path: Path) -> tuple[str, list[list[float]]]:
         return str(held.get("name") or path.stem), rows
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadWeights(f"{path} carries a damaged textual inversion ({error}).") from None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        found = json.loads(file.read(length)).get("__metadata__")
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

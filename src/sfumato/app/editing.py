@@ -377,8 +377,8 @@ def edit_file(
     if same:
         model = model_of(expected, Path("the edit"))
     with files.output(out) as (folder, named):
-        if model is not None and (order.dtype or order.device != "cpu"):
-            model = load(model, dtype=order.dtype, device=order.device)
+        if model is not None and (order.dtype or order.device != "cpu" or order.config):
+            model = order.load(model)
         systems, allow = order.with_, order.allow
         done = edit(picture, prompts, mask=mask, model=model, with_=systems, allow=allow, on_step=on_step, **given)
         check_weights(expected, done.results[0].model, same)

@@ -161,7 +161,7 @@ def _explain_reading(
     return Explanation([image], [system.explain_reading(model, image, prompt, **options)])
 
 
-def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
+def open_net(what: Any, dtype: str | None = None, device: str = "cpu", config: str | None = None) -> Any:
     """A net to look into: a text-to-image model, or a module that is called with pictures; both pass through.
 
     Raises:
@@ -171,7 +171,7 @@ def open_net(what: Any, dtype: str | None = None, device: str = "cpu") -> Any:
 
     if not isinstance(what, str | Path):
         return what
-    return load_net(what) if is_reader(what) else load(what, dtype=dtype, device=device)
+    return load_net(what) if is_reader(what) else load(what, dtype=dtype, device=device, config=config)
 
 
 # --- into files ------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def explain_into(
     if isinstance(system, protocol.ExplainsNet):
         job.refuse((), f"with {key}, which explains a net: give its name and the parameters of --by, nothing else")
         with files.output(out) as (folder, named):
-            table = system.explain_net(open_net(what, order.dtype, order.device), Path(what).name)
+            table = system.explain_net(open_net(what, order.dtype, order.device, order.config), Path(what).name)
             found: list[Path] = []
 
             def save(path: Path) -> Path:
@@ -233,7 +233,7 @@ def explain_into(
         allowed = ("prompt", "model", *(set(JobOptions.model_fields) - {"n", "size"}))
         job.refuse(allowed, f"with --by {key}; see: sfumato methods {key}")
         with files.output(out) as (folder, named):
-            loaded = load(model, dtype=order.dtype, device=order.device)
+            loaded = order.load()
             finding = system.explain_concept(loaded, what, prompt, on_step=on_step, **options)
             if named is None:
                 yield from finding.save(folder)
@@ -268,7 +268,7 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
     elif not text:
         image = files.read_picture(job.what)
     with files.output(out) as (folder, named):
-        model = _load_reader(name, order) if reads else load(name, dtype=order.dtype, device=order.device)
+        model = _load_reader(name, order) if reads else order.load()
         image = image if reads else as_taken(model, image, job.what)
         what, question = (job.what, None) if text else (image, prompt)
         [maps] = explain(what, question, words=job.given.get("words") or (), by=job.by, model=model, **options).maps

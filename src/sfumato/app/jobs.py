@@ -103,6 +103,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    config: str | Path | None = None,
 ) -> Model:
     """A model by built-in name, local diffusers folder, single ``.safetensors`` file or hub id.
 
@@ -111,6 +112,7 @@ def load(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; None keeps the model's own.
         device: ``"cpu"``, ``"cuda"``, ...
         revision: commit, branch or tag of a hub id; it is recorded in every recipe.
+        config: for a single file, a diffusers folder whose configuration, tokenizers and missing parts are used.
 
     Raises:
         UnknownName: nothing of this name. NotSupported: an unknown family. BadWeights: pickles, damaged or ill-fitting
@@ -120,7 +122,8 @@ def load(
     with collector_paused():
         from sfumato.models import load as load_model
 
-        model = load_model(name, dtype=dtype, device=device, revision=revision if found.repo is None else found.commit)
+        commit = revision if found.repo is None else found.commit
+        model = load_model(name, dtype=dtype, device=device, revision=commit, config=config)
     return model
 
 
@@ -287,6 +290,7 @@ class Order:
     dtype: str | None = None
     device: str = "cpu"
     image: Path | None = None
+    config: str | None = None
     expected: dict[str, Any] = field(default_factory=dict)
     maps: bool = False
     same_weights: bool = False
@@ -295,6 +299,11 @@ class Order:
     def systems(self) -> list[Any]:
         """The systems, built anew."""
         return build_all(self.with_, self.allow)
+
+    def load(self, model: str | Path | None = None) -> Model:
+        """The model of this order, or another one, on its device and in its precision."""
+        name = model or self.model or DEFAULT_MODEL
+        return load(name, dtype=self.dtype, device=self.device, config=self.config)
 
     def pictures(self) -> list[JobOptions]:
         """The jobs spelt out: one entry, with one seed, per picture."""
@@ -417,7 +426,7 @@ def carry_out(
     order.systems()  # misspelt ones are refused before the model is loaded
     image = None if order.image is None else read_shown(order.image)
     with files.output(out, (".png", *clips.FORMATS)) as (folder, named):
-        model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        model = order.load()
         if named is not None and (out.suffix.lower() == ".png") == model.clips:
             kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
             raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sfumato import cards, files, valid
-from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, ending, fitted_to, load, write
+from sfumato.app.jobs import JobOptions, Order, ending, fitted_to, write
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _make_lines(
         if line.number == failed:
             continue
         if model is None:  # only now: a file of nothing but damage needs none
-            model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+            model = order.load()
         journal = journal or Journal(out)
 
         def on_progress(step: Any, index: int = index) -> None:
@@ -266,7 +266,7 @@ class _Maker:
 
     def __init__(self, order: Order, image: Image | None):
         self.order, self.image = order, image
-        self.model = load(order.model or DEFAULT_MODEL, dtype=order.dtype, device=order.device)
+        self.model = order.load()
 
     def __call__(self, options: JobOptions | None) -> Any:
         import tempfile

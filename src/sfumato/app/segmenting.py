@@ -70,6 +70,7 @@ def segment_files(
     device: str = "cpu",
     on_progress: Callable[[str, int, int], None] | None = None,
     by: str | None = None,
+    config: str | None = None,
     **options: Any,
 ) -> list[Path]:
     """:func:`segment` with everything written into the new folder ``out``; or, where ``what`` is a segmenter's file,
@@ -95,7 +96,7 @@ def segment_files(
             return [files.save_png(out / f"{name}.png", segmenter.mask(image), about) for name, image in listed]
     _built(by, {k: v for k, v in options.items() if k != "size"})
     with files.output_folder(out):
-        loaded: dict[str, Any] = {"model": load(model or DEFAULT_MODEL, dtype=dtype, device=device)}
+        loaded: dict[str, Any] = {"model": load(model or DEFAULT_MODEL, dtype=dtype, device=device, config=config)}
         if remover is None and model is None:
             remover = suitable_model(cards.methods()[cards.default("edit mask")].needs)
         if remover is not None:

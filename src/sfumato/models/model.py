@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput
-from sfumato.models import chunks
+from sfumato.models import chunks, codec
 from sfumato.models.condition import Condition, Encoding, TruncatedPrompt
 from sfumato.models.families import Family, TextStream, family_of
 from sfumato.models.quiet import quiet
-from sfumato.models.schedulers import is_flow, make_scheduler, scheduler_names
+from sfumato.models.schedulers import deterministic, is_flow, kind_of, make_scheduler, scheduler_names
 from sfumato.models.site import Layer, Site
 from sfumato.models.weights import hash_files, hash_modules
 
@@ -345,7 +345,12 @@ class Model:
     @property
     def schedulers(self) -> list[str]:
         """Short names that `make_scheduler` takes for this model; none where it draws without a noise path."""
-        return scheduler_names(self.flow) if self.family.has("noise_path") else []
+        return scheduler_names(kind_of(self.pipe.scheduler)) if self.family.has("noise_path") else []
+
+    @property
+    def deterministic_scheduler(self) -> str:
+        """Short name of the plainest scheduler without fresh noise: ``"ddim"``, ``"flow_euler"`` or ``"edm_euler"``."""
+        return deterministic(self.pipe.scheduler)
 
     def prediction(self, scheduler: Any = None) -> str:
         """What the denoiser's output means: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow"``."""
@@ -390,14 +395,18 @@ class Model:
 
     def decode(self, state: Tensor) -> Tensor:
         """Pictures (b 3 H W) or clips (b 3 f H W), about [-1, 1] and not clamped, from final states (b ...) such as
-        latents (b c h w), as the pipeline decodes them."""
-        return self.family.decode(state)
+        latents (b c h w), as the pipeline decodes them.
+
+        An autoencoder that overflows in half precision runs once more in float32, and warns `codec.Overflow`. Raises
+        `NotFinite` where that does not help.
+        """
+        return codec.finite(self._autoencoder, lambda: self.family.decode(state), "decoded", self.name)
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """States (b ...) such as latents (b c h w) of pictures (b 3 H W), or of clips (b 3 f H W), in [-1, 1].
 
         The posterior's mean, or a draw from it with one CPU generator per picture. Raises `BadInput` for other shapes,
-        `NotSupported` where the model reads no pictures.
+        `NotSupported` where the model reads no pictures, `NotFinite` as `decode`.
         """
         letters = "b 3 f H W" if self.clips else "b 3 H W"
         if images.ndim != len(letters.split()) or images.shape[1] != 3:
@@ -405,8 +414,19 @@ class Model:
         self.latent_shape(images.shape[-2], images.shape[-1], images.shape[2] if self.clips else None)
         if generators is not None and len(generators) != len(images):
             raise BadInput(f"generators has {len(generators)} entries for {len(images)} images; give one for each.")
-        encoded = self.family.encode_image(images, generators)
+        states = None if generators is None else [generator.get_state() for generator in generators]
+
+        def encode() -> Tensor:
+            for generator, state in zip(generators or (), states or (), strict=True):
+                generator.set_state(state)  # a second try draws the same
+            return self.family.encode_image(images.to(self.device), generators)
+
+        encoded = codec.finite(self._autoencoder, encode, "encoded", self.name)
         return encoded.to(self.state_dtype) if encoded.is_floating_point() else encoded
+
+    @property
+    def _autoencoder(self) -> Any:
+        return getattr(self.pipe, "vae", None) or self.pipe.vqvae
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.default_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from sfumato.errors import NotSupported, UnknownName
@@ -39,6 +40,25 @@ _FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
     "unipc": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
 }
+_EDM: dict[str, tuple[str, dict[str, Any]]] = {
+    "edm_euler": ("EDMEulerScheduler", {}),
+    "edm_dpm++": ("EDMDPMSolverMultistepScheduler", {}),
+}
+_TABLES = {"diffusion": _DIFFUSION, "flow": _FLOW, "edm": _EDM}
+_TITLES = {"diffusion": "a diffusion model", "flow": "a flow model", "edm": "a model in EDM's scaling"}
+
+
+def kind_of(scheduler: Any) -> str:
+    """Which path a scheduler walks: ``"diffusion"``, ``"flow"``, or ``"edm"``, that of Karras et al. 2022 whose network
+    is preconditioned by the spread of the data."""
+    if scheduler.config.get("sigma_data") is not None and hasattr(scheduler, "precondition_outputs"):
+        return "edm"
+    return "flow" if is_flow(scheduler) else "diffusion"
+
+
+def deterministic(own: Any) -> str:
+    """Short name of the plainest scheduler without fresh noise that walks the path of ``own``."""
+    return {"diffusion": "ddim", "flow": "flow_euler", "edm": "edm_euler"}[kind_of(own)]
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -51,9 +71,9 @@ def is_flow(scheduler: Any) -> bool:
     )
 
 
-def scheduler_names(flow: bool) -> list[str]:
-    """Short names that fit a flow model or a diffusion model."""
-    return list(_FLOW if flow else _DIFFUSION)
+def scheduler_names(kind: str) -> list[str]:
+    """Short names that fit a path: see `kind_of`."""
+    return list(_TABLES[kind])
 
 
 def make_scheduler(own: Any, wanted: Any = None) -> Any:
@@ -64,23 +84,29 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
     """
     import diffusers
 
-    flow = is_flow(own)
+    kind = kind_of(own)
     with quiet():
         if wanted is None:
             return type(own).from_config(own.config)
         if not isinstance(wanted, str):
-            if is_flow(wanted) != flow:
-                raise NotSupported(_misfit(type(wanted).__name__, flow))
+            if kind_of(wanted) != kind:
+                raise NotSupported(_misfit(type(wanted).__name__, kind))
             return type(wanted).from_config(wanted.config)
-        table = _FLOW if flow else _DIFFUSION
+        table = _TABLES[kind]
         if wanted not in table:
-            if wanted in _DIFFUSION or wanted in _FLOW:
-                raise NotSupported(_misfit(wanted, flow))
+            if any(wanted in other for other in _TABLES.values()):
+                raise NotSupported(_misfit(wanted, kind))
             raise UnknownName("scheduler", wanted, table)
         class_name, settings = table[wanted]
-        if flow and "use_flow_sigmas" in settings:
+        if own.config.get("rescale_betas_zero_snr") and not _knows_zero_snr(class_name):
+            others = [name for name in table if _knows_zero_snr(table[name][0])]
+            raise NotSupported(
+                f"scheduler {wanted!r} does not know zero terminal signal-to-noise ratio, with which this model was "
+                f"trained; use one of: {', '.join(others)}."
+            )
+        if kind == "flow" and "use_flow_sigmas" in settings:
             settings = {**settings, "flow_shift": own.config.get("flow_shift", own.config.get("shift", 1.0))}
-        elif not flow:
+        elif kind == "diffusion":
             # some classes clip x0 to [-1, 1] unless configured otherwise, which suits pixels but not latents
             settings = {"clip_sample": False, **settings}
         try:
@@ -89,9 +115,14 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
             raise NotSupported(f"scheduler {wanted!r} needs a missing library: {_first_line(error)}") from error
 
 
-def _misfit(name: str, flow: bool) -> str:
-    kind = "a flow model" if flow else "a diffusion model"
-    return f"scheduler {name!r} does not fit {kind}; use one of: {', '.join(scheduler_names(flow))}."
+def _knows_zero_snr(class_name: str) -> bool:
+    import diffusers
+
+    return "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, class_name).__init__).parameters
+
+
+def _misfit(name: str, kind: str) -> str:
+    return f"scheduler {name!r} does not fit {_TITLES[kind]}; use one of: {', '.join(scheduler_names(kind))}."
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from sfumato.errors import BadInput, BadWeights
 _MAX_HEADER = 100_000_000
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 _STEMS = ("diffusion_pytorch_model", "model")
+_NAME = f"({'|'.join(_STEMS)})"
+_SINGLE = re.compile(rf"{_NAME}(\.(?P<variant>[\w-]+))?\.safetensors")
+_INDEX = re.compile(rf"{_NAME}(\.(?P<a>[\w-]+))?\.safetensors(\.(?P<b>[\w-]+))?\.index(\.(?P<c>[\w-]+))?\.json")
+_SHARD = re.compile(rf"{_NAME}(\.(?P<before>\w+))?-(?P<i>\d+)-of-(?P<of>\d+)(\.(?P<after>\w+))?\.safetensors")
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -80,6 +85,14 @@ def read_header(path: Path) -> list[TensorEntry]:
     return entries
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_header` has found whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
 def _library_check(path: Path) -> None:
     """Overlaps, holes, trailing bytes and sizes that do not match shapes are found by the reference reader."""
     from safetensors import SafetensorError, safe_open
@@ -108,22 +121,34 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
 def find_weights(folder: Path) -> tuple[list[Path], str | None]:
     """The safetensors files of one component's folder, and their variant (``"fp16"`` or none at all).
 
-    Sharded files are found by their index. Raises `BadWeights` where there are only pickles, or nothing.
+    Shards are found by their index, wherever in its name the variant stands, or by their numbers where there is none.
+    Raises `BadWeights` where there are only pickles, or nothing, or some shards are missing.
     """
-    variants: list[str | None] = [None]
-    for path in sorted(folder.glob("*.safetensors")):
-        parts = path.name.split(".")
-        if parts[0] in _STEMS and len(parts) == 3:
-            variants.append(parts[1])
-    for variant in variants:
-        infix = f".{variant}" if variant else ""
-        for stem in _STEMS:
-            index = folder / f"{stem}.safetensors.index{infix}.json"
-            if index.is_file():
-                return _shards(index), variant
-            single = folder / f"{stem}{infix}.safetensors"
-            if single.is_file():
-                return [single], variant
+    found: dict[str | None, list[Path]] = {}
+    numbered: dict[tuple[str | None, int], dict[int, Path]] = {}
+    broken: list[BadWeights] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _INDEX.fullmatch(path.name):
+            try:
+                found[match["a"] or match["b"] or match["c"]] = _shards(path)
+            except BadWeights as error:  # all indices, but one variant's shards, are a common download
+                broken.append(error)
+        elif match := _SHARD.fullmatch(path.name):
+            key = match["before"] or match["after"], int(match["of"])
+            numbered.setdefault(key, {})[int(match["i"])] = path
+        elif match := _SINGLE.fullmatch(path.name):
+            found.setdefault(match["variant"], [path])
+    for (variant, n), shards in numbered.items():
+        if variant not in found and len(shards) == n:
+            found[variant] = [shards[i] for i in sorted(shards)]
+    if found:
+        variant = min(found, key=lambda name: name or "")
+        return found[variant], variant
+    if broken:
+        raise broken[0]
+    if numbered:
+        (_, n), shards = next(iter(numbered.items()))
+        raise BadWeights(f"{folder} holds {len(shards)} of {n} shards of its weights; get the missing ones.")
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in _PICKLE_SUFFIXES)
     if pickles:
         raise BadWeights(

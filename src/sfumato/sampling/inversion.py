@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.errors import NotSupported
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, refuse_idle
@@ -71,9 +72,12 @@ def invert(
     With as many ``steps``, the same prompt and guidance, sampling from the result returns to ``source``: exactly in
     the limit of many steps or, where they converge, of many iterations.
 
-    Raises BadInput, and what :func:`generate` raises for prompts, sizes and interventions.
+    Raises BadInput, NotSupported (EDM's scaling), and what :func:`generate` raises for prompts, sizes and
+    interventions.
     """
     process_of(model).require_path(model, "invert")
+    if model.deterministic_scheduler == "edm_euler":
+        raise NotSupported(f"invert needs latents that carry no scale of the noise; {model.name} draws in EDM's.")
     parts = arrange(interventions)
     refine = whole(refine, "refine", 0)
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -86,7 +90,7 @@ def invert(
         with torch.no_grad():
             latents = model.encode_image(as_pixels_of(model, source, size))
     distilled = {"true_guidance": guidance, "guidance": None} if model.embeds_guidance else {"guidance": guidance}
-    name = "flow_euler" if model.flow else "ddim"
+    name = model.deterministic_scheduler
     request = checked(
         model,
         list(prompts) * len(latents) if len(prompts) == 1 else prompts,

@@ -34,7 +34,7 @@ def opened_for(
     pictures' latents (b c h w). ``scheduler``: by default DDIM or flow Euler. Raises BadInput as ``generate``."""
     with torch.no_grad():  # one by one, so that what is found in a picture does not depend on its neighbours
         clean = torch.cat([model.encode_image(picture) for picture in images.split(1)])
-    schedule = scheduler or ("flow_euler" if model.flow else "ddim")
+    schedule = scheduler or model.deterministic_scheduler
     guidance: dict[str, Any] = {} if model.embeds_guidance else {"guidance": 1.0}
     request = checked(model, list(prompts), steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance)
     with opened(model, request, range(len(request)), tuple(interventions)) as run:

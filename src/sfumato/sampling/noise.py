@@ -6,7 +6,9 @@ latents in the scaling of Karras et al. 2022, ``x = x0 + (sigma / alpha) eps``; 
 callers hand it the scheduler's own ``x``.
 
 Network outputs come in four kinds: ``epsilon`` (Ho et al. 2020), ``v_prediction`` = alpha eps - sigma x0 (Salimans & Ho
-2022), ``sample`` = x0, and ``flow`` = eps - x0 (Lipman et al. 2023, Esser et al. 2024).
+2022), ``sample`` = x0, and ``flow`` = eps - x0 (Lipman et al. 2023, Esser et al. 2024). A fifth, ``edm``, is the raw
+network of Karras et al. 2022: x0 = c_skip x + c_out F in their scaling (section 5, table 1), with F's sign turned where
+the scheduler says v-prediction.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
+from sfumato.models.schedulers import kind_of
 
 LEAST_DATA = 0.03
-KINDS = ("epsilon", "v_prediction", "sample", "flow")
+KINDS = ("epsilon", "v_prediction", "sample", "flow", "edm")
 
 
 class Path:
@@ -33,13 +36,19 @@ class Path:
     def __init__(self, scheduler: Any):
         kind = scheduler.config.get("prediction_type", "flow" if hasattr(scheduler, "scale_noise") else None)
         self.kind: str = {"flow_prediction": "flow"}.get(kind, kind)
+        self._data = 0.0  # EDM: the standard deviation of the data
+        if kind_of(scheduler) == "edm":
+            self.kind, self._data = "edm", float(scheduler.config.sigma_data)
+            self._sign = 1.0 if scheduler.config.prediction_type == "epsilon" else -1.0
+            if abs(float(scheduler.precondition_noise(torch.tensor(math.e))) - 0.25) > 1e-6:
+                raise NotSupported(f"scheduler {type(scheduler).__name__} names its noise levels in a way of its own.")
         if self.kind not in KINDS:
             raise NotSupported(
                 f"scheduler {type(scheduler).__name__} predicts {kind!r}, which has no place on an (alpha, sigma) "
                 f"path; supported kinds: {', '.join(KINDS)}."
             )
         if not scheduler.config.get("num_train_timesteps") or (
-            self.kind != "flow" and getattr(scheduler, "alphas_cumprod", None) is None
+            self.kind not in ("flow", "edm") and getattr(scheduler, "alphas_cumprod", None) is None
         ):
             raise NotSupported(
                 f"scheduler {type(scheduler).__name__} has no table of noise levels, as those for diffusion and flow "
@@ -47,7 +56,7 @@ class Path:
             )
         self._steps_of_training = int(scheduler.config.num_train_timesteps)
         self._log_ratios: Tensor | None = None
-        if self.kind != "flow":
+        if self.kind not in ("flow", "edm"):
             squares = scheduler.alphas_cumprod.double().cpu()
             self._log_ratios = ((1 - squares) / squares).sqrt().log()  # log(sigma / alpha) at each training timestep
         # Noise levels that the schedule states itself win over the table: Karras spacing rounds its timesteps.
@@ -71,7 +80,7 @@ class Path:
             level = t / self._steps_of_training if level is None else level
             return 1.0 - level, level
         if level is None:
-            level = self._trained_ratio(t)
+            level = math.exp(4 * t) if self.kind == "edm" else self._trained_ratio(t)
         if level == math.inf:  # zero terminal signal-to-noise ratio
             return 0.0, 1.0
         alpha = 1.0 / math.sqrt(1.0 + level * level)
@@ -86,6 +95,9 @@ class Path:
         alpha = 0 and the kind is epsilon."""
         alpha, sigma = self.alpha_sigma(t, x)
         x = x / self.scale(t, x)
+        if self.kind == "edm":
+            skip, gain = self._precondition(alpha, sigma)
+            return skip * x + gain * out
         if self.kind == "epsilon":
             return (x - sigma * out) / alpha
         if self.kind == "v_prediction":
@@ -100,12 +112,18 @@ class Path:
             return out
         if self.kind == "sample":
             return (x - alpha * out) / sigma
+        if self.kind == "edm":
+            skip, gain = self._precondition(alpha, sigma)
+            return (x - alpha * (skip * x + gain * out)) / sigma
         return alpha * out + sigma * x if self.kind == "v_prediction" else x + alpha * out
 
     def from_x0(self, x: Tensor, x0: Tensor, t: Any) -> Tensor:
         """The network output that would imply ``x0``; inverse of :meth:`to_x0`."""
         alpha, sigma = self.alpha_sigma(t, x)
         x = x / self.scale(t, x)
+        if self.kind == "edm":
+            skip, gain = self._precondition(alpha, sigma)
+            return (x0 - skip * x) / gain
         if self.kind == "epsilon":
             return (x - alpha * x0) / sigma
         if self.kind == "v_prediction":
@@ -123,15 +141,24 @@ class Path:
         noise means for the data has no bound; alpha is taken as ``LEAST_DATA`` at least.
         """
         alpha, sigma = self.alpha_sigma(t, out)
+        gain = self._precondition(alpha, sigma)[1] if self.kind == "edm" else None
         alpha = alpha.clamp_min(LEAST_DATA) if isinstance(alpha, Tensor) else max(alpha, LEAST_DATA)
         if self.kind == "epsilon":
             return out - less
+        if self.kind == "edm":
+            return out + sigma / alpha * less / gain
         return out + sigma / alpha * less if self.kind == "sample" else out - less / alpha
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Any) -> Tensor:
         """Clean latents noised to level ``t``, in the scheduler's scaling (b ...)."""
         alpha, sigma = self.alpha_sigma(t, x0)
         return self.scale(t, x0) * (alpha * x0 + sigma * eps)
+
+    def _precondition(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        """EDM's c_skip and c_out, for latents alpha x0 + sigma eps."""
+        level, data = sigma / alpha, self._data
+        spread = level**2 + data**2
+        return data**2 / spread / alpha, self._sign * level * data / spread**0.5
 
     def _trained_ratio(self, t: float) -> float:
         """sigma / alpha of the training schedule, log-linear between its integer timesteps."""

@@ -35,6 +35,7 @@ def edit(
     like: Annotated[Path | None, typer.Option(help="Repeat this edit of IMAGE by its recipe.")] = None,
     allow: options.Allow = None,
     out: options.Out = Path("out"),
+    config: options.Config = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     **given: Any,
@@ -54,7 +55,7 @@ def edit(
         raise BadInput('nothing to do: say what the picture shall show, such as sfumato edit toys.png "a blue cube".')
     if by is not None:
         typed["by"] = by
-    order = app.Order([], model, with_, dtype, device, allow=list(allow or ()))
+    order = app.Order([], model, with_, dtype, device, config=config, allow=list(allow or ()))
     with show.bar("steps") as bar:
 
         def report(step: Any) -> None:

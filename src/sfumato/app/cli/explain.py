@@ -31,6 +31,7 @@ def explain(
     maps: Annotated[bool, typer.Option("--maps", help="Also write the maps as numbers (.safetensors).")] = False,
     model: options.Model = None,
     out: options.Out = Path("out"),
+    config: options.Config = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     **given: Any,
@@ -38,6 +39,6 @@ def explain(
     from sfumato import app
 
     typed = flags.said({"prompt": prompt, "words": words, **given})
-    job = app.Explaining(what, by, app.Order([], model, [], dtype, device, maps=maps), typed)
+    job = app.Explaining(what, by, app.Order([], model, [], dtype, device, config=config, maps=maps), typed)
     with show.bar("pictures") as bar:
         show.written(app.explain_into(job, out, bar), out)

@@ -38,6 +38,7 @@ def make(
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
     ray: options.Ray = False,
     workers: options.NWorkers = None,
+    config: options.Config = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     **given: Any,
@@ -59,7 +60,7 @@ def make(
         typed["prompt"] = prompt
     if allow and like is None:
         raise BadInput("--allow is for the systems in a recipe: give --like.")
-    order = app.Order([], model, with_ or [], dtype, device, image, allow=list(allow or ()))
+    order = app.Order([], model, with_ or [], dtype, device, image, config, allow=list(allow or ()))
     if like is not None:
         order = app.like(like, typed, order)
     elif prompts is not None:

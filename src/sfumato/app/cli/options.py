@@ -15,6 +15,10 @@ def literal(text: str) -> str:
 
 MODEL_HELP = "Built-in name, diffusers folder, .safetensors file or hub id. Default: toy-sd."
 Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)]
+Config = Annotated[
+    str | None,
+    typer.Option(help="For a single-file model: a diffusers folder with its configuration, tokenizers, missing parts."),
+]
 Seed = Annotated[int | None, typer.Option(help="Where the noise comes from. Default: 0.")]
 With = Annotated[
     list[str] | None,

@@ -35,6 +35,7 @@ def segment(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is empty or not there yet.")] = Path(
         "segmented"
     ),
+    config: options.Config = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     **given: Any,
@@ -49,5 +50,7 @@ def segment(
         def report(stage: str, done: int, total: int) -> None:
             bar(done, total, 0.0, f"{done}/{total} {stage}")
 
-        for path in app.segment_files(what, pictures or [], out, model, remover, dtype, device, report, by, **typed):
+        for path in app.segment_files(
+            what, pictures or [], out, model, remover, dtype, device, report, by=by, config=config, **typed
+        ):
             typer.echo(path)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
 
-__all__ = ["Family", "TextStream", "families", "families_with", "family_of", "offering"]
+__all__ = ["Family", "TextStream", "families", "families_with", "family_of", "offering", "siblings"]
 
 
 def families() -> dict[str, type[Family]]:
@@ -21,9 +21,21 @@ def families() -> dict[str, type[Family]]:
     return {pipeline: family for family in _below(Family) for pipeline in family.__dict__.get("pipeline_classes", ())}
 
 
+def siblings() -> dict[str, tuple[str, str]]:
+    """Pipeline classes whose parts make a pipeline of a known family -> (its class, what is not followed)."""
+    _import_shipped()
+    return {name: other for family in _below(Family) for name, other in family.__dict__.get("siblings", {}).items()}
+
+
 def family_of(pipeline_class: str) -> type[Family]:
     """The family that serves a diffusers pipeline class. Raises `NotSupported` with the list of known ones."""
     known = families()
+    if pipeline_class in siblings():
+        other = siblings()[pipeline_class][0]
+        raise NotSupported(
+            f"{pipeline_class} is served as {other}, which has the same parts: Model({other}.from_pipe(pipe)), or load "
+            "its folder."
+        )
     if pipeline_class not in known:
         raise NotSupported(f"model family {pipeline_class!r} is not supported; known: {', '.join(sorted(known))}.")
     return known[pipeline_class]

@@ -25,6 +25,8 @@ class Amused(Family):
     name = "amused"
     capabilities = frozenset({"pictures", "text_attention"})
     pipeline_classes = ("AmusedPipeline",)
+    siblings = {f"Amused{kind}Pipeline": ("AmusedPipeline", "") for kind in ("Img2Img", "Inpaint")}
+    further_channels = 0  # the state is token ids
     denoiser_name = "transformer"
     components = ("vqvae", "scheduler", "tokenizer")
     process = "masked"
@@ -96,7 +98,7 @@ class Amused(Family):
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vqvae = self.pipe.vqvae
         with codec.upcast(vqvae, True):
-            features = vqvae.encode((images.to(vqvae.device, vqvae.dtype) + 1) / 2).latents
+            features = vqvae.encode((images.to(self.device, vqvae.dtype) + 1) / 2).latents
             return vqvae.quantize(features)[2][2].reshape(len(features), *features.shape[-2:])
 
     def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:

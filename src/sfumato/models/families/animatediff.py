@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.families.unet import StableDiffusion
 from sfumato.models.site import Layer, is_attention
@@ -25,6 +26,7 @@ class AnimateDiff(StableDiffusion):
 
     name = "animatediff"
     pipeline_classes = ("AnimateDiffPipeline",)
+    siblings = {"AnimateDiffVideoToVideoPipeline": ("AnimateDiffPipeline", "")}
     capabilities = frozenset(
         {"clips", "noise_path", "differentiable_state", "text_attention", "temporal_attention"}
     )  # features of its layers have their frames folded into the batch, so no h-space
@@ -59,10 +61,10 @@ class AnimateDiff(StableDiffusion):
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vae, latents = self.pipe.vae, []
-        for i, clip in enumerate(images.to(vae.device, vae.dtype).transpose(1, 2)):
-            found = [vae.encode(part).latent_dist for part in clip.split(CHUNK)]
-            drawn = [each.mode() if generators is None else each.sample(generators[i]) for each in found]
-            latents.append(torch.cat(drawn).transpose(0, 1))
+        for i, clip in enumerate(images.to(self.device, vae.dtype).transpose(1, 2)):
+            own = None if generators is None else generators[i]
+            parts = [codec.latents_of(vae.encode(part), own) for part in clip.split(CHUNK)]
+            latents.append(torch.cat(parts).transpose(0, 1))
         return vae.config.scaling_factor * torch.stack(latents)
 
     def _attentions(self, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

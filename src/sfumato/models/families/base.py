@@ -88,6 +88,10 @@ class Family:
     read_once: ClassVar[tuple[str, ...]] = ()
     #: whether the pipeline lifts a float16 autoencoder with ``force_upcast`` to float32
     upcasts_vae: ClassVar[bool] = False
+    #: whether the pipeline adds the autoencoder's ``shift_factor``
+    shifts_latents: ClassVar[bool] = False
+    #: pipeline classes made of the same parts -> (the class that they are loaded as, what is not followed, if anything)
+    siblings: ClassVar[dict[str, tuple[str, str]]] = {}
     #: whether the denoiser is told the picture's original size, crop and target size
     micro_conditions: ClassVar[bool] = False
     #: of the run in progress: see `Model.encoding`
@@ -111,7 +115,11 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser computes."""
+        """Where the denoiser computes; its weights may rest elsewhere meanwhile (offloading)."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.denoiser.modules())
+        offloaded = next((hook for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+        if offloaded is not None:
+            return torch.device(offloaded.execution_device)
         first = next(self.denoiser.parameters()).device
         if first.type == "cpu" and torch.accelerator.is_available():
             return self.denoiser.device  # weights at rest may belong elsewhere: diffusers looks through all modules
@@ -159,6 +167,12 @@ class Family:
     def states_of(self, frames: int) -> int:
         """The state's frames of a clip of so many ``frames``."""
         return (frames - 1) // self.frames_per_state + 1
+
+    @property
+    def further_channels(self) -> int:
+        """How many channels the denoiser reads beside the latents, such as a mask, that the pipeline does not give."""
+        latents = self.pipe.vae.config.get("latent_channels", self.channels)
+        return self.channels - int(latents)
 
     @property
     def vocabulary(self) -> int:
@@ -236,12 +250,12 @@ class Family:
 
     def decode(self, state: Tensor) -> Tensor:
         """Pictures (b 3 H W), about [-1, 1] and not clamped, from final states, as the pipeline decodes them."""
-        return codec.decode(self.pipe.vae, state, self.upcasts_vae)
+        return codec.decode(self.pipe.vae, state, self.upcasts_vae, self.shifts_latents)
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         """States of pictures (b 3 H W) in [-1, 1]; a stochastic encoder draws with one generator per picture, or gives
         its mean without."""
-        return codec.encode(self.pipe.vae, images, generators, self.upcasts_vae)
+        return codec.encode(self.pipe.vae, images, generators, self.upcasts_vae, self.shifts_latents)
 
     def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         """Attention sites for latents of h by w, ``text`` text positions and a clip of so many ``frames``, in the order

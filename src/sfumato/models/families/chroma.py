@@ -20,6 +20,7 @@ class Chroma(Flux):
 
     name = "chroma"
     pipeline_classes = ("ChromaPipeline",)
+    siblings = {f"Chroma{kind}Pipeline": ("ChromaPipeline", "") for kind in ("Img2Img", "Inpaint")}
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)

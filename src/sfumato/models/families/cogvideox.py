@@ -93,7 +93,7 @@ class CogVideoX(ClipTransformer):
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vae, latents = self.pipe.vae, []
         for clip, generator in zip(images, generators or [None] * len(images), strict=True):
-            found = vae.encode(clip[None].to(vae.device, vae.dtype)).latent_dist
+            found = vae.encode(clip[None].to(self.device, vae.dtype)).latent_dist
             latents.append(found.mode() if generator is None else found.sample(generator))
         return torch.cat(latents) * vae.config.scaling_factor
 

@@ -21,6 +21,11 @@ class Flux(Family):
 
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
+    siblings = {
+        **{f"Flux{kind}Pipeline": ("FluxPipeline", "") for kind in ("Img2Img", "Inpaint", "Fill", "Control")},
+        "FluxKontextPipeline": ("FluxPipeline", "a picture that is given is where drawing begins, not a reference"),
+    }
+    shifts_latents = True
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults: dict[str, Any] = {"steps": 28, "guidance": 3.5}

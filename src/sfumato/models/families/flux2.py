@@ -23,6 +23,7 @@ class Flux2Klein(Flux):
 
     name = "flux2-klein"
     pipeline_classes = ("Flux2KleinPipeline",)
+    further_channels = 0  # four latents make one place
     capabilities = TEXT_TO_IMAGE
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
@@ -116,7 +117,7 @@ class Flux2Klein(Flux):
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vae = self.pipe.vae
-        spread = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+        spread = vae.encode(images.to(self.device, vae.dtype)).latent_dist
         latents = self.pipe._patchify_latents(spread.mode())  # as the pipeline reads pictures: nothing is drawn
         mean, std = self._statistics(latents)
         return (latents - mean) / std

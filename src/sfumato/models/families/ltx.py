@@ -94,7 +94,7 @@ class LTX(ClipTransformer):
         vae, pairs = self.pipe.vae, zip(images, generators or [None] * len(images), strict=True)
         latents = []
         for clip, generator in pairs:
-            found = vae.encode(clip[None].to(vae.device, vae.dtype)).latent_dist
+            found = vae.encode(clip[None].to(self.device, vae.dtype)).latent_dist
             latents.append(found.mode() if generator is None else found.sample(generator))
         return self.pipe._normalize_latents(
             torch.cat(latents), vae.latents_mean, vae.latents_std, vae.config.scaling_factor

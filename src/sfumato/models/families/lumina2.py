@@ -23,6 +23,7 @@ class Lumina2(Family):
 
     name = "lumina2"
     pipeline_classes = ("Lumina2Pipeline",)
+    shifts_latents = True
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 30, "guidance": 4.0}

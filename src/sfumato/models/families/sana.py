@@ -54,7 +54,7 @@ class Sana(Captioned):
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vae = self.pipe.vae  # deterministic: there is nothing to draw
-        return vae.encode(images.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+        return vae.encode(images.to(self.device, vae.dtype)).latent * vae.config.scaling_factor
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         return noise

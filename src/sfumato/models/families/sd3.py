@@ -19,6 +19,8 @@ class StableDiffusion3(Family):
 
     name = "sd3"
     pipeline_classes = ("StableDiffusion3Pipeline",)
+    siblings = {f"StableDiffusion3{kind}Pipeline": ("StableDiffusion3Pipeline", "") for kind in ("Img2Img", "Inpaint")}
+    shifts_latents = True
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 28, "guidance": 7.0}

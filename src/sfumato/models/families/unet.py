@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
 from sfumato.models.site import Layer, Site, SiteList, is_attention
@@ -37,10 +38,19 @@ class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv 2112.10752)."""
 
     name = "sd"
-    pipeline_classes = ("StableDiffusionPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    siblings: ClassVar[dict[str, tuple[str, str]]] = {
+        "StableDiffusionImg2ImgPipeline": ("StableDiffusionPipeline", ""),
+        "LatentConsistencyModelImg2ImgPipeline": ("LatentConsistencyModelPipeline", ""),
+    }
     denoiser_name = "unet"
     capabilities = TEXT_TO_IMAGE | {"linear_text_values", "h_space"}
-    defaults = {"steps": 50, "guidance": 7.5}
+    defaults: dict[str, Any] = {"steps": 50, "guidance": 7.5}
+
+    def __init__(self, pipe: Any, max_sequence_length: int | None = None):
+        super().__init__(pipe, max_sequence_length)
+        if type(pipe).__name__.startswith("LatentConsistency"):  # Luo et al. 2023: few steps, guidance distilled
+            self.defaults = {"steps": 4, "guidance": 8.5}
 
     @property
     def embeds_guidance(self) -> bool:
@@ -167,6 +177,10 @@ class StableDiffusionInpaint(StableDiffusion):
     def takes_mask(self) -> bool:
         return int(self.config.in_channels) == 2 * self.channels + 1
 
+    @property
+    def further_channels(self) -> int:
+        return 0 if self.takes_mask else int(self.config.in_channels) - self.channels
+
     def has(self, capability: str) -> bool:
         return super().has(capability) and (capability != "mask_input" or self.takes_mask)
 
@@ -190,8 +204,8 @@ class StableDiffusionInpaint(StableDiffusion):
             vae = self.pipe.vae
             size = (x.shape[-2] * self.scale, x.shape[-1] * self.scale)
             with torch.no_grad():
-                grey = torch.zeros(1, 3, *size, device=vae.device, dtype=vae.dtype)
-                latents = vae.encode(grey).latent_dist.mode() * vae.config.scaling_factor
+                grey = torch.zeros(1, 3, *size, device=self.device, dtype=vae.dtype)
+                latents = codec.finite(vae, lambda: self.encode_image(grey, None), "encoded", self.name)
             self._empty[key] = torch.cat([torch.ones_like(latents[:, :1]), latents], 1).to(x)
         return self._empty[key]
 
@@ -201,6 +215,10 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    siblings = {
+        "StableDiffusionXLImg2ImgPipeline": ("StableDiffusionXLPipeline", ""),
+        "StableDiffusionXLInpaintPipeline": ("StableDiffusionXLPipeline", ""),
+    }
     defaults = {"steps": 50, "guidance": 5.0}
     upcasts_vae = True
     micro_conditions = True

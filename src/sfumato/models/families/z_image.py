@@ -26,6 +26,7 @@ class ZImage(Family):
 
     name = "z_image"
     pipeline_classes = ("ZImagePipeline",)
+    shifts_latents = True
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 50, "guidance": 5.0}

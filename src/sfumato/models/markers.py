@@ -1,0 +1,83 @@
+"""What a single file says about its prediction and its noise schedule, beside its weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.errors import BadWeights
+
+_PREDICTIONS = {
+    "epsilon": ("epsilon", "eps", "noise"),
+    "v_prediction": ("v", "v_prediction", "v_pred", "vpred", "velocity"),
+    "sample": ("sample", "x0"),
+}
+_TRUE = ("true", "1", "yes", "on")
+
+
+@dataclass(frozen=True)
+class Markers:
+    """``prediction``: ``"epsilon"``, ``"v_prediction"``, ``"sample"``, or None where nothing says; ``zero_snr``: the
+    schedule ends at zero signal-to-noise ratio (Lin et al. 2023); ``contradiction``: what the file says against
+    itself, empty where it does not."""
+
+    prediction: str | None = None
+    zero_snr: bool = False
+    contradiction: str = ""
+
+
+def read_markers(tensors: Iterable[str], metadata: Mapping[str, str]) -> Markers:
+    """The markers of ComfyUI (tensors ``v_pred``, ``ztsnr``), of the model specification
+    (``modelspec.prediction_type``, ``modelspec.architecture``) and of trainers (``ss_zero_terminal_snr``)."""
+    names = set(tensors)
+    said: dict[str, str] = {}  # who says it -> which prediction
+    zero: list[str] = ["tensor ztsnr"] if "ztsnr" in names else []
+    if "v_pred" in names:
+        said["tensor v_pred"] = "v_prediction"
+    strange = ""
+    for key, value in metadata.items():
+        what, text = key.split(".")[-1].removeprefix("ss_"), value.strip().lower().replace("-", "_")
+        if what == "prediction_type" and text:
+            found = next((name for name, words in _PREDICTIONS.items() if text in words), None)
+            strange = strange if found else f"{key} is {value.strip()[:40]!r}, which is none of epsilon, v and sample"
+            said |= {key: found} if found else {}
+        elif what == "v_parameterization":
+            said[key] = "v_prediction" if text in _TRUE else "epsilon"
+        elif what in ("zero_terminal_snr", "ztsnr", "zsnr") and text in _TRUE:
+            zero.append(key)
+        elif key == "modelspec.architecture" and text.startswith("stable_diffusion_v2_"):
+            said[key] = "v_prediction" if text.split("/")[0].endswith("_v") else "epsilon"
+    predictions = sorted(set(said.values()))
+    if len(predictions) > 1:
+        strange = "; ".join(f"{who} says {what}" for who, what in said.items())
+    elif zero and predictions != ["v_prediction"] and predictions != ["sample"]:
+        other = f"{next(iter(said))} says {predictions[0]}" if said else "nothing says v-prediction"
+        strange = f"{zero[0]} says zero terminal signal-to-noise ratio, where noise cannot be predicted, but {other}"
+    return Markers(predictions[0] if len(predictions) == 1 else None, bool(zero), strange)
+
+
+def marked(config: dict[str, Any], markers: Markers) -> dict[str, Any]:
+    """A scheduler's configuration that follows the markers: a class that knows zero terminal signal-to-noise ratio
+    where they ask for it, its last step there (Lin et al. 2023, section 3)."""
+    import diffusers
+
+    config = dict(config)
+    if markers.prediction is not None:
+        config["prediction_type"] = markers.prediction
+    if markers.zero_snr:
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if kind is None or "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+            config["_class_name"] = "DDIMScheduler"
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
+
+
+def refuse_contradiction(markers: Markers, where: Any) -> None:
+    """Raises BadWeights for a file that says one thing and another."""
+    if markers.contradiction:
+        raise BadWeights(
+            f"{where} contradicts itself: {markers.contradiction}; give config=<folder of a diffusers model> whose "
+            "scheduler says what is right."
+        )
