@@ -139,9 +139,8 @@ def _part(shapes: Mapping[str, tuple[int, ...]]) -> FileKind | None:
         return FileKind("part", "the U-Net of a diffusers folder", advice="give the folder of the whole model.")
     diffusers = r"(single_)?transformer_blocks\.0\.(attn|attn1|norm1|ff)\.|joint_transformer_blocks\.0\."
     if any(re.match(diffusers, name) for name in shapes) and not any(name.startswith(_DENOISERS) for name in shapes):
-        for name, title, _, pattern in _TRANSFORMERS:
-            if name in ("qwen-image", "ltx") and any(re.match(pattern, each) for each in shapes):
-                return FileKind(name, title, advice=_NO_FAMILY)
+        if any(re.match(r"patchify_proj|transformer_blocks\.0\.img_mod", name) for name in shapes):
+            return None  # LTX-Video and Qwen-Image are released under the names of diffusers
         return FileKind("part", "the transformer of a diffusers folder", advice="give the folder of the whole model.")
     return None
 
@@ -212,15 +211,15 @@ _TRANSFORMERS = (
     ("flux2", "a Flux.2 checkpoint", "flux2-klein", r"(single|double)_stream_modulation"),
     ("flux3", "a Flux.3 checkpoint", "", r"early_stream_modulations\."),
     ("chroma", "a Chroma checkpoint", "chroma", r"distilled_guidance_layer\."),
-    ("hunyuan-video", "HunyuanVideo", "", r"txt_in\.individual_token_refiner"),
+    ("hunyuan-video", "a HunyuanVideo checkpoint", "hunyuan_video", r"txt_in\.individual_token_refiner"),
     ("flux", "a Flux.1 checkpoint", "flux", r"double_blocks\.0\.img_"),
     ("auraflow", "an AuraFlow checkpoint", "auraflow", r"double_layers\.0\.attn\.w1q"),
-    ("qwen-image", "Qwen-Image", "", r"transformer_blocks\.0\.img_mod"),
-    ("ltx", "LTX-Video", "", r"(patchify_proj|scale_shift_table|transformer_blocks\.0\.scale_shift_table)"),
-    ("wan", "Wan", "", r"(head\.modulation|blocks\.0\.self_attn\.norm_q)"),
+    ("qwen-image", "a Qwen-Image checkpoint", "qwenimage", r"transformer_blocks\.0\.img_mod"),
+    ("ltx", "an LTX-Video checkpoint", "ltx", r"(patchify_proj|(transformer_blocks\.0\.)?scale_shift_table)"),
+    ("wan", "a Wan checkpoint", "wan", r"(head\.modulation|blocks\.0\.self_attn\.norm_q)"),
     ("mochi", "Mochi", "", r"blocks\.0\.attn\.qkv_x"),
-    ("z-image", "Z-Image", "", r"layers\.0\.adaLN_modulation\.0\.weight"),
-    ("lumina2", "Lumina 2", "", r"cap_embedder\.0\."),
+    ("z-image", "a Z-Image checkpoint", "z_image", r"layers\.0\.adaLN_modulation\.0\.weight"),
+    ("lumina2", "a Lumina 2 checkpoint", "lumina2", r"cap_embedder\.0\."),
     ("hidream", "HiDream", "", r"double_stream_blocks\.0\."),
     ("cosmos", "Cosmos", "", r"x_embedder\.proj\.1\."),
     ("sana", "a Sana checkpoint", "sana", r"blocks\.0\.cross_attn\.kv_linear"),
@@ -240,7 +239,8 @@ def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> FileKind | None:
         if not family:
             return FileKind(name, title, advice=_NO_FAMILY)
         if name == "sana" and "y_embedder.y_embedding" in plain:
-            name, title, family = "pixart", "a PixArt checkpoint", "pixart"
+            advice = "no library reads such files; give the folder of the diffusers model."
+            return FileKind("pixart", "a PixArt checkpoint", advice=advice)
         name = _variant(name, plain)
         encoders = _ENCODERS.get(family, {})
         parts = _held(shapes, "transformer", vae=("first_stage_model.", "vae."), **encoders)

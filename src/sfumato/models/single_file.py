@@ -15,7 +15,7 @@ import torch
 
 from sfumato import registry
 from sfumato.checkpoints import is_pipeline
-from sfumato.errors import BadInput, BadWeights, NotSupported
+from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError
 from sfumato.models import architectures
 from sfumato.models.families import Family
 from sfumato.models.families.base import accepted_by
@@ -149,15 +149,31 @@ class _Source:
             self._describe(Path(made), index)
             try:
                 with quiet():
-                    pipe = pipeline.from_single_file(
-                        str(self.path), config=made, local_files_only=True, torch_dtype=dtype, **parts, **settings
-                    )
+                    parts |= self._networks(pipeline, made, {**parts, **settings}, dtype)
+            except SfumatoError:
+                raise
             except Exception as error:  # diffusers raises whatever the file made it stumble over
                 where = "its architecture" if self.given is None else str(self.given)
                 raise BadWeights(
                     f"{self.path} does not fit the {pipeline.__name__} described in {where}: {first_line(error)}."
                 ) from error
-        return build(pipeline, {**pipe.components, **settings}, device, self.where, files)
+        return build(pipeline, {**parts, **settings}, device, self.where, files)
+
+    def _networks(self, pipeline: Any, config: str, parts: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """The networks that the file holds."""
+        import diffusers
+
+        options: dict[str, Any] = {"config": config, "local_files_only": True, "torch_dtype": dtype}
+        if hasattr(pipeline, "from_single_file"):
+            return dict(pipeline.from_single_file(str(self.path), **options, **parts).components)
+        found = {}
+        for name in self.kind.parts:  # of younger families diffusers reads the denoiser alone
+            library, class_name = self.index[name]
+            network = getattr(diffusers, class_name, None) if library == "diffusers" else None
+            if not hasattr(network, "from_single_file"):
+                raise NotSupported(f"{self.path}: no library reads a {class_name} from such a file; give its folder.")
+            found[name] = getattr(network, "from_single_file")(str(self.path), subfolder=name, **options)  # noqa: B009
+        return found
 
     def _own(self, part: str) -> Path:
         assert self.given is not None
