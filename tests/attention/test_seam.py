@@ -777,7 +777,7 @@ def test_eager_transformers_attention_is_refused():
     net, run = clip()
     sites = find_sites(net, run)
     net.set_attn_implementation("eager")
-    with pytest.raises(NotSupported, match="attention implementation 'eager'.*attn_implementation='sdpa'"):
+    with pytest.raises(NotSupported, match=r"attention implementation 'eager'.*set_attn_implementation\('sdpa'\)"):
         AttentionSeam(net, sites, [Tap(observe=print)]).__enter__()
 
 

@@ -25,7 +25,7 @@ def refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> Non
                 ):  # pre/post hooks (offloading, casting) are harmless, replacements are not
                     raise NotSupported(
                         f"the diffusers hook {name!r} on {above or type(part).__name__} may skip attention at {path}; "
-                        f"call disable_cache() or remove the hook first."
+                        f"call model.denoiser.disable_cache(), or load the model without it."
                     )
         processor = getattr(target, "processor", None)
         if getattr(processor, "_parallel_config", None) is not None:
@@ -36,13 +36,13 @@ def refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> Non
             if name not in _SEEN_BACKENDS:
                 raise NotSupported(
                     f"attention backend {name!r} at {path} bypasses attention taps; "
-                    f"call set_attention_backend('native') on the model first."
+                    f"call model.denoiser.set_attention_backend('native') first."
                 )
         implementation = getattr(getattr(target, "config", None), "_attn_implementation", None)
         if implementation not in (None, "sdpa"):
             raise NotSupported(
                 f"attention implementation {implementation!r} at {path} bypasses attention taps; "
-                f"load the model with attn_implementation='sdpa'."
+                f"call set_attn_implementation('sdpa') of the model that holds it."
             )
 
 
@@ -56,7 +56,7 @@ def _refuse_compiled(path: str, part: nn.Module) -> None:
     if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
         raise NotSupported(
             f"{path or type(part).__name__} is compiled by torch.compile, which hides attention from taps; "
-            f"use the uncompiled module."
+            + ("use its _orig_mod." if hasattr(part, "_orig_mod") else "load the model again.")
         )
 
 

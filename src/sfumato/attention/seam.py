@@ -253,10 +253,17 @@ class AttentionSeam:
             how = f" (its processor is {type(processor).__name__})" if processor is not None else ""
             raise NoMatch(
                 f"attention site {ran[0]}{how} ran without calling scaled_dot_product_attention, so nothing of it can "
-                f"be seen; restore the default processors (set_default_attn_processor, attn_implementation='sdpa'). "
-                f"Sites seen: {observed}."
+                f"be seen; {_way_back(self._modules[ran[0]])}. Sites seen: {observed}."
             )
         raise NoMatch(f"attention site {unseen[0]} did not run in this forward pass. Sites seen: {observed}.")
+
+
+def _way_back(module: nn.Module) -> str:
+    """How a module is brought back to attention that can be seen."""
+    if type(module).__name__ == "Attention" and not getattr(module, "added_kv_proj_dim", None):
+        # diffusers' set_default_attn_processor would choose one that does not call it either
+        return "call model.denoiser.set_attn_processor(AttnProcessor2_0()) of diffusers, or load the model again"
+    return "load the model again, and leave its processors as they are"
 
 
 def _check_layout(call: Call) -> None:

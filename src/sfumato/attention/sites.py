@@ -76,8 +76,12 @@ def find_sites(module: nn.Module, run_once: Callable[[], Any]) -> list[Site]:
         run_once()
     if not found:
         raise NoMatch(
-            f"{type(module).__name__} never called scaled_dot_product_attention; load it with "
-            f"attn_implementation='sdpa' or restore the default attention processors."
+            f"{type(module).__name__} never called scaled_dot_product_attention; "
+            + (
+                "call its set_attn_implementation('sdpa')."
+                if hasattr(module, "set_attn_implementation")
+                else "load it again, and leave its attention processors as they are."
+            )
         )
     return list(found.values())
 

@@ -67,7 +67,8 @@ def report_of(
         "folder": str(fake.path),
         "reference": str(real.path) if real else None,
         "pictures": {"seen": tally.seen, "failed": tally.failed, "named": tally.named, "no_text": tally.no_text,
-                     "no_toys": tally.no_toys, "resized": tally.resized, "others": fake.others, "drawn": fake.drawn},
+                     "no_toys": tally.no_toys, "resized": tally.resized, "others": fake.others, "drawn": fake.drawn,
+                     "subfolders": fake.subfolders},
         "seconds": round(tally.seconds + (truth.seconds if truth else 0.0), 2),
         "nets": {each.name: each.hash for each in (tools.net, tools.clip) if each is not None},
     }  # fmt: skip
@@ -90,6 +91,9 @@ def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[
     left = [f"{folder.others} other files"] if folder.others else []
     left += [f"what cannot be looked at: {'; '.join(folder.skipped[:5])}"] if folder.skipped else []
     left += [f"{folder.drawn} pictures drawn beside others"] if folder.drawn else []
+    if folder.subfolders:
+        more = f" and {len(folder.subfolders) - 5} more" if len(folder.subfolders) > 5 else ""
+        left.append(f"pictures in the subfolders {', '.join(folder.subfolders[:5])}{more}")
     return notes + ([f"{side}passed over: {' and '.join(left)}"] if left else [])
 
 

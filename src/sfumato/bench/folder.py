@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = "metadata.jsonl"
+MOST_SUBFOLDERS = 1000  # looked through for pictures that are left out
 _TEXTS = ("text", "prompt", "caption")
 
 
@@ -36,7 +38,7 @@ class Folder:
     Attributes:
         path: the folder. names: file names relative to it.
         others: how many files are no pictures; drawn: how many were left out as drawn beside a picture;
-        skipped: what could not be looked at, and why.
+        skipped: what could not be looked at, and why. subfolders: those that hold pictures, which are left out.
 
     Args:
         prompts: a file with one JSON object per line; with ``file_name`` it is matched by name, otherwise line i
@@ -53,15 +55,18 @@ class Folder:
             raise BadInput(f"{str(self.path)!r} {what}; name a folder of pictures.")
         self.others = self.drawn = 0
         self.skipped: list[str] = []
+        self.subfolders: list[str] = []
         self._rows: dict[str, tuple[Path, int]] = {}  # name -> where its line begins
         self._given = dict(prompts) if isinstance(prompts, Mapping) else {}
         own = self.path / METADATA
         described = self._index(own) if own.is_file() else []
         self.names = described or self._listed()
+        told = {name.replace(os.sep, "/").split("/")[0] for name in self.names if name.replace(os.sep, "/").count("/")}
+        self.subfolders = [name for name in _with_pictures(self.path) if name not in told]
         if not self.names:
-            raise BadInput(
-                f"{str(self.path)!r} holds no picture ({', '.join(SUFFIXES[:4])}, ...); name another folder."
-            )
+            inside = [str(self.path / name) for name in self.subfolders]
+            way = f"its subfolders do: name {' or '.join(inside[:5])}" if inside else "name another folder"
+            raise BadInput(f"{str(self.path)!r} holds no picture ({', '.join(SUFFIXES[:4])}, ...); {way}.")
         if isinstance(prompts, Path | str):
             self._match(_rereadable(Path(prompts), self))
 
@@ -144,6 +149,18 @@ class Folder:
             except OSError:
                 digest.update(f"{name}\0missing\n".encode(errors="replace"))
         return digest.hexdigest()[:16]
+
+
+def _with_pictures(folder: Path) -> list[str]:
+    """Names of the subfolders that hold pictures, at any depth; what cannot be read is passed over."""
+    with os.scandir(folder) as entries:
+        inside = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    held: list[str] = []
+    for name in inside[:MOST_SUBFOLDERS]:
+        walked = itertools.islice(os.walk(folder / name), MOST_SUBFOLDERS)
+        if any(file.lower().endswith(SUFFIXES) for _, _, files in walked for file in files):
+            held.append(name)
+    return held
 
 
 def _original(name: str) -> str:

@@ -89,8 +89,8 @@ class Blend(Redraws, Intervention):
         [self._region] = region_of(run, self.name, p, self._read, p.level)
         if p.resample > 1 and (run.scheduler.order > 1 or len(set(run.timesteps.tolist())) < run.total):
             raise NotSupported(
-                f"resample of blend goes back by whole steps, which {type(run.scheduler).__name__} cannot; use ddim, "
-                f"euler or flow_euler."
+                f"resample of blend goes back by whole steps, which {type(run.scheduler).__name__} cannot; use "
+                f"{'flow_euler' if run.model.flow else 'ddim or euler'}."
             )
         self._generators = rng.generators("blend.surroundings", run.seeds)
         self._repeats: dict[int, int] = {}

@@ -207,7 +207,9 @@ def _is_linear(part: nn.Module) -> bool:
 def refuse_what_hides(module: nn.Module) -> None:
     """Raises NotSupported where a module's attention cannot be seen or has no gradients."""
     if torch.is_inference_mode_enabled():
-        raise NotSupported("attention cannot be explained in inference mode, which has no gradients; leave it.")
+        raise NotSupported(
+            "relevance takes gradients, which inference mode has none of; call it outside of torch.inference_mode()."
+        )
     for path, part in module.named_modules():
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise NotSupported(

@@ -76,7 +76,8 @@ class GradientGuidance(Intervention):
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"the gradient of {self.name} stopped being finite at step {step.i + 1} of {step.total} "
-                f"(t = {float(step.t):g}); lower its strength or use dtype float32."
+                f"(t = {float(step.t):g}); lower its strength"
+                + (" or use dtype float32." if step.run.model.dtype != torch.float32 else ".")
             )
         if not gradient.any():  # such as in pure noise, which tells nothing yet
             return

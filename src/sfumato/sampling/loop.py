@@ -287,7 +287,7 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
         run.condition = part.on_condition(run, run.condition)
         run.compose = {name: (part.on_condition(run, each), weight) for name, (each, weight) in run.compose.items()}
     before, after, last = (overridden(run.parts, name) for name in ("before_predict", "after_predict", "after_step"))
-    finite: list[tuple[int, Tensor]] = []
+    finite: list[tuple[int, Tensor, Tensor]] = []
     i = run.begin
     while 0 <= i < run.total and i != until:
         step = Step(run, i, x)
@@ -309,7 +309,8 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
             run.process.refuse(step.x, part.name)
         step.actor = None
         x = step.x
-        finite.append((i, torch.isfinite(x).all()))
+        own = torch.stack([torch.isfinite(out).all() for out in step.outputs.values()]).all()
+        finite.append((i, torch.isfinite(x).all(), own))
         if x.device.type == "cpu":  # elsewhere asking would stall the queue at every step
             _refuse_non_finite(finite, run)
             finite.clear()
@@ -386,10 +387,26 @@ def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.training = True
 
 
-def _refuse_non_finite(finite: list[tuple[int, Tensor]], run: Run) -> None:
-    for i, fine in finite:
+def _refuse_non_finite(finite: list[tuple[int, Tensor, Tensor]], run: Run) -> None:
+    """``finite``: per step its index, whether the state is finite after it, whether the denoiser's outputs were."""
+    for i, fine, own in finite:
         if not fine:
             raise NotFinite(
                 f"latents stopped being finite at step {i + 1} of {run.total} (t = {float(run.timesteps[i]):g}); "
-                f"lower the guidance or the strength of interventions, or use dtype float32."
+                f"{_way_out(run, bool(own), i == run.begin)}."
             )
+
+
+def _way_out(run: Run, own: bool, first: bool) -> str:
+    """What may keep the state finite in this run, where the denoiser's ``own`` outputs were finite or not, in the
+    ``first`` step or later."""
+    innocent = own or not first
+    acting = [part.name for part in run.parts if part.role != "observer" and part.strength]
+    ways = ["lower the guidance"] if innocent and "uncond" in run.branches(0.5) else []
+    ways += [f"lower the strength of {' or '.join(acting)}"] if acting else []
+    ways += ["use dtype float32"] if run.model.dtype != torch.float32 else []
+    if ways:
+        return ", or ".join(ways)
+    if innocent:
+        return "the scheduler leads there by itself; use another one"
+    return "the denoiser itself gives such numbers in float32, so its weights are damaged; get them again"

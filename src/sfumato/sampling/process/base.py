@@ -7,6 +7,7 @@ sample is the same alone and among others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -158,6 +159,11 @@ def _lacking(process: type[Process], model: Model, what: str, who: str) -> NotSu
     need = {"noise path": "noise_path", "gradient with respect to the state": "differentiable_state"}.get(what)
     end = f"; {families_with(need)}" if need else ""
     return NotSupported(f"{who} needs a {what}, but {model.name} draws by {process.title}{end}.")
+
+
+def fewest(steps: int) -> str:
+    """The smallest strength, in a few digits, that leaves one step out of so many."""
+    return f"{math.ceil(1e6 / steps) / 1e6:g}"
 
 
 def taken(rows: Tensor, part: slice, b: int) -> Tensor:

@@ -13,7 +13,7 @@ from sfumato.errors import BadInput, NotSupported, SfumatoError
 from sfumato.models import Model, quiet
 from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
-from sfumato.sampling.process.base import Process, taken
+from sfumato.sampling.process.base import Process, fewest, taken
 
 
 class Diffusion(Process):
@@ -31,11 +31,14 @@ class Diffusion(Process):
         self._path = Path(self._scheduler)
         self._refuse_unfit()
         self.begin = len(self.timesteps) - 1 if backward else self._begin()
+        if not backward:
+            self._refuse_zero_snr()
         accepted = inspect.signature(self._scheduler.step).parameters
         eta = self.options.eta
         if eta and "eta" not in accepted:
             name = type(self._scheduler).__name__
-            raise BadInput(f"eta is {eta:g}, but {name} adds no noise by eta; use scheduler 'ddim'.")
+            way = "flow models take none: leave it out" if self.model.flow else "use scheduler 'ddim'"
+            raise BadInput(f"eta is {eta:g}, but {name} adds no noise by eta; {way}.")
         wanted = {"eta": eta, "generator": self.generators}
         self.step_options = {name: value for name, value in wanted.items() if name in accepted}
         if self.begin and hasattr(self._scheduler, "set_begin_index"):
@@ -84,6 +87,15 @@ class Diffusion(Process):
         if needed:
             raise self._unfit(f"its step needs {', '.join(needed)} as well")
 
+    def _refuse_zero_snr(self) -> None:
+        """Where a schedule begins without any signal, predicted noise implies no picture: it would be divided by 0."""
+        first = self.timesteps[self.begin : self.begin + 1]
+        if self._path.kind == "epsilon" and len(first) and self._path.alpha_sigma(first[0])[0] == 0:
+            raise self._unfit(
+                "it begins at a signal-to-noise ratio of zero, where predicted noise implies no picture; set "
+                "rescale_betas_zero_snr=False in its configuration, or use euler or dpm++, which begin a little later"
+            )
+
     def _unfit(self, why: str) -> NotSupported:
         return _unfit(self.model, self.options, why)
 
@@ -104,7 +116,7 @@ class Diffusion(Process):
             start = int(steps - share) if self.model.flow else steps - int(share)
             if start == steps and share:
                 raise BadInput(
-                    f"strength {source.strength:g} leaves no step out of {steps}; give at least {1 / steps:g}."
+                    f"strength {source.strength:g} leaves no step out of {steps}; give at least {fewest(steps)}."
                 )
         return min(start * self._scheduler.order, len(self.timesteps))
 
@@ -176,7 +188,8 @@ def _set(model: Model, scheduler: Any, options: Options, steps: int, size: tuple
 
 
 def _unfit(model: Model, options: Options, why: str) -> NotSupported:
-    name = options.scheduler if isinstance(options.scheduler, str) else type(options.scheduler).__name__
+    given = model.pipe.scheduler if options.scheduler is None else options.scheduler
+    name = given if isinstance(given, str) else type(given).__name__
     return NotSupported(f"scheduler {name} does not serve {model.name}: {' '.join(why.split())}.")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput
 from sfumato.models import Model
-from sfumato.sampling.process.base import Process, taken
+from sfumato.sampling.process.base import Process, fewest, taken
 
 TEMPERATURE = (2.0, 0.0)  # of the noise on the tokens' confidence, first and last step: the pipelines' default
 
@@ -36,7 +36,7 @@ class Masked(Process):
         if strength is not None:
             self.begin = steps - int(steps * strength)
             if self.begin == steps and strength:
-                raise BadInput(f"strength {strength:g} leaves no step out of {steps}; give at least 1/{steps}.")
+                raise BadInput(f"strength {strength:g} leaves no step out of {steps}; give at least {fewest(steps)}.")
 
     @property
     def scheduler(self) -> Any:
