@@ -133,9 +133,13 @@ def attention_relevance() -> Image.Image:
 
 
 def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
-    """Above plain, below with a system: the same prompts and seeds, nothing chosen."""
-    rows = [sfumato.make(prompts, n=4, seed=0, with_=with_).pixels for with_ in ([], [system])]
-    return sheet(torch.cat([row.detach() for row in rows]), 4 * len(prompts), scale=2)
+    """Per prompt a row of plain pictures and one with a system: the same four seeds, nothing chosen."""
+    cells, labels = [], []
+    for prompt in prompts:
+        for name, with_ in (("plain", []), (system, [system])):
+            cells += list(sfumato.make(prompt, n=4, seed=0, with_=with_).pixels.detach())
+            labels.append(f"{prompt}: {name}")
+    return sheet(cells, 4, scale=2, rows=labels, heads=[f"seed {seed}" for seed in range(4)])
 
 
 def attend_excite() -> Image.Image:
@@ -163,7 +167,8 @@ def prompt_to_prompt() -> Image.Image:
     window = {"cross_replace": [0.8], "self_replace": [0.4]}
     above = [made(old), made(new), made(new, **window)]
     below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (-2, 1, 4)]
-    return sheet(torch.cat([*above, *below]), 3, scale=3)
+    said = ["a red cube", "a green cube, anew", "a green cube, edited", "red=-2", "red=1", "red=4"]
+    return sheet(list(zip(said, torch.cat([*above, *below]), strict=True)), 3, scale=3)
 
 
 def sad_pad() -> Image.Image:
@@ -207,7 +212,8 @@ def blend() -> Image.Image:
     made = sfumato.make(
         "a blue cube on the grass", image=image, strength=1.0, n=4, scheduler="ddim", with_=[Blend(mask=region)]
     )
-    return sheet(torch.cat([image, _masked(region), made.pixels]), 6, scale=2)
+    heads = ["a render: a red ball", "the mask", *(f"a blue cube, seed {seed}" for seed in range(4))]
+    return sheet(list(torch.cat([image, _masked(region), made.pixels])), 6, scale=3, heads=heads)
 
 
 def inpaint() -> Image.Image:
@@ -225,7 +231,8 @@ def inpaint() -> Image.Image:
     filled = sfumato.make(
         prompts, model="toy-sd-inpaint", image=image, strength=1.0, seed=1, with_=[Inpaint(mask=hole)]
     ).pixels
-    return sheet(torch.cat([image, image * (1 - hole), filled]), 6, scale=2)
+    heads = ["a render: a red ball", "the hole", "a blue cube", "a yellow cone", "a white striped ball", "the grass"]
+    return sheet(list(torch.cat([image, image * (1 - hole), filled])), 6, scale=3, heads=heads)
 
 
 def text_to_segmentation() -> Image.Image:
@@ -237,7 +244,8 @@ def text_to_segmentation() -> Image.Image:
     level = normalise(found.maps)
     rows = [images, _grey(level), found.removed]
     rows += [_grey(each.float()) for each in (found.refined, found.final())]
-    return sheet(torch.cat([row[:10] for row in rows]), 10, scale=2)
+    labels = ["pictures", "attention", "the ball removed", "refined masks", "the segmenter"]
+    return sheet(list(torch.cat([row[:10] for row in rows])), 10, scale=2, rows=labels)
 
 
 def _grey(maps: torch.Tensor) -> torch.Tensor:
@@ -256,7 +264,9 @@ def shape_guided() -> Image.Image:
     edit = {"source": ["a red ball"], "words": ["ball"], "mask": mask}
     given = {"image": image, "strength": 1.0, "guidance": 4.5, "scheduler": "ddim"}
     edited = [sfumato.make(text, with_=[ShapeGuided(**edit)], **given).pixels for text in prompts]
-    return sheet(torch.cat([_masked(mask), *drawn, image, *edited]), 6, scale=2)
+    heads = ["given", "a blue ball", "a yellow ball"]
+    rows = ["a mask: drawn from noise inside it", "a picture: its red ball drawn anew"]
+    return sheet(list(torch.cat([_masked(mask), *drawn, image, *edited])), 3, scale=3, rows=rows, heads=heads)
 
 
 def paint_with_words() -> Image.Image:
@@ -268,12 +278,13 @@ def paint_with_words() -> Image.Image:
         given = {"prompt": "a red cube and a blue ball", "n": 3, "seed": 0}
         painted = PaintWithWords(phrases=["red cube", "blue ball"], box=[red, blue], strength=0.4)
         rows += [paint[None] * 2 - 1, sfumato.make(**given).pixels, sfumato.make(**given, with_=[painted]).pixels]
-    return sheet(torch.cat(rows), 7, scale=2)
+    heads = ["where", *(f"plain, seed {seed}" for seed in range(3)), *(f"painted, seed {seed}" for seed in range(3))]
+    return sheet(list(torch.cat(rows)), 7, scale=3, heads=heads, rows=["red cube left", "red cube right"])
 
 
-def _beside(tiles: list[torch.Tensor], trace: Image.Image, scale: int = 3) -> Image.Image:
-    """Pictures (1, 3, h, w) in a row, and a sheet of traces below them."""
-    row = sheet(torch.cat([tile.detach() for tile in tiles]), len(tiles), scale=scale)
+def _beside(tiles: dict[str, torch.Tensor], trace: Image.Image, scale: int = 3) -> Image.Image:
+    """Labelled pictures (1, 3, h, w) in a row, and a sheet of traces below them."""
+    row = sheet([(label, tile.detach()[0]) for label, tile in tiles.items()], len(tiles), scale=scale)
     out = Image.new("RGB", (max(row.width, trace.width), row.height + trace.height + 4), "white")
     out.paste(row, (0, 0))
     out.paste(trace, (0, row.height + 4))
@@ -286,7 +297,8 @@ def composition_trace() -> Image.Image:
     look = DAAM(words=["cube", "ball"])
     guided = ShapeGuided(words=["cube"], mask=mask)
     made = sfumato.make("a red cube and a blue ball", seed=3, guidance=4.5, with_=[guided, look])
-    return _beside([_masked(mask), made.pixels], look.maps[0].grid(made.images[0]))
+    tiles = {"the mask of the cube": _masked(mask), "a red cube and a blue ball": made.pixels}
+    return _beside(tiles, look.maps[0].grid(made.images[0]))
 
 
 def composition_place() -> Image.Image:
@@ -296,9 +308,16 @@ def composition_place() -> Image.Image:
     def paint() -> PaintWithWords:
         return PaintWithWords(phrases=["red cube", "blue ball"], box=boxes, strength=0.3)
 
-    rows = [[], [paint()], ["attend_excite"], [paint(), "attend_excite"]]
-    made = [sfumato.make("a red cube and a blue ball", n=4, seed=0, with_=with_).pixels.detach() for with_ in rows]
-    return sheet(torch.cat(made), 4, scale=2)
+    arms: dict[str, list[Any]] = {
+        "plain": [],
+        "painted: cube left, ball right": [paint()],
+        "attend_excite": ["attend_excite"],
+        "both": [paint(), "attend_excite"],
+    }
+    prompt = "a red cube and a blue ball"
+    made = [sfumato.make(prompt, n=4, seed=0, with_=with_).pixels.detach() for with_ in arms.values()]
+    heads = [f"seed {seed}" for seed in range(4)]
+    return sheet(list(torch.cat(made)), 4, scale=2, title=prompt, rows=list(arms), heads=heads)
 
 
 def composition_edit() -> Image.Image:
@@ -313,13 +332,13 @@ def composition_edit() -> Image.Image:
         path = files.save_png(Path(folder) / "toys.png", made.images[0], made.recipe)
         free = sfumato.edit(path, new)
         kept = sfumato.edit(path, new, mask=mask, with_=[look])
-    tiles = [
-        made.pixels,
-        free.results[0].pixels,
-        _masked((masks.read_mask(mask) > 0.5).float()),
-        kept.results[0].pixels,
-    ]
-    return _beside(tiles, look.maps[0].grid(kept.images[0]), scale=2)
+    tiles = {
+        "a red cube": made.pixels,
+        "edit: green": free.results[0].pixels,
+        "a mask": _masked((masks.read_mask(mask) > 0.5).float()),
+        "edit inside it": kept.results[0].pixels,
+    }
+    return _beside(tiles, look.maps[0].grid(kept.images[0]))
 
 
 def inject_fusion() -> Image.Image:
@@ -338,7 +357,9 @@ def inject_fusion() -> Image.Image:
     shown = [one.expand(3, -1, -1, -1) for one in drawn]
     rows = [*made(strength=0.0), *shown, *made(strength=1.0)]
     rows += [*made(layer="up.1", strength=0.3), *made(layer="up.1", strength=0.7)]
-    return sheet(torch.cat(rows), 6, scale=2)
+    names = ["looks, plain", "the content", "its bottleneck", "up.1, strength 0.3", "up.1, strength 0.7"]
+    heads = [f"{look} of {content}" for content in ("a ring", "a cylinder") for look in ("ball", "cube", "cone")]
+    return sheet(list(torch.cat(rows)), 6, scale=2, rows=names, heads=heads)
 
 
 def pullback() -> Image.Image:
@@ -368,18 +389,20 @@ def latent_geometry() -> Image.Image:
 def clip_guidance() -> Image.Image:
     """The same prompts and seeds with no guidance, with CLIP guidance, and with classifier-free guidance."""
     prompts = _held_out(6)
-    rows = [(1.0, []), (1.0, [ClipGuidance(strength=30)]), (None, [])]
+    arms = [(1.0, []), (1.0, [ClipGuidance(strength=30)]), (None, [])]
     made = [
         sfumato.make(prompt, seed=i, guidance=scale, with_=systems).pixels
-        for scale, systems in rows
+        for scale, systems in arms
         for i, prompt in enumerate(prompts)
     ]
-    return sheet(torch.cat(made), len(prompts), scale=2)
+    rows = ["no guidance", "CLIP guidance", "classifier-free guidance"]
+    cells = [(prompts[i % len(prompts)], tile) for i, tile in enumerate(torch.cat(made))]
+    return sheet(cells, len(prompts), scale=3, rows=rows)
 
 
 def mgad() -> Image.Image:
     """Three references; beside each, pictures guided by the text, by the reference, and twice by both."""
-    tiles = []
+    tiles, names = [], []
     for text, scene in (
         ("a red ball", Scene((Toy("cone", "green"),), "sand", "sunset")),
         ("a blue cube", Scene((Toy("ring", "orange"),), "snow", "night")),
@@ -392,7 +415,9 @@ def mgad() -> Image.Image:
         for targets, seed in (({"texts": [text]}, 0), ({"images": [shown]}, 0), (both, 0), (both, 1)):
             system = MGAD(**targets, prompted=False, cutouts=8)
             tiles.append(sfumato.make(text, seed=seed, guidance=1.0, with_=[system]).pixels)
-    return sheet(torch.cat(tiles), 5, scale=2)
+        names.append(text)
+    heads = ["the reference", "by the text", "by the reference", "by both, seed 0", "by both, seed 1"]
+    return sheet(list(torch.cat(tiles)), 5, scale=3, rows=names, heads=heads)
 
 
 def toybox_cues() -> Image.Image:
@@ -410,7 +435,7 @@ def shape_texture() -> Image.Image:
 
 def no_token_left_behind() -> Image.Image:
     """Per row plain, CLIP guidance, with the words' relevance, and with a box (the last column) for the first toy."""
-    rows = []
+    rows, names = [], []
     for text, first in (
         ("a red ball and a blue cone", "red ball"),
         ("a white cylinder and a purple cross", "white cylinder"),
@@ -422,7 +447,9 @@ def no_token_left_behind() -> Image.Image:
             guide = NoTokenLeftBehind(cutouts=4, augment=0.3, strength=0.2, window=(0.0, 0.6), **given)
             rows.append(sfumato.make(text, seed=4, with_=[guide]).pixels)
         rows.append(masks.box_mask(box, (64, 64)).mul(2).sub(1).expand(1, 3, -1, -1))
-    return sheet(torch.cat([row.detach() for row in rows]), 5, scale=2)
+        names.append(text)
+    heads = ["plain", "CLIP guidance", "with relevance", "with the box", "box of the first"]
+    return sheet(list(torch.cat([row.detach() for row in rows])), 5, scale=3, rows=names, heads=heads)
 
 
 def conceptor() -> Image.Image:

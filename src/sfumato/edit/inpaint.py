@@ -27,6 +27,7 @@ from sfumato.edit.redraw import Redraws
 from sfumato.edit.region import RegionParams, kept_picture, region_of
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step
+from sfumato.sampling.process.base import repeated
 
 __all__ = ["Inpaint", "hole_of"]
 
@@ -83,7 +84,8 @@ class Inpaint(Redraws, Intervention):
         pixels = run.model.decode(self._clean) if self._pixels is None else self._pixels
         self._share = self._share.to(x)
         erased = masks.decided(self._region, self.params.level).to(pixels)[:, None]
-        self._hole = hole_of(run.model, pixels, erased, self._share).expand(len(run), -1, -1, -1)
+        hole = hole_of(run.model, pixels, erased, self._share)
+        self._hole = hole if len(hole) == len(run) else repeated(hole, len(run))
         if run.begin or self._pixels is None:
             return x
         # as the diffusers pipeline: the picture's own noised latents would give away what the hole hides

@@ -12,6 +12,7 @@ from sfumato.cards import Field
 from sfumato.errors import BadInput
 from sfumato.sampling import Intervention, Run
 from sfumato.sampling.beside import draw_beside
+from sfumato.sampling.process.base import repeated
 
 __all__ = ["RegionParams", "kept_picture", "region_of"]
 
@@ -83,4 +84,5 @@ def kept_picture(run: Run, x: Tensor, params: RegionParams, system: Intervention
         return None, drawn.x
     if len(pixels) > 1:
         pixels = pixels[run.samples.start : run.samples.stop]
-    return pixels, run.model.encode_image(pixels).expand(len(run), -1, -1, -1)
+    clean = run.model.encode_image(pixels)
+    return pixels, clean if len(clean) == len(run) else repeated(clean, len(run))

@@ -1,8 +1,9 @@
 """The sampling loop: the only place that walks from nothing to a picture.
 
-With no intervention :func:`generate` makes the latents of the diffusers pipeline, bit for bit on a CPU. The model
-answers what a family is like, the process (diffusion, masked tokens, ...) makes the step, interventions do everything
-else.
+With no intervention :func:`generate` makes the latents of the diffusers pipeline, bit for bit on a CPU, the weights of
+both frozen; ``n`` samples are those of ``num_images_per_prompt``. A prompt given twice in a list is encoded once here
+and twice there, which rounds otherwise. The model answers what a family is like, the process (diffusion, masked tokens,
+...) makes the step, interventions do everything else.
 """
 
 from __future__ import annotations

@@ -108,7 +108,9 @@ def homes(prompt: str, prepared: str) -> Sequence[int]:
     Pipelines may lower-case, strip, clean, or write out an added token as several ("<cat>" as "<cat> <cat>_1"); what
     was put in belongs to the last visible character before it.
     """
-    if prepared == prompt:
+    if len(prepared) == len(prompt) and all(
+        a == b or a.isspace() and b.isspace() for a, b in zip(prompt, prepared, strict=True)
+    ):
         return range(len(prompt))
     lower = [char.lower() if len(char.lower()) == 1 else char for char in prompt]
     other = [char.lower() if len(char.lower()) == 1 else char for char in prepared]

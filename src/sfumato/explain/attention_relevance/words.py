@@ -17,7 +17,7 @@ from sfumato.models import Model
 from sfumato.relevance.attention import attention_relevance
 from sfumato.sampling.levels import levels, opened_for
 from sfumato.sampling.request import checked_size
-from sfumato.text.words import Words, find_phrases
+from sfumato.text.words import find_phrases
 
 __all__ = ["NOISE_LEVELS", "word_maps"]
 
@@ -45,14 +45,14 @@ def word_maps(
     diffusion models. Maps are means over the levels. Costs one forward and one backward pass per level.
     """
     checked_size(model, (images.shape[-1], images.shape[-2]))
-    readings = [Words(model).read(prompt) for prompt in prompts]
-    spans = find_phrases(readings, list(words)) if words else [reading.all() for reading in readings]
     score = target or (lambda eps, true: -(eps - true).square().sum((1, 2, 3)))
     total: Tensor | None = None
     scores = torch.zeros(len(prompts))
     given = {"steps": steps, "seed": seed, "scheduler": scheduler}
     with opened_for(model, images, prompts, **given) as (run, clean):
         _refuse_several_calls(model)
+        readings = [run.words.read(prompt) for prompt in run.prompts]
+        spans = find_phrases(readings, list(words)) if words else [reading.all() for reading in readings]
         for i, x, noise in levels(run, clean):
             t = run.timesteps[i]
 

@@ -168,4 +168,9 @@ def fewest(steps: int) -> str:
 
 def taken(rows: Tensor, part: slice, b: int) -> Tensor:
     """Those of (1 or b, ...) that belong to a batch, one row each."""
-    return rows[part] if len(rows) > 1 else rows.expand(b, *rows.shape[1:])
+    return rows[part] if len(rows) > 1 else repeated(rows, b)
+
+
+def repeated(row: Tensor, b: int) -> Tensor:
+    """One row (1 ...) b times (b ...), in memory of its own: kernels may round otherwise where rows share it."""
+    return row.repeat(b, *[1] * (row.dim() - 1))
