@@ -160,6 +160,16 @@ def test_words_in_later_chunks_are_found_and_act(key, kind):
         assert not torch.equal(made.latents, plain.latents)
 
 
+def test_shape_guided_reads_each_side_in_one_window():
+    model = tiny_model("sd")
+    given = {"steps": 1, "decode": False, "guidance": 3.0, "n": 2, "batch_size": 1}
+    system = cards.method("shape_guided")(words=["cube"], box=[0, 0, 0.5, 1])
+    made = generate(model, "a red cube BREAK a blue ball", interventions=system, **given)
+    assert made.coverage["shape_guided"]["calls"] and system.texts[0] == ["a red cube", "a blue ball"]
+    with pytest.raises(BadInput, match="tokens; beside the other texts"):
+        generate(model, LONG, interventions=system, **given)
+
+
 def test_prompt_to_prompt_aligns_a_word_of_the_second_chunk():
     model = tiny_model("sd")
     same = cards.method("prompt_to_prompt")(source=LONG)
@@ -220,7 +230,7 @@ def test_lora_tags_attach_adapters_of_the_shelf(shelf):
         found = generate(model, prompt, steps=1, decode=False)
         assert torch.equal(found.latents, expected.latents)
     assert found.recipe["prompt"] == SHORT and found.recipe["with"][0]["params"]["scale"] == 0.8
-    again = generate(model, **recipe_args(found.recipe), decode=False)
+    again = generate(model, **recipe_args(found.recipe, allow=["fits"]), decode=False)
     assert torch.equal(again.latents, found.latents)
     plain = generate(model, SHORT, steps=1, decode=False)
     assert not torch.equal(plain.latents, found.latents)

@@ -154,7 +154,9 @@ class Folder:
 def _with_pictures(folder: Path) -> list[str]:
     """Names of the subfolders that hold pictures, at any depth; what cannot be read is passed over."""
     with os.scandir(folder) as entries:
-        inside = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        inside = sorted(
+            entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+        )
     held: list[str] = []
     for name in inside[:MOST_SUBFOLDERS]:
         walked = itertools.islice(os.walk(folder / name), MOST_SUBFOLDERS)

@@ -98,7 +98,7 @@ class Intervention:
         latents are known by now. Called once for each."""
         return condition
 
-    def texts(self) -> Sequence[str]:
+    def further_prompts(self) -> Sequence[str]:
         """Further prompts that are read on the run's text axis, and must fit on it."""
         return ()
 

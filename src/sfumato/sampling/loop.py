@@ -264,7 +264,7 @@ def opened(
             if part.role == "adapter":
                 part.start(run)
         # only now every tokenizer knows its words; the systems find theirs on an axis of its final length
-        further = [text for part in parts for text in part.texts()]
+        further = [text for part in parts for text in part.further_prompts()]
         run.enter(model.in_chunks(request.chunks(model, samples, further)))
         for part in started:
             if part.role != "adapter":

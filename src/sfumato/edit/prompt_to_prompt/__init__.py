@@ -189,7 +189,7 @@ class PromptToPrompt(FollowsSource, Intervention):
 
     # -- what the loop calls -------------------------------------------------------------------------------------------
 
-    def texts(self) -> Sequence[str]:
+    def further_prompts(self) -> Sequence[str]:
         return [self.params.source or ""] if self._given is None else self._given.prompts
 
     def start(self, run: Run) -> None:
