@@ -167,7 +167,7 @@ def test_shape_guided_reads_each_side_in_one_window():
     made = generate(model, "a red cube BREAK a blue ball", interventions=system, **given)
     assert made.coverage["shape_guided"]["calls"] and system.texts[0] == ["a red cube", "a blue ball"]
     with pytest.raises(BadInput, match="tokens; beside the other texts"):
-        generate(model, LONG, interventions=system, **given)
+        generate(model, LONG, interventions=cards.method("shape_guided")(words=["cone"], box=[0, 0, 0.5, 1]), **given)
 
 
 def test_prompt_to_prompt_aligns_a_word_of_the_second_chunk():

@@ -325,7 +325,9 @@ class Family:
         tokenizer = getattr(self.pipe, attribute)
         if tokenizer is None:
             return []
-        convert = getattr(self.pipe, "maybe_convert_prompt", None)  # multi-vector textual inversion
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        if not any(token.endswith("_1") for token in tokenizer.added_tokens_encoder):
+            convert = None  # without words of several vectors it only tokenizes, and complains of long texts
 
         def prepare(text: str) -> str:
             return convert(text, tokenizer) if convert else text
