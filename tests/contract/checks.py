@@ -261,9 +261,9 @@ def plain(model: Model) -> dict[str, Any]:
     return {"scheduler": "flow_euler" if model.flow else "ddim"}
 
 
-def check_composes(makes: Sequence[Make], model: Model) -> None:
-    """Systems that do not conflict run together: each where and when it acts alone, none undone by the others,
-    observers changing nothing, in any order the same."""
+def check_composes(makes: Sequence[Make], model: Model, left_out: Sequence[int] | None = None) -> None:
+    """Systems that do not conflict run together: each where and when it acts alone, none undone by the others (those
+    at ``left_out``, all by default, are left out one by one), observers changing nothing, in any order the same."""
     roles = [make().role for make in makes]
     with unharmed(model):
         whole = run(model, [make() for make in makes], **plain(model))
@@ -274,7 +274,8 @@ def check_composes(makes: Sequence[Make], model: Model) -> None:
         (expected,) = alone(make, model, **plain(model)).coverage.values()
         assert coverage["steps"] == expected["steps"], f"{name} acts at other steps than alone"
         assert set(coverage["sites"]) == set(expected["sites"]), f"{name} acts at other sites than alone"
-    for k, make in enumerate(makes):
+    for k in range(len(makes)) if left_out is None else left_out:
+        make = makes[k]
         rest = [*makes[:k], *makes[k + 1 :]]
         without = (
             alone(rest[0], model, **plain(model)).latents
