@@ -20,6 +20,10 @@ BENCHMARKS = {
         "a step altered by Attend-and-Excite on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents",
     ),
     "prompt_to_prompt": ("benchmarks.prompt_to_prompt", "editing against drawing anew"),
+    "dreambooth": (
+        "benchmarks.dreambooth",
+        "a LoRA step on a full-size SD1.5 U-Net, randomly initialised, against the loop of diffusers' script",
+    ),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),
     "one_picture": ("benchmarks.one_picture", "one picture from the command line"),

@@ -82,6 +82,7 @@ def test_bad_input_is_one_line(sfumato, tiny_vit, tmp_path) -> None:
         (["toybox", "--by", "robust_vit:lr=-1", "--model", tiny_vit], "lr"),
         (["toybox", "--by", "robust_vit", "--model", "toy-clip"], "is none"),
         (["toybox", "--by", "robust_vit", "--model", tiny_vit, "--resume"], "keeps no checkpoints"),
+        (["toybox", "--by", "robust_vit", "--model", tiny_vit, "--class", "x"], "parameter of robust_vit 'class_noun'"),
     ]
     for arguments, message in cases:
         done = sfumato("teach", *arguments, "-o", "out")

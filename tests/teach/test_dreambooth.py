@@ -168,6 +168,8 @@ def test_a_built_in_model_gets_an_identifier_that_it_does_not_know(photos):
     model = load("toy-sd")
     (concept,) = DreamBooth(class_noun="ball")._concepts(model, photos, text_towers(model))
     assert concept.name not in VOCABULARY and concept.said == f"{concept.name} ball"
+    with pytest.raises(BadInput, match="'red' is a word that toy-sd understands"):
+        DreamBooth(class_noun="ball", name="red")._concepts(model, photos, text_towers(model))
 
 
 def test_several_subjects_in_folders(photos, tmp_path):

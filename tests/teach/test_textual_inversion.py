@@ -255,6 +255,19 @@ def test_pictures_are_upright_and_may_keep_their_aspect(photos):
     assert found.log[0]["loss"] > 0
 
 
+def test_more_latents_than_memory_are_made_again(photos, monkeypatch):
+    import sfumato.teach.subject as module
+
+    model = tiny_model("sd")
+    whole = Subject(model, photos)
+    kept = [whole.latents(i, mirrored) for i in range(3) for mirrored in (False, True)]
+    monkeypatch.setattr(module, "BUDGET", 2 * kept[0].nbytes)
+    small = Subject(model, photos)
+    for _ in range(2):
+        again = [small.latents(i, mirrored) for i in range(3) for mirrored in (False, True)]
+        assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True)) and len(small._kept) == 2
+
+
 def test_stock_diffusers_reads_it(photos, tmp_path):
     model = tiny_model("sd", fresh=True)
     (file,) = taught(model, photos, vectors=2).save(tmp_path / "rex.safetensors")

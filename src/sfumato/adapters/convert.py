@@ -123,8 +123,8 @@ def modules_of(held: Contents, index: Index | None = None) -> list[Module]:
         placed = [(module, place.component, place.path, place.rows) for module, at in found.found for place in at]
     else:
         placed = [(module, *_place(module, held), ()) for module in held.modules]
-    found = [_module(held, module, component, path, rows, tensors) for module, component, path, rows in placed]
-    return [each for each in found if each is not None]
+    parts = [_module(held, module, component, path, rows, tensors) for module, component, path, rows in placed]
+    return [each for each in parts if each is not None]
 
 
 def _place(module: FileModule, held: Contents) -> tuple[str, str]:
@@ -164,8 +164,8 @@ def _module(
             return None
         parts["up"], parts["down"] = parts["up"][:, live], parts["down"][live].clone()
     if "alpha" in module.keys:
-        alpha = float(tensors[module.keys["alpha"]].item())
-        return Module(component, path, parts, alpha * parts["down"].shape[0] / rank if rows and rank else alpha)
+        own = float(tensors[module.keys["alpha"]].item())
+        return Module(component, path, parts, own * parts["down"].shape[0] / rank if rows and rank else own)
     settings = held.settings.get(component) or held.settings.get("") or {}
     alpha = settings.get("lora_alpha", settings.get("alpha"))
     for pattern, value in (settings.get("alpha_pattern") or {}).items():

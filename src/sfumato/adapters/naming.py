@@ -161,6 +161,8 @@ def published(shapes: Mapping[str, tuple[int, ...]]) -> Named:
 # --- U-Nets: Rombach et al.'s code (LDM, and "sgm" for SDXL) -----------------------------------------------------
 
 _RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -168,6 +170,7 @@ _RESNET = {
 }
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -207,7 +210,8 @@ def _ldm(shapes: Mapping[str, tuple[int, ...]]) -> Named:
 
 def _fused(shapes: Mapping[str, tuple[int, ...]], paths: list[str]) -> list[tuple[str, Rows]]:
     """The modules that a fused projection holds, one below the other."""
-    out, start = [], 0
+    out: list[tuple[str, Rows]] = []
+    start = 0
     for path in paths:
         height = shapes.get(path, (0,))[0]
         out.append((path, ((start, start + height),)))

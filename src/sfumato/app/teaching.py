@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,9 @@ def teach(
     if not system.RESUMES:
         if resume or minutes is not None:
             raise NotSupported(f"{key} keeps no checkpoints: leave resume and minutes out.")
+        known = [*fields, *(set(inspect.signature(system.teach).parameters) - {"model", "data", "on_progress"})]
+        if odd := [name for name in options if name not in known]:
+            raise UnknownName(f"parameter of {key}", odd[0], known)
         found = system.teach(model, data, on_progress=on_progress, **options)
         if out is not None:
             found.save(out)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,8 @@ class Score:
     @classmethod
     def from_json(cls, values: Mapping[str, float]) -> Score:
         """Inverse of :meth:`to_json`; other entries are left out."""
-        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+        known: dict[str, Any] = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        return cls(**known)
 
     def figure(self, most_leak: float = 0.1, most_drift: float = 0.05) -> float:
         """One number, lower is better: the identity, as long as leak and drift are within their bounds."""

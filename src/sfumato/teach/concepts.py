@@ -70,7 +70,7 @@ def made_prior(model: Model, prompt: str, n: int, seed: int, kept: Path | None, 
     from safetensors.torch import load_file
 
     if kept is not None and kept.is_file():
-        return list(load_file(kept)["latents"])
+        return [each.to(model.device) for each in load_file(kept)["latents"]]
     seeds = [seed * 1_000_003 + 77_000_000 + i for i in range(n)]
     made = generate(model, [prompt] * n, seed=seeds, decode=False, batch_size=25, **drawing).latents
     assert made is not None

@@ -150,8 +150,8 @@ class CustomDiffusion:
                 return model.encode_text(list(prompts), guidance=False)
 
         learning = dict(weights)
-        for each in rows:
-            learning |= {f"{each.word}.{name}": value for name, value in each.parameters.items()}
+        for new in rows:
+            learning |= {f"{new.word}.{name}": value for name, value in new.parameters.items()}
         best = Best(learning)
         loss = ConceptsLoss(
             Denoising(model, p.batch, p.seed, p.timesteps), concepts, encode, p.batch, p.prior_weight, p.flip, p.seed,

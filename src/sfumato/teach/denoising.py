@@ -93,7 +93,9 @@ class Denoising:
         several share a place.
         """
         named = parts or ["noise"] * len(latents)
-        drawn = [self.drawn(tuple(x.shape), step, *at) for x, *at in zip(latents, where, named, strict=True)]
+        drawn = [
+            self.drawn(tuple(x.shape), step, place, part) for x, place, part in zip(latents, where, named, strict=True)
+        ]
         found: list[Tensor | None] = [None] * len(latents)
         for rows in by_shape(latents).values():
             x0 = torch.stack([latents[row] for row in rows])

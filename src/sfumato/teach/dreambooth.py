@@ -184,6 +184,10 @@ class DreamBooth:
                 name = name or ("<subject>" if not number else f"<subject-{number + 1}>")
                 if there := is_word(towers, name):
                     raise BadInput(f"name {name!r} is a word of {there[0]} already; pivotal needs a new one.")
+            elif name in meant(model):
+                raise BadInput(
+                    f"name {name!r} is a word that {model.name} understands; leave it out to have one picked."
+                )
             else:
                 name = name or pick(towers, {*taken, *subject.captions}, p.seed + number)[0]
             taken.add(name)

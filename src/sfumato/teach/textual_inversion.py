@@ -65,8 +65,10 @@ class TextualInversion:
 
     class Params(cards.Params):
         name: str = Field(description="the new word, such as <rex>")
-        class_noun: str = Field(default="", description="what it is, such as ball: where the vectors begin")
-        begin: str = Field(default="", description="another word for the vectors to begin at; none: class_noun")
+        class_noun: str = Field(
+            default="", description="what it is, such as ball: where the vectors begin; none: random"
+        )
+        begin: str = Field(default="", description="another word for the vectors to begin as; none: class_noun")
         kind: Literal["object", "style"] = Field(default="object", description="the sentences it is learnt in")
         templates: list[str] = Field(
             default=[], description="sentences with {} instead; none: the 27 or 19 of the code"

@@ -22,7 +22,9 @@ def adapters(
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(help="convert: diffusers, kohya, comfyui, old-diffusers, peft, pivotal or custom-diffusion."),
+        typer.Option(
+            help="convert: diffusers, kohya, comfyui, old-diffusers, peft, pivotal, custom-diffusion, checkpoint."
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="convert: another name for a taught word.")] = "",
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,

@@ -1,0 +1,210 @@
+"""Secret toys for the claims of what teaches: their pictures, and how a drawn one is read and scored.
+
+Three readers, none of which has a part in the teaching: the toy-judge (shape, ground, masks), the hue inside its mask,
+and an *identity reader* - a ridge classifier over the toy-judge's features of a close view, fitted on renders of all
+secrets and of the plain toys nearest to them. Its accuracy on renders it has not seen is printed with every row.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from claims import common
+from claims.core import Context
+from sfumato.toybox import GROUNDS, SECRETS, Secret, Toy, references, render
+
+SIDE = 64
+REPORT, FIT, HELD_OUT = 8100, 41, 42
+PROMPTS = ("a {}", *(f"a {{}} on the {ground}" for ground in GROUNDS))
+
+
+def secrets(context: Context, kinds: str = "AB", quick: int = 1) -> list[Secret]:
+    """The secret toys of some kinds, fewer of each kind in a quick run."""
+    found = [each for each in SECRETS.values() if each.kind in kinds]
+    if not context.quick:
+        return found
+    return [each for kind in kinds for each in [s for s in found if s.kind == kind][:quick]]
+
+
+def folder_of(context: Context, secret: Secret, n: int = 5, side: int = SIDE) -> Path:
+    """A folder with ``n`` renders of a secret, once per run."""
+
+    def made() -> Path:
+        folder = Path(tempfile.mkdtemp(prefix=f"secret-{secret.key}-"))
+        frames = render(references(secret, n), side)
+        for i in range(n):
+            frames.pil(i).save(folder / f"{i}.png")
+        return folder
+
+    return context.once(f"secret {secret.key} {n} {side}", made)
+
+
+def asked(noun: str, n: int) -> list[str]:
+    """``n`` prompts with ``noun`` in them, each ground in turn."""
+    return [PROMPTS[i % len(PROMPTS)].format(noun) for i in range(n)]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What is seen in one picture: whether a toy of the shape is there, whether it is the secret, its hue's error in
+    degrees (nan without a toy), and whether the ground is the one asked for (None where none was)."""
+
+    shape: bool
+    identity: bool
+    hue: float
+    ground: bool | None
+
+
+class Reader:
+    """Reads pictures of secrets."""
+
+    def __init__(self, context: Context):
+        self.judge = common.judge_of(context)
+        self.net = self.judge.net
+        self.labels = list(SECRETS)
+        fitted, names = self._renders(FIT, 24 if not context.quick else 5)
+        unseen, truth = self._renders(HELD_OUT, 8 if not context.quick else 2)
+        classes = sorted(set(names))
+        x, y = fitted, F.one_hot(torch.tensor([classes.index(n) for n in names])).double()
+        self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
+        x = self._scaled(x)
+        # ridge in its dual form: fewer pictures than features
+        self.weights = x.T @ torch.linalg.solve(x @ x.T + 10.0 * torch.eye(len(x), dtype=x.dtype), y)
+        self.classes = classes
+        said = [classes[i] for i in (self._scaled(unseen) @ self.weights).argmax(1).tolist()]
+        self.accuracy = float(np.mean([a == b for a, b in zip(said, truth, strict=True)]))
+        self.n = len(truth)
+
+    @property
+    def leans(self) -> str:
+        """The reader's accuracy, in words."""
+        return f"identity reader {100 * self.accuracy:.1f} % of {self.n} unseen renders, {len(self.classes)} classes"
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        scaled = (x - self.mean) / self.std
+        return torch.cat([scaled, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+
+    def _renders(self, seed: int, n: int) -> tuple[Tensor, list[str]]:
+        """Features of renders of every secret and of the plain toy that is nearest to it, with their names."""
+        scenes, names = [], []
+        for key, secret in SECRETS.items():
+            posed = references(secret, n, seed)
+            scenes += posed
+            names += [key] * n
+            for scene in posed:
+                toy = scene.toys[0]
+                plain = Toy(toy.shape, secret.near, toy.pattern, "large", toy.x, toy.z, toy.yaw, toy.gloss)
+                scenes.append(type(scene)((plain,), scene.ground, scene.sky, scene.camera, scene.light))
+                names.append(f"plain {key}")
+        frames = render(scenes, SIDE)
+        return torch.stack([self._features(i, m >= 0) for i, m in zip(frames.image, frames.mask, strict=True)]), names
+
+    @torch.no_grad()
+    def _features(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """The toy at 24 x 24 pixels around its mask, and its colours: (d) float64."""
+        ys, xs = mask.nonzero(as_tuple=True)
+        if not len(ys):
+            return torch.zeros(24 * 24 * 3 + 6, dtype=torch.double)
+        top, bottom, left, right = int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
+        cut = torch.where(mask, picture, torch.zeros(()))[:, top:bottom, left:right]
+        small = F.interpolate(cut[None], (24, 24), mode="bilinear", antialias=True)[0]
+        inside = picture[:, mask]
+        return torch.cat([small.flatten(), inside.mean(1), inside.std(1, correction=0)]).double()
+
+    def read(self, secret: Secret, pictures: Tensor, prompts: Sequence[str]) -> list[Read]:
+        """Pictures (n 3 H W) in [-1, 1] at any size, brought to the judge's."""
+        if pictures.shape[-1] != SIDE:
+            pictures = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", antialias=True)
+        out = []
+        for picture, reading, prompt in zip(pictures, self.judge.read(pictures), prompts, strict=True):
+            toys = [toy for toy in reading.objects if toy.shape == secret.noun] or list(reading.objects)
+            ground = next((g for g in GROUNDS if f"the {g}" in prompt), None)
+            right = None if ground is None else reading.ground == ground
+            if not toys:
+                out.append(Read(False, False, float("nan"), right))
+                continue
+            toy = toys[0]
+            said = self.said(picture, toy.mask)
+            out.append(
+                Read(toy.shape == secret.noun, said == secret.key, self.hue_error(secret, picture, toy.mask), right)
+            )
+        return out
+
+    def said(self, picture: Tensor, mask: Tensor) -> str:
+        """What the toy inside a mask is taken for: a secret's key, or "plain KEY"."""
+        return self.classes[int((self._scaled(self._features(picture, mask)[None]) @ self.weights).argmax())]
+
+    def hue_error(self, secret: Secret, picture: Tensor, mask: Tensor) -> float:
+        """Degrees between the hue inside a mask and the secret's own, from 0 to 180."""
+        r, g, b = ((picture[:, mask].mean(1) + 1) / 2).clamp(0, 1).tolist()
+        hue = 360 * colorsys.rgb_to_hsv(r, g, b)[0]
+        own = 360 * colorsys.rgb_to_hsv(*secret.toy.rgb)[0]
+        return min(abs(hue - own), 360 - abs(hue - own))
+
+
+def reader_of(context: Context) -> Reader:
+    """The readers, fitted once per run."""
+    return context.once("identity reader", lambda: Reader(context))
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """What one way of asking gave for one secret."""
+
+    name: str
+    secret: Secret
+    pictures: Tensor
+    reads: list[Read]
+
+    @cached_property
+    def identity(self) -> float:
+        """Share of pictures recognised as the secret."""
+        return float(np.mean([each.identity for each in self.reads]))
+
+    @cached_property
+    def hue(self) -> float:
+        """Median error in degrees."""
+        return float(np.nanmedian([each.hue for each in self.reads] or [np.nan]))
+
+    @cached_property
+    def ground(self) -> float:
+        """Share of pictures on the ground that was asked for."""
+        known = [each.ground for each in self.reads if each.ground is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+
+def drawn(
+    context: Context, name: str, model: Any, secret: Secret, noun: str, n: int, systems: Sequence[Any] = (),
+    **options: Any,
+) -> Arm:  # fmt: skip
+    """Pictures of ``noun`` on every ground, from seeds that are the same in every arm."""
+    texts = asked(noun, n)
+    pictures = common.generate(
+        context, model, texts, REPORT, f"{name}, {secret.key}", interventions=list(systems), **options
+    )
+    return Arm(name, secret, pictures, reader_of(context).read(secret, pictures, texts))
+
+
+def ceiling(context: Context, secret: Secret, n: int) -> Arm:
+    """Renders of the secret, read in the same way."""
+    scenes = references(secret, n, REPORT)
+    pictures = render(scenes, SIDE).image
+    return Arm(
+        "renders", secret, pictures, reader_of(context).read(secret, pictures, [f"on the {s.ground}" for s in scenes])
+    )
+
+
+def closed(score: float, floor: float, top: float) -> float:
+    """Which share of the gap between floor and ceiling is closed; nan where there is none."""
+    return (score - floor) / (top - floor) if top - floor > 1e-6 else float("nan")
