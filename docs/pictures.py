@@ -358,7 +358,7 @@ def inject_fusion() -> Image.Image:
     rows = [*made(strength=0.0), *shown, *made(strength=1.0)]
     rows += [*made(layer="up.1", strength=0.3), *made(layer="up.1", strength=0.7)]
     names = ["looks, plain", "the content", "its bottleneck", "up.1, strength 0.3", "up.1, strength 0.7"]
-    heads = [f"{look} of {content}" for content in ("a ring", "a cylinder") for look in ("ball", "cube", "cone")]
+    heads = [f"{look} + {content}" for content in ("ring", "cylinder") for look in ("ball", "cube", "cone")]
     return sheet(list(torch.cat(rows)), 6, scale=2, rows=names, heads=heads)
 
 
@@ -396,8 +396,9 @@ def clip_guidance() -> Image.Image:
         for i, prompt in enumerate(prompts)
     ]
     rows = ["no guidance", "CLIP guidance", "classifier-free guidance"]
-    cells = [(prompts[i % len(prompts)], tile) for i, tile in enumerate(torch.cat(made))]
-    return sheet(cells, len(prompts), scale=3, rows=rows)
+    told = "; ".join(f"{i}: {prompt}" for i, prompt in enumerate(prompts, 1))
+    heads = [str(i) for i in range(1, len(prompts) + 1)]
+    return sheet(list(torch.cat(made)), len(prompts), scale=3, title=told, rows=rows, heads=heads)
 
 
 def mgad() -> Image.Image:
