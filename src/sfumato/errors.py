@@ -36,7 +36,8 @@ class UnknownName(SfumatoError, LookupError):
         known = list(candidates)
         close = nearest(given, known)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        listing = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
+        most = 12 if close else 40  # of many names only the nearest help
+        listing = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
         super().__init__(f"unknown {kind} {given!r}.{hint} Known: {listing or 'none'}.")
         self.kind, self.given, self.candidates, self.close = kind, given, known, close
 

@@ -271,6 +271,14 @@ TABLE = {
         lambda m: draw(m, ["a cube", "a BREAK cube"], by=Recorder()),
         lambda m, said: [draw(m, each, by=Recorder()) for each in ("a cube", "a BREAK cube")],
     ),
+    "an edit of more chunks than its recording": (
+        "sd",
+        lambda m: draw(m, "a cube BREAK a ball", by=cards.method("prompt_to_prompt")(recording=_recorded(m))),
+        lambda m, said: [
+            draw(m, "a cube", by=cards.method("prompt_to_prompt")(recording=_recorded(m))),
+            draw(m, "a cube BREAK a ball", by=cards.method("prompt_to_prompt")(source="a ball")),
+        ],
+    ),
     "a recording that is too large": (
         "sd",
         lambda m: draw(m, by=Recorder(lambda site, progress: True, limit=1e-6)),
@@ -301,6 +309,12 @@ TABLE = {
         lambda m, said: draw(m, by=cards.method("paint_with_words")(phrases=["red cube"], **LEFT)),
     ),
 }  # fmt: skip
+
+
+def _recorded(model):
+    recorder = Recorder(lambda site, progress: True)
+    draw(model, "a ball", by=recorder)
+    return recorder.recording
 
 
 def _limit(said):

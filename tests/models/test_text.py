@@ -58,15 +58,16 @@ def test_sd3_without_t5_pads_with_as_many_zeros_as_its_card_says() -> None:
 def test_truncation_is_said_and_quoted() -> None:
     long = "a red cube " * 30 + "and a blue ball"
     with pytest.warns(TruncatedPrompt, match=r"tiny-sd reads 77 tokens of clip text and does not see '.*blue ball'"):
-        with tiny_model("sd").in_chunks(0):
-            tiny_model("sd").encode_text(long)
+        with (model := tiny_model("sd")).in_chunks(0):
+            model.encode_text(long)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny_model("sd").encode_text("a red cube " * 25)  # 75 words and two special tokens
         tiny_model("sd").encode_text(long)  # in two chunks
         tiny_model("flux").encode_text(long)  # T5 reads 512
-    with pytest.warns(TruncatedPrompt) as caught, tiny_model("sd3").in_chunks(0):
-        tiny_model("sd3").encode_text("a red cube", negative="ball " * 100)
+    model = tiny_model("sd3")
+    with pytest.warns(TruncatedPrompt) as caught, model.in_chunks(0):
+        model.encode_text("a red cube", negative="ball " * 100)
     assert len(caught) == 2  # the two CLIPs, not T5
 
 

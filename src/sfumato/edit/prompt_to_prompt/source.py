@@ -22,7 +22,7 @@ def prompts_of(recording: Recording, run: Run) -> list[str]:
     if recording.facts.get("text", run.model.text_length) != run.model.text_length:
         raise BadInput(
             f"the recording has {recording.facts['text']} text positions and this run {run.model.text_length}, as its "
-            f"prompt takes more chunks; give source, which is then drawn anew, without a recording."
+            f"prompt takes more chunks; shorten the prompt, or give source, which is then drawn anew, for a recording."
         )
     if len(recording) not in (1, len(run)):
         raise BadInput(f"the recording has {len(recording)} samples for {len(run)}; one for all, or one each.")
