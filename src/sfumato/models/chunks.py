@@ -95,8 +95,9 @@ def needed(streams: Sequence[TextStream], texts: Sequence[str]) -> int:
     """How many chunks the longest of ``texts`` takes. Raises BadInput for more than any model can attend to."""
     most = 1
     for stream in streams:
-        for text in dict.fromkeys(texts) if stream.window else ():
-            most = max(most, len(chunks_of(stream.tokenizer, stream.prepare(text), stream.window)))
+        if stream.window is not None:
+            for text in dict.fromkeys(texts):
+                most = max(most, len(chunks_of(stream.tokenizer, stream.prepare(text), stream.window)))
     if most > MOST:
         raise BadInput(f"a prompt takes {most} chunks of a text encoder's window; at most {MOST} are read.")
     return most
