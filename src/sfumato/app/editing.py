@@ -150,8 +150,9 @@ def edit(
         raise NotSupported(f"{by} edits no pictures by itself; give it as with_, or --with.")
     systems = [*([by] if by else []), *(with_ if isinstance(with_, list | tuple) else [with_])]
     cards.refuse_files([each for each in systems if isinstance(each, dict)], allow)
-    general = {name: options.pop(name) for name in list(options) if name in EditOptions.model_fields}
-    editor = _editor(systems, {k: v for k, v in options.items() if v is not None}, model, mask)
+    given: dict[str, Any] = {**options}
+    general = {name: given.pop(name) for name in list(given) if name in EditOptions.model_fields}
+    editor = _editor(systems, {k: v for k, v in given.items() if v is not None}, model, mask)
     if "from_" in editor.cls.OPENING:
         from_ = editor.params.pop("source", None) if from_ is None else from_
         editor.params.pop("source", None)
@@ -174,9 +175,9 @@ def edit(
     results: list[Result] = []
     recipes: list[dict[str, Any]] = []
     for text in checked.prompt:
-        given: dict[str, Any] = {"with_": build_all(editor.others, allow), "on_step": on_step}
-        given |= {} if whole is None else {"mask": whole}
-        result = opened.redraw(text, **given) if editor.plain else opened.edit(text, **{**editor.params, **given})
+        added: dict[str, Any] = {"with_": build_all(editor.others, allow), "on_step": on_step}
+        added |= {} if whole is None else {"mask": whole}
+        result = opened.redraw(text, **added) if editor.plain else opened.edit(text, **{**editor.params, **added})
         edited = [] if editor.plain else [next(part for part in result.parts if isinstance(part, editor.cls))]
         about["mask"] = None if whole is None else files.pixel_hash(whole)
         about["with"] = [_recipe_of(each) for each in (*edited, *build_all(editor.others, allow))]

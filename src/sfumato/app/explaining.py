@@ -96,19 +96,20 @@ def explain(
         valid.text(prompt, "prompt")
     if isinstance(what, str) and not os.path.exists(what):
         valid.text(what, "what")
+    given: dict[str, Any] = {**options}
     system = _built(by, words)
     key = type(system).CARD.key
     if isinstance(system, protocol.ExplainsNet):
-        return system.explain_net(open_net(what), **options)
+        return system.explain_net(open_net(what), **given)
     if isinstance(system, protocol.ExplainsConcept):
-        found = system.explain_concept(load(model) if isinstance(model, str | Path) else model, what, prompt, **options)
+        found = system.explain_concept(load(model) if isinstance(model, str | Path) else model, what, prompt, **given)
         return Explanation(found.pictures, [found])
     if isinstance(system, protocol.ExplainsReading) and _reads(model):
-        return _explain_reading(what, prompt, model, system, options)
+        return _explain_reading(what, prompt, model, system, given)
     if isinstance(what, str) and prompt is None and not is_picture(what):
         if not isinstance(system, protocol.TakesPart):
             raise NotSupported(f"{key} explains pictures that exist; give one, and the prompt beside it.")
-        result = make(what, model=model, with_=[system], **options)
+        result = make(what, model=model, with_=[system], **given)
         return Explanation(result.images, list(getattr(system, "maps", [])), result)
     image, prompt = picture_and_prompt(what, prompt)
     if not isinstance(system, protocol.ExplainsImage):
@@ -122,8 +123,8 @@ def explain(
     loaded = load(model) if isinstance(model, str | Path) else model
     if isinstance(what, str | Path):
         image = as_taken(loaded, image, what)
-    size = options.pop("size", None) or fitting_size(loaded, size_of(image) or loaded.default_size[::-1])
-    return Explanation([image], [system.explain_image(loaded, image, prompt, size=size, **options)])
+    size = given.pop("size", None) or fitting_size(loaded, size_of(image) or loaded.default_size[::-1])
+    return Explanation([image], [system.explain_image(loaded, image, prompt, size=size, **given)])
 
 
 def _built(by: str | None, words: str | Sequence[str] = ()) -> Any:
@@ -228,7 +229,8 @@ def explain_into(
                 files.create(folder, f"{files.slug(Path(what).name)}.{key}", ".json", save)
             else:
                 save(named)
-            yield from (*table.lines(), *found)
+            yield from table.lines()
+            yield from found
     elif isinstance(system, protocol.ExplainsConcept):
         allowed = ("prompt", "model", *(set(JobOptions.model_fields) - {"n", "size"}))
         job.refuse(allowed, f"with --by {key}; see: sfumato methods {key}")
@@ -271,7 +273,9 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         model = _load_reader(name, order) if reads else order.load()
         image = image if reads else as_taken(model, image, job.what)
         what, question = (job.what, None) if text else (image, prompt)
-        [maps] = explain(what, question, words=job.given.get("words") or (), by=job.by, model=model, **options).maps
+        explained = explain(what, question, words=job.given.get("words") or (), by=job.by, model=model, **options)
+        assert isinstance(explained, Explanation)
+        [maps] = explained.maps
         about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
         drawn, recipe = maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about}
         stem = f"{files.slug(job.what if text else Path(job.what).stem)}.heat"

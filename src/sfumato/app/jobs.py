@@ -161,7 +161,8 @@ def make(
         BadInput: an option is out of its range. UnknownName: model, system, option or parameter. NoMatch: a system
         touched nothing.
     """
-    checked = MakeOptions(prompt=prompt if isinstance(prompt, str) else list(prompt), **options)
+    given: dict[str, Any] = {**options}
+    checked = MakeOptions(prompt=prompt if isinstance(prompt, str) else list(prompt), **given)
     systems = build_all(with_, allow)
 
     from sfumato.sampling import generate

@@ -136,7 +136,7 @@ def compare(
 
     one, two = (_joined(side(each), with_) for each in (first, second))
     names = (one.name, two.name) if one.name != two.name else (f"{one.name} (A)", f"{two.name} (B)")
-    compared = {"names": names, "reference": reference, **measuring}
+    compared: dict[str, Any] = {"names": names, "reference": reference, **measuring}
 
     def measured(done: int, total: int) -> None:
         if on_progress is not None:
@@ -148,7 +148,7 @@ def compare(
         return compare_folders(one.folder, two.folder, prompts=prompts, out=out, on_progress=measured, **compared)  # type: ignore[arg-type]
     if one.folder or two.folder:
         raise BadInput(f"{one.name!r} and {two.name!r}: one is a folder and one a model; compare two of a kind.")
-    if prompts is None:
+    if prompts is None or isinstance(prompts, Mapping):
         raise BadInput("comparing models needs prompts: a JSONL file, or texts. `sfumato toybox prompts` writes some.")
     if out is None:
         raise BadInput("comparing models needs out, a folder for their pictures.")

@@ -48,7 +48,7 @@ def segment(
     Returns:
         What the system found: masks of every stage, ``segmenter``, ``save(folder)``.
     """
-    system = _built(by, options)
+    system = _built(by, {**options})
     shown = None if pictures is None else [image for _, image in _listed(pictures)]
     if remover is None:
         remover = suitable_model(cards.methods()[cards.default("edit mask")].needs) if model == DEFAULT_MODEL else model

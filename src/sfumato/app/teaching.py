@@ -93,10 +93,10 @@ def teach(
         known = [*fields, *(set(inspect.signature(system.teach).parameters) - {"model", "data", "on_progress"})]
         if odd := [name for name in options if name not in known]:
             raise UnknownName(f"parameter of {key}", odd[0], known)
-        found = system.teach(model, data, on_progress=on_progress, **options)
+        taught = system.teach(model, data, on_progress=on_progress, **options)
         if out is not None:
-            found.save(out)
-        return found
+            taught.save(out)
+        return taught
     if options:
         raise UnknownName(f"parameter of {key}", next(iter(options)), fields)
     target = None if out is None else fresh(Path(out))
@@ -106,7 +106,7 @@ def teach(
     work = protocol.Work(folder, resume, minutes, on_progress)
     loaded = load(model) if isinstance(model, str | Path) else model
     refuse(key, loaded)
-    found = system.teach(loaded, data, work=work)
+    found: Any = system.teach(loaded, data, work=work)
     if found.interrupted:
         where = f"; {folder} holds the checkpoint, go on with --resume" if folder else ""
         error = WorkInterrupted(f"stopped after step {found.step}{where}.")

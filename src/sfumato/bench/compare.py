@@ -102,7 +102,8 @@ def compare_folders(
     Raises:
         BadInput: a folder, an option, or no pair. UnknownName, BadWeights, NotSupported: nets.
     """
-    chosen = CompareOptions(**{"seed": seed, **options})
+    given: dict[str, Any] = {"seed": seed, **options}
+    chosen = CompareOptions(**given)
     one, two = Folder(first, prompts), Folder(second, prompts)
     if one.path.resolve() == two.path.resolve():
         raise BadInput(f"{str(first)!r} is compared with itself; name two folders.")

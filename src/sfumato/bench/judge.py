@@ -54,7 +54,8 @@ def judge_folder(
         BadInput: a folder, a caption file or an option; nothing that applies. NoMatch: an attribute that no caption
         names. UnknownName, BadWeights, NotSupported: nets.
     """
-    chosen = JudgeOptions(**options)
+    given: dict[str, Any] = {**options}
+    chosen = JudgeOptions(**given)
     if chosen.ray:
         check(chosen.workers)
     elif chosen.workers is not None:
