@@ -9,7 +9,10 @@ import pytest
 
 import sfumato
 from sfumato import app, cards, protocol
+from sfumato.bench.judge import judge_folder
 from sfumato.errors import NotSupported, UnknownName
+from sfumato.training.objective import build_objective
+from sfumato.training.recipe import Recipe
 
 ROOM = Path(sfumato.__file__).parent / "app"
 
@@ -68,3 +71,31 @@ def test_systems_that_do_not_serve_a_verb_are_refused():
         app.segment("cube", by="daam")
     with pytest.raises(UnknownName, match="unknown system that teaches 'daam'.*robust_vit"):
         app.teach("toybox", by="daam", model="toy-vit")
+
+
+def test_a_recipe_may_name_a_system_that_trains(monkeypatch):
+    monkeypatch.setattr(cards, "_registered", dict(cards._registered))
+    facts = {"title": "x", "authors": "A. Nobody", "year": 2026, "needs": (), "defaults_from": "x", "cost": "x"}
+
+    @cards.register
+    class Sculptor:
+        CARD = cards.Card(key="sculptor", verb="generate", summary="x", **facts)
+
+        class Params(cards.Params):
+            pass
+
+        @staticmethod
+        def objective(recipe):
+            return ("trained by", recipe.name)
+
+    assert protocol.serves(Sculptor) == {"train": ("a model from a recipe that names it as its objective",)}
+    recipe = {"name": "clay", "objective": "sculptor", "train": {"steps": 1, "batch": 1}}
+    assert build_objective(Recipe.model_validate(recipe)) == ("trained by", "clay")
+    for objective in ("daam", "sculpter"):  # a system that trains nothing, and none at all
+        with pytest.raises(UnknownName, match=f"unknown objective '{objective}'"):
+            build_objective(Recipe.model_validate({**recipe, "objective": objective}))
+
+
+def test_another_system_may_judge(tmp_path):
+    with pytest.raises(NotSupported, match="daam judges no pictures; by default sad_pad does"):
+        judge_folder(tmp_path, by="daam")
