@@ -147,7 +147,7 @@ def segment(
     tau, _ = segmentation.fit_threshold(*fitted.stacked())
     ours = segmentation.score(maps, truths, tau)
 
-    def baseline(make: Any) -> segmentation.Score:
+    def baseline(make: Any) -> segmentation.MapScore:
         level, _ = segmentation.fit_threshold(make(len(fitted.maps), 1), torch.stack(fitted.truths))
         return segmentation.score(make(len(maps), 0), truths, level)
 

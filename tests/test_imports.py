@@ -211,3 +211,12 @@ print(json.dumps([all(names.values()), all(again.values()), sfumato.models() == 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'paint'"):
         _ = sfumato.paint
+
+
+def test_a_class_name_has_one_meaning():
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(_module(path))
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}

@@ -55,9 +55,9 @@ class Store:
             self.arrays[key] = _opened(unfinished / spec.file.name, (n, *spec.shape), spec.dtype)
         self._look()
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> StoredRows:
         """The array ``name``, whose rows are made when they are read."""
-        return Rows(self, name)
+        return StoredRows(self, name)
 
     def want(self, rows: np.ndarray) -> None:
         """Makes what is missing of ``rows``."""
@@ -121,7 +121,7 @@ def _opened(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
     return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
 
-class Rows:
+class StoredRows:
     """One array of a :class:`Store`, read as numpy reads."""
 
     def __init__(self, store: Store, name: str):

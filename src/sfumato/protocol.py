@@ -38,9 +38,9 @@ __all__ = [
     "Picture",
     "Segmentation",
     "Segments",
-    "Table",
+    "NetTable",
     "TakesPart",
-    "Taught",
+    "TeachingResult",
     "Teaches",
     "Trains",
     "Work",
@@ -90,7 +90,7 @@ class ExplainsConcept(Protocol):
         it wrote."""
 
 
-class Table(Protocol):
+class NetTable(Protocol):
     """What is found in a net."""
 
     def lines(self) -> list[str]:
@@ -104,7 +104,7 @@ class Table(Protocol):
 class ExplainsNet(Protocol):
     """Explains what the layers of a net know."""
 
-    def explain_net(self, net: Any, name: str = "", **options: Any) -> Table: ...
+    def explain_net(self, net: Any, name: str = "", **options: Any) -> NetTable: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ class Work:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Taught(Protocol):
+class TeachingResult(Protocol):
     """What teaching leaves."""
 
     @property
@@ -211,7 +211,7 @@ class Teaches(Protocol):
 
     RESUMES: ClassVar[bool]
 
-    def teach(self, model: Any, data: Any, **options: Any) -> Taught:
+    def teach(self, model: Any, data: Any, **options: Any) -> TeachingResult:
         """``model``: a name, a folder or a loaded model, which is not changed; ``data``: a folder, or "toybox"."""
 
 

@@ -14,7 +14,7 @@ from sfumato.models.slot import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.teach.discriminative_tokens import DiscriminativeTokens, _Lesson
-from sfumato.teach.rows import Rows, reading
+from sfumato.teach.rows import WordVectors, reading
 from sfumato.teach.scorers import _labels, scorer_of
 from sfumato.training import Draw
 from tests.helpers import fingerprint
@@ -36,7 +36,7 @@ def vit():
 
 def lesson(model, scorer, **more):
     p = DiscriminativeTokens(**{**GIVEN, **more}).params
-    return _Lesson(model, Rows(text_towers(model), "<c>", "a", p.vectors, p.seed), "ball", scorer, p)
+    return _Lesson(model, WordVectors(text_towers(model), "<c>", "a", p.vectors, p.seed), "ball", scorer, p)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3clip", "flux"])

@@ -18,7 +18,7 @@ from sfumato.models.slot import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.teach.learning import Best
-from sfumato.teach.rows import Rows
+from sfumato.teach.rows import WordVectors
 from sfumato.teach.subject import Subject, bucket
 from sfumato.teach.textual_inversion import TextualInversion, _Lesson
 from sfumato.training import Draw
@@ -230,7 +230,7 @@ def test_sentences(photos):
 
 def test_vectors_are_held_to_the_length_of_words():
     tower = text_towers(tiny_model("sd"))[0]
-    rows = Rows([tower], "<rex>", "ball", 2)
+    rows = WordVectors([tower], "<rex>", "ball", 2)
     (vectors,) = rows.parameters.values()
     most = tower.table.norm(dim=1).max()
     with torch.no_grad():

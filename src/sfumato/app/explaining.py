@@ -71,7 +71,7 @@ def explain(
     model: str | Path | Model = DEFAULT_MODEL,
     by: str | None = None,
     **options: Unpack[GenerateArguments],
-) -> Explanation | protocol.Table:
+) -> Explanation | protocol.NetTable:
     """Where words of a prompt are in a picture; what in a picture led a reading model to its answer; what a concept is
     made of; or what the layers of a net know.
 

@@ -58,7 +58,7 @@ def teach(
     per_class: int | None = None,
     on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
     **given: Unpack[TeachArguments],
-) -> protocol.Taught:
+) -> protocol.TeachingResult:
     """Teach a model that exists by a system of the verb teach; the model itself is not changed.
 
     Args:

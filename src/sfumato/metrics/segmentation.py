@@ -19,7 +19,7 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
 @dataclass(frozen=True)
-class Score:
+class MapScore:
     """mIoU and pointing game of one set of maps; ``ious``/``hits`` keep the single values for paired tests."""
 
     miou: stats.Interval
@@ -107,13 +107,13 @@ def fit_threshold(
     return float(candidates[best]), means[best]
 
 
-def score(maps: Tensor, truths: Tensor, tau: float, how: str = "minmax", seed: int = 0) -> Score:
+def score(maps: Tensor, truths: Tensor, tau: float, how: str = "minmax", seed: int = 0) -> MapScore:
     """mIoU (bootstrap interval) of ``normalise(maps) >= tau`` and pointing game (Wilson) of the maps."""
     if not len(maps):
         raise BadInput("score: no maps were given.")
     ious = iou(normalise(maps, how) >= tau, truths)
     hits = pointing(maps, truths)
-    return Score(
+    return MapScore(
         stats.bootstrap(ious.numpy(), seed=seed),
         stats.share(hits.numpy()),
         tau,

@@ -43,7 +43,7 @@ from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import Best, learn, recomputed
 from sfumato.teach.merging import merge_files
-from sfumato.teach.rows import Rows, is_word, reading
+from sfumato.teach.rows import WordVectors, is_word, reading
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.training import Player
@@ -137,7 +137,7 @@ class CustomDiffusion:
             subject = Subject(model, folder, (p.size, p.size) if p.size else None)
             rare = pick(towers, {*meant(model), *subject.captions}, p.seed, number + 1)[number]
             concepts.append(Concept(subject, f"{name} {noun}", name, noun, p.prompt))
-            rows.append(Rows(towers, name, rare, 1, p.seed))
+            rows.append(WordVectors(towers, name, rare, 1, p.seed))
         denoiser = model.family.denoiser_name
         pattern = r"(.*\.)?attn2\..*" if p.attention and _cross(model) else rf"{CROSS}\.weight"
         weights = copies(model, {denoiser: pattern})

@@ -33,7 +33,7 @@ from sfumato.sampling import generate
 from sfumato.sampling.loop import opened, walk
 from sfumato.sampling.request import checked
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import Rows, is_word, reading
+from sfumato.teach.rows import WordVectors, is_word, reading
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
 from sfumato.training import Draw, Player
@@ -139,7 +139,9 @@ class DiscriminativeTokens:
 
     def _learn(self, model: Model, towers: Any, name: str, target: str, scorer: Scorer, work: Work) -> _Lesson:
         p = self.params
-        lesson = _Lesson(model, Rows(towers, name, p.begin, p.vectors, p.seed), p.class_noun or target, scorer, p)
+        lesson = _Lesson(
+            model, WordVectors(towers, name, p.begin, p.vectors, p.seed), p.class_noun or target, scorer, p
+        )
         optimizer = torch.optim.AdamW(list(lesson.best.learning), lr=p.lr, weight_decay=0.0)
         modules = {"word": lesson.best, "past": lesson.past}
         player = Player(lesson.loss, optimizer, modules, name="word", clip=p.clip)
@@ -171,7 +173,7 @@ class _Lesson:
     step: int
     interrupted: bool
 
-    def __init__(self, model: Model, rows: Rows, noun: str, scorer: Scorer, p: DiscriminativeTokens.Params):
+    def __init__(self, model: Model, rows: WordVectors, noun: str, scorer: Scorer, p: DiscriminativeTokens.Params):
         self.model, self.rows, self.noun, self.scorer, self.p = model, rows, noun, scorer, p
         self.best, self.past = Best(rows.parameters), _Past(p.steps)
         self._sums = [0.0, 0.0]

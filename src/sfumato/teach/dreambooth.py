@@ -38,8 +38,8 @@ from sfumato.teach.concepts import Concept, ConceptsLoss, folders_of, made_prior
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import Rows, is_word, reading
-from sfumato.teach.scoring import Scorer, plotted
+from sfumato.teach.rows import WordVectors, is_word, reading
+from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.training import Player
@@ -150,7 +150,9 @@ class DreamBooth:
             stack.enter_context(recomputed(model, p.checkpointing))
             scorer = None
             if p.score_every:
-                scorer = Scorer(model, concepts[0], p.net, p.scored, p.seed, p.prompt, p.score_steps, learner.words)
+                scorer = SubjectScorer(
+                    model, concepts[0], p.net, p.scored, p.seed, p.prompt, p.score_steps, learner.words
+                )
             learner.attach(stack)
             done = learn(
                 player, p.steps, name=self.CARD.key, work=work, settings=settings, best=best,
@@ -203,7 +205,7 @@ class Learner:
         denoiser, clips = model.family.denoiser_name, _clips(towers) if p.text else []
         self.lora: dict[str, Any] = {}
         self.weights: dict[str, nn.Parameter] = {}
-        self.rows: list[Rows] = []
+        self.rows: list[WordVectors] = []
         if p.mode in ("lora", "pivotal"):
             targets = {denoiser: p.targets or ATTENTION, **{tower.name: TEXT for tower in clips}}
             self.lora = fresh_lora(
@@ -213,7 +215,7 @@ class Learner:
             own = p.targets or (".*" if p.mode == "full" else rf"{CROSS}\.weight")
             self.weights = copies(model, {denoiser: own, **{tower.name: ".*" for tower in clips}})
         if p.mode == "pivotal":
-            self.rows = [Rows(towers, each.name, each.class_noun, 1, p.seed) for each in concepts]
+            self.rows = [WordVectors(towers, each.name, each.class_noun, 1, p.seed) for each in concepts]
         self.parameters = {f"{name}.{part}": value for name, each in self.lora.items()
                            for part, value in each.parameters().items()}  # fmt: skip
         self.parameters |= self.weights

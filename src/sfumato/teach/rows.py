@@ -14,7 +14,7 @@ from sfumato.models import Model
 from sfumato.models.slot import TextTower, text_towers
 from sfumato.text.placeholders import placeholders
 
-__all__ = ["Rows", "towers_of"]
+__all__ = ["WordVectors", "towers_of"]
 
 
 def towers_of(model: Model, encoders: Sequence[str] = ()) -> list[TextTower]:
@@ -26,7 +26,7 @@ def towers_of(model: Model, encoders: Sequence[str] = ()) -> list[TextTower]:
     return [tower for tower in towers if not encoders or tower.name in encoders]
 
 
-class Rows:
+class WordVectors:
     """k vectors of a word in each text encoder, in full precision, each beginning as the embedding of ``begin``: a
     word (of several tokens, their mean), or "" for random vectors of the table's mean length.
 

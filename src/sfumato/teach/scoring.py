@@ -17,13 +17,13 @@ from sfumato.sampling.request import as_pictures
 from sfumato.teach.concepts import Concept
 from sfumato.teach.rows import reading
 
-__all__ = ["Scorer", "plotted"]
+__all__ = ["SubjectScorer", "plotted"]
 
 OTHERS = ("a house by a river", "a red car on a street", "a bowl of fruit", "a dog in the grass")
 """Prompts that have nothing to do with any subject, to see whether the rest of the model has changed."""
 
 
-class Scorer:
+class SubjectScorer:
     """Scores the model as it is when called: what it draws of the subject, of its class alone and of other prompts,
     from the same seeds as before the teaching. Returns the :class:`~sfumato.bench.subject.Score` of a step as plain
     values, and as "probe" its figure, lower is better.

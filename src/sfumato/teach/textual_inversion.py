@@ -34,7 +34,7 @@ from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import Rows, is_word, reading, towers_of
+from sfumato.teach.rows import WordVectors, is_word, reading, towers_of
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.teach.templates import DUAL, OBJECT, STYLE
@@ -158,12 +158,14 @@ class _Lesson:
         self.model, self.subject, self.p = model, subject, p
         self.denoising = Denoising(model, p.batch, p.seed, p.timesteps)
         begin = p.begin or p.class_noun
-        self.rows = Rows(towers, p.name, begin, p.vectors, p.seed)
+        self.rows = WordVectors(towers, p.name, begin, p.vectors, p.seed)
         self.parameters = {f"{p.name}.{name}": rows for name, rows in self.rows.parameters.items()}
-        self.own: list[Rows] = []
+        self.own: list[WordVectors] = []
         if p.per_picture:
             name = p.name.strip("<>")
-            self.own = [Rows(towers, f"<{name}-picture-{i}>", begin, 1, p.seed + 1 + i) for i in range(len(subject))]
+            self.own = [
+                WordVectors(towers, f"<{name}-picture-{i}>", begin, 1, p.seed + 1 + i) for i in range(len(subject))
+            ]
             self.parameters |= {f"{each.word}.{k}": v for each in self.own for k, v in each.parameters.items()}
         self.templates = p.templates or list(OBJECT if p.kind == "object" else STYLE)
         few = range(min(len(subject), 8))

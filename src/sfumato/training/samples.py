@@ -104,7 +104,7 @@ def draw_batch(source: SampleSource, draw: Draw, n: int, flip: bool = False) -> 
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """A file, a folder of frames, or a member of a tar: ``length`` bytes from ``offset`` of ``path``."""
 
     path: Path
@@ -155,10 +155,10 @@ def _by_number(path: Path) -> list[Any]:
 class Entry:
     """Where the parts of a sample are."""
 
-    shown: Part
-    caption: str | Part = ""
-    mask: Part | None = None
-    target: Part | None = None
+    shown: FilePart
+    caption: str | FilePart = ""
+    mask: FilePart | None = None
+    target: FilePart | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -212,7 +212,7 @@ class Samples:
         target = None if entry.target is None else self._pixels(entry.target, generator, start)
         return Sample(entry.shown.name, pixels, self.caption(i), self.mask(i), target, entry.facts)
 
-    def _pixels(self, part: Part, generator: torch.Generator | None, start: list[int]) -> Tensor:
+    def _pixels(self, part: FilePart, generator: torch.Generator | None, start: list[int]) -> Tensor:
         """A picture or clip; ``start`` remembers where the first clip of a pair began."""
         if self.frames is None:
             return _tensor(files.fitted(part.picture(), self.size))
@@ -276,15 +276,15 @@ def _of_folder(folder: Path, moving: bool) -> list[Entry]:
             continue
         beside = {kind: _beside(path, kind) for kind in ("mask", "target")}
         text = path.with_suffix(".txt") if path.is_file() else path.with_name(f"{path.name}.txt")
-        caption = Part(text, str(text)) if text.is_file() else ""
+        caption = FilePart(text, str(text)) if text.is_file() else ""
         facts = {"file_name": str(path.relative_to(folder))}
-        entries.append(Entry(Part(path, str(path)), caption, beside["mask"], beside["target"], facts))
+        entries.append(Entry(FilePart(path, str(path)), caption, beside["mask"], beside["target"], facts))
     return entries
 
 
-def _beside(path: Path, kind: str) -> Part | None:
+def _beside(path: Path, kind: str) -> FilePart | None:
     for other in sorted(path.parent.glob(f"{_escaped(path.stem)}.{kind}.*")):
-        return Part(other, str(other))
+        return FilePart(other, str(other))
     return None
 
 
@@ -311,14 +311,14 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _of_row(folder: Path, table: str, number: int, row: dict[str, Any]) -> Entry:
-    def part(*keys: str) -> Part | None:
+    def part(*keys: str) -> FilePart | None:
         name = next((row[key] for key in keys if row.get(key)), None)
         if name is None:
             return None
         path = folder / str(name)
         if not path.exists():
             raise BadInput(f"line {number} of {folder / table} names {name}, which is not there.")
-        return Part(path, str(path))
+        return FilePart(path, str(path))
 
     shown = part("file_name", "input_image", "image")
     if shown is None:
@@ -344,14 +344,14 @@ def _shards(where: str) -> list[Path]:
 def _of_shards(shards: list[Path], moving: bool) -> list[Entry]:
     entries = []
     for shard in shards:
-        groups: dict[str, dict[str, Part]] = {}
+        groups: dict[str, dict[str, FilePart]] = {}
         try:
             with tarfile.open(shard, "r:") as tar:  # the headers alone are read
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
                     if member.isfile() and key:
-                        part = Part(shard, f"{shard}/{member.name}", member.offset_data, member.size)
+                        part = FilePart(shard, f"{shard}/{member.name}", member.offset_data, member.size)
                         groups.setdefault(f"{folder}/{key}", {})[f".{kind.lower()}"] = part
         except (tarfile.TarError, OSError) as error:
             raise BadInput(f"{shard} cannot be read as a tar: {error}.") from None
@@ -359,8 +359,8 @@ def _of_shards(shards: list[Path], moving: bool) -> list[Entry]:
     return entries
 
 
-def _of_group(parts: dict[str, Part], moving: bool) -> Entry | None:
-    def first(head: str, suffixes: Sequence[str]) -> Part | None:
+def _of_group(parts: dict[str, FilePart], moving: bool) -> Entry | None:
+    def first(head: str, suffixes: Sequence[str]) -> FilePart | None:
         return next((parts[head + suffix] for suffix in suffixes if head + suffix in parts), None)
 
     shown = first("", VIDEOS if moving else PICTURES)
@@ -372,6 +372,6 @@ def _of_group(parts: dict[str, Part], moving: bool) -> Entry | None:
             facts = dict(json.loads(parts[".json"].read()))
         except (ValueError, TypeError) as error:
             raise BadInput(f"{parts['.json'].name} is not a JSON object: {error}.") from None
-    said: str | Part = parts.get(".txt") or next((str(facts[key]) for key in CAPTIONS if facts.get(key)), "")
+    said: str | FilePart = parts.get(".txt") or next((str(facts[key]) for key in CAPTIONS if facts.get(key)), "")
     kinds = (*PICTURES, *VIDEOS)
     return Entry(shown, said, first(".mask", PICTURES), first(".target", kinds), facts)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfumato.errors import NoMatch
-from sfumato.sampling.guest.call import Call
+from sfumato.sampling.guest.call import PipelineCall
 from sfumato.sampling.guest.face import Guest
 from sfumato.sampling.guest.hosting import hosted, model_of
 from sfumato.sampling.guest.texts import TextAxis
@@ -61,7 +61,7 @@ def attached(
     def call(proceed: Any, arguments: dict[str, Any]) -> Any:
         model = model_of(host, arguments.get("max_sequence_length"))
         refuse_unfit(parts, model)
-        with Call(guest, model, arguments, axis, prompt) as now:
+        with PipelineCall(guest, model, arguments, axis, prompt) as now:
             out = proceed(now)
         guest.calls += 1
         guest.samples += now.count

@@ -21,12 +21,12 @@ from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.run import Run
 
-__all__ = ["Call"]
+__all__ = ["PipelineCall"]
 
 Around = Callable[[Callable[..., Any], dict[str, Any], Any, Any], Any]
 
 
-class Call:
+class PipelineCall:
     """Context of one call. Adapters are attached when it begins; everybody else starts at the first denoiser call, when
     size, levels and texts are known. On leaving everything is detached again."""
 
@@ -64,7 +64,7 @@ class Call:
             if part.couples_samples and guest.calls:
                 raise NotSupported(f"{part.name} holds one batch; attach it anew for another call of the pipeline.")
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> PipelineCall:
         self.run.__enter__()
         try:
             refuse_compiled(self.model.denoiser)

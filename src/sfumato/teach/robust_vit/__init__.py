@@ -34,7 +34,7 @@ from sfumato.teach.examples import read_examples, toybox_examples
 from sfumato.teach.robust_vit.loss import batch_loss, masks_from, relevance_maps, whole_loss
 from sfumato.training import Draw, Player, Progress, fit, shuffled
 
-__all__ = ["RobustVit", "Taught", "masks_from", "relevance_maps", "teach"]
+__all__ = ["RobustVit", "TaughtClassifier", "masks_from", "relevance_maps", "teach"]
 
 
 @register
@@ -84,7 +84,7 @@ class RobustVit:
         per_class: int = 3,
         seed: int = 0,
         on_progress: Callable[..., None] | None = None,
-    ) -> Taught:
+    ) -> TaughtClassifier:
         """:func:`teach` with these parameters.
 
         Args:
@@ -111,7 +111,7 @@ class RobustVit:
 
 
 @dataclass(eq=False)
-class Taught:
+class TaughtClassifier:
     """A taught copy of a model. ``log`` has one entry per epoch (losses, share of relevance inside the masks, and
     ``validation``, the loss on other pictures where there are any); ``epoch`` is the one whose weights these are."""
 
@@ -145,7 +145,7 @@ def teach(
     validation: tuple[Tensor, Tensor, Tensor | Sequence[int | str]] | None = None,
     on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
     **params: Any,
-) -> Taught:
+) -> TaughtClassifier:
     """A copy of ``model`` taught on pictures (n, c, h, w), as the model wants them, with masks (n, h, w) and labels.
 
     Args:
@@ -209,7 +209,7 @@ def teach(
     facts = {"method": "robust_vit", "params": options.model_dump(), "pictures": len(images)}
     if done.interrupted:
         facts["interrupted"] = f"after {done.step} of {len(rows)} steps"
-    return Taught(taught, log, epoch, facts)
+    return TaughtClassifier(taught, log, epoch, facts)
 
 
 def _check(model: nn.Module, images: Tensor, masks: Tensor, what: str) -> None:
