@@ -151,7 +151,7 @@ def _shown(found: Divergences, scored_by: str, most: int = 20) -> Comparison:
         )
         for each in found.attributes
     ]  # fmt: skip
-    heads = ("attribute", "1000 KL", "chance", "p", "there is", "mean gap [95 %]", "AUROC")
+    heads: tuple[str, ...] = ("attribute", "1000 KL", "chance", "p", "there is", "mean gap [95 %]", "AUROC")
     shown.tables.append(("Attributes, by divergence", heads, rows))
     if found.pairs:
         rows = [

@@ -249,7 +249,7 @@ def test_objective_learns_and_is_a_function_of_the_draw(tmp_path, monkeypatch):
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
-    assert set(parts) == {"foreground", "offset", "middle", "attribute", "scenery"}
+    assert set(parts) == {"foreground", "offset", "centre", "attribute", "scenery"}
     assert isinstance(objective.grid(), Image.Image)
     assert objective.export(tmp_path / "out") == {}
     objective.load(tmp_path / "out")
