@@ -95,3 +95,24 @@ def test_the_collector_is_as_before() -> None:
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+
+
+def test_a_postponed_module_runs_when_it_is_used() -> None:
+    code = """
+import json, sys
+from sfumato.startup import postpone
+postpone("colorsys", "no_such_module", "xml.dom")
+import colorsys, colorsys as again
+import xml.dom.minidom
+early = hasattr(type(colorsys), "__getattr__"), "ONE_THIRD" in vars(colorsys)
+third = colorsys.ONE_THIRD
+from xml.dom import Node
+try:
+    import no_such_module
+except ModuleNotFoundError:
+    missing = True
+print(json.dumps([early, third == 1 / 3, type(colorsys) is type(sys), again is colorsys, Node.ELEMENT_NODE, missing]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[True, False], True, True, True, 1, True]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.abc
+import importlib.machinery
+import sys
+import threading
+import types
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -23,3 +29,42 @@ def collector_paused() -> Iterator[None]:
 def leave_quickly() -> None:
     """To be called last of all: what is left is not looked through for garbage any more when the interpreter ends."""
     gc.freeze()
+
+
+class _Postponed(types.ModuleType):
+    """A module whose code runs when something in it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        with _running:
+            if type(self) is _Postponed:
+                self.__class__ = types.ModuleType  # type: ignore[assignment]
+                self.__loader__.exec_module(self)  # type: ignore[union-attr]
+        return getattr(self, name)
+
+
+_running = threading.RLock()
+
+
+class _Postponing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname in self.names else None
+        if spec is None or spec.loader is None:
+            return None
+        self.real = {**getattr(self, "real", {}), fullname: spec.loader}
+        spec.loader = self
+        return spec
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__loader__ = module.__spec__.loader = self.real[module.__name__]  # type: ignore[union-attr]
+        module.__class__ = _Postponed
+
+
+def postpone(*names: str) -> None:
+    """From now on modules of these names run when they are first used, not when they are imported: what libraries
+    import for a case that seldom comes. For programs, not for libraries."""
+    sys.meta_path.insert(0, _Postponing(names))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from sfumato.app.cli.frame import app
-from sfumato.startup import leave_quickly
+from sfumato.startup import leave_quickly, postpone
 
 __all__ = ["app", "main"]
 
@@ -14,6 +14,7 @@ def main() -> None:
     """The entry point ``sfumato``."""
     # threads that wait for each other sleep instead of spinning: on a busy machine that is many times faster
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    postpone("scipy.stats")  # diffusers' schedulers import it, for beta schedules alone: a twentieth of the time
     try:
         app()
     finally:
