@@ -100,9 +100,9 @@ class TeachArguments(TypedDict, total=False):
     name: str
     """The new word, such as <rex>"""
     class_noun: str
-    """What it is, such as ball: where the vectors begin"""
+    """What it is, such as ball: where the vectors begin; none: random"""
     begin: str
-    """Another word for the vectors to begin at; none: class_noun"""
+    """Another word for the vectors to begin as; none: class_noun"""
     kind: Literal["object", "style"]
     """The sentences it is learnt in"""
     templates: str | Sequence[str]

@@ -106,16 +106,16 @@ def teach(
     work = protocol.Work(folder, resume, minutes, on_progress)
     loaded = load(model) if isinstance(model, str | Path) else model
     refuse(key, loaded)
-    found: Any = system.teach(loaded, data, work=work)
-    if found.interrupted:
+    learnt: Any = system.teach(loaded, data, work=work)
+    if learnt.interrupted:
         where = f"; {folder} holds the checkpoint, go on with --resume" if folder else ""
-        error = WorkInterrupted(f"stopped after step {found.step}{where}.")
-        error.result = found
+        error = WorkInterrupted(f"stopped after step {learnt.step}{where}.")
+        error.result = learnt
         raise error
     if target is not None and work.first:
-        found.files = found.save(target)
+        learnt.files = learnt.save(target)
         work.remove()
-    return found
+    return learnt
 
 
 def fresh(target: Path) -> Path:
