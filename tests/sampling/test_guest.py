@@ -243,7 +243,7 @@ NEEDS_US = {
 
 
 def test_every_system_is_tried_as_a_guest():
-    assert set(SYSTEMS) == {"daam", *NEEDS_US, *(key for key, _ in ACTS)}
+    assert set(SYSTEMS) == {"daam", "concept_attention", *NEEDS_US, *(key for key, _ in ACTS)}
 
 
 @pytest.mark.parametrize(("key", "kind"), ACTS)
@@ -318,7 +318,7 @@ def _set(name: str) -> Any:
         ("before", _set("x"), "changed the latents"),
         ("predicted", _set("output"), "changed the prediction"),
         ("after", _set("x"), "changed the latents"),
-        ("before", lambda step: step.predict(), "extra denoiser call"),
+        ("predicted", lambda step: step.predict(step.x + 1), "other latents"),
         ("before", lambda step: step.grad(lambda prediction: prediction.x0().sum()), "gradient with respect"),
     ],
 )

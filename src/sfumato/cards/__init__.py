@@ -74,6 +74,7 @@ CAPABILITIES = {
     "noise_path": "a path between noise and picture, as diffusion and flow models have",
     "differentiable_state": "latents that gradients reach",
     "text_attention": "attention from picture to text",
+    "joint_attention": "attention in which text and picture share one sequence",
     "temporal_attention": "attention between frames",
     "linear_text_values": "attention whose values are a linear function of the text's embeddings",
     "h_space": "a U-Net with a middle block, its h-space",

@@ -355,11 +355,12 @@ class Step:
         branches: Sequence[str] = ("cond",),
         condition: Condition | None = None,
         taps: Sequence[Tap] = (),
+        edited: bool = True,
     ) -> Prediction:
-        """An extra denoiser call, counted as cost. Attention edits that are active in this step apply here too; the
-        observers of other interventions do not see it. ``taps`` are the caller's own."""
+        """An extra denoiser call, counted as cost. Attention edits that are active in this step apply here too, unless
+        ``edited`` is False; the observers of other interventions do not see it. ``taps`` are the caller's own."""
         x, t = self.x if x is None else x, self.t if t is None else t
-        taps = [*self.active_taps(editors=True), *taps]
+        taps = [*self.active_taps(editors=True), *taps] if edited else list(taps)
         outputs = self.run.denoise(x, t, condition or self.condition, branches, taps, self)
         return Prediction(self.run, x, t, outputs)
 

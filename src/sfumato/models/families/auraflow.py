@@ -20,7 +20,7 @@ class AuraFlow(Family):
     name = "auraflow"
     pipeline_classes = ("AuraFlowPipeline",)
     denoiser_name = "transformer"
-    capabilities = TEXT_TO_IMAGE
+    capabilities = TEXT_TO_IMAGE | {"joint_attention"}
     defaults = {"steps": 50, "guidance": 3.5}
     max_sequence_length = 256
 

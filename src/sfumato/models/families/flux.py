@@ -27,7 +27,7 @@ class Flux(Family):
     }
     shifts_latents = True
     denoiser_name = "transformer"
-    capabilities = TEXT_TO_IMAGE
+    capabilities = TEXT_TO_IMAGE | {"joint_attention"}
     defaults: dict[str, Any] = {"steps": 28, "guidance": 3.5}
     max_sequence_length = 512
     joint_branches = False

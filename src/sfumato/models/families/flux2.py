@@ -24,7 +24,7 @@ class Flux2Klein(Flux):
     name = "flux2-klein"
     pipeline_classes = ("Flux2KleinPipeline",)
     further_channels = 0  # four latents make one place
-    capabilities = TEXT_TO_IMAGE
+    capabilities = TEXT_TO_IMAGE | {"joint_attention"}
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)

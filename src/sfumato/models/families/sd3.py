@@ -22,7 +22,7 @@ class StableDiffusion3(Family):
     siblings = {f"StableDiffusion3{kind}Pipeline": ("StableDiffusion3Pipeline", "") for kind in ("Img2Img", "Inpaint")}
     shifts_latents = True
     denoiser_name = "transformer"
-    capabilities = TEXT_TO_IMAGE
+    capabilities = TEXT_TO_IMAGE | {"joint_attention"}
     defaults = {"steps": 28, "guidance": 7.0}
     max_sequence_length = 256
     half = torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.attention.bypass import refuse_compiled
+from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models import Condition, Model
 from sfumato.sampling.guest.face import Guest
@@ -22,6 +24,8 @@ from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.run import Run
 
 __all__ = ["PipelineCall"]
+
+TEXT = "encoder_hidden_states"
 
 Around = Callable[[Callable[..., Any], dict[str, Any], Any, Any], Any]
 
@@ -111,16 +115,47 @@ class PipelineCall:
         # what a branch says once more in a step, as when layers are skipped for guidance, is not what was asked about
         again = bool(set(rows) & set(step.outputs))
         taps = step.active_taps(editors=again)
+        again_with = _copied(arguments)
         if taps:
             with self.run.seam(tuple(taps)).forward(step=step, rows=rows):
                 out = real(*args, **kwargs)
         else:
             out = real(*args, **kwargs)
         if not again:
-            said = self._unpacked(out if isinstance(out, Tensor) else out[0])
-            step.outputs.update({name: said[part] for name, part in rows.items()})
+            step.outputs.update(self._by_branch(out, rows))
+            if "cond" in rows:
+                step.repeat = functools.partial(self._repeat, real, again_with, embeds, rows)
         self.run.spend(len(x) / self.count, None)
         return out
+
+    def _repeat(
+        self,
+        real: Callable[..., Any],
+        arguments: dict[str, Any],
+        embeds: Tensor,
+        rows: dict[str, slice],
+        texts: Tensor,
+        taps: Sequence[Tap],
+    ) -> dict[str, Tensor]:
+        """A denoiser call of this step once more, with ``texts`` (b t d) in place of the prompt's embeddings."""
+        step = self.step
+        assert step is not None
+        per, b = len(embeds) // max(part.stop for part in rows.values()), len(texts)
+        cond = slice(rows["cond"].start * per, rows["cond"].stop * per)
+        embeds = embeds.clone()
+        embeds[cond] = texts.to(embeds).repeat_interleave((cond.stop - cond.start) // b, 0)
+        named = {**_copied(arguments), TEXT: embeds}
+        extra = named.pop("kwargs", {})
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if taps:
+                stack.enter_context(self.run.seam(tuple(taps)).forward(step=step, rows=rows))
+            out = real(**named, **extra)
+        self.run.spend(b * len(rows) / self.count, step)
+        return self._by_branch(out, rows)
+
+    def _by_branch(self, out: Any, rows: dict[str, slice]) -> dict[str, Tensor]:
+        said = self._unpacked(out if isinstance(out, Tensor) else out[0])
+        return {name: said[part] for name, part in rows.items()}
 
     def _stepping(self, real: Callable[..., Any], arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         step = self.step
@@ -241,13 +276,18 @@ class PipelineCall:
 def _inputs(denoiser: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """State and text (b t d) of a denoiser call."""
     x = next((arguments[name] for name in ("sample", "hidden_states", "input_ids") if name in arguments), None)
-    embeds = arguments.get("encoder_hidden_states")
+    embeds = arguments.get(TEXT)
     if not isinstance(x, Tensor) or not isinstance(embeds, Tensor) or embeds.dim() != 3:
         raise NotSupported(
-            f"{type(denoiser).__name__} is not called with encoder_hidden_states (b t d) as others of diffusers are, "
+            f"{type(denoiser).__name__} is not called with {TEXT} (b t d) as others of diffusers are, "
             f"so where the prompt is read cannot be told."
         )
     return x, embeds
+
+
+def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments whose lists are their own: U-Nets take what adapters give them out of a list, one by one."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
 def _begin(pipe: Any, time: Any) -> int:

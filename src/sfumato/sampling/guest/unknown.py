@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import BadInput, NoMatch, NotSupported
+from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
 from sfumato.models.hooks import running
 from sfumato.models.site import Site
@@ -33,7 +34,7 @@ class Unknown(Family):
 
     name = "unknown"
     pipeline_classes = ()
-    capabilities = frozenset({"pictures", "noise_path", "text_attention"})
+    capabilities = frozenset({"pictures", "noise_path", "text_attention", "joint_attention"})
     defaults = {"steps": 1, "guidance": 1.0}
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
@@ -61,6 +62,9 @@ class Unknown(Family):
     @property
     def streams(self) -> list[TextStream]:
         return self.heard
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        raise NotSupported(f"how {type(self.pipe).__name__} encodes texts beside its prompt is not known.")
 
     def latents(self, arguments: dict[str, Any], call: dict[str, Any]) -> tuple[int, int, int]:
         """(frames, h, w) of the latents of a denoiser call; for packed ones from the call of the pipeline. Raises

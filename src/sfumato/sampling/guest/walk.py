@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sfumato.attention.tap import Tap
 from sfumato.errors import Conflict, NotSupported
-from sfumato.models import Model
+from sfumato.models import Condition, Model
 from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.noise import Path
 from sfumato.sampling.process.base import Process
-from sfumato.sampling.run import Prediction, Step
+from sfumato.sampling.run import Prediction, Run, Step
 
 __all__ = ["GuestProcess", "GuestStep", "refuse_who_needs_our_loop", "unchanged"]
 
@@ -89,8 +90,28 @@ class GuestProcess(Process):
 class GuestStep(Step):
     """A step of the pipeline. ``x`` is exact from ``after_predict`` on; before, it is what the last step gave."""
 
-    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
-        raise self._needs("an extra denoiser call")
+    def __init__(self, run: Run, i: int, x: Tensor):
+        super().__init__(run, i, x)
+        #: the call that held the prompt, once more with other texts (b t d) and other taps
+        self.repeat: Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]] | None = None
+
+    def predict(
+        self,
+        x: Tensor | None = None,
+        *,
+        t: Tensor | None = None,
+        branches: Sequence[str] = ("cond",),
+        condition: Condition | None = None,
+        taps: Sequence[Tap] = (),
+        edited: bool = True,
+    ) -> Prediction:
+        """The pipeline's call of the denoiser that held the prompt, once more, with the embeddings of ``condition`` in
+        place of the prompt's. NotSupported for other latents, times or branches, and before that call."""
+        if x is not None or t is not None or tuple(branches) != ("cond",) or self.repeat is None:
+            raise self._needs("a denoiser call of other latents, times or branches than the pipeline's")
+        taps = [*self.active_taps(editors=True), *taps] if edited else list(taps)
+        outputs = self.repeat((condition or self.condition).cond["embeds"], taps)
+        return Prediction(self.run, self.x, self.t, outputs)
 
     def grad(self, *args: Any, **kwargs: Any) -> Tensor:
         raise self._needs("a gradient with respect to the latents")
