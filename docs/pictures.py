@@ -17,6 +17,7 @@ from sfumato import files, masks
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
 from sfumato.explain import heat
+from sfumato.explain.concept_attention import ConceptAttention
 from sfumato.explain.conceptor import decompose
 from sfumato.explain.conceptor.word_cloud import word_cloud
 from sfumato.explain.daam import DAAM
@@ -113,6 +114,13 @@ def daam_existing() -> Image.Image:
     scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
     words = ["red striped ball", "green cube", "sand", "day"]
     return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
+
+
+def concept_attention() -> Image.Image:
+    """What toy-sd3 has drawn, shared out among four concepts; nothing in the picture is a cone."""
+    look = ConceptAttention(concepts=["cube", "ball", "cone", "grass"], layers=["joint.3"], window=(0.25, 1.0))
+    made = sfumato.make("a red cube and a blue ball on the grass", model="toy-sd3", with_=[look], seed=3, steps=12)
+    return look.maps[0].grid(made.images[0])
 
 
 def attention_relevance() -> Image.Image:
@@ -517,6 +525,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "zoo": zoo,
     "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
+    "concept-attention": concept_attention,
     "attention-relevance": attention_relevance,
     "attend-excite": attend_excite,
     "structured-guidance": structured_guidance,

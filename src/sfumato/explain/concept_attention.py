@@ -169,7 +169,7 @@ class ConceptAttention(Intervention):
 
     def explain_image(self, model: Model, image: Any, prompt: str, **options: Any) -> Any:
         """:func:`explain_image` with these parameters."""
-        return explain_image(model, image, prompt, **{**self.params.model_dump(), **options})
+        return explain_image(model, image, prompt, **{**dict(self.params), **options})
 
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """A sheet of overlays for one picture, by file suffix."""

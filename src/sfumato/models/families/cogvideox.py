@@ -68,6 +68,13 @@ class CogVideoX(ClipTransformer):
         )
         return {"embeds": embeds}, {"embeds": negative} if guidance else None
 
+    def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        _, f, _, h, w = arguments["hidden_states"].shape
+        return self.frames_of(f), h, w
+
+    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
+        return x.transpose(1, 2)
+
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         b, _, f, h, w = x.shape
         rotary = None

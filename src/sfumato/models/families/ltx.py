@@ -59,6 +59,14 @@ class LTX(ClipTransformer):
         )
         return {"embeds": embeds, "mask": mask}, {"embeds": negative, "mask": negative_mask} if guidance else None
 
+    def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        return self.frames_of(arguments["num_frames"]), arguments["height"], arguments["width"]
+
+    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
+        deep, wide = self.patch
+        h, w = h // wide, w // wide
+        return self.pipe._unpack_latents(x, x.shape[1] // (h * w), h, w, wide, deep)
+
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         b, _, f, h, w = x.shape
         deep, wide = self.patch

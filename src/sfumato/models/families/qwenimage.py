@@ -53,6 +53,14 @@ class QwenImage(Flux):
     def text_in(self, rows: Rows) -> int:
         return int(rows["mask"].sum(1).max())
 
+    def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
+        first = arguments["img_shapes"][0]
+        _, h, w = first[0] if isinstance(first, list) else first  # pictures that are edited follow
+        return 1, 2 * h, 2 * w
+
+    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
+        return self._unpacked(x[:, : (h // 2) * (w // 2)], h, w)
+
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         b, c, h, w = x.shape
         text = self.text_in(rows)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from sfumato.attention.bypass import refuse_compiled
 from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch, NotSupported
-from sfumato.models import Condition, Model
+from sfumato.models import Condition, Model, Site
+from sfumato.models.condition import Rows
 from sfumato.sampling.guest.face import Guest
 from sfumato.sampling.guest.texts import TextAxis, Texts, hearing
 from sfumato.sampling.guest.unknown import Unknown, explore
@@ -48,6 +50,8 @@ class PipelineCall:
         self.step: GuestStep | None = None
         self.steps = 0  # of the scheduler, so far
         self.started = False
+        self.frames = 1
+        self._sites: dict[int, list[Site]] = {}  # by the length of the text
         self._x: Tensor | None = None  # the state, in the pipeline's form, as far as it is known
         generators, seeds = _generators(arguments.get("generator"), self.count)
         self.process = GuestProcess(model, generators)
@@ -117,7 +121,7 @@ class PipelineCall:
         taps = step.active_taps(editors=again)
         again_with = _copied(arguments)
         if taps:
-            with self.run.seam(tuple(taps)).forward(step=step, rows=rows):
+            with self._seen_by(taps, step, rows, arguments):
                 out = real(*args, **kwargs)
         else:
             out = real(*args, **kwargs)
@@ -148,10 +152,24 @@ class PipelineCall:
         extra = named.pop("kwargs", {})
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if taps:
-                stack.enter_context(self.run.seam(tuple(taps)).forward(step=step, rows=rows))
+                stack.enter_context(self._seen_by(taps, step, rows, arguments))
             out = real(**named, **extra)
         self.run.spend(b * len(rows) / self.count, step)
         return self._by_branch(out, rows)
+
+    def _seen_by(
+        self, taps: Sequence[Tap], step: GuestStep, rows: dict[str, slice], arguments: dict[str, Any]
+    ) -> AbstractContextManager[Any]:
+        """The seam around one denoiser call; texts of its rows may be of other lengths than those of others."""
+        texts, family = self.model.family.rows_of_call(arguments), self.model.family
+        order = functools.partial(family.places, texts)
+        return self.run.seam(tuple(taps)).forward(step, rows, self._sites_with(texts), order)
+
+    def _sites_with(self, texts: Rows) -> list[Site]:
+        length = self.model.family.text_in(texts)
+        if length not in self._sites:
+            self._sites[length] = self.model.family.sites(*self.run.grid, length, self.frames)
+        return self._sites[length]
 
     def _by_branch(self, out: Any, rows: dict[str, slice]) -> dict[str, Tensor]:
         said = self._unpacked(out if isinstance(out, Tensor) else out[0])
@@ -215,18 +233,22 @@ class PipelineCall:
             raise BadInput(f"text says where the text lies in attention; of {model.name} that is known, leave it out.")
         if isinstance(model.family, Unknown):
             explore(model.family, real, arguments, self.arguments, embeds, texts, self.axis)
-        elif embeds.shape[1] != model.text_length:
+        elif embeds.shape[1] != model.text_length and all(stream.padded for stream in model.tokenizers):
             raise NotSupported(
                 f"{type(model.denoiser).__name__} sees {embeds.shape[1]} text positions, but the text encoders of "
                 f"{model.name} read {model.text_length}, so which word lies where cannot be told."
             )
-        frames, h, w = model.family.grid_of_call(arguments)
+        self.frames, h, w = model.family.grid_of_call(arguments)
         run.grid, run.size = (h, w), (w * model.family.scale, h * model.family.scale)
-        self.process.options.frames = frames if frames > 1 or model.clips else None
-        run.know_sites(model.family.sites(h, w, embeds.shape[1], frames), embeds.shape[1])
+        self.process.options.frames = self.frames if self.frames > 1 or model.clips else None
         assert texts.cond is not None
+        held = model.family.rows_of_call(arguments)
+        part = texts.rows(embeds, len(x)).get("cond", slice(0))
+        mask = held["mask"][part] if len(held["mask"][part]) == len(texts.cond) else torch.ones(texts.cond.shape[:2])
+        cond = {"embeds": texts.cond, "mask": mask.to(texts.cond.device)}
         uncond = None if texts.uncond is None else {"embeds": texts.uncond}
-        run.condition = Condition({"embeds": texts.cond}, uncond, tuple(texts.prompts))
+        run.condition = Condition(cond, uncond, tuple(texts.prompts))
+        run.know_sites(self._sites_with(cond), model.family.text_in(cond))
         asked = self.arguments.get("true_cfg_scale") or self.arguments.get("guidance_scale")
         run.guidance = Guidance(max(float(asked or 0), 1.001) if uncond is not None else 0.0)
         self.process.begin = _begin(model.pipe, arguments.get("timestep"))
