@@ -33,6 +33,8 @@ OWN = {
     "sdxl": {"guidance_scale": 5.0},
     "sd35": {"guidance_scale": 5.0},
     "flux": {"guidance_scale": 3.5},
+    "qwenimage": {"true_cfg_scale": 3.5, "negative_prompt": [" ", " "]},
+    "lumina2": {"guidance_scale": 3.5},
     "pixart": {"guidance_scale": 5.0, "use_resolution_binning": False, "clean_caption": False},
     "animatediff": {"guidance_scale": 5.0, "num_frames": 4},
 }
@@ -181,20 +183,20 @@ def both(kind: str, systems: Any, **options: Any) -> tuple[Any, Any, Any]:
     frames = {"frames": 4} if kind == "animatediff" else {}
     noise = torch.randn(2, *model.latent_shape(SIZE, SIZE, frames.get("frames")), generator=torch.manual_seed(3))
     prompts = [PROMPT, "a blue ball and a red cube"]
-    guidance = OWN[kind]["guidance_scale"]
+    guidance = OWN[kind].get("guidance_scale", 3.5)
     ours = systems()
     made = generate(
         model, prompts, latents=noise, steps=2, guidance=guidance, size=(SIZE, SIZE), decode=False, interventions=ours,
         **frames,
     )  # fmt: skip
     packed = noise
-    if kind == "flux":
+    if kind in ("flux", "qwenimage"):
         packed = pipe._pack_latents(noise, 2, *noise.shape[1:])
     theirs = systems()
     with attached(pipe, theirs) as run:
         drawn = draw(pipe, steps=2, latents=packed, **{**OWN[kind], "prompt": prompts}, **options)
-    if kind == "flux":
-        drawn = pipe._unpack_latents(drawn, SIZE, SIZE, 2)
+    if kind in ("flux", "qwenimage"):
+        drawn = pipe._unpack_latents(drawn, SIZE, SIZE, 2).reshape(made.latents.shape)
     return made, drawn, (ours, theirs, run)
 
 

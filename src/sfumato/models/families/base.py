@@ -269,11 +269,11 @@ class Family:
         return frames, x.shape[-2], x.shape[-1]
 
     def rows_of_call(self, arguments: dict[str, Any]) -> Rows:
-        """What such a call says of the texts: ``embeds`` (b t d), and ``mask`` (b t), ones where it has none."""
+        """What such a call says of the texts: ``embeds`` (b t d), and ``mask`` (b t) where it has one."""
         embeds = arguments["encoder_hidden_states"]
         masks = (arguments.get(f"encoder_{name}") for name in ("attention_mask", "hidden_states_mask"))
         mask = next((each for each in masks if each is not None), None)
-        return {"embeds": embeds, "mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask}
+        return {"embeds": embeds} if mask is None else {"embeds": embeds, "mask": mask}
 
     def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
         """States (b ...) of h by w from the form in which the pipeline carries them."""

@@ -58,6 +58,10 @@ class QwenImage(Flux):
         _, h, w = first[0] if isinstance(first, list) else first  # pictures that are edited follow
         return 1, 2 * h, 2 * w
 
+    def rows_of_call(self, arguments: dict[str, Any]) -> Rows:
+        rows = super().rows_of_call(arguments)
+        return {"mask": rows["embeds"].new_ones(rows["embeds"].shape[:2], dtype=torch.long), **rows}
+
     def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
         return self._unpacked(x[:, : (h // 2) * (w // 2)], h, w)
 

@@ -242,10 +242,11 @@ class PipelineCall:
         run.grid, run.size = (h, w), (w * model.family.scale, h * model.family.scale)
         self.process.options.frames = self.frames if self.frames > 1 or model.clips else None
         assert texts.cond is not None
-        held = model.family.rows_of_call(arguments)
-        part = texts.rows(embeds, len(x)).get("cond", slice(0))
-        mask = held["mask"][part] if len(held["mask"][part]) == len(texts.cond) else torch.ones(texts.cond.shape[:2])
-        cond = {"embeds": texts.cond, "mask": mask.to(texts.cond.device)}
+        cond = {"embeds": texts.cond}
+        if (mask := model.family.rows_of_call(arguments).get("mask")) is not None:
+            part = texts.rows(embeds, len(x)).get("cond", slice(0))
+            known = len(mask[part]) == len(texts.cond)
+            cond["mask"] = mask[part] if known else mask.new_ones(texts.cond.shape[:2])
         uncond = None if texts.uncond is None else {"embeds": texts.uncond}
         run.condition = Condition(cond, uncond, tuple(texts.prompts))
         run.know_sites(self._sites_with(cond), model.family.text_in(cond))
