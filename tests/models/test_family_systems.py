@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sfumato.adapters.lora import LoRA
+from sfumato.cards import build, method
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
+from sfumato.errors import NotSupported
 from sfumato.explain.daam import DAAM
 from sfumato.models import Model
 from sfumato.sampling import generate
@@ -64,3 +66,21 @@ def on_pictures(model: Model, kind: str, traced: DAAM, plain: Any) -> None:
     assert torch.equal(same.latents, plain.latents)
     edited = made(model, kind, PromptToPrompt(source=PROMPT), "a red ball and a dog")
     assert not torch.equal(edited.latents, plain.latents)
+
+
+@pytest.mark.parametrize("kind", ["lumina2", "z_image"])
+@pytest.mark.parametrize("system", ["latent_geometry", "pullback"])
+def test_features_of_layers_are_refused_where_no_block_gives_a_picture(kind: str, system: str):
+    with pytest.raises(NotSupported, match=f"no block of tiny-{kind} .* gives a picture"):
+        made(tiny_model(kind), kind, build(method(system).CARD.example or system), "a red cube and a blue ball")
+
+
+@pytest.mark.parametrize("kind", ["qwenimage", "lumina2", "z_image"])
+def test_texts_of_no_fixed_length_are_not_laid_side_by_side(kind: str):
+    with pytest.raises(NotSupported, match="side by side"):
+        made(tiny_model(kind), kind, build(method("shape_guided").CARD.example), "a red cube and a blue ball")
+
+
+def test_edits_of_prompts_of_other_lengths_are_refused_where_texts_have_none_fixed():
+    with pytest.raises(NotSupported, match="prompts of equal length"):
+        made(tiny_model("qwenimage"), "qwenimage", PromptToPrompt(source=PROMPT), "a dog")

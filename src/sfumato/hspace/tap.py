@@ -39,8 +39,14 @@ def bottleneck_of(model: Model, who: str) -> Layer:
 
 
 def layer_of(model: Model, name: str | None) -> Layer:
-    """A block by name; without one the h-space, or the middle block of a denoiser that has none. Raises UnknownName."""
+    """A block by name; without one the h-space, or the middle block of a denoiser that has none. Raises UnknownName,
+    NotSupported for a denoiser whose blocks give no picture."""
     layers = {layer.name: layer for layer in model.layers}
+    if not layers:
+        raise NotSupported(
+            f"features of layers are asked for, but no block of {model.name} ({model.family.name}) gives a picture: "
+            f"text and image run through them in one sequence."
+        )
     if name is None:
         return model.bottleneck or model.layers[(len(layers) - 1) // 2]
     if name not in layers:

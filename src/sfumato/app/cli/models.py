@@ -1,4 +1,4 @@
-"""List the built-in models, show one, or write one as a folder that other programs load."""
+"""List the built-in models, show one, say what can be looked into, or write one as a folder for other programs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from sfumato.app.cli import show
 from sfumato.app.cli.frame import command
 from sfumato.errors import BadInput
 
+#: parts of what --inspect tells that are tables, with their titles
+_TABLES = {
+    "sites": ("attention", "calls", "frames", "grid", "heads", "queries", "keys", "explicit map (MiB)"),
+    "systems": ("system", "runs"),
+}
+
 
 @command()
 def models(
@@ -18,11 +24,28 @@ def models(
     export: Annotated[
         Path | None, typer.Option(help="Write the model NAME as a whole folder for diffusers or transformers.")
     ] = None,
+    inspect: Annotated[
+        bool,
+        typer.Option("--inspect", help="What of the model NAME (a folder too) can be looked into; reads no weights."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the cards as JSON.")] = False,
 ) -> None:
     from sfumato import app, registry
 
-    if export is not None:
+    if inspect:
+        if name is None or export is not None:
+            raise BadInput("--inspect needs the name or folder of a model, and nothing besides.")
+        from sfumato.models.outline import described
+
+        facts = described(name)
+        if json_:
+            show.json_text(facts)
+        else:
+            show.table(("what", ""), [(key, str(value)) for key, value in facts.items() if key not in _TABLES])
+            for key, titles in _TABLES.items():
+                typer.echo()
+                show.table(titles, [tuple(map(str, row.values())) for row in facts[key]])
+    elif export is not None:
         if name is None:
             raise BadInput("--export needs the name of a model, such as sfumato models toy-sd --export toy-sd.")
         typer.echo(registry.export(name, export))
