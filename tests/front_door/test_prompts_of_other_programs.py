@@ -118,9 +118,9 @@ def test_break_begins_a_chunk():
 
 def test_no_sample_depends_on_the_length_of_another():
     model = tiny_model("sd")
-    both = generate(model, [SHORT, LONG, "a BREAK b"], steps=2, seed=3, decode=False)
+    both = generate(model, [SHORT, LONG, "a BREAK b"], steps=1, seed=3, decode=False)
     for i, text in enumerate([SHORT, LONG, "a BREAK b"]):
-        alone = generate(model, text, steps=2, seed=3 + i, decode=False)
+        alone = generate(model, text, steps=1, seed=3 + i, decode=False)
         torch.testing.assert_close(both.latents[i : i + 1], alone.latents, atol=1e-4, rtol=1e-4)  # two are one batch
 
 
@@ -150,9 +150,9 @@ SYSTEMS = {
 def test_words_in_later_chunks_are_found_and_act(key, kind):
     model = tiny_model(kind)
     system = cards.method(key)(**SYSTEMS[key])
-    made = generate(model, LONG, steps=2, decode=False, interventions=system, guidance=3.0)
+    made = generate(model, LONG, steps=1, decode=False, interventions=system, guidance=3.0)
     assert made.coverage[key]["calls"]
-    plain = generate(model, LONG, steps=2, decode=False, guidance=3.0)
+    plain = generate(model, LONG, steps=1, decode=False, guidance=3.0)
     if key == "daam":
         assert torch.equal(made.latents, plain.latents)
         assert 82 in system.maps[0].positions and float(system.maps[0].map("cone").max()) > 0
@@ -173,10 +173,10 @@ def test_shape_guided_reads_each_side_in_one_window():
 def test_prompt_to_prompt_aligns_a_word_of_the_second_chunk():
     model = tiny_model("sd")
     same = cards.method("prompt_to_prompt")(source=LONG)
-    plain = generate(model, LONG, steps=2, decode=False)
-    assert torch.equal(generate(model, LONG, steps=2, decode=False, interventions=same).latents, plain.latents)
+    plain = generate(model, LONG, steps=1, decode=False)
+    assert torch.equal(generate(model, LONG, steps=1, decode=False, interventions=same).latents, plain.latents)
     longer = cards.method("prompt_to_prompt")(source=LONG)  # a source of more chunks than the edit
-    generate(model, "a red cube and a ball", steps=2, decode=False, interventions=longer)
+    generate(model, "a red cube and a ball", steps=1, decode=False, interventions=longer)
     assert longer.recording.facts["text"] == 154
 
 
@@ -185,8 +185,8 @@ def test_prompt_to_prompt_aligns_a_word_of_the_second_chunk():
 
 def test_and_composes_with_shares_of_the_guidance():
     model = tiny_model("sd")
-    found = generate(model, "a red cube AND a blue ball :0.5", steps=2, guidance=4.0, decode=False)
-    same = generate(model, "a red cube", compose=[("a blue ball", 2.0)], steps=2, guidance=4.0, decode=False)
+    found = generate(model, "a red cube AND a blue ball :0.5", steps=1, guidance=4.0, decode=False)
+    same = generate(model, "a red cube", compose=[("a blue ball", 2.0)], steps=1, guidance=4.0, decode=False)
     assert torch.equal(found.latents, same.latents)
     seen = []
     generate(
@@ -199,7 +199,7 @@ def test_and_composes_with_shares_of_the_guidance():
     torch.testing.assert_close(output, expected)
     again = generate(model, **recipe_args(found.recipe), decode=False)
     assert torch.equal(again.latents, found.latents)
-    mixed = generate(model, ["a red cube AND a blue ball :0.5", "a cone"], steps=2, guidance=4.0, decode=False)
+    mixed = generate(model, ["a red cube AND a blue ball :0.5", "a cone"], steps=1, guidance=4.0, decode=False)
     assert torch.equal(mixed.latents[:1], found.latents)
     chunked = generate(model, f"{SHORT} AND {LONG}", negative="ugly", steps=1, guidance=4.0, decode=False)
     assert len(chunked) == 1
