@@ -18,7 +18,8 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors", "startup"},
-    {"arrays", "sheets", "markup", "rng", "windows", "dialects", "ondemand", "valid", "writing", "registry"},
+    {"arrays", "sheets", "markup", "rng", "windows", "dialects", "ondemand", "valid", "writing"},
+    {"registry"},
     {"files", "cards", "protocol", "scale"},
     {"clips", "checkpoints"},
     {"metrics"},

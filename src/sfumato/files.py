@@ -25,14 +25,18 @@ from sfumato.errors import BadInput
 from sfumato.writing import (
     PICTURES,
     VIDEOS,
+    copy_tree,
     create,
     free_name,
+    names_file,
     new_folder,
     numbered,
     only_folder,
     output,
     output_folder,
+    refuse_filled,
     replacing,
+    rereadable,
     reserved,
     slug,
     sweep,
@@ -45,14 +49,18 @@ if TYPE_CHECKING:
 __all__ = [
     "PICTURES",
     "VIDEOS",
+    "copy_tree",
     "create",
     "free_name",
+    "names_file",
     "new_folder",
     "numbered",
     "only_folder",
     "output",
     "output_folder",
     "replacing",
+    "refuse_filled",
+    "rereadable",
     "reserved",
     "slug",
     "sweep",
@@ -229,7 +237,7 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
             raise BadInput(f"{path} carries a recipe of more than {LONGEST_RECIPE} characters; it is not read.")
     if CHUNK in texts:
         try:
-            recipe = valid.parsed_json(texts[CHUNK])
+            recipe = valid.parsed_json(texts[CHUNK], names=True)
         except ValueError:
             recipe = None
         if not isinstance(recipe, dict):

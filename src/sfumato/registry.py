@@ -17,6 +17,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sfumato.errors import BadInput, BadWeights, UnknownName
+from sfumato.writing import copy_tree, new_folder, only_folder
+
 _HERE = Path(__file__).parent / "zoo"
 CARD = "sfumato.json"
 
@@ -48,13 +51,27 @@ def card(name: str) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where training runs and caches live: ``$SFUMATO_CACHE`` or ``~/.cache/sfumato``."""
-    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
+    """Where training runs and caches live: ``$SFUMATO_CACHE`` or ``~/.cache/sfumato``. Raises BadInput for a user
+    without a home."""
+    try:
+        return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
+    except RuntimeError:
+        raise BadInput(
+            "this user has no home folder, so say where runs and caches go: set SFUMATO_CACHE to a folder."
+        ) from None
+
+
+def in_cache(pattern: str) -> list[Path]:
+    """What is in the cache folder and looks like this, sorted; nothing where there is no such folder."""
+    try:
+        return sorted(cache_folder().glob(pattern))
+    except BadInput:
+        return []
 
 
 def trained() -> dict[str, Path]:
     """The exports of finished training runs in the cache: name -> folder."""
-    return {path.parent.parent.name: path.parent for path in sorted(cache_folder().glob("runs/*/export/sfumato.json"))}
+    return {path.parent.parent.name: path.parent for path in in_cache("runs/*/export/sfumato.json")}
 
 
 def recipes() -> dict[str, Path]:
@@ -74,8 +91,6 @@ def part(model: Path, name: str) -> Path:
     base = {} if (model / name).is_dir() else _base(model)
     if name not in base.get("parts", {}):
         return model / name
-    from sfumato.errors import BadWeights
-
     owner = find(str(base.get("name")))
     if owner is None:
         raise BadWeights(f"{model} takes its {name} from {base.get('name')!r}, which is not among the built-in models.")
@@ -115,34 +130,25 @@ def export(name: str, target: Path) -> Path:
     Raises:
         UnknownName: no such model. BadInput: ``target`` exists and is not empty. BadWeights: see :func:`part`. OSError.
     """
-    from sfumato.errors import BadInput
-
-    source, target = _known(name), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"output folder {str(target)!r} exists and is not empty; name a new one.")
-    beside = target.with_name(f"{target.name}.part{os.getpid()}")
+    source, target = _known(name), only_folder(target, "the files of a model")
     try:
-        shutil.copytree(source, beside)
-        shared = _base(source).get("parts", {})
-        for each in shared:
-            shutil.copytree(part(source, each), beside / each)
-        if shared:
-            facts = json.loads((beside / CARD).read_text(encoding="utf-8"))
-            del facts["base"]
-            (beside / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with new_folder(target) as beside:
+            copy_tree(source, beside)
+            shared = _base(source).get("parts", {})
+            for each in shared:
+                copy_tree(part(source, each), beside / each)
+            if shared:
+                facts = json.loads((beside / CARD).read_text(encoding="utf-8"))
+                del facts["base"]
+                (beside / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:  # tell the name the caller knows
+        raise OSError(error.errno, error.strerror or str(error), str(target)) from error
     return target
 
 
 def _known(name: str) -> Path:
     path = find(name)
     if path is None:
-        from sfumato.errors import UnknownName
-
         raise UnknownName("built-in model", name, names())
     return path
 

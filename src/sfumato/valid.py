@@ -35,11 +35,12 @@ def shown(given: Any) -> str:
     return str(given).encode("utf-8", "backslashreplace").decode()
 
 
-def wrong(value: Any, most: int = MOST, _depth: int = 0) -> str:
+def wrong(value: Any, most: int = MOST, names: bool = False, _depth: int = 0) -> str:
     """What is wrong with a value from outside, in a few words; empty where nothing is. Lists and mappings are looked
-    through; objects of other kinds (pictures, arrays) are nobody's business here."""
+    through; objects of other kinds (pictures, arrays) are nobody's business here. ``names``: texts may be names of
+    files, which need not be valid text."""
     if isinstance(value, str):
-        return _wrong_text(value)
+        return _wrong_text(value, names)
     if isinstance(value, int):
         return "it has more than 300 digits" if abs(value) >= LARGEST else ""
     if not isinstance(value, list | tuple | dict | set | frozenset):
@@ -49,14 +50,14 @@ def wrong(value: Any, most: int = MOST, _depth: int = 0) -> str:
     if _depth >= DEEPEST:
         return f"it is nested deeper than {DEEPEST}"
     inner = [*value, *value.values()] if isinstance(value, dict) else value
-    return next((found for each in inner if (found := wrong(each, most, _depth + 1))), "")
+    return next((found for each in inner if (found := wrong(each, most, names, _depth + 1))), "")
 
 
-def _wrong_text(given: str) -> str:
+def _wrong_text(given: str, names: bool) -> str:
     if "\0" in given:
         return "it holds a zero byte"
     try:
-        given.encode()
+        given.encode(errors="surrogatepass" if names else "strict")
     except UnicodeEncodeError as error:
         code = ord(given[error.start])
         return f"it is not valid text: character {error.start + 1} (U+{code:04X}) cannot be encoded"
@@ -77,16 +78,17 @@ def text(given: Any, what: str) -> str:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def parsed_json(source: str | bytes) -> Any:
+def parsed_json(source: str | bytes, names: bool = False) -> Any:
     """A JSON value. Raises ValueError, in a few words, for anything else: also for not-a-number and infinity, which
-    Python's reader takes, for texts that cannot be encoded, and for what is nested too deep."""
+    Python's reader takes, for what is nested too deep, and for texts that cannot be encoded - unless, with ``names``,
+    they may be names of files, which the caller has to tell from texts."""
     try:
         value = json.loads(source, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
-    if found := _not_finite(value) or wrong(value, most=LONGEST):
+    if found := _not_finite(value) or wrong(value, LONGEST, names):
         raise ValueError(found)
     return value
 

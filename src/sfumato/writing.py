@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -28,14 +29,18 @@ except ModuleNotFoundError:  # Windows has no such locks: there, nothing is swep
 __all__ = [
     "PICTURES",
     "VIDEOS",
+    "copy_tree",
     "create",
     "free_name",
+    "names_file",
     "new_folder",
     "numbered",
     "only_folder",
     "output",
     "output_folder",
     "replacing",
+    "refuse_filled",
+    "rereadable",
     "reserved",
     "slug",
     "sweep",
@@ -164,6 +169,28 @@ def new_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):
                 target.rmdir()
         beside.rename(target)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copies what is in folder ``source`` into ``target``, made if it is missing. Raises OSError at the first file that
+    cannot be written, with its number: shutil's own collects such errors and loses these."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        at = target / path.relative_to(source)
+        if path.is_dir():
+            at.mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(path, at)
+
+
+def rereadable(path: Path, owner: object) -> Path:
+    """``path``, or a copy of what a pipe holds, which can be read but once; it is there as long as ``owner``."""
+    if path.is_file() or not path.exists():
+        return path
+    with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as kept:
+        weakref.finalize(owner, os.unlink, kept.name)
+        shutil.copyfileobj(file, kept)
+    return Path(kept.name)
 
 
 def refuse_filled(folder: Path) -> None:

@@ -102,7 +102,7 @@ def tiny_stub():
         ({"seed": 10**400}, "damaged"),
         ({"steps": "9" * 5000}, "steps"),
         ({"guidance": "Infinity"}, "guidance"),
-        ({"prompt": "a\ud800"}, "damaged"),
+        ({"prompt": "a\ud800"}, "not valid text"),
         ({"prompt": "a" * 90_000}, "at most 1000 words"),
         ({"with": [{"method": "blend", "params": {"box": [[0, 0, 1, 1]] * 900}}]}, "64"),
     ],

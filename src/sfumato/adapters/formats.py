@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from sfumato import files, registry
 from sfumato.adapters.naming import DENOISER, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
 from sfumato.models.weights import TensorEntry, read_header, read_json, read_metadata
+from sfumato.valid import brief
 
 __all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "picture_word", "read_contents"]
 
@@ -53,21 +55,24 @@ _ARCHITECTURES = (
 def find_file(name: str) -> Path:
     """The file of an adapter: a path, or the name of one in the ``adapters`` folder of the cache, with or without its
     ``.safetensors``. A folder that peft or diffusers wrote stands for the weights in it. Raises BadInput."""
-    given = Path(name).expanduser()
-    shelf = registry.cache_folder() / "adapters"
+    try:
+        given = Path(name).expanduser()
+    except RuntimeError:
+        raise BadInput(f"file is {name!r}, but this user has no home folder.") from None
+    shelves = registry.in_cache("adapters")  # at most one
     tries = [given, given.with_name(f"{given.name}.safetensors")] if given.name else []
-    tries += [shelf / name, shelf / f"{name}.safetensors"] if given.name == name else []
+    tries += [shelf / each for shelf in shelves for each in (name, f"{name}.safetensors") if given.name == name]
     for path in tries:
-        if path.is_dir():
+        if os.path.isdir(path):
             for inside in _IN_FOLDERS:
-                if (path / inside).is_file():
+                if os.path.isfile(path / inside):
                     return path / inside
-        elif path.is_file():
+        elif os.path.isfile(path):
             return path
-    known = [path.stem for path in sorted(shelf.glob("*.safetensors"))] if shelf.is_dir() else []
+    known = [path.stem for path in registry.in_cache("adapters/*.safetensors")]
     close = nearest(name, known)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise BadInput(f"no adapter file {name!r}, here or in {shelf}.{hint}")
+    raise BadInput(f"no adapter file {brief(name)}, here or in {registry.cache_folder() / 'adapters'}.{hint}")
 
 
 def content_hash(path: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards
+from sfumato import cards, files, valid
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, load
 from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
 from sfumato.bench.arguments import CompareArguments, JudgeArguments
@@ -73,12 +73,13 @@ def side(given: Any) -> Side:
         model, with_ = options.pop("model", DEFAULT_MODEL), options.pop("with_", [])
         name = model if isinstance(model, str | Path) else getattr(model, "name", "model")
         settings = ",".join(f"{key}={value}" for key, value in options.items())
-        return Side(f"{name}:{settings}" if settings else str(name), None, model, options, _as_list(with_))
+        named = valid.shown(f"{name}:{settings}" if settings else name)
+        return Side(named, None, model, options, _as_list(with_))
     if not isinstance(given, str | Path):
         return Side(getattr(given, "name", "model"), None, given)
     path = Path(given)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        return Side(path.name or str(path), path)
+        return Side(valid.shown(path.name or path), path)
     if path.exists() or ":" not in str(given):
         return Side(path.name, None, str(given))
     model, options = cards.parse_with(str(given))
@@ -91,6 +92,11 @@ def side(given: Any) -> Side:
 def _joined(one: Side, with_: Any) -> Side:
     """A side with systems of both sides before its own."""
     return one if one.folder else replace(one, with_=[*_as_list(with_), *one.with_])
+
+
+def beside(out: Path, inside: str, behind: str) -> Path:
+    """A place in the folder ``out`` or, where it names a picture, beside that, with its name."""
+    return out.with_name(f"{out.stem}-{behind}") if files.names_file(out) else out / inside
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -121,7 +127,8 @@ def compare(
         prompts: for models: a JSONL file as for ``make --prompts``, or texts. For folders: what the pictures show.
         n, seed: pictures of each prompt and the first one's seed, over what the file says.
         out: folder for the report and, for models, the pictures (``pictures-a``, ``pictures-b``); what is there of them
-            is not made again. For models it is needed.
+            is not made again. For models it is needed. ``x.png``: the pairs, with ``x.html``, ``x.json`` and, for
+            models, ``x-a`` and ``x-b`` beside it.
         options: settings for both models, as for :func:`make`; those of a side win.
         with_: systems that take part on both sides, beside those of each.
         on_progress: called with (done, of how many, share of the next, note).
@@ -154,8 +161,7 @@ def compare(
         raise BadInput("comparing models needs out, a folder for their pictures.")
     if (str(one.model), one.options, one.with_) == (str(two.model), two.options, two.with_):
         raise BadInput(f"both sides are {one.name!r} with the same settings; change one.")
-    out = Path(out)
-    sources = [out / "pictures-a", out / "pictures-b"]
+    sources = [beside(Path(out), f"pictures-{each}", each) for each in "ab"]
     _make_sides([one, two], sources, prompts, {"n": n, "seed": seed, **(options or {})}, dtype, device, on_progress)
     return compare_folders(*sources, out=out, on_progress=measured, **compared)
 
@@ -171,7 +177,7 @@ def _make_sides(
 ) -> None:
     """The pictures of both sides, in turns, so that whatever else the machine does slows both alike."""
     shared = {name: value for name, value in options.items() if value is not None}
-    source = Path(prompts) if isinstance(prompts, str | Path) else None
+    source = files.rereadable(Path(prompts), sides[0]) if isinstance(prompts, str | Path) else None
     texts = [] if isinstance(prompts, str | Path) else list(prompts)
     if not source and not texts:
         raise BadInput("prompts is empty; give at least one.")

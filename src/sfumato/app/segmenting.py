@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol
+from sfumato import cards, files, protocol, valid
 from sfumato.app.arguments import SegmentArguments
 from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, fitting_size, load, suitable_model
 from sfumato.cards.signatures import spelt_out
@@ -48,6 +48,7 @@ def segment(
     Returns:
         What the system found: masks of every stage, ``segmenter``, ``save(folder)``.
     """
+    valid.text(concept, "concept")
     system = _built(by, {**options})
     shown = None if pictures is None else [image for _, image in _listed(pictures)]
     if remover is None:
@@ -90,12 +91,17 @@ def segment_files(
             raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
         if not Path(what).is_file():
             raise BadInput(f"there is no file {what}; name an object, or a segmenter made before.")
-        with files.output_folder(out):
+        with files.output(out) as (folder, named):
             segmenter = _built(by, {}).open_segmenter(Path(what))
-            about = {"segmenter": Path(what).name}
-            return [files.save_png(out / f"{name}.png", segmenter.mask(image), about) for name, image in listed]
+            about, n = {"segmenter": Path(what).name}, len(listed)
+            places = [files.numbered(named, i, n) or folder / f"{name}.png" for i, (name, _) in enumerate(listed)]
+            return [
+                files.save_png(at, segmenter.mask(image), about) for at, (_, image) in zip(places, listed, strict=True)
+            ]
+    files.only_folder(out, "masks and a segmenter")
+    valid.text(what, "what")
     _built(by, {k: v for k, v in options.items() if k != "size"})
-    with files.output_folder(out):
+    with files.output_folder(out), files.reserved(out, "segmenting"):
         loaded: dict[str, Any] = {"model": load(model or DEFAULT_MODEL, dtype=dtype, device=device, config=config)}
         if remover is None and model is None:
             remover = suitable_model(cards.methods()[cards.default("edit mask")].needs)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sfumato import cards, sheets
+from sfumato import cards, files, sheets
 from sfumato.bench.arguments import CompareArguments
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import CompareOptions
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 BINARY = ("all_present", "all_bound", "counted", "related", "all_right")
 PARTIAL = ("present", "bound")
+SMALL, LARGE = 128, 1024  # longer side of a picture on the page, and in a file of its own
 MOST_DRAWS = 40_000_000  # resampled numbers at a time
 
 
@@ -95,7 +96,8 @@ def compare_folders(
     Args:
         prompts: what the pictures show, for both, as for :class:`sfumato.bench.folder.Folder`.
         reference: real pictures; each side's distance to them is measured too.
-        out: folder for ``report.json`` and ``report.html``. None: nothing is written.
+        out: folder for ``report.json`` and ``report.html``; or ``x.png``, the pairs that the page shows, numbered where
+            there are several, with ``x.json`` and ``x.html`` beside them. None: nothing is written.
         seed: of bootstrap and samples.
         options: see :class:`sfumato.bench.options.CompareOptions`.
 
@@ -104,6 +106,7 @@ def compare_folders(
     """
     given: dict[str, Any] = {"seed": seed, **options}
     chosen = CompareOptions(**given)
+    named = _picture_of(out, chosen.shown)
     one, two = Folder(first, prompts), Folder(second, prompts)
     if one.path.resolve() == two.path.resolve():
         raise BadInput(f"{str(first)!r} is compared with itself; name two folders.")
@@ -111,7 +114,7 @@ def compare_folders(
     left = len(one) + len(two) - 2 * len(matched)
     reader, clip, eye = load_judge(chosen.reader), load_clip(chosen.clip), load_perceptual(chosen.encoder)
     net = None if reference is None else feature_net(chosen.net)
-    pairs, gallery, failed, no_text = Pairs(), _Gallery(chosen.shown), [], 0
+    pairs, gallery, failed, no_text = Pairs(), _Gallery(chosen.shown, LARGE if named else SMALL), [], 0
     moments: list[Moments | None] = [None, None]
     samples: list[Reservoir | None] = [None, None]
     for start in range(0, len(matched), chosen.batch):
@@ -167,9 +170,25 @@ def compare_folders(
     if gallery.pairs:
         report.gallery.append((f"Pairs, {chosen.names[0]} left; where they differ first", gallery.pictures()))
     report.data |= {"options": chosen.model_dump(mode="json"), "folders": [str(one.path), str(two.path)], "pairs": n}
-    if out is not None:
+    if named is not None:
+        named.parent.mkdir(parents=True, exist_ok=True)
+        shown = gallery.pictures()
+        for i, (text, image) in enumerate(shown):
+            at = files.numbered(named, i, len(shown))
+            report.pictures.append(files.save_png(at or named, image, {"prompt": text, "compare": chosen.names}))
+        report.save(named.parent, named.stem)
+    elif out is not None:
         report.save(Path(out))
     return report
+
+
+def _picture_of(out: Path | str | None, shown: int) -> Path | None:
+    """The file that ``out`` names, if it names one. Raises BadInput for one that no pairs can be written to."""
+    if out is None or not files.names_file(Path(out)):
+        return None
+    if Path(out).suffix.lower() != ".png" or not shown:
+        raise BadInput(f"-o is {Path(out).name!r}, but pairs are written as .png, and shown must be above 0.")
+    return Path(out)
 
 
 def matching(one: Folder, two: Folder) -> list[tuple[str, str]]:
@@ -293,8 +312,8 @@ def _figures(report: Report, pairs: Pairs, chosen: CompareOptions, distance: str
 class _Gallery:
     """The pairs worth showing: those that only one side gets right, then those that differ most to the eye."""
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, most: int, largest: int):
+        self.most, self.largest = most, largest
         self.pairs: list[tuple[bool, float, str, Image.Image]] = []
 
     def offer(
@@ -318,7 +337,7 @@ class _Gallery:
             else " - "
             + ", ".join(f"{name} {'right' if good else 'wrong'}" for name, good in zip(names, solved, strict=True))
         )
-        self.pairs.append((differ, gap, text + caption, _side_by_side(first, second)))
+        self.pairs.append((differ, gap, text + caption, _side_by_side(first, second, self.largest)))
         self.pairs.sort(key=lambda each: each[:2], reverse=True)
         del self.pairs[self.most :]
 
@@ -327,7 +346,7 @@ class _Gallery:
         return [(text, image) for _, _, text, image in self.pairs]
 
 
-def _side_by_side(first: Image.Image, second: Image.Image, largest: int = 128) -> Image.Image:
+def _side_by_side(first: Image.Image, second: Image.Image, largest: int) -> Image.Image:
     tiles = []
     for picture in (first, second):
         tile = picture.convert("RGB").copy()

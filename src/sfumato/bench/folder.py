@@ -13,9 +13,6 @@ import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +65,7 @@ class Folder:
             way = f"its subfolders do: name {' or '.join(inside[:5])}" if inside else "name another folder"
             raise BadInput(f"{str(self.path)!r} holds no picture ({', '.join(SUFFIXES[:4])}, ...); {way}.")
         if isinstance(prompts, Path | str):
-            self._match(_rereadable(Path(prompts), self))
+            self._match(files.rereadable(Path(prompts), self))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -185,26 +182,20 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 line, start = line[mark:], start + mark
                 if line.strip():
                     try:
-                        row = valid.parsed_json(line)
+                        row = valid.parsed_json(line, names=True)
                     except ValueError as error:
                         raise BadInput(f"{path}, line {number}: not a JSON object ({valid.shown(error)}).") from None
                     if not isinstance(row, dict):
                         raise BadInput(f"{path}, line {number}: not a JSON object.")
+                    for key in _TEXTS:
+                        if why := valid.wrong(row.get(key), valid.LONGEST):
+                            raise BadInput(f"{path}, line {number}: {key} is no caption: {why}.")
                     yield number, start, row
                 start += len(line)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _rereadable(path: Path, owner: object) -> Path:
-    """``path``, or a copy of what a pipe holds, which can be read but once; it is there as long as ``owner``."""
-    if path.is_file() or not path.exists():
-        return path
-    with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=".jsonl", delete=False) as kept:
-        weakref.finalize(owner, os.unlink, kept.name)
-        shutil.copyfileobj(file, kept)
-    return Path(kept.name)
-
-
 def _text(row: Mapping[str, Any]) -> str | None:
-    return next((row[key] for key in _TEXTS if isinstance(row.get(key), str) and row[key].strip()), None)
+    texts = (row[key] for key in _TEXTS if isinstance(row.get(key), str) and not valid.wrong(row[key]))
+    return next((text for text in texts if text.strip()), None)

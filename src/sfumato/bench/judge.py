@@ -56,6 +56,8 @@ def judge_folder(
     """
     given: dict[str, Any] = {**options}
     chosen = JudgeOptions(**given)
+    if out is not None:
+        files.only_folder(out, "a report and its state")
     if chosen.ray:
         check(chosen.workers)
     elif chosen.workers is not None:
@@ -122,7 +124,7 @@ def judge_folder(
 
     if folder_out is None:
         return everywhere()
-    with files.output_folder(folder_out), _nothing_left(folder_out):
+    with files.output_folder(folder_out), files.reserved(folder_out, "judging"), _nothing_left(folder_out):
         report = everywhere()
         report.save(folder_out)
         return report

@@ -61,7 +61,7 @@ class Report:
         plots: name -> picture, written beside the report and embedded.
         gallery: (heading, pictures with a caption each) to embed.
         data: everything as plain values.
-        files: what :meth:`save` wrote.
+        pictures: files that were written before; files: these, and what :meth:`save` wrote.
     """
 
     title: str
@@ -71,6 +71,7 @@ class Report:
     plots: dict[str, Image] = field(default_factory=dict)
     gallery: list[tuple[str, list[tuple[str, Image]]]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    pictures: list[Path] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Interval | float:
@@ -142,7 +143,7 @@ class Report:
     def save(self, folder: Path, name: str = "report") -> list[Path]:
         """Writes ``name.json``, ``name.html`` and the plots into ``folder``; returns and keeps the paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.files = []
+        self.files = list(self.pictures)
         for suffix, text in (
             (".json", valid.json_text(self.to_json(), indent=1, ascii_only=True) + "\n"),
             (".html", valid.shown(self.html())),

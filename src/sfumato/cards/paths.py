@@ -120,4 +120,4 @@ def refuse_unallowed(found: Sequence[tuple[str, str, str]], allow: Sequence[str 
 def _quoted(text: str) -> str:
     import shlex
 
-    return shlex.quote(text if len(text) <= 200 else f"{text[:200]}...")
+    return shlex.quote(text) if text.isprintable() and len(text) <= 200 else brief(text, 200)

@@ -160,7 +160,7 @@ class Options(Params):
         json_schema_extra={"recipe": False},
     )  # fmt: skip
 
-    def __init__(self, **given: Any):
+    def __init__(self, /, **given: Any):
         """Raises BadInput for an option out of its range, UnknownName for one that does not exist. A :class:`Guidance`
         may stand for a scale; it says its rescale and interval as well."""
         for name in ("guidance", "true_guidance"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato import files
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.protocol import Work
 from sfumato.training import Fitted, Player, Progress, fit
@@ -34,7 +35,7 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
     if work.resume and not told.is_file():
         raise BadInput(f"there is nothing to resume: {work.folder} holds no run.")
     work.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(work.folder):
+    with files.reserved(work.folder, "teaching"):
         if told.is_file() and not work.resume:
             raise Conflict(f"{work.folder} holds a run that was not finished: give --resume, or remove the folder.")
         said = json.loads(json.dumps(dict(settings)))
@@ -63,19 +64,6 @@ def _same(told: Path, said: dict[str, Any]) -> None:
             f"{told.parent} holds a run with another {name} ({was!r}, now {now!r}): ask for the same, or remove the "
             "folder to begin anew."
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within: no other process is in the folder; the system frees the lock however this one ends."""
-    import fcntl
-
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Conflict(f"another run is at work in {folder}; give this one another -o.") from None
-        yield
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato import files
 from sfumato.adapters.closed_form import Solver
 from sfumato.adapters.metadata import check_base
 from sfumato.adapters.weights import Weights
@@ -129,4 +130,4 @@ def _captions(data: Any, n: int = 300) -> list[str]:
     path = Path(data)
     if not path.is_file():
         raise BadInput(f"{path} is no file of captions: a merge needs one with a caption on each line, or toybox.")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]

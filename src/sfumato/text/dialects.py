@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from sfumato.errors import BadInput, NotSupported
+from sfumato.valid import brief
 
 __all__ = ["Composition", "adapter_tags", "read_composition", "refuse_dialect"]
 
@@ -66,24 +67,26 @@ def adapter_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     """
     found = []
     for kind, inside in _TAG.findall(prompt):
-        tag = f"<{kind}:{inside}>"
+        tag = brief(f"<{kind}:{inside}>")[1:-1]
         if kind.lower() == "hypernet":
             raise NotSupported(f"{tag}: hypernetworks are not supported; leave it out.")
         if kind.lower() == "lyco":
-            raise NotSupported(f"{tag}: lyco is not supported; write <lora:{inside}>, which reads LoHa and LoKr, too.")
+            raise NotSupported(
+                f"{tag}: lyco is not supported; write <lora:{brief(inside)[1:-1]}>, which reads LoHa and LoKr, too."
+            )
         name, *numbers = (part.strip() for part in inside.split(":"))
         if not name or PurePath(name).name != name or "\\" in name:
-            raise BadInput(f"{tag}: {name!r} is no name of an adapter; give a file by --with lora:file=PATH instead.")
-        if len(numbers) > 1:
-            raise NotSupported(
-                f"{tag}: only one scale, of text encoder and denoiser alike, is read: <lora:{name}:0.8>."
+            raise BadInput(
+                f"{tag}: {brief(name)} is no name of an adapter; give a file by --with lora:file=PATH instead."
             )
+        if len(numbers) > 1:
+            raise NotSupported(f"{tag}: only one scale, of text encoder and denoiser alike, is read: <lora:NAME:0.8>.")
         try:
             scale = float(numbers[0]) if numbers else 1.0
         except ValueError:
             scale = math.nan
         if not math.isfinite(scale):
-            raise BadInput(f"{tag}: {numbers[0]!r} is no scale; write a number, as in <lora:{name}:0.8>.")
+            raise BadInput(f"{tag}: {brief(numbers[0])} is no scale; write a number, as in <lora:NAME:0.8>.")
         found.append((name, scale))
     return (_TAG.sub("", prompt).strip(), tuple(found)) if found else (prompt, ())
 

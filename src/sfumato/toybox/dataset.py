@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from .. import files, registry
 from ..errors import BadInput, UnknownName
 from ..ondemand import Spec, Store
 from ..rng import sequence
@@ -23,7 +22,7 @@ DATA_SPLITS = ("train", "val", "test", "heldout")
 
 def cache_root() -> Path:
     """Folder for renders and runs: ``$SFUMATO_CACHE``, else ``~/.cache/sfumato``."""
-    return Path(os.environ.get("SFUMATO_CACHE") or Path.home() / ".cache" / "sfumato")
+    return registry.cache_folder()
 
 
 def draw_scene(split: str, seed: int, index: int, toys: int | None = None) -> Scene:
@@ -121,15 +120,12 @@ def export_imagefolder(
     """
     from PIL import Image
 
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"output folder {str(folder)!r} exists and is not empty; name a new one.")
+    folder = files.only_folder(folder, "pictures, masks and scenes")
     if n < 1:
         raise BadInput(f"n must be at least 1, got {n}.")
     if style not in captions.STYLES:
         raise UnknownName("caption style", style, captions.STYLES)
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    try:
+    with files.new_folder(folder) as part:
         for name in ("masks", "scenes"):
             (part / name).mkdir(parents=True)
         with (part / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
@@ -159,9 +155,4 @@ def export_imagefolder(
                     metadata.write(json.dumps(row) + "\n")
                 if on_progress:
                     on_progress(min(start + 64, n), n)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfumato import files
 from sfumato.errors import BadWeights
 
 KEEP = 2
@@ -20,18 +20,11 @@ KEEP = 2
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Writes checkpoint ``folder/step_<step>`` atomically and drops all but the last two."""
     target = folder / f"step_{step:08d}"
-    beside = folder / f".writing_{step:08d}_{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
+    with files.new_folder(target, replace=True) as beside:
         save_file({key: value.contiguous() for key, value in tensors.items()}, beside / "tensors.safetensors")
         digest = _digest(beside / "tensors.safetensors")
         text = json.dumps({**state, "step": step, "sha256": digest}, indent=1)
         (beside / "state.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     for old in listing(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return target

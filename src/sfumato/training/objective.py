@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import cards, protocol
-from sfumato.errors import UnknownName
+from sfumato.errors import BadInput, SfumatoError, UnknownName, within_memory
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.players import Loss
@@ -158,6 +158,18 @@ def objectives() -> dict[str, str]:
     return found
 
 
+LARGEST = 2**17  # of a recipe's numbers about a network: channels, tokens
+
+
+def _refuse_sizes(section: dict[str, Any]) -> None:
+    """Raises BadInput for numbers that no layer has: torch builds layers of no channels, and fills memory with some."""
+    for name, value in section.items():
+        least = 1 if "channels" in name or "dim" in name or "width" in name else None
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and (number > LARGEST or (least is not None and number < least)):
+                raise BadInput(f"recipe key model.{name}: {number} must be from {least or 0} to {LARGEST}.")
+
+
 def build_objective(recipe: Recipe) -> Objective:
     """The objective that ``recipe`` names, with its modules built: one of :func:`objectives`, or that of a system which
     trains (:class:`sfumato.protocol.Trains`)."""
@@ -167,4 +179,13 @@ def build_objective(recipe: Recipe) -> Objective:
             raise UnknownName("objective", recipe.objective, objectives())
         return system.objective(recipe)
     module, _, name = objectives()[recipe.objective].partition(":")
-    return getattr(importlib.import_module(module), name)(recipe)
+    build = getattr(importlib.import_module(module), name)
+    _refuse_sizes(recipe.model)
+    try:
+        with within_memory(f"the model of recipe {recipe.name}", "make it smaller (recipe section model)"):
+            return build(recipe)
+    except SfumatoError:
+        raise
+    except Exception as error:  # layers of torch, diffusers and transformers refuse what does not fit in many ways
+        why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise BadInput(f"recipe section model: no network can be built of it: {why}.") from error

@@ -104,7 +104,7 @@ def load_recipe(source: str | Path) -> Recipe:
         UnknownName: ``source`` is neither a file nor a shipped recipe, or holds an unknown key.
         BadInput: the file is not TOML or a value is out of its range.
     """
-    from sfumato import registry
+    from sfumato import files, registry
 
     path = Path(source)
     if not path.is_file():
@@ -113,7 +113,7 @@ def load_recipe(source: str | Path) -> Recipe:
             raise UnknownName("recipe", str(source), shipped)
         path = shipped[str(source)]
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(files.read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadInput(f"recipe {path} is not TOML: {error}.") from None
     return parse("", Recipe, values)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sfumato import registry
+from sfumato import files, registry
 from sfumato.errors import BadInput, Conflict, UnknownName
 from sfumato.models.quiet import quiet
 from sfumato.training import checkpoint
@@ -31,6 +31,8 @@ from sfumato.training.precision import autocast, wants_bf16
 from sfumato.training.recipe import Recipe, TrainOptions, load_recipe
 from sfumato.training.schedules import warmup_decay
 from sfumato.training.trainer import Progress, Trainer
+
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -223,17 +225,25 @@ class TrainingRun:
         if step not in {round(share * self.options.steps) for share in self.options.stages} or not self.main:
             return
         target = self.folder / "stages" / f"step_{step:06d}"
-        beside = target.with_name(f".writing_{target.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        with self.trainer.averaged():
+        with files.new_folder(target, replace=True) as beside, self.trainer.averaged():
             self.objective.export(beside)
-        shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
 
     def _log(self, entry: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def cut_log(self) -> None:
+        """Drops what the log says of steps behind the present one: they are walked again, and of lines cut short."""
+        path = self.folder / "log.jsonl"
+        if not self.main or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= self.trainer.step:
+                    kept.append(line + "\n")
+        with files.replacing(path) as file:
+            file.write("".join(kept).encode())
 
     def measure(self) -> dict[str, float]:
         """The quality of the averaged weights, for the card; main process only."""
@@ -246,19 +256,12 @@ class TrainingRun:
         """Writes the averaged weights with card to ``target``, beside and renamed; main process only."""
         if not self.main:
             return None
-        beside = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
+        with files.new_folder(target, replace=True) as beside:
             with self.trainer.averaged():
                 extra = self.objective.export(beside)
             for stage in sorted((self.folder / "stages").glob("step_*")):
-                shutil.copytree(stage, beside / "stages" / stage.name)
+                files.copy_tree(stage, beside / "stages" / stage.name)
             write_card(beside, self.recipe, self.trainer.step, self.trainer.seconds, self.plans, quality, extra)
-            shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
         return target
 
 
@@ -286,6 +289,8 @@ def run(
     """
     if minutes is not None and not minutes > 0:
         raise BadInput(f"minutes must be above 0, got {minutes}.")
+    if out is not None:
+        files.only_folder(out, "the files of a model")
     loaded = load_recipe(recipe)
     folder = registry.cache_folder() / "runs" / loaded.name
     if not resume and checkpoint.listing(folder / "checkpoints"):
@@ -296,17 +301,32 @@ def run(
     random_state = torch.random.get_rng_state()
     keep_memory()
     try:
-        with quiet():  # what the libraries below say while they load and save is not the user's to act on
-            this = TrainingRun(loaded, folder, snapshots)
-            complaints = this.restore() if resume else []
-            with this.trainer.signals(signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-                result = this.fit(minutes, on_progress)
-            result.complaints = complaints
-            if result.finished:
-                result.quality = this.measure()
-                result.exported = this.export(out or folder / "export", result.quality)
-            record = {**asdict(result), "folder": str(folder), "exported": str(result.exported or "")}
-            (folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return result
+        alone = os.environ.get("RANK", "0") == "0"  # the other processes of one run share its folder
+        # quiet: what the libraries below say while they load and save is not the user's to act on
+        with quiet(), files.reserved(folder, "this training") if alone else contextlib.nullcontext():
+            return _run(loaded, folder, resume, minutes, out, on_progress, snapshots)
     finally:
         torch.random.set_rng_state(random_state)
+
+
+def _run(
+    loaded: Recipe,
+    folder: Path,
+    resume: bool,
+    minutes: float | None,
+    out: Path | None,
+    on_progress: Callable[[Progress], None] | None,
+    snapshots: Path | None,
+) -> RunResult:
+    this = TrainingRun(loaded, folder, snapshots)
+    complaints = this.restore() if resume else []
+    this.cut_log()
+    with this.trainer.signals(*STOPS):
+        result = this.fit(minutes, on_progress)
+    result.complaints = complaints
+    if result.finished:
+        result.quality = this.measure()
+        result.exported = this.export(out or folder / "export", result.quality)
+    record = {**asdict(result), "folder": str(folder), "exported": str(result.exported or "")}
+    (folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return result

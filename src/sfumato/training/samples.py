@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import tarfile
 import tempfile
@@ -37,7 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import clips, files
+from sfumato import clips, files, valid
 from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
 from sfumato.training.draw import Draw
@@ -193,7 +192,7 @@ class Samples:
         if isinstance(said, str):
             return said
         try:
-            return said.read().decode("utf-8").strip()
+            return said.read().decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise BadInput(f"{said.name} is not UTF-8 text.") from None
 
@@ -294,7 +293,7 @@ def _escaped(stem: str) -> str:
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, row) of a table of metadata."""
-    text = table.read_text(encoding="utf-8")
+    text = files.read_text(table)
     if table.suffix == ".csv":
         yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
         return
@@ -302,7 +301,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = valid.parsed_json(line)
         except ValueError as error:
             raise BadInput(f"line {number} of {table} is not JSON: {error}.") from None
         if not isinstance(row, dict):
@@ -369,7 +368,7 @@ def _of_group(parts: dict[str, FilePart], moving: bool) -> Entry | None:
     facts: dict[str, Any] = {}
     if ".json" in parts:
         try:
-            facts = dict(json.loads(parts[".json"].read()))
+            facts = dict(valid.parsed_json(parts[".json"].read()))
         except (ValueError, TypeError) as error:
             raise BadInput(f"{parts['.json'].name} is not a JSON object: {error}.") from None
     said: str | FilePart = parts.get(".txt") or next((str(facts[key]) for key in CAPTIONS if facts.get(key)), "")

@@ -167,7 +167,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def signals(self, *which: signal.Signals) -> Iterator[None]:
-        """Within: Ctrl-C (and what else is named) stops after the present step; a second one interrupts at once."""
+        """Within: Ctrl-C stops after the present step; a second one interrupts at once. So do signals that are named,
+        unless they are ignored as under nohup, and SIGTERM and SIGHUP where the program stops by them anyway."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -177,7 +178,10 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop()
 
-        old = {each: signal.signal(each, handle) for each in (signal.SIGINT, *which)}
+        named = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        also = {each for each in which if signal.getsignal(each) is not signal.SIG_IGN}
+        also |= {each for each in named if callable(signal.getsignal(each))}
+        old = {each: signal.signal(each, handle) for each in (signal.SIGINT, *also)}
         try:
             yield
         finally:

@@ -35,7 +35,9 @@ def compare(
     net: Annotated[str | None, typer.Option(help="Net of the distances. Default: toy-clip.")] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP of the scores. Default: toy-clip.")] = None,
     shown: Annotated[int | None, typer.Option(help="Pairs on the page. Default: 40.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and pictures.")] = Path("compared"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report and pictures, or x.png.")] = Path(
+        "compared"
+    ),
     json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
@@ -49,8 +51,9 @@ def compare(
     if task:
         from sfumato.toybox.oracle.prompts import prompt_set, write_prompts
 
-        out.mkdir(parents=True, exist_ok=True)
-        source, n = write_prompts(out / "prompts.jsonl", prompt_set(task, n or 20, seed or 0)), None
+        at = app.beside(out, "prompts.jsonl", "prompts.jsonl")
+        at.parent.mkdir(parents=True, exist_ok=True)
+        source, n = write_prompts(at, prompt_set(task, n or 20, seed or 0)), None
         seed = None  # every prompt of the set has its own
     settings = flags.said(given)
     measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}

@@ -127,12 +127,11 @@ class TaughtClassifier:
 
         Raises BadInput if the folder is not empty.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise BadInput(f"output folder {str(target)!r} is not empty; name a new one.")
-        self.model.save_pretrained(target)  # type: ignore[operator]
-        with files.replacing(target / "robust_vit.json") as file:
-            file.write(json.dumps({**self.facts, "epoch": self.epoch, "log": self.log}, indent=1).encode())
+        target = files.only_folder(folder, "the files of a model")
+        with files.new_folder(target) as beside:
+            self.model.save_pretrained(beside)  # type: ignore[operator]
+            text = json.dumps({**self.facts, "epoch": self.epoch, "log": self.log}, indent=1)
+            (beside / "robust_vit.json").write_text(text, encoding="utf-8")
         return target
 
 

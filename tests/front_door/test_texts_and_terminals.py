@@ -1,0 +1,180 @@
+"""Texts that no file can hold, files with marks, names that are no text, terminals that know few letters, users without
+a home: each an error of ours in one line, or no matter at all."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato import cards, files, masks, registry, valid
+from sfumato.app import BadLines, EditOptions, Order, carry_out_lines, explain, make, read_prompts, segment
+from sfumato.bench.folder import Folder
+from sfumato.bench.judge import read_attributes
+from sfumato.bench.options import CompareOptions, JudgeOptions
+from sfumato.errors import BadInput, SfumatoError
+from sfumato.sampling import Options
+from sfumato.training.objective import build_objective
+from sfumato.training.recipe import Recipe, load_recipe
+from tests.tiny import tiny_model
+
+BAD = ["a \ud800 cube", "a\0cube", "\udcff"]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    "entrance",
+    [
+        lambda bad: Options(prompt=bad),
+        lambda bad: Options(prompt=["a", bad]),
+        lambda bad: Options(prompt="a", negative=bad),
+        lambda bad: Options(prompt="a", compose=[(bad, 1.0)]),
+        lambda bad: Options(prompt="a", scheduler=bad),
+        lambda bad: EditOptions(prompt=[bad]),
+        lambda bad: EditOptions(prompt=["a"], from_=bad),
+        lambda bad: JudgeOptions(template=bad),
+        lambda bad: JudgeOptions(attributes=[bad]),
+        lambda bad: CompareOptions(names=(bad, "b")),
+        lambda bad: make(bad, model="toy-sd"),
+        lambda bad: make("a", with_=f"daam:words={bad}"),
+        lambda bad: make("a", with_={"method": "daam", "params": {"words": [bad]}}),
+        lambda bad: make("a", with_={"method": bad}),
+        lambda bad: make("a", model=bad),
+        lambda bad: explain(bad),
+        lambda bad: explain("x.png", bad),
+        lambda bad: explain("a", words=[bad]),
+        lambda bad: explain(bad, by="conceptor"),
+        lambda bad: segment(bad),
+        lambda bad: cards.build(f"paint_with_words:phrases=[{bad}]"),
+        lambda bad: cards.build(bad),
+        lambda bad: masks.read_mask(bad),
+        lambda bad: cards.method(bad),
+    ],
+)
+def test_every_entrance_has_the_same_check(entrance, bad):
+    with pytest.raises((SfumatoError, FileNotFoundError)) as caught:
+        entrance(bad)
+    str(caught.value).encode()
+    assert "\n" not in str(caught.value)
+
+
+def test_one_bad_line_stops_no_run(tmp_path, monkeypatch):
+    """Half pairs, zero bytes, not-a-number, annotations of any kind: named, and the others are drawn."""
+    good = [b'\xef\xbb\xbf{"prompt": "a cube", "task": "one"}', b'{"prompt": "a ball", "tag": {"a": [1, null]}}']
+    bad = [b'{"prompt": "a \\ud800"}', b'{"prompt": "a\\u0000"}', b'{"prompt": "a", "task": NaN}',
+           b'{"prompt": "\xff"}',
+           b'{"prompt": "a", "id": "\\udfff"}', b'{"prompt": "a", "tag": 1e999}', b'{"prompt": "a", "self": 1}',
+           b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b"[" * 20_000]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n".join([good[0], *bad, good[1]]))
+    made = []
+    with pytest.raises(BadLines, match="9 of 11 lines could not be followed: line 2: .* line 3: .* line 4: ") as caught:
+        for each in carry_out_lines(
+            read_prompts(path, {"steps": 1}), Order([]), tmp_path / "out", model=tiny_model("sd")
+        ):
+            made += each.paths
+    assert [each.name for each in made] == ["a-cube-0.png", "a-ball-0.png"] and "\n" not in str(caught.value)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out" / "metadata.jsonl").open()]
+    assert [row.get("task", row.get("tag")) for row in rows] == ["one", {"a": [1, None]}]
+
+
+def through_a_pipe(path, content):
+    os.mkfifo(path)
+    thread = threading.Thread(target=lambda: path.write_bytes(content), daemon=True)
+    thread.start()
+    return path
+
+
+def test_prompts_and_captions_from_a_pipe(tmp_path):
+    pipe = through_a_pipe(tmp_path / "pipe", b'{"prompt": "a cube"}\n{"prompt": "a ball"}\n')
+    assert [line.job.prompt for line in read_prompts(pipe, {})] == ["a cube", "a ball"]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in "ab":
+        Image.new("RGB", (4, 4)).save(pictures / f"{name}.png")
+    pipe = through_a_pipe(tmp_path / "captions", b'{"text": "a cube"}\n{"text": "a ball"}\n')
+    folder = Folder(pictures, pipe)
+    assert [folder.about(name)["text"] for name in folder.names * 2] == ["a cube", "a ball"] * 2
+
+
+def test_byte_order_marks_are_read_over(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"file_name": "a.png", "text": "a cube"}\n')
+    folder = Folder(tmp_path)
+    assert folder.about("a.png")["text"] == "a cube"
+    (tmp_path / "attributes.txt").write_bytes(codecs.BOM_UTF8 + b"red cube\n")
+    assert read_attributes(tmp_path / "attributes.txt") == ["red cube"]
+    toml = tmp_path / "r.toml"
+    toml.write_bytes(codecs.BOM_UTF8 + registry.recipes()["toy-vae"].read_bytes())
+    assert load_recipe(toml).name == "toy-vae"
+    (tmp_path / "wide.jsonl").write_bytes('{"prompt": "a"}'.encode("utf-16"))
+    with pytest.raises(BadInput, match="not UTF-8 text but UTF-16"):
+        list(read_prompts(tmp_path / "wide.jsonl", {}))
+    toml.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        load_recipe(toml)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Undecodable bytes in the names of files are legal on Linux: such pictures are read, written and told of."""
+    name = os.fsdecode(b"p\xff.png")
+    path = files.save_png(tmp_path / name, Image.new("RGB", (4, 4)), {"prompt": "a cube", "picture": name})
+    assert files.read_recipe(path)[0]["prompt"] == "a cube"
+    folder = Folder(tmp_path)
+    assert folder.names == [name] and folder.picture(name).size == (4, 4)
+    line = valid.json_line({"file_name": name, "text": "日"})
+    assert json.loads(line) == {"file_name": name, "text": "日"} and "日".encode() in line
+    assert valid.shown(path).encode() and files.slug(name) == "p-png"
+
+
+def test_a_circle_of_links_is_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "c.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "b.png")
+    folder = Folder(tmp_path)
+    assert folder.names == ["a.png"] and [each.split(":")[0] for each in sorted(folder.skipped)] == ["b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.array([["a", "b"]]), np.full((4, 4, 3), "a"), np.full((4, 4), None), np.array([[1 + 2j]]),
+     np.zeros((2, 2), "M8[s]"), np.array("x"), np.full((1, 4, 4), b"x")],
+    ids=str,
+)  # fmt: skip
+def test_arrays_that_are_no_masks(array):
+    with pytest.raises(BadInput, match="^mask is an array of [^\n]*finite numbers[^\n]*$"):
+        masks.read_mask(array)
+
+
+@pytest.mark.parametrize("channels", [[0, 8], [7, 9], [8, -1], [], [10**7], ["a"]], ids=str)
+def test_recipes_of_no_network(channels):
+    recipe = load_recipe("toy-vae")
+    broken = Recipe.model_validate({**recipe.model_dump(), "model": {**recipe.model, "channels": channels}})
+    with pytest.raises(BadInput, match="^recipe [^\n]*$"):
+        build_objective(broken)
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    import pwd
+
+    def nobody(_):
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "SFUMATO_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    assert registry.trained() == {} and registry.in_cache("adapters") == []
+    for entrance in (
+        registry.cache_folder,
+        lambda: cards.build("lora:file=~/x"),
+        lambda: cards.build("lora:file=ink"),
+        lambda: make("a", model="~/x"),
+    ):
+        with pytest.raises(BadInput, match="home"):
+            entrance()

@@ -1,0 +1,294 @@
+"""Files and folders with several processes, killed ones and signals; what -o means; pictures that are brought along."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato import app, files
+from sfumato.app import Order, carry_out_lines, make, read_prompts
+from sfumato.errors import BadInput, Conflict
+from sfumato.training import checkpoint
+from sfumato.training.runs import TrainingRun
+from tests.tiny import tiny_model
+
+
+def process(code: str, folder: Path) -> subprocess.Popen:
+    """A Python of its own in ``folder``, which loads no torch; it says a line when it is ready."""
+    script = "import sys, time\nfrom pathlib import Path\nfrom sfumato import files\n" + code
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_many_processes_do_not_overwrite_each_other(tmp_path):
+    code = """
+from PIL import Image
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(12):
+    image = Image.new("RGB", (4, 4))
+    write = lambda path: files.save_png(path, image, {"process": sys.argv, "prompt": "a"}, new=True)
+    print(files.create(Path("."), "a-cube-0", ".png", write), flush=True)
+"""
+    started = [process(code, tmp_path) for _ in range(3)]
+    for each in started:
+        assert each.stdout.readline() == "ready\n"
+    said = []
+    for each in started:
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    for each in started:
+        said += each.communicate()[0].split()
+        assert each.returncode == 0
+    assert len(set(said)) == 36 and sorted(said) == sorted(os.listdir(tmp_path))
+
+
+HOLD = """
+with files.reserved(Path("out"), "this"):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_of_prompts_refuses_a_folder_where_another_is_at_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("p.jsonl").write_text('{"prompt": "a cube"}\n')
+    other = process(HOLD, tmp_path)
+    assert other.stdout.readline() == "ready\n"
+
+    def run():
+        lines = read_prompts(Path("p.jsonl"), {"steps": 1})
+        return list(carry_out_lines(lines, Order([]), Path("out"), model=tiny_model("sd")))
+
+    with pytest.raises(Conflict, match="another process is at work in 'out', so a run of prompts there would mix"):
+        run()
+    assert os.listdir("out") == []
+    other.kill()  # a kill frees the folder
+    other.wait()
+    assert [each.paths[0].name for each in run()] == ["a-cube-0.png"]
+    assert sorted(os.listdir("out")) == ["a-cube-0.png", "metadata.jsonl"]
+
+
+WRITE = """
+with files.replacing("x.png") as file, files.new_folder("folder") as folder:
+    file.write(b"half")
+    (folder / "half").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
+    alive, killed = process(WRITE, tmp_path), process(WRITE, tmp_path)
+    for each in (alive, killed):
+        assert each.stdout.readline() == "ready\n"
+    killed.kill()
+    killed.wait()
+    assert len(os.listdir(tmp_path)) == 4
+    (tmp_path / ".mine.partial").write_text("not ours")
+    os.mkfifo(tmp_path / ".x.0123abcd.partial")
+    with files.output_folder(tmp_path):
+        left = sorted(os.listdir(tmp_path))
+    assert len(left) == 4 and ".mine.partial" in left and ".x.0123abcd.partial" in left  # two of the one that writes
+    alive.terminate()
+    alive.wait()
+
+
+def test_checkpoints_are_whole_and_swept(tmp_path):
+    import torch
+
+    (tmp_path / ".step_00000009.0123abcd.partial").mkdir()
+    (tmp_path / ".step_00000009.0123abcd.partial" / "tensors.safetensors").write_text("half")
+    for step in (1, 2, 2, 3):
+        checkpoint.save(tmp_path, step, {"a": torch.ones(2) * step}, {})
+    assert sorted(os.listdir(tmp_path)) == ["step_00000002", "step_00000003"]
+    assert checkpoint.load_latest(tmp_path)[1]["step"] == 3
+
+
+def test_a_resumed_log_has_no_step_twice(tmp_path):
+    steps = [1, 20, 40, 40, 60]
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in steps]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 8']))
+    TrainingRun.cut_log(SimpleNamespace(main=True, folder=tmp_path, trainer=SimpleNamespace(step=40)))
+    kept = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert kept == [1, 20, 40, 40]  # loss and quality of step 40
+    TrainingRun.cut_log(SimpleNamespace(main=True, folder=tmp_path, trainer=SimpleNamespace(step=0)))
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "make": (["a cube"], "sfumato.app.jobs.load"),
+    "explain": (["a cube"], "sfumato.app.jobs.load"),
+    "edit": (["x.png", "a ball"], "sfumato.app.editing.edit_file"),
+    "segment": (["ball"], "sfumato.app.segmenting.segment_files"),
+    "judge": (["."], "sfumato.app.judging.judge"),
+    "compare": (["a", "b"], "sfumato.app.judging.compare"),
+    "models": ([], "sfumato.app.jobs.models"),
+    "methods": ([], "sfumato.cards.methods"),
+    "adapters": (["x"], "sfumato.app.adapting.adapters"),
+    "train": (["toy-vae"], "sfumato.app.teaching.train"),
+    "teach": (["toybox", "-o", "x.safetensors"], "sfumato.app.teaching.teach"),
+    "toybox": (["sample"], "sfumato.toybox.export_imagefolder"),
+}
+
+
+@pytest.mark.parametrize("which", [signal.SIGHUP, signal.SIGTERM], ids=lambda which: which.name)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_stops_by_signals(sfumato, monkeypatch, command, which):
+    args, place = COMMANDS[command]
+    module, _, name = place.rpartition(".")
+
+    def killed(*_, **__):
+        os.kill(os.getpid(), which)
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(importlib.import_module(module), name, killed)
+    before = signal.getsignal(which)
+    outcome = sfumato(command, *args)
+    assert outcome.code == 130 and outcome.err.startswith("error: interrupted") and outcome.err.count("\n") == 1
+    assert signal.getsignal(which) is before
+
+
+def test_a_command_under_nohup_goes_on(sfumato, monkeypatch):
+    import sfumato.app.jobs as jobs
+
+    monkeypatch.setattr(jobs, "models", lambda: os.kill(os.getpid(), signal.SIGHUP) or {})
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert sfumato("models").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+# --- what -o means ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(sfumato):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save("photo.png")
+    return "photo.png"
+
+
+WRITERS = {
+    "make": (["make", "a red cube", "--steps", 1], ["x.png"]),
+    "make several": (["make", "a red cube", "--steps", 1, "-n", 2], ["x-1.png", "x-2.png"]),
+    "make with a system": (["make", "a red cube", "--steps", 1, "--with", "daam"], ["x.heat.png", "x.png"]),
+    "explain a prompt": (["explain", "a red cube", "--steps", 1], ["x.heat.png", "x.png"]),
+    "explain a picture": (["explain", "photo.png", "--prompt", "a red cube", "--steps", 1], ["x.png"]),
+    "edit": (["edit", "photo.png", "a cube", "--from", "a ball", "--steps", 2, "--inner", 0], ["x.png"]),
+    "edit to several": (["edit", "photo.png", "a cube", "a cone", "--from", "a ball", "--steps", 2, "--inner", 0],
+                        ["x-1.png", "x-2.png"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_o_names_a_picture(sfumato, photo, tiny_sd, case):
+    args, expected = WRITERS[case]
+    outcome = sfumato(*args, "--model", tiny_sd, "-o", "to/x.png")
+    assert outcome.code == 0, outcome.err
+    assert sorted(os.listdir("to")) == expected and sorted(outcome.lines) == [f"to/{name}" for name in expected]
+
+
+@pytest.mark.parametrize("args", [case[0] for name, case in WRITERS.items() if "several" not in name])
+def test_o_names_a_picture_of_another_kind(sfumato, photo, tiny_sd, args):
+    outcome = sfumato(*args, "--model", tiny_sd, "-o", "to/x.jpg")
+    assert outcome.code == 2 and "'x.jpg'" in outcome.err and ".png" in outcome.err and not os.path.exists("to")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["make", "--prompts", "p.jsonl"],
+        ["segment", "ball"],
+        ["judge", "."],
+        ["train", "toy-vae"],
+        ["teach", "toybox", "--by", "robust_vit", "--model", "toy-vit"],
+        ["toybox", "sample"],
+        ["models", "toy-vae", "--export", "x.png"],
+    ],
+)
+def test_o_of_commands_that_fill_a_folder(refused, photo, args):
+    Path("p.jsonl").write_text('{"prompt": "a cube"}\n')
+    out = [] if "--export" in args else ["-o", "x.png"]
+    refused(*args, *out, says=["x.png", "folder"] if args[0] != "teach" else ["x.png"])
+
+
+def test_compare_writes_pairs(sfumato):
+    for side in "ab":
+        os.mkdir(side)
+        for i, shade in enumerate("red blue".split()):
+            files.save_png(
+                f"{side}/{i}.png", Image.new("RGB", (40, 30), shade), {"prompt": f"a {shade} cube", "seed": i}
+            )
+    outcome = sfumato("compare", "a", "b", "-o", "to/x.png")
+    assert outcome.code == 0, outcome.err
+    assert sorted(os.listdir("to")) == ["x-1.png", "x-2.png", "x.html", "x.json"]
+    assert Image.open("to/x-1.png").width >= 80
+    assert outcome.lines[-4:] == ["to/x-1.png", "to/x-2.png", "to/x.json", "to/x.html"]
+    assert "-o is 'x.jpg'" in sfumato("compare", "a", "b", "-o", "x.jpg").err
+
+
+# --- pictures that are brought along ---------------------------------------------------------------------------------
+
+
+def test_a_photograph_is_fitted_to_the_model(sfumato, tiny_sd):
+    shades = np.linspace(0, 255, 4032).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(shades, (3024, 4032)).copy()).save("photo.jpg")
+    base = ["make", "a cube", "--model", tiny_sd, "--steps", 2, "--image", "photo.jpg"]
+    fitted = app.fitting_size(tiny_model("sd"), (4032, 3024))
+    assert fitted == (40, 24)
+    for said, size in (([], fitted), (["--size", "64x48"], (64, 48))):
+        outcome = sfumato(*base, *said, "-o", "x.png")
+        assert outcome.code == 0 and Image.open("x.png").size == size, outcome.err
+    Path("p.jsonl").write_text('{"prompt": "a cube", "steps": 2}\n')
+    outcome = sfumato("make", "--prompts", "p.jsonl", "--model", tiny_sd, "--image", "photo.jpg")
+    assert outcome.code == 0 and Image.open(outcome.lines[0]).size == fitted
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [
+        (Image.new("RGB", (400, 300)), (40, 24)),
+        (np.zeros((300, 400, 3), np.uint8), (40, 24)),
+        (np.zeros((300, 400), np.uint8), (40, 24)),
+        ([Image.new("RGB", (300, 400))], (24, 40)),
+        (Image.new("RGB", (1, 1)), (32, 32)),
+    ],
+    ids="PIL array grey list dot".split(),
+)
+def test_pictures_of_every_kind_are_fitted(image, size):
+    result = make("a cube", model=tiny_model("sd"), image=image, steps=2)
+    assert result.images[0].size == size
+    assert make("a cube", model=tiny_model("sd"), image=image, steps=2, size=(48, 16)).images[0].size == (48, 16)
+
+
+def test_a_turned_photograph_has_the_size_that_is_seen():
+    image = Image.new("RGB", (400, 300))
+    image.getexif()[0x0112] = 6
+    assert app.make("a cube", model=tiny_model("sd"), image=image, steps=2).images[0].size == (24, 40)
+
+
+def test_pictures_that_are_too_large_are_refused_before_they_are_numbers(monkeypatch):
+    monkeypatch.setattr(files, "MOST_PIXELS", 1000)
+    for image in (Image.new("RGB", (40, 30)), np.zeros((40, 30), np.uint8)):
+        with pytest.raises(BadInput, match="the most is 1000 pixels"):
+            make("a cube", model=tiny_model("sd"), image=image, steps=2)
