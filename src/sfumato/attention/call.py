@@ -362,7 +362,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # some devices know of none
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
