@@ -244,9 +244,9 @@ class PipelineCall:
         assert texts.cond is not None
         cond = {"embeds": texts.cond}
         if (mask := model.family.rows_of_call(arguments).get("mask")) is not None:
-            part = texts.rows(embeds, len(x)).get("cond", slice(0))
-            known = len(mask[part]) == len(texts.cond)
-            cond["mask"] = mask[part] if known else mask.new_ones(texts.cond.shape[:2])
+            own = texts.rows(embeds, len(x)).get("cond", slice(0))
+            known = len(mask[own]) == len(texts.cond)
+            cond["mask"] = mask[own] if known else mask.new_ones(texts.cond.shape[:2])
         uncond = None if texts.uncond is None else {"embeds": texts.uncond}
         run.condition = Condition(cond, uncond, tuple(texts.prompts))
         run.know_sites(self._sites_with(cond), model.family.text_in(cond))

@@ -165,7 +165,7 @@ class Diffusion(Process):
         return other
 
 
-def _own_schedule(options: Options) -> dict[str, list[float]]:
+def _own_schedule(options: Options) -> dict[str, Any]:
     """The timesteps or sigmas that the user gave. Raises BadInput for both."""
     given = {name: getattr(options, name) for name in ("timesteps", "sigmas") if getattr(options, name) is not None}
     if len(given) > 1:
@@ -178,7 +178,8 @@ def _set(model: Model, scheduler: Any, options: Options, steps: int, size: tuple
     given = _own_schedule(options)
     what = next((f"{name} is {values}" for name, values in given.items()), f"steps is {steps}")
     try:
-        model.timesteps(scheduler, steps, *(() if size is None else size[::-1]), frames=options.frames, **given)
+        height, width = (None, None) if size is None else size[::-1]
+        model.timesteps(scheduler, steps, height, width, options.frames, **given)
     except SfumatoError:
         raise
     except ValueError as error:  # a limit of this scheduler's own
