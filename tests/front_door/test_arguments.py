@@ -18,7 +18,7 @@ from sfumato.sampling import generate, recipe_args
 from tests.tiny import tiny_model, tiny_pipeline
 
 PROMPT = "a photo of a big blue dog on the left"
-CLIP = ("sd", "sd2", "sdxl", "sd3", "animatediff")
+CLIP = ("sd", "sdxl", "sd3")
 SIZES: dict[str, Any] = {
     "original_size": (320, 640),
     "crops_coords_top_left": (24, 8),
@@ -48,8 +48,6 @@ def theirs(kind: str, scheduler: Any = None, **given: Any) -> torch.Tensor:
     if scheduler is not None:
         pipe = type(pipe)(**{**pipe.components, "scheduler": scheduler})
         pipe.set_progress_bar_config(disable=True)
-    if kind == "animatediff":
-        given["num_frames"] = 4
     if "clip_skip" in given:  # with transformers 5 the pipelines of diffusers 0.4x do not find the norm of a CLIP
         pipe = tiny_pipeline(kind, fresh=True)
         if not hasattr(pipe.text_encoder, "text_model"):
@@ -58,8 +56,6 @@ def theirs(kind: str, scheduler: Any = None, **given: Any) -> torch.Tensor:
         out = pipe(
             PROMPT, generator=torch.Generator().manual_seed(3), output_type="latent", width=48, height=32, **given
         )
-    if kind == "animatediff":
-        return out.frames
     return pipe._unpack_latents(out.images, 32, 48, pipe.vae_scale_factor) if kind == "flux" else out.images
 
 
@@ -95,11 +91,11 @@ def test_more_layers_than_there_are(kind: str, most: int):
 def test_sizes_that_sdxl_is_told(case: str):
     said, told = MICRO[case]
     told = told or {name: value if "crops" in name else value[::-1] for name, value in said.items()}
-    peer = theirs("sdxl", num_inference_steps=2, guidance_scale=3.0, **told)
-    made = ours("sdxl", steps=2, guidance=3.0, **said)
+    peer = theirs("sdxl", num_inference_steps=1, guidance_scale=3.0, **told)
+    made = ours("sdxl", steps=1, guidance=3.0, **said)
     assert torch.equal(made.latents, peer)
     assert torch.equal(generate(tiny_model("sdxl"), **recipe_args(made.recipe), decode=False).latents, peer)
-    assert not torch.equal(ours("sdxl", steps=2, guidance=3.0).latents, peer)
+    assert not torch.equal(ours("sdxl", steps=1, guidance=3.0).latents, peer)
 
 
 def test_composed_texts_are_told_the_same_sizes():
@@ -115,11 +111,11 @@ def test_sizes_mean_nothing_elsewhere():
 
 #: kind, scheduler of the pipeline, what is said in both languages
 SCHEDULES = {
-    "timesteps": ("sd", EulerDiscreteScheduler, {"timesteps": [999, 700, 300, 50]}),
-    "sigmas": ("sd", EulerDiscreteScheduler, {"sigmas": [14.6, 5.2, 1.3, 0.2, 0.0]}),
-    "of sdxl": ("sdxl", None, {"timesteps": [900, 500, 100]}),
-    "of a shifted flow": ("sd3", None, {"sigmas": [1.0, 0.6, 0.25]}),
-    "of a flow shifted by size": ("flux", None, {"sigmas": [1.0, 0.6, 0.25]}),
+    "timesteps": ("sd", EulerDiscreteScheduler, {"timesteps": [999, 300]}),
+    "sigmas": ("sd", EulerDiscreteScheduler, {"sigmas": [14.6, 1.3, 0.0]}),
+    "of sdxl": ("sdxl", None, {"timesteps": [900, 100]}),
+    "of a shifted flow": ("sd3", None, {"sigmas": [1.0, 0.6]}),
+    "of a flow shifted by size": ("flux", None, {"sigmas": [1.0, 0.6]}),
 }
 
 

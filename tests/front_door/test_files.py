@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers.initialization import no_init_weights
 
 from sfumato import app
 from sfumato.errors import BadInput, BadWeights, SfumatoError
@@ -148,9 +148,6 @@ SIZES = {
     ("sd2", "text_encoder"): 340_387_840,
     ("sdxl", "unet"): 2_567_463_684,
     ("sdxl", "text_encoder_2"): 694_659_840,
-    ("sd3", "transformer"): 2_028_328_000,
-    ("sd35-large", "transformer"): 8_056_627_520,
-    ("flux-schnell", "transformer"): 11_891_178_560,
     ("flux-dev", "transformer"): 11_901_408_320,
     ("flux-dev", "text_encoder_2"): 4_762_310_656,
 }
@@ -163,7 +160,7 @@ def test_shipped_configurations_are_those_of_the_released_models(kind: str, part
 
     library, name = architectures.index_of(kind)[part]
     config = architectures.config_of(kind, part)
-    with init_empty_weights(), quiet():
+    with torch.device("meta"), no_init_weights(), quiet():
         if library == "diffusers":
             network = getattr(diffusers, name).from_config(config)
         else:

@@ -123,7 +123,7 @@ def finite(vae: Any, run: Callable[[], Tensor], done: str, who: str) -> Tensor:
     Warns `Overflow`; raises `NotFinite`. In float32 nothing is looked at here.
     """
     out = run()
-    half = vae.dtype
+    half = None if vae is None else vae.dtype  # what draws pixels at once has none
     if half not in (torch.float16, torch.bfloat16) or not out.is_floating_point() or bool(out.isfinite().all()):
         return out
     with in_float32(vae):

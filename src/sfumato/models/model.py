@@ -426,7 +426,7 @@ class Model:
 
     @property
     def _autoencoder(self) -> Any:
-        return getattr(self.pipe, "vae", None) or self.pipe.vqvae
+        return next((part for name in ("vae", "vqvae") if (part := getattr(self.pipe, name, None)) is not None), None)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.default_size
