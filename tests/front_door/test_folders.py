@@ -193,7 +193,8 @@ def test_tiny_autoencoder(kind: str):
     shape = size if kind in ("sd3", "flux") else {}
     made = theirs(img2img, image=picture(), strength=0.5, guidance_scale=2.0, num_inference_steps=4, **shape)
     again = ours(model, image=picture(), strength=0.5, guidance=2.0, steps=4)
-    assert torch.equal(again, made)
+    # the pipeline's array of the picture may lie otherwise in memory, which rounds otherwise
+    torch.testing.assert_close(again, made, rtol=0, atol=1e-5)
 
 
 def test_tiny_autoencoder_loads_and_inverts(tmp_path: Path):
