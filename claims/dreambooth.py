@@ -31,7 +31,9 @@ def unrelated(context: Context, model: Any, n: int) -> float:
     """Share of other toys with the right shape and colour."""
     wishes = [(COLORS[i % len(COLORS)], SHAPES[(i * 5 + 1) % len(SHAPES)]) for i in range(n)]
     texts = [f"a {color} {shape}" for color, shape in wishes]
-    pictures = common.generate(context, model, texts, subjects.REPORT + 5000, "unrelated prompts")
+    pictures = common.generate(
+        context, model, texts, subjects.REPORT + 5000, "unrelated prompts", **subjects.quickly(context)
+    )
     reads = common.judge_of(context).read(pictures)
     hits = [oracle.find(read, oracle.Wanted.parse([color, shape])) is not None
             for read, (color, shape) in zip(reads, wishes, strict=True)]  # fmt: skip

@@ -190,10 +190,16 @@ def drawn(
 ) -> Arm:  # fmt: skip
     """Pictures of ``noun`` on every ground, from seeds that are the same in every arm."""
     texts = asked(noun, n)
+    options = quickly(context) | options
     pictures = common.generate(
         context, model, texts, REPORT, f"{name}, {secret.key}", interventions=list(systems), **options
     )
     return Arm(name, secret, pictures, reader_of(context).read(secret, pictures, texts))
+
+
+def quickly(context: Context) -> dict[str, Any]:
+    """Fewer denoising steps in a quick run, which shows that everything runs and proves nothing."""
+    return {"steps": 3} if context.quick else {}
 
 
 def ceiling(context: Context, secret: Secret, n: int) -> Arm:
