@@ -30,6 +30,7 @@ FLOORS = [
     {"sampling"},
     {"adapters"},
     {"training"},
+    {"translation"},
     {"zoo"},
     {"judge"},
     {"bench"},

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"pillow": "PIL", "huggingface_hub": "huggingface_hub", "torch-fidelity": "torch_fidelity"}
+MODULES = {"pillow": "PIL", "freia": "FrEIA", "huggingface_hub": "huggingface_hub", "torch-fidelity": "torch_fidelity"}
 TOOLS = {"pytest", "pytest-xdist", "ruff", "mypy", "torchsde"}  # run, or imported by diffusers
 
 

@@ -48,6 +48,10 @@ def test_every_system_serves_a_verb():
         ("custom_diffusion", {"teach"}),
         ("discriminative_tokens", {"teach"}),
         ("sad_pad", {"judge"}),
+        ("iin", {"explain"}),
+        ("cnn_invariances", {"explain"}),
+        ("net2net", {"edit", "teach"}),
+        ("data_biases", {"judge"}),
     ],
 )
 def test_verbs_of_systems(key, verbs):

@@ -7,7 +7,7 @@ A system is one class with a card (:mod:`sfumato.cards`). The public face asks t
     edit      opens a picture and changes it                              ``--with KEY``
     segment   learns masks from the name of an object                     ``--by KEY``
     teach     teaches a model that exists                                 ``--by KEY``
-    judge     compares two sets of pictures by attributes                 ``--by KEY``
+    judge     compares sets of pictures, by attributes or as a whole      ``--by KEY``
     train     trains a model from a recipe                                ``objective = "KEY"``
 
 Whatever a method cannot take (a model, a picture, an option) it refuses with an error of :mod:`sfumato.errors`.
@@ -34,6 +34,7 @@ __all__ = [
     "ExplainsNet",
     "ExplainsReading",
     "Judges",
+    "JudgesSets",
     "Opened",
     "Picture",
     "Segmentation",
@@ -132,7 +133,8 @@ class Opened(Protocol):
 @runtime_checkable
 class Edits(Protocol):
     """Edits pictures that exist. ``OPENING`` names the options of :class:`sfumato.app.editing.EditOptions` that it
-    takes. A parameter ``source``, where there is one, says what the picture shows."""
+    takes. A parameter ``source``, where there is one, says what the picture shows. A system that edits with models of
+    another kind than text-to-image models has ``load_model(name or None)``, which loads one."""
 
     OPENING: tuple[str, ...]
 
@@ -252,6 +254,15 @@ class Trains(Protocol):
         """The :class:`sfumato.training.objective.Objective` that a recipe describes, its modules built."""
 
 
+@runtime_checkable
+class JudgesSets(Protocol):
+    """Compares sets of pictures."""
+
+    def judge_sets(self, sets: Sequence[Any], *, on_progress: Callable[..., Any] | None = None) -> Any:
+        """``sets``: folders, or what else the system knows by name. Returns a report with ``lines()``, ``to_json()``
+        and ``save(folder)``, the files it wrote."""
+
+
 VERBS: dict[str, tuple[tuple[type, str], ...]] = {
     "make": ((TakesPart, "takes part: --with"),),
     "explain": (
@@ -263,7 +274,10 @@ VERBS: dict[str, tuple[tuple[type, str], ...]] = {
     "edit": ((Edits, "pictures that exist"),),
     "segment": ((Segments, "the object that is named"),),
     "teach": ((Teaches, "a model that exists"),),
-    "judge": ((Judges, "two sets of pictures, by attributes"),),
+    "judge": (
+        (Judges, "two sets of pictures, by attributes"),
+        (JudgesSets, "sets of pictures, each as another has them"),
+    ),
     "train": ((Trains, "a model from a recipe that names it as its objective"),),
 }
 """Verb -> what may be asked of a system, in words."""

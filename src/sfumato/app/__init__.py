@@ -17,7 +17,7 @@ MODULES = {
     "explaining": ("Explaining", "Explanation", "explain", "explain_into", "open_net"),
     "editing": ("EditOptions", "EditResult", "edit", "edit_file", "edit_like"),
     "segmenting": ("segment", "segment_files"),
-    "judging": ("LinesLeftOut", "Side", "beside", "compare", "judge", "side"),
+    "judging": ("LinesLeftOut", "Side", "beside", "compare", "judge", "judges_sets", "side"),
     "teaching": ("teach", "train"),
     "adapting": ("adapters", "convert"),
 }

@@ -245,6 +245,7 @@ def _open(
             recipe, exact = files.read_recipe(path)
         except BadInput:
             pass
+    exact = exact and not hasattr(editor.cls, "load_model")  # others draw nothing again
     fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents"))
     if path is not None and exact and fresh and not options.invert:
         opened = _replayed(path, picture, options, editor, model, allow, on_step)
@@ -255,10 +256,14 @@ def _open(
             raise BadInput(f"{what} no recipe, so say what it shows now: --from, or from_=.")
         shown = None if shown is None else JobOptions(prompt=shown).prompt
         system = _built(editor, shown)
-        if model is None:
-            model = suitable_model(editor.cls.CARD.needs)
-        loaded = load(model) if isinstance(model, str | Path) else model
-        opening = {"size": fitting_size(loaded, picture.size), **options.opening()}
+        opening = options.opening()
+        if hasattr(editor.cls, "load_model"):
+            loaded = editor.cls.load_model(model) if isinstance(model, str | Path | None) else model
+        else:
+            if model is None:
+                model = suitable_model(editor.cls.CARD.needs)
+            loaded = load(model) if isinstance(model, str | Path) else model
+            opening = {"size": fitting_size(loaded, picture.size), **opening}
         opened = system.open(loaded, protocol.Picture(picture, shown), on_step, **opening)
     if hasattr(opened, "facts"):
         opened.facts["about"] = about

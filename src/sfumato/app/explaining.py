@@ -99,7 +99,7 @@ def explain(
     given: dict[str, Any] = {**options}
     system = _built(by, words)
     key = type(system).CARD.key
-    if isinstance(system, protocol.ExplainsNet):
+    if isinstance(system, protocol.ExplainsNet) and not _is_read(system, what, model):
         return system.explain_net(open_net(what), **given)
     if isinstance(system, protocol.ExplainsConcept):
         found = system.explain_concept(load(model) if isinstance(model, str | Path) else model, what, prompt, **given)
@@ -135,6 +135,18 @@ def _built(by: str | None, words: str | Sequence[str] = ()) -> Any:
     return cards.method(key)(**params)
 
 
+def _is_read(system: Any, what: Any, model: Any) -> bool:
+    """Whether a system that explains both nets and what they make of pictures is given a picture to be read."""
+    shown = is_picture(str(what)) if isinstance(what, str | Path) else hasattr(what, "convert")
+    if not shown or not isinstance(system, protocol.ExplainsReading):
+        return False
+    if not _reads(model):
+        name = model if isinstance(model, str | Path) else model.name
+        key = type(system).CARD.key
+        raise BadInput(f"{key} looks at a picture through a model that reads, and {name} draws; say --model toy-cnn.")
+    return True
+
+
 def _reads(model: Any) -> bool:
     """Whether a model, loaded or not, reads pictures or texts instead of drawing them."""
     if not isinstance(model, str | Path):
@@ -163,15 +175,19 @@ def _explain_reading(
 
 
 def open_net(what: Any, dtype: str | None = None, device: str = "cpu", config: str | None = None) -> Any:
-    """A net to look into: a text-to-image model, or a module that is called with pictures; both pass through.
+    """A net to look into: a text-to-image model, a vector autoencoder, or a module that is called with pictures; one
+    that is loaded passes through.
 
     Raises:
         UnknownName, BadWeights, NotSupported: nothing of this name, or nothing that looks at pictures.
     """
+    from sfumato.models.nets.vector_ae import is_autoencoder, load_autoencoder
     from sfumato.models.readers import is_reader, load_net
 
     if not isinstance(what, str | Path):
         return what
+    if is_autoencoder(what):
+        return load_autoencoder(what)
     return load_net(what) if is_reader(what) else load(what, dtype=dtype, device=device, config=config)
 
 
@@ -215,7 +231,7 @@ def explain_into(
     key = type(system).CARD.key
     model = order.model or DEFAULT_MODEL
     reads = isinstance(system, protocol.ExplainsReading) and _reads(model)
-    if isinstance(system, protocol.ExplainsNet):
+    if isinstance(system, protocol.ExplainsNet) and not _is_read(system, what, model):
         job.refuse((), f"with {key}, which explains a net: give its name and the parameters of --by, nothing else")
         with files.output(out) as (folder, named):
             table = system.explain_net(open_net(what, order.dtype, order.device, order.config), Path(what).name)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @spelt_out(JudgeArguments, cards.parameters_of(JudgeOptions))
 def judge(
-    folder: str | Path,
+    folder: str | Path | Sequence[str | Path],
     reference: str | Path | None = None,
     *,
     prompts: str | Path | Mapping[str, str] | None = None,
@@ -36,17 +36,41 @@ def judge(
     by: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Unpack[JudgeArguments],
-) -> Report:
-    """Measures a folder of pictures, against its captions and against a reference folder.
+) -> Any:
+    """Measures a folder of pictures, against its captions and against a reference folder; or compares sets of pictures
+    by a system that does (``folder`` then names them all, or two stand in both arguments).
+
+    Returns a :class:`sfumato.bench.report.Report`, or the system's own report.
 
     Args:
         by: the system that compares attributes, as for ``--with``; by default the one whose card says so.
 
     All other arguments and options, and the errors, are those of :func:`sfumato.bench.judge.judge_folder`.
     """
+    if by is not None and judges_sets(by):
+        given = {"prompts": prompts, **options}
+        return _judge_sets(by, [*_as_list(folder), *_as_list(reference or [])], out, on_progress, given)
+    if not isinstance(folder, str | Path):
+        raise BadInput("several sets of pictures are compared by a system that does (by=); name one folder.")
     from sfumato.bench.judge import judge_folder
 
     return judge_folder(folder, reference, prompts=prompts, out=out, by=by, on_progress=on_progress, **options)
+
+
+def judges_sets(by: str) -> bool:
+    """Whether the system compares whole sets of pictures, rather than by attributes that are named."""
+    return hasattr(cards.method(cards.parse_with(by)[0]), "judge_sets")
+
+
+def _judge_sets(by: str, sets: list[Any], out: Any, on_progress: Any, given: dict[str, Any]) -> Any:
+    key, params = cards.parse_with(by)
+    system: Any = cards.method(key)(**params)
+    if wrong := sorted(name for name, value in given.items() if value is not None):
+        raise BadInput(f"{', '.join(wrong)} cannot be given with {key}; it has parameters of its own.")
+    found = system.judge_sets(sets, on_progress=on_progress)
+    if out is not None:
+        found.save(Path(out))
+    return found
 
 
 @dataclass

@@ -136,7 +136,7 @@ def _system(by: str | None, chosen: JudgeOptions) -> Any:
     Raises NotSupported for a system that does not judge."""
     key, given = cards.parse_with(by or cards.default("judge"))
     cls: Any = cards.method(key)
-    if "judge" not in protocol.serves(cls):
+    if not issubclass(cls, protocol.Judges):
         raise NotSupported(f"{key} judges no pictures; by default {cards.default('judge')} does.")
     shared = {name: getattr(chosen, name) for name in cls.Params.model_fields if name in JudgeOptions.model_fields}
     return cls(**{**shared, **given})

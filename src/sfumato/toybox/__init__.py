@@ -12,8 +12,10 @@ _HOME = {
     "questions": "Question questions_about sample_question ANSWERS QUESTION_KINDS".split(),
     "rendering": "Frames render to_uint8".split(),
     "dataset": "ToyboxDataset export_imagefolder".split(),
-    "cues": "CUES FACTORS CueDataset conflicts cue_scenes factor_pairs".split(),
+    "cues": "CONCEPTS CUES FACTORS CueDataset concept_of conflicts cue_scenes factor_pairs".split(),
     "secret": "SECRETS TEXTURES Secret SecretToy references".split(),
+    "styles": "STYLES styled".split(),
+    "sets": "SETS SetDataset law set_scenes".split(),
     "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

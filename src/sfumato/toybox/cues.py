@@ -76,6 +76,29 @@ def agreeing(scene: Scene, other: Scene, factor: str) -> Scene:
     raise UnknownName("factor", factor, FACTORS)
 
 
+PLACES = ("left", "middle", "right")
+CONCEPTS = ("shape", "texture", "color", "place", "scenery", "ground", "sky")
+
+
+def concept_of(scene: Scene, concept: str) -> str:
+    """What a scene of one toy is in a concept, as a word: "place" is the third of where such toys stand in the
+    picture, "scenery" ground and sky together. Raises UnknownName."""
+    toy = scene.toys[0]
+    match concept:
+        case "shape" | "color":
+            return str(getattr(toy, concept))
+        case "texture":
+            return toy.pattern
+        case "place":
+            at = scene.picture_x(toy)
+            return PLACES[int(at > -0.08) + int(at > 0.08)]
+        case "scenery":
+            return f"{scene.ground}, {scene.sky}"
+        case "ground" | "sky":
+            return str(getattr(scene, concept))
+    raise UnknownName("concept", concept, CONCEPTS)
+
+
 def factor_pairs(factor: str, n: int, seed: int = 0) -> list[tuple[Scene, Scene]]:
     """``n`` pairs of scenes that agree in ``factor`` and are independent in all others.
 

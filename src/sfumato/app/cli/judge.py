@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from sfumato.errors import BadInput, WorkInterrupted
 def judge(
     folder: Annotated[Path, typer.Argument(help="The pictures; or the real ones, when a second folder follows.")],
     fake: Annotated[Path | None, typer.Argument(help="The pictures to judge against the first folder.")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="A further set, with --by a system that compares sets; repeatable.")
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help="A folder of real pictures to compare with.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="What the pictures show: JSONL, one object per line.")] = None,
     attribute: Annotated[
@@ -56,6 +59,21 @@ def judge(
 ) -> None:
     from sfumato import app
 
+    if by is not None and app.judges_sets(by):
+        said = (reference, prompts, attribute, metric, net, clip, template, draws, cap, seed, batch, dtype)
+        if any(each is not None for each in said) or oracle or ray or workers:
+            raise BadInput(
+                "with such a system give the sets, --also, -o and --json alone; it has parameters of its own."
+            )
+        with show.bar("steps") as bar:
+            found: Any = app.judge([folder, *([fake] if fake else []), *(also or [])], by=by, out=out, on_progress=bar)
+        if json_:
+            show.json_text(found.to_json())
+        else:
+            typer.echo("\n".join([*found.lines(), str(out)]))
+        return
+    if also:
+        raise BadInput("--also names a further set for a system that compares sets (--by); give two folders at most.")
     if fake is not None:
         if reference is not None:
             raise BadInput("give the reference once: as the first of two folders, or as --reference.")

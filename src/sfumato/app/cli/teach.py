@@ -1,5 +1,6 @@
 """Teach a model that exists, from a few pictures: a word, a subject, a style, a class - or a classifier to look at the
-thing. Ctrl-C or --minutes leave a checkpoint that --resume goes on from."""
+thing, or a flow that makes an autoencoder follow texts. Ctrl-C or --minutes leave a checkpoint that --resume goes on
+from."""
 
 from __future__ import annotations
 

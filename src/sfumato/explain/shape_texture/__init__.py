@@ -29,11 +29,12 @@ from sfumato import cards
 from sfumato.cards import Card, Field, register
 from sfumato.errors import NoMatch, UnknownName
 from sfumato.explain.shape_texture.dimensions import Dimensions, dimensions_of, estimate
-from sfumato.explain.shape_texture.layers import features, silenced, stages, watched
-from sfumato.explain.shape_texture.pictures import noised_forward, rendered
+from sfumato.explain.shape_texture.pictures import rendered
 from sfumato.explain.shape_texture.readout import ReadOut, mean_iou, train_readout
 from sfumato.explain.shape_texture.table import LayerTable, plot
 from sfumato.models import Model
+from sfumato.models.layers import features, silenced, stages, watched
+from sfumato.sampling.noised import noised_forward
 from sfumato.toybox.cues import FACTORS, factor_pairs
 
 __all__ = [

@@ -1,17 +1,12 @@
-"""The pictures that nets are shown: rendered toys, and for denoisers the way to noise them."""
+"""The pictures that nets are shown: rendered toys."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sfumato.explain.shape_texture.layers import Forward
-from sfumato.models import Model
-from sfumato.rng import stream
-from sfumato.sampling.noise import Path as NoisePath
 from sfumato.toybox import render
 
 
@@ -19,31 +14,3 @@ from sfumato.toybox import render
 def rendered(scenes: tuple[Any, ...], side: int) -> Tensor:
     """Pictures (n 3 side side) of toybox scenes."""
     return render(list(scenes), side).image
-
-
-def noised_forward(model: Model, progress: float, prompt: str = "", seed: int = 0) -> Forward:
-    """A way to show pictures (b 3 h w) to a model's denoiser: encoded, noised to one level of its schedule, with a
-    prompt.
-
-    Picture i, counted over all calls, gets the noise of seed + i. ``progress`` 0 is pure noise, towards 1 the clean
-    picture.
-    """
-    scheduler = model.make_scheduler("flow_euler" if model.flow else "ddim")
-    condition, shown = None, 0
-
-    def forward(pixels: Tensor) -> Tensor:
-        nonlocal condition, shown
-        h, w = pixels.shape[-2:]
-        times = model.timesteps(scheduler, 50, h, w)
-        t = times[min(int(progress * len(times)), len(times) - 1)]
-        path = NoisePath(scheduler)
-        if condition is None or len(condition) != len(pixels):
-            condition = model.encode_text([prompt] * len(pixels), guidance=False, embedded_guidance=1.0)
-        clean = model.encode_image(pixels.to(model.device, model.dtype))
-        noise = torch.stack(
-            [torch.randn(clean.shape[1:], generator=stream("sample", seed + shown + i)) for i in range(len(clean))]
-        ).to(clean)
-        shown += len(clean)
-        return model.predict(path.add_noise(clean, noise, t).to(model.dtype), t, condition)
-
-    return forward

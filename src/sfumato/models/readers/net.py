@@ -48,6 +48,10 @@ def load_net(name: str | Path) -> PictureNet:
     """
     folder = net_folder(name, "net", [each for each in registry.names() if is_reader(each)])
     net = load_module(folder, what="a net")
+    if hasattr(net, "get_image_features") and getattr(net.config, "noised", None) is None:
+        from transformers import CLIPVisionModelWithProjection
+
+        net = load_module(folder, cls=CLIPVisionModelWithProjection, what="a CLIP's vision tower")
     if getattr(net, "main_input_name", "") != "pixel_values":
         raise NotSupported(f"{folder} holds a {type(net).__name__}, which is no transformers net for pictures.")
     return PictureNet(net, Preprocessing.of(folder))

@@ -1,0 +1,361 @@
+"""What layers cannot tell apart: fidelity, invariance by concept and layer, exchange, texture bias, attacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from claims import codes
+from claims.core import Context, Experiment, Part, Row
+from sfumato import sheets
+from sfumato.explain.cnn_invariances import LOGITS, InvarianceExplorer, fgsm
+from sfumato.explain.cnn_invariances.explorer import decided
+from sfumato.metrics import stats
+from sfumato.models.readers import load_net
+from sfumato.training import Draw, Player, fit
+from sfumato.translation.translator import FlowParams
+
+SOURCE = "Rombach, Esser, Ommer 2020"
+FLOW = {"blocks": 8, "hidden": 128, "depth": 1, "steps": 1000, "batch": 128, "lr": 2e-3}
+STAGES = tuple(f"resnet.encoder.stages.{i}" for i in range(4))
+SHAPE, TEXTURE, VIT = "toy-cnn", "toy-cnn-texture", "toy-vit"
+READ = ("shape", "texture", "color", "place", "ground", "sky")
+EPS = 0.08  # of [-1, 1]; chosen on training scenes so that the attack succeeds at all
+
+
+def net_of(context: Context, name: str) -> nn.Module:
+    return context.once(f"net {name}", lambda: load_net(context.folder(name)))
+
+
+def explorer(context: Context, name: str, layer: str, seed: int = 0) -> InvarianceExplorer:
+    """A fitted explorer, once per run."""
+
+    def made() -> InvarianceExplorer:
+        found = InvarianceExplorer(net_of(context, name), layer, codes.autoencoder(context))
+        params = FlowParams(**FLOW | {"seed": seed, "steps": context.count(FLOW["steps"], 3)})
+        found.fit(codes.train_set(context).pixels, params)
+        context.report(f"  fitted {name} {layer} {seed}")
+        return found
+
+    return context.once(f"explorer {name} {layer} {seed}", made)
+
+
+def drawn(context: Context, name: str, layer: str, seed: int, n: int = 6) -> dict[str, Tensor]:
+    """What the probe reads of ``n`` samples (b n) of each of the first 150 unseen pictures."""
+
+    def made() -> dict[str, Tensor]:
+        found, pixels = explorer(context, name, layer, seed), shown(context)
+        pictures = found.pictures(found.samples(pixels, n, 1000 * seed))
+        said = codes.probe_of(context)(pictures.flatten(0, 1))
+        return {c: said[c].unflatten(0, (len(pixels), n)) for c in READ}
+
+    return context.once(f"drawn {name} {layer} {seed} {n}", made)
+
+
+def shown(context: Context) -> Tensor:
+    return codes.test_set(context).pixels[: context.count(150, 8)]
+
+
+def agreement(said: Tensor) -> float:
+    """How often two samples (b n) of one picture share a value."""
+    n = said.shape[1]
+    same = (said[:, :, None] == said[:, None, :]).float().sum((1, 2)) - n
+    return float((same / (n * (n - 1))).mean())
+
+
+def ratio(context: Context, concept: str, said: Tensor) -> float:
+    """1 - (agreement - chance) / (1 - chance): 0 for what a layer holds, 1 for what it is invariant to."""
+    counts = torch.bincount(codes.test_set(context).labels[concept]).float()
+    chance = float((counts / counts.sum()).square().sum())
+    return 1 - (agreement(said) - chance) / (1 - chance)
+
+
+def fidelity(context: Context) -> list[Row]:
+    """Whether samples look to the layer like their picture, and decisions stay; beside feed-forward inversion."""
+    rows: list[Row] = []
+    figures: dict[str, Any] = {}
+    pixels = shown(context)
+    for name in (SHAPE, TEXTURE, VIT):
+        seeds = codes.SEEDS if name != VIT else (0,)
+        for layer in (LOGITS,) if name != SHAPE else (STAGES[0], STAGES[2], LOGITS):
+            each = [
+                explorer(context, name, layer, s).fidelity(pixels, 4, 7 * s)
+                for s in (seeds if layer == LOGITS else (0,))
+            ]
+            figures[f"{name} {layer.rpartition('.')[2]}"] = {k: float(np.mean([e[k] for e in each])) for k in each[0]}
+    late = {key: value for key, value in figures.items() if key.endswith(LOGITS)}
+    inverted = inversion(context, SHAPE)
+    told = "; ".join(
+        f"{key}: cosine {v['cosine']:.2f} (reconstructions {v['cosine_reconstruction']:.2f}, others"
+        f" {v['cosine_others']:.2f}),"
+        f" same decision {100 * v['decision']:.0f} % (reconstructions {100 * v['decision_reconstruction']:.0f} %)"
+        for key, v in figures.items()
+    )
+    good = all(v["cosine"] >= 0.9 and v["cosine"] - v["cosine_others"] > 0.5 for v in late.values())
+    rows.append(
+        Row(
+            claim="at the logits, samples look to each net like their picture (centred cosine 0.9, other"
+            " pictures 0.5 less)"
+            " and keep its decision in 90 %",
+            source=f"{SOURCE}, section 4.1 and the authors' demo",
+            measured=told,
+            baseline=f"feed-forward inversion of toy-cnn's logits: cosine {inverted['cosine']:.2f}, same decision"
+            f" {100 * inverted['decision']:.0f} %, and one picture for each output; nearest neighbour in the logits:"
+            f" cosine {inverted['neighbour']:.2f}, another picture of the data",
+            holds=bool(good and all(v["decision"] >= 0.9 for v in late.values())),
+            n=len(pixels) * 4,
+            data={"figures": figures, "baseline": inverted},
+        )
+    )
+    return rows
+
+
+def inversion(context: Context, name: str) -> dict[str, float]:
+    """Baselines at the logits: a regressor of the code from the logits, decoded; the nearest training picture."""
+    found = explorer(context, name, LOGITS)
+    train, pixels = codes.train_set(context).pixels, shown(context)
+    z, c = codes.codes(context, "train")[0], found.condition(train)
+    mean, std = c.mean(0), c.std(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = nn.Sequential(
+            nn.Linear(c.shape[1], 256), nn.LeakyReLU(), nn.Linear(256, 256), nn.LeakyReLU(), nn.Linear(256, 64)
+        )
+
+    def loss(draw: Draw) -> Tensor:
+        rows = draw.indices(len(z), 128)
+        return F.mse_loss(net((c[rows] - mean) / std), z[rows])
+
+    fit(Player(loss, torch.optim.Adam(net.parameters(), lr=1e-3), net), context.count(1500, 3))
+    with torch.no_grad():
+        own = found.condition(pixels)
+        pictures = found.autoencoder.pictures(net((own - mean) / std))
+        again = found.condition(pictures)
+        kept = decided(found.net, pictures) == decided(found.net, pixels)
+        nearest = train[torch.cdist(own, c).argmin(1)]
+        near = found.condition(nearest)
+    centre = own.mean(0)
+    cosine = [float(F.cosine_similarity(a - centre, own - centre, dim=1).mean()) for a in (again, near)]
+    return {"cosine": cosine[0], "decision": float(kept.all(1).float().mean()), "neighbour": cosine[1]}
+
+
+def invariances(context: Context) -> list[Row]:
+    """Which concepts vary among samples, layer by layer."""
+    layers = (*STAGES, LOGITS)
+    depth = {layer: {c: ratio(context, c, drawn(context, SHAPE, layer, 0)[c]) for c in READ} for layer in layers}
+    logits = {
+        name: [{c: ratio(context, c, drawn(context, name, LOGITS, s)[c]) for c in READ} for s in codes.SEEDS]
+        for name in (SHAPE, TEXTURE)
+    }
+    vit = {c: ratio(context, c, drawn(context, VIT, LOGITS, 0)[c]) for c in READ}
+    mean = {name: {c: float(np.mean([e[c] for e in each])) for c in READ} for name, each in logits.items()}
+    lost = ("color", "texture", "ground", "sky")
+    order = {c: float(spearmanr(range(len(layers)), [depth[layer][c] for layer in layers]).statistic) for c in lost}
+    table = "; ".join(
+        f"{layer.rpartition('.')[2]}: " + ", ".join(f"{c} {v:.2f}" for c, v in each.items())
+        for layer, each in depth.items()
+    )
+    told = "; ".join(f"{name}: " + ", ".join(f"{c} {v:.2f}" for c, v in each.items()) for name, each in mean.items())
+    leans = codes.ceiling(context).text(*READ)
+    n = len(shown(context)) * 6
+    return [
+        Row(
+            claim="at its logits the shape net holds shape (ratio 0.1 or less) and is invariant to colour (0.7"
+            " or more);"
+            " the texture net holds texture (0.1) and is invariant to shape (0.7)",
+            source=f"{SOURCE}, section 4.2 (digit and colour on ColorMNIST)",
+            measured=f"means of {len(codes.SEEDS)} seeds: {told}",
+            baseline=f"the input of the first stage: {', '.join(f'{c} {v:.2f}' for c, v in depth[STAGES[0]].items())};"
+            f" toy-vit, which names shape and colour: {', '.join(f'{c} {v:.2f}' for c, v in vit.items())}",
+            holds=bool(
+                mean[SHAPE]["shape"] <= 0.1
+                and mean[SHAPE]["color"] >= 0.7
+                and mean[TEXTURE]["texture"] <= 0.1
+                and mean[TEXTURE]["shape"] >= 0.7
+            ),
+            n=n,
+            leans_on=leans,
+            picture=context.save("cnn-invariances-samples.png", sample_sheet(context)),
+            data={"logits": logits, "vit": vit},
+        ),
+        Row(
+            claim="toy-cnn: what it discards (colour, texture, ground, sky) is lost more and more with depth"
+            " (Spearman 0.8)",
+            source=f"{SOURCE}, figure 5",
+            measured=", ".join(f"{c} {value:.2f}" for c, value in order.items()) + f"; {table}",
+            baseline="shape, which it keeps: " + ", ".join(f"{depth[layer]['shape']:.2f}" for layer in layers),
+            holds=all(value >= 0.8 for value in order.values()),
+            n=n,
+            leans_on=leans,
+            data={"depth": depth},
+        ),
+    ]
+
+
+def sample_sheet(context: Context, n: int = 4) -> Any:
+    """Pictures, reconstructions, and samples of the first stage and of both nets' logits."""
+    pixels = shown(context)[:n]
+    network = codes.autoencoder(context)
+    columns = [("picture", pixels), ("autoencoder", network.pictures(network.vectors(pixels)[0]))]
+    for name, layer, label in (
+        (SHAPE, STAGES[0], "stage 1"),
+        (SHAPE, LOGITS, "shape net"),
+        (TEXTURE, LOGITS, "texture net"),
+    ):
+        found = explorer(context, name, layer)
+        pictures = found.pictures(found.samples(pixels, 3, 40))
+        columns += [(label, pictures[:, k]) for k in range(2 if layer != LOGITS else 3)]
+    cells = [column[i] for i in range(n) for _, column in columns]
+    title = (
+        "Pictures that a layer cannot tell apart: the first stage, the answer of a net for shapes, of one for textures"
+    )
+    return sheets.sheet(cells, len(columns), heads=[label for label, _ in columns], title=title, scale=2)
+
+
+def exchanges(context: Context) -> list[Row]:
+    """Logits of one picture, residual of another, against what the rendering would be."""
+    found = explorer(context, SHAPE, LOGITS)
+    examples, read = codes.test_set(context), codes.probe_of(context)
+    half = len(examples) // 2
+    seen, rest = torch.arange(half), torch.arange(half, 2 * half)
+    out, ceiling, keeps = [], read(codes.autoencoder(context).pictures(codes.codes(context, "test")[0])), []
+    for seed in codes.SEEDS:
+        found = explorer(context, SHAPE, LOGITS, seed)
+        z = found.exchange(examples.pixels[seen], examples.pixels[rest])
+        said = read(found.pictures(z))
+        out.append({"shape": codes.accuracy(said["shape"], ceiling["shape"][seen])})
+        out[-1] |= {c: codes.accuracy(said[c], ceiling[c][rest]) for c in READ if c != "shape"}
+        keeps.append(said)
+    mean = {c: float(np.mean([e[c] for e in out])) for c in READ}
+    n = min(6, half)
+    z = explorer(context, SHAPE, LOGITS).exchange(examples.pixels[seen[:n]], examples.pixels[rest[:n]])
+    rows = [
+        ("shape from", examples.pixels[seen[:n]]),
+        ("rest from", examples.pixels[rest[:n]]),
+        ("exchange", found.pictures(z)),
+    ]
+    title = "toy-cnn's answer for the first row, everything it ignores from the second"
+    picture = sheets.sheet([x for _, row in rows for x in row], n, rows=[r for r, _ in rows], title=title, scale=2)
+    return [
+        Row(
+            claim="toy-cnn's logits of one picture with the residual of another: the shape of the one and all"
+            " else of the"
+            " other, 80 % of each concept",
+            source=f"{SOURCE}, section 4.3",
+            measured=", ".join(f"{c} {100 * v:.0f} %" for c, v in mean.items()),
+            baseline="a random pair agrees by chance: shape 25 %, colour 12 %, ground and sky 20 %",
+            holds=all(v >= 0.8 for v in mean.values()),
+            n=half,
+            leans_on=codes.ceiling(context).text(*READ),
+            picture=context.save("cnn-invariances-exchange.png", picture),
+            data={"seeds": out},
+        )
+    ]
+
+
+def biases(context: Context) -> list[Row]:
+    """Samples of two nets of one architecture: which cue do they keep?"""
+    labels = {c: codes.test_set(context).labels[c][: len(shown(context))] for c in ("shape", "texture")}
+    network = codes.autoencoder(context)
+    rebuilt = codes.probe_of(context)(network.pictures(network.vectors(shown(context))[0]))
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in (SHAPE, TEXTURE):
+        found[name] = {"shape": [], "texture": []}
+        for seed in codes.SEEDS:
+            said = drawn(context, name, LOGITS, seed)
+            for c in ("shape", "texture"):
+                found[name][c].append(float((said[c] == rebuilt[c][:, None]).float().mean()))
+    mean = {name: {c: float(np.mean(v)) for c, v in each.items()} for name, each in found.items()}
+    ok = mean[TEXTURE]["texture"] >= 0.8 and mean[TEXTURE]["shape"] <= 0.5
+    ok = ok and mean[SHAPE]["shape"] >= 0.8 and mean[SHAPE]["texture"] <= 0.5
+    return [
+        Row(
+            claim="samples of the texture net keep the texture (80 %) and lose the shape (50 % or less); those"
+            " of the shape"
+            " net the reverse",
+            source=f"{SOURCE}, section 4.4 (ImageNet and Stylized-ImageNet)",
+            measured="; ".join(
+                f"{name}: shape {100 * each['shape']:.0f} %, texture {100 * each['texture']:.0f} %"
+                for name, each in mean.items()
+            ),
+            baseline=f"reconstructions: shape {100 * codes.accuracy(rebuilt['shape'], labels['shape']):.0f} %, texture"
+            f" {100 * codes.accuracy(rebuilt['texture'], labels['texture']):.0f} % as rendered; chance 25 %",
+            holds=bool(ok),
+            n=len(shown(context)) * 6 * len(codes.SEEDS),
+            leans_on=codes.ceiling(context).text("shape", "texture"),
+            data=found,
+        )
+    ]
+
+
+def attacks(context: Context) -> list[Row]:
+    """What the net sees of an attacked picture, beside the attacked picture itself."""
+    net, read, network = net_of(context, SHAPE), codes.probe_of(context), codes.autoencoder(context)
+    pixels = codes.test_set(context).pixels
+    attacked = fgsm(net, pixels, EPS)
+    rng = torch.Generator().manual_seed(5)
+    sign = (torch.rand(pixels.shape, generator=rng) < 0.5).float() * 2 - 1
+    control = (pixels + EPS * sign).clamp(-1, 1)
+    before, after, beside = (decided(net, x)[:, 0] for x in (pixels, attacked, control))
+    fooled = (before != after).nonzero().flatten()
+    names = codes.train_set(context).names["shape"]
+    labels = [str(net.config.id2label[i]) for i in range(len(net.config.id2label))]
+    as_probe = torch.tensor([names.index(label) for label in labels])
+    rebuilt = read(network.pictures(network.vectors(attacked[fooled])[0]))["shape"]
+    truth = read(network.pictures(network.vectors(pixels[fooled])[0]))["shape"]
+    wrong, seen = [], None
+    for seed in codes.SEEDS:
+        found = explorer(context, SHAPE, LOGITS, seed)
+        view = found.pictures(found.attack_view(pixels[fooled], attacked[fooled]))
+        wrong.append(codes.accuracy(read(view)["shape"], as_probe[after[fooled]]))
+        seen = view if seen is None else seen
+    kept = codes.accuracy(rebuilt, truth)
+    assert seen is not None
+    n = min(6, len(fooled))
+    rows = [("picture", pixels[fooled[:n]]), ("attacked", attacked[fooled[:n]]), ("as the net sees it", seen[:n])]
+    picture = sheets.sheet(
+        [x for _, row in rows for x in row], n, rows=[r for r, _ in rows], scale=2, title="FGSM on toy-cnn"
+    )  # fmt: skip
+    return [
+        Row(
+            claim="pictures whose attack changes toy-cnn's answer: seen through its logits they show the wrong"
+            " shape that it"
+            " answers in 70 %, while their reconstructions still show the true one in 90 %",
+            source=f"{SOURCE}, section 4.5",
+            measured=f"wrong shape {codes.over_seeds(wrong)}; reconstructions as before {100 * kept:.0f} %; FGSM of"
+            f" {EPS / 2:g} of [0, 1] changes {100 * len(fooled) / len(pixels):.0f} % of the answers",
+            baseline=f"random signs of the same size change {100 * float((before != beside).float().mean()):.1f} %",
+            holds=bool(min(wrong) >= 0.7 and kept >= 0.9),
+            n=len(fooled),
+            leans_on=codes.ceiling(context).text("shape"),
+            picture=context.save("cnn-invariances-attack.png", picture),
+            data={"wrong": wrong, "kept": stats.share((rebuilt == truth).numpy()).to_json()},
+        )
+    ]
+
+
+EXPERIMENT = Experiment(
+    key="cnn_invariances",
+    title="what a layer knows and what it has thrown away",
+    intro=(
+        "toy-cnn names the shape of a toy of any texture, toy-cnn-texture was trained where the texture tells; both are"
+        " small ResNets of one architecture. toy-vit names shape and colour. Flows of 8 blocks and 128 hidden"
+        " units, 1000"
+        " steps, on the pictures that toy-ae learnt from; measured on scenes that nothing was trained on. Three"
+        " seeds of"
+        " the flow at the logits of the ResNets, one elsewhere."
+    ),
+    file=__file__,
+    parts=(
+        Part("fidelity", ("toy-ae", SHAPE, TEXTURE, VIT), fidelity),
+        Part("invariances", ("toy-ae", SHAPE, TEXTURE, VIT), invariances),
+        Part("exchange", ("toy-ae", SHAPE), exchanges),
+        Part("shape and texture", ("toy-ae", SHAPE, TEXTURE), biases),
+        Part("attack", ("toy-ae", SHAPE), attacks),
+    ),
+)

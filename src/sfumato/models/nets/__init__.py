@@ -1,0 +1,1 @@
+"""Networks that neither diffusers nor transformers has."""
