@@ -34,11 +34,12 @@ class UnknownName(SfumatoError, LookupError):
 
     def __init__(self, kind: str, given: str, candidates: Iterable[str]):
         known = list(candidates)
-        close = nearest(given, known)
+        close = nearest(given[:200], known)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         most = 12 if close else 40  # of many names only the nearest help
         listing = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
-        super().__init__(f"unknown {kind} {given!r}.{hint} Known: {listing or 'none'}.")
+        said = repr(given) if len(given) <= 120 else f"{given[:120]!r}..."
+        super().__init__(f"unknown {kind} {said}.{hint} Known: {listing or 'none'}.")
         self.kind, self.given, self.candidates, self.close = kind, given, known, close
 
 

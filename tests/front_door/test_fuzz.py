@@ -185,7 +185,7 @@ def test_recipes_of_systems(tmp_path, monkeypatch):
 
 def test_sizes():
     pieces = ["64x64", "x", "X", "512", " x ", "0x0", "64", "8192x8192", "-64x64"]
-    assert none_but_ours(flags.pixels, texts(7, pieces, 5)) > N / 40
+    assert none_but_ours(flags.pixels, texts(7, pieces, 5)) > N / 60
 
     def parse(size):
         JobOptions(prompt="a cube", size=size)

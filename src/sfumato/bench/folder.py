@@ -92,6 +92,10 @@ class Folder:
             name = row.get("file_name")
             if not isinstance(name, str):
                 raise BadInput(f"{path}, line {number}: no file_name.")
+            try:
+                os.fsencode(name)
+            except UnicodeEncodeError:
+                raise BadInput(f"{path}, line {number}: {name[:60]!r} is no name of a file.") from None
             if name in self._rows and self._rows[name][0] == path:
                 raise BadInput(f"{path}, line {number}: {name!r} is named twice; each picture has one line.")
             if not (self.path / name).resolve().is_relative_to(self.path.resolve()):
