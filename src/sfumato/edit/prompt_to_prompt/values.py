@@ -25,7 +25,8 @@ def as_texts(given: Any, form: str) -> Any:
     """A mapping of words as texts ``word=value``; anything else as it is."""
     if not isinstance(given, Mapping):
         return given
-    return [f"{word}={form.format(*value) if isinstance(value, Sequence) else value}" for word, value in given.items()]
+    pair = {word: isinstance(value, list | tuple) and len(value) == 2 for word, value in given.items()}
+    return [f"{word}={form.format(*value) if pair[word] else value}" for word, value in given.items()]
 
 
 def factors_of(given: Sequence[str]) -> dict[str, float]:
