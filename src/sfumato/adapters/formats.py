@@ -72,7 +72,7 @@ def find_file(name: str) -> Path:
     known = [path.stem for path in registry.in_cache("adapters/*.safetensors")]
     close = nearest(name, known)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise BadInput(f"no adapter file {brief(name)}, here or in {registry.cache_folder() / 'adapters'}.{hint}")
+    raise BadInput(f"no adapter file {brief(name, 300)}, here or in {registry.cache_folder() / 'adapters'}.{hint}")
 
 
 def content_hash(path: Path) -> str:

@@ -108,7 +108,7 @@ def refuse_unallowed(found: Sequence[tuple[str, str, str]], allow: Sequence[str 
     closed = [each for each in found if not allowed(each[2], allow)]
     if not closed:
         return
-    listed = ", ".join(f"{brief(text)} ({name} of {system})" for system, name, text in closed[:5])
+    listed = ", ".join(f"{brief(text, 200)} ({name} of {system})" for system, name, text in closed[:5])
     listed += f" and {len(closed) - 5} more" if len(closed) > 5 else ""
     remedy = " ".join(f"--allow {_quoted(text)}" for text in dict.fromkeys(text for *_, text in closed[:5]))
     raise NotAllowed(
