@@ -208,7 +208,7 @@ def segment(
 
 def too_few(claim: str, n: int) -> Row:
     """The row of a model that draws too few toys as asked for anything to be measured."""
-    return Row(claim, SOURCE, "too few toys are drawn as asked", "", False, n)
+    return Row(claim, SOURCE, measured="too few toys are drawn as asked", baseline="", n=n, holds=False)
 
 
 def exact(name: str, context: Context) -> list[Row]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfumato.attention import Call
 from sfumato.cards import CAPABILITIES, from_recipe, to_recipe
+from sfumato.cards.paths import opens
 from sfumato.errors import Conflict, NoMatch, NotSupported, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.models.families import families_with
@@ -234,9 +235,11 @@ def _changes(make: Make, latents: Tensor, bare: Tensor) -> None:
 def check_recipe(make: Make, model: Model) -> None:
     """The recipe, through JSON, builds the same system and makes the same sample."""
     system = make()
-    assert from_recipe(json.loads(json.dumps(to_recipe(system)))).params == system.params
     first = alone(make, model)
-    again = generate(model, **recipe_args(json.loads(json.dumps(first.recipe))), decode=False)
+    described = [to_recipe(system), *first.recipe["with"]]
+    own = [file for each in described for _, file in opens(type(system).Params, each["params"])]
+    assert from_recipe(json.loads(json.dumps(described[0])), own).params == system.params
+    again = generate(model, **recipe_args(json.loads(json.dumps(first.recipe)), allow=own), decode=False)
     assert same(first.latents, again.latents)
 
 
