@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sfumato.app.jobs import Order, RecipeDiffers, like
+from sfumato.app.orders import Order, RecipeDiffers, like
 
 
 def png(path, **texts):

@@ -135,8 +135,8 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "make": (["a cube"], "sfumato.app.jobs.load"),
-    "explain": (["a cube"], "sfumato.app.jobs.load"),
+    "make": (["a cube"], "sfumato.app.orders.load"),
+    "explain": (["a cube"], "sfumato.app.orders.load"),
     "edit": (["x.png", "a ball"], "sfumato.app.editing.edit_file"),
     "segment": (["ball"], "sfumato.app.segmenting.segment_files"),
     "judge": (["."], "sfumato.app.judging.judge"),

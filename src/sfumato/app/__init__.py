@@ -10,9 +10,10 @@ from typing import Any
 
 MODULES = {
     "attaching": ("attached",),
-    "jobs": ("DEFAULT_MODEL", "JobOptions", "MakeOptions", "Order", "RecipeDiffers", "build_all", "carry_out")
-    + ("fitting_size", "is_picture", "like", "load", "make", "models", "write", "write_grid", "PICTURES")
-    + ("LONGEST_PROMPT", "offers", "suitable_model"),
+    "jobs": ("DEFAULT_MODEL", "JobOptions", "LONGEST_PROMPT", "MakeOptions", "PICTURES", "build_all", "load", "make")
+    + ("models", "offers", "suitable_model"),
+    "pictures": ("fitting_size", "is_picture"),
+    "orders": ("Order", "RecipeDiffers", "carry_out", "like", "write", "write_grid"),
     "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "carry_out_lines", "read_prompts"),
     "explaining": ("Explaining", "Explanation", "explain", "explain_into", "open_net"),
     "editing": ("EditOptions", "EditResult", "edit", "edit_file", "edit_like"),

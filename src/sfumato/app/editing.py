@@ -12,21 +12,9 @@ from pydantic import field_validator
 
 from sfumato import cards, files, markup, protocol
 from sfumato.app.arguments import EditArguments
-from sfumato.app.jobs import (
-    DEFAULT_MODEL,
-    JobOptions,
-    Order,
-    RecipeDiffers,
-    build_all,
-    check_weights,
-    fitting_size,
-    like,
-    load,
-    model_of,
-    offers,
-    readable,
-    suitable_model,
-)
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load, offers, readable, suitable_model
+from sfumato.app.orders import Order, RecipeDiffers, check_weights, like, model_of
+from sfumato.app.pictures import fitting_size
 from sfumato.cards import Field, Params
 from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported

@@ -9,20 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, files, markup, protocol, valid
-from sfumato.app.jobs import (
-    DEFAULT_MODEL,
-    JobOptions,
-    MakeOptions,
-    Order,
-    as_taken,
-    carry_out,
-    fitting_size,
-    is_picture,
-    load,
-    make,
-    picture_and_prompt,
-    size_of,
-)
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, MakeOptions, load, make
+from sfumato.app.orders import Order, carry_out
+from sfumato.app.pictures import as_taken, fitting_size, is_picture, read_shown, size_of
 from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported
 from sfumato.sampling.arguments import GenerateArguments
@@ -111,7 +100,7 @@ def explain(
             raise NotSupported(f"{key} explains pictures that exist; give one, and the prompt beside it.")
         result = make(what, model=model, with_=[system], **given)
         return Explanation(result.images, list(getattr(system, "maps", [])), result)
-    image, prompt = picture_and_prompt(what, prompt)
+    image, prompt = _picture_and_prompt(what, prompt)
     if not isinstance(system, protocol.ExplainsImage):
         ways = protocol.serves(system)
         other = "; ".join(ways.get("explain", ()))
@@ -137,12 +126,12 @@ def _built(by: str | None, words: str | Sequence[str] = ()) -> Any:
 
 def _is_read(system: Any, what: Any, model: Any) -> bool:
     """Whether a system that explains both nets and what they make of pictures is given a picture to be read."""
+    key = type(system).CARD.key
     shown = is_picture(str(what)) if isinstance(what, str | Path) else hasattr(what, "convert")
     if not shown or not isinstance(system, protocol.ExplainsReading):
         return False
     if not _reads(model):
         name = model if isinstance(model, str | Path) else model.name
-        key = type(system).CARD.key
         raise BadInput(f"{key} looks at a picture through a model that reads, and {name} draws; say --model toy-cnn.")
     return True
 
@@ -282,7 +271,7 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
     text = prompt is None and not is_picture(job.what)
     image: Any = None
     if not reads:
-        image, prompt = picture_and_prompt(Path(job.what), prompt)
+        image, prompt = _picture_and_prompt(Path(job.what), prompt)
     elif not text:
         image = files.read_picture(job.what)
     with files.output(out) as (folder, named):
@@ -309,3 +298,18 @@ def _load_reader(name: str | Path, order: Order) -> Any:
 
     options = {} if order.dtype is None else {"dtype": order.dtype}
     return load_reader(name, device=order.device, **options)
+
+
+def _picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[Any, str]:
+    """A picture, or the frames (f h w 3) of a clip, and what it shows: as said, or as its recipe says."""
+    if not isinstance(what, str | Path):
+        if prompt is None:
+            raise BadInput("explaining a picture needs the prompt: what does it show?")
+        return what, JobOptions(prompt=prompt).prompt
+    image = read_shown(what)
+    if prompt is None:
+        try:
+            prompt = str(files.read_recipe(what)[0].get("prompt", ""))
+        except BadInput:
+            raise BadInput(f"{what} carries no recipe, so say what it shows: --prompt, or prompt=.") from None
+    return image, JobOptions(prompt=prompt).prompt

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, files, valid
-from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, Order, build_all, load
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
 from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
+from sfumato.app.orders import Order
 from sfumato.bench.arguments import CompareArguments, JudgeArguments
 from sfumato.bench.options import CompareOptions, JudgeOptions
 from sfumato.cards.signatures import spelt_out

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sfumato import cards, files, valid
-from sfumato.app.jobs import JobOptions, Order, ending, fitted_to, write
+from sfumato.app.jobs import JobOptions
+from sfumato.app.orders import Order, ending, write
+from sfumato.app.pictures import fitted_to
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:

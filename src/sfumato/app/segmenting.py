@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, files, protocol, valid
 from sfumato.app.arguments import SegmentArguments
-from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, fitting_size, load, suitable_model
+from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, load, suitable_model
+from sfumato.app.pictures import fitting_size
 from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported
 

@@ -21,10 +21,10 @@ from sfumato.toybox.styles import styled
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
-from sfumato.training.recipe import Options
+from sfumato.training.recipe import Section
 
 
-class VectorModel(Options):
+class VectorModel(Section):
     """Architecture (:class:`VectorAutoencoder`)."""
 
     channels: tuple[int, ...] = Field((16, 32, 64, 64), description="widths from the finest to the coarsest maps")
@@ -32,7 +32,7 @@ class VectorModel(Options):
     blocks: int = Field(1, ge=0, description="residual blocks at each size")
 
 
-class VectorLoss(Options):
+class VectorLoss(Section):
     """Weights of the terms, all means over elements."""
 
     l1: float = Field(1.0, ge=0)
