@@ -162,10 +162,13 @@ def test_every_command_stops_by_signals(sfumato, monkeypatch, command, which):
         raise AssertionError("it went on")
 
     monkeypatch.setattr(importlib.import_module(module), name, killed)
-    before = signal.getsignal(which)
-    outcome = sfumato(command, *args)
-    assert outcome.code == 130 and outcome.err.startswith("error: interrupted") and outcome.err.count("\n") == 1
-    assert signal.getsignal(which) is before
+    before = signal.signal(which, signal.SIG_DFL)  # whatever the tests themselves were started under
+    try:
+        outcome = sfumato(command, *args)
+        assert outcome.code == 130 and outcome.err.startswith("error: interrupted") and outcome.err.count("\n") == 1
+        assert signal.getsignal(which) is signal.SIG_DFL
+    finally:
+        signal.signal(which, before)
 
 
 def test_a_command_under_nohup_goes_on(sfumato, monkeypatch):
