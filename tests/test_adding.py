@@ -102,7 +102,7 @@ def test_it_is_listed_described_and_drawn_with(run, tree):
 
 def test_one_command_writes_it_into_every_table(run, tree):
     written = run("-m", "docs.generate").splitlines()
-    assert sorted(written) == ["README.md", "docs/systems/README.md", "docs/systems/dimmed.md"]
+    assert sorted(written) == ["README.md", "docs/models.md", "docs/systems/README.md", "docs/systems/dimmed.md"]
     assert "| [`dimmed`](docs/systems/dimmed.md) | steer | makes latents a little smaller |" in (
         tree / "README.md"
     ).read_text(encoding="utf-8")

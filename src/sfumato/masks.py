@@ -147,7 +147,8 @@ def _opened(given: str | Path, what: str) -> Image.Image:
     return files.read_upright(given)
 
 
-def _upright(image: Image.Image, most: int = files.MOST_PIXELS) -> Image.Image:
+def _upright(image: Image.Image, most: int | None = None) -> Image.Image:
+    most = files.MOST_PIXELS if most is None else most
     if image.width * image.height > most:
         raise BadInput(f"a mask of {image.width}x{image.height} pixels is too large; the most is {most} in all.")
     return ImageOps.exif_transpose(image)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sfumato import app
+from sfumato import app, files
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, BadWeights, Conflict, NotSupported, UnknownName, WorkInterrupted
 from sfumato.models.slot import text_towers
@@ -152,13 +152,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(photos, tmp_path, more):
 
 
 def test_two_runs_do_not_share_a_folder(photos, tmp_path):
-    import fcntl
-
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / "lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(Conflict, match="another run is at work"):
-            taught(tiny_model("sd3clip"), photos, Work(tmp_path / "run"))
+    with files.reserved(tmp_path / "run", "another"), pytest.raises(Conflict, match="another process is at work"):
+        taught(tiny_model("sd3clip"), photos, Work(tmp_path / "run"))
 
 
 def _process(rank: int, port: int, photos, target) -> None:

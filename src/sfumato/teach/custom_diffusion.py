@@ -67,6 +67,7 @@ class CustomDiffusion:
         cost="6 forward-equivalents per picture and step, the codec's, and the other pictures",
         not_reproduced="retrieving captioned pictures of the kind from LAION: give a folder, or the model draws them",
         summary="concepts in the keys and values of the text and a new word each, merged in closed form",
+        example="custom_diffusion:class_noun=ball",
     )
     RESUMES: ClassVar[bool] = True
 

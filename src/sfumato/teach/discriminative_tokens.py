@@ -57,6 +57,7 @@ class DiscriminativeTokens:
         cost="per update and noise: a whole generation, and K backward passes",
         not_reproduced="training classifiers on the pictures (data augmentation)",
         summary="a word learnt from a classifier, so that a prompt draws the class that is meant",
+        example="discriminative_tokens:target=cube",
     )
     RESUMES: ClassVar[bool] = True
 

@@ -65,6 +65,7 @@ class DreamBooth:
         cost="3 forward-equivalents per picture and step, twice that with a prior, and the prior's pictures",
         not_reproduced="fine-tuning super-resolution stages, which latent models do not have",
         summary="a subject from three to five pictures into the weights or a LoRA, without forgetting its class",
+        example="dreambooth:class_noun=ball",
     )
     RESUMES: ClassVar[bool] = True
 

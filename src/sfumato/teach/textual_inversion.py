@@ -59,6 +59,7 @@ class TextualInversion:
         cost="3 forward-equivalents per picture and step, and the text encoder's",
         not_reproduced="unfreeze_model of the code, which trains the whole model (dreambooth does)",
         summary="a new word for a thing or a style from three to five pictures; the model stays as it is",
+        example="textual_inversion:name=<rex>,class_noun=ball",
         default_for=("teach",),
     )
     RESUMES: ClassVar[bool] = True
