@@ -141,7 +141,7 @@ BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
             "sd3",
             diffusers.StableDiffusion3ControlNetPipeline,
             controlnet=diffusers.SD3ControlNetModel.from_transformer(
-                tiny_pipeline("sd3").transformer, num_layers=1, num_extra_conditioning_channels=0
+                tiny_pipeline("sd3", fresh=True).transformer, num_layers=1, num_extra_conditioning_channels=0
             ),
         ),
         {"control_image": picture()},
@@ -160,7 +160,7 @@ BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
             "flux",
             diffusers.FluxControlNetPipeline,
             controlnet=diffusers.FluxControlNetModel.from_transformer(
-                tiny_pipeline("flux").transformer,
+                tiny_pipeline("flux", fresh=True).transformer,  # it writes into the config that it reads
                 num_layers=1,
                 num_single_layers=1,
                 attention_head_dim=16,
