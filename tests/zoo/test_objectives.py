@@ -258,6 +258,9 @@ def test_scenes_told_twice_are_contrasted_as_pictures_are_and_alone_at_first() -
         ]
         assert float(logs["local"]) == pytest.approx(sum(parts) / 2, rel=1e-4) and 0 < parts[0] < 1
         assert float(total) == pytest.approx(rest + 0.7 * expected + 0.3 * float(logs["local"]), rel=1e-4)
+    later = build("clip", **small, loss={**loss, "paraphrases": 0.7, "tellings": 5, "local": 0.3, "local_from": 3})
+    for step in (2, 3):
+        assert ("local" in later.loss(later.batch(Draw(0, step)), Draw(0, step))[1]) == (step == 3)
 
 
 @torch.no_grad()
