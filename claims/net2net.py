@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from claims import codes
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sheets
-from sfumato.edit.net2net import Expert, Translation, expert, fit_translation
+from sfumato.edit.net2net import NetExpert, Translation, expert, fit_translation
 from sfumato.toybox import COLORS
 from sfumato.toybox.cues import CUE_SHAPES
 from sfumato.training import Draw, Player, fit
-from sfumato.translation.examples import Examples
+from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.translator import FlowParams, fit_translator
 
 SOURCE = "Rombach, Esser, Ommer 2020"
@@ -31,7 +31,7 @@ def caption(shape: str, color: str) -> str:
     return f"a {color} {shape}"
 
 
-def captioned(examples: Examples) -> Examples:
+def captioned(examples: LabelledVectors) -> LabelledVectors:
     """The same pictures with captions that name shape and colour alone."""
     toys = [scene.toys[0] for scene in examples.scenes]
     return replace(examples, texts=[caption(toy.shape, toy.color) for toy in toys])
@@ -40,7 +40,7 @@ def captioned(examples: Examples) -> Examples:
 CAPTIONS = [(shape, color) for shape in CUE_SHAPES for color in COLORS]
 
 
-def second(context: Context) -> Expert:
+def second(context: Context) -> NetExpert:
     """toy-ae as the expert that makes the pictures; its codes of the training pictures are read once."""
     network, pixels = codes.autoencoder(context), codes.train_set(context).pixels
     z, spread = codes.codes(context, "train")
@@ -48,7 +48,7 @@ def second(context: Context) -> Expert:
     def encode(x: Tensor) -> Tensor:
         return z if x is pixels else network.vectors(x)[0]
 
-    return Expert(
+    return NetExpert(
         "toy-ae", "picture", encode, network.pictures, lambda x: spread if x is pixels else None, network.side
     )
 

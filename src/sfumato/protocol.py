@@ -254,13 +254,25 @@ class Trains(Protocol):
         """The :class:`sfumato.training.objective.Objective` that a recipe describes, its modules built."""
 
 
+class SetsReport(Protocol):
+    """What is said of several sets of pictures."""
+
+    def lines(self) -> list[str]:
+        """In words."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes it; returns the files."""
+
+
 @runtime_checkable
 class JudgesSets(Protocol):
     """Compares sets of pictures."""
 
-    def judge_sets(self, sets: Sequence[Any], *, on_progress: Callable[..., Any] | None = None) -> Any:
-        """``sets``: folders, or what else the system knows by name. Returns a report with ``lines()``, ``to_json()``
-        and ``save(folder)``, the files it wrote."""
+    def judge_sets(self, sets: Sequence[Any], *, on_progress: Callable[..., Any] | None = None) -> SetsReport:
+        """``sets``: folders, or what else the system knows by name."""
 
 
 VERBS: dict[str, tuple[tuple[type, str], ...]] = {

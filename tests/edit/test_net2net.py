@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.edit.net2net import Expert, Net2Net, expert, fit_translation, load_translation
+from sfumato.edit.net2net import Net2Net, NetExpert, expert, fit_translation, load_translation
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models.nets.vector_ae import VectorAutoencoder
-from sfumato.translation.examples import Examples
+from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.translator import FlowParams, fit_translator
 
 FLOW = FlowParams(blocks=3, hidden=32, depth=1, steps=120, batch=96, lr=1e-2)
@@ -32,15 +32,15 @@ def colours_of(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x[..., : SIDE // 2].mean((2, 3)), x[..., SIDE // 2 :].mean((2, 3))], 1)
 
 
-def world(n: int, seed: int) -> Examples:
+def world(n: int, seed: int) -> LabelledVectors:
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (n,), generator=rng)
     left = torch.tensor(list(HUES.values()))[labels] + 0.1 * torch.randn(n, 3, generator=rng)
     pixels = halves(torch.cat([left, 1.6 * torch.rand(n, 3, generator=rng) - 0.8], 1))
-    return Examples(pixels, {"hue": labels}, {"hue": list(HUES)}, [], [list(HUES)[i] for i in labels.tolist()])
+    return LabelledVectors(pixels, {"hue": labels}, {"hue": list(HUES)}, [], [list(HUES)[i] for i in labels.tolist()])
 
 
-CODES = Expert("halves", "picture", colours_of, halves, side=SIDE)
+CODES = NetExpert("halves", "picture", colours_of, halves, side=SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +82,16 @@ def test_scores_are_low_where_text_and_picture_fit(translation):
 def test_shared_bits_are_those_of_two_normals():
     rng = torch.Generator().manual_seed(4)
     pixels = halves(torch.randn(1200, 6, generator=rng))
-    shown = Examples(pixels, {}, {})
-    left = Expert("left", "picture", lambda x: colours_of(x)[:, :3])
-    mixed = Expert("mixed", "picture", lambda x: colours_of(x)[:, :3] + 0.5 * colours_of(x)[:, 3:])
+    shown = LabelledVectors(pixels, {}, {})
+    left = NetExpert("left", "picture", lambda x: colours_of(x)[:, :3])
+    mixed = NetExpert("mixed", "picture", lambda x: colours_of(x)[:, :3] + 0.5 * colours_of(x)[:, 3:])
     quick = FlowParams(blocks=2, hidden=24, depth=1, steps=100, batch=96, lr=1e-2)
     bits = fit_translation(left, mixed, shown, quick).bits_shared(shown, quick)
     assert bits == pytest.approx(1.5 * math.log2(1 + 1 / 0.25), abs=0.5)
 
 
 def test_both_ways_where_both_decode():
-    mirrored = Expert("mirror", "picture", lambda x: colours_of(x).flip(1), lambda z: halves(z.flip(1)), side=SIDE)
+    mirrored = NetExpert("mirror", "picture", lambda x: colours_of(x).flip(1), lambda z: halves(z.flip(1)), side=SIDE)
     quick = FlowParams(blocks=2, hidden=24, depth=1, steps=80, batch=96, lr=1e-2)
     there = fit_translation(CODES, mirrored, world(600, 1), quick)
     back = fit_translation(mirrored, CODES, world(600, 1), quick)
@@ -117,14 +117,16 @@ def test_experts_by_name():
 
 def test_what_cannot_be_translated_is_refused(translation, tmp_path):
     shown = world(40, 2)
-    silent = Examples(shown.pixels, shown.labels, shown.names, [], ["red"] * 39 + [""])
+    silent = LabelledVectors(shown.pixels, shown.labels, shown.names, [], ["red"] * 39 + [""])
     with pytest.raises(BadInput, match="picture 39 has no caption"):
         expert("toy-clip").of(silent)
     with pytest.raises(UnknownName, match="concept of the pictures"):
         expert("label:form", ["x"]).of(shown)
     with pytest.raises(BadInput, match="must give vectors"):
         fit_translation(CODES, expert("pixels:16"), shown, FLOW)
-    blind = fit_translation(CODES, Expert("blind", "picture", colours_of), world(64, 3), FlowParams(steps=1, blocks=1))
+    blind = fit_translation(
+        CODES, NetExpert("blind", "picture", colours_of), world(64, 3), FlowParams(steps=1, blocks=1)
+    )
     with pytest.raises(NotSupported, match="makes no pictures"):
         blind.translate(shown.pixels[:1])
     with pytest.raises(NotSupported, match="autoencoder of vectors"):

@@ -9,8 +9,8 @@ import torch
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.explain.iin import (
+    ConceptPairs,
     Iin,
-    Pairs,
     concept_pairs,
     dimensions,
     factor_loss,
@@ -22,7 +22,7 @@ from sfumato.explain.iin.factors import block_sizes
 from sfumato.explain.iin.report import linear_accuracy, readings
 from sfumato.explain.iin.sketches import drawn_in, inside_of, sketch_pairs
 from sfumato.models.nets.vector_ae import VectorAutoencoder
-from sfumato.translation.examples import Examples, agreeing
+from sfumato.translation.examples import LabelledVectors, agreeing
 from sfumato.translation.translator import FlowParams
 
 FLOW = FlowParams(blocks=3, hidden=32, depth=1, steps=250, batch=96, lr=1e-2)
@@ -51,7 +51,7 @@ def planted(n: int = 1500, seed: int = 0):
     own = torch.cat([hue[labels["hue"]], form[labels["form"]], torch.randn(n, 4, generator=rng)], 1)
     own[:, :4] += 0.2 * torch.randn(n, 4, generator=rng)
     mix = torch.linalg.qr(torch.randn(8, 8, generator=rng))[0]
-    examples = Examples(torch.zeros(n, 3, 1, 1), labels, {"hue": list("abc"), "form": list("wxyz")})
+    examples = LabelledVectors(torch.zeros(n, 3, 1, 1), labels, {"hue": list("abc"), "form": list("wxyz")})
     return own @ mix.T, own, mix, examples
 
 
@@ -142,9 +142,9 @@ def test_files_hold_blocks_and_flow(found, tmp_path):
 def test_pairs_and_blocks_that_teach_nothing_are_refused():
     rows = torch.zeros(4, 2, dtype=torch.long)
     with pytest.raises(BadInput, match="agree in nothing"):
-        fit_factors(torch.randn(64, 4), Pairs(rows, torch.zeros(4, 1, dtype=torch.bool)), {"a": 2}, FLOW)
+        fit_factors(torch.randn(64, 4), ConceptPairs(rows, torch.zeros(4, 1, dtype=torch.bool)), {"a": 2}, FLOW)
     with pytest.raises(BadInput, match="of 3 concepts"):
-        fit_factors(torch.randn(64, 4), Pairs(rows, torch.ones(4, 3, dtype=torch.bool)), {"a": 2}, FLOW)
+        fit_factors(torch.randn(64, 4), ConceptPairs(rows, torch.ones(4, 3, dtype=torch.bool)), {"a": 2}, FLOW)
     with pytest.raises(BadInput, match="no residual"):
         block_sizes(8, {"a": 4, "b": 4})
 

@@ -22,8 +22,8 @@ from sfumato.sampling import recipe_args
 SYSTEMS = {key: cards.method(key) for key in cards.methods()}
 FILES = [(key, name) for key, cls in SYSTEMS.items() for name in marked(cls.Params)]
 #: parameters that speak of pictures or files, and are texts
-TEXTS = """background class_noun content encoder exclude from_prompt hash name outside phrases prompt source
-source_outside template templates texts word words"""
+TEXTS = """background class_noun concepts content encoder exclude from_prompt hash layers name outside phrases prompt
+source source_outside template templates texts word words"""
 
 
 def picture(path, recipe):

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from sfumato.errors import BadInput
-from sfumato.models.nets.flow import ActNorm, Flow
+from sfumato.models.nets.flow import ActNorm, CouplingFlow
 
 
 def started(
     condition: tuple[int, ...] = (), dim: int = 8, blocks: int = 3, by: float = 0.1
-) -> tuple[Flow, torch.Tensor | None]:
+) -> tuple[CouplingFlow, torch.Tensor | None]:
     """A flow whose ActNorms have seen a batch and whose weights are not those of an identity."""
     torch.manual_seed(0)
-    flow = Flow(dim, blocks, 16, 2, condition, 4).train()
+    flow = CouplingFlow(dim, blocks, 16, 2, condition, 4).train()
     c = torch.randn(64, *condition) if condition else None
     flow(3 * torch.randn(64, dim) + 1, c)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_permutations_are_of_their_seed_and_leave_global_generators_alone():
 
     np.random.seed(3)
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    orders = [[s.order.tolist() for s in Flow(16, 2, 4, seed=k).stages[2::3]] for k in (0, 0, 1)]
+    orders = [[s.order.tolist() for s in CouplingFlow(16, 2, 4, seed=k).stages[2::3]] for k in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert (np.random.get_state()[1] == numpy_before).all()
     torch.set_rng_state(torch_before)

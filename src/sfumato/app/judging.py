@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, valid
+from sfumato import cards, files, protocol, valid
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
 from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
 from sfumato.app.orders import Order
@@ -37,7 +37,7 @@ def judge(
     by: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Unpack[JudgeArguments],
-) -> Any:
+) -> Report | protocol.SetsReport:
     """Measures a folder of pictures, against its captions and against a reference folder; or compares sets of pictures
     by a system that does (``folder`` then names them all, or two stand in both arguments).
 
@@ -63,7 +63,7 @@ def judges_sets(by: str) -> bool:
     return hasattr(cards.method(cards.parse_with(by)[0]), "judge_sets")
 
 
-def _judge_sets(by: str, sets: list[Any], out: Any, on_progress: Any, given: dict[str, Any]) -> Any:
+def _judge_sets(by: str, sets: list[Any], out: Any, on_progress: Any, given: dict[str, Any]) -> protocol.SetsReport:
     key, params = cards.parse_with(by)
     system: Any = cards.method(key)(**params)
     if wrong := sorted(name for name, value in given.items() if value is not None):

@@ -15,13 +15,13 @@ from sfumato.errors import BadInput, UnknownName
 from sfumato.toybox.cues import CONCEPTS, CueDataset, concept_of
 from sfumato.training.samples import open_samples
 
-__all__ = ["Examples", "agreeing", "folder_examples", "labelled", "open_examples", "toybox_examples"]
+__all__ = ["LabelledVectors", "agreeing", "folder_examples", "labelled", "open_examples", "toybox_examples"]
 
 LEAST = 32
 
 
 @dataclass(eq=False)
-class Examples:
+class LabelledVectors:
     """``pixels`` (m 3 h w) in [-1, 1]; ``labels`` of every concept (m) int64, into its ``names``; ``scenes`` and
     ``texts`` where there are any."""
 
@@ -34,12 +34,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def rows(self, at: Tensor | Sequence[int]) -> Examples:
+    def rows(self, at: Tensor | Sequence[int]) -> LabelledVectors:
         """Some of them."""
         index = torch.as_tensor(at)
         labels = {name: each[index] for name, each in self.labels.items()}
         chosen = [[part[i] for i in index.tolist()] if part else [] for part in (self.scenes, self.texts)]
-        return Examples(self.pixels[index], labels, self.names, *chosen)
+        return LabelledVectors(self.pixels[index], labels, self.names, *chosen)
 
 
 def labelled(words: Sequence[str]) -> tuple[Tensor, list[str]]:
@@ -50,7 +50,7 @@ def labelled(words: Sequence[str]) -> tuple[Tensor, list[str]]:
 
 def toybox_examples(
     n: int, side: int, concepts: Sequence[str] = CONCEPTS, seed: int = 0, split: str = "train"
-) -> Examples:
+) -> LabelledVectors:
     """``n`` toys seen from near (:func:`sfumato.toybox.cues.cue_scenes`), every concept drawn apart from the others;
     rendered once and cached. Raises UnknownName (concept)."""
     for name in concepts:
@@ -59,13 +59,13 @@ def toybox_examples(
     data = CueDataset(split, n, side, seed, 1.0, 0.25)
     pixels = torch.from_numpy(np.array(data.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = {name: labelled([concept_of(scene, name) for scene in data.scenes]) for name in concepts}
-    return Examples(
+    return LabelledVectors(
         pixels, {k: v[0] for k, v in found.items()}, {k: v[1] for k, v in found.items()}, data.scenes,
         [data.caption(i).text for i in range(n)],
     )  # fmt: skip
 
 
-def folder_examples(folder: Path | str, side: int, concepts: Sequence[str] = (), most: int = 5000) -> Examples:
+def folder_examples(folder: Path | str, side: int, concepts: Sequence[str] = (), most: int = 5000) -> LabelledVectors:
     """Pictures of a folder whose ``metadata.jsonl`` (or csv) has a column for each concept.
 
     Raises:
@@ -86,10 +86,10 @@ def folder_examples(folder: Path | str, side: int, concepts: Sequence[str] = (),
             raise BadInput(f"{samples.entries[lacking].shown.name} says nothing about {concept!r}.")
         labels[concept], names[concept] = labelled([str(row[concept]) for row in rows])
     pixels = torch.stack([samples.sample(i).pixels for i in range(n)])
-    return Examples(pixels, labels, names, [], [samples.caption(i) for i in range(n)])
+    return LabelledVectors(pixels, labels, names, [], [samples.caption(i) for i in range(n)])
 
 
-def open_examples(data: str | Path, n: int, side: int, concepts: Sequence[str], seed: int = 0) -> Examples:
+def open_examples(data: str | Path, n: int, side: int, concepts: Sequence[str], seed: int = 0) -> LabelledVectors:
     """``n`` toybox pictures for "toybox", else those of a folder (at most ``n``)."""
     if str(data) == "toybox":
         return toybox_examples(n, side, concepts, seed)

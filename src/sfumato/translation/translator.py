@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, BadWeights
-from sfumato.models.nets.flow import Flow, Norm
+from sfumato.models.nets.flow import CouplingFlow, Norm
 from sfumato.models.weights import check_numbers, find_weights, first_line, read_header
 from sfumato.rng import stream
 from sfumato.training import Draw, Player, Progress, fit
@@ -52,7 +52,7 @@ class Translator(ModelMixin, ConfigMixin):
 
     Args:
         size: n. condition: shape of a condition, () for none. dead: dimensions that never varied; they stay what they
-            were on average. others: see :class:`~sfumato.models.nets.flow.Flow`.
+            were on average. others: see :class:`~sfumato.models.nets.flow.CouplingFlow`.
         about: facts to keep with it, such as which networks the vectors came from.
     """
 
@@ -79,7 +79,7 @@ class Translator(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.live = [i for i in range(size) if i not in set(dead)]
-        self.flow = Flow(len(self.live), blocks, hidden, depth, tuple(condition), embedding, norm, seed)
+        self.flow = CouplingFlow(len(self.live), blocks, hidden, depth, tuple(condition), embedding, norm, seed)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
         shape = (condition[0], *[1] * (len(condition) - 1)) if condition else (0,)

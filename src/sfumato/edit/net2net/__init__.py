@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sfumato import cards, files, sheets
-from sfumato.cards import Card, Field, register
-from sfumato.edit.net2net.experts import Expert, expert
+from sfumato.cards import Card, Field, FilePath, ModelPath, register
+from sfumato.edit.net2net.experts import NetExpert, expert
 from sfumato.edit.net2net.translation import Translation, fit_translation, load_translation
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.nets.vector_ae import VectorAutoencoder, load_autoencoder
@@ -33,7 +33,7 @@ from sfumato.translation.examples import open_examples
 from sfumato.translation.networks import network_of
 from sfumato.translation.translator import FlowParams
 
-__all__ = ["Expert", "Net2Net", "Translation", "expert", "fit_translation", "load_translation"]
+__all__ = ["NetExpert", "Net2Net", "Translation", "expert", "fit_translation", "load_translation"]
 
 SECOND = "toy-ae"
 
@@ -59,11 +59,13 @@ class Net2Net:
     RESUMES: ClassVar[bool] = False
 
     class Params(FlowParams):
-        first: str = Field(
+        first: ModelPath = Field(
             default="toy-clip",
             description="what conditions: a CLIP (its texts), transformers:FOLDER, label:CONCEPT, pixels:SIDE",
         )
-        flow: str = Field(default="", description="a folder that teaching wrote; none: it is taught before the edit")
+        flow: FilePath = Field(
+            default="", description="a folder that teaching wrote; none: it is taught before the edit"
+        )
         pictures: int = Field(default=2000, ge=32, description="how many pictures to learn from at most")
         source: str | None = Field(
             default=None, description="what the picture shows", json_schema_extra={"flag": False}
@@ -129,10 +131,10 @@ class Net2Net:
         return OpenedPicture(self, model, translation, pixels.permute(2, 0, 1)[None] / 127.5 - 1, shown)
 
 
-def _second(model: Any) -> Expert:
+def _second(model: Any) -> NetExpert:
     if isinstance(model, VectorAutoencoder):
         network = network_of(model, name=getattr(model, "name", "") or SECOND)
-        return Expert(
+        return NetExpert(
             network.name, "picture", lambda x: network.vectors(x)[0], network.pictures, lambda x: network.vectors(x)[1],
             network.side,
         )  # fmt: skip

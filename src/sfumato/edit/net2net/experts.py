@@ -28,14 +28,14 @@ from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.nets.vector_ae import is_autoencoder, load_autoencoder
 from sfumato.models.readers import load_clip
 from sfumato.models.readers.loading import load_module
-from sfumato.translation.examples import Examples
+from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.networks import network_of
 
-__all__ = ["Expert", "expert"]
+__all__ = ["NetExpert", "expert"]
 
 
 @dataclass(eq=False)
-class Expert:
+class NetExpert:
     """``kind``: what it reads, "text", "label" or "picture". ``encode``: a list of texts or labels, or pictures
     (b 3 h w), to vectors (b n) or maps (b c h w). ``side``: of the pictures it makes."""
 
@@ -47,7 +47,7 @@ class Expert:
     side: int = 0
     concept: str = ""
 
-    def of(self, examples: Examples) -> Any:
+    def of(self, examples: LabelledVectors) -> Any:
         """What this expert reads of examples. Raises BadInput where they have none of it."""
         if self.kind == "picture":
             return examples.pixels
@@ -61,7 +61,7 @@ class Expert:
         return examples.texts
 
 
-def expert(name: str, labels: Sequence[str] = ()) -> Expert:
+def expert(name: str, labels: Sequence[str] = ()) -> NetExpert:
     """An expert by name; the table above says which. ``labels``: the values of a concept, for ``label:``.
 
     Raises UnknownName, BadInput, BadWeights as the loading of models does.
@@ -75,7 +75,7 @@ def expert(name: str, labels: Sequence[str] = ()) -> Expert:
         return _transformer(Path(rest))
     if is_autoencoder(name):
         network = network_of(load_autoencoder(name), name=name)
-        return Expert(
+        return NetExpert(
             name, "picture", lambda x: network.vectors(x)[0], network.pictures, lambda x: network.vectors(x)[1],
             network.side,
         )  # fmt: skip
@@ -85,10 +85,10 @@ def expert(name: str, labels: Sequence[str] = ()) -> Expert:
         parts = [clip.text_features(list(texts[i : i + 256])) for i in range(0, len(texts), 256)]
         return torch.cat([torch.from_numpy(part) for part in parts])
 
-    return Expert(name, "text", encode)
+    return NetExpert(name, "text", encode)
 
 
-def _labels(concept: str, values: Sequence[str]) -> Expert:
+def _labels(concept: str, values: Sequence[str]) -> NetExpert:
     if not concept:
         raise BadInput("label: needs the name of a concept, such as label:shape.")
 
@@ -98,20 +98,20 @@ def _labels(concept: str, values: Sequence[str]) -> Expert:
                 raise UnknownName(f"value of {concept}", str(word), values)
         return F.one_hot(torch.tensor([values.index(word) for word in given]), len(values)).float()
 
-    return Expert(f"label:{concept}", "label", encode, concept=concept)
+    return NetExpert(f"label:{concept}", "label", encode, concept=concept)
 
 
-def _pixels(side: str) -> Expert:
+def _pixels(side: str) -> NetExpert:
     if not side.isdigit() or not 4 <= int(side) <= 64:
         raise BadInput(f"pixels:{side} is no size; give a side from 4 to 64, such as pixels:16.")
 
     def encode(pixels: Tensor) -> Tensor:
         return F.interpolate(pixels, (int(side),) * 2, mode="bilinear", antialias=True, align_corners=False)
 
-    return Expert(f"pixels:{side}", "picture", encode)
+    return NetExpert(f"pixels:{side}", "picture", encode)
 
 
-def _transformer(folder: Path) -> Expert:
+def _transformer(folder: Path) -> NetExpert:
     from transformers import AutoTokenizer
 
     module = load_module(folder, what="a text encoder")
@@ -129,4 +129,4 @@ def _transformer(folder: Path) -> Expert:
             rows.append((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
         return torch.cat(rows).float()
 
-    return Expert(f"transformers:{folder}", "text", encode)
+    return NetExpert(f"transformers:{folder}", "text", encode)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.edit.net2net.experts import Expert, expert
+from sfumato.edit.net2net.experts import NetExpert, expert
 from sfumato.errors import BadInput, BadWeights, NotSupported
-from sfumato.translation.examples import Examples
+from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.translator import FitRecord, FlowParams, Translator, fit_translator, load_translator
 
 __all__ = ["Translation", "fit_translation", "load_translation"]
@@ -22,8 +22,8 @@ __all__ = ["Translation", "fit_translation", "load_translation"]
 class Translation:
     """``tau``: from what ``first`` says (the condition) and a residual v to the representation of ``second``."""
 
-    first: Expert
-    second: Expert
+    first: NetExpert
+    second: NetExpert
     translator: Translator
     facts: dict[str, Any] = field(default_factory=dict)
     record: FitRecord | None = None
@@ -48,7 +48,7 @@ class Translation:
         """Negative log-likelihood (b) of each picture's representation given its text: low where they fit."""
         return self.translator.nll(self.second.encode(pictures), self.first.encode(given))
 
-    def bits_shared(self, examples: Examples, params: FlowParams, held: float = 0.25) -> float:
+    def bits_shared(self, examples: LabelledVectors, params: FlowParams, held: float = 0.25) -> float:
         """Bits that the two representations share: the NLL of a flow without the condition less that with it, on the
         last part of ``examples``, which this translation should not have been fitted on."""
         z, c = self.second.encode(examples.pixels), self.first.encode(self.first.of(examples))
@@ -83,9 +83,9 @@ def load_translation(folder: Path | str) -> Translation:
 
 
 def fit_translation(
-    first: Expert,
-    second: Expert,
-    examples: Examples,
+    first: NetExpert,
+    second: NetExpert,
+    examples: LabelledVectors,
     params: FlowParams,
     on_progress: Callable[..., None] | None = None,
 ) -> Translation:

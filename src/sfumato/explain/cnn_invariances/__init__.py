@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import files
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.cnn_invariances.explorer import LOGITS, InvarianceExplorer, default_layers, fgsm, logits_of
-from sfumato.explain.cnn_invariances.table import InvarianceTable, LayerRow, Samples, variance_ratios
+from sfumato.explain.cnn_invariances.table import InvarianceTable, LayerRow, LayerSamples, variance_ratios
 from sfumato.explain.iin import concept_pairs, dimensions, fit_factors
 from sfumato.models.nets.vector_ae import load_autoencoder
 from sfumato.models.readers import PictureNet, Reader
@@ -67,19 +67,23 @@ class CnnInvariances:
         layers: list[str] = Field(
             default=[], description="layers, in order; logits: the answer; none: all stages (of a picture: the last)"
         )
-        autoencoder: str = Field(default="toy-ae", description="autoencoder of vectors: a built-in one or a folder")
+        autoencoder: ModelPath = Field(
+            default="toy-ae", description="autoencoder of vectors: a built-in one or a folder"
+        )
         concepts: list[str] = Field(
             default=["shape", "texture", "color", "place", "scenery"],
             description="rows of the table: concepts of the toybox, or columns of the folder's metadata",
         )
-        data: str = Field(default="toybox", description="toybox, or a folder of pictures (with metadata.jsonl)")
+        data: FilePath = Field(default="toybox", description="toybox, or a folder of pictures (with metadata.jsonl)")
         pictures: int = Field(default=2000, ge=32, description="how many pictures to learn from at most")
         samples: int = Field(default=7, ge=1, le=64, description="pictures drawn for each layer")
         temperature: float = Field(default=1.0, ge=0, le=2, description="deviation of the draws; below 1 less varied")
         attack: float = Field(
             default=0.0, ge=0, le=1, description="FGSM of this size, of a range of 2, before the layer looks; 0: none"
         )
-        flow: str = Field(default="", description="a folder that a table of this system wrote: nothing is fitted anew")
+        flow: FilePath = Field(
+            default="", description="a folder that a table of this system wrote: nothing is fitted anew"
+        )
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
@@ -117,7 +121,7 @@ class CnnInvariances:
         prompt: str | None = None,
         on_progress: Callable[..., None] | None = None,
         **options: Any,
-    ) -> Samples:
+    ) -> LayerSamples:
         """Pictures that layers of a classifier cannot tell from ``image`` (PIL); a prompt has no meaning here.
 
         Raises as :meth:`explain_net` does.
@@ -153,7 +157,7 @@ class CnnInvariances:
             drawn = explorer.samples(seen, p.samples, p.seed, p.temperature)
             rows.append((layer, explorer.pictures(drawn)[0]))
         rebuilt: Tensor = autoencoder.pictures(autoencoder.vectors(seen)[0])[0]
-        return Samples(reader.name, pixels[0], rebuilt, rows, bool(p.attack))
+        return LayerSamples(reader.name, pixels[0], rebuilt, rows, bool(p.attack))
 
     def _autoencoder(self) -> Network:
         return network_of(load_autoencoder(self.params.autoencoder), name=self.params.autoencoder)

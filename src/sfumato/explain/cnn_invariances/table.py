@@ -18,7 +18,7 @@ from sfumato.translation.translator import FitRecord
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["InvarianceTable", "LayerRow", "Samples", "variance_ratios"]
+__all__ = ["InvarianceTable", "LayerRow", "LayerSamples", "variance_ratios"]
 
 
 def variance_ratios(reader: Interpretation, drawn: Tensor, data: Tensor) -> dict[str, float]:
@@ -110,7 +110,7 @@ def _codes(row: LayerRow, pixels: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Samples:
+class LayerSamples:
     """Samples for one picture: ``rows`` of (layer, pictures (n 3 h w))."""
 
     net: str

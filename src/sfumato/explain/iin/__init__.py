@@ -19,27 +19,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, FilePath, register
 from sfumato.errors import BadInput
 from sfumato.explain.iin.factors import (
+    ConceptPairs,
     Interpretation,
-    Pairs,
     factor_loss,
     fit_factors,
     load_interpretation,
 )
-from sfumato.explain.iin.report import Reading, readings
+from sfumato.explain.iin.report import BlockReading, readings
 from sfumato.explain.iin.sketches import drawn_in, sketch_pairs
 from sfumato.explain.shape_texture.dimensions import RESIDUAL, Dimensions, dimensions_of, estimate
-from sfumato.translation.examples import Examples, agreeing, open_examples
+from sfumato.translation.examples import LabelledVectors, agreeing, open_examples
 from sfumato.translation.networks import Network, network_of
 from sfumato.translation.translator import FlowParams, fit_translator
 
 __all__ = [
     "Iin",
     "Interpretation",
-    "Pairs",
-    "Reading",
+    "ConceptPairs",
+    "BlockReading",
     "dimensions",
     "factor_loss",
     "fit_factors",
@@ -74,14 +74,14 @@ class Iin:
             description="what pairs agree in: of the toybox (shape, texture, color, place, scenery, ground, sky), or"
             " columns of the folder's metadata",
         )
-        data: str = Field(default="toybox", description="toybox, or a folder of pictures with metadata.jsonl")
+        data: FilePath = Field(default="toybox", description="toybox, or a folder of pictures with metadata.jsonl")
         pictures: int = Field(default=2000, ge=32, description="how many pictures to learn from at most")
         layer: str = Field(default="", description="the output that is translated; empty: the net's own vector")
         layers: list[str] = Field(default=[], description="layers whose dimensions are reported beside it")
         sizes: Literal["estimated", "equal"] = Field(default="estimated", description="how blocks get their dimensions")
         rho: float = Field(default=0.975, gt=0, lt=1, description="correlation of a shared block, sigma of the paper")
         supervised: bool = Field(default=True, description="no: independent dimensions without concepts, a sampler")
-        sketches: list[str] = Field(
+        sketches: list[FilePath] = Field(
             default=[], description="two drawings (files) that show one change: the only concept, in place of labels"
         )
 
@@ -97,7 +97,7 @@ class Iin:
 
     def explain_net(
         self, net: Any, name: str = "", on_progress: Callable[..., None] | None = None, **options: Any
-    ) -> Reading:
+    ) -> BlockReading:
         """What a net's layers know of each concept, and the fitted translator of its vector.
 
         Args:
@@ -118,7 +118,7 @@ class Iin:
         if not p.supervised:
             record = fit_translator(z, params=p, spread=spread, on_progress=on_progress, name="iin")
             free = Interpretation(record.translator, {RESIDUAL: record.translator.free}, {}, record)
-            return Reading(network, free, {}, examples, z)
+            return BlockReading(network, free, {}, examples, z)
         rows = {c: agreeing(examples.labels[c], PAIRS, p.seed * 101 + i, c) for i, c in enumerate(p.concepts)}
         tables = {network.layer: dimensions(z, rows)}
         for layer in p.layers:
@@ -130,9 +130,9 @@ class Iin:
         pairs = concept_pairs(rows)
         found = fit_factors(z, pairs, sizes, p, rho=p.rho, spread=spread, on_progress=on_progress)
         found.facts |= {"network": network.name, "layer": network.layer, "concepts": p.concepts, "data": p.data}
-        return Reading(network, found, tables, examples, z, readings(found, z, examples))
+        return BlockReading(network, found, tables, examples, z, readings(found, z, examples))
 
-    def _from_sketches(self, network: Network, examples: Examples, on_progress: Any) -> Reading:
+    def _from_sketches(self, network: Network, examples: LabelledVectors, on_progress: Any) -> BlockReading:
         from sfumato import files
 
         p, side = self.params, network.side
@@ -143,13 +143,15 @@ class Iin:
         found = from_sketches(network, drawings[0], drawings[1], examples.pixels, p, p.rho, on_progress)
         found.facts |= {"network": network.name, "layer": network.layer, "sketches": [Path(s).name for s in p.sketches]}
         z, _ = network.vectors(examples.pixels)
-        return Reading(network, found, {}, examples, z)
+        return BlockReading(network, found, {}, examples, z)
 
 
-def concept_pairs(rows: dict[str, Tensor]) -> Pairs:
+def concept_pairs(rows: dict[str, Tensor]) -> ConceptPairs:
     """Pairs of every concept, each sharing that concept and nothing else that is known."""
     eye = torch.eye(len(rows), dtype=torch.bool)
-    return Pairs.joined([Pairs(each, eye[i].expand(len(each), -1)) for i, each in enumerate(rows.values())])
+    return ConceptPairs.joined(
+        [ConceptPairs(each, eye[i].expand(len(each), -1)) for i, each in enumerate(rows.values())]
+    )
 
 
 def dimensions(z: Tensor, rows: dict[str, Tensor]) -> Dimensions:

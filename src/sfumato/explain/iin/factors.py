@@ -15,11 +15,11 @@ from sfumato.explain.shape_texture.dimensions import RESIDUAL
 from sfumato.training import Draw
 from sfumato.translation.translator import FitRecord, FlowParams, Translator, fit_translator, load_translator
 
-__all__ = ["Interpretation", "Pairs", "factor_loss", "fit_factors", "load_interpretation"]
+__all__ = ["Interpretation", "ConceptPairs", "factor_loss", "fit_factors", "load_interpretation"]
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class ConceptPairs:
     """Pairs of vectors, as rows of a set: ``rows`` (p 2), and ``shared`` (p k), True for each concept in which a pair
     is known to agree; it is taken to be independent in all others."""
 
@@ -27,8 +27,8 @@ class Pairs:
     shared: Tensor
 
     @staticmethod
-    def joined(parts: Sequence[Pairs]) -> Pairs:
-        return Pairs(torch.cat([p.rows for p in parts]), torch.cat([p.shared for p in parts]))
+    def joined(parts: Sequence[ConceptPairs]) -> ConceptPairs:
+        return ConceptPairs(torch.cat([p.rows for p in parts]), torch.cat([p.shared for p in parts]))
 
 
 def factor_loss(va: Tensor, vb: Tensor, logdet_a: Tensor, logdet_b: Tensor, rho: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def block_sizes(free: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
 def fit_factors(
     z: Tensor,
-    pairs: Pairs,
+    pairs: ConceptPairs,
     sizes: Mapping[str, int],
     params: FlowParams,
     *,

@@ -13,13 +13,13 @@ from torch import Tensor
 from sfumato import files, sheets
 from sfumato.explain.iin.factors import Interpretation
 from sfumato.explain.shape_texture.dimensions import Dimensions, dimensions_of
-from sfumato.translation.examples import Examples
+from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.networks import Network
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Reading", "linear_accuracy", "readings"]
+__all__ = ["BlockReading", "linear_accuracy", "readings"]
 
 
 def linear_accuracy(x: Tensor, labels: Tensor, held: float = 0.25, ridge: float = 1e-2) -> float:
@@ -35,7 +35,7 @@ def linear_accuracy(x: Tensor, labels: Tensor, held: float = 0.25, ridge: float 
     return float((known[(x[cut:] @ weights).argmax(1)] == labels[cut:]).double().mean())
 
 
-def readings(found: Interpretation, z: Tensor, examples: Examples) -> dict[str, dict[str, float]]:
+def readings(found: Interpretation, z: Tensor, examples: LabelledVectors) -> dict[str, dict[str, float]]:
     """How well each concept can be read from each block, as a share of what chance leaves: {block: {concept: r}}."""
     v = found.codes(z)
     out: dict[str, dict[str, float]] = {}
@@ -49,14 +49,14 @@ def readings(found: Interpretation, z: Tensor, examples: Examples) -> dict[str, 
 
 
 @dataclass(eq=False)
-class Reading:
+class BlockReading:
     """What :meth:`Iin.explain_net` found. ``interpretation`` is the fitted translator, ``tables`` the dimensions of
     every layer, ``read`` the :func:`readings`, ``vectors`` (m n) those of ``examples``."""
 
     network: Network
     interpretation: Interpretation
     tables: dict[str, Dimensions]
-    examples: Examples
+    examples: LabelledVectors
     vectors: Tensor
     read: dict[str, dict[str, float]] = field(default_factory=dict)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
-from sfumato.explain.iin.factors import Pairs
+from sfumato.explain.iin.factors import ConceptPairs
 
 __all__ = ["drawn_in", "inside_of", "sketch_pairs"]
 
@@ -53,7 +53,7 @@ def drawn_in(sketch: Tensor, pictures: Tensor) -> Tensor:
     return torch.where(inside, thing, ground).clamp(-1, 1)
 
 
-def sketch_pairs(colourings: int, per_kind: int, seed: int = 0) -> Pairs:
+def sketch_pairs(colourings: int, per_kind: int, seed: int = 0) -> ConceptPairs:
     """Pairs over the rows [first drawing in every colouring, second drawing in every colouring], two concepts: what was
     drawn, and all else (in the place of the residual)."""
     rng = torch.Generator().manual_seed(seed)
@@ -64,4 +64,4 @@ def sketch_pairs(colourings: int, per_kind: int, seed: int = 0) -> Pairs:
     same = torch.stack([which * c + one, which * c + other], 1)
     apart = torch.stack([which * c + one, (1 - which) * c + one], 1)
     shared = torch.tensor([[True, False], [False, True]]).repeat_interleave(per_kind, 0)
-    return Pairs(torch.cat([same, apart]), shared)
+    return ConceptPairs(torch.cat([same, apart]), shared)

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput
 from sfumato.judge.data_biases.projection import Projection, fit_projection, load_projection
 from sfumato.judge.data_biases.report import BiasReport, PairBias, pair_bias
 from sfumato.models.nets.vector_ae import load_autoencoder
 from sfumato.toybox.cues import concept_of
 from sfumato.toybox.sets import SETS, SetDataset
-from sfumato.translation.examples import Examples, folder_examples, labelled
+from sfumato.translation.examples import LabelledVectors, folder_examples, labelled
 from sfumato.translation.networks import network_of
 from sfumato.translation.reading import CodeReader
 from sfumato.translation.translator import FlowParams
@@ -54,7 +54,7 @@ class DataBiases:
     )
 
     class Params(FlowParams):
-        autoencoder: str = Field(
+        autoencoder: ModelPath = Field(
             default="toy-ae", description="autoencoder of vectors that knows all sets: a built-in one or a folder"
         )
         concepts: list[str] = Field(
@@ -115,7 +115,7 @@ def _names(sets: Sequence[str | Path]) -> list[str]:
     return found
 
 
-def _examples(name: str, n: int, side: int, concepts: Sequence[str], seed: int) -> Examples:
+def _examples(name: str, n: int, side: int, concepts: Sequence[str], seed: int) -> LabelledVectors:
     head, _, rest = name.partition(":")
     if head != TOYBOX:
         return folder_examples(name, side, concepts, n)
@@ -125,10 +125,10 @@ def _examples(name: str, n: int, side: int, concepts: Sequence[str], seed: int) 
     pixels = torch.from_numpy(np.array(data.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = {c: labelled([concept_of(scene, c) for scene in data.scenes]) for c in concepts}
     labels, words = {c: each[0] for c, each in found.items()}, {c: each[1] for c, each in found.items()}
-    return Examples(pixels, labels, words, data.scenes)
+    return LabelledVectors(pixels, labels, words, data.scenes)
 
 
-def _common_words(examples: dict[str, Examples], concepts: Sequence[str]) -> dict[str, list[str]]:
+def _common_words(examples: dict[str, LabelledVectors], concepts: Sequence[str]) -> dict[str, list[str]]:
     """The values of every concept over all sets. Raises BadInput for a concept that only one set has values of."""
     out = {}
     for concept in concepts:
@@ -143,7 +143,7 @@ def _common_words(examples: dict[str, Examples], concepts: Sequence[str]) -> dic
 
 
 def _reader(
-    examples: dict[str, Examples], z: dict[str, Any], words: dict[str, list[str]], steps: int, seed: int
+    examples: dict[str, LabelledVectors], z: dict[str, Any], words: dict[str, list[str]], steps: int, seed: int
 ) -> CodeReader:
     labels = {}
     for concept, known in words.items():

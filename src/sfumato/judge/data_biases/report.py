@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato import files, sheets
 from sfumato.judge.data_biases.projection import Projection
-from sfumato.translation.examples import Examples
+from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.reading import CodeReader
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class BiasReport:
 
     projection: Projection
     pairs: list[PairBias]
-    examples: dict[str, Examples]
+    examples: dict[str, LabelledVectors]
     codes: dict[str, Tensor]
     reader: CodeReader | None = None
     facts: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ Blocks are those of the CompVis papers (arXiv 2004.13166, 2005.13580): ActNorm, 
 scales are limited by tanh, a fixed permutation. FrEIA (MIT) gives the coupling; ActNorm and permutation are ours, as
 FrEIA's initialise on any first call in any mode and reseed numpy's global generator.
 
-    >>> flow = Flow(64, blocks=8, hidden=128, condition=(32,))
+    >>> flow = CouplingFlow(64, blocks=8, hidden=128, condition=(32,))
     >>> v, logdet = flow(z, c)       # (b 64), (b): log|det dv/dz|
     >>> z, logdet = flow.inverse(v, c)  # log|det dz/dv|
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sfumato.errors import BadInput
 from sfumato.rng import stream
 
-__all__ = ["ActNorm", "Flow", "MapEmbedding", "Permutation", "VectorEmbedding", "embedding_of"]
+__all__ = ["ActNorm", "CouplingFlow", "MapEmbedding", "Permutation", "VectorEmbedding", "embedding_of"]
 
 Norm = Literal["layer", "batch", "none"]
 
@@ -148,7 +148,7 @@ def embedding_of(shape: Sequence[int], outside: int, hidden: int, norm: Norm) ->
     raise BadInput(f"a condition must be a vector (d) or maps (c, h, w), got {tuple(shape)}.")
 
 
-class Flow(nn.Module):
+class CouplingFlow(nn.Module):
     """The bijection.
 
     Args:
