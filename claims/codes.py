@@ -24,7 +24,7 @@ from sfumato.models.weights import hash_modules
 from sfumato.rng import hashed
 from sfumato.toybox.styles import styled
 from sfumato.training import Draw, Player, fit
-from sfumato.translation.examples import Examples, toybox_examples
+from sfumato.translation.examples import LabelledVectors, toybox_examples
 from sfumato.translation.networks import Network, network_of
 
 READ = ("shape", "texture", "color", "place", "ground", "sky")
@@ -43,12 +43,12 @@ def ae_of(context: Context) -> VectorAutoencoder:
     return context.once("toy-ae module", lambda: load_autoencoder(context.folder("toy-ae")))
 
 
-def train_set(context: Context) -> Examples:
+def train_set(context: Context) -> LabelledVectors:
     """The pictures that flows learn from: those of toy-ae."""
     return context.once("train", lambda: toybox_examples(context.count(TRAIN, 96), SIDE, (*READ, "scenery")))
 
 
-def test_set(context: Context) -> Examples:
+def test_set(context: Context) -> LabelledVectors:
     """Pictures of scenes that nothing was trained on."""
     n = context.count(TEST, 32)
     return context.once("test", lambda: toybox_examples(n, SIDE, (*READ, "scenery"), split="test"))

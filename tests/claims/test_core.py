@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -164,6 +165,12 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(core, "run", interrupted)
     assert main(["zoo"]) == 130 and "kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in core.HERE.glob("[a-z]*.py")))
+def test_every_module_can_be_imported(name):
+    module = importlib.import_module(f"claims.{name}")
+    assert name not in EXPERIMENTS or module.EXPERIMENT.key == name
 
 
 def test_choose():
