@@ -17,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from sfumato import files
 from sfumato.errors import BadInput
-from sfumato.files import free_name, output_folder, read_picture, read_recipe, replacing, save_png, slug
+from sfumato.files import read_picture, read_recipe, save_png
+from sfumato.writing import free_name, output_folder, replacing, slug
 
 RECIPE = {
     "sfumato": "0.1.0",

@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sfumato import files
+from sfumato import files, writing
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def save_clip(
     path: Path | str, frames: np.ndarray, recipe: dict[str, Any], fps: float = FPS, new: bool = False
 ) -> Path:
     """Write ``frames`` (f h w 3) uint8 with their recipe to ``path``, whole or not at all; the suffix names the format,
-    ``new`` as for :func:`.files.replacing`.
+    ``new`` as for :func:`.writing.replacing`.
 
     Raises BadInput for another suffix, frames of another kind, or a speed that the format does not know. OSError where
     it cannot be written.
@@ -50,7 +50,7 @@ def save_clip(
         raise BadInput(f"fps is {fps:g}; {path.suffix[1:]} takes above 0 and up to {fastest:g}.")
     encoded = io.BytesIO()
     write(encoded, frames, files.recipe_text(recipe), recipe, fps)
-    with files.replacing(path, new) as file:
+    with writing.replacing(path, new) as file:
         file.write(encoded.getbuffer())
     return path
 

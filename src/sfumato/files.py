@@ -22,49 +22,11 @@ from typing import IO, TYPE_CHECKING, Any
 from sfumato import valid
 from sfumato.dialects import a1111_text, parse_a1111, parse_comfy
 from sfumato.errors import BadInput
-from sfumato.writing import (
-    PICTURES,
-    VIDEOS,
-    copy_tree,
-    create,
-    free_name,
-    names_file,
-    new_folder,
-    numbered,
-    only_folder,
-    output,
-    output_folder,
-    refuse_filled,
-    replacing,
-    rereadable,
-    reserved,
-    slug,
-    sweep,
-)
+from sfumato.writing import VIDEOS, replacing
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
-
-__all__ = [
-    "PICTURES",
-    "VIDEOS",
-    "copy_tree",
-    "create",
-    "free_name",
-    "names_file",
-    "new_folder",
-    "numbered",
-    "only_folder",
-    "output",
-    "output_folder",
-    "replacing",
-    "refuse_filled",
-    "rereadable",
-    "reserved",
-    "slug",
-    "sweep",
-]  # what :mod:`sfumato.writing` has; what is defined here needs no list
 
 CHUNK = "sfumato"
 A1111_CHUNK = "parameters"

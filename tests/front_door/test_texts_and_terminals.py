@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato import cards, files, masks, registry, valid
+from sfumato import cards, files, masks, registry, valid, writing
 from sfumato.app import BadLines, EditOptions, Order, carry_out_lines, explain, make, read_prompts, segment
 from sfumato.bench.folder import Folder
 from sfumato.bench.judge import read_attributes
@@ -129,7 +129,7 @@ def test_names_that_are_no_text(tmp_path):
     assert folder.names == [name] and folder.picture(name).size == (4, 4)
     line = valid.json_line({"file_name": name, "text": "日"})
     assert json.loads(line) == {"file_name": name, "text": "日"} and "日".encode() in line
-    assert valid.shown(path).encode() and files.slug(name) == "p-png"
+    assert valid.shown(path).encode() and writing.slug(name) == "p-png"
 
 
 def test_a_circle_of_links_is_named(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato import app, files
+from sfumato import app, files, writing
 from sfumato.app import Order, carry_out_lines, make, read_prompts
 from sfumato.errors import BadInput, Conflict
 from sfumato.training import checkpoint
@@ -26,7 +26,7 @@ from tests.tiny import tiny_model
 
 def process(code: str, folder: Path) -> subprocess.Popen:
     """A Python of its own in ``folder``, which loads no torch; it says a line when it is ready."""
-    script = "import sys, time\nfrom pathlib import Path\nfrom sfumato import files\n" + code
+    script = "import sys, time\nfrom pathlib import Path\nfrom sfumato import files, writing\n" + code
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -43,7 +43,7 @@ sys.stdin.readline()
 for i in range(12):
     image = Image.new("RGB", (4, 4))
     write = lambda path: files.save_png(path, image, {"process": sys.argv, "prompt": "a"}, new=True)
-    print(files.create(Path("."), "a-cube-0", ".png", write), flush=True)
+    print(writing.create(Path("."), "a-cube-0", ".png", write), flush=True)
 """
     started = [process(code, tmp_path) for _ in range(3)]
     for each in started:
@@ -59,7 +59,7 @@ for i in range(12):
 
 
 HOLD = """
-with files.reserved(Path("out"), "this"):
+with writing.reserved(Path("out"), "this"):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -86,7 +86,7 @@ def test_a_run_of_prompts_refuses_a_folder_where_another_is_at_work(tmp_path, mo
 
 
 WRITE = """
-with files.replacing("x.png") as file, files.new_folder("folder") as folder:
+with writing.replacing("x.png") as file, writing.new_folder("folder") as folder:
     file.write(b"half")
     (folder / "half").write_text("half")
     print("ready", flush=True)
@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
     assert len(os.listdir(tmp_path)) == 4
     (tmp_path / ".mine.partial").write_text("not ours")
     os.mkfifo(tmp_path / ".x.0123abcd.partial")
-    with files.output_folder(tmp_path):
+    with writing.output_folder(tmp_path):
         left = sorted(os.listdir(tmp_path))
     assert len(left) == 4 and ".mine.partial" in left and ".x.0123abcd.partial" in left  # two of the one that writes
     alive.terminate()

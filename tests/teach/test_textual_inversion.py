@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sfumato import app, files
+from sfumato import app, writing
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, BadWeights, Conflict, NotSupported, UnknownName, WorkInterrupted
 from sfumato.models.slot import text_towers
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(photos, tmp_path, more):
 
 def test_two_runs_do_not_share_a_folder(photos, tmp_path):
     (tmp_path / "run").mkdir()
-    with files.reserved(tmp_path / "run", "another"), pytest.raises(Conflict, match="another process is at work"):
+    with writing.reserved(tmp_path / "run", "another"), pytest.raises(Conflict, match="another process is at work"):
         taught(tiny_model("sd3clip"), photos, Work(tmp_path / "run"))
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import files
+from sfumato import files, writing
 from sfumato.adapters.formats import Contents, FileModule, find_file, fit, read_contents
 from sfumato.adapters.layers import algebra_of
 from sfumato.adapters.naming import DENOISER, Index
@@ -298,7 +298,7 @@ def _to_peft(modules: list[Module], target: Path) -> list[Path]:
     written = []
     for component, several in by_network.items():
         folder = target if len(by_network) == 1 else target / component
-        with files.output_folder(folder):
+        with writing.output_folder(folder):
             tensors: dict[str, Tensor] = {}
             for each in several:
                 for part, tensor in each.parts.items():
@@ -306,7 +306,7 @@ def _to_peft(modules: list[Module], target: Path) -> list[Path]:
                     tensors[f"base_model.model.{each.path}.{named.get(part, part)}"] = (
                         tensor.flatten() if part == "magnitude" else tensor
                     )
-            with files.replacing(folder / "adapter_config.json") as file:
+            with writing.replacing(folder / "adapter_config.json") as file:
                 file.write(json.dumps(_peft_settings(several), indent=1).encode())
             written.append(files.save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"}))
     return written

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, files, markup, protocol
+from sfumato import cards, files, markup, protocol, writing
 from sfumato.app.arguments import EditArguments
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load, offers, readable, suitable_model
 from sfumato.app.orders import Order, RecipeDiffers, check_weights, like, model_of
@@ -370,21 +370,21 @@ def edit_file(
     same = model is None and bool(expected)
     if same:
         model = model_of(expected, Path("the edit"))
-    with files.output(out) as (folder, named):
+    with writing.output(out) as (folder, named):
         if model is not None and (order.dtype or order.device != "cpu" or order.config):
             model = order.load(model)
         systems, allow = order.with_, order.allow
         done = edit(picture, prompts, mask=mask, model=model, with_=systems, allow=allow, on_step=on_step, **given)
         check_weights(expected, done.results[0].model, same)
         for index, (result, recipe) in enumerate(zip(done.results, done.recipes, strict=True)):
-            at = files.numbered(named, index, len(done.results))
+            at = writing.numbered(named, index, len(done.results))
 
             def save(path: Path, image: Any = result.images[0], recipe: Any = recipe, new: bool = at is None) -> Path:
                 return files.save_png(path, image, recipe, new)
 
-            stem = f"{files.slug(picture.stem)}-{files.slug(result.prompts[0], 40)}"
-            path = files.create(folder, stem, ".png", save) if at is None else save(at)
+            stem = f"{writing.slug(picture.stem)}-{writing.slug(result.prompts[0], 40)}"
+            path = writing.create(folder, stem, ".png", save) if at is None else save(at)
             yield path
             for part in result.parts:
                 for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():
-                    yield files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), drawn, recipe)
+                    yield files.save_png(path.with_name(f"{path.stem}.{writing.slug(name)}.png"), drawn, recipe)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, markup, protocol, valid
+from sfumato import cards, files, markup, protocol, valid, writing
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, MakeOptions, load, make
 from sfumato.app.orders import Order, carry_out
 from sfumato.app.pictures import as_taken, fitting_size, is_picture, read_shown, size_of
@@ -222,7 +222,7 @@ def explain_into(
     reads = isinstance(system, protocol.ExplainsReading) and _reads(model)
     if isinstance(system, protocol.ExplainsNet) and not _is_read(system, what, model):
         job.refuse((), f"with {key}, which explains a net: give its name and the parameters of --by, nothing else")
-        with files.output(out) as (folder, named):
+        with writing.output(out) as (folder, named):
             table = system.explain_net(open_net(what, order.dtype, order.device, order.config), Path(what).name)
             found: list[Path] = []
 
@@ -231,7 +231,7 @@ def explain_into(
                 return path
 
             if named is None:
-                files.create(folder, f"{files.slug(Path(what).name)}.{key}", ".json", save)
+                writing.create(folder, f"{writing.slug(Path(what).name)}.{key}", ".json", save)
             else:
                 save(named)
             yield from table.lines()
@@ -239,7 +239,7 @@ def explain_into(
     elif isinstance(system, protocol.ExplainsConcept):
         allowed = ("prompt", "model", *(set(JobOptions.model_fields) - {"n", "size"}))
         job.refuse(allowed, f"with --by {key}; see: sfumato methods {key}")
-        with files.output(out) as (folder, named):
+        with writing.output(out) as (folder, named):
             loaded = order.load()
             finding = system.explain_concept(loaded, what, prompt, on_step=on_step, **options)
             if named is None:
@@ -274,7 +274,7 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         image, prompt = _picture_and_prompt(Path(job.what), prompt)
     elif not text:
         image = files.read_picture(job.what)
-    with files.output(out) as (folder, named):
+    with writing.output(out) as (folder, named):
         model = _load_reader(name, order) if reads else order.load()
         image = image if reads else as_taken(model, image, job.what)
         what, question = (job.what, None) if text else (image, prompt)
@@ -283,9 +283,9 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         [maps] = explained.maps
         about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
         drawn, recipe = maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about}
-        stem = f"{files.slug(job.what if text else Path(job.what).stem)}.heat"
+        stem = f"{writing.slug(job.what if text else Path(job.what).stem)}.heat"
         if named is None:
-            path = files.create(folder, stem, ".png", lambda path: files.save_png(path, drawn, recipe, new=True))
+            path = writing.create(folder, stem, ".png", lambda path: files.save_png(path, drawn, recipe, new=True))
         else:
             path = files.save_png(named, drawn, recipe)
         yield path

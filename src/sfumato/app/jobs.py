@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sfumato import cards, checkpoints, files
+from sfumato import cards, checkpoints, writing
 from sfumato.app.pictures import fitted_to
 from sfumato.cards import Field
 from sfumato.cards.signatures import spelt_out
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MODEL = "toy-sd"
-PICTURES = files.PICTURES
+PICTURES = writing.PICTURES
 LONGEST_PROMPT = 1000  # words; about 17 chunks of CLIP
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol, valid
+from sfumato import cards, protocol, valid, writing
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
 from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
 from sfumato.app.orders import Order
@@ -121,7 +121,7 @@ def _joined(one: Side, with_: Any) -> Side:
 
 def beside(out: Path, inside: str, behind: str) -> Path:
     """A place in the folder ``out`` or, where it names a picture, beside that, with its name."""
-    return out.with_name(f"{out.stem}-{behind}") if files.names_file(out) else out / inside
+    return out.with_name(f"{out.stem}-{behind}") if writing.names_file(out) else out / inside
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -202,7 +202,7 @@ def _make_sides(
 ) -> None:
     """The pictures of both sides, in turns, so that whatever else the machine does slows both alike."""
     shared = {name: value for name, value in options.items() if value is not None}
-    source = files.rereadable(Path(prompts), sides[0]) if isinstance(prompts, str | Path) else None
+    source = writing.rereadable(Path(prompts), sides[0]) if isinstance(prompts, str | Path) else None
     texts = [] if isinstance(prompts, str | Path) else list(prompts)
     if not source and not texts:
         raise BadInput("prompts is empty; give at least one.")

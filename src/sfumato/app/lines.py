@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sfumato import cards, files, valid
+from sfumato import cards, files, valid, writing
 from sfumato.app.jobs import JobOptions
 from sfumato.app.orders import Order, ending, write
 from sfumato.app.pictures import fitted_to
@@ -141,8 +141,8 @@ def carry_out_lines(
             for i in range(line.job.n):
                 yield index, line, line.job.model_copy(update={"n": 1, "seed": line.job.seed + i})
 
-    files.only_folder(out, "the pictures of a prompts file and their metadata.jsonl")
-    with files.output_folder(out), files.reserved(out, "a run of prompts"), contextlib.ExitStack() as stack:
+    writing.only_folder(out, "the pictures of a prompts file and their metadata.jsonl")
+    with writing.output_folder(out), writing.reserved(out, "a run of prompts"), contextlib.ExitStack() as stack:
         made = (
             _spread_lines(jobs(), order, image, out, workers, stack)
             if ray
@@ -253,7 +253,7 @@ def _spread_lines(
             def save(path: Path) -> list[Path]:
                 written = [path.with_name(path.stem + suffix) for suffix, _ in parts]
                 for at, (_, content) in zip(written, parts, strict=True):  # what is drawn beside it carries its name
-                    with files.replacing(at, new=at == path) as file:
+                    with writing.replacing(at, new=at == path) as file:
                         file.write(content)
                 return written
 
@@ -305,7 +305,7 @@ def _job_key(options: JobOptions, order: Order, image: Image | None, weight_hash
 
 
 def _stem(options: JobOptions) -> str:
-    return f"{files.slug(options.prompt)}-{options.seed}"
+    return f"{writing.slug(options.prompt)}-{options.seed}"
 
 
 def _row(options: JobOptions, about: dict[str, Any], seconds: float, cost: float) -> dict[str, Any]:

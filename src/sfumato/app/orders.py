@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, checkpoints, clips, files, sheets
+from sfumato import cards, checkpoints, clips, files, sheets, writing
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
 from sfumato.app.pictures import as_taken, fitted_to, read_shown
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
@@ -174,7 +174,7 @@ def carry_out(
     pictures = order.pictures()
     order.systems()  # misspelt ones are refused before the model is loaded
     image = None if order.image is None else read_shown(order.image)
-    with files.output(out, (".png", *clips.FORMATS)) as (folder, named):
+    with writing.output(out, (".png", *clips.FORMATS)) as (folder, named):
         model = order.load()
         if named is not None and (out.suffix.lower() == ".png") == model.clips:
             kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
@@ -193,7 +193,7 @@ def carry_out(
 
             systems = order.systems()
             result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=report)
-            yield write(result, folder, order.maps, files.numbered(named, index, len(pictures)))
+            yield write(result, folder, order.maps, writing.numbered(named, index, len(pictures)))
 
 
 def write(result: Result, out: Path, maps: bool = False, at: Path | None = None, new: bool = False) -> list[Path]:
@@ -211,13 +211,13 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None,
                 return clips.save_clip(path, result.clips[index], recipe, recipe["fps"], new=new or at is None)
             return files.save_png(path, image, recipe, new=new or at is None)
 
-        stem = f"{files.slug(result.prompts[index])}-{result.seeds[index]}"
-        path = files.create(out, stem, ending(result), save) if at is None else save(at)
+        stem = f"{writing.slug(result.prompts[index])}-{result.seeds[index]}"
+        path = writing.create(out, stem, ending(result), save) if at is None else save(at)
         written.append(path)
         for part in result.parts:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
             for name, picture in drawn.items():
-                written.append(files.save_png(path.with_name(f"{path.stem}.{files.slug(name)}.png"), picture, recipe))
+                written.append(files.save_png(path.with_name(f"{path.stem}.{writing.slug(name)}.png"), picture, recipe))
             if maps and hasattr(part, "maps"):
                 written.append(part.maps[index].save(path.with_name(f"{path.stem}.{part.name}.safetensors")))
     return written
@@ -235,11 +235,11 @@ def write_grid(made: Sequence[Path]) -> Path:
         cells, columns = [files.read_picture(each) for each in made], math.ceil(math.sqrt(len(made)))
 
     def save(path: Path) -> Path:
-        with files.replacing(path, new=True) as file:
+        with writing.replacing(path, new=True) as file:
             sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
         return path
 
-    return files.create(made[0].parent, f"{made[0].stem}-grid-of-{len(made)}", ".png", save)
+    return writing.create(made[0].parent, f"{made[0].stem}-grid-of-{len(made)}", ".png", save)
 
 
 def ending(result: Result) -> str:

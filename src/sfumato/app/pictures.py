@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import clips, files
+from sfumato import clips, files, writing
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ ORIENTATION = 0x0112  # of EXIF
 
 def is_picture(what: str) -> bool:
     """Whether a text names a file with a picture or clip rather than being a prompt."""
-    return Path(what).suffix.lower() in (*files.PICTURES, *files.VIDEOS) and (" " not in what or Path(what).is_file())
+    return Path(what).suffix.lower() in (*writing.PICTURES, *writing.VIDEOS) and (
+        " " not in what or Path(what).is_file()
+    )
 
 
 def read_shown(path: str | Path) -> Any:
     """What a file shows: a picture, or the frames (f h w 3) of a video. Raises BadInput, OSError."""
-    return clips.read_clip(path)[0] if Path(path).suffix.lower() in files.VIDEOS else files.read_picture(path)
+    return clips.read_clip(path)[0] if Path(path).suffix.lower() in writing.VIDEOS else files.read_picture(path)
 
 
 def as_taken(model: Model, shown: Any, path: str | Path) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol, valid
+from sfumato import cards, files, protocol, valid, writing
 from sfumato.app.arguments import SegmentArguments
 from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, load, suitable_model
 from sfumato.app.pictures import fitting_size
@@ -92,17 +92,17 @@ def segment_files(
             raise BadInput(f"{what} is trained already: only pictures and -o go with it.")
         if not Path(what).is_file():
             raise BadInput(f"there is no file {what}; name an object, or a segmenter made before.")
-        with files.output(out) as (folder, named):
+        with writing.output(out) as (folder, named):
             segmenter = _built(by, {}).open_segmenter(Path(what))
             about, n = {"segmenter": Path(what).name}, len(listed)
-            places = [files.numbered(named, i, n) or folder / f"{name}.png" for i, (name, _) in enumerate(listed)]
+            places = [writing.numbered(named, i, n) or folder / f"{name}.png" for i, (name, _) in enumerate(listed)]
             return [
                 files.save_png(at, segmenter.mask(image), about) for at, (_, image) in zip(places, listed, strict=True)
             ]
-    files.only_folder(out, "masks and a segmenter")
+    writing.only_folder(out, "masks and a segmenter")
     valid.text(what, "what")
     _built(by, {k: v for k, v in options.items() if k != "size"})
-    with files.output_folder(out), files.reserved(out, "segmenting"):
+    with writing.output_folder(out), writing.reserved(out, "segmenting"):
         loaded: dict[str, Any] = {"model": load(model or DEFAULT_MODEL, dtype=dtype, device=device, config=config)}
         if remover is None and model is None:
             remover = suitable_model(cards.methods()[cards.default("edit mask")].needs)

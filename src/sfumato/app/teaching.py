@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol
+from sfumato import cards, protocol, writing
 from sfumato.app.arguments import TeachArguments
 from sfumato.app.jobs import DEFAULT_MODEL, load
 from sfumato.cards.signatures import spelt_out
@@ -94,7 +94,7 @@ def teach(
         if odd := [name for name in options if name not in known]:
             raise UnknownName(f"parameter of {key}", odd[0], known)
         if out is not None:
-            files.refuse_filled(files.only_folder(out, "the files of a model"))
+            writing.refuse_filled(writing.only_folder(out, "the files of a model"))
         taught = system.teach(model, data, on_progress=on_progress, **options)
         if out is not None:
             taught.save(out)

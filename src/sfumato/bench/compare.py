@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sfumato import cards, files, sheets
+from sfumato import cards, files, sheets, writing
 from sfumato.bench.arguments import CompareArguments
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import CompareOptions
@@ -174,7 +174,7 @@ def compare_folders(
         named.parent.mkdir(parents=True, exist_ok=True)
         shown = gallery.pictures()
         for i, (text, image) in enumerate(shown):
-            at = files.numbered(named, i, len(shown))
+            at = writing.numbered(named, i, len(shown))
             report.pictures.append(files.save_png(at or named, image, {"prompt": text, "compare": chosen.names}))
         report.save(named.parent, named.stem)
     elif out is not None:
@@ -184,7 +184,7 @@ def compare_folders(
 
 def _picture_of(out: Path | str | None, shown: int) -> Path | None:
     """The file that ``out`` names, if it names one. Raises BadInput for one that no pairs can be written to."""
-    if out is None or not files.names_file(Path(out)):
+    if out is None or not writing.names_file(Path(out)):
         return None
     if Path(out).suffix.lower() != ".png" or not shown:
         raise BadInput(f"-o is {Path(out).name!r}, but pairs are written as .png, and shown must be above 0.")

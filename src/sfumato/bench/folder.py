@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files, valid
+from sfumato import files, valid, writing
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Folder:
             way = f"its subfolders do: name {' or '.join(inside[:5])}" if inside else "name another folder"
             raise BadInput(f"{str(self.path)!r} holds no picture ({', '.join(SUFFIXES[:4])}, ...); {way}.")
         if isinstance(prompts, Path | str):
-            self._match(files.rereadable(Path(prompts), self))
+            self._match(writing.rereadable(Path(prompts), self))
 
     def __len__(self) -> int:
         return len(self.names)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfumato import files, valid
+from sfumato import valid, writing
 from sfumato.bench.folder import METADATA
 from sfumato.errors import BadInput
 
@@ -85,5 +85,5 @@ class Journal:
 
     def _take_back(self, name: str) -> None:
         """Removes the line of a picture that is another one's."""
-        with self.path.open("rb") as source, files.replacing(self.path) as file:
+        with self.path.open("rb") as source, writing.replacing(self.path) as file:
             file.writelines(line for line in source if not line.strip() or json.loads(line).get("file_name") != name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import cards, files, protocol
+from sfumato import cards, files, protocol, writing
 from sfumato.bench.arguments import JudgeArguments
 from sfumato.bench.findings import report_of
 from sfumato.bench.folder import Folder
@@ -57,7 +57,7 @@ def judge_folder(
     given: dict[str, Any] = {**options}
     chosen = JudgeOptions(**given)
     if out is not None:
-        files.only_folder(out, "a report and its state")
+        writing.only_folder(out, "a report and its state")
     if chosen.ray:
         check(chosen.workers)
     elif chosen.workers is not None:
@@ -124,7 +124,7 @@ def judge_folder(
 
     if folder_out is None:
         return everywhere()
-    with files.output_folder(folder_out), files.reserved(folder_out, "judging"), _nothing_left(folder_out):
+    with writing.output_folder(folder_out), writing.reserved(folder_out, "judging"), _nothing_left(folder_out):
         report = everywhere()
         report.save(folder_out)
         return report

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files, markup, valid
+from sfumato import markup, valid, writing
 from sfumato.metrics.stats import Interval
 
 if TYPE_CHECKING:
@@ -148,12 +148,12 @@ class Report:
             (".json", valid.json_text(self.to_json(), indent=1, ascii_only=True) + "\n"),
             (".html", valid.shown(self.html())),
         ):
-            with files.replacing(folder / f"{name}{suffix}") as file:
+            with writing.replacing(folder / f"{name}{suffix}") as file:
                 file.write(text.encode())
             self.files.append(folder / f"{name}{suffix}")
         for plot, image in self.plots.items():
-            path = folder / f"{name}-{files.slug(plot)}.png"
-            with files.replacing(path) as file:
+            path = folder / f"{name}-{writing.slug(plot)}.png"
+            with writing.replacing(path) as file:
                 file.write(markup.encoded(image, None))
             self.files.append(path)
         return self.files

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from sfumato import files, valid
+from sfumato import valid, writing
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import CAP
 from sfumato.errors import BadInput, SfumatoError
@@ -175,7 +175,7 @@ class Tally:
             if sample is not None:
                 tensors |= {f"{name}.indices": sample.indices, f"{name}.rows": np.ascontiguousarray(sample.rows)}
         plain = {name: getattr(self, name) for name in self._PLAIN}
-        with files.replacing(path) as file:
+        with writing.replacing(path) as file:
             file.write(save_tensors(tensors, {"key": key, "plain": json.dumps(plain)}))
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import files
+from sfumato import writing
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.protocol import Work
 from sfumato.training import Fitted, Player, Progress, fit
@@ -35,7 +35,7 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
     if work.resume and not told.is_file():
         raise BadInput(f"there is nothing to resume: {work.folder} holds no run.")
     work.folder.mkdir(parents=True, exist_ok=True)
-    with files.reserved(work.folder, "teaching"):
+    with writing.reserved(work.folder, "teaching"):
         if told.is_file() and not work.resume:
             raise Conflict(f"{work.folder} holds a run that was not finished: give --resume, or remove the folder.")
         said = json.loads(json.dumps(dict(settings)))

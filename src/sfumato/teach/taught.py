@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sfumato import files
+from sfumato import files, writing
 from sfumato.adapters.lora import save_lora
 from sfumato.adapters.metadata import about
 from sfumato.adapters.word import save_word
@@ -68,7 +68,7 @@ class Taught:
             written.append(save_word(free(named), word, vectors, t5=t5, metadata=self.metadata({word: vectors})))
         for name, picture in self.pictures.items():
             named = path.with_name(f"{path.stem}-{name}.png")
-            with files.replacing(named) as file:
+            with writing.replacing(named) as file:
                 picture.save(file, format="PNG")
             written.append(named)
         return written

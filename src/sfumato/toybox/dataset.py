@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import files, registry
+from .. import registry, writing
 from ..errors import BadInput, UnknownName
 from ..ondemand import Spec, Store
 from ..rng import sequence
@@ -120,12 +120,12 @@ def export_imagefolder(
     """
     from PIL import Image
 
-    folder = files.only_folder(folder, "pictures, masks and scenes")
+    folder = writing.only_folder(folder, "pictures, masks and scenes")
     if n < 1:
         raise BadInput(f"n must be at least 1, got {n}.")
     if style not in captions.STYLES:
         raise UnknownName("caption style", style, captions.STYLES)
-    with files.new_folder(folder) as part:
+    with writing.new_folder(folder) as part:
         for name in ("masks", "scenes"):
             (part / name).mkdir(parents=True)
         with (part / "metadata.jsonl").open("w", encoding="utf-8") as metadata:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato import files
+from sfumato import writing
 from sfumato.errors import BadWeights
 
 KEEP = 2
@@ -20,7 +20,7 @@ KEEP = 2
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Writes checkpoint ``folder/step_<step>`` atomically and drops all but the last two."""
     target = folder / f"step_{step:08d}"
-    with files.new_folder(target, replace=True) as beside:
+    with writing.new_folder(target, replace=True) as beside:
         save_file({key: value.contiguous() for key, value in tensors.items()}, beside / "tensors.safetensors")
         digest = _digest(beside / "tensors.safetensors")
         text = json.dumps({**state, "step": step, "sha256": digest}, indent=1)

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sfumato import files, registry
+from sfumato import registry, writing
 from sfumato.errors import BadInput, Conflict, UnknownName
 from sfumato.models.quiet import quiet
 from sfumato.training import checkpoint
@@ -225,7 +225,7 @@ class TrainingRun:
         if step not in {round(share * self.options.steps) for share in self.options.stages} or not self.main:
             return
         target = self.folder / "stages" / f"step_{step:06d}"
-        with files.new_folder(target, replace=True) as beside, self.trainer.averaged():
+        with writing.new_folder(target, replace=True) as beside, self.trainer.averaged():
             self.objective.export(beside)
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ class TrainingRun:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= self.trainer.step:
                     kept.append(line + "\n")
-        with files.replacing(path) as file:
+        with writing.replacing(path) as file:
             file.write("".join(kept).encode())
 
     def measure(self) -> dict[str, float]:
@@ -256,11 +256,11 @@ class TrainingRun:
         """Writes the averaged weights with card to ``target``, beside and renamed; main process only."""
         if not self.main:
             return None
-        with files.new_folder(target, replace=True) as beside:
+        with writing.new_folder(target, replace=True) as beside:
             with self.trainer.averaged():
                 extra = self.objective.export(beside)
             for stage in sorted((self.folder / "stages").glob("step_*")):
-                files.copy_tree(stage, beside / "stages" / stage.name)
+                writing.copy_tree(stage, beside / "stages" / stage.name)
             write_card(beside, self.recipe, self.trainer.step, self.trainer.seconds, self.plans, quality, extra)
         return target
 
@@ -290,7 +290,7 @@ def run(
     if minutes is not None and not minutes > 0:
         raise BadInput(f"minutes must be above 0, got {minutes}.")
     if out is not None:
-        files.only_folder(out, "the files of a model")
+        writing.only_folder(out, "the files of a model")
     loaded = load_recipe(recipe)
     folder = registry.cache_folder() / "runs" / loaded.name
     if not resume and checkpoint.listing(folder / "checkpoints"):
@@ -303,7 +303,7 @@ def run(
     try:
         alone = os.environ.get("RANK", "0") == "0"  # the other processes of one run share its folder
         # quiet: what the libraries below say while they load and save is not the user's to act on
-        with quiet(), files.reserved(folder, "this training") if alone else contextlib.nullcontext():
+        with quiet(), writing.reserved(folder, "this training") if alone else contextlib.nullcontext():
             return _run(loaded, folder, resume, minutes, out, on_progress, snapshots)
     finally:
         torch.random.set_rng_state(random_state)

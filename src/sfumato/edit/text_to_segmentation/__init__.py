@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sfumato import cards, files
+from sfumato import cards, files, writing
 from sfumato.cards import Card, Field, register
 from sfumato.edit.text_to_segmentation.segmenter import Segmenter, SegmenterConfig, train_segmenter
 from sfumato.edit.text_to_segmentation.stages import (
@@ -227,7 +227,7 @@ class Segmented:
             row = {"file_name": f"foreground/{name}.png", "text": self.concept, "mask": f"masks/{name}.png"}
             rows.append({**row, "refined": f"refined/{name}.png", "learnt_from": bool(self.refined[i].any())})
             rows.append({"file_name": f"background/{name}.png", "text": "", "mask": None})
-        with files.replacing(folder / "metadata.jsonl") as file:
+        with writing.replacing(folder / "metadata.jsonl") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         weights = self.segmenter.save(folder / "segmenter.safetensors", self.concept)
         return [*(folder / "masks" / f"{name}.png" for name in names), weights]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sfumato import files, sheets
+from sfumato import files, sheets, writing
 from sfumato.explain.cnn_invariances.explorer import InvarianceExplorer
 from sfumato.explain.iin import Interpretation
 from sfumato.translation.translator import FitRecord
@@ -97,11 +97,11 @@ class InvarianceTable:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json``, ``<stem>.png`` and the flow of every layer in the folder ``<stem>``."""
-        with files.replacing(folder / f"{stem}.json", new) as file:
+        with writing.replacing(folder / f"{stem}.json", new) as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
         written = [folder / f"{stem}.json", files.save_png(folder / f"{stem}.png", self.picture(), {"net": self.net})]
         for row in self.layers:
-            written.append(row.record.translator.save(folder / stem / files.slug(row.layer)))
+            written.append(row.record.translator.save(folder / stem / writing.slug(row.layer)))
         return written
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import files
+from sfumato import writing
 from sfumato.adapters.word import save_word
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.errors import BadInput, UnknownName
@@ -141,17 +141,17 @@ class Decomposition:
     def save(self, folder: str | Path, name: str = "") -> list[Path]:
         """Writes the report (HTML and JSON), the decomposition (``NAME.json``) and the pseudo-word as a textual
         inversion (``NAME.safetensors``, for the adapter ``word`` and for diffusers). Returns the files."""
-        folder, name = Path(folder), name or f"conceptor-{files.slug(self.concept or 'pictures')}"
+        folder, name = Path(folder), name or f"conceptor-{writing.slug(self.concept or 'pictures')}"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        with files.replacing(folder / f"{name}.json") as file:
+        with writing.replacing(folder / f"{name}.json") as file:
             file.write((json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
         written.append(folder / f"{name}.json")
-        with files.replacing(folder / f"{name}.html") as file:
+        with writing.replacing(folder / f"{name}.html") as file:
             file.write(self.report().html().encode())
         written.append(folder / f"{name}.html")
         if self.vectors:
-            word = f"<{files.slug(self.concept or 'concept')}>"
+            word = f"<{writing.slug(self.concept or 'concept')}>"
             written.append(save_word(folder / f"{name}.safetensors", word, self.vectors))
         return written
 

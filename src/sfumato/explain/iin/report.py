@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sfumato import files, sheets
+from sfumato import files, sheets, writing
 from sfumato.explain.iin.factors import Interpretation
 from sfumato.explain.shape_texture.dimensions import Dimensions, dimensions_of
 from sfumato.translation.examples import LabelledVectors
@@ -104,7 +104,7 @@ class BlockReading:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json``, the flow in the folder ``<stem>``, and pictures where the net decodes."""
-        with files.replacing(folder / f"{stem}.json", new) as file:
+        with writing.replacing(folder / f"{stem}.json", new) as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
         written = [folder / f"{stem}.json", self.interpretation.save(folder / stem)]
         if self.network.decode is not None:

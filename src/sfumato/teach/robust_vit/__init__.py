@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sfumato import cards, files
+from sfumato import cards, writing
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported
 from sfumato.markup import described
@@ -127,8 +127,8 @@ class TaughtClassifier:
 
         Raises BadInput if the folder is not empty.
         """
-        target = files.only_folder(folder, "the files of a model")
-        with files.new_folder(target) as beside:
+        target = writing.only_folder(folder, "the files of a model")
+        with writing.new_folder(target) as beside:
             self.model.save_pretrained(beside)  # type: ignore[operator]
             text = json.dumps({**self.facts, "epoch": self.epoch, "log": self.log}, indent=1)
             (beside / "robust_vit.json").write_text(text, encoding="utf-8")

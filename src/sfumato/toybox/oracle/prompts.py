@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato import files
+from sfumato import writing
 from sfumato.errors import BadInput, UnknownName
 from sfumato.rng import sequence
 from sfumato.toybox import COLORS, GROUNDS, SHAPES
@@ -72,7 +72,7 @@ def prompt_set(
 
 def write_prompts(path: Path, prompts: Sequence[TaskPrompt]) -> Path:
     """Writes a file for ``sfumato make --prompts``: one JSON object with prompt, task and seed per line."""
-    with files.replacing(path) as file:
+    with writing.replacing(path) as file:
         file.write("".join(json.dumps(asdict(each)) + "\n" for each in prompts).encode())
     return path
 
