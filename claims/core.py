@@ -165,6 +165,7 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
         "machine": before.get("machine") or machine(),
         "parts": {},
     }
+    code = code_of(experiment)
     for part in experiment.parts:
         if only not in part.name:
             if part.name in before.get("parts", {}):
@@ -174,7 +175,7 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
         if missing:
             context.report(f"{experiment.key} / {part.name}: left out, no weights of {', '.join(missing)}")
             continue
-        mark = fingerprint(experiment, part, context)
+        mark = fingerprint(code, part, context)
         kept = before.get("parts", {}).get(part.name)
         if kept and kept["fingerprint"] == mark and not fresh:
             record["parts"][part.name] = kept
@@ -230,10 +231,15 @@ def has(context: Context, name: str) -> bool:
         return False
 
 
-def fingerprint(experiment: Experiment, part: Part, context: Context) -> dict[str, Any]:
-    """What a part's result depends on: changes with the code that makes it, the weights it measures, the sizes."""
+def code_of(experiment: Experiment) -> str:
+    """Of all code that an experiment's results depend on."""
+    return sources.code_fingerprint(Path(experiment.file).resolve(), experiment.key)
+
+
+def fingerprint(code: str, part: Part, context: Context) -> dict[str, Any]:
+    """What a part's result depends on: changes with the ``code`` that makes it, the weights it measures, the sizes."""
     return {
-        "code": sources.code_fingerprint(Path(experiment.file).resolve(), experiment.key),
+        "code": code,
         "weights": {name: _weights_hash(str(context.folder(name)))[:16] for name in part.models},
         "quick": context.quick,
     }
@@ -242,20 +248,21 @@ def fingerprint(experiment: Experiment, part: Part, context: Context) -> dict[st
 def stale(experiment: Experiment, context: Context) -> dict[str, str]:
     """Parts that must run again, and why: part -> reason. Parts whose models are missing are left out."""
     record = read_record(results_folder(context.quick) / f"{experiment.key}.json")
-    found = {}
+    found, code = {}, code_of(experiment)
     for part in experiment.parts:
         if any(not has(context, name) for name in part.models):
             continue
         kept = record.get("parts", {}).get(part.name)
-        reason = "never measured" if kept is None else _difference(kept["fingerprint"], part, experiment, context)
+        reason = (
+            "never measured" if kept is None else _difference(kept["fingerprint"], fingerprint(code, part, context))
+        )
         if reason:
             found[part.name] = reason
     return found
 
 
-def _difference(before: Any, part: Part, experiment: Experiment, context: Context) -> str:
-    """Why a kept result is not valid any more; empty where it is."""
-    now = fingerprint(experiment, part, context)
+def _difference(before: Any, now: dict[str, Any]) -> str:
+    """Why a kept result with another fingerprint is not valid any more; empty where it is."""
     if before == now:
         return ""
     if not isinstance(before, dict):

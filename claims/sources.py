@@ -51,21 +51,30 @@ def _module(path: Path) -> str:
     return ""
 
 
+def imported(package: str, nodes: Iterable[ast.AST]) -> list[tuple[str, str]]:
+    """What import statements among the ``nodes`` of a file of ``package`` bring in: (full name, where from)."""
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base += [node.module] if node.module else []
+            found += [(".".join([*base, alias.name]), ".".join(base)) for alias in node.names]
+    return found
+
+
 @cache
 def _imports(path: Path) -> frozenset[Path]:
     """Files of this repository that one imports, at its top or inside its functions, with the rooms they lie in
     (not the face of the library, which every import passes and nothing measured depends on)."""
     module = _module(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base += [node.module] if node.module else []
-            full = {".".join([*base, alias.name]) for alias in node.names if alias.name != "__version__"}
-            names |= {name if _file(name) else ".".join(base) for name in full}
+    names = {
+        name if not base or _file(name) else base
+        for name, base in imported(package, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        if not name.endswith(".__version__")
+    }
     names |= {".".join(name.split(".")[:k]) for name in names for k in range(2, name.count(".") + 1)}
     return frozenset(found for name in names if (found := _file(name)) is not None and found != path)
 

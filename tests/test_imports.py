@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sfumato
+from claims import sources
 
 SOURCE = Path(sfumato.__file__).parent
 
@@ -54,15 +55,7 @@ def _module(path: Path) -> str:
 def _named(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
     """The sfumato names that import statements among ``nodes`` of a file bring in, spelt in full."""
     package = _module(path) if path.name == "__init__.py" else _module(path).rpartition(".")[0]
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base += [node.module] if node.module else []
-            found |= {".".join([*base, alias.name]) for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "sfumato"}
+    return {name for name, _ in sources.imported(package, nodes) if name.split(".")[0] == "sfumato"}
 
 
 def _imports(path: Path) -> set[str]:
