@@ -70,7 +70,8 @@ def family_at(name_or_path: str | Path) -> type[Family] | None:
     None where only loading will tell."""
     folder = registry.find(str(name_or_path)) or Path(name_or_path).expanduser()
     if folder.is_file():
-        return next((each for each in families().values() if each.name == file_family(folder)), None)
+        wanted = file_family(folder)
+        return next((each for each in families().values() if each.name == wanted), None)
     return pipeline_of(read_json(folder / "model_index.json"), folder)[1] if checkpoints.is_pipeline(folder) else None
 
 
