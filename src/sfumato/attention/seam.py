@@ -69,6 +69,16 @@ class Forward:
     calls: dict[str, int] = field(default_factory=dict)
     entered: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
+    _placed: dict[tuple[str, tuple[int, int]], Tensor | None] = field(default_factory=dict)
+
+    def places_at(self, site: Site) -> Tensor | None:
+        """What ``places`` says of a site, asked once for all sites of one kind and image range."""
+        if self.places is None:
+            return None
+        key = site.kind, site.image
+        if key not in self._placed:
+            self._placed[key] = self.places(site)
+        return self._placed[key]
 
 
 class _Frame(TorchFunctionMode):
@@ -174,9 +184,9 @@ class AttentionSeam:
         ``rows`` tells which part of the batch is which branch: ``{"uncond": slice(0, b), "cond": slice(b, 2 * b)}``;
         it is never guessed. ``sites``: those of this pass where they differ from the seam's own, as with a text of
         another length. ``places(site)``: where the positions of the site's sequence lie in this pass (b n), if not in
-        the same place in every row; taps see all rows in the order of the site. If the pass ends early the statements
-        after the module's call are skipped and ``forward.stopped`` is True. Raises NoMatch when a wanted site was not
-        seen.
+        the same place in every row; asked once for all sites of one kind and image range. Taps see all rows in the
+        order of the site. If the pass ends early the statements after the module's call are skipped and
+        ``forward.stopped`` is True. Raises NoMatch when a wanted site was not seen.
         """
         if not self._handles and self._modules:
             raise Conflict("the attention seam is not attached; use it as a context manager.")
@@ -220,7 +230,7 @@ class AttentionSeam:
         assert forward is not None
         site = forward.sites[path]
         call = Call(*args, **kwargs, site=site, module=module, step=forward.step)
-        places = forward.places(site) if forward.places is not None else None
+        places = forward.places_at(site)
         if places is not None:
             call.rearrange(places)
         _check_layout(call)

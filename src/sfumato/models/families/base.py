@@ -285,7 +285,8 @@ class Family:
 
     def places(self, rows: Rows, site: Site) -> Tensor | None:
         """Where the positions of a site's sequence lie in a call with these rows (b n), for networks that pack each
-        sample in its own way; None where all lie as the site says."""
+        sample in its own way; None where all lie as the site says. Sites of one kind and image range share the
+        answer, which is asked for once a call."""
         return None
 
     def combine(self, uncond: Tensor, conds: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
