@@ -288,7 +288,7 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
         run.condition = part.on_condition(run, run.condition)
         run.compose = {name: (part.on_condition(run, each), weight) for name, (each, weight) in run.compose.items()}
     before, after, last = (overridden(run.parts, name) for name in ("before_predict", "after_predict", "after_step"))
-    finite: list[tuple[int, Tensor, Tensor]] = []
+    finite: list[tuple[int, Tensor, Tensor | bool]] = []
     i = run.begin
     while 0 <= i < run.total and i != until:
         step = Step(run, i, x)
@@ -310,7 +310,9 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
             run.process.refuse(step.x, part.name)
         step.actor = None
         x = step.x
-        own = torch.stack([torch.isfinite(out).all() for out in step.outputs.values()]).all()
+        own: Tensor | bool = True  # what the denoiser says by itself is told in the first step only: see _way_out
+        if i == run.begin:
+            own = torch.stack([torch.isfinite(out).all() for out in step.outputs.values()]).all()
         finite.append((i, torch.isfinite(x).all(), own))
         if x.device.type == "cpu":  # elsewhere asking would stall the queue at every step
             _refuse_non_finite(finite, run)
@@ -388,8 +390,9 @@ def _evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.training = True
 
 
-def _refuse_non_finite(finite: list[tuple[int, Tensor, Tensor]], run: Run) -> None:
-    """``finite``: per step its index, whether the state is finite after it, whether the denoiser's outputs were."""
+def _refuse_non_finite(finite: list[tuple[int, Tensor, Tensor | bool]], run: Run) -> None:
+    """``finite``: per step its index, whether the state is finite after it, and of the first whether the denoiser's
+    outputs were."""
     for i, fine, own in finite:
         if not fine:
             raise NotFinite(
