@@ -131,18 +131,15 @@ class Run:
     @property
     def sites(self) -> list[Site]:
         """Attention sites of a denoiser call at this size, in the order of execution."""
-        return self._sites_with(None if self.condition is None else self.condition.cond)
+        return self.sites_with(None if self.condition is None else self.condition.cond)
 
-    def _sites_with(self, rows: Rows | None) -> list[Site]:
+    def sites_with(self, rows: Rows | None) -> list[Site]:
         """The sites of a denoiser call with these rows: texts of other branches may be of other lengths."""
         text = None if rows is None else self.model.family.text_in(rows)
         if text not in self._sites:
-            self._sites[text] = self.model.sites(self.size[1], self.size[0], text, self.frames)
+            length = self.model.text_length if text is None else text
+            self._sites[text] = list(self.model.family.sites(*self.grid, length, self.frames or 1))
         return self._sites[text]
-
-    def know_sites(self, sites: list[Site], text: int) -> None:
-        """Take these for the sites at ``text`` text positions, of whatever size the picture is."""
-        self._sites = {text: sites}
 
     @property
     def weighted(self) -> list[WeightedPrompt]:
@@ -229,7 +226,7 @@ class Run:
                 seam, rows, out = self.seam(tuple(taps)), self.rows(names, len(condition)), None
                 batch = condition.batch(names)
                 order = partial(self.model.family.places, batch)
-                with seam.forward(step, rows, self._sites_with(batch), order) as forward:
+                with seam.forward(step, rows, self.sites_with(batch), order) as forward:
                     out = self.model.predict(scaled, t, condition, names)
                 share = self._share(forward.calls) if forward.stopped else 1.0
             if out is not None:

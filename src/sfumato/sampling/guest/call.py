@@ -15,8 +15,7 @@ from torch import Tensor
 from sfumato.attention.bypass import refuse_compiled
 from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch, NotSupported
-from sfumato.models import Condition, Model, Site
-from sfumato.models.condition import Rows
+from sfumato.models import Condition, Model
 from sfumato.sampling.guest.face import Guest
 from sfumato.sampling.guest.texts import TextAxis, Texts, hearing
 from sfumato.sampling.guest.unknown import Unknown, explore
@@ -50,8 +49,6 @@ class PipelineCall:
         self.step: GuestStep | None = None
         self.steps = 0  # of the scheduler, so far
         self.started = False
-        self.frames = 1
-        self._sites: dict[int, list[Site]] = {}  # by the length of the text
         self._x: Tensor | None = None  # the state, in the pipeline's form, as far as it is known
         generators, seeds = _generators(arguments.get("generator"), self.count)
         self.process = GuestProcess(model, generators)
@@ -163,13 +160,7 @@ class PipelineCall:
         """The seam around one denoiser call; texts of its rows may be of other lengths than those of others."""
         texts, family = self.model.family.rows_of_call(arguments), self.model.family
         order = functools.partial(family.places, texts)
-        return self.run.seam(tuple(taps)).forward(step, rows, self._sites_with(texts), order)
-
-    def _sites_with(self, texts: Rows) -> list[Site]:
-        length = self.model.family.text_in(texts)
-        if length not in self._sites:
-            self._sites[length] = self.model.family.sites(*self.run.grid, length, self.frames)
-        return self._sites[length]
+        return self.run.seam(tuple(taps)).forward(step, rows, self.run.sites_with(texts), order)
 
     def _by_branch(self, out: Any, rows: dict[str, slice]) -> dict[str, Tensor]:
         said = self._unpacked(out if isinstance(out, Tensor) else out[0])
@@ -238,9 +229,9 @@ class PipelineCall:
                 f"{type(model.denoiser).__name__} sees {embeds.shape[1]} text positions, but the text encoders of "
                 f"{model.name} read {model.text_length}, so which word lies where cannot be told."
             )
-        self.frames, h, w = model.family.grid_of_call(arguments)
+        frames, h, w = model.family.grid_of_call(arguments)
         run.grid, run.size = (h, w), (w * model.family.scale, h * model.family.scale)
-        self.process.options.frames = self.frames if self.frames > 1 or model.clips else None
+        self.process.options.frames = frames if frames > 1 or model.clips else None
         assert texts.cond is not None
         cond = {"embeds": texts.cond}
         if (mask := model.family.rows_of_call(arguments).get("mask")) is not None:
@@ -249,7 +240,6 @@ class PipelineCall:
             cond["mask"] = mask[own] if known else mask.new_ones(texts.cond.shape[:2])
         uncond = None if texts.uncond is None else {"embeds": texts.uncond}
         run.condition = Condition(cond, uncond, tuple(texts.prompts))
-        run.know_sites(self._sites_with(cond), model.family.text_in(cond))
         asked = self.arguments.get("true_cfg_scale") or self.arguments.get("guidance_scale")
         run.guidance = Guidance(max(float(asked or 0), 1.001) if uncond is not None else 0.0)
         self.process.begin = _begin(model.pipe, arguments.get("timestep"))
