@@ -1,4 +1,5 @@
-"""The denoising loss, once for all that learn to denoise: what is noised, how much, what is predicted, what counts.
+"""The denoising loss, once for all that learn to denoise: what is noised, how much, what is predicted, what counts;
+and the loss of the autoencoders that learn without an adversary.
 
 >>> noise = Noise(DDPMScheduler(...))                    # or Flow(), or a sampling path
 >>> t = (stratified(len(x0), draw.generator("time")) * 1000).long()
@@ -105,6 +106,30 @@ def min_snr(snr: Tensor, gamma: float = 5.0, kind: str = "epsilon") -> Tensor:
     if kind == "epsilon":
         return capped / snr
     return capped if kind == "sample" else capped / (snr + 1)
+
+
+# reconstruction -------------------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(
+    error: Tensor, weight: Tensor, posterior: Any, options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a variational autoencoder without an adversary, and its terms for the log.
+
+    Args:
+        error: what it makes of the pictures less the pictures (b 3 h w), which lie in [-1, 1].
+        weight: of each pixel (b 1 h w).
+        posterior: the Gaussian of the codes, as diffusers has it.
+        options: the terms' weights ``l1``, ``l2``, ``edge`` (L1 of the differences between neighbouring pixels) and
+            ``kl`` (to the unit normal); all terms are means over elements.
+    """
+    l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
+    edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
+    edge = edge + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    psnr = -10 * torch.log10(error.detach().square().mean() / 4)
+    logs = {"psnr": psnr, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
+    return options.l1 * l1 + options.l2 * l2 + options.edge * edge + options.kl * kl, logs
 
 
 # where on the path ----------------------------------------------------------------------------------------------------

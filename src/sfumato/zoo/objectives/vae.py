@@ -16,6 +16,7 @@ from sfumato import sheets
 from sfumato.arrays import to_tensor
 from sfumato.training import data
 from sfumato.training.draw import Draw
+from sfumato.training.losses import reconstruction_loss
 from sfumato.training.objective import Objective
 from sfumato.training.recipe import Section
 
@@ -101,16 +102,8 @@ class VAEObjective(Objective):
             x = x.contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * batch["noise"]
-        y = self.vae.decode(z).sample.float()
-        error = y - x
-        l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
-        edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean() + (
-            weight[..., 1:, :] * error.diff(dim=-2).abs()
-        ).mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        loss = o.l1 * l1 + o.l2 * l2 + o.edge * edge + o.kl * kl
-        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        logs = {"psnr": psnr, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
+        error = self.vae.decode(z).sample.float() - x
+        loss, logs = reconstruction_loss(error, weight, posterior, o)
         if o.scale:
             small = self.vae.decode(F.avg_pool2d(z, 2)).sample.float() - F.avg_pool2d(x, 2)
             scaled = (F.avg_pool2d(weight, 2) * (o.l1 * small.abs() + o.l2 * small.square())).mean()

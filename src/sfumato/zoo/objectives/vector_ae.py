@@ -20,6 +20,7 @@ from sfumato.toybox.cues import CueDataset
 from sfumato.toybox.styles import styled
 from sfumato.training import data
 from sfumato.training.draw import Draw
+from sfumato.training.losses import reconstruction_loss
 from sfumato.training.objective import Objective
 from sfumato.training.recipe import Section
 
@@ -82,18 +83,11 @@ class VectorAEObjective(Objective):
         return {"x": x, "weight": weight, "noise": noise}
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        o: VectorLoss = self.loss_options
         x, weight = batch["x"], batch["weight"]
         posterior = self.ae.encode(x).latent_dist
         z = posterior.mean + posterior.std * batch["noise"][..., None, None]
         error = self.ae.decode(z).sample.float() - x
-        l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
-        edge = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
-        edge = edge + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        logs = {"psnr": psnr, "l1": l1.detach(), "edge": edge.detach(), "kl": kl.detach()}
-        return o.l1 * l1 + o.l2 * l2 + o.edge * edge + o.kl * kl, logs
+        return reconstruction_loss(error, weight, posterior, self.loss_options)
 
     @torch.no_grad()
     def evaluate(self, n: int = 256) -> dict[str, float]:
