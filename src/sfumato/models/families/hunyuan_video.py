@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.models import codec
 from sfumato.models.condition import COND, UNCOND, Rows
 from sfumato.models.families.base import TextStream
 from sfumato.models.families.clip import ClipTransformer
@@ -91,12 +89,6 @@ class HunyuanVideo(ClipTransformer):
         sigmas = self._spaced(scheduler, np.linspace(1.0, 0.0, steps + 1)[:-1], given)
         self._set(scheduler, steps, device, given, **sigmas)
         scheduler.set_begin_index(0)
-
-    def decode(self, state: Tensor) -> Tensor:
-        return codec.decode(self.pipe.vae, state)
-
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        return codec.encode(self.pipe.vae, images, generators)
 
     def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         blocks = {"joint": "transformer_blocks", "single": "single_transformer_blocks"}
