@@ -70,10 +70,10 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -
 
 
 def load_parts(
-    folder: Path, index: dict[str, Any], pipeline: Any, dtype: torch.dtype, without: frozenset[str] = frozenset()
+    folder: Path, index: dict[str, Any], pipeline: Any, dtype: torch.dtype
 ) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
-    """The arguments of a pipeline class from a folder, ``without`` some, and the weight files (component, file)."""
-    wanted = accepted_by(pipeline.__init__) - {"self"} - without
+    """The arguments of a pipeline class from a folder, and the weight files (component, file)."""
+    wanted = accepted_by(pipeline.__init__) - {"self"}
     parts: dict[str, Any] = {"requires_safety_checker": False} if "requires_safety_checker" in wanted else {}
     files: list[tuple[str, Path]] = []
     for name in sorted(wanted):
