@@ -14,6 +14,7 @@ from sfumato import cards, checkpoints, registry
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.families import family_of
 from sfumato.models.families.base import accepted_by
+from sfumato.models.folder import UNUSED
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.site import Site
@@ -48,7 +49,7 @@ def outline(name_or_path: str | Path) -> Model:
             if kind is not None:
                 parts[key] = _part(registry.part(folder, key), kind)
                 continue
-            if key not in ("safety_checker", "feature_extractor", "image_encoder"):
+            if key not in UNUSED:
                 raise NotSupported(f"{folder / key} is declared as {entry}, which the installed libraries do not have.")
             parts[key] = None
         elif isinstance(entry, list):
