@@ -43,7 +43,7 @@ def trained(context: Context, name: str, interval: tuple[float, float], times: i
     """The folder of a child of the base model: a run in the cache that started from these very weights, or a new one.
     ``times`` the steps of the shipped recipe of an expert."""
     base = context.folder(BASE)
-    weights = hash_files([("unet", path) for path in find_weights(base / "unet")[0]])
+    weights = hash_files([("unet", path) for path in find_weights(base / "unet")])
     run_name = f"{name}-{weights[:8]}" + ("-quick" if context.quick else "")
     if run_name not in registry.trained():
         from sfumato.training.recipe import load_recipe

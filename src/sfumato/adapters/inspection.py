@@ -86,7 +86,7 @@ def index_of_folder(folder: Path) -> Index:
             continue
         index[name] = {
             tensor.name.removesuffix(".weight").removeprefix("text_model."): tensor.shape
-            for file in find_weights(registry.part(folder, name))[0]
+            for file in find_weights(registry.part(folder, name))
             for tensor in read_header(file)
             if tensor.name.endswith(".weight") and len(tensor.shape) > 1
         }

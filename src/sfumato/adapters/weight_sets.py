@@ -78,7 +78,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}
-    for file in find_weights(folder)[0]:
+    for file in find_weights(folder):
         read_header(file)
         state.update(load_file(file))
     return state

@@ -171,7 +171,7 @@ def load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any, 
     files: list[Path] = []
     weighted = issubclass(kind, models)
     if weighted:
-        files, _ = find_weights(folder)
+        files = find_weights(folder)
         for path in files:
             read_header(path)
         settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}

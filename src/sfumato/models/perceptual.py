@@ -85,7 +85,7 @@ def load_perceptual(name: str = DEFAULT_ENCODER) -> Perceptual:
     from sfumato.models.weights import find_weights, first_line, read_header
 
     folder = net_folder(name, "autoencoder", [each for each in registry.names() if "vae" in each])
-    for path in find_weights(folder)[0]:
+    for path in find_weights(folder):
         read_header(path)
     try:
         with quiet():

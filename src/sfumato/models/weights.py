@@ -118,8 +118,8 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
         raise BadWeights(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository.")
 
 
-def find_weights(folder: Path) -> tuple[list[Path], str | None]:
-    """The safetensors files of one component's folder, and their variant (``"fp16"`` or none at all).
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of one component's folder: of several variants those of none, or of the first by name.
 
     Shards are found by their index, wherever in its name the variant stands, or by their numbers where there is none.
     Raises `BadWeights` where there are only pickles, or nothing, or some shards are missing.
@@ -142,8 +142,7 @@ def find_weights(folder: Path) -> tuple[list[Path], str | None]:
         if variant not in found and len(shards) == n:
             found[variant] = [shards[i] for i in sorted(shards)]
     if found:
-        variant = min(found, key=lambda name: name or "")
-        return found[variant], variant
+        return found[min(found, key=lambda name: name or "")]
     if broken:
         raise broken[0]
     if numbered:

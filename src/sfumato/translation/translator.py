@@ -187,7 +187,7 @@ def load_translator(folder: Path | str) -> Translator:
         raise BadWeights(f"{folder / 'config.json'} is not JSON: {error}.") from None
     if kind != "Translator":
         raise BadWeights(f"{folder} holds a {kind}, not a fitted flow.")
-    for path in find_weights(folder)[0]:
+    for path in find_weights(folder):
         read_header(path)
     try:
         found = Translator.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)

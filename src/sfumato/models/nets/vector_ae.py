@@ -133,7 +133,7 @@ def load_autoencoder(name_or_path: str | Path) -> VectorAutoencoder:
     if not is_autoencoder(name_or_path):
         known = [each for each in registry.names() if is_autoencoder(each)]
         raise UnknownName("autoencoder of vectors (a built-in one or a folder)", str(name_or_path), known)
-    for path in find_weights(folder)[0]:
+    for path in find_weights(folder):
         read_header(path)
     try:
         with quiet():

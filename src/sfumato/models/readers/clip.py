@@ -184,7 +184,7 @@ def _loaded(folder: Path, dtype: str, device: str) -> Clip:
     noised = getattr(config, "noised", None) or {}
     size = (int(config.vision_config.image_size),) * 2
     preprocessing = Preprocessing(size, (0.0,), (1.0,)) if noised else Preprocessing.of(folder, config)
-    weights = hash_files([("clip", path) for path in find_weights(folder)[0]])
+    weights = hash_files([("clip", path) for path in find_weights(folder)])
     return Clip(folder.name, model, tokenizer, preprocessing, weights, codec=str(noised.get("codec", "")))
 
 

@@ -55,7 +55,7 @@ def load_module(
         if cls is None:
             named = ", ".join(classes) or "model of no named class"
             raise NotSupported(f"{folder.name} is a {named}, not one of transformers.")
-    for path in find_weights(folder)[0]:  # refuses pickles and damaged files
+    for path in find_weights(folder):  # refuses pickles and damaged files
         read_header(path)
     try:
         with quiet():
