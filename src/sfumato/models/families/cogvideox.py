@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TextStream
 from sfumato.models.families.clip import ClipTransformer
@@ -100,8 +101,7 @@ class CogVideoX(ClipTransformer):
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vae, latents = self.pipe.vae, []
         for clip, generator in zip(images, generators or [None] * len(images), strict=True):
-            found = vae.encode(clip[None].to(self.device, vae.dtype)).latent_dist
-            latents.append(found.mode() if generator is None else found.sample(generator))
+            latents.append(codec.latents_of(vae.encode(clip[None].to(self.device, vae.dtype)), generator))
         return torch.cat(latents) * vae.config.scaling_factor
 
     def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:

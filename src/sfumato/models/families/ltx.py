@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TextStream
 from sfumato.models.families.clip import ClipTransformer
@@ -102,8 +103,7 @@ class LTX(ClipTransformer):
         vae, pairs = self.pipe.vae, zip(images, generators or [None] * len(images), strict=True)
         latents = []
         for clip, generator in pairs:
-            found = vae.encode(clip[None].to(self.device, vae.dtype)).latent_dist
-            latents.append(found.mode() if generator is None else found.sample(generator))
+            latents.append(codec.latents_of(vae.encode(clip[None].to(self.device, vae.dtype)), generator))
         return self.pipe._normalize_latents(
             torch.cat(latents), vae.latents_mean, vae.latents_std, vae.config.scaling_factor
         )
