@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sfumato.errors import BadWeights
+from sfumato.models.schedulers import knows_zero_snr
 
 _PREDICTIONS = {
     "epsilon": ("epsilon", "eps", "noise"),
@@ -61,14 +61,11 @@ def read_markers(tensors: Iterable[str], metadata: Mapping[str, str]) -> Markers
 def marked(config: dict[str, Any], markers: Markers) -> dict[str, Any]:
     """A scheduler's configuration that follows the markers: a class that knows zero terminal signal-to-noise ratio
     where they ask for it, its last step there (Lin et al. 2023, section 3)."""
-    import diffusers
-
     config = dict(config)
     if markers.prediction is not None:
         config["prediction_type"] = markers.prediction
     if markers.zero_snr:
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if kind is None or "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
+        if not knows_zero_snr(str(config.get("_class_name"))):
             config["_class_name"] = "DDIMScheduler"
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return config

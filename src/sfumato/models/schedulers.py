@@ -98,8 +98,8 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
                 raise NotSupported(_misfit(wanted, kind))
             raise UnknownName("scheduler", wanted, table)
         class_name, settings = table[wanted]
-        if own.config.get("rescale_betas_zero_snr") and not _knows_zero_snr(class_name):
-            others = [name for name in table if _knows_zero_snr(table[name][0])]
+        if own.config.get("rescale_betas_zero_snr") and not knows_zero_snr(class_name):
+            others = [name for name in table if knows_zero_snr(table[name][0])]
             raise NotSupported(
                 f"scheduler {wanted!r} does not know zero terminal signal-to-noise ratio, with which this model was "
                 f"trained; use one of: {', '.join(others)}."
@@ -115,10 +115,13 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
             raise NotSupported(f"scheduler {wanted!r} needs a missing library: {_first_line(error)}") from error
 
 
-def _knows_zero_snr(class_name: str) -> bool:
+def knows_zero_snr(class_name: str) -> bool:
+    """Whether a diffusers scheduler can end at zero signal-to-noise ratio (Lin et al. 2023); False where there is no
+    such class."""
     import diffusers
 
-    return "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    kind = getattr(diffusers, class_name, None)
+    return kind is not None and "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
 
 
 def _misfit(name: str, kind: str) -> str:
