@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, TextStream
 from sfumato.models.families.flux import Flux
-from sfumato.models.families.templated import Templated
+from sfumato.models.families.templated import Templated, chat
 from sfumato.models.site import Layer, Site
 
 
@@ -57,15 +57,9 @@ class Flux2Klein(Flux):
         tokenizer = self.pipe.tokenizer
         if tokenizer is None:
             return []
-
-        def template(text: str) -> str:
-            messages = [{"role": "user", "content": text}]
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-
         length = self.max_sequence_length or 0
-        return [TextStream(Templated(tokenizer, template), "qwen", 0, length, lambda text: text)]
+        templated = Templated(tokenizer, chat(tokenizer, thinking=False))
+        return [TextStream(templated, "qwen", 0, length, lambda text: text)]
 
     @property
     def layers(self) -> list[Layer]:

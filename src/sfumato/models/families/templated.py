@@ -9,6 +9,18 @@ from typing import Any
 _MARK = "\ue000"
 
 
+def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
+    """The template of a chat in which the text is all that the user says, by a tokenizer that has one."""
+
+    def template(text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+
+    return template
+
+
 class Templated:
     """A tokenizer that puts the text into a template first. Tokens of the template count as special ones, added by
     the tokenizer; offsets are those of the text. ``template`` maps a text to what is tokenized, the text in it once."""

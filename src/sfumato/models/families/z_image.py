@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sfumato.models.condition import COND, UNCOND, Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
-from sfumato.models.families.templated import Templated
+from sfumato.models.families.templated import Templated, chat
 from sfumato.models.site import Site, SiteList
 
 #: image and text are padded to multiples of this
@@ -52,15 +52,9 @@ class ZImage(Family):
         tokenizer = self.pipe.tokenizer
         if tokenizer is None:
             return []
-
-        def template(text: str) -> str:
-            messages = [{"role": "user", "content": text}]
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-
         length = self.max_sequence_length or 0
-        return [TextStream(Templated(tokenizer, template), "qwen", 0, length, lambda text: text, padded=False)]
+        templated = Templated(tokenizer, chat(tokenizer, thinking=True))
+        return [TextStream(templated, "qwen", 0, length, lambda text: text, padded=False)]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         conds, unconds = self.pipe.encode_prompt(
