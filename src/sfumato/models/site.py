@@ -4,6 +4,7 @@ execution."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,32 @@ class SiteList(list[Site]):
         """``image``: by default all queries, with the frames folded away, or at a temporal site the cells."""
         image = image or (0, frames if kind == "temporal" else grid[0] * grid[1])
         self.append(Site(path, kind, grid, text, image, int(module.heads), block, len(self), frames))
+
+    def put_joint(
+        self,
+        blocks: Iterable[Any],
+        path: str,
+        attention: str,
+        block: str,
+        *,
+        grid: tuple[int, int],
+        image: tuple[int, int],
+        text: tuple[int, int],
+        frames: int = 1,
+    ) -> None:
+        """The joint sites of ``blocks``, which lie at ``path`` in the denoiser: one in each, its part ``attention``;
+        ``block``: their name, without the number."""
+        for i, each in enumerate(blocks):
+            self.put(
+                f"{path}.{i}.{attention}",
+                getattr(each, attention),
+                kind="joint",
+                grid=grid,
+                block=f"{block}.{i}",
+                image=image,
+                text=text,
+                frames=frames,
+            )
 
 
 def is_attention(module: Any) -> bool:

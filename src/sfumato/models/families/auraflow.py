@@ -82,14 +82,5 @@ class AuraFlow(Family):
         image = (words[1], words[1] + grid[0] * grid[1])
         found = SiteList()
         for name, blocks in (("joint", "joint_transformer_blocks"), ("single", "single_transformer_blocks")):
-            for i, block in enumerate(getattr(self.denoiser, blocks)):
-                found.put(
-                    f"{blocks}.{i}.attn",
-                    block.attn,
-                    kind="joint",
-                    grid=grid,
-                    block=f"{name}.{i}",
-                    image=image,
-                    text=words,
-                )
+            found.put_joint(getattr(self.denoiser, blocks), blocks, "attn", name, grid=grid, image=image, text=words)
         return found

@@ -75,15 +75,6 @@ class ClipTransformer(Family):
         image, words = ((text, text + n), (0, text)) if text_first else ((0, n), (n, n + text))
         found = SiteList()
         for name, attribute in blocks.items():
-            for i, block in enumerate(getattr(self.denoiser, attribute)):
-                found.put(
-                    f"{attribute}.{i}.{at}",
-                    getattr(block, at),
-                    kind="joint",
-                    grid=grid,
-                    block=f"{name}.{i}",
-                    image=image,
-                    text=words,
-                    frames=f,
-                )
+            layers = getattr(self.denoiser, attribute)
+            found.put_joint(layers, attribute, at, name, grid=grid, image=image, text=words, frames=f)
         return found

@@ -140,14 +140,7 @@ class Flux(Family):
         image = (text, text + grid[0] * grid[1])
         found = SiteList()
         for name, blocks in self.blocks:
-            for i, block in enumerate(getattr(self.denoiser, blocks)):
-                found.put(
-                    f"{blocks}.{i}.attn",
-                    block.attn,
-                    kind="joint",
-                    grid=grid,
-                    block=f"{name}.{i}",
-                    image=image,
-                    text=(0, text),
-                )
+            found.put_joint(
+                getattr(self.denoiser, blocks), blocks, "attn", name, grid=grid, image=image, text=(0, text)
+            )
         return found

@@ -112,14 +112,5 @@ class Lumina2(Family):
         found = SiteList()
         for i, block in enumerate(self.denoiser.noise_refiner):
             found.put(f"noise_refiner.{i}.attn", block.attn, kind="self", grid=grid, block=f"refiner.{i}")
-        for i, block in enumerate(self.denoiser.layers):
-            found.put(
-                f"layers.{i}.attn",
-                block.attn,
-                kind="joint",
-                grid=grid,
-                block=f"joint.{i}",
-                image=image,
-                text=(0, text),
-            )
+        found.put_joint(self.denoiser.layers, "layers", "attn", "joint", grid=grid, image=image, text=(0, text))
         return found

@@ -106,14 +106,6 @@ class ZImage(Family):
         found = SiteList()
         for i, block in enumerate(self.denoiser.noise_refiner):
             found.put(f"noise_refiner.{i}.attention", block.attention, kind="self", grid=grid, block=f"refiner.{i}")
-        for i, block in enumerate(self.denoiser.layers):
-            found.put(
-                f"layers.{i}.attention",
-                block.attention,
-                kind="joint",
-                grid=grid,
-                block=f"joint.{i}",
-                image=(0, n),
-                text=(first, first + text),
-            )
+        words = (first, first + text)
+        found.put_joint(self.denoiser.layers, "layers", "attention", "joint", grid=grid, image=(0, n), text=words)
         return found
