@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family
 from sfumato.models.site import Site, SiteList
 
@@ -38,6 +39,16 @@ class ClipTransformer(Family):
 
     def state_shape(self, h: int, w: int, frames: int = 1) -> tuple[int, ...]:
         return self.channels, self.states_of(frames), h, w
+
+    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+        embeds, negative = self.pipe.encode_prompt(
+            prompts,
+            negatives,
+            guidance,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return {"embeds": embeds}, {"embeds": negative} if guidance else None
 
     def prepare(self, noise: Tensor, scheduler: Any) -> Tensor:
         return noise

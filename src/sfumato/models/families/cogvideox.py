@@ -59,16 +59,6 @@ class CogVideoX(ClipTransformer):
         c, f = self.channels, self.states_of(frames)
         return self._drawn(generators, (f, c, h, w)).transpose(1, 2)
 
-    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
-        embeds, negative = self.pipe.encode_prompt(
-            prompts,
-            negatives,
-            guidance,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
-        return {"embeds": embeds}, {"embeds": negative} if guidance else None
-
     def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
         _, f, _, h, w = arguments["hidden_states"].shape
         return self.frames_of(f), h, w

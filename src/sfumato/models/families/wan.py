@@ -53,16 +53,6 @@ class Wan(ClipTransformer):
         length = self.max_sequence_length or 0
         return [TextStream(self.pipe.tokenizer, "t5", 0, length, prompt_clean)] if self.pipe.tokenizer else []
 
-    def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
-        embeds, negative = self.pipe.encode_prompt(
-            prompts,
-            negatives,
-            guidance,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
-        return {"embeds": embeds}, {"embeds": negative} if guidance else None
-
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         time = t.expand(len(x))
         if self.pipe.config.expand_timesteps:  # a level for each token: all alike without a picture to begin with
