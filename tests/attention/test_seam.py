@@ -252,6 +252,32 @@ def test_word_maps_of_more_columns_than_features():
     torch.testing.assert_close(seen[0].double(), probs[..., : 3 * D + 1], rtol=0, atol=2e-6)
 
 
+def test_places_are_asked_once_a_pass_for_sites_of_one_kind_and_image():
+    asked = []
+
+    def places(at: Site):
+        asked.append(at.path)
+
+    def sites(**images):
+        return [site(path, "joint", text=None, image=image) for path, image in images.items()]
+
+    args, _ = arguments("plain")
+    alike, other = sites(a=(0, N), b=(0, N)), sites(a=(0, N), b=(T, N + T))
+    with AttentionSeam(Net(), alike, [Tap(observe=lambda call: None)]) as seam:
+        for _ in range(2):
+            with seam.forward(places=places):
+                seam.module(*args)
+        assert asked == ["a", "a"]
+        with seam.forward() as forward:
+            seam.module(*args)
+            assert forward.places_at(alike[0]) is None
+    asked.clear()
+    wide = [torch.cat([args[0]] * 2, 2)[:, :, : N + T]] * 3
+    with AttentionSeam(Net(), other, [Tap(observe=lambda call: None)]) as seam, seam.forward(places=places):
+        seam.module(*wide)
+    assert asked == ["a", "b"]
+
+
 # -- editing and composition -------------------------------------------------------------------------------------------
 
 
