@@ -24,11 +24,11 @@ def resized(subject: Subject, i: int, mirrored: bool, generator: torch.Generator
     """
     u, v, w, x, y = torch.rand(5, generator=generator).tolist()
     scale = 1 / 3 + (2 / 3) * v if u < 2 / 3 else 1.2 + 0.2 * v
+    if 0.6 <= scale <= 1:
+        return subject.latents(i, mirrored), "", None
     pixels = subject.pixels(i)
     pixels = pixels.flip(-1) if mirrored else pixels
     height, width = pixels.shape[-2:]
-    if 0.6 <= scale <= 1:
-        return subject.latents(i, mirrored), "", None
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     small = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
     if scale > 1:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.arrays import to_tensor
 from sfumato.files import fitted
 from sfumato.models import Model
-from sfumato.training.samples import Samples, open_samples
+from sfumato.training.samples import Samples, open_samples, picture_tensor
 
 __all__ = ["Subject"]
 
@@ -58,11 +57,9 @@ class Subject:
 
     def pixels(self, i: int) -> Tensor:
         """Picture ``i`` (3 h w) in [-1, 1], at its size. Raises BadInput with the file's name."""
-        if not self.keep_aspect:
-            return self.samples.sample(i).pixels
         picture = self.samples.entries[i].shown.picture()
-        size = bucket(picture.size, self.size, self.model.size_multiple)
-        return to_tensor(_array(fitted(picture, size))).permute(2, 0, 1).float() / 255 * 2 - 1
+        size = bucket(picture.size, self.size, self.model.size_multiple) if self.keep_aspect else self.size
+        return picture_tensor(fitted(picture, size))
 
     def latents(self, i: int, mirrored: bool = False) -> Tensor:
         """Latents (c h w) of picture ``i``: the mean of the codec's posterior, in float32. Pictures are encoded one by
@@ -101,9 +98,3 @@ def by_shape(latents: Sequence[Tensor]) -> dict[tuple[int, ...], list[int]]:
     for row, each in enumerate(latents):
         out.setdefault(tuple(each.shape), []).append(row)
     return out
-
-
-def _array(picture: Any) -> Any:
-    import numpy as np
-
-    return np.array(picture)

@@ -214,7 +214,7 @@ class Samples:
     def _pixels(self, part: FilePart, generator: torch.Generator | None, start: list[int]) -> Tensor:
         """A picture or clip; ``start`` remembers where the first clip of a pair began."""
         if self.frames is None:
-            return _tensor(files.fitted(part.picture(), self.size))
+            return picture_tensor(files.fitted(part.picture(), self.size))
         found = part.frames()
         spare = len(found) - ((self.frames - 1) * self.stride + 1)
         if spare < 0:
@@ -223,10 +223,11 @@ class Samples:
             start.append(0 if generator is None else int(torch.randint(spare + 1, (), generator=generator)))
         first = min(start[0], spare)
         chosen = found[first :: self.stride][: self.frames]
-        return torch.stack([_tensor(files.fitted(frame, self.size)) for frame in chosen], 1)
+        return torch.stack([picture_tensor(files.fitted(frame, self.size)) for frame in chosen], 1)
 
 
-def _tensor(image: Image.Image) -> Tensor:
+def picture_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as (3 h w) in [-1, 1]."""
     return to_tensor(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
 
 
