@@ -41,7 +41,7 @@ from sfumato.teach.augment import resized
 from sfumato.teach.concepts import Concept, ConceptsLoss, folders_of, made_prior
 from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.learning import learn, recomputed
 from sfumato.teach.merging import merge_files
 from sfumato.teach.rows import WordVectors, is_word, reading
 from sfumato.teach.subject import Subject
@@ -153,18 +153,17 @@ class CustomDiffusion:
         learning = dict(weights)
         for new in rows:
             learning |= {f"{new.word}.{name}": value for name, value in new.parameters.items()}
-        best = Best(learning)
         loss = ConceptsLoss(
             Denoising(model, p.batch, p.seed, p.timesteps), concepts, encode, p.batch, p.prior_weight, p.flip, p.seed,
             resized if p.augment else None,
         )  # fmt: skip
-        tensors = list(best.learning)
-        matrices, vectors = tensors[: len(weights)], tensors[len(weights) :]
+        tensors = nn.ParameterList(list(learning.values()))
+        matrices, vectors = list(tensors)[: len(weights)], list(tensors)[len(weights) :]
         groups = [
             {"params": matrices, "lr": p.lr, "weight_decay": p.weight_decay},
             {"params": vectors, "lr": p.word_lr or p.lr, "weight_decay": 0.0},
         ]
-        player = Player(loss, torch.optim.AdamW(groups), best, name="concepts")
+        player = Player(loss, torch.optim.AdamW(groups), tensors, name="concepts")
         settings = {
             "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
             "pictures": [each.subject.hash for each in concepts],

@@ -221,8 +221,7 @@ class _Lesson:
         loss, hits = self._sums
         earlier = self.past.losses[: step - 1]
         if step == 1 or loss < float(earlier.min()):
-            for i, name in enumerate(self.rows.parameters):
-                getattr(self.best, f"best_{i}").copy_(self._before[name])  # the vectors that this loss is of
+            self.best.keep(self._before.values())  # the vectors that this loss is of
         self.past.losses[step - 1], self.past.hits[step - 1] = loss, hits
         return self.rows.figures()
 

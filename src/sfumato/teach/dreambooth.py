@@ -138,9 +138,10 @@ class DreamBooth:
             at = kept if number == 0 or kept is None else kept.with_stem(f"prior-{number}")
             each.prior = made_prior(model, p.prompt.format(each.class_noun), p.prior, p.seed + number, at)
             each.prior_said = [p.prompt.format(each.class_noun)] * p.prior
-        best = Best(learner.parameters)
+        best = Best(learner.parameters) if p.score_every else None
+        learning = best or nn.ParameterList(list(learner.parameters.values()))
         player = Player(
-            learner.loss, torch.optim.AdamW(learner.groups(best)), best, name="subject", clip=p.clip
+            learner.loss, torch.optim.AdamW(learner.groups()), learning, name="subject", clip=p.clip
         )  # fmt: skip
         settings = {
             "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
@@ -227,11 +228,11 @@ class Learner:
         denoising = Denoising(model, p.batch, p.seed, p.timesteps, p.offset, p.snr_gamma)
         self._loss = ConceptsLoss(denoising, concepts, self.encode, p.batch, p.prior_weight, p.flip, p.seed)
 
-    def groups(self, best: Best) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups: denoiser, text encoders, words."""
         p, out = self.p, {"denoiser": [], "text": [], "word": []}  # type: ignore[var-annotated]
         words = {id(value) for rows in self.rows for value in rows.parameters.values()}
-        for name, value in best.tensors().items():
+        for name, value in self.parameters.items():
             kind = "word" if id(value) in words else "text" if name.startswith("text_encoder") else "denoiser"
             out[kind].append(value)
         rates = {"denoiser": self.lr, "text": p.text_lr or self.lr, "word": p.word_lr}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
 
 
 class Best(nn.Module):
-    """The tensors that learn, and copies of them where a figure was best: what a player's checkpoint holds.
+    """The tensors that learn, and copies of them where a figure was best: what a player's checkpoint holds. Where no
+    figure is taken a plain ``nn.ParameterList`` does.
 
     ``figures``: (step, figure) of every measurement, lowest is best; :meth:`over` says whether the last ``patience``
     of them were no better than the best before by a share ``least``.
@@ -92,14 +93,10 @@ class Best(nn.Module):
 
     def __init__(self, tensors: Mapping[str, nn.Parameter]):
         super().__init__()
-        self.names = list(tensors)
         self.learning = nn.ParameterList(list(tensors.values()))
         for i, tensor in enumerate(tensors.values()):
             self.register_buffer(f"best_{i}", tensor.detach().clone())
         self.figures: list[tuple[int, float]] = []
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.learning, strict=True))
 
     @torch.no_grad()
     def measured(self, step: int, figure: float) -> bool:
@@ -111,8 +108,9 @@ class Best(nn.Module):
         return first
 
     @torch.no_grad()
-    def keep(self) -> None:
-        for i, tensor in enumerate(self.learning):
+    def keep(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Makes these the best, in the order of those that learn; None: the tensors as they are now."""
+        for i, tensor in enumerate(self.learning if tensors is None else tensors):
             getattr(self, f"best_{i}").copy_(tensor)
 
     @torch.no_grad()
@@ -167,9 +165,9 @@ def learn(
 
     Args:
         settings: what must be the same when a run is resumed.
-        best, measure: what is measured at a step, every ``every`` steps; "probe" of it is the figure that is to be low,
-            and ``best`` keeps what is best by it; with ``patience`` the run ends when so many measurements in a row
-            were no better. The best are put in place.
+        best, measure: given together, or neither: what is measured at a step, every ``every`` steps; "probe" of it is
+            the figure that is to be low, and ``best`` keeps what is best by it; with ``patience`` the run ends when so
+            many measurements in a row were no better. The best are put in place.
         after: called after each step with the number of steps done; returns further entries of the log.
         stop: called after each step (after ``after``): whether to end here.
 
@@ -180,6 +178,15 @@ def learn(
     main = accelerator is None or accelerator.is_main_process
     over, begun, enough = False, False, False
 
+    def look(best: Best, step: int) -> float:
+        """Measures, keeps the tensors if they are the best, and returns the figure."""
+        assert measure is not None
+        found = measure(step)
+        best.measured(step, found["probe"])
+        state["figures"] = best.figures
+        state["measured"].append({"step": step, **found})
+        return found["probe"]
+
     def progressed(progress: Progress) -> None:
         nonlocal over, begun
         if best is not None and not begun:  # those of the checkpoint, if there was one
@@ -189,13 +196,9 @@ def learn(
         if after is not None:
             entry |= after(progress.step)
         last = progress.step == steps
-        if best is not None and measure is not None and (progress.step % every == 0 or last):
-            found = measure(progress.step)
-            entry["probe"] = found["probe"]
-            best.measured(progress.step, found["probe"])
+        if best is not None and (progress.step % every == 0 or last):
+            entry["probe"] = look(best, progress.step)
             over = bool(patience) and best.over(patience)
-            state["figures"] = best.figures
-            state["measured"].append({"step": progress.step, **found})
         state["log"].append(entry)
         if work.on_progress is not None and main:
             work.on_progress(progress.step, steps, {**entry})
@@ -206,15 +209,12 @@ def learn(
         return enough
 
     with opened(work, settings) as folder:
-        if best is not None and measure is not None:
-            found = measure(0)
-            best.measured(0, found["probe"])
-            state["figures"] = best.figures
-            state["measured"].append({"step": 0, **found})
+        if best is not None:
+            look(best, 0)
         fitted = fit(
             player, steps, seed=seed, accumulate=accumulate, minutes=work.minutes, on_progress=progressed, stop=ended,
             folder=folder, checkpoint_every=checkpoint_every, state=state, accelerator=accelerator, name=name,
         )  # fmt: skip
-    if best is not None and measure is not None:
+    if best is not None:
         best.take()
     return Learned(fitted, state["log"], state["measured"], fitted.finished or enough)
