@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ def towers_of(model: Model, encoders: Sequence[str] = ()) -> list[TextTower]:
     return [tower for tower in towers if not encoders or tower.name in encoders]
 
 
+class TableFigures:
+    """What words are measured by, of a text encoder's table of embeddings, which is frozen while they are learnt:
+    the ``longest`` and the ``median`` of its rows' lengths () and the ``deviation`` () of its numbers."""
+
+    def __init__(self, tower: TextTower):
+        self._tower = tower
+        lengths = tower.table.detach().float().norm(dim=1)
+        self.longest, self.median = lengths.max(), lengths.median()
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        return self._tower.table.detach().float().std()
+
+
 class WordVectors:
     """k vectors of a word in each text encoder, in full precision, each beginning as the embedding of ``begin``: a
     word (of several tokens, their mean), or "" for random vectors of the table's mean length.
@@ -39,7 +54,7 @@ class WordVectors:
         for tower in towers:
             self.start[tower.name] = (row_of(tower, begin) if begin else random_row(tower, seed)).repeat(vectors, 1)
         self.parameters = {name: nn.Parameter(rows.clone()) for name, rows in self.start.items()}
-        self.lengths = {tower.name: tower.table.detach().float().norm(dim=1) for tower in towers}
+        self.tables = {tower.name: TableFigures(tower) for tower in towers}
 
     def shown(self, vectors: int | None = None) -> dict[str, Tensor]:
         """Text encoder -> the first ``vectors`` (k d), all if None is said, with gradients."""
@@ -57,18 +72,18 @@ class WordVectors:
         for tower in self.towers:
             rows = self.parameters[tower.name]
             if how == "clamp":
-                most = self.lengths[tower.name].max()
+                most = self.tables[tower.name].longest
                 rows.mul_((most / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1.0))
             elif how == "pull" and rows.shape[1] > 1:
                 deviation = rows.std(dim=1, keepdim=True).clamp_min(1e-12)
-                rows.mul_((tower.table.float().std() / deviation) ** 0.1)
+                rows.mul_((self.tables[tower.name].deviation / deviation) ** 0.1)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """``length``: their mean length over the median of the table's; ``cosine``: to where they began."""
         ratios, cosines = [], []
         for name, rows in self.parameters.items():
-            ratios.append(rows.norm(dim=1).mean() / self.lengths[name].median().to(rows).clamp_min(1e-12))
+            ratios.append(rows.norm(dim=1).mean() / self.tables[name].median.to(rows).clamp_min(1e-12))
             cosines.append(F.cosine_similarity(rows, self.start[name], dim=1).mean())
         return {"length": float(torch.stack(ratios).mean()), "cosine": float(torch.stack(cosines).mean())}
 
