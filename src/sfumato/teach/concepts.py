@@ -15,6 +15,7 @@ from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
+from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.sampling import generate
 from sfumato.teach.denoising import Denoising, places
@@ -22,7 +23,7 @@ from sfumato.teach.subject import Subject
 from sfumato.training import Draw
 from sfumato.training.samples import PICTURES
 
-__all__ = ["Concept", "ConceptsLoss", "folders_of", "made_prior"]
+__all__ = ["Concept", "ConceptsLoss", "draw_priors", "folders_of"]
 
 
 @dataclass(eq=False)
@@ -64,7 +65,17 @@ def folders_of(data: str | Path, name: str, class_noun: str) -> list[tuple[Path 
     return out
 
 
-def made_prior(model: Model, prompt: str, n: int, seed: int, kept: Path | None, **drawing: Any) -> list[Tensor]:
+def draw_priors(model: Model, concepts: Sequence[Concept], n: int, seed: int, work: Work) -> None:
+    """Gives every concept ``n`` pictures of its class as the model draws them now as its prior; they are kept in the
+    folder of ``work``, for when it is resumed."""
+    kept = None if work.folder is None else work.folder / "prior.safetensors"
+    for number, each in enumerate(concepts):
+        at = kept if number == 0 or kept is None else kept.with_stem(f"prior-{number}")
+        plain = each.prompt.format(each.class_noun)
+        each.prior, each.prior_said = made_prior(model, plain, n, seed + number, at), [plain] * n
+
+
+def made_prior(model: Model, prompt: str, n: int, seed: int, kept: Path | None) -> list[Tensor]:
     """Latents (c h w) of ``n`` pictures that the model makes of a prompt as it is now, from seeds of their own; those
     in the file ``kept``, if it is there, and then written to it."""
     from safetensors.torch import load_file
@@ -72,7 +83,7 @@ def made_prior(model: Model, prompt: str, n: int, seed: int, kept: Path | None, 
     if kept is not None and kept.is_file():
         return [each.to(model.device) for each in load_file(kept)["latents"]]
     seeds = [seed * 1_000_003 + 77_000_000 + i for i in range(n)]
-    made = generate(model, [prompt] * n, seed=seeds, decode=False, batch_size=25, **drawing).latents
+    made = generate(model, [prompt] * n, seed=seeds, decode=False, batch_size=25).latents
     assert made is not None
     latents = made.detach().float().cpu()
     if kept is not None:

@@ -38,7 +38,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.slot import frozen, text_towers
 from sfumato.protocol import Work
 from sfumato.teach.augment import resized
-from sfumato.teach.concepts import Concept, ConceptsLoss, folders_of, made_prior
+from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
 from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import learn, recomputed
@@ -142,9 +142,11 @@ class CustomDiffusion:
         denoiser = model.family.denoiser_name
         pattern = r"(.*\.)?attn2\..*" if p.attention and _cross(model) else rf"{CROSS}\.weight"
         weights = copies(model, {denoiser: pattern})
-        kept = None if work.folder is None else work.folder / "prior.safetensors"
-        for number, each in enumerate(concepts):
-            self._keep_the_rest(model, each, number, kept)
+        if p.regular:
+            for each in concepts:
+                self._keep_given(model, each)
+        elif p.prior:
+            draw_priors(model, concepts, p.prior, p.seed, work)
 
         def encode(prompts: Sequence[str]) -> Condition:
             with reading(model, {each.word: each.shown() for each in rows}):
@@ -189,18 +191,12 @@ class CustomDiffusion:
         )  # fmt: skip
         return found if found.interrupted else self._compressed(model, found)
 
-    def _keep_the_rest(self, model: Model, concept: Concept, number: int, kept: Any) -> None:
-        """Other pictures of the kind with their captions: given ones, or drawn ones."""
-        p = self.params
-        plain = p.prompt.format(concept.class_noun)
-        if p.regular:
-            others = Subject(model, p.regular, concept.subject.size)
-            concept.prior = [others.latents(i) for i in range(len(others))]
-            concept.prior_said = [text or plain for text in others.captions]
-        elif p.prior:
-            at = kept if number == 0 or kept is None else kept.with_stem(f"prior-{number}")
-            concept.prior = made_prior(model, plain, p.prior, p.seed + number, at)
-            concept.prior_said = [plain] * p.prior
+    def _keep_given(self, model: Model, concept: Concept) -> None:
+        """Other pictures of the kind with their captions, which are kept as they are."""
+        plain = concept.prompt.format(concept.class_noun)
+        others = Subject(model, self.params.regular, concept.subject.size)
+        concept.prior = [others.latents(i) for i in range(len(others))]
+        concept.prior_said = [text or plain for text in others.captions]
 
     def _compressed(self, model: Model, found: Taught) -> Taught:
         """The changes of the weights as a LoRA, if that is asked for."""

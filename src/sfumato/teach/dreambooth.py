@@ -34,7 +34,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.readers import PLAIN
 from sfumato.models.slot import TextTower, frozen, text_towers
 from sfumato.protocol import Work
-from sfumato.teach.concepts import Concept, ConceptsLoss, folders_of, made_prior
+from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import Best, learn, recomputed
@@ -133,11 +133,8 @@ class DreamBooth:
         towers = text_towers(model)
         concepts = self._concepts(model, data, towers)
         learner = Learner(model, towers, concepts, p)
-        kept = None if work.folder is None else work.folder / "prior.safetensors"
-        for number, each in enumerate(concepts if p.prior else []):
-            at = kept if number == 0 or kept is None else kept.with_stem(f"prior-{number}")
-            each.prior = made_prior(model, p.prompt.format(each.class_noun), p.prior, p.seed + number, at)
-            each.prior_said = [p.prompt.format(each.class_noun)] * p.prior
+        if p.prior:
+            draw_priors(model, concepts, p.prior, p.seed, work)
         best = Best(learner.parameters) if p.score_every else None
         learning = best or nn.ParameterList(list(learner.parameters.values()))
         player = Player(
