@@ -43,7 +43,7 @@ from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import learn, recomputed
 from sfumato.teach.merging import merge_files
-from sfumato.teach.rows import WordVectors, is_word, reading
+from sfumato.teach.rows import WordVectors, reading, refuse_word
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.training import Player
@@ -131,10 +131,7 @@ class CustomDiffusion:
         towers = text_towers(model)
         concepts, rows = [], []
         for number, (folder, name, noun) in enumerate(folders_of(data, p.name, p.class_noun)):
-            if taken := is_word(towers, name):
-                raise BadInput(
-                    f"name {name!r} is a word of {taken[0]} already; take one that is none, such as <{name}>."
-                )
+            refuse_word(towers, name)
             subject = Subject(model, folder, (p.size, p.size) if p.size else None)
             rare = pick(towers, {*meant(model), *subject.captions}, p.seed, number + 1)[number]
             concepts.append(Concept(subject, f"{name} {noun}", name, noun, p.prompt))
@@ -184,8 +181,7 @@ class CustomDiffusion:
             "pictures": sum(len(each.subject) for each in concepts), "subjects": [each.said for each in concepts],
         }  # fmt: skip
         found = Taught(
-            model, self.CARD.key, words={each.word: {k: v.detach().clone() for k, v in each.parameters.items()}
-                                         for each in rows},
+            model, self.CARD.key, words={each.word: each.taken() for each in rows},
             weights={name: value.detach() for name, value in weights.items()}, log=done.log, facts=facts,
             step=done.fitted.step, interrupted=not done.enough,
         )  # fmt: skip

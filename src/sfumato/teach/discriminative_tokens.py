@@ -181,7 +181,7 @@ class _Lesson:
         self._before: dict[str, Tensor] = {}
 
     def words(self) -> dict[str, dict[str, Tensor]]:
-        return {self.rows.word: {k: v.detach().clone() for k, v in self.rows.parameters.items()}}
+        return {self.rows.word: self.rows.taken()}
 
     def drawn(self, noise: int, seed: int) -> Tensor:
         """The picture (1 3 H W) of a noise and its sentence, with gradients to the vectors through the last steps."""
@@ -203,7 +203,7 @@ class _Lesson:
 
     def loss(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         if draw.rank == 0:
-            self._sums, self._before = [0.0, 0.0], {k: v.detach().clone() for k, v in self.rows.parameters.items()}
+            self._sums, self._before = [0.0, 0.0], self.rows.taken()
         pixels = self.drawn(draw.rank, self.p.seed + draw.rank + 1_000 * self._again(draw.step))
         # what leaves [-1, 1] is cut off in a picture
         loss, hit = self.scorer(pixels.clamp(-1, 1), draw.rank)

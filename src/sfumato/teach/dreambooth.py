@@ -248,7 +248,7 @@ class Learner:
         return {rows.word: {k: v.detach() for k, v in rows.parameters.items()} for rows in self.rows}
 
     def detached_words(self) -> dict[str, Any]:
-        return {word: {k: v.clone() for k, v in each.items()} for word, each in self.words().items()}
+        return {rows.word: rows.taken() for rows in self.rows}
 
     def encode(self, prompts: Any) -> Condition:
         if self._frozen is not None:

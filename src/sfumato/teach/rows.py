@@ -60,6 +60,10 @@ class WordVectors:
         """Text encoder -> the first ``vectors`` (k d), all if None is said, with gradients."""
         return {name: rows if vectors is None else rows[:vectors] for name, rows in self.parameters.items()}
 
+    def taken(self) -> dict[str, Tensor]:
+        """Copies of them as they are now, without gradients."""
+        return {name: rows.detach().clone() for name, rows in self.parameters.items()}
+
     def far(self) -> Tensor:
         """Mean squared distance () from where they began, the regulariser of the original code."""
         parts = [(rows - self.start[name]).square().sum(1).mean() for name, rows in self.parameters.items()]
@@ -121,6 +125,12 @@ def is_word(towers: Sequence[TextTower], name: str) -> list[str]:
     """The text encoders in which ``name`` is a token already."""
     return [tower.name for tower in towers if name in tower.tokenizer.get_vocab() or f"{name}</w>" in
             tower.tokenizer.get_vocab()]  # fmt: skip
+
+
+def refuse_word(towers: Sequence[TextTower], name: str) -> None:
+    """Raises BadInput where the name of a new word is a token already."""
+    if taken := is_word(towers, name):
+        raise BadInput(f"name {name!r} is a word of {taken[0]} already; take one that is none, such as <{name}>.")
 
 
 def reading(model: Model, words: Mapping[str, Mapping[str, Tensor]]) -> Any:

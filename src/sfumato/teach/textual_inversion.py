@@ -26,7 +26,6 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.cards import Card, Field, register
-from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
 from sfumato.models.slot import frozen
@@ -34,7 +33,7 @@ from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import WordVectors, is_word, reading, towers_of
+from sfumato.teach.rows import WordVectors, reading, refuse_word, towers_of
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.teach.templates import DUAL, OBJECT, STYLE
@@ -123,10 +122,7 @@ class TextualInversion:
         """
         p = self.params
         towers = towers_of(model, p.encoders)
-        if taken := is_word(towers, p.name):
-            raise BadInput(
-                f"name {p.name!r} is a word of {taken[0]} already; take one that is none, such as <{p.name}>."
-            )
+        refuse_word(towers, p.name)
         subject = Subject(model, data, (p.size, p.size) if p.size else None, p.keep_aspect)
         lesson = _Lesson(model, subject, p, towers)
         best = Best(lesson.parameters)
@@ -147,8 +143,8 @@ class TextualInversion:
             **rows.figures(), "nearest": rows.nearest(),
         }  # fmt: skip
         return Taught(
-            model, self.CARD.key, words={p.name: {k: v.detach().clone() for k, v in rows.parameters.items()}},
-            log=done.log, facts=facts, step=done.fitted.step, interrupted=not done.enough,
+            model, self.CARD.key, words={p.name: rows.taken()}, log=done.log, facts=facts, step=done.fitted.step,
+            interrupted=not done.enough,
         )  # fmt: skip
 
 
