@@ -14,8 +14,9 @@ from sfumato.models.slot import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.teach.discriminative_tokens import DiscriminativeTokens, _Lesson
-from sfumato.teach.rows import WordVectors, reading
+from sfumato.teach.rows import WordVectors
 from sfumato.teach.scorers import _labels, scorer_of
+from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -54,20 +55,20 @@ def test_the_picture_is_that_of_the_sampler_and_the_gradient_that_of_its_last_st
     model = tiny_model("sd")
     one = lesson(model, scorer_of(vit, "cat", [], []))
     pixels = one.drawn(0, 35)
-    with reading(model, one.words()):
+    with placeholders(model, one.words()):
         plain = generate(model, "a photo of <c> ball", steps=2, seed=35, guidance=2.0, scheduler="ddim")
     assert torch.equal(pixels.detach(), plain.pixels)
     (vectors,) = one.rows.parameters.values()
     (gradient,) = torch.autograd.grad(pixels.mean(), vectors)
     # by hand: the last step alone, from the latents that the first one left
     steps = []
-    with reading(model, one.words()):
+    with placeholders(model, one.words()):
         generate(model, "a photo of <c> ball", steps=2, seed=35, guidance=2.0, scheduler="ddim", decode=False,
                  on_step=lambda step: steps.append((step.t, step.x)))  # fmt: skip
     x, t = steps[0][1], steps[1][0]
     scheduler = model.make_scheduler("ddim")
     model.timesteps(scheduler, 2)
-    with reading(model, {"<c>": {"text_encoder": vectors}}):
+    with placeholders(model, {"<c>": {"text_encoder": vectors}}):
         condition = model.encode_text("a photo of <c> ball")
     uncond, cond = model.predict(x, t, condition).chunk(2)
     x = scheduler.step(uncond + 2.0 * (cond - uncond), t, x).prev_sample

@@ -43,9 +43,10 @@ from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import learn, recomputed
 from sfumato.teach.merging import merge_files
-from sfumato.teach.rows import WordVectors, reading, refuse_word
+from sfumato.teach.rows import WordVectors, refuse_word
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
+from sfumato.text.placeholders import placeholders
 from sfumato.training import Player
 
 __all__ = ["CustomDiffusion", "start_detached"]
@@ -146,7 +147,7 @@ class CustomDiffusion:
             draw_priors(model, concepts, p.prior, p.seed, work)
 
         def encode(prompts: Sequence[str]) -> Condition:
-            with reading(model, {each.word: each.shown() for each in rows}):
+            with placeholders(model, {each.word: each.shown() for each in rows}):
                 return model.encode_text(list(prompts), guidance=False)
 
         learning = dict(weights)

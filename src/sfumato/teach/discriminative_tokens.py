@@ -33,9 +33,10 @@ from sfumato.sampling import generate
 from sfumato.sampling.loop import opened, walk
 from sfumato.sampling.request import checked
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import WordVectors, is_word, reading
+from sfumato.teach.rows import WordVectors, is_word
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
+from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
 
 __all__ = ["DiscriminativeTokens"]
@@ -190,7 +191,7 @@ class _Lesson:
         options: dict[str, Any] = {"steps": p.draw_steps, "seed": seed, "guidance": p.guidance}
         if not model.flow:
             options["scheduler"] = "ddim"
-        with reading(model, {self.rows.word: self.rows.shown()}):
+        with placeholders(model, {self.rows.word: self.rows.shown()}):
             first = p.draw_steps - p.through
             latents = None
             if first:

@@ -38,10 +38,11 @@ from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_o
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import WordVectors, is_word, reading
+from sfumato.teach.rows import WordVectors, is_word
 from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
+from sfumato.text.placeholders import placeholders
 from sfumato.training import Player
 
 __all__ = ["DreamBooth"]
@@ -255,7 +256,7 @@ class Learner:
             return self._frozen(prompts)
         held = self._step >= self.p.pivot * self.p.steps
         words = self.words() if held else {rows.word: rows.shown() for rows in self.rows}
-        with reading(self.model, words):
+        with placeholders(self.model, words):
             return self.model.encode_text(list(prompts), guidance=False)
 
     def loss(self, draw: Any) -> Any:

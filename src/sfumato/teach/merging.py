@@ -17,8 +17,8 @@ from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import Model
-from sfumato.teach.rows import reading
 from sfumato.teach.taught import Taught
+from sfumato.text.placeholders import placeholders
 
 __all__ = ["Part", "features", "merge_files", "merged"]
 
@@ -62,7 +62,7 @@ def merged(
     words = {part.name: part.vectors for part in parts}
     said = [[f"{part.name} {part.class_noun}".strip(), prompt.format(f"{part.name} {part.class_noun}".strip())]
             for part in parts]  # fmt: skip
-    with torch.no_grad(), reading(model, words):
+    with torch.no_grad(), placeholders(model, words):
         regular = torch.cat(features(model, captions))
         before = len(model.tokenizers[0].tokenizer(prompt.partition("{}")[0], add_special_tokens=False).input_ids)
         targets = [

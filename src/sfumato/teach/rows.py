@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sfumato.errors import BadInput, UnknownName
 from sfumato.models import Model
 from sfumato.models.slot import TextTower, text_towers
-from sfumato.text.placeholders import placeholders
 
 __all__ = ["WordVectors", "towers_of"]
 
@@ -131,11 +130,6 @@ def refuse_word(towers: Sequence[TextTower], name: str) -> None:
     """Raises BadInput where the name of a new word is a token already."""
     if taken := is_word(towers, name):
         raise BadInput(f"name {name!r} is a word of {taken[0]} already; take one that is none, such as <{name}>.")
-
-
-def reading(model: Model, words: Mapping[str, Mapping[str, Tensor]]) -> Any:
-    """While it lasts, prompts may use these words; see :func:`~sfumato.text.placeholders.placeholders`."""
-    return placeholders(model, words)
 
 
 def _written(tokenizer: Any, token: int) -> str:

@@ -15,7 +15,7 @@ from sfumato.models.readers import load_clip
 from sfumato.sampling import generate
 from sfumato.sampling.request import as_pictures
 from sfumato.teach.concepts import Concept
-from sfumato.teach.rows import reading
+from sfumato.text.placeholders import placeholders
 
 __all__ = ["SubjectScorer", "plotted"]
 
@@ -49,7 +49,7 @@ class SubjectScorer:
 
     def _drawn(self, *prompts: str) -> np.ndarray:
         texts = [prompts[i % len(prompts)] for i in range(self.n)]
-        with torch.no_grad(), reading(self.model, self.words()):
+        with torch.no_grad(), placeholders(self.model, self.words()):
             pixels = generate(self.model, texts, seed=self.seeds, **self.options).pixels
         assert pixels is not None
         return self.clip.features(as_pictures(pixels.clamp(-1, 1)))

@@ -33,10 +33,11 @@ from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
 from sfumato.teach.learning import Best, learn, recomputed
-from sfumato.teach.rows import WordVectors, reading, refuse_word, towers_of
+from sfumato.teach.rows import WordVectors, refuse_word, towers_of
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.teach.templates import DUAL, OBJECT, STYLE
+from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
 
 __all__ = ["TextualInversion"]
@@ -186,7 +187,7 @@ class _Lesson:
 
     def encoded(self, prompts: list[str], vectors: int) -> Condition:
         words = {self.p.name: self.rows.shown(vectors), **{each.word: each.shown() for each in self.own}}
-        with reading(self.model, words):
+        with placeholders(self.model, words):
             return self.model.encode_text(prompts, guidance=False)
 
     def loss(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
