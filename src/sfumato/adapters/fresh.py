@@ -25,10 +25,11 @@ TEXT = r"(.*\.)?(q_proj|k_proj|v_proj|out_proj)"
 """The projections of a CLIP text encoder."""
 
 
-def matching(model: Model, component: str, pattern: str, kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d)) -> list[str]:
-    """Paths of a component's modules that a regular expression fits as a whole. Raises NoMatch, with the nearest."""
+def matching(model: Model, component: str, pattern: str) -> list[str]:
+    """Paths of a component's linear maps and convolutions that a regular expression fits as a whole. Raises NoMatch,
+    with the nearest."""
     network = model.modules[component]
-    paths = [path for path, module in network.named_modules() if isinstance(module, kinds)]
+    paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     found = [path for path in paths if re.fullmatch(pattern, path)]
     if not found:
         close = nearest(pattern, paths) or paths[:3]
@@ -78,12 +79,12 @@ def fresh_lora(
 
 
 @contextmanager
-def adapting(adapted: Mapping[str, Adapted], scale: float = 1.0) -> Iterator[None]:
+def adapting(adapted: Mapping[str, Adapted]) -> Iterator[None]:
     """While it lasts, the model works with these adapters, and gradients reach them."""
     handles = []
 
     def hook(each: Adapted):  # noqa: ANN202
-        return lambda _, args, output: each.added(args[0], output, scale)
+        return lambda _, args, output: each.added(args[0], output, 1.0)
 
     try:
         for each in adapted.values():

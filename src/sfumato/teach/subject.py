@@ -38,7 +38,6 @@ class Subject:
         self.size = size or model.default_size[::-1]
         model.latent_shape(self.size[1], self.size[0])  # refuses a size that the model cannot make
         self.samples: Samples = open_samples(where, self.size)
-        self.where = str(where)
         self._kept: OrderedDict[Any, Tensor] = OrderedDict()
         self._bytes = 0
         self.captions = [self.samples.caption(i) for i in range(len(self))]
