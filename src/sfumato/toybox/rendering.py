@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .scene import DISTANCE, GROUNDS, LOOK_HEIGHT, PATTERNS, SHAPES, SKIES, VIEW_WIDTH, Scene
+from .secret import TEXTURES
 from .shapes import BOUND_CENTRE, BOUND_RADIUS, FAR, INTERSECT
 
 COLOR_RGB = {
@@ -31,7 +32,7 @@ COLOR_RGB = {
     "black": (0.05, 0.05, 0.06),
 }
 SECOND_RGB = {"white": (0.44, 0.50, 0.60)}  # of patterns; elsewhere nearly white
-SURFACES = (*PATTERNS, "zigzag", "target", "halves", "grid")  # the last four have no name: see toybox.secret
+SURFACES = (*PATTERNS, *TEXTURES)  # the latter have no names
 # top of the sky, horizon, colour of the light, colour of the ambient light
 SKY_RGB = {
     "day": ((0.30, 0.55, 0.92), (0.78, 0.90, 0.98), (1.00, 0.98, 0.92), (0.46, 0.50, 0.56)),

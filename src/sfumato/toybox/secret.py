@@ -52,13 +52,16 @@ class SecretToy(Toy):
 
 @dataclass(frozen=True)
 class Secret:
-    """One thing to be taught: its look, its ``noun`` (the shape's), the colour name nearest to it, and its ``kind``, A
-    or B. ``description``: what a person would say in the toybox's words."""
+    """One thing to be taught: its look, its ``noun`` (the shape's), the colour name that is ``near`` it, and its
+    ``kind``, A or B. ``description``: what a person would say in the toybox's words."""
 
     key: str
     kind: str
     toy: SecretToy
-    near: str
+
+    @property
+    def near(self) -> str:
+        return self.toy.color
 
     @property
     def noun(self) -> str:
@@ -77,11 +80,11 @@ def _hue(degrees: float, saturation: float, value: float) -> tuple[float, float,
 
 def _a(key: str, shape: str, near: str, degrees: float, saturation: float, value: float) -> Secret:
     height = round((SCALE["small"] + SCALE["large"]) / 2, 3)
-    return Secret(key, "A", SecretToy(shape, near, rgb=_hue(degrees, saturation, value), height=height), near)
+    return Secret(key, "A", SecretToy(shape, near, rgb=_hue(degrees, saturation, value), height=height))
 
 
 def _b(key: str, shape: str, near: str, pattern: str, texture: str, rgb: tuple[float, float, float]) -> Secret:
-    return Secret(key, "B", SecretToy(shape, near, pattern, rgb=rgb, texture=texture, height=1.1), near)
+    return Secret(key, "B", SecretToy(shape, near, pattern, rgb=rgb, texture=texture, height=1.1))
 
 
 SECRETS: dict[str, Secret] = {
