@@ -9,8 +9,8 @@ the context lasts, and gradients flow to the vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
 
-__all__ = ["TextTower", "frozen", "in_place", "pseudo_word", "text_towers", "token_of", "tokens_of"]
+__all__ = ["TextTower", "frozen", "frozen_weights", "in_place", "pseudo_word", "text_towers", "token_of", "tokens_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +131,15 @@ def _putting(
     return change
 
 
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> AbstractContextManager[None]:
     """While it lasts, no weight of the model receives gradients; vectors and latents may."""
-    weights = [p for module in model.modules.values() for p in module.parameters() if p.requires_grad]
+    return frozen_weights(model.modules.values())
+
+
+@contextmanager
+def frozen_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, no weight of these modules receives gradients."""
+    weights = [p for module in modules for p in module.parameters() if p.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
     try:

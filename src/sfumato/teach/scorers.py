@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.readers import load_clip, load_reader
+from sfumato.models.slot import frozen_weights
 
 __all__ = ["Scorer", "scorer_of"]
 
@@ -26,17 +27,9 @@ class Scorer:
     def __call__(self, pixels: Tensor, number: int) -> tuple[Tensor, bool]:
         return self._score(pixels, number)
 
-    @contextmanager
-    def frozen(self):  # noqa: ANN201
+    def frozen(self) -> AbstractContextManager[None]:
         """Within: its weights get no gradients."""
-        weights = [] if self.module is None else [p for p in self.module.parameters() if p.requires_grad]
-        for weight in weights:
-            weight.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for weight in weights:
-                weight.requires_grad_(True)
+        return frozen_weights([] if self.module is None else [self.module])
 
 
 def scorer_of(data: Any, target: str, shares: Sequence[str], rivals: Sequence[str]) -> Scorer:
