@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, UnknownName
+from sfumato.toybox import ToyboxDataset
 from sfumato.toybox.cues import CONCEPTS, CueDataset, concept_of
+from sfumato.training.data import pictures
 from sfumato.training.samples import open_samples
 
-__all__ = ["LabelledVectors", "agreeing", "folder_examples", "labelled", "open_examples", "toybox_examples"]
+__all__ = ["LabelledVectors", "agreeing", "folder_examples", "labelled", "of_toys", "open_examples", "toybox_examples"]
 
 LEAST = 32
 
@@ -57,11 +58,15 @@ def toybox_examples(
         if name not in CONCEPTS:
             raise UnknownName("concept of the toybox", name, CONCEPTS)
     data = CueDataset(split, n, side, seed, 1.0, 0.25)
-    pixels = torch.from_numpy(np.array(data.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return of_toys(data, concepts, [data.caption(i).text for i in range(n)])
+
+
+def of_toys(data: ToyboxDataset, concepts: Sequence[str], texts: Sequence[str] = ()) -> LabelledVectors:
+    """All pictures of a set of the toybox with what its scenes say of ``concepts``, and ``texts`` if there are any."""
     found = {name: labelled([concept_of(scene, name) for scene in data.scenes]) for name in concepts}
     return LabelledVectors(
-        pixels, {k: v[0] for k, v in found.items()}, {k: v[1] for k, v in found.items()}, data.scenes,
-        [data.caption(i).text for i in range(n)],
+        pictures(data, torch.arange(len(data))), {k: v[0] for k, v in found.items()},
+        {k: v[1] for k, v in found.items()}, data.scenes, list(texts),
     )  # fmt: skip
 
 

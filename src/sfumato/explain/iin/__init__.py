@@ -31,6 +31,7 @@ from sfumato.explain.iin.factors import (
 from sfumato.explain.iin.report import BlockReading, readings
 from sfumato.explain.iin.sketches import drawn_in, sketch_pairs
 from sfumato.explain.shape_texture.dimensions import RESIDUAL, Dimensions, dimensions_of, estimate
+from sfumato.models.readers.preprocessing import as_tensor
 from sfumato.translation.examples import LabelledVectors, agreeing, open_examples
 from sfumato.translation.networks import Network, network_of
 from sfumato.translation.translator import FlowParams, fit_translator
@@ -136,10 +137,7 @@ class Iin:
         from sfumato import files
 
         p, side = self.params, network.side
-        drawings = []
-        for path in p.sketches:
-            picture = files.fitted(files.read_picture(path), (side, side))
-            drawings.append(torch.tensor(list(picture.tobytes())).view(side, side, 3).permute(2, 0, 1) / 127.5 - 1)
+        drawings = as_tensor([files.fitted(files.read_picture(path), (side, side)) for path in p.sketches])
         found = from_sketches(network, drawings[0], drawings[1], examples.pixels, p, p.rho, on_progress)
         found.facts |= {"network": network.name, "layer": network.layer, "sketches": [Path(s).name for s in p.sketches]}
         z, _ = network.vectors(examples.pixels)

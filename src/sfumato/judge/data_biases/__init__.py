@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sfumato.cards import Card, Field, ModelPath, register
@@ -23,9 +22,8 @@ from sfumato.errors import BadInput
 from sfumato.judge.data_biases.projection import Projection, fit_projection, load_projection
 from sfumato.judge.data_biases.report import BiasReport, PairBias, pair_bias
 from sfumato.models.nets.vector_ae import load_autoencoder
-from sfumato.toybox.cues import concept_of
 from sfumato.toybox.sets import SETS, SetDataset
-from sfumato.translation.examples import LabelledVectors, folder_examples, labelled
+from sfumato.translation.examples import LabelledVectors, folder_examples, of_toys
 from sfumato.translation.networks import network_of
 from sfumato.translation.reading import CodeReader
 from sfumato.translation.translator import FlowParams
@@ -122,10 +120,7 @@ def _examples(name: str, n: int, side: int, concepts: Sequence[str], seed: int) 
     kind = rest or "neutral"
     # sets of one world do not share scenes, or pairs of pictures would give the answer
     data = SetDataset(kind, n, side, seed * len(SETS) + (SETS.index(kind) if kind in SETS else 0))
-    pixels = torch.from_numpy(np.array(data.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    found = {c: labelled([concept_of(scene, c) for scene in data.scenes]) for c in concepts}
-    labels, words = {c: each[0] for c, each in found.items()}, {c: each[1] for c, each in found.items()}
-    return LabelledVectors(pixels, labels, words, data.scenes)
+    return of_toys(data, concepts)
 
 
 def _common_words(examples: dict[str, LabelledVectors], concepts: Sequence[str]) -> dict[str, list[str]]:
