@@ -38,7 +38,7 @@ def explorer(context: Context, name: str, layer: str, seed: int = 0) -> Invarian
     def made() -> InvarianceExplorer:
         found = InvarianceExplorer(net_of(context, name), layer, codes.autoencoder(context))
         params = FlowParams(**FLOW | {"seed": seed, "steps": context.count(FLOW["steps"], 3)})
-        found.fit(codes.train_set(context).pixels, params)
+        found.fit(codes.train_set(context).pixels, params, codes=codes.codes(context, "train"))
         context.report(f"  fitted {name} {layer} {seed}")
         return found
 

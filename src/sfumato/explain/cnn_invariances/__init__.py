@@ -108,7 +108,7 @@ class CnnInvariances:
         shown = examples.pixels[-SHOWN:]
         for layer in p.layers or default_layers(net):
             explorer = InvarianceExplorer(net, layer, autoencoder)
-            record = explorer.fit(examples.pixels, p, on_progress)
+            record = explorer.fit(examples.pixels, p, on_progress, (z, spread))
             drawn = explorer.samples(shown, 4, p.seed, p.temperature)
             ratios = variance_ratios(reader, drawn, z) if reader is not None else {}
             found.append(LayerRow(layer, explorer, ratios, explorer.fidelity(shown, 2, p.seed), record))
@@ -150,9 +150,10 @@ class CnnInvariances:
             fitted[layers[0]] = InvarianceExplorer(net, layers[0], autoencoder, translator)
         else:
             examples = open_examples(p.data, p.pictures, side, [], p.seed)
+            codes = autoencoder.vectors(examples.pixels)
             for layer in layers:
                 fitted[layer] = InvarianceExplorer(net, layer, autoencoder)
-                fitted[layer].fit(examples.pixels, p, on_progress)
+                fitted[layer].fit(examples.pixels, p, on_progress, codes)
         for layer, explorer in fitted.items():
             drawn = explorer.samples(seen, p.samples, p.seed, p.temperature)
             rows.append((layer, explorer.pictures(drawn)[0]))

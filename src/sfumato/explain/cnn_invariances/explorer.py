@@ -106,9 +106,16 @@ class InvarianceExplorer:
             found = torch.cat([logits_of(self.net, chunk) for chunk in pixels.split(64)]).float().cpu()
         return found if several_labels(self.net) else found.log_softmax(1)
 
-    def fit(self, pixels: Tensor, params: FlowParams, on_progress: Callable[..., None] | None = None) -> FitRecord:
-        """Fits the flow on pictures (m 3 h w): condition from the picture itself, code from the posterior."""
-        z, spread = self.autoencoder.vectors(pixels)
+    def fit(
+        self,
+        pixels: Tensor,
+        params: FlowParams,
+        on_progress: Callable[..., None] | None = None,
+        codes: tuple[Tensor, Tensor | None] | None = None,
+    ) -> FitRecord:
+        """Fits the flow on pictures (m 3 h w): condition from the picture itself, code from the posterior. ``codes``:
+        codes and spreads that are known already, in place of the pictures'."""
+        z, spread = self.autoencoder.vectors(pixels) if codes is None else codes
         about = {"layer": self.layer, "autoencoder": self.autoencoder.name}
         found = fit_translator(
             z, self.condition(pixels), params=params, spread=spread, about=about, on_progress=on_progress,
