@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sfumato import files, writing
 from sfumato.adapters.formats import Contents, FileModule, find_file, fit, read_contents
-from sfumato.adapters.layers import algebra_of
+from sfumato.adapters.layers import algebra_of, with_core, with_rows
 from sfumato.adapters.naming import DENOISER, Index
 from sfumato.adapters.spelling import dotted, original_names, published_path, underscored, unet_shapes
 from sfumato.adapters.word import Word
@@ -153,25 +153,20 @@ def _module(
     """One module; of a fused one its part, without the factors that belong to others, or None where none is left."""
     parts = {part: tensors[key] for part, key in module.keys.items() if part != "alpha"}
     if "mid" in parts:
-        parts["down"] = torch.einsum("rshw,si->rihw", parts.pop("mid"), parts["down"].flatten(1))
-    for part in ("up", "magnitude"):
-        if rows and part in parts:
-            parts[part] = torch.cat([parts[part][a:b] for a, b in rows])
+        parts["down"] = with_core(parts.pop("mid"), parts["down"])
+    if rows:
+        parts = with_rows(parts, rows)
     rank = module.rank
     if rows and "up" in parts:
         live = parts["up"].flatten(1).any(0)
         if not live.any():
             return None
         parts["up"], parts["down"] = parts["up"][:, live], parts["down"][live].clone()
-    if "alpha" in module.keys:
-        own = float(tensors[module.keys["alpha"]].item())
-        return Module(component, path, parts, own * parts["down"].shape[0] / rank if rows and rank else own)
-    settings = held.settings.get(component) or held.settings.get("") or {}
-    alpha = settings.get("lora_alpha", settings.get("alpha"))
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|.*\.){pattern}$", path):
-            alpha = value
-    return Module(component, path, parts, None if alpha is None else float(alpha), bool(settings.get("use_rslora")))
+    scaling = held.scaling(module, component, path, tensors)
+    alpha = scaling.alpha
+    if alpha is not None and "alpha" in module.keys and rows and rank:
+        alpha = alpha * parts["down"].shape[0] / rank
+    return Module(component, path, parts, alpha, scaling.rslora)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

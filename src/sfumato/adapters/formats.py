@@ -13,13 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato import files, registry
 from sfumato.adapters.naming import DENOISER, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
 from sfumato.models.weights import TensorEntry, read_header, read_json, read_metadata
 from sfumato.valid import brief
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.adapters.layers import Scaling
 
 __all__ = ["Contents", "FileModule", "content_hash", "fit", "find_file", "picture_word", "read_contents"]
 
@@ -166,6 +171,19 @@ class Contents:
         widths |= {d for word in self.words.values() if len(word) == 1 for _, _, d in word.values()}
         several = any(len(word) > 1 for word in self.words.values())
         return {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}.get(min(widths, default=0), "SDXL" if several else "")
+
+    def scaling(self, module: FileModule, component: str, path: str, tensors: Mapping[str, Tensor]) -> Scaling:
+        """Of a module at its place: from its own alpha among the file's ``tensors``, else from peft's settings."""
+        from sfumato.adapters.layers import Scaling
+
+        if "alpha" in module.keys:
+            return Scaling(float(tensors[module.keys["alpha"]].item()))
+        settings = self.settings.get(component) or self.settings.get("") or {}
+        alpha, rank = settings.get("lora_alpha", settings.get("alpha")), settings.get("r")
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.search(rf"(^|.*\.){pattern}$", path):
+                alpha = value
+        return Scaling(None if alpha is None else float(alpha), bool(settings.get("use_rslora")), rank)
 
 
 def read_contents(path: Path) -> Contents:

@@ -8,7 +8,7 @@ tree stays as it is, and taking the hook away is all there is to detaching.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,18 @@ def _check_shapes(adapted: Adapted, where: str) -> None:
             raise ValueError(f"it makes {tuple(delta.shape)}")
 
 
+def with_rows(parts: Mapping[str, Tensor], rows: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """The tensors of a fused module as one of its parts has them: its rows (from, to) of the way up, the way down as
+    it is."""
+    cut = {part: torch.cat([parts[part][a:b] for a, b in rows]) for part in ("up", "magnitude") if part in parts}
+    return {**parts, **cut}
+
+
+def with_core(mid: Tensor, down: Tensor) -> Tensor:
+    """Tucker's core between 1x1 factors, and the way down before it: one convolution of the module's size."""
+    return torch.einsum("rshw,si->rihw", mid, down.flatten(1))
+
+
 @functools.cache
 def _config(rank: int, alpha: Any, rslora: bool) -> Any:
     from peft import LoraConfig
@@ -187,8 +199,8 @@ def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted
     from peft.tuners.lora.layer import Conv2d, Linear
 
     down, up = parts["down"], parts["up"]
-    if "mid" in parts:  # Tucker's core between 1x1 factors: one convolution of the module's size
-        down = torch.einsum("rshw,si->rihw", parts["mid"], down.flatten(1))
+    if "mid" in parts:
+        down = with_core(parts["mid"], down)
     convolves = isinstance(module, nn.Conv2d)
     if convolves and down.ndim == 2:
         down, up = down[..., None, None], up[..., None, None]

@@ -13,7 +13,6 @@ A module of the file that the model does not have is an error, unless ``partial`
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
-from sfumato.adapters.formats import FileModule, fit
-from sfumato.adapters.layers import Adapted, Scaling, held
+from sfumato.adapters.formats import fit
+from sfumato.adapters.layers import Adapted, held, with_rows
 from sfumato.adapters.naming import Place
 from sfumato.adapters.spelling import published_path
 from sfumato.adapters.weight_sets import Weights, like_own
@@ -120,7 +119,7 @@ class LoRA(Adapter):
         out: dict[str, Adapted] = {}
         for module, places in found.found:
             parts = {part: tensors[key] for part, key in module.keys.items() if part != "alpha"}
-            scaling = self._scaling(module, places[0], tensors)
+            scaling = self.contents.scaling(module, places[0].component, places[0].path, tensors)
             for place in places:
                 own = _rows(parts, place, f"{module}")
                 network = model.modules[place.component].get_submodule(place.path)
@@ -158,17 +157,6 @@ class LoRA(Adapter):
                 raise BadWeights(f"{self.path}: {key} holds values that are no finite numbers; the file is damaged.")
         return tensors
 
-    def _scaling(self, module: FileModule, place: Place, tensors: Mapping[str, Tensor]) -> Scaling:
-        """From the module's own alpha, else from peft's settings."""
-        if "alpha" in module.keys:
-            return Scaling(float(tensors[module.keys["alpha"]].item()))
-        settings = self.contents.settings.get(place.component) or self.contents.settings.get("") or {}
-        alpha, rank = settings.get("lora_alpha", settings.get("alpha")), settings.get("r")
-        for pattern, value in (settings.get("alpha_pattern") or {}).items():
-            if re.search(rf"(^|.*\.){pattern}$", place.path):
-                alpha = value
-        return Scaling(None if alpha is None else float(alpha), bool(settings.get("use_rslora")), rank)
-
     def weights(self, model: Model, scale: float | None = None) -> dict[str, Weights]:
         out: dict[str, dict[str, nn.Parameter]] = {}
         scale = self.scale if scale is None else float(scale)
@@ -196,13 +184,12 @@ class LoRA(Adapter):
 
 
 def _rows(parts: Mapping[str, Tensor], place: Place, name: str) -> dict[str, Tensor]:
-    """A fused module's tensors as one of its parts has them: its rows of the way up, the way down as it is."""
+    """A fused module's tensors as one of its parts has them."""
     if not place.rows:
         return dict(parts)
     if "up" not in parts:
         raise NotSupported(f"{name} is one module in the file and several in diffusers; only LoRA can be divided.")
-    cut = {part: torch.cat([parts[part][a:b] for a, b in place.rows]) for part in ("up", "magnitude") if part in parts}
-    return {**parts, **cut}
+    return with_rows(parts, place.rows)
 
 
 def _holds(model: Model, name: str, adapted: Adapted) -> bool:
