@@ -34,11 +34,10 @@ from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
+from sfumato.explain.levels_of_pictures import observed
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step
-from sfumato.sampling.intervention import Coverage, refuse_idle
-from sfumato.sampling.levels import levels, opened_for
-from sfumato.sampling.request import as_pixels_of, checked_size
+from sfumato.sampling.intervention import Coverage
 from sfumato.text.words import Reading, StreamReading, Words
 from sfumato.windows import Window
 
@@ -276,20 +275,7 @@ def explain_images(
     forwards per level and picture. Raises BadInput, NoMatch, NotSupported.
     """
     look = ConceptAttention(**params)
-    pixels = as_pixels_of(model, images, None if size is None else checked_size(model, size))
-    checked_size(model, (pixels.shape[-1], pixels.shape[-2]))
-    texts = [prompts] * len(pixels) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(pixels):
-        raise BadInput(f"there are {len(texts)} prompts for {len(pixels)} images; give one for all or one each.")
-    given = {"steps": steps, "seed": seed, "scheduler": scheduler}
-    with opened_for(model, pixels, texts, interventions=(look,), **given) as (run, clean):
-        taps, sites = look.taps(), run.sites
-        for i, x, _ in levels(run, clean):
-            step = Step(run, i, x)
-            if step.covered_by(look):
-                run.denoise(x, step.t, step.condition, ("cond",), taps, step)
-                look.after_predict(step)
-    refuse_idle([look], sites)
+    observed(look, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
     return look.maps
 
 

@@ -31,12 +31,11 @@ from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
+from sfumato.explain.levels_of_pictures import observed
 from sfumato.models import Model
 from sfumato.models.families import families_with
-from sfumato.sampling import Intervention, Run, Step
-from sfumato.sampling.intervention import Coverage, refuse_idle
-from sfumato.sampling.levels import levels, opened_for
-from sfumato.sampling.request import as_pixels_of, checked_size
+from sfumato.sampling import Intervention, Run
+from sfumato.sampling.intervention import Coverage
 from sfumato.text.words import Reading, find_phrases
 from sfumato.windows import Window
 
@@ -247,19 +246,7 @@ def explain_images(
     Costs one forward per step and picture, which ends after the last layer that is read. Raises BadInput, NoMatch.
     """
     daam = DAAM(words=[words] if isinstance(words, str) else list(words), **params)
-    pixels = as_pixels_of(model, images, None if size is None else checked_size(model, size))
-    checked_size(model, (pixels.shape[-1], pixels.shape[-2]))
-    texts = [prompts] * len(pixels) if isinstance(prompts, str) else list(prompts)
-    if len(texts) != len(pixels):
-        raise BadInput(f"there are {len(texts)} prompts for {len(pixels)} images; give one for all or one each.")
-    given = {"steps": steps, "seed": seed, "scheduler": scheduler}
-    with opened_for(model, pixels, texts, interventions=(daam,), **given) as (run, clean):
-        taps, sites = daam.taps(), run.sites
-        for i, x, _ in levels(run, clean):
-            step = Step(run, i, x)
-            if step.covered_by(daam):
-                run.denoise(x, step.t, step.condition, ("cond",), taps, step)
-    refuse_idle([daam], sites)
+    observed(daam, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
     return daam.maps
 
 
