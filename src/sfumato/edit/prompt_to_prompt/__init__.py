@@ -31,6 +31,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.edit.original import FollowsSource
 from sfumato.edit.prompt_to_prompt.blend import LocalBlend
 from sfumato.edit.prompt_to_prompt.mixed_map import MixedMap, StepEdit
+from sfumato.edit.prompt_to_prompt.refusals import refuse_other_noise, refuse_source, refuse_unequal_lengths
 from sfumato.edit.prompt_to_prompt.sites import EditedSites, edited_sites
 from sfumato.edit.prompt_to_prompt.source import attention_of, prompts_of
 from sfumato.edit.prompt_to_prompt.values import (
@@ -44,7 +45,7 @@ from sfumato.edit.prompt_to_prompt.values import (
     window_of,
     windows_of,
 )
-from sfumato.errors import BadInput, Conflict, NotSupported
+from sfumato.errors import BadInput, Conflict
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.recording import Recorder, Recording, record_beside
@@ -140,11 +141,7 @@ class PromptToPrompt(FollowsSource, Intervention):
         if recording is not None and given.get("source") is None and len(set(recording.prompts)) == 1:
             given["source"] = recording.prompts[0]
         self.params = self.Params(**given)
-        if recording is None and self.params.source is None:
-            raise BadInput("prompt_to_prompt needs source, the prompt of the picture that is edited, or a recording.")
-        if recording is not None and self.params.source is not None:
-            if read_weights(self.params.source).text not in recording.prompts:
-                raise BadInput(f"source is {self.params.source!r}, but the recording shows {recording.prompts[0]!r}.")
+        refuse_source(recording, self.params.source)
         self._given = recording
         self.recording = recording
         self.cross, self.own = window_of(self.params.cross_replace), window_of(self.params.self_replace)
@@ -242,10 +239,8 @@ class PromptToPrompt(FollowsSource, Intervention):
             recorder = Recorder(self.wants(run.sites, run.grid))
             self.recording = record_beside(run, x, [self.params.source or ""] * len(run), recorder)
             self.activity.cost += run.cost - before
-        elif not torch.equal(self.recording.latents[0].to(x).expand_as(x), x):
-            raise BadInput(
-                "an edit begins with the noise of its source; give the seed, or the latents, of the recording."
-            )
+        else:
+            refuse_other_noise(self.recording, x)
         return x
 
     def taps(self) -> Sequence[Tap]:
@@ -292,11 +287,7 @@ class PromptToPrompt(FollowsSource, Intervention):
         self.mark(call.step, sites=[site.path])
         rows = call.rows["cond"]
         source = attention_of(self.recording, i, site, rows.stop - rows.start, call.v)
-        if source.k.shape[2] != call.k.shape[2]:
-            raise NotSupported(
-                f"{call.step.run.model.name} reads a text at its own length, and source and edited prompt differ by "
-                f"{abs(source.k.shape[2] - call.k.shape[2])} tokens; give prompt_to_prompt prompts of equal length."
-            )
+        refuse_unequal_lengths(source, call)
         if edit.identity and torch.equal(source.q, call.q[rows]) and torch.equal(source.k, call.k[rows]):
             return None  # the source's map is the own map
         mixed = MixedMap(source, edit if words else None, share)
