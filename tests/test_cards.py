@@ -242,6 +242,11 @@ def test_a_system_is_a_file_or_a_folder(tmp_path):
     assert {key: card.verb for key, card in cards._cards_under(tmp_path).items()} == {"one": "steer", "two": "explain"}
 
 
+@pytest.mark.parametrize("key", sorted(methods()))
+def test_parameters_are_read_from_the_source_as_importing_gives_them(key):
+    assert cards.parameters(key) == cards.parameters_of(method(key).Params)
+
+
 def test_listing_methods_imports_no_torch():
     code = "import sys, sfumato.cards as c; c.methods(); print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(cards.__file__).parents[1])}

@@ -131,6 +131,7 @@ LIGHT = [
     "sfumato.checkpoints",
 ]
 LIGHT += ["sfumato.toybox", "sfumato.toybox.scene", "sfumato.toybox.captions"]
+LIGHT += [_module(path) for path in FILES if _room(path) == "app" and path.name != "__init__.py"]
 
 
 def test_light_modules_stay_light():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.app.jobs import build_all
-from sfumato.sampling.guest import Guest
-from sfumato.sampling.guest import attached as _attached
+
+if TYPE_CHECKING:
+    from sfumato.sampling.guest import Guest
 
 __all__ = ["attached"]
 
@@ -25,4 +26,6 @@ def attached(
     ``with_``: systems, or what ``--with`` takes. ``text``, ``prompt``, errors: see
     :func:`sfumato.sampling.guest.attached`.
     """
-    return _attached(pipe, build_all(list(with_)), text=text, prompt=prompt)
+    from sfumato.sampling.guest import attached as attached_to
+
+    return attached_to(pipe, build_all(list(with_)), text=text, prompt=prompt)

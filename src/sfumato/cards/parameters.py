@@ -47,6 +47,12 @@ def parameter_rows(schema: type[BaseModel]) -> list[tuple[str, str, str]]:
 REQUIRED = "required"
 KINDS = {"bool", "int", "float", "str", "list"}
 LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+#: types of parameters that have a name of their own -> what they are; only importing would tell
+ALIASES = {
+    "FilePath": "str", "ModelPath": "str",
+    "Window": "tuple", "WindowEdges": "list",
+    "Factors": "list", "WordWindows": "list",
+}  # fmt: skip
 
 
 def _meaning(description: str | None, extra: dict[str, Any], limits: dict[str, Any]) -> str:
@@ -59,7 +65,7 @@ def _kind(annotation: Any) -> str:
     """What a text becomes, by the type of a parameter or its source text; None aside."""
     if isinstance(annotation, str):
         names = {part.strip() for part in re.sub(r"\[.*\]", "", annotation).split(" | ")} - {"None"}
-        names = {"str" if name in ("FilePath", "ModelPath") else name for name in names}
+        names = {ALIASES.get(name, name) for name in names}
         if not names <= KINDS | {"Literal", "tuple", "dict", "Any"}:
             raise ValueError(f"{annotation} is a name that only importing would explain")
     else:
