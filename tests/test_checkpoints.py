@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from sfumato import checkpoints
+from sfumato import app, checkpoints
 from sfumato.errors import BadInput
 from sfumato.startup import collector_paused
 
@@ -116,3 +116,16 @@ print(json.dumps([early, third == 1 / 3, type(colorsys) is type(sys), again is c
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[True, False], True, True, True, 1, True]
+
+
+def test_a_model_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    find = checkpoints.find
+
+    def counted(*given: object) -> checkpoints.Checkpoint:
+        asked.append(given)
+        return find(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "find", counted)
+    assert app.load("toy-sd").name == "toy-sd"
+    assert asked == [("toy-sd", None)]

@@ -115,8 +115,7 @@ def load(
     with collector_paused():
         from sfumato.models import load as load_model
 
-        commit = revision if found.repo is None else found.commit
-        model = load_model(name, dtype=dtype, device=device, revision=commit, config=config)
+        model = load_model(name, dtype=dtype, device=device, config=config, found=found)
     return model
 
 

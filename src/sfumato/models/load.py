@@ -34,6 +34,7 @@ def load(
     revision: str | None = None,
     *,
     config: str | Path | None = None,
+    found: Checkpoint | None = None,
 ) -> Model:
     """A model from a built-in name, a diffusers folder, a single-file ``.safetensors`` checkpoint, or a Hub id.
 
@@ -41,7 +42,8 @@ def load(
     or its name; by default float32 on the CPU and the family's half precision elsewhere. ``revision``: branch, tag or
     commit of a Hub id; the commit is kept in ``model.revision``. ``config``: for a single file, the folder (or built-in
     name) of a diffusers model of the same architecture, whose configuration, tokenizers and, where the file lacks them,
-    networks are used; what such a folder lacks is as in the known families.
+    networks are used; what such a folder lacks is as in the known families. ``found``: what :func:`.checkpoints.find`
+    says of the name and revision, for callers that have asked.
 
     All weights are checked to be there, of the right shape and finite; none is ever initialised at random or unpickled.
 
@@ -50,7 +52,7 @@ def load(
     where = _device(device)
     precision = _dtype(dtype)
     name = str(name_or_path)
-    found = checkpoints.find(name, revision)
+    found = found or checkpoints.find(name, revision)
     source = _downloaded(found)
     if source.exists():
         files.regular(source)
