@@ -23,14 +23,13 @@ from torch import Tensor
 
 from sfumato import cards, files, sheets
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
-from sfumato.edit.net2net.experts import NetExpert, expert
+from sfumato.edit.net2net.experts import NetExpert, autoencoder_expert, expert
 from sfumato.edit.net2net.translation import Translation, fit_translation, load_translation
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.nets.vector_ae import VectorAutoencoder, load_autoencoder
 from sfumato.models.weights import hash_modules
 from sfumato.protocol import Picture
 from sfumato.translation.examples import open_examples
-from sfumato.translation.networks import network_of
 from sfumato.translation.translator import FlowParams
 
 __all__ = ["NetExpert", "Net2Net", "Translation", "expert", "fit_translation", "load_translation"]
@@ -133,15 +132,10 @@ class Net2Net:
 
 def _second(model: Any) -> NetExpert:
     if isinstance(model, VectorAutoencoder):
-        network = network_of(model, name=getattr(model, "name", "") or SECOND)
-        return NetExpert(
-            network.name, "picture", lambda x: network.vectors(x)[0], network.pictures, lambda x: network.vectors(x)[1],
-            network.side,
-        )  # fmt: skip
+        return autoencoder_expert(model, getattr(model, "name", "") or SECOND)
     if not isinstance(model, str | Path):
         raise NotSupported(f"net2net makes pictures with an autoencoder of vectors; {type(model).__name__} is none.")
-    load_autoencoder(model)
-    return expert(str(model))
+    return autoencoder_expert(load_autoencoder(model), str(model))
 
 
 @dataclass(eq=False)

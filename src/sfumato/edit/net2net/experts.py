@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
-from sfumato.models.nets.vector_ae import is_autoencoder, load_autoencoder
+from sfumato.models.nets.vector_ae import VectorAutoencoder, is_autoencoder, load_autoencoder
 from sfumato.models.readers import load_clip
 from sfumato.models.readers.loading import load_module
 from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.networks import network_of
 
-__all__ = ["NetExpert", "expert"]
+__all__ = ["NetExpert", "autoencoder_expert", "expert"]
 
 
 @dataclass(eq=False)
@@ -74,11 +74,7 @@ def expert(name: str, labels: Sequence[str] = ()) -> NetExpert:
     if head == "transformers":
         return _transformer(Path(rest))
     if is_autoencoder(name):
-        network = network_of(load_autoencoder(name), name=name)
-        return NetExpert(
-            name, "picture", lambda x: network.vectors(x)[0], network.pictures, lambda x: network.vectors(x)[1],
-            network.side,
-        )  # fmt: skip
+        return autoencoder_expert(load_autoencoder(name), name)
     clip = load_clip(name)
 
     def encode(texts: Sequence[str]) -> Tensor:
@@ -86,6 +82,15 @@ def expert(name: str, labels: Sequence[str] = ()) -> NetExpert:
         return torch.cat([torch.from_numpy(part) for part in parts])
 
     return NetExpert(name, "text", encode)
+
+
+def autoencoder_expert(net: VectorAutoencoder, name: str) -> NetExpert:
+    """Pictures as the codes of an autoencoder, and back."""
+    network = network_of(net, name=name)
+    return NetExpert(
+        name, "picture", lambda x: network.vectors(x)[0], network.pictures, lambda x: network.vectors(x)[1],
+        network.side,
+    )  # fmt: skip
 
 
 def _labels(concept: str, values: Sequence[str]) -> NetExpert:
