@@ -287,12 +287,15 @@ def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
     return path
 
 
-def create(folder: Path, stem: str, suffix: str, write: Callable[[Path], Path]) -> Path:
-    """A new file under the first free name, written by ``write``, which raises FileExistsError where another process
-    has taken that name in the meantime (``replacing(..., new=True)``); the next one is tried then."""
+def create(folder: Path, stem: str, suffix: str, write: Callable[[Path, bool], Path], at: Path | None = None) -> Path:
+    """A file at the name that was given, ``at``, or else a new one under the first free name. ``write(path, new)``
+    writes it, and raises FileExistsError where with ``new`` another process has taken that name in the meantime
+    (:func:`replacing`); the next one is tried then."""
+    if at is not None:
+        return write(at, False)
     while True:
         try:
-            return write(free_name(folder, stem, suffix))
+            return write(free_name(folder, stem, suffix), True)
         except FileExistsError:
             continue
 

@@ -42,7 +42,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for i in range(12):
     image = Image.new("RGB", (4, 4))
-    write = lambda path: files.save_png(path, image, {"process": sys.argv, "prompt": "a"}, new=True)
+    write = lambda path, new: files.save_png(path, image, {"process": sys.argv, "prompt": "a"}, new)
     print(writing.create(Path("."), "a-cube-0", ".png", write), flush=True)
 """
     started = [process(code, tmp_path) for _ in range(3)]

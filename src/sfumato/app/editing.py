@@ -377,13 +377,13 @@ def edit_file(
         done = edit(picture, prompts, mask=mask, model=model, with_=systems, allow=allow, on_step=on_step, **given)
         check_weights(expected, done.results[0].model, same)
         for index, (result, recipe) in enumerate(zip(done.results, done.recipes, strict=True)):
-            at = writing.numbered(named, index, len(done.results))
 
-            def save(path: Path, image: Any = result.images[0], recipe: Any = recipe, new: bool = at is None) -> Path:
+            def save(path: Path, new: bool, image: Any = result.images[0], recipe: Any = recipe) -> Path:
                 return files.save_png(path, image, recipe, new)
 
             stem = f"{writing.slug(picture.stem)}-{writing.slug(result.prompts[0], 40)}"
-            path = writing.create(folder, stem, ".png", save) if at is None else save(at)
+            at = writing.numbered(named, index, len(done.results))
+            path = writing.create(folder, stem, ".png", save, at)
             yield path
             for part in result.parts:
                 for name, drawn in (part.pictures(result, 0) if hasattr(part, "pictures") else {}).items():

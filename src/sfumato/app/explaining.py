@@ -226,14 +226,11 @@ def explain_into(
             table = system.explain_net(open_net(what, order.dtype, order.device, order.config), Path(what).name)
             found: list[Path] = []
 
-            def save(path: Path) -> Path:
-                found[:] = table.save(path.parent, path.stem, new=named is None)
+            def save(path: Path, new: bool) -> Path:
+                found[:] = table.save(path.parent, path.stem, new=new)
                 return path
 
-            if named is None:
-                writing.create(folder, f"{writing.slug(Path(what).name)}.{key}", ".json", save)
-            else:
-                save(named)
+            writing.create(folder, f"{writing.slug(Path(what).name)}.{key}", ".json", save, named)
             yield from table.lines()
             yield from found
     elif isinstance(system, protocol.ExplainsConcept):
@@ -284,10 +281,7 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         about = {"model": model.name, "hash": model.weight_hash, "by": job.by or key}
         drawn, recipe = maps.grid(image), {"prompt": prompt, "picture": Path(job.what).name, **about}
         stem = f"{writing.slug(job.what if text else Path(job.what).stem)}.heat"
-        if named is None:
-            path = writing.create(folder, stem, ".png", lambda path: files.save_png(path, drawn, recipe, new=True))
-        else:
-            path = files.save_png(named, drawn, recipe)
+        path = writing.create(folder, stem, ".png", lambda path, new: files.save_png(path, drawn, recipe, new), named)
         yield path
         if order.maps:
             yield maps.save(path.with_suffix(".safetensors"))

@@ -206,13 +206,13 @@ def write(result: Result, out: Path, maps: bool = False, at: Path | None = None,
     for index, image in enumerate(result.images):
         recipe = result.recipes[index]
 
-        def save(path: Path, index: int = index, image: Any = image, recipe: Any = recipe) -> Path:
+        def save(path: Path, free: bool, index: int = index, image: Any = image, recipe: Any = recipe) -> Path:
             if result.clips:
-                return clips.save_clip(path, result.clips[index], recipe, recipe["fps"], new=new or at is None)
-            return files.save_png(path, image, recipe, new=new or at is None)
+                return clips.save_clip(path, result.clips[index], recipe, recipe["fps"], new=new or free)
+            return files.save_png(path, image, recipe, new=new or free)
 
         stem = f"{writing.slug(result.prompts[index])}-{result.seeds[index]}"
-        path = writing.create(out, stem, ending(result), save) if at is None else save(at)
+        path = writing.create(out, stem, ending(result), save, at)
         written.append(path)
         for part in result.parts:
             drawn = part.pictures(result, index) if hasattr(part, "pictures") else {}
@@ -234,8 +234,8 @@ def write_grid(made: Sequence[Path]) -> Path:
     else:
         cells, columns = [files.read_picture(each) for each in made], math.ceil(math.sqrt(len(made)))
 
-    def save(path: Path) -> Path:
-        with writing.replacing(path, new=True) as file:
+    def save(path: Path, new: bool) -> Path:
+        with writing.replacing(path, new=new) as file:
             sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
         return path
 
