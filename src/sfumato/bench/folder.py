@@ -8,6 +8,7 @@ prompts file, from ``metadata.jsonl``, or from the recipe that the PNG carries, 
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import itertools
 import json
@@ -52,20 +53,22 @@ class Folder:
             raise BadInput(f"{str(self.path)!r} {what}; name a folder of pictures.")
         self.others = self.drawn = 0
         self.skipped: list[str] = []
-        self.subfolders: list[str] = []
         self._rows: dict[str, tuple[Path, int]] = {}  # name -> where its line begins
         self._given = dict(prompts) if isinstance(prompts, Mapping) else {}
         own = self.path / METADATA
         described = self._index(own) if own.is_file() else []
         self.names = described or self._listed()
-        told = {name.replace(os.sep, "/").split("/")[0] for name in self.names if name.replace(os.sep, "/").count("/")}
-        self.subfolders = [name for name in _with_pictures(self.path) if name not in told]
         if not self.names:
             inside = [str(self.path / name) for name in self.subfolders]
             way = f"its subfolders do: name {' or '.join(inside[:5])}" if inside else "name another folder"
             raise BadInput(f"{str(self.path)!r} holds no picture ({', '.join(SUFFIXES[:4])}, ...); {way}.")
         if isinstance(prompts, Path | str):
             self._match(writing.rereadable(Path(prompts), self))
+
+    @functools.cached_property
+    def subfolders(self) -> list[str]:
+        told = {name.replace(os.sep, "/").split("/")[0] for name in self.names if name.replace(os.sep, "/").count("/")}
+        return [name for name in _with_pictures(self.path) if name not in told]
 
     def __len__(self) -> int:
         return len(self.names)
