@@ -310,6 +310,7 @@ def test_refusals(photos, tmp_path):
         ({"nam": "x"}, UnknownName, "parameter of textual_inversion 'nam'"),
         ({"model": tiny_model("inpaint")}, NotSupported, "redraws regions"),
         ({"model": tiny_model("animatediff")}, NotSupported, "single pictures"),
+        ({"model": tiny_model("animatediff")}, NotSupported, "has none; it works with the families "),
     ]
     for more, error, says in cases:
         given = {"data": photos, "model": model, "out": out, **GIVEN, **more}

@@ -107,7 +107,10 @@ def teach(
     folder = None if target is None else target.with_name(f"{target.name}.training")
     work = protocol.Work(folder, resume, minutes, on_progress)
     loaded = load(model) if isinstance(model, str | Path) else model
-    refuse(key, loaded)
+
+    from sfumato.sampling.intervention import refuse_unfit
+
+    refuse_unfit([system], loaded)
     learnt: Any = system.teach(loaded, data, work=work)
     if learnt.interrupted:
         where = f"; {folder} holds the checkpoint, go on with --resume" if folder else ""
@@ -129,10 +132,3 @@ def fresh(target: Path) -> Path:
     if not target.absolute().parent.is_dir():
         raise BadInput(f"-o {str(target)!r}: there is no folder {target.absolute().parent}; make it first.")
     return target
-
-
-def refuse(key: str, model: Any) -> None:
-    """Raises NotSupported where the model lacks what the system needs."""
-    for need in cards.methods()[key.replace("-", "_")].needs:
-        if not model.family.has(need):
-            raise NotSupported(f"{key} needs {cards.CAPABILITIES[need]}; {model.name} has none.")

@@ -180,8 +180,8 @@ def _flatten(given: Any) -> list[Intervention]:
     raise BadInput(f"interventions holds {given!r}; each must be an Intervention or a list of them.")
 
 
-def refuse_unfit(parts: Sequence[Intervention], model: Any) -> None:
-    """Raise NotSupported for a part whose card needs what ``model`` does not offer."""
+def refuse_unfit(parts: Sequence[Any], model: Any) -> None:
+    """Raise NotSupported for a part, or a system of another kind, whose card needs what ``model`` does not offer."""
     for part in parts:
         card: Any = getattr(part, "CARD", None)
         for need in getattr(card, "needs", ()):
