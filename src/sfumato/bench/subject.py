@@ -15,25 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.metrics.clip_score import unit
+
 __all__ = ["Score", "diversity", "drift", "identity", "pareto", "scored"]
 
 
 def identity(drawn: np.ndarray, real: np.ndarray) -> float:
     """Mean cosine over all pairs of features (n d) and (m d)."""
-    return float((_unit(drawn) @ _unit(real).T).mean())
+    return float((unit(drawn) @ unit(real).T).mean())
 
 
 def diversity(drawn: np.ndarray) -> float:
     """1 - mean cosine over all pairs of different rows of features (n d); 0 for fewer than two."""
     if len(drawn) < 2:
         return 0.0
-    cosines = _unit(drawn) @ _unit(drawn).T
+    cosines = unit(drawn) @ unit(drawn).T
     return float(1 - (cosines.sum() - np.trace(cosines)) / (len(drawn) * (len(drawn) - 1)))
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> float:
     """1 - mean cosine of features (n d) of the same prompts and seeds before and after."""
-    return float(1 - (_unit(before) * _unit(after)).sum(1).mean())
+    return float(1 - (unit(before) * unit(after)).sum(1).mean())
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,3 @@ def pareto(scores: Sequence[Score]) -> list[Score]:
         if not any(other.identity > each.identity and other.leak + other.drift <= each.leak + each.drift
                    for other in scores)
     ]  # fmt: skip
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    rows = np.asarray(features, dtype=np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

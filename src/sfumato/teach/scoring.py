@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sfumato.bench.subject import Score, pareto, scored
+from sfumato.bench.subject import Score, identity, pareto, scored
 from sfumato.models import Model
 from sfumato.models.readers import load_clip
 from sfumato.sampling import generate
@@ -58,7 +58,7 @@ class SubjectScorer:
         subject = self._drawn(self.said)
         score = scored(
             step, self.real, subject, self._drawn(self.plain), self.plain_before, self._drawn(*OTHERS),
-            self.others_before, _clip_t(subject, self.text),
+            self.others_before, identity(subject, self.text),
         )  # fmt: skip
         return {**score.to_json(), "probe": score.figure()}
 
@@ -86,9 +86,3 @@ def plotted(scores: Sequence[Score]) -> Image.Image:
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return Image.open(io.BytesIO(stream.getvalue())).convert("RGB")
-
-
-def _clip_t(features: np.ndarray, text: np.ndarray) -> float:
-    """Mean cosine of pictures (n d) and their text (1 d)."""
-    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
-    return float((unit(features) @ unit(text).T).mean())
