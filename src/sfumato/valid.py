@@ -13,7 +13,7 @@ from typing import Any
 
 from sfumato.errors import BadInput
 
-__all__ = ["brief", "json_line", "json_text", "parsed_json", "shown", "text", "wrong"]
+__all__ = ["BadJson", "brief", "json_line", "json_text", "parsed_json", "shown", "text", "wrong"]
 
 MOST = 1000  # items of one list
 DEEPEST = 32  # lists within lists
@@ -78,23 +78,27 @@ def text(given: Any, what: str) -> str:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
+class BadJson(ValueError):
+    """A finding of :func:`parsed_json` itself: its text is for people, as it stands."""
+
+
 def parsed_json(source: str | bytes, names: bool = False) -> Any:
-    """A JSON value. Raises ValueError, in a few words, for anything else: also for not-a-number and infinity, which
-    Python's reader takes, for what is nested too deep, and for texts that cannot be encoded - unless, with ``names``,
-    they may be names of files, which the caller has to tell from texts."""
+    """A JSON value. Raises ValueError, in a few words, for anything else; :class:`BadJson` for not-a-number and
+    infinity, which Python's reader takes, for what is nested too deep or no UTF-8, and for texts that cannot be encoded
+    - unless, with ``names``, they may be names of files, which the caller has to tell from texts."""
     try:
         value = json.loads(source, parse_constant=_refuse)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise BadJson("it is nested too deep") from None
     except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8 text") from None
+        raise BadJson("it is not UTF-8 text") from None
     if found := _not_finite(value) or wrong(value, LONGEST, names):
-        raise ValueError(found)
+        raise BadJson(found)
     return value
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise BadJson(f"{name} is no JSON")
 
 
 def _not_finite(value: Any, depth: int = 0) -> str:

@@ -80,8 +80,7 @@ def _line(number: int, text: bytes, typed: dict[str, Any]) -> Line:
     try:
         given = valid.parsed_json(text)
     except ValueError as error:
-        said = str(error)
-        why = f": {said}" if said.startswith(("it ", "a number")) or "is no JSON" in said else ""
+        why = f": {error}" if isinstance(error, valid.BadJson) else ""
         example = '{"prompt": "a red cube", "seed": 1}'
         return Line(number, None, wrong=f"not a JSON object{why}; write lines such as {example}.")
     if not isinstance(given, dict):
