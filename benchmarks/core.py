@@ -74,6 +74,12 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> Spread:
     return Spread.of(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
 
 
+def fresh(*arguments: str) -> Callable[[], Any]:
+    """A contestant: a fresh interpreter with these arguments, from start to exit."""
+    command = [sys.executable, *arguments]
+    return lambda: subprocess.run(command, check=True, capture_output=True, cwd=HERE.parent)
+
+
 def in_process(code: str, *arguments: str, threads: int | None = None) -> dict[str, Any]:
     """Runs ``code`` in a fresh interpreter and returns the JSON object it prints on its last line.
 

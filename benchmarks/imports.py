@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from benchmarks.core import HERE, Figure, Spread, interleaved, ratio
+from benchmarks.core import Figure, Spread, fresh, interleaved, ratio
 
 ROUNDS = 7
 
 
 def run() -> list[Figure]:
     """Seconds of fresh interpreters."""
-
-    def fresh(*arguments: str):
-        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=HERE.parent)
-
     seconds = interleaved(
         {
             "nothing": fresh("-c", "pass"),

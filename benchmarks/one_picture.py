@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.core import HERE, Figure, Spread, interleaved, ratio
+from benchmarks.core import Figure, Spread, fresh, interleaved, ratio
 from sfumato import registry
 
 ROUNDS = 5
@@ -31,11 +29,6 @@ def run() -> list[Figure]:
     steps, guidance = str(settings["steps"]), str(settings["guidance"])
     with tempfile.TemporaryDirectory() as folder:
         whole = registry.export("toy-sd", Path(folder) / "toy-sd")
-
-        def fresh(*arguments: str):
-            command = [sys.executable, *arguments]
-            return lambda: subprocess.run(command, check=True, capture_output=True, cwd=HERE.parent)
-
         seconds = interleaved(
             {
                 "sfumato": fresh("-m", "sfumato", "make", PROMPT, "-o", f"{folder}/ours.png"),
