@@ -155,9 +155,10 @@ class InvarianceExplorer:
 
         ``decision`` and ``decision_reconstruction`` are there for nets with logits only.
         """
-        own = self.condition(pixels).flatten(1)
+        seen = self.condition(pixels)
+        own = seen.flatten(1)
         centre = own.mean(0)
-        drawn = self.pictures(self.samples(pixels, n, seed)).flatten(0, 1)
+        drawn = self.pictures(self._fitted().sample(seen, n, seed)).flatten(0, 1)
         again = self.condition(drawn).flatten(1)
         rebuilt = self.autoencoder.pictures(self.autoencoder.vectors(pixels)[0])
 
