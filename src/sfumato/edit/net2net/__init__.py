@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sfumato import cards, files, sheets
+from sfumato.arrays import to_tensor
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.edit.net2net.experts import NetExpert, autoencoder_expert, expert
 from sfumato.edit.net2net.translation import Translation, fit_translation, load_translation
@@ -126,7 +126,7 @@ class Net2Net:
                 f"the flow goes from {translation.first.name}, which reads no texts; edits need one that does."
             )
         side = translation.second.side
-        pixels = torch.from_numpy(np.array(files.fitted(picture.image.convert("RGB"), (side, side))))
+        pixels = to_tensor(np.asarray(files.fitted(picture.image.convert("RGB"), (side, side))))
         return OpenedPicture(self, model, translation, pixels.permute(2, 0, 1)[None] / 127.5 - 1, shown)
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.nets.vector_ae import VectorAutoencoder, is_autoencoder, load_autoencoder
 from sfumato.models.readers import load_clip
@@ -79,7 +80,7 @@ def expert(name: str, labels: Sequence[str] = ()) -> NetExpert:
 
     def encode(texts: Sequence[str]) -> Tensor:
         parts = [clip.text_features(list(texts[i : i + 256])) for i in range(0, len(texts), 256)]
-        return torch.cat([torch.from_numpy(part) for part in parts])
+        return torch.cat([to_tensor(part) for part in parts])
 
     return NetExpert(name, "text", encode)
 

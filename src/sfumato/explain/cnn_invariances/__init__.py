@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sfumato import files
+from sfumato.arrays import to_tensor
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.cnn_invariances.explorer import LOGITS, InvarianceExplorer, default_layers, fgsm, logits_of
@@ -139,7 +139,7 @@ class CnnInvariances:
         autoencoder = self._autoencoder()
         layers = p.layers or default_layers(net)[-1:]
         side = autoencoder.side
-        taken = torch.from_numpy(np.array(files.fitted(image.convert("RGB"), (side, side))))
+        taken = to_tensor(np.asarray(files.fitted(image.convert("RGB"), (side, side))))
         pixels = taken.permute(2, 0, 1)[None] / 127.5 - 1
         seen = fgsm(net, pixels, p.attack) if p.attack else pixels
         rows = []

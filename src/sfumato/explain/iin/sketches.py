@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
 from sfumato.explain.iin.factors import ConceptPairs
 
@@ -30,7 +31,7 @@ def inside_of(sketch: Tensor) -> Tensor:
     filled = ndimage.binary_fill_holes(ndimage.binary_closing(ink, iterations=1))
     if filled is None or filled.mean() < 0.01 or filled.mean() > 0.95:
         raise BadInput("the drawing encloses nothing; draw a closed dark outline on light paper.")
-    return torch.from_numpy(np.asarray(filled))
+    return to_tensor(np.asarray(filled))
 
 
 def drawn_in(sketch: Tensor, pictures: Tensor) -> Tensor:
