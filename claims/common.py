@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,18 @@ def judge_of(context: Context) -> oracle.ToyJudge:
     return context.once("judge", lambda: oracle.load_judge(str(context.folder("toy-judge"))))
 
 
+def side(context: Context, name: str) -> int:
+    """Pixels along a side of the pictures that a model of the zoo was trained on, from its card."""
+    card = json.loads((context.folder(name) / "sfumato.json").read_text(encoding="utf-8"))
+    return int(card["recipe"]["data"]["size"])
+
+
+def least(context: Context, name: str, cells: int = 4) -> int:
+    """Pixels of so many latent cells of a generator: a toy with fewer cannot be drawn on its grid."""
+    pixels = side(context, name)
+    return cells * (pixels // load(context, name).latent_shape(pixels, pixels)[-1]) ** 2
+
+
 def pictures_of(dataset: ToyboxDataset, n: int | None = None) -> Tensor:
     """The pictures of a dataset as float (n, 3, h, w) in [-1, 1]."""
     return torch.from_numpy(np.array(dataset.images[:n])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -110,7 +123,7 @@ def trust(context: Context) -> Accuracy:
     """The judge's own accuracy on renders it has not seen, once per run; printed wherever a figure leans on it."""
 
     def measured() -> Accuracy:
-        dataset = ToyboxDataset("test", context.count(1000, 100), 64)
+        dataset = ToyboxDataset("test", context.count(1000, 100), side(context, "toy-judge"))
         return oracle.measure(judge_of(context).read(pictures_of(dataset)), dataset.scenes, masks_of(dataset))
 
     return context.once("trust", measured)
@@ -141,11 +154,21 @@ def heat(level: Tensor, picture: Tensor | None = None) -> Tensor:
     return torch.lerp(gray.expand(3, -1, -1), color, level.sqrt() * 0.85)
 
 
-def sheet(rows: Sequence[Sequence[Tensor]], scale: int = 2, gap: int = 4) -> Image.Image:
-    """Pictures (3, h, w) in rows as one image on white."""
+def sheet(
+    rows: Sequence[Sequence[Tensor | None]],
+    scale: int = 0,
+    gap: int = 4,
+    names: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    title: str = "",
+) -> Image.Image:
+    """Pictures (3, h, w) in rows as one image on white, with the rows' ``names`` and the columns' ``heads``; by default
+    enlarged to 128 pixels."""
     columns = max(map(len, rows))
     cells = [picture for row in rows for picture in [*row, *[None] * (columns - len(row))]]
-    return sheets.sheet(cells, columns, scale=scale, gap=gap)
+    width = next(int(cell.shape[-1]) for cell in cells if cell is not None)
+    scale = scale or max(1, 128 // width)
+    return sheets.sheet(cells, columns, rows=names, heads=heads, title=title, scale=scale, gap=gap)
 
 
 def percent(interval: stats.Interval) -> str:
