@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from claims import common
+from claims.bars import Bar
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.explain.attention_relevance.questions import ask
@@ -29,9 +30,8 @@ from sfumato.toybox import ANSWERS, COLORS, SHAPES, Question, Scene, render, sam
 from sfumato.toybox.dataset import draw_scene
 
 SOURCE = "Chefer et al. 2021"
-SIDE = 64
 METHODS = ("relevance", "rollout", "raw", "gradcam", "input_gradient")
-LEAST = 40  # visible pixels of a toy that is asked for
+LEAST = 0.01  # of the picture: toys that show less are not asked for
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of boxes and words (Chefer et al. 2021, section 4)
 PIXEL_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 REPORT, TUNE = 7100, 7200  # seeds of scenes
@@ -45,7 +45,7 @@ def reader(context: Context, name: str) -> Reader:
 # -- two toys, one asked for -----------------------------------------------------------------------------------------
 
 
-def pairs(seed: int, n: int) -> list[tuple[Scene, Tensor, Tensor]]:
+def pairs(seed: int, n: int, side: int) -> list[tuple[Scene, Tensor, Tensor]]:
     """Scenes of two toys of different shape and colour, both visible: (scene, picture (3, h, w), mask (h, w))."""
     out: list[tuple[Scene, Tensor, Tensor]] = []
     index = 0
@@ -53,9 +53,9 @@ def pairs(seed: int, n: int) -> list[tuple[Scene, Tensor, Tensor]]:
         scenes = [draw_scene("test", seed, index + k, 2) for k in range(64)]
         index += 64
         scenes = [s for s in scenes if s.toys[0].shape != s.toys[1].shape and s.toys[0].color != s.toys[1].color]
-        frames = render(scenes, SIDE)
+        frames = render(scenes, side)
         for k, scene in enumerate(scenes):
-            if all(int((frames.mask[k] == toy).sum()) >= LEAST for toy in (0, 1)):
+            if all(float((frames.mask[k] == toy).float().mean()) >= LEAST for toy in (0, 1)):
                 out.append((scene, frames.image[k], frames.mask[k].long()))
     return out[:n]
 
@@ -65,7 +65,7 @@ def questions_of(context: Context, name: str, seed: int, n: int) -> dict[str, An
 
     def made() -> dict[str, Any]:
         pictures, asked, own, other, scenes = [], [], [], [], []
-        for scene, picture, mask in pairs(seed, n):
+        for scene, picture, mask in pairs(seed, n, common.side(context, name)):
             for toy in (0, 1):
                 shown = scene.toys[toy]
                 asked.append(shown.shape if name == "toy-vit" else f"a {shown.color} {shown.shape}")
@@ -95,39 +95,51 @@ def maps_of(context: Context, name: str, seed: int, n: int, method: str, **rules
     return context.once(f"maps {name} {seed} {n} {method} {rules}", made)
 
 
-def ratio(maps: Tensor, own: Tensor, other: Tensor) -> float:
-    """Relevance inside the asked toy over that inside the other, over all pictures."""
-    mass = [float((segmentation.normalise(maps, "max") * part).sum()) for part in (own, other)]
-    return mass[0] / max(mass[1], 1e-9)
+def ratio(maps: Tensor, own: Tensor, other: Tensor, where: Sequence[int]) -> stats.Interval:
+    """Relevance inside the asked toy over that inside the other, over all pictures (``where``: of which each is)."""
+    level = segmentation.normalise(maps, "max")
+    mass = [common.by_cluster((level * part).sum((1, 2)).tolist(), where) for part in (own, other)]
+    return stats.ratio(*mass, paired=True)
 
 
 def specific(name: str, context: Context) -> list[Row]:
     """The class-specific pointing game and pixel average precision, with all baselines."""
-    n = context.count(100, 8)
+    n = context.count(300, 8)
     given = questions_of(context, name, REPORT, n)
+    where = [i // 2 for i in range(2 * n)]  # two questions of one picture are no independent samples
     own, other = given["own"], given["other"]
     found = {method: maps_of(context, name, REPORT, n, method)[0] for method in METHODS}
-    found["in the middle"] = segmentation.centred_gaussian(len(own), (SIDE, SIDE))
+    found["in the middle"] = segmentation.centred_gaussian(len(own), tuple(own.shape[-2:]))
     hits = {method: segmentation.pointing(maps, own) for method, maps in found.items()}
-    points = {method: stats.share(hit.numpy()) for method, hit in hits.items()}
-    aps = {method: segmentation.average_precision(maps, own) for method, maps in found.items()}
-    ratios = {method: ratio(maps, own, other) for method, maps in found.items()}
-    more = {m: stats.paired_difference(aps["relevance"].tolist(), aps[m].tolist()) for m in ("rollout", "raw")}
+    points = {method: stats.bootstrap(common.by_cluster(hit.tolist(), where)) for method, hit in hits.items()}
+    aps = {
+        method: common.by_cluster(segmentation.average_precision(maps, own).tolist(), where)
+        for method, maps in found.items()
+    }
+    mean = {method: float(np.mean(values)) for method, values in aps.items()}
+    ratios = {method: ratio(maps, own, other, where) for method, maps in found.items()}
+    more = {m: stats.paired_difference(aps["relevance"], aps[m]) for m in ("rollout", "raw")}
     rows = [
         [given["pictures"][i]] + [heat_picture(found[m][i], given["pictures"][i]) for m in METHODS] for i in range(4)
     ]
-    picture = context.save(f"attention-relevance-{name}.png", common.sheet(rows))
-    data = {m: {"pointing": points[m].to_json(), "ap": float(aps[m].mean()), "ratio": ratios[m]} for m in found}
+    sheet = common.sheet(rows, names=given["asked"][:4], heads=("picture", *METHODS))
+    picture = context.save(f"attention-relevance-{name}.png", sheet)
+    data = {m: {"pointing": points[m].to_json(), "ap": mean[m], "ratio": ratios[m].to_json()} for m in found}
     rest = [m for m in found if m != "relevance"]
     return [
         Row(
             claim=f"{name}: of two toys, relevance points to the one asked for in 85 % or more, with 3 times the "
             "relevance of the other; rollout in 60 % at most",
             source=SOURCE + " (class-specific maps)",
-            measured=f"{percent(points['relevance'])}, {ratios['relevance']:.1f} to 1",
-            baseline="; ".join(f"{m} {percent(points[m])}, {ratios[m]:.1f} to 1" for m in rest),
-            holds=points["relevance"].value >= 0.85 and ratios["relevance"] >= 3 and points["rollout"].value <= 0.6,
-            n=len(own),
+            measured=f"{percent(points['relevance'])}, {ratios['relevance'].text(digits=1)} to 1",
+            baseline="; ".join(f"{m} {percent(points[m])}, {ratios[m].value:.1f} to 1" for m in rest),
+            bars=[
+                Bar(points["relevance"], points["rollout"].value, 1.0, at_least=0.85, what="points to it"),
+                Bar(ratios["relevance"], 1.0, 100.0, at_least=3.0, what="times the other's"),
+                Bar(points["rollout"], 1.0, 0.5, at_most=0.6, what="rollout"),
+            ],
+            headline=name == "toy-clip",
+            n=n,
             leans_on="exact masks",
             picture=picture,
             data=data,
@@ -135,11 +147,10 @@ def specific(name: str, context: Context) -> list[Row]:
         Row(
             claim=f"{name}: average precision of the asked toy's pixels is 0.05 above rollout's and raw attention's",
             source=SOURCE + " (segmentation tests)",
-            measured=f"{float(aps['relevance'].mean()):.3f}; above rollout {more['rollout'].text()}, "
-            f"above raw {more['raw'].text()}",
-            baseline="; ".join(f"{m} {float(aps[m].mean()):.3f}" for m in rest),
-            holds=all(each.low >= 0.05 for each in more.values()),
-            n=len(own),
+            measured=f"{mean['relevance']:.3f}; above rollout {more['rollout'].text()}, above raw {more['raw'].text()}",
+            baseline="; ".join(f"{m} {mean[m]:.3f}" for m in rest),
+            bars=[Bar(each, 0.0, 1 - mean[m], at_least=0.05, above=0.0, what=f"over {m}") for m, each in more.items()],
+            n=n,
             leans_on="exact masks",
             picture=picture,
             data=data,
@@ -210,7 +221,13 @@ def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Se
         (m, first): stats.paired_difference(ours[first].areas, found[m][first].areas)
         for m in against for first in ("positive", "negative")
     }  # fmt: skip
-    better = all(gaps[m, "positive"].high < 0 and gaps[m, "negative"].low > 0 for m in against)
+    bars = []
+    for m in against:
+        areas = {first: found[m][first].auc.value for first in ("positive", "negative")}
+        bars.append(Bar(gaps[m, "positive"], 0.0, -areas["positive"], below=0.0, what=f"most relevant first, over {m}"))
+        bars.append(
+            Bar(gaps[m, "negative"], 0.0, 1 - areas["negative"], above=0.0, what=f"least relevant first, over {m}")
+        )
     told = [f"{m} {c['positive'].auc.value:.3f} / {c['negative'].auc.value:.3f}" for m, c in found.items()]
     return Row(
         claim=f"{what}: removing the most relevant first ends the answer sooner, the least relevant first later, than "
@@ -218,7 +235,7 @@ def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Se
         source=source,
         measured=f"area {ours['positive'].auc.text()} / {ours['negative'].auc.text()} (positive / negative)",
         baseline="; ".join(told[1:]),
-        holds=better,
+        bars=bars,
         n=n,
         leans_on="the model's own answers",
         data={
@@ -231,7 +248,7 @@ def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Se
 
 def perturbed(name: str, context: Context) -> list[Row]:
     """Positive and negative perturbation of picture cells, where the model sees the asked toy to begin with."""
-    n = context.count(100, 8)
+    n = context.count(300, 8)
     given = questions_of(context, name, REPORT, n)
     right = still_seen(context, name, given)
     known = torch.tensor(right(given["pictures"])) > 0
@@ -254,8 +271,8 @@ def perturbed(name: str, context: Context) -> list[Row]:
 
 def drawn(name: str, context: Context) -> list[Row]:
     """Word maps of existing pictures by relevance through the denoiser, beside DAAM's."""
-    model, n = common.load(context, name), context.count(40, 3)
-    asked = [(scene, picture, mask) for scene, picture, mask in pairs(REPORT + 1, n)]
+    model, n = common.load(context, name), context.count(120, 3)
+    asked = [(scene, picture, mask) for scene, picture, mask in pairs(REPORT + 1, n, common.side(context, name))]
     methods = ("relevance", "rollout", "raw", "gradcam")
     heat: dict[str, list[Tensor]] = {m: [] for m in (*methods, "daam")}
     truths = []
@@ -273,10 +290,15 @@ def drawn(name: str, context: Context) -> list[Row]:
                 heat["daam"].append(traced[i].map(shown.shape))
     own = torch.stack(truths)
     maps = {m: torch.stack(each) for m, each in heat.items()}
-    points = {m: stats.share(segmentation.pointing(each, own).numpy()) for m, each in maps.items()}
-    aps = {m: segmentation.average_precision(each, own) for m, each in maps.items()}
-    more = {m: stats.paired_difference(aps["relevance"].tolist(), aps[m].tolist()) for m in maps if m != "relevance"}
-    told = {m: f"{float(aps[m].mean()):.3f}, pointing {percent(points[m])}" for m in maps}
+    where = [i // 2 for i in range(len(own))]  # two toys of one picture are no independent samples
+    points = {
+        m: stats.bootstrap(common.by_cluster(segmentation.pointing(each, own).tolist(), where))
+        for m, each in maps.items()
+    }
+    aps = {m: common.by_cluster(segmentation.average_precision(each, own).tolist(), where) for m, each in maps.items()}
+    mean = {m: float(np.mean(values)) for m, values in aps.items()}
+    more = {m: stats.paired_difference(aps["relevance"], aps[m]) for m in maps if m != "relevance"}
+    told = {m: f"{mean[m]:.3f}, pointing {percent(points[m])}" for m in maps}
     gaps = ", ".join(f"above {m} {each.text()}" for m, each in more.items())
     shown = [pictures[-1]] + [heat_picture(maps[m][-1], pictures[-1]) for m in maps]
     return [
@@ -286,11 +308,13 @@ def drawn(name: str, context: Context) -> list[Row]:
             source="ours: the paper explains no diffusion models",
             measured=f"average precision {told['relevance']}; {gaps}",
             baseline="; ".join(f"{m} {each}" for m, each in told.items() if m != "relevance"),
-            holds=all(each.low > 0 for each in more.values()),
-            n=len(own),
+            bars=[Bar(each, 0.0, 1 - mean[m], above=0.0, what=f"over {m}") for m, each in more.items()],
+            n=n,
             leans_on="exact masks",
-            picture=context.save(f"attention-relevance-{name}.png", common.sheet([shown])),
-            data={m: {"ap": float(aps[m].mean()), "pointing": points[m].to_json()} for m in maps},
+            picture=context.save(
+                f"attention-relevance-{name}.png", common.sheet([shown], heads=("picture", *maps), title=texts[-1])
+            ),
+            data={m: {"ap": mean[m], "pointing": points[m].to_json()} for m in maps},
         )
     ]
 
@@ -300,9 +324,10 @@ def drawn(name: str, context: Context) -> list[Row]:
 
 def masks_of_queries(context: Context) -> list[Row]:
     """Masks of toys from a detector that never saw a mask: Otsu on the relevance of each query that found its toy."""
-    model, n = reader(context, "toy-detr"), context.count(120, 12)
+    model, n = reader(context, "toy-detr"), context.count(300, 12)
+    side = common.side(context, "toy-detr")
     scenes = [draw_scene("test", REPORT + 2, i) for i in range(n)]
-    frames = render(scenes, SIDE)
+    frames = render(scenes, side)
     ways: dict[str, dict[str, Any]] = {m: {"method": m} for m in METHODS}
     ways |= {"unnormalised": {"normalise": False}, "no self matrices": {"mix": False}, "not added": {"add": False}}
     found: dict[str, list[Any]] = {way: [] for way in ways}
@@ -311,6 +336,7 @@ def masks_of_queries(context: Context) -> list[Row]:
         for way, rules in ways.items():
             found[way] += ask(model, pictures, [None] * len(chunk), **rules)
     ious: dict[str, list[float]] = {way: [] for way in (*ways, "Gaussian in the box")}
+    where: list[int] = []  # several toys of one picture are no independent samples
     instances: dict[str, tuple[list, list, list]] = {way: ([], [], []) for way in ways}
     for i, scene in enumerate(scenes):
         truths = torch.stack([frames.mask[i] == k for k in range(len(scene.toys))])
@@ -318,7 +344,7 @@ def masks_of_queries(context: Context) -> list[Row]:
         for way in ways:
             answers = found[way][i].answers
             masks = [otsu_mask(found[way][i].map(k)) for k in range(len(answers))]
-            stack = torch.stack(masks) if masks else torch.zeros(0, SIDE, SIDE, dtype=torch.bool)
+            stack = torch.stack(masks) if masks else torch.zeros(0, side, side, dtype=torch.bool)
             for store, value in zip(
                 instances[way], (stack, truths[seen], torch.tensor([a.score for a in answers])), strict=True
             ):
@@ -327,16 +353,19 @@ def masks_of_queries(context: Context) -> list[Row]:
         if not answers:
             continue
         boxes = torch.tensor([a.box for a in answers])
-        overlap = box_overlap(boxes, frames.boxes[i].nan_to_num(0) / SIDE)
+        overlap = box_overlap(boxes, frames.boxes[i].nan_to_num(0) / side)
         for toy in seen.nonzero().flatten().tolist():
             query = int(overlap[:, toy].argmax())
             if overlap[query, toy] < 0.5 or not answers[query].label.startswith(scene.toys[toy].shape):
                 continue
+            where.append(i)
             for way in ways:
                 mask = otsu_mask(found[way][i].map(query))
                 ious[way].append(float(segmentation.iou(mask[None], truths[toy][None])))
-            blob = otsu_mask(gaussian_in(boxes[query]))
+            blob = otsu_mask(gaussian_in(boxes[query], side))
             ious["Gaussian in the box"].append(float(segmentation.iou(blob[None], truths[toy][None])))
+    count = len(where)
+    ious = {way: common.by_cluster(values, where) for way, values in ious.items()}
     means = {way: stats.bootstrap(values) for way, values in ious.items()}
     least = (0.2, 0.3, 0.4, 0.5)
     aps = {w: float(np.mean([segmentation.instance_ap(*instances[w], least=t) for t in least])) for w in ways}
@@ -349,7 +378,8 @@ def masks_of_queries(context: Context) -> list[Row]:
         frames.image[0],
         *(heat_picture(found[m][0].map(0), frames.image[0]) for m in METHODS if found[m][0].answers),
     ]
-    picture = context.save("attention-relevance-toy-detr.png", common.sheet([row]))
+    heads = ("picture", *(m for m in METHODS if found[m][0].answers))
+    picture = context.save("attention-relevance-toy-detr.png", common.sheet([row], heads=heads))
     rest = [way for way in means if way not in ("relevance", *ablations)]
     data = {"miou": {w: m.to_json() for w, m in means.items()}, "ap": aps}
     return [
@@ -360,9 +390,12 @@ def masks_of_queries(context: Context) -> list[Row]:
             measured=f"mIoU {means['relevance'].text()}, {over.text(digits=2)} times raw; mask AP (IoU 0.2 to 0.5) "
             f"{aps['relevance']:.3f}",
             baseline="; ".join(f"{w} {means[w].text()}" + (f", AP {aps[w]:.3f}" if w in aps else "") for w in rest),
-            holds=over.value >= 1.5 and over.low > 1 and all(each.low > 0 for each in above.values()),
+            bars=[
+                Bar(over, 1.0, 1 / means["raw"].value, at_least=1.5, above=1.0, what="times raw"),
+                *(Bar(each, 0.0, 1 - means[m].value, above=0.0, what=f"over {m}") for m, each in above.items()),
+            ],
             n=len(ious["relevance"]),
-            leans_on="exact masks",
+            leans_on=f"exact masks of {count} toys",
             picture=picture,
             data=data,
         ),
@@ -371,17 +404,19 @@ def masks_of_queries(context: Context) -> list[Row]:
             source="ours: what the box alone tells about the mask",
             measured=f"mIoU {means['relevance'].text()}, difference {against.text()}",
             baseline=f"Gaussian in the box {means['Gaussian in the box'].text()}",
-            holds=against.low > 0,
+            bars=[Bar(against, 0.0, 1 - means["Gaussian in the box"].value, above=0.0)],
             n=len(ious["relevance"]),
             leans_on="exact masks",
             data=data,
         ),
         Row(
-            claim="toy-detr: leaving out normalisation, the self matrices of rule 10 or the sum does not help",
+            claim="toy-detr: leaving out normalisation, the self matrices of rule 10 or the sum costs overlap",
             source=SOURCE + " (ablations)",
             measured=f"mIoU {means['relevance'].text()}",
             baseline="; ".join(f"{w} {means[w].text()}, {loses[w].text()} less" for w in ablations),
-            holds=all(each.high >= 0 for each in loses.values()),
+            bars=[
+                Bar(each, 0.0, means["relevance"].value, above=0.0, what=f"cost of {w}") for w, each in loses.items()
+            ],
             n=len(ious["relevance"]),
             leans_on="exact masks",
             data=data,
@@ -394,10 +429,10 @@ def otsu_mask(heat: Tensor) -> Tensor:
     return segmentation.normalise(heat[None])[0] > segmentation.otsu(heat[None])[0]
 
 
-def gaussian_in(box: Tensor) -> Tensor:
+def gaussian_in(box: Tensor, pixels: int) -> Tensor:
     """A Gaussian (h, w) filling a box (shares of the picture): what a box alone tells about a mask."""
-    place = (torch.arange(SIDE) + 0.5) / SIDE
-    middle, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).clamp_min(1 / SIDE)
+    place = (torch.arange(pixels) + 0.5) / pixels
+    middle, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).clamp_min(1 / pixels)
     x, y = (place - middle[0]) / side[0], (place - middle[1]) / side[1]
     return torch.exp(-4 * (x.square()[None] + y.square()[:, None]))
 
@@ -410,21 +445,21 @@ def asked_about_one(context: Context, n: int) -> dict[str, Any]:
     order among those of the background."""
     from sfumato.zoo.objectives.vqa import draw_regions
 
-    model = reader(context, "toy-vqa")
+    model, side = reader(context, "toy-vqa"), common.side(context, "toy-vqa")
     pictures, asked, regions, owners = [], [], [], []
     index = 0
     while len(asked) < n:
         scenes = [draw_scene("test", REPORT + 3, index + k, 2 + k % 2) for k in range(64)]
-        frames = render(scenes, SIDE)
+        frames = render(scenes, side)
         for k, scene in enumerate(scenes):
-            if any(int((frames.mask[k] == toy).sum()) < LEAST for toy in range(len(scene.toys))):
+            if any(float((frames.mask[k] == toy).float().mean()) < LEAST for toy in range(len(scene.toys))):
                 continue
             rng = np.random.default_rng((REPORT, index + k))
             question = sample_question(scene, rng, ["color", "shape", "pattern", "count"])
             if question.kind == "count":
                 continue
             generator = torch.Generator().manual_seed(index + k)
-            boxes, owner = draw_regions(frames.boxes[k] / SIDE, model.regions, 0.0, generator)
+            boxes, owner = draw_regions(frames.boxes[k] / side, model.regions, 0.0, generator)
             pictures.append(frames.image[k])
             asked.append(question)
             regions.append(boxes)
@@ -494,7 +529,7 @@ def answered(context: Context) -> list[Row]:
             source=SOURCE + " (LXMERT, VQA)",
             measured=percent(first["relevance"]),
             baseline="; ".join(f"{m} {percent(first[m])}" for m in rest),
-            holds=first["relevance"].value >= 0.8,
+            bars=[Bar(first["relevance"], first["chance"].value, 1.0, at_least=0.8)],
             n=int(right.sum()),
             leans_on=f"questions answered right: {accuracy}",
             data={m: each.to_json() for m, each in first.items()},
@@ -504,7 +539,7 @@ def answered(context: Context) -> list[Row]:
             source=SOURCE + " (LXMERT, VQA)",
             measured=percent(content["relevance"]),
             baseline="; ".join(f"{m} {percent(content[m])}" for m in rest),
-            holds=content["relevance"].value >= 0.75,
+            bars=[Bar(content["relevance"], content["chance"].value, 1.0, at_least=0.75)],
             n=int(right.sum()),
             leans_on=f"questions answered right: {accuracy}",
             data={m: each.to_json() for m, each in content.items()},

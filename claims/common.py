@@ -171,6 +171,20 @@ def sheet(
     return sheets.sheet(cells, columns, rows=names, heads=heads, title=title, scale=scale, gap=gap)
 
 
+def exactly(value: float, n: int) -> stats.Interval:
+    """A figure that no sampling has blurred: a largest deviation, a count of all there are."""
+    return stats.Interval(value, value, value, n)
+
+
+def by_cluster(values: Sequence[float], where: Sequence[Any]) -> list[float]:
+    """Means of values that belong together (maps of one picture, seeds of one prompt): those are the independent
+    samples. In order of first appearance."""
+    found: dict[Any, list[float]] = {}
+    for value, at in zip(values, where, strict=True):
+        found.setdefault(at, []).append(float(value))
+    return [float(np.mean(each)) for each in found.values()]
+
+
 def percent(interval: stats.Interval) -> str:
     """An interval in percent."""
     return interval.text(percent=True)

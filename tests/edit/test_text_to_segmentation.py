@@ -110,6 +110,26 @@ def test_refined_masks_are_what_changed_within_the_hole():
     assert not same.any()
 
 
+def test_a_repainted_ground_within_the_hole_is_not_the_object():
+    shown, truth = discs(2)
+    holes = grown(truth, 5)
+    empty = torch.where(holes[:, None], shown + 0.15, shown)  # the ground is redrawn a little lighter
+    empty[truth[:, None].expand(-1, 3, -1, -1)] -= 0.9
+    empty[holes[:, None].expand(-1, 3, -1, -1)] += 0.05 * torch.randn(
+        int(holes.sum()) * 3, generator=torch.Generator().manual_seed(0)
+    )
+    found = t2s.refined_masks(shown, empty, holes)  # with the zeros outside, the threshold would lie below the ground's
+    assert iou(found, truth) > 0.9
+
+
+def test_rough_masks_above_half_their_range_keep_to_the_peak():
+    place = torch.linspace(-1, 1, 32)
+    hill = (-4 * (place[:, None] ** 2 + place**2)).exp()
+    maps = torch.stack([3 + 2 * hill, torch.full((32, 32), 0.7)])
+    found = t2s.rough_masks(maps, "half")
+    assert iou(found[:1], (hill > 0.5)[None]) > 0.95 and not found[1].any()
+
+
 def test_a_segmenter_learns_a_disc_among_others():
     both, truth, without = [], [], []
     for one, mask, other, off in zip(*discs(32), *discs(32, seed=5), strict=True):

@@ -50,15 +50,24 @@ def read_examples(folder: Path | str, size: tuple[int, int]) -> Examples:
     return Examples(torch.stack([each.pixels for each in found]), torch.stack(masks), labels)
 
 
+LEAST = 64 / 64**2  # of the picture: toys that show less are left out
+
+
 def toybox_examples(
-    per_class: int = 3, seed: int = 0, split: str = "train", n: int = 240, cache: Path | None = None
+    per_class: int = 3,
+    seed: int = 0,
+    split: str = "train",
+    n: int = 240,
+    cache: Path | None = None,
+    size: int = 64,
 ) -> Examples:
-    """``per_class`` toybox pictures of every shape out of ``n``, each on the shape's own backdrop. ``cache``: as for
+    """``per_class`` toybox pictures of every shape out of ``n``, each on the shape's own backdrop, ``size`` pixels
+    a side. ``cache``: as for
     :class:`~sfumato.toybox.BiasedDataset`. Raises BadInput beyond 20 of a class."""
     if not 1 <= per_class <= 20:
         raise BadInput(f"per_class must be from 1 to 20, got {per_class}.")
-    source = BiasedDataset(split, n, seed=1, cache=cache)
-    own = np.flatnonzero((source.labels == source.shortcut) & ((source.masks >= 0).sum((1, 2)) >= 64))
+    source = BiasedDataset(split, n, size, seed=1, cache=cache)
+    own = np.flatnonzero((source.labels == source.shortcut) & ((source.masks >= 0).mean((1, 2)) >= LEAST))
     draw = sequence("teach.examples", seed)
     chosen = np.concatenate([draw.permutation(own[source.labels[own] == c])[:per_class] for c in range(len(SHAPES))])
     pictures = to_tensor(source.images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -28,6 +28,7 @@ from sfumato.cards import Card, Field, register
 from sfumato.edit.text_to_segmentation.segmenter import Segmenter, SegmenterConfig, train_segmenter
 from sfumato.edit.text_to_segmentation.stages import (
     Report,
+    Threshold,
     grown,
     make_pictures,
     refined_masks,
@@ -92,6 +93,11 @@ class TextToSegmentation:
             default=(0.2, 1.0),
             description="share of the schedule whose levels are read",
             json_schema_extra={"unit": "progress"},
+        )
+        threshold: Threshold = Field(
+            default="mixture",
+            description="what a map must reach to count as the object: the middle of two Gaussians fitted to it, or of "
+            "its range (half), which keeps closer to the object where maps are sharp",
         )
         grow: float = Field(
             default=0.06,
@@ -165,7 +171,7 @@ class TextToSegmentation:
         if pictures.dim() != 4 or len(pictures) < 2:
             raise BadInput(f"pictures have shape {tuple(pictures.shape)}; give two or more, as (n, 3, H, W).")
         maps = weak_maps(model, pictures, shown, concept, p.levels, p.window, p.seed, tell)
-        rough = rough_masks(maps)
+        rough = rough_masks(maps, p.threshold)
         hole = grown(rough, round(p.grow * min(pictures.shape[-2:])))
         removed = self.removed(remover, pictures, hole, concept, tell)
         refined = refined_masks(pictures, removed, hole, p.tidy)

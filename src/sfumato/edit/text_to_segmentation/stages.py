@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from sfumato.models import Model
 from sfumato.sampling import Intervention, generate
 
 BATCH = 32
+Threshold = Literal["mixture", "half"]
 
 #: called after each piece of work: (stage, done, of how many)
 Report = Callable[[str, int, int], None]
@@ -60,9 +62,13 @@ def weak_maps(
     return torch.stack(out)
 
 
-def rough_masks(maps: Tensor) -> Tensor:
-    """Masks (n H W) bool from maps: the middle between the means of two Gaussians fitted to each map's values, then the
-    majority of each 3x3 neighbourhood. A map that is the same everywhere gives an empty mask."""
+def rough_masks(maps: Tensor, threshold: Threshold = "mixture") -> Tensor:
+    """Masks (n H W) bool from maps: above the middle between the means of two Gaussians fitted to each map's values, or
+    above the middle of its range (``half``); then the majority of each 3x3 neighbourhood. A map that is the same
+    everywhere gives an empty mask."""
+    if threshold == "half":
+        low, high = maps.amin((1, 2), True), maps.amax((1, 2), True)
+        return torch.stack([_majority(each) for each in (maps > (low + high) / 2) & (high > low)])
     return torch.stack([_majority(_above(each)) for each in maps])
 
 
@@ -110,11 +116,12 @@ def remove(
 
 
 def refined_masks(pictures: Tensor, removed: Tensor, holes: Tensor, tidy: bool = True) -> Tensor:
-    """Masks (n H W) bool of what changed when the object was removed: the difference, mean over channels, thresholded
-    like the maps, within the hole. ``tidy``: gaps closed and holes filled."""
+    """Masks (n H W) bool of what changed when the object was removed: the difference, mean over channels, above the
+    threshold of a mixture fitted within the hole (outside nothing changes, and those zeros would pull it down).
+    ``tidy``: gaps closed and holes filled."""
     out = []
     for difference, hole in zip((pictures - removed).abs().mean(1), holes, strict=True):
-        mask = _majority(_above(difference)) & hole
+        mask = _majority(_above(difference, hole)) & hole
         out.append(masks.fill_holes(masks.close(mask.float())).bool() & hole if tidy else mask)
     return torch.stack(out)
 
@@ -124,10 +131,12 @@ def grown(found: Tensor, pixels: int) -> Tensor:
     return torch.stack([masks.dilate(each.float(), pixels).bool() for each in found])
 
 
-def _above(values: Tensor) -> Tensor:
-    """Where a map (H W) is above the threshold of its two-part mixture; nowhere if it is flat."""
+def _above(values: Tensor, where: Tensor | None = None) -> Tensor:
+    """Where a map (H W) is above the threshold of its two-part mixture, fitted to the values of ``where`` (H W) bool;
+    nowhere if they are flat, or none."""
+    fitted = values if where is None else values[where]
     try:
-        return values > masks.mixture_threshold(values)
+        return values > masks.mixture_threshold(fitted) if fitted.numel() else torch.zeros_like(values).bool()
     except NoMatch:
         return torch.zeros_like(values, dtype=torch.bool)
 
