@@ -75,6 +75,8 @@ def judge_of(context: Context) -> oracle.ToyJudge:
 
 def side(context: Context, name: str) -> int:
     """Pixels along a side of the pictures that a model of the zoo was trained on, from its card."""
+    if (loaded := context.cache.get(f"model {name}")) is not None:
+        return int(loaded.default_size[0])
     card = json.loads((context.folder(name) / "sfumato.json").read_text(encoding="utf-8"))
     return int(card["recipe"]["data"]["size"])
 

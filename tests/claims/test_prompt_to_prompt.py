@@ -64,7 +64,9 @@ def test_choice_of_windows():
 def test_measures():
     red = torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 4, 4)
     everywhere = torch.ones(4, 4, dtype=torch.bool)
-    assert claim.saturation(red, everywhere) == 1 and claim.saturation(torch.zeros(3, 4, 4), everywhere) == 0
+    more, gray = claim.colourful(red, everywhere, "red"), claim.colourful(torch.zeros(3, 4, 4), everywhere, "red")
+    assert more > 0.9 and gray == pytest.approx(0, abs=1e-6) and claim.colourful(-red, everywhere, "red") < -0.9
+    assert claim.colourful(red, everywhere, "green") < 0  # another hue is no step towards the word's
     half = everywhere.clone()
     half[:2] = False
     assert claim.iou(everywhere, half) == 0.5
