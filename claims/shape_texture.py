@@ -300,7 +300,7 @@ def read_outs(context: Context) -> list[Row]:
             baseline=f"untrained: {told(names[2])}. toy-cnn-texture: {told(NETS[1])}",
             bars=[Bar(gap, 0.0, float(np.mean(own["binary"])), at_least=0.1, above=0.0)],
             n=draws,
-            leans_on=f"exact masks of scenes of two and three toys; heads of one layer; {draws} draws of {learn} scenes;"
+            leans_on=f"exact masks of scenes of two and three toys; one-layer heads; {draws} draws of {learn} scenes;"
             " (mIoU - chance) / (1 - chance)",
             data=got,
         )
@@ -321,7 +321,7 @@ def unet(context: Context) -> list[Row]:
     first, middle = next(iter(clean.values())), clean.get("mid_block")
     base = first.scores["shape"]
     bars = [] if middle is None else [
-        Bar(stats.newcombe(middle.scores["shape"], base), 0.0, 1 - base.value, above=0.0, what="shape, middle over first")
+        Bar(stats.newcombe(middle.scores["shape"], base), 0.0, 1 - base.value, above=0.0, what="middle over first")
     ]  # fmt: skip
     told = "; ".join(
         f"{name}: " + ", ".join(f"{f} {each.scores[f].value:.2f}" for f in each.scores) for name, each in clean.items()
