@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from claims import codes
+from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sheets
 from sfumato.edit.net2net import NetExpert, Translation, expert, fit_translation
+from sfumato.metrics import stats
 from sfumato.toybox import COLORS
 from sfumato.toybox.cues import CUE_SHAPES
 from sfumato.training import Draw, Player, fit
@@ -127,9 +129,21 @@ def baselines(context: Context) -> dict[str, Sampler]:
             wanted = regressor(told(texts)) * std + mean
             return pool[torch.cdist(wanted / std, pool / std).topk(n, largest=False).indices]
 
+        @torch.no_grad()
+        def vae_exchange(codes_of: Tensor, told_now: list[str], told_then: list[str]) -> Tensor:
+            u = encoder(torch.cat([(codes_of - mean) / std, told(told_now)], 1)).chunk(2, 1)[0]
+            return decoder(torch.cat([u, told(told_then)], 1)) * std + mean
+
+        context.once("vae exchange", lambda: vae_exchange)
         return {"regressor": by_regressor, "conditional VAE": by_vae, "unconditional flow, nearest": by_neighbour}
 
     return context.once("net2net baselines", made)
+
+
+def vae_exchange(context: Context) -> Callable[[Tensor, list[str], list[str]], Tensor]:
+    """Codes (b 64), their captions and others, to codes by the conditional VAE with its latent kept."""
+    baselines(context)
+    return context.cache["vae exchange"]
 
 
 def mlp(inside: int, outside: int) -> nn.Sequential:
@@ -138,28 +152,68 @@ def mlp(inside: int, outside: int) -> nn.Sequential:
     )
 
 
-def measured(context: Context, sampler: Sampler, seed: int = 0) -> dict[str, float]:
-    """Share of samples with what the caption says, and total variation of what it does not say from the data's."""
+@dataclass(frozen=True)
+class Sampled:
+    """What the probe reads of EACH samples for every caption.
+
+    right: concept, or "both" -> hits (captions EACH); laws: unsaid concept -> total variation from the data's law;
+    grounds: different grounds among the EACH samples of a caption.
+    """
+
+    right: dict[str, Tensor]
+    laws: dict[str, float]
+    grounds: float
+
+    @property
+    def mean_law(self) -> float:
+        return float(np.mean(list(self.laws.values())))
+
+    def to_json(self) -> dict[str, Any]:
+        shares = {concept: float(hits.float().mean()) for concept, hits in self.right.items()}
+        return shares | {f"tv {c}": value for c, value in self.laws.items()} | {"grounds of 8": self.grounds}
+
+
+def measured(context: Context, sampler: Sampler, seed: int = 0) -> Sampled:
     names, network = codes.train_set(context).names, codes.autoencoder(context)
     z = sampler([caption(*each) for each in CAPTIONS], EACH, 10_000 * seed + 3)
-    read = codes.probe_of(context)
-    said = read(network.pictures(z.flatten(0, 1)))
-    out, right = {}, []
+    said = codes.probe_of(context)(network.pictures(z.flatten(0, 1)))
+    right = {}
     for index, concept in enumerate(SAID):
-        wanted = torch.tensor([names[concept].index(each[index]) for each in CAPTIONS]).repeat_interleave(EACH)
-        out[concept] = codes.accuracy(said[concept], wanted)
-        right.append(said[concept] == wanted)
-    out["both"] = float(torch.stack(right).all(0).float().mean())
-    data = context.once("data law", lambda: read(network.pictures(codes.codes(context, "train")[0])))
-    for concept in UNSAID:
-        k = len(names[concept])
-        law, got = (torch.bincount(x[concept], minlength=k).float() for x in (data, said))
-        out[f"tv {concept}"] = float(0.5 * (law / law.sum() - got / got.sum()).abs().sum())
-    out["tv"] = float(np.mean([out[f"tv {c}"] for c in UNSAID]))
+        wanted = torch.tensor([names[concept].index(each[index]) for each in CAPTIONS])[:, None]
+        right[concept] = said[concept].unflatten(0, (len(CAPTIONS), EACH)) == wanted
+    right["both"] = right["shape"] & right["color"]
     # a sampler that gives one picture for each caption has no freedom left, whatever the pictures are over all captions
     apart = said["ground"].unflatten(0, (len(CAPTIONS), EACH))
-    out["grounds of 8"] = float(np.mean([len(set(row.tolist())) for row in apart]))
+    grounds = float(np.mean([len(set(row.tolist())) for row in apart]))
+    return Sampled(right, variation(context, said), grounds)
+
+
+def variation(context: Context, said: dict[str, Tensor]) -> dict[str, float]:
+    """Total variation between readings and those of all training pictures' reconstructions, by unsaid concept."""
+    read, network = codes.probe_of(context), codes.autoencoder(context)
+    data = context.once("data law", lambda: read(network.pictures(codes.codes(context, "train")[0])))
+    out = {}
+    for concept in UNSAID:
+        k = len(codes.train_set(context).names[concept])
+        law, got = (torch.bincount(x[concept], minlength=k).float() for x in (data, said))
+        out[concept] = float(0.5 * (law / law.sum() - got / got.sum()).abs().sum())
     return out
+
+
+def perfect_law(context: Context) -> dict[str, float]:
+    """The total variation of as many training pictures, drawn at random: what a perfect sampler would have."""
+    variation(context, codes.probe_of(context)(codes.test_set(context).pixels[:1]))
+    data = context.cache["data law"]
+    n = len(data["ground"])
+    rng = torch.Generator().manual_seed(21)
+    draws = [torch.randint(n, (len(CAPTIONS) * EACH,), generator=rng) for _ in range(20)]
+    each = [variation(context, {c: data[c][rows] for c in UNSAID}) for rows in draws]
+    return {c: float(np.mean([e[c] for e in each])) for c in UNSAID}
+
+
+def by_caption(found: Sequence[Sampled], concept: str) -> np.ndarray:
+    """Shares of right samples (captions): the captions are what is drawn, samples and seeds are repetitions."""
+    return torch.stack([each.right[concept].float() for each in found]).mean((0, 2)).numpy()
 
 
 def follows(context: Context) -> list[Row]:
@@ -167,53 +221,72 @@ def follows(context: Context) -> list[Row]:
     found = [measured(context, ours(context, seed), seed) for seed in codes.SEEDS]
     others = {name: measured(context, sampler) for name, sampler in baselines(context).items()}
     ceiling = codes.ceiling(context).reconstructions
-    mean = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
-    limit = {c: ceiling[c] for c in SAID}
-    told = f"shape {100 * mean['shape']:.0f} %, colour {100 * mean['color']:.0f} %, both {100 * mean['both']:.0f} %"
-    rest = ", ".join(f"{c} {mean[f'tv {c}']:.2f}" for c in UNSAID)
+    share = {c: stats.mean(by_caption(found, c)) for c in (*SAID, "both")}
+    chance = {"shape": 1 / len(CUE_SHAPES), "color": 1 / len(COLORS)}
+    vae = stats.mean(by_caption(found, "both") - by_caption([others["conditional VAE"]], "both"))
+    laws = {c: stats.mean([each.laws[c] for each in found]) for c in UNSAID}
+    ratio = stats.mean([each.mean_law / others["regressor"].mean_law for each in found])
+    perfect = perfect_law(context)
     beside = "; ".join(
-        f"{name}: shape {100 * each['shape']:.0f} %, colour {100 * each['color']:.0f} %"
+        f"{name}: shape {100 * by_caption([each], 'shape').mean():.0f} %,"
+        f" colour {100 * by_caption([each], 'color').mean():.0f} %"
         for name, each in others.items()
     )
-    spread = "; ".join(_spread(name, each) for name, each in others.items())
-    worst = max(max(each[f"tv {c}"] for c in UNSAID) for each in found)
+    data = {"ours": [e.to_json() for e in found], "baselines": {k: v.to_json() for k, v in others.items()}}
     return [
         Row(
             claim="samples for a caption show the shape and the colour it names, 0.93 of what the probe reads from"
-            " reconstructions",
+            " reconstructions, and more often both than a conditional VAE's",
             source=f"{SOURCE}, section 4.1 (text to image)",
-            measured=f"{told}; shape over seeds {codes.over_seeds([each['shape'] for each in found])}",
+            measured=", ".join(f"{c} {each.text(percent=True)}" for c, each in share.items())
+            + f"; both, less the VAE's: {vae.text(percent=True)}",
             baseline=beside,
-            holds=all(mean[c] >= 0.93 * limit[c] for c in SAID),
-            n=len(CAPTIONS) * EACH * len(found),
+            bars=[
+                *[Bar(share[c], chance[c], ceiling[c], at_least=0.93 * ceiling[c], what=c) for c in SAID],
+                Bar(vae, 0.0, vae.value + 1 - share["both"].value, above=0.0, what="both, less the VAE's"),
+            ],
+            headline=True,
+            n=len(CAPTIONS),
             leans_on=codes.ceiling(context).text("shape", "color"),
             picture=context.save("net2net-text.png", text_sheet(context)),
-            data={"ours": found, "baselines": others},
+            data=data,
         ),
         Row(
             claim="what a caption does not say is as free as in the data: total variation 0.15 or less for each"
-            " concept, a"
-            " third of the regressor's",
+            " concept, on average a third of the regressor's",
             source=f"{SOURCE}, equation 7 (the residual is independent of the condition)",
-            measured=f"{rest}; different grounds among 8 samples {mean['grounds of 8']:.1f}",
-            baseline=spread,
-            holds=bool(worst <= 0.15 and mean["tv"] <= others["regressor"]["tv"] / 3),
-            n=len(CAPTIONS) * EACH * len(found),
+            measured=", ".join(f"{c} {each.text(digits=2)}" for c, each in laws.items())
+            + f"; of the regressor's {ratio.text(digits=2)}; different grounds among 8 samples"
+            f" {np.mean([each.grounds for each in found]):.1f}",
+            baseline="; ".join(_spread(name, each) for name, each in others.items())
+            + "; as many pictures of the data: "
+            + ", ".join(f"{c} {v:.2f}" for c, v in perfect.items()),
+            bars=[
+                *[Bar(laws[c], others["regressor"].laws[c], perfect[c], at_most=0.15, what=c) for c in UNSAID],
+                Bar(
+                    ratio,
+                    1.0,
+                    float(np.mean(list(perfect.values()))) / others["regressor"].mean_law,
+                    at_most=1 / 3,
+                    what="of the regressor's",
+                ),
+            ],
+            n=len(found),
             leans_on=codes.ceiling(context).text(*UNSAID),
         ),
     ]
 
 
-def _spread(name: str, each: dict[str, float]) -> str:
-    told = ", ".join(f"{c} {each['tv ' + c]:.2f}" for c in UNSAID)
-    return f"{name}: {told}, different grounds {each['grounds of 8']:.1f}"
+def _spread(name: str, each: Sampled) -> str:
+    told = ", ".join(f"{c} {each.laws[c]:.2f}" for c in UNSAID)
+    return f"{name}: {told}, different grounds {each.grounds:.1f}"
 
 
 def exchanged(context: Context) -> list[Row]:
     """One word of the caption changed, the residual kept."""
     examples, read, network = codes.test_set(context), codes.probe_of(context), codes.autoencoder(context)
-    names = examples.names
-    before = read(network.pictures(codes.codes(context, "test")[0]))
+    names, held = examples.names, codes.codes(context, "test")[0]
+    before = read(network.pictures(held))
     toys = [scene.toys[0] for scene in examples.scenes]
     rng = np.random.default_rng(4)
     shapes = [str(rng.choice([s for s in CUE_SHAPES if s != toy.shape])) for toy in toys]
@@ -228,38 +301,61 @@ def exchanged(context: Context) -> list[Row]:
         "color": torch.tensor([names["color"].index(c) for c in colors]),
     }
 
-    def score(after: dict[str, Tensor], word: str) -> tuple[float, float]:
-        other = "color" if word == "shape" else "shape"
-        kept = [codes.accuracy(after[c], before[c]) for c in (*UNSAID, other)]
-        return codes.accuracy(after[word], wanted[word]), float(np.mean(kept))
+    def score(z: Tensor, word: str) -> np.ndarray:
+        """(2 n): by picture, whether the word is followed, and the share of the rest that stays."""
+        after, other = read(network.pictures(z)), "color" if word == "shape" else "shape"
+        kept = torch.stack([after[c] == before[c] for c in (*UNSAID, other)]).float().mean(0)
+        return torch.stack([(after[word] == wanted[word]).float(), kept]).numpy()
 
-    found: dict[str, list[tuple[float, float]]] = {"shape": [], "color": []}
-    for seed in codes.SEEDS:
-        tau = translation(context, "toy-clip", seed)
-        for word in found:
-            found[word].append(score(read(tau.exchange(examples.pixels, shown, asked[word])), word))
-    mean = {word: tuple(np.mean(each, 0)) for word, each in found.items()}
-    fresh = {}
-    for word in found:
-        z = ours(context, 0)(asked[word], 1, 91)[:, 0]
-        fresh[word] = score(read(network.pictures(z)), word)
+    found: dict[str, np.ndarray] = {}
+    for word in SAID:
+        each = []
+        for seed in codes.SEEDS:
+            tau = translation(context, "toy-clip", seed).translator
+            first = translation(context, "toy-clip", seed).first.encode
+            each.append(score(tau.vectors(tau.residual(held, first(shown)), first(asked[word])), word))
+        found[word] = np.mean(each, 0)
+    fresh = {word: score(ours(context, 0)(asked[word], 1, 91)[:, 0], word) for word in SAID}
+    vae = {word: score(vae_exchange(context)(held, shown, asked[word]), word) for word in SAID}
+    share = {word: [stats.mean(part) for part in each] for word, each in found.items()}
+    better = stats.mean(np.mean([found[word].prod(0) - vae[word].prod(0) for word in SAID], 0))
+    worth = float(np.mean([each.prod(0).mean() for each in found.values()]))
+    top = codes.ceiling(context).reconstructions
+
+    def told(each: dict[str, np.ndarray]) -> str:
+        return "; ".join(
+            f"{word}: followed {100 * a.mean():.0f} %, rest kept {100 * b.mean():.0f} %"
+            for word, (a, b) in each.items()
+        )
+
     return [
         Row(
-            claim="with one word of the caption changed and the residual kept, the word is followed in 85 % and"
-            " the rest"
-            " stays in 80 %",
+            claim="with one word of the caption changed and the residual kept, the word is followed in 85 % and the"
+            " rest stays in 80 %; both at once more often than by a conditional VAE that keeps its latent",
             source=f"{SOURCE}, section 4.2 (exchange)",
             measured="; ".join(
-                f"{word}: followed {100 * a:.0f} %, rest kept {100 * b:.0f} %" for word, (a, b) in mean.items()
-            ),
-            baseline="a new residual: "
-            + "; ".join(
-                f"{word}: followed {100 * a:.0f} %, rest kept {100 * b:.0f} %" for word, (a, b) in fresh.items()
-            ),
-            holds=all(a >= 0.85 and b >= 0.8 for a, b in mean.values()),
-            n=len(examples) * 2,
+                f"{word}: followed {a.text(percent=True)}, rest kept {b.text(percent=True)}"
+                for word, (a, b) in share.items()
+            )
+            + f"; followed times kept, less the VAE's {better.text(percent=True)}",
+            baseline=f"a new residual: {told(fresh)}; conditional VAE: {told(vae)}",
+            bars=[
+                *[
+                    Bar(share[word][0], 1 / len(names[word]), top[word], at_least=0.85, what=f"{word} followed")
+                    for word in SAID
+                ],
+                *[
+                    Bar(share[word][1], float(fresh[word][1].mean()), 1.0, at_least=0.8, what=f"{word}: rest kept")
+                    for word in SAID
+                ],
+                Bar(better, 0.0, better.value + 1 - worth, above=0.0, what="less the VAE's"),
+            ],
+            n=len(examples),
             leans_on=codes.ceiling(context).text(*SAID, *UNSAID),
-            data={"seeds": found, "fresh": fresh},
+            data={
+                name: {word: part.mean(1).tolist() for word, part in each.items()}
+                for name, each in {"ours": found, "fresh": fresh, "vae": vae}.items()
+            },
         )
     ]
 
@@ -297,9 +393,9 @@ def independence(context: Context) -> list[Row]:
         Row(
             claim="the residual says nothing of the condition: 0.05 nats or less of shape and of colour",
             source=f"{SOURCE}, equation 7",
-            measured=", ".join(f"{c} {np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for c, v in got.items()),
+            measured=", ".join(f"{c} {stats.mean(v).text()}" for c, v in got.items()),
             baseline="the codes themselves: " + ", ".join(f"{c} {v:.2f}" for c, v in raw.items()) + " nats",
-            holds=bool(max(max(v) for v in got.values()) <= 0.05 < min(raw.values())),
+            bars=[Bar(stats.mean(v), raw[c], 0.0, at_most=0.05, what=c) for c, v in got.items()],
             n=len(test),
             leans_on="a classifier of two hidden layers; entropy less its cross-entropy on unseen scenes, at"
             " its best step",
@@ -339,22 +435,22 @@ def others(context: Context) -> list[Row]:
     tau = translation(context, "label:scenery", 0, "scenery")
     said = read(tau.translate(names["scenery"], EACH, seed=5).flatten(0, 1))
     split = [name.split(", ") for name in names["scenery"]]
-    hits = {
-        c: codes.accuracy(said[c], torch.tensor([names[c].index(each[i]) for each in split]).repeat_interleave(EACH))
-        for i, c in enumerate(("ground", "sky"))
-    }
+    hits = {}
+    for i, c in enumerate(("ground", "sky")):
+        wanted = torch.tensor([names[c].index(each[i]) for each in split])[:, None]
+        hits[c] = stats.mean((said[c].unflatten(0, (len(split), EACH)) == wanted).float().mean(1).numpy())
     small = translation(context, "pixels:16", 0)
     pixels = codes.test_set(context).pixels[: context.count(150, 6)]
     drawn = small.translate(pixels, 4, seed=5)
     shrink = small.first.encode
-    error = (shrink(drawn.flatten(0, 1)) - shrink(pixels).repeat_interleave(4, 0)).square().mean((1, 2, 3))
-    psnr = float((-10 * torch.log10(error / 4)).mean())
     through = network.pictures(network.vectors(pixels)[0])
 
-    def decibels(a: Tensor) -> float:
-        return float((-10 * torch.log10((shrink(a) - shrink(pixels)).square().mean((1, 2, 3)) / 4)).mean())
+    def decibels(a: Tensor) -> Tensor:
+        return -10 * torch.log10((shrink(a) - shrink(pixels)).square().mean((1, 2, 3)) / 4)
 
-    limit, chance, apart = decibels(through), decibels(through.roll(1, 0)), float(drawn.std(1).mean())
+    match = stats.mean(torch.stack([decibels(drawn[:, k]) for k in range(4)]).mean(0).numpy())
+    limit, chance = (float(decibels(each).mean()) for each in (through, through.roll(1, 0)))
+    apart = stats.mean(drawn.std(1).mean((1, 2, 3)).numpy())
     rows = [("16 px", F.interpolate(shrink(pixels[:7]), pixels.shape[-2:]))]
     rows += [(f"sample {k + 1}", drawn[:7, k]) for k in range(3)]
     rows.append(("64 px", pixels[:7]))
@@ -365,10 +461,10 @@ def others(context: Context) -> list[Row]:
         Row(
             claim="25 labels of ground and sky translated into toy-ae's codes: both are right in 90 % of the samples",
             source=f"{SOURCE}, section 4 (labels to images)",
-            measured=", ".join(f"{c} {100 * v:.0f} %" for c, v in hits.items()),
+            measured=", ".join(f"{c} {each.text(percent=True)}" for c, each in hits.items()),
             baseline="chance 20 %",
-            holds=all(v >= 0.9 for v in hits.values()),
-            n=len(split) * EACH,
+            bars=[Bar(each, 0.2, 1.0, at_least=0.9, what=c) for c, each in hits.items()],
+            n=len(split),
             leans_on=codes.ceiling(context).text("ground", "sky"),
         ),
         Row(
@@ -376,11 +472,14 @@ def others(context: Context) -> list[Row]:
             " from one another",
             source=f"{SOURCE}, section 4.3 (stochastic super-resolution; the 16 px pictures themselves are the"
             f" condition)",
-            measured=f"{psnr:.1f} dB; deviation among samples {apart:.3f} of [-1, 1]",
+            measured=f"{match.text(digits=1)} dB; deviation among samples {apart.text()} of [-1, 1]",
             baseline=f"toy-ae's reconstructions {limit:.1f} dB (the most there is), those of other pictures"
             f" {chance:.1f} dB",
-            holds=bool(psnr >= 25 and apart > 0.01),
-            n=len(pixels) * 4,
+            bars=[
+                Bar(match, chance, limit, at_least=25, what="dB"),
+                Bar(apart, 0.0, float(pixels.std(0).mean()), above=0.01, what="deviation"),
+            ],
+            n=len(pixels),
             picture=context.save("net2net-small.png", picture),
         ),
     ]

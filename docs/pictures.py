@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import sfumato
 from sfumato import files, masks
@@ -28,7 +28,7 @@ from sfumato.metrics import segmentation
 from sfumato.metrics.segmentation import normalise
 from sfumato.models.readers import load_net, load_reader
 from sfumato.sampling.request import as_pictures
-from sfumato.sheets import sheet
+from sfumato.sheets import lettering, sheet
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
@@ -49,6 +49,7 @@ from sfumato.toybox import (
     to_uint8,
 )
 from sfumato.toybox.dataset import draw_scene
+from sfumato.toybox.genome.scenes import Counter, record_of
 
 HERE = Path(__file__).parent / "images"
 
@@ -80,6 +81,38 @@ def toybox_edits() -> Image.Image:
         scene.replace(ground="snow", sky="sunset"),
     ]
     return sheet(render(edits, size=144, supersample=3).image, 6)
+
+
+def genome() -> Image.Image:
+    """One scene as Visual Genome has it: the boxes of its objects, and what is said about them."""
+    scene = sample_scene(np.random.default_rng(4), toys=2)
+    frames = render([scene], 384)
+    record = record_of(scene, frames.mask[0].numpy(), frames.depth[0].numpy(), 1, Counter())
+    shown = Image.new("RGB", (800, 480), "white")
+    shown.paste(frames.pil(0), (8, 8))
+    draw = ImageDraw.Draw(shown)
+    small, names = lettering(13), {it.id: it.name for it in record.graph.objects}
+    for it, color in zip(record.graph.objects, ("#d00000", "#0050d0", "#006000", "#600080"), strict=False):
+        box = [8 + it.x, 8 + it.y, 8 + it.x + it.w - 1, 8 + it.y + it.h - 1]
+        draw.rectangle(box, outline=color, width=2)
+        label = f"{it.id} {it.name}"
+        draw.rectangle([box[0], box[1], box[0] + 8 + small.getlength(label), box[1] + 18], fill=color)
+        draw.text((box[0] + 4, box[1] + 2), label, fill="white", font=small)
+    links = [f"{names[r.subject_id]} - {r.predicate} - {names[r.object_id]}" for r in record.graph.relationships]
+    asked = [f"{q.question} {q.answer}" for q in record.questions]
+    columns = {
+        "relationships": links,
+        "regions": [r.phrase for r in record.regions],
+        "questions": [asked[i] for i in range(0, len(asked), max(1, len(asked) // 8))],
+    }
+    at = 8
+    for title, lines in columns.items():
+        draw.text((404, at), title, fill="black", font=lettering(15))
+        for line in lines[:8]:
+            at += 17
+            draw.text((412, at), line, fill="#303030", font=small)
+        at += 30
+    return shown.crop((0, 0, shown.width, max(400, at - 4)))
 
 
 def demo() -> Image.Image:
@@ -521,6 +554,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "toybox-truth": toybox_truth,
     "toybox-edits": toybox_edits,
     "toybox-cues": toybox_cues,
+    "genome": genome,
     "demo": demo,
     "zoo": zoo,
     "daam-sd3": daam_sd3,

@@ -32,6 +32,7 @@ def test_version_and_help(sfumato):
         ("edit",),
         ("segment",),
         ("toybox", "prompts"),
+        ("toybox", "genome"),
     ):
         done = sfumato(*command, "--help")
         assert done.code == 0 and "Usage" in done.out
@@ -81,6 +82,21 @@ def test_toybox_sample_is_an_imagefolder(sfumato):
     assert again.code == 0
     for path in folder.rglob("*.*"):
         assert path.read_bytes() == (Path("again") / path.relative_to(folder)).read_bytes()
+
+
+def test_toybox_genome_is_written_and_checked(sfumato, refused):
+    done = sfumato("toybox", "genome", "-n", 2, "-o", "vg", "--size", 16)
+    assert done.code == 0 and done.lines == ["vg"] and len(json.loads(Path("vg/objects.json").read_text())) == 2
+    assert sfumato("toybox", "genome", "--check", "vg").lines == ["no faults"]
+    graphs = json.loads(Path("vg/scene_graphs.json").read_text())
+    graphs[0]["relationships"][0]["object_id"] = 999
+    Path("vg/scene_graphs.json").write_text(json.dumps(graphs))
+    told = sfumato("toybox", "genome", "--check", "vg")
+    assert told.code == 1 and told.lines == [
+        "scene_graphs.json, image 1: relationship 1 has object 999, which is no object there"
+    ]
+    refused("toybox", "genome", "--check", "nowhere", says=["nowhere"])
+    refused("toybox", "genome", "-o", "vg", says=["is not empty"])
 
 
 def test_toybox_interrupted_leaves_nothing(sfumato, monkeypatch, tmp_path):

@@ -46,4 +46,32 @@ def toybox_prompts(
     typer.echo(write_prompts(out, prompt_set(task or TASKS, n, seed, scenery, bare)))
 
 
+@toybox_app.command("genome")
+def toybox_genome(
+    n: Annotated[int, typer.Option("-n", min=1, help="How many scenes.")] = 16,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is empty or not there yet.")] = Path("genome"),
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other scenes.")] = 0,
+    split: Annotated[str, typer.Option(help="train, val, test, or heldout: combinations never in training.")] = "train",
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write nothing, but look through this folder or zip of Visual Genome's files for faults (exit code 1)."
+        ),
+    ] = None,
+) -> None:
+    """Write Visual Genome's files about toys: regions, objects, relationships, graphs, questions, arrays, pictures."""
+    if check is not None:
+        from sfumato.toybox.genome.integrity import report
+
+        lines, faults = report(check)
+        for line in lines:
+            typer.echo(line)
+        raise typer.Exit(1 if faults else 0)
+    from sfumato.toybox.genome import export_genome
+
+    with show.bar("scenes") as bar:
+        typer.echo(export_genome(out, n=n, size=size, seed=seed, split=split, on_progress=bar))
+
+
 group("toybox", toybox_app)
