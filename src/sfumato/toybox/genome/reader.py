@@ -59,7 +59,7 @@ class VisualGenome:
     def __init__(self, path: Path | str, faults: Literal["refuse", "drop"] = "refuse"):
         if faults not in FAULTS:
             raise UnknownName("way with faults", faults, FAULTS)
-        self.source, self.drop = streaming.Source(path), faults == "drop"
+        self.source, self.drop = streaming.JsonFiles(path), faults == "drop"
 
     def has(self, name: str) -> bool:
         """Whether a file such as ``objects.json`` is there."""

@@ -121,7 +121,7 @@ def readable(name: str) -> Iterator[None]:
         raise BadInput(f"{name} cannot be unpacked: {str(error)[:120]}.") from None
 
 
-class Source:
+class JsonFiles:
     """Named files of a folder, plain or each in a zip of its own (``objects.json.zip``, as they are published), or of
     one zip that holds them all.
 
