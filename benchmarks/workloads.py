@@ -1,0 +1,119 @@
+"""What two trees of the repository are both asked to do, for :mod:`benchmarks.beside`; only names that both have.
+
+python benchmarks/workloads.py serve            # a line of standard input is a job; answers with its CPU seconds
+python benchmarks/workloads.py peak STEPS DAAM  # one generation; prints the peak of the resident set in MiB
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import sys
+import time
+
+PROMPTS = [
+    "a red cube and a blue ball on the grass",
+    "a small green striped cone",
+    "a white ring",
+    "a black cross by day",
+]
+STEPS, GUIDANCE = 20, 4.0
+LATENT = 32  # side of the full-size U-Net's latents
+SIDE = 128  # of the pictures whose memory is measured
+
+
+@functools.cache
+def model(name: str):
+    """A built-in model, or ``sd15``: Stable Diffusion 1.5's U-Net with random weights around toy-sd's tokenizer."""
+    from sfumato.models import Model, load
+
+    if name != "sd15":
+        return load(name)
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = load("toy-sd").pipe.tokenizer
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12,
+        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                          up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=LATENT, cross_attention_dim=768),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.eval().requires_grad_(False)
+    return Model(pipe, name="sd15-random")
+
+
+def work(name: str, kind: str) -> None:
+    """One generation: ``plain``, with five interventions that change nothing (``idle``), or with word maps (``daam``).
+
+    Built-in models draw four pictures, text encoding and decoding included; ``sd15`` two steps of one, not decoded.
+    """
+    from sfumato.explain.daam import DAAM
+    from sfumato.sampling import Intervention, generate
+
+    class Idle(Intervention):
+        def before_predict(self, step):
+            self.mark(step)
+
+        def after_predict(self, step):
+            self.mark(step)
+
+        def after_step(self, step):
+            self.mark(step)
+
+    daam = DAAM()
+    interventions = {"plain": [], "idle": [Idle() for _ in range(5)], "daam": [daam]}[kind]
+    small = {"steps": STEPS, "guidance": GUIDANCE}
+    large = {"steps": 2, "guidance": 7.5, "size": (8 * LATENT, 8 * LATENT), "decode": False}
+    prompts, options = (PROMPTS[:1], large) if name == "sd15" else (PROMPTS, small)
+    generate(model(name), prompts, seed=0, interventions=interventions, **options)
+    if kind == "daam":
+        for maps in daam.maps:
+            for span in maps.reading.all():
+                maps.map(span)
+
+
+def serve() -> None:
+    """Answers ``NAME KIND`` by the CPU seconds of the work, until the input ends."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    for line in sys.stdin:
+        start = time.process_time()
+        work(*line.split())
+        print(json.dumps(time.process_time() - start), flush=True)
+
+
+def peak(steps: str, daam: str) -> None:
+    """Prints the peak of the resident set, in MiB, of one generation with or without word maps."""
+    import torch
+
+    from sfumato.explain.daam import DAAM
+    from sfumato.models import load
+    from sfumato.sampling import generate
+
+    torch.set_num_threads(1)
+    interventions = [DAAM()] if daam == "on" else []
+    with torch.no_grad():
+        generate(
+            load("toy-sd"), PROMPTS[0], steps=int(steps), size=(SIDE, SIDE), decode=False, interventions=interventions
+        )
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+if __name__ == "__main__":
+    {"serve": serve, "peak": peak}[sys.argv[1]](*sys.argv[2:])
