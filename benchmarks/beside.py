@@ -106,14 +106,6 @@ def serving(tree: Path) -> Iterator[Callable[[str], float]]:
         process.stderr.close()
 
 
-def jobs(trees: Trees, job: str, rounds: int) -> Paired:
-    """CPU seconds of one job in both trees, each in an interpreter that stays."""
-    with ExitStack() as stack:
-        return in_turns(
-            {name: partial(stack.enter_context(serving(tree)), job) for name, tree in trees.items()}, rounds
-        )
-
-
 def verdict(name: str, values: Paired, unit: str) -> Figure:
     """One row: new / old."""
     found = ratio(values)
@@ -122,8 +114,8 @@ def verdict(name: str, values: Paired, unit: str) -> Figure:
     return Figure(name, found.text(), AIM, found.low <= WORST, detail, {"values": values})
 
 
-def measure(key: str, trees: Trees, rounds: int) -> list[Figure]:
-    """The rows of one benchmark."""
+def measure(key: str, trees: Trees, rounds: int, work: dict[str, Callable[[str], float]]) -> list[Figure]:
+    """The rows of one benchmark; ``work`` has jobs done in an interpreter of each tree that stays."""
     if key == "imports":
         return [
             verdict(
@@ -145,7 +137,14 @@ def measure(key: str, trees: Trees, rounds: int) -> list[Figure]:
         ]
     kind = {"loop": "plain"}.get(key, key)
     names = ("toy-sd", "toy-sd3", *(("sd15",) if key == "daam" else ()))
-    return [verdict(f"{key}: {name}", jobs(trees, f"{name} {kind}", rounds), "s") for name in names]
+    return [
+        verdict(
+            f"{key}: {name}",
+            in_turns({each: partial(work[each], f"{name} {kind}") for each in trees}, rounds),
+            "s",
+        )
+        for name in names
+    ]
 
 
 KEYS = ("loop", "idle", "daam", "memory", "imports")
@@ -173,11 +172,13 @@ def main(arguments: list[str] | None = None) -> int:
             for tree in trees.values()
         ]
         title = f"this tree ({revision[1]}) / another one ({revision[0]}), CPU time on one thread"
-        for key in given.keys or KEYS:
-            rows = measure(key, trees, given.rounds)
-            print(*(f"{row.name}: {row.value} {row.detail}" for row in rows), sep="\n", file=sys.stderr, flush=True)
-            figures += rows
-            core.store(KEY, title, figures, time.perf_counter() - start)
+        with ExitStack() as stack:
+            work = {name: stack.enter_context(serving(tree)) for name, tree in trees.items()}
+            for key in given.keys or KEYS:
+                rows = measure(key, trees, given.rounds, work)
+                print(*(f"{row.name}: {row.value} {row.detail}" for row in rows), sep="\n", file=sys.stderr, flush=True)
+                figures += rows
+                core.store(KEY, title, figures, time.perf_counter() - start)
         print(core.write_table((*BENCHMARKS, KEY)))
     except SfumatoError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,10 +15,8 @@ import time
 PROMPTS = [
     "a red cube and a blue ball on the grass",
     "a small green striped cone",
-    "a white ring",
-    "a black cross by day",
 ]
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 10, 4.0
 LATENT = 32  # side of the full-size U-Net's latents
 SIDE = 128  # of the pictures whose memory is measured
 
@@ -59,7 +57,7 @@ def model(name: str):
 def work(name: str, kind: str) -> None:
     """One generation: ``plain``, with five interventions that change nothing (``idle``), or with word maps (``daam``).
 
-    Built-in models draw four pictures, text encoding and decoding included; ``sd15`` two steps of one, not decoded.
+    Built-in models draw two pictures, text encoding and decoding included; ``sd15`` two steps of one, not decoded.
     """
     from sfumato.explain.daam import DAAM
     from sfumato.sampling import Intervention, generate

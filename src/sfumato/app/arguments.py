@@ -101,6 +101,26 @@ class TeachArguments(TypedDict, total=False):
     """The new word, such as <rex>"""
     class_noun: str
     """What it is, such as ball: where the vectors begin; none: random"""
+    steps: int
+    """Most steps (>= 1)"""
+    lr: float
+    """Learning rate of AdamW (> 0, <= 10)"""
+    checkpointing: bool
+    """Recompute the denoiser's activations, to save memory"""
+    checkpoint_every: int
+    """Steps between checkpoints (>= 1)"""
+    seed: int
+    """Of order, noise and whatever else is drawn (>= 0)"""
+    batch: int
+    """Pictures per step (>= 1)"""
+    accumulate: int
+    """Parts that a step's batch is cut into, to save memory (>= 1)"""
+    flip: bool
+    """Mirror every second picture; not for letters or faces"""
+    size: int
+    """Side of the pictures; 0: the model's (unit: pixel, >= 0)"""
+    timesteps: Literal["auto", "uniform", "logit_normal", "mode"]
+    """Density of noise levels; auto: uniform, for flow models logit_normal"""
     begin: str
     """Another word for the vectors to begin as; none: class_noun"""
     kind: Literal["object", "style"]
@@ -121,29 +141,9 @@ class TeachArguments(TypedDict, total=False):
     """Text encoders that get vectors; none: all"""
     length: Literal["free", "clamp", "pull"]
     """Vectors: no longer than the longest word, or pulled to the table's deviation"""
-    steps: int
-    """Most steps (>= 1)"""
     patience: int
     """End after so many probes without progress; 0: never (>= 0)"""
     probe_every: int
     """Steps between probes (>= 1)"""
-    lr: float
-    """Learning rate of AdamW (> 0, <= 10)"""
-    batch: int
-    """Pictures per step (>= 1)"""
-    accumulate: int
-    """Parts that a step's batch is cut into, to save memory (>= 1)"""
-    flip: bool
-    """Mirror every second picture; not for letters or faces"""
     keep_aspect: bool
     """Pictures keep their aspect instead of being cut"""
-    size: int
-    """Side of the pictures; 0: the model's (unit: pixel, >= 0)"""
-    timesteps: Literal["auto", "uniform", "logit_normal", "mode"]
-    """Density of noise levels; auto: uniform, for flow models logit_normal"""
-    checkpointing: bool
-    """Recompute the denoiser's activations, to save memory"""
-    checkpoint_every: int
-    """Steps between checkpoints (>= 1)"""
-    seed: int
-    """Order, noise and sentences (>= 0)"""

@@ -20,6 +20,7 @@ parameters are one typed schema: the command line, web controls, documentation a
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import types
@@ -32,9 +33,10 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sfumato import valid
-from sfumato.cards.parameters import Parameter, parameter_rows, parameters_in, parameters_of
+from sfumato.cards.parameters import Parameter, parameter_rows, parameters_of
 from sfumato.cards.paths import FilePath, ModelPath, opens, refuse_unallowed
-from sfumato.cards.text import WITH_GRAMMAR, parse_with
+from sfumato.cards.source import Unreadable, parameters_in
+from sfumato.cards.text import WITH_GRAMMAR, Template, parse_with
 from sfumato.errors import BadInput, Conflict, UnknownName
 from sfumato.startup import collector_paused
 from sfumato.valid import brief
@@ -51,6 +53,7 @@ __all__ = [
     "Parameter",
     "Params",
     "System",
+    "Template",
     "build",
     "default",
     "files_of",
@@ -242,14 +245,13 @@ def method(key: str) -> type[Any]:
 
 
 def parameters(key: str) -> list[Parameter]:
-    """The parameters of the system ``key``. Those of a shipped one are read without importing it, unless it inherits
-    some. Raises UnknownName."""
+    """The parameters of the system ``key``; those of a shipped one are read without importing it. Raises
+    UnknownName."""
     card = _shipped().get(key.replace("-", "_"))
-    found = None
     if card is not None:
-        place = ROOT / card.verb / card.key
-        found = parameters_in(place / "__init__.py" if place.is_dir() else place.with_suffix(".py"))
-    return parameters_of(method(key).Params) if found is None else found  # type: ignore[attr-defined]
+        with contextlib.suppress(Unreadable):
+            return parameters_in(f"sfumato.{card.verb}.{card.key}")
+    return parameters_of(method(key).Params)  # type: ignore[attr-defined]
 
 
 def default(wish: str) -> str:

@@ -77,7 +77,7 @@ def written(annotation: Any) -> str:
         )
     if origin is list:
         item = written(inside[0])
-        return f"{item} | Sequence[{item}]" if inside[0] in (str, int, float) else f"Sequence[{item}]"
+        return f"{item} | Sequence[{item}]" if item in ("str", "int", "float") else f"Sequence[{item}]"
     if origin is Literal:
         return f"Literal[{', '.join(map(json.dumps, inside))}]"
     if origin is not None:

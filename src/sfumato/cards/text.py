@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from sfumato.errors import BadInput
 from sfumato.valid import brief
 
 WITH_GRAMMAR = "KEY:name=value,name=value - lists as [red cube|ball], quotes around anything with , | [ ] or quotes"
+
+
+def _one_gap(template: str) -> str:
+    if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+        raise ValueError("it must hold {} once, where the words go, and no other braces")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_one_gap)]
+"""A sentence with one gap, written ``{}``: what ``str.format`` fills with a text."""
 
 
 def parse_with(text: str) -> tuple[str, dict[str, Any]]:

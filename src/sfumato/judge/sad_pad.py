@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import field_validator
 
 from sfumato import cards
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, Template, register
 from sfumato.errors import NoMatch
 from sfumato.metrics.frechet import finite
 from sfumato.metrics.sad_pad import Divergences, divergence, hcs
@@ -47,18 +46,11 @@ class SadPad:
     )
 
     class Params(cards.Params):
-        template: str = Field("a photo of {}", description="sentence an attribute is put into; {} stands for it")
+        template: Template = Field("a photo of {}", description="sentence an attribute is put into; {} stands for it")
         pairs: bool = Field(True, description="whether to look at pairs of attributes")
         draws: int = Field(100, ge=0, le=10_000, description="permutations that say what chance would show")
         reference: bool = Field(False, description="centre the attributes as the authors' code does")
         seed: int = Field(0, ge=0, description="of the permutations")
-
-        @field_validator("template")
-        @classmethod
-        def _holds_the_attribute(cls, template: str) -> str:
-            if template.count("{}") != 1 or template.replace("{}", "").count("{"):
-                raise ValueError("it must hold {} once, where the attribute goes")
-            return template
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfumato.cards import Card, Field, ModelPath, register
+from sfumato.cards import Card, Field, ModelPath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models.readers import Clip, clip_for
 from sfumato.sampling import Run, Step
@@ -73,7 +73,7 @@ class ClipGuidance(GradientGuidance):
             description="for a CLIP of pictures: how far back the gradient goes; decoder: an estimate in place of the "
             "pass through the denoiser, cheaper and in less memory",
         )
-        templates: list[str] = Field(
+        templates: list[Template] = Field(
             default=["{}"], min_length=1, description="sentences with {} for the text, whose vectors are averaged"
         )
 

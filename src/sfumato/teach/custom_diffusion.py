@@ -21,17 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import field_validator
 from torch import Tensor, nn
 
-from sfumato import cards
 from sfumato.adapters.closed_form import compressed
 from sfumato.adapters.fresh import CROSS, copies, learning_weights, matching
 from sfumato.adapters.layers import Scaling, held
-from sfumato.cards import Card, Field, FilePath, register
+from sfumato.cards import Card, Field, FilePath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
@@ -43,6 +41,7 @@ from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import learn, recomputed
 from sfumato.teach.merging import merge_files
+from sfumato.teach.parameters import PictureParams
 from sfumato.teach.rows import WordVectors, refuse_word
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
@@ -72,10 +71,10 @@ class CustomDiffusion:
     )
     RESUMES: ClassVar[bool] = True
 
-    class Params(cards.Params):
+    class Params(PictureParams):
         name: str = Field(default="<new1>", description="the new word")
         class_noun: str = Field(default="", description="what the pictures show, such as ball; merge: taken from files")
-        prompt: str = Field(default="photo of a {}", description="sentence; {} is word and class")
+        prompt: Template = Field(default="photo of a {}", description="sentence; {} is word and class")
         attention: bool = Field(default=False, description="the whole cross-attention learns, for faces")
         regular: FilePath = Field(
             default="", description="folder of other pictures of the kind, with captions; none: drawn"
@@ -92,27 +91,9 @@ class CustomDiffusion:
         )
         steps: int = Field(default=250, ge=1, description="steps")
         batch: int = Field(default=8, ge=1, description="pictures of each concept per step, and as many others")
-        accumulate: int = Field(default=1, ge=1, description="parts that a step's batch is cut into, to save memory")
         lr: float = Field(default=8e-5, gt=0, le=1, description="learning rate of AdamW")
         word_lr: float = Field(default=0.0, ge=0, le=10, description="of the word; 0: as lr, as in the code")
         weight_decay: float = Field(default=1e-2, ge=0, description="weight decay, not of the word")
-        flip: bool = Field(default=True, description="mirror every second picture")
-        size: int = Field(
-            default=0, ge=0, description="side of the pictures; 0: the model's", json_schema_extra={"unit": "pixel"}
-        )
-        timesteps: Literal["auto", "uniform", "logit_normal", "mode"] = Field(
-            default="auto", description="density of noise levels; auto: uniform, for flow models logit_normal"
-        )
-        checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
-        checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-        seed: int = Field(default=0, ge=0, description="order, noise, rare tokens and drawn pictures")
-
-        @field_validator("prompt")
-        @classmethod
-        def _holds_it(cls, prompt: str) -> str:
-            if prompt.count("{}") != 1:
-                raise ValueError("it must hold {} once, where word and class go")
-            return prompt
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

@@ -20,11 +20,9 @@ import os
 from typing import Any, ClassVar
 
 import torch
-from pydantic import field_validator
 from torch import Tensor, nn
 
-from sfumato import cards
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, Template, register
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import Model
 from sfumato.models.slot import frozen, text_towers
@@ -33,6 +31,7 @@ from sfumato.sampling import generate
 from sfumato.sampling.loop import opened, walk
 from sfumato.sampling.request import checked
 from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.parameters import TeachParams
 from sfumato.teach.rows import WordVectors, is_word
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
@@ -62,7 +61,7 @@ class DiscriminativeTokens:
     )
     RESUMES: ClassVar[bool] = True
 
-    class Params(cards.Params):
+    class Params(TeachParams):
         target: list[str] = Field(description="the scorer's class; several: a word for each")
         class_noun: str = Field(default="", description="what the prompt says beside the word; none: the target")
         name: str = Field(default="<c>", description="the new word; of several classes <c-1>, <c-2> ...")
@@ -72,7 +71,7 @@ class DiscriminativeTokens:
         )
         begin: str = Field(default="a", description="the word that the vectors begin as")
         vectors: int = Field(default=1, ge=1, le=16, description="k")
-        templates: list[str] = Field(
+        templates: list[Template] = Field(
             default=["a photo of {}", "a high resolution realistic image of {}", "a close-up photo of a {}"],
             description="sentences; {} is word and class",
         )
@@ -87,17 +86,8 @@ class DiscriminativeTokens:
         patience: int = Field(default=15, ge=0, description="updates without a lower loss that end it; 0: never")
         lr: float = Field(default=1.25e-3, gt=0, le=10, description="learning rate of AdamW")
         clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-        checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
         checkpoint_every: int = Field(default=10, ge=1, description="updates between checkpoints")
         seed: int = Field(default=35, ge=0, description="of the noises")
-
-        @field_validator("templates")
-        @classmethod
-        def _hold_it(cls, templates: list[str]) -> list[str]:
-            for template in templates:
-                if template.count("{}") != 1:
-                    raise ValueError(f"{template!r} must hold {{}} once, where word and class go")
-            return templates
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

@@ -21,13 +21,11 @@ from contextlib import ExitStack
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import field_validator
 from torch import nn
 
-from sfumato import cards
 from sfumato.adapters.fresh import ATTENTION, CROSS, TEXT, adapting, copies, fresh_lora, learning_weights
 from sfumato.bench.subject import Score
-from sfumato.cards import Card, Field, ModelPath, register
+from sfumato.cards import Card, Field, ModelPath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
@@ -38,6 +36,7 @@ from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_o
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.parameters import PictureParams
 from sfumato.teach.rows import WordVectors, is_word
 from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
@@ -70,12 +69,12 @@ class DreamBooth:
     )
     RESUMES: ClassVar[bool] = True
 
-    class Params(cards.Params):
+    class Params(PictureParams):
         class_noun: str = Field(description="what the pictures show, such as ball")
         name: str = Field(default="", description="the identifier; none: a rare token is picked; pivotal: a new word")
         mode: Literal["lora", "full", "kv", "pivotal"] = Field(default="lora", description="what learns")
         text: bool = Field(default=False, description="the text encoders learn too")
-        prompt: str = Field(default="a {}", description="sentence; {} is identifier and class")
+        prompt: Template = Field(default="a {}", description="sentence; {} is identifier and class")
         prior: int = Field(default=100, ge=0, description="pictures of the class that keep it as it was; 0: none")
         prior_weight: float = Field(default=1.0, ge=0, description="lambda")
         rank: int = Field(default=4, ge=1, description="r of the LoRA")
@@ -86,9 +85,6 @@ class DreamBooth:
         pivot: float = Field(
             default=0.5, ge=0, le=1, description="pivotal: share of the steps in which the word learns"
         )
-        steps: int = Field(default=800, ge=1, description="steps")
-        batch: int = Field(default=1, ge=1, description="pictures of each subject per step, and as many of the prior")
-        accumulate: int = Field(default=1, ge=1, description="parts that a step's batch is cut into, to save memory")
         lr: float = Field(
             default=0.0, ge=0, le=1, description="learning rate of AdamW; 0: 1e-4 LoRA, 5e-6 full, 1e-5 kv"
         )
@@ -98,28 +94,12 @@ class DreamBooth:
         clip: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
         flip: bool = Field(default=False, description="mirror every second picture")
         keep_aspect: bool = Field(default=False, description="pictures keep their aspect instead of being cut")
-        size: int = Field(
-            default=0, ge=0, description="side of the pictures; 0: the model's", json_schema_extra={"unit": "pixel"}
-        )
-        timesteps: Literal["auto", "uniform", "logit_normal", "mode"] = Field(
-            default="auto", description="density of noise levels; auto: uniform, for flow models logit_normal"
-        )
         offset: float = Field(default=0.0, ge=0, description="offset noise; 0.1 for very dark or bright pictures")
         snr_gamma: float = Field(default=0.0, ge=0, description="min-SNR weighting; 5 is usual, 0 is none")
         score_every: int = Field(default=0, ge=0, description="steps between scores; 0: none, the last step counts")
         scored: int = Field(default=4, ge=2, description="pictures of each kind that are drawn for a score")
         score_steps: int = Field(default=0, ge=0, description="denoising steps of these; 0: the model's")
         net: ModelPath = Field(default=PLAIN, description="the CLIP that scores; built in, or a folder")
-        checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
-        checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-        seed: int = Field(default=0, ge=0, description="order, noise, identifier and prior")
-
-        @field_validator("prompt")
-        @classmethod
-        def _holds_it(cls, prompt: str) -> str:
-            if prompt.count("{}") != 1:
-                raise ValueError("it must hold {} once, where identifier and class go")
-            return prompt
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

@@ -21,11 +21,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
-from sfumato import cards
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, Template, register
 from sfumato.models import Model
 from sfumato.models.condition import Condition
 from sfumato.models.slot import frozen
@@ -33,6 +31,7 @@ from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
 from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.parameters import PictureParams
 from sfumato.teach.rows import WordVectors, refuse_word, towers_of
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
@@ -64,14 +63,14 @@ class TextualInversion:
     )
     RESUMES: ClassVar[bool] = True
 
-    class Params(cards.Params):
+    class Params(PictureParams):
         name: str = Field(description="the new word, such as <rex>")
         class_noun: str = Field(
             default="", description="what it is, such as ball: where the vectors begin; none: random"
         )
         begin: str = Field(default="", description="another word for the vectors to begin as; none: class_noun")
         kind: Literal["object", "style"] = Field(default="object", description="the sentences it is learnt in")
-        templates: list[str] = Field(
+        templates: list[Template] = Field(
             default=[], description="sentences with {} instead; none: the 27 or 19 of the code"
         )
         with_class: bool = Field(default=False, description="write the class before the word: a photo of a ball <rex>")
@@ -90,26 +89,7 @@ class TextualInversion:
         probe_every: int = Field(default=50, ge=1, description="steps between probes")
         lr: float = Field(default=2e-3, gt=0, le=10, description="learning rate of AdamW")
         batch: int = Field(default=4, ge=1, description="pictures per step")
-        accumulate: int = Field(default=1, ge=1, description="parts that a step's batch is cut into, to save memory")
-        flip: bool = Field(default=True, description="mirror every second picture; not for letters or faces")
         keep_aspect: bool = Field(default=False, description="pictures keep their aspect instead of being cut")
-        size: int = Field(
-            default=0, ge=0, description="side of the pictures; 0: the model's", json_schema_extra={"unit": "pixel"}
-        )
-        timesteps: Literal["auto", "uniform", "logit_normal", "mode"] = Field(
-            default="auto", description="density of noise levels; auto: uniform, for flow models logit_normal"
-        )
-        checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
-        checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-        seed: int = Field(default=0, ge=0, description="order, noise and sentences")
-
-        @field_validator("templates")
-        @classmethod
-        def _hold_the_word(cls, templates: list[str]) -> list[str]:
-            for template in templates:
-                if template.count("{}") != 1:
-                    raise ValueError(f"{template!r} must hold {{}} once, where the word goes")
-            return templates
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)

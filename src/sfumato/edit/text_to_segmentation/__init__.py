@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import cards, files, writing
-from sfumato.cards import Card, Field, register
+from sfumato.cards import Card, Field, Template, register
 from sfumato.edit.text_to_segmentation.segmenter import Segmenter, SegmenterConfig, train_segmenter
 from sfumato.edit.text_to_segmentation.stages import (
     Report,
@@ -78,7 +78,7 @@ class TextToSegmentation:
     )
 
     class Params(cards.Params):
-        prompt: str = Field(default="a {}", description="what pictures of the object show; {} stands for its name")
+        prompt: Template = Field(default="a {}", description="what pictures of the object show; {} stands for its name")
         background: list[str] = Field(
             default=[],
             description="what is to be seen without the object, of several one for each picture in turn; none: what "
@@ -122,8 +122,6 @@ class TextToSegmentation:
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
-        if "{}" not in self.params.prompt:
-            raise BadInput(f"prompt of text_to_segmentation is {self.params.prompt!r}; it must hold {{}} for the name.")
 
     def segment(
         self,

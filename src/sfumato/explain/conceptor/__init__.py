@@ -29,7 +29,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from sfumato import cards, files
-from sfumato.cards import Card, Field, ModelPath, register
+from sfumato.cards import Card, Field, ModelPath, Template, register
 from sfumato.errors import BadInput
 from sfumato.explain.conceptor.bias import Balance, balance
 from sfumato.explain.conceptor.decomposition import Decomposition
@@ -74,7 +74,7 @@ class Conceptor(PseudoWord):
         strength: float = Field(
             default=1.0, ge=0, le=1, description="make: from the word's own embedding (0) to the mixture (1)"
         )
-        template: str = Field(default="a {}", description="explain: sentence in which the concept is learnt")
+        template: Template = Field(default="a {}", description="explain: sentence in which the concept is learnt")
         dictionary: list[str] = Field(default=[], description="explain: words that may be used; none: all that are")
         exclude: list[str] = Field(
             default=[], description="explain: words that may not be used, besides those of the concept"
@@ -112,13 +112,6 @@ class Conceptor(PseudoWord):
         @classmethod
         def _pairs(cls, given: Any) -> Any:
             return [f"{word}={weight:g}" for word, weight in given.items()] if isinstance(given, dict) else given
-
-        @field_validator("template")
-        @classmethod
-        def _holds_the_concept(cls, template: str) -> str:
-            if template.count("{}") != 1:
-                raise ValueError("it must hold {} once, where the concept goes")
-            return template
 
     def __init__(self, vectors: Mapping[str, Tensor] | None = None, **given: Any):
         self.params = self.Params(**given)

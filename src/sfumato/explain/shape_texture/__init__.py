@@ -76,7 +76,9 @@ class ShapeTexture:
 
     class Params(cards.Params):
         factors: list[str] = Field(
-            default=["shape", "texture"], min_length=1, description=f"what pairs share, of {', '.join(FACTORS)}"
+            default=["shape", "texture"],
+            min_length=1,
+            description="what pairs share, of shape, texture, color, pose, scenery",
         )
         layers: list[str] = Field(default=[], description="module paths to look at; none: the stages of the net")
         pairs: int = Field(default=500, ge=3, le=100_000, description="pairs of pictures of each factor")

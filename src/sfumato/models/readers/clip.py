@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "NOISED", "PLAIN", "Clip", "clip_for", "load_clip"]
 
-PLAIN, NOISED = "toy-clip", "toy-clip-noisy"
+PLAIN = "toy-clip"
+NOISED = "toy-clip-noisy"
 """The built-in CLIPs: for pictures, and for the noised latents of toy-vae."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

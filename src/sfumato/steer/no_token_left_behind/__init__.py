@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import cards, masks, rng
-from sfumato.cards import Card, Field, ModelPath, register
+from sfumato.cards import Card, Field, ModelPath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models.readers import PLAIN, load_clip
 from sfumato.relevance.clip import ClipLens
@@ -90,7 +90,7 @@ class NoTokenLeftBehind(Intervention):
             default=[], description="a box x0|y0|x1|y1 per phrase, as fractions of the picture or in pixels"
         )
         mask: masks.MaskTexts = Field(default=[], description="a picture per phrase, white where it shall be")
-        template: str = Field(default="{}", description="sentence around a phrase of a region; {} stands for it")
+        template: Template = Field(default="{}", description="sentence around a phrase of a region; {} stands for it")
         strength: float = Field(
             default=0.2,
             ge=0,
@@ -129,8 +129,6 @@ class NoTokenLeftBehind(Intervention):
                 f"no_token_left_behind has {len(p.phrases)} phrases for {owned} regions; give each mask, then each "
                 f"box, its phrase."
             )
-        if p.template.count("{}") != 1:
-            raise BadInput(f"template of no_token_left_behind is {p.template!r}; it must hold {{}} once.")
         self.keeps_graph = p.through == "denoiser" and p.strength > 0
         self.guided: list[Guided] = []
         self.activity = Coverage()
