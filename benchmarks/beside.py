@@ -28,12 +28,10 @@ from benchmarks.core import Figure
 from sfumato.errors import BadInput, SfumatoError, UnknownName
 from sfumato.metrics import stats
 
-KEY = "beside"
 AIM, WORST = "not above 1.03 by more than its interval", 1.03
 WORKLOADS = Path(__file__).with_name("workloads.py")
 COMMANDS = {
     "`import sfumato`": ("-c", "import sfumato"),
-    "`import sfumato.sampling`": ("-c", "import sfumato.sampling"),
     "`sfumato --help`": ("-m", "sfumato", "--help"),
     "`sfumato make --help`": ("-m", "sfumato", "make", "--help"),
     "`sfumato methods`": ("-m", "sfumato", "methods"),
@@ -119,7 +117,7 @@ def measure(key: str, trees: Trees, rounds: int, work: dict[str, Callable[[str],
     if key == "imports":
         return [
             verdict(
-                f"{key}: {name}",
+                name,
                 in_turns({each: partial(cpu_seconds, tree, *code) for each, tree in trees.items()}, rounds),
                 "s",
             )
@@ -128,18 +126,18 @@ def measure(key: str, trees: Trees, rounds: int, work: dict[str, Callable[[str],
     if key == "memory":
         return [
             verdict(
-                f"{key}: peak, {steps} steps, word maps {maps}",
+                f"peak, {steps} steps, word maps {maps}",
                 in_turns({each: partial(peak, tree, steps, maps) for each, tree in trees.items()}, 3, warmup=0),
                 "MiB",
             )
-            for steps in ("10", "40")
+            for steps in ("8", "24")
             for maps in ("off", "on")
         ]
     kind = {"loop": "plain"}.get(key, key)
     names = ("toy-sd", "toy-sd3", *(("sd15",) if key == "daam" else ()))
     return [
         verdict(
-            f"{key}: {name}",
+            name,
             in_turns({each: partial(work[each], f"{name} {kind}") for each in trees}, rounds),
             "s",
         )
@@ -157,7 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("keys", nargs="*", metavar="KEY", help=f"which: {', '.join(KEYS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="measured pairs of each job (default: 9)")
     given = parser.parse_args(arguments)
-    start, figures = time.perf_counter(), list[Figure]()
     try:
         if not (given.old / "src" / "sfumato").is_dir():
             raise BadInput(f"{given.old} holds no src/sfumato; give the root of a tree.")
@@ -175,11 +172,12 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as stack:
             work = {name: stack.enter_context(serving(tree)) for name, tree in trees.items()}
             for key in given.keys or KEYS:
+                start = time.perf_counter()
                 rows = measure(key, trees, given.rounds, work)
-                print(*(f"{row.name}: {row.value} {row.detail}" for row in rows), sep="\n", file=sys.stderr, flush=True)
-                figures += rows
-                core.store(KEY, title, figures, time.perf_counter() - start)
-        print(core.write_table((*BENCHMARKS, KEY)))
+                for row in rows:
+                    print(f"{key}: {row.name}: {row.value} {row.detail}", file=sys.stderr, flush=True)
+                core.store(f"beside-{key}", title, rows, time.perf_counter() - start)
+        print(core.write_table(BENCHMARKS))
     except SfumatoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

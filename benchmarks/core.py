@@ -121,13 +121,13 @@ def store(key: str, title: str, figures: list[Figure], seconds: float) -> None:
 
 
 def write_table(keys: Iterable[str]) -> Path:
-    """Writes the table of every stored record; returns its path."""
+    """Writes the table of every stored record, those of ``keys`` first; returns its path."""
     parts = [
         "# Benchmarks",
         "Written by `python -m benchmarks`. Contestants take turns within one run on one machine; a ratio is the median"
         " over rounds with its quartiles. Below 1 is faster, or smaller, than the peer.",
     ]
-    for key in keys:
+    for key in dict.fromkeys([*keys, *sorted(path.stem for path in RESULTS.glob("*.json"))]):
         path = RESULTS / f"{key}.json"
         if not path.exists():
             continue

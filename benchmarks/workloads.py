@@ -18,7 +18,7 @@ PROMPTS = [
 ]
 STEPS, GUIDANCE = 10, 4.0
 LATENT = 32  # side of the full-size U-Net's latents
-SIDE = 128  # of the pictures whose memory is measured
+SIDE = 64  # of the pictures whose memory is measured
 
 
 @functools.cache

@@ -12,7 +12,6 @@ changes nothing global. A room that carries the name of a verb is that verb as w
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    import inspect
+
     from sfumato.app.attaching import attached
     from sfumato.app.editing import edit
     from sfumato.app.explaining import explain
@@ -74,6 +75,8 @@ class _Verb(types.ModuleType):
 
     @property
     def __signature__(self) -> inspect.Signature:
+        import inspect
+
         return inspect.signature(_public(self.__name__.rpartition(".")[2]))
 
 

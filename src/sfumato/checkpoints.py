@@ -4,9 +4,6 @@ imported here, so that a wrong name is answered before torch is loaded."""
 from __future__ import annotations
 
 import re
-import ssl
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +82,10 @@ def _on_hub(repo: str, revision: str | None) -> Checkpoint:
 def reachable(endpoint: str, patience: float = PATIENCE) -> bool:
     """Whether anything answers at an address, through the proxies that the environment names. The Hub's own client
     would try six times, for 25 seconds, before it says that there is no connection."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=patience).close()
     except urllib.error.HTTPError:

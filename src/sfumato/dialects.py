@@ -267,6 +267,6 @@ def _text(graph: dict[str, Any], value: Any) -> str | None:
         node = graph[each]
         if "CLIPTextEncode" in str(node.get("class_type")):
             names = [name for name in ("text", "text_g", "t5xxl", "text_l", "clip_l") if name in node["inputs"]]
-            said = _value(graph, node["inputs"][names[0]]) if names else None
-            return said if isinstance(said, str) else None
+            prompt = _value(graph, node["inputs"][names[0]]) if names else None
+            return prompt if isinstance(prompt, str) else None
     return None

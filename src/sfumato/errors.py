@@ -38,8 +38,8 @@ class UnknownName(SfumatoError, LookupError):
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         most = 12 if close else 40  # of many names only the nearest help
         listing = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
-        said = repr(given) if len(given) <= 120 else f"{given[:120]!r}..."
-        super().__init__(f"unknown {kind} {said}.{hint} Known: {listing or 'none'}.")
+        quoted = repr(given) if len(given) <= 120 else f"{given[:120]!r}..."
+        super().__init__(f"unknown {kind} {quoted}.{hint} Known: {listing or 'none'}.")
         self.kind, self.given, self.candidates, self.close = kind, given, known, close
 
 

@@ -187,10 +187,10 @@ def rereadable(path: Path, owner: object) -> Path:
     """``path``, or a copy of what a pipe holds, which can be read but once; it is there as long as ``owner``."""
     if path.is_file() or not path.exists():
         return path
-    with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as kept:
-        weakref.finalize(owner, os.unlink, kept.name)
-        shutil.copyfileobj(file, kept)
-    return Path(kept.name)
+    with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as copy:
+        weakref.finalize(owner, os.unlink, copy.name)
+        shutil.copyfileobj(file, copy)
+    return Path(copy.name)
 
 
 def refuse_filled(folder: Path) -> None:

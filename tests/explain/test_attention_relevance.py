@@ -285,7 +285,7 @@ def test_maps_survive_the_disk(tmp_path):
         Answer("yes", 0.5, painted, ("a", "cube"), (0.25, 0.75), boxes, values, (0.1, 0.2, 0.3, 0.4)),
         Answer("words only", 1.0, None, ("a",), (1.0,)),
     )
-    maps = RelevanceMaps(answers, (8, 8), "relevance", {"asked": "is there a cube ?"})
+    maps = RelevanceMaps(answers, (8, 8), "relevance", {"query": "is there a cube ?"})
     again = RelevanceMaps.load(maps.save(tmp_path / "maps.safetensors"))
     assert torch.equal(again.map("yes"), maps.map("yes")) and again.words("yes") == [("a", 0.25), ("cube", 0.75)]
     assert torch.equal(again.answer(0).regions, boxes) and again.facts == maps.facts and again.answer(0).box[2] == 0.3

@@ -160,14 +160,14 @@ def test_guidance_of_a_model_distilled_without():
 
 
 def test_flags_of_the_command_line():
-    typed = flags.said(
+    typed = flags.parsed(
         {"original_size": "320x640", "crops_coords_top_left": "24|8", "timesteps": ["999|500", "1"], "clip_skip": 1}
     )
     job = JobOptions(prompt=PROMPT, **typed)
     assert (job.original_size, job.crops_coords_top_left) == ((320, 640), (24, 8))
     assert (job.timesteps, job.clip_skip) == ([999, 500, 1], 1)
     with pytest.raises(BadInput, match="--target-size is '64'"):
-        flags.said({"target_size": "64"})
+        flags.parsed({"target_size": "64"})
 
 
 @pytest.mark.parametrize(

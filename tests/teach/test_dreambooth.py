@@ -89,7 +89,7 @@ def test_loss_is_the_papers_with_its_prior(photos):
     concepts = system._concepts(model, photos, text_towers(model))
     generator = torch.Generator().manual_seed(0)
     concepts[0].prior = [torch.randn(4, 16, 16, generator=generator) for _ in range(3)]
-    concepts[0].prior_said = ["a ball"] * 3
+    concepts[0].prior_prompts = ["a ball"] * 3
     learner = Learner(model, text_towers(model), concepts, system.params)
     loss, logs = learner.loss(Draw(0, 5))
     scheduler, denoising = model.pipe.scheduler, learner._loss.denoising
@@ -167,7 +167,7 @@ def test_a_built_in_model_gets_an_identifier_that_it_does_not_know(photos):
 
     model = load("toy-sd")
     (concept,) = DreamBooth(class_noun="ball")._concepts(model, photos, text_towers(model))
-    assert concept.name not in VOCABULARY and concept.said == f"{concept.name} ball"
+    assert concept.name not in VOCABULARY and concept.phrase == f"{concept.name} ball"
     with pytest.raises(BadInput, match="'red' is a word that toy-sd understands"):
         DreamBooth(class_noun="ball", name="red")._concepts(model, photos, text_towers(model))
 

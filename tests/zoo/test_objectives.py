@@ -616,7 +616,7 @@ def test_noisy_clip_exports_a_plain_clip(parts, tmp_path):
     assert clip.reads_noise and clip.codec == codec_mark(objective.vae) and card["latents_of"] == parts["vae"]
     x0, noise = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        seen, _ = objective.seen(x0, noise, torch.full((3,), 0.5))
+        seen, _ = objective.image_features(x0, noise, torch.full((3,), 0.5))
         half = math.sqrt(0.5)
         ours = clip.latents(0.5 * x0 + 0.5 * noise, 0.5, 0.5)  # of a flow, at the same ratio
         torch.testing.assert_close(clip.latents(half * (x0 + noise), half, half), ours, rtol=1e-3, atol=1e-4)

@@ -50,8 +50,8 @@ class Solver:
         if not (ridge > 0 and len(regular) and len(wanted)):
             raise BadInput("the closed form needs captions, targets and a ridge above 0.")
         self.regular = regular.detach().double().cpu()
-        self.kept = independent(wanted.detach().double().cpu())
-        self.wanted = wanted.detach().double().cpu()[self.kept]
+        self.independent_rows = independent(wanted.detach().double().cpu())
+        self.wanted = wanted.detach().double().cpu()[self.independent_rows]
         gram = self.regular.T @ self.regular
         gram.diagonal().add_(ridge * gram.trace() / len(gram))
         self.condition = float(torch.linalg.cond(gram))
@@ -61,10 +61,10 @@ class Solver:
     def __call__(self, weight: Tensor, values: Tensor) -> Merge:
         """The matrix for W_0 ``weight`` (o d) and V ``values`` (s o), of all rows of C that were given."""
         own = weight.detach().double().cpu()
-        asked = values.detach().double().cpu()[self.kept]
-        missing = asked.T - own @ self.wanted.T
+        targets = values.detach().double().cpu()[self.independent_rows]
+        missing = targets.T - own @ self.wanted.T
         out = own + torch.linalg.solve(self._inner.T, missing.T).T @ self._d
-        residual = (out @ self.wanted.T - asked.T).abs().max() / asked.abs().max().clamp_min(1e-30)
+        residual = (out @ self.wanted.T - targets.T).abs().max() / targets.abs().max().clamp_min(1e-30)
         moved = out - own
         drift = (moved @ self.regular.T).norm() / (own @ self.regular.T).norm().clamp_min(1e-30)
         return Merge(out, float(residual), float(moved.norm() / own.norm()), float(drift))

@@ -196,8 +196,8 @@ def _old_diffusers(modules: list[Module]) -> dict[str, Tensor]:
     for each in modules:
         if "magnitude" in each.parts:
             raise NotSupported(f"{each.path} is a DoRA, which old-diffusers cannot hold; diffusers can.")
-        middle = "lora_linear_layer" if each.component.startswith("text_encoder") else "lora"
-        stem = f"{each.component}.{published_path(each.component, each.path)}.{middle}"
+        infix = "lora_linear_layer" if each.component.startswith("text_encoder") else "lora"
+        stem = f"{each.component}.{published_path(each.component, each.path)}.{infix}"
         out[f"{stem}.down.weight"], out[f"{stem}.up.weight"] = _low_rank(each, "old-diffusers")
     return out
 

@@ -210,11 +210,11 @@ def _make_sides(
     loaded: dict[str, Any] = {}
     runs = []
     for one, folder in zip(sides, folders, strict=True):
-        typed = {**shared, **one.options}
+        overrides = {**shared, **one.options}
         if source:
-            lines: Iterable[Line] = read_prompts(source, typed)
+            lines: Iterable[Line] = read_prompts(source, overrides)
         else:
-            lines = [Line(i, JobOptions(**{"prompt": text, **typed})) for i, text in enumerate(texts, start=1)]
+            lines = [Line(i, JobOptions(**{"prompt": text, **overrides})) for i, text in enumerate(texts, start=1)]
         build_all(one.with_)
         key = str(one.model)
         if key not in loaded:

@@ -44,7 +44,7 @@ class Line:
     wrong: str = ""
 
 
-def read_prompts(path: Path, typed: dict[str, Any]) -> Iterator[Line]:
+def read_prompts(path: Path, overrides: dict[str, Any]) -> Iterator[Line]:
     """The lines of a JSONL file or pipe (``-``: standard input), one by one: a JSON object each with the keys of
     :class:`JobOptions` (and :data:`ANNOTATIONS`); what was ``typed`` wins.
 
@@ -60,7 +60,7 @@ def read_prompts(path: Path, typed: dict[str, Any]) -> Iterator[Line]:
                     raise BadInput(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8.")
             if line.strip():
                 any_line = True
-                yield _line(number, line, typed)
+                yield _line(number, line, overrides)
     if not any_line:
         raise BadInput(f"{path} holds no prompts.")
 
@@ -74,7 +74,7 @@ def _raw_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _line(number: int, text: bytes, typed: dict[str, Any]) -> Line:
+def _line(number: int, text: bytes, overrides: dict[str, Any]) -> Line:
     if len(text) > LONGEST_LINE:
         return Line(number, None, wrong=f"it is longer than {LONGEST_LINE} bytes.")
     try:
@@ -87,7 +87,7 @@ def _line(number: int, text: bytes, typed: dict[str, Any]) -> Line:
         return Line(number, None, wrong=f"not a JSON object but {valid.brief(given)}.")
     about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
     try:
-        return Line(number, JobOptions(**{**given, **typed}), about)
+        return Line(number, JobOptions(**{**given, **overrides}), about)
     except SfumatoError as error:
         return Line(number, None, wrong=str(error))
 

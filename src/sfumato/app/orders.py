@@ -59,7 +59,7 @@ class Order:
         return [job.model_copy(update={"n": 1, "seed": job.seed + i}) for job in self.jobs for i in range(job.n)]
 
 
-def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
+def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
     """``order`` completed by the recipe in ``picture``; what was typed, there or in ``order``, wins.
 
     The recipe is a stranger's: the models it may name are :func:`model_of`'s, its systems open no file that
@@ -78,7 +78,7 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
             f"{picture} was made {'without' if order.image else 'from'} a picture: --image must agree with that."
         )
     dropped = list(recipe.get("dropped", ())) if not exact else []
-    guidance = typed.get("guidance") or known.get("guidance")
+    guidance = overrides.get("guidance") or known.get("guidance")
     if not exact and "negative" in known and guidance is not None and guidance <= 1:
         del known["negative"]
         dropped.append(f"the negative prompt, which has no effect at CFG {guidance:g}")
@@ -86,7 +86,7 @@ def like(picture: Path, typed: dict[str, Any], order: Order) -> Order:
     if not exact and "clip_skip" in known and _reads_last_but_one(model or DEFAULT_MODEL):
         dropped.append(f"Clip skip {known.pop('clip_skip') + 1}, which is what SDXL does by itself")
     try:
-        job = JobOptions(**{**known, **typed})
+        job = JobOptions(**{**known, **overrides})
         with_ = order.with_ or _systems_of(recipe, order.allow)
         build_all(with_, order.allow)
     except NotAllowed as error:

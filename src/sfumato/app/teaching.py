@@ -79,9 +79,9 @@ def teach(
     key, params = cards.parse_with(by or cards.default("teach"))
     cls = cards.method(key)
     fields = cls.Params.model_fields
-    said: dict[str, Any] = {**given} | ({} if per_class is None else {"per_class": per_class})
-    params |= {name: value for name, value in said.items() if name in fields}
-    options = {name: value for name, value in said.items() if name not in fields}
+    values: dict[str, Any] = {**given} | ({} if per_class is None else {"per_class": per_class})
+    params |= {name: value for name, value in values.items() if name in fields}
+    options = {name: value for name, value in values.items() if name not in fields}
     system = cls(**params)
     if not isinstance(system, protocol.Teaches):
         raise UnknownName("system that teaches", key, cards.methods("teach"))

@@ -67,8 +67,9 @@ class Folder:
 
     @functools.cached_property
     def subfolders(self) -> list[str]:
-        told = {name.replace(os.sep, "/").split("/")[0] for name in self.names if name.replace(os.sep, "/").count("/")}
-        return [name for name in _with_pictures(self.path) if name not in told]
+        paths = [name.replace(os.sep, "/") for name in self.names]
+        listed = {path.split("/")[0] for path in paths if "/" in path}
+        return [name for name in _with_pictures(self.path) if name not in listed]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -194,10 +194,10 @@ def _one_line(system: str, params: type[Params], error: ValidationError) -> BadI
     if first["type"] == "missing":
         return BadInput(f"{name}{of} must be given: {field.description if field else ''}.")
     unit = (field.json_schema_extra or {}).get("unit") if field and isinstance(field.json_schema_extra, dict) else None
-    said = first["msg"].removeprefix("Value error, ")
+    reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # what several parameters say together
-        return BadInput(" ".join(f"{said}{of}.".split()))
-    message = f"{name}{inside}{of} is {brief(first['input'])}: {said[:1].lower()}{said[1:]}"
+        return BadInput(" ".join(f"{reason}{of}.".split()))
+    message = f"{name}{inside}{of} is {brief(first['input'])}: {reason[:1].lower()}{reason[1:]}"
     message += f" (unit: {unit})" if unit else ""
     message += f"; {name} is {field.description}" if field is not None and field.description else ""
     return BadInput(" ".join(message.split()) + ".")

@@ -119,7 +119,7 @@ class ConceptAttention(Intervention):
         last = max(site.index for site in joint if site.path in self._read)
         self._followed = {site.path for site in joint if site.index <= last}
         self._vectors = _encoded(run.model, self.concepts)
-        self._seen: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._captured: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._store = MapStore(steps=self.params.per_step)
 
     def taps(self) -> Sequence[Tap]:
@@ -127,7 +127,7 @@ class ConceptAttention(Intervention):
 
     def after_predict(self, step: Step) -> None:
         """Follows the concepts through the network, beside what the prediction has shown of the picture."""
-        if not self._seen:
+        if not self._captured:
             raise NotSupported("concept_attention saw no conditional branch in this step.")
         own = step.condition.cond["embeds"]
         if len(self._vectors) > own.shape[1]:
@@ -140,7 +140,7 @@ class ConceptAttention(Intervention):
         with torch.no_grad():
             tap = Tap(lambda site: site.path in self._followed, edit_map=self._attending, name="concepts")
             step.predict(condition=condition, taps=[tap], edited=False)
-        self._seen = {}
+        self._captured = {}
         self.mark(step, sites=self._read, tokens=self.concepts)
 
     def finish(self, run: Run) -> None:
@@ -164,7 +164,7 @@ class ConceptAttention(Intervention):
                     facts={**facts, "seed": run.seeds[i], "prompt": run.prompts[i]},
                 )
             )
-        del self._store, self._vectors, self._seen
+        del self._store, self._vectors, self._captured
 
     def explain_image(self, model: Model, image: Any, prompt: str, **options: Any) -> Any:
         """:func:`explain_image` with these parameters."""
@@ -185,7 +185,7 @@ class ConceptAttention(Intervention):
             with torch.no_grad():
                 own = part.of_queries(image)
                 picture = own.attend() if self.params.space == "output" else own.q
-        self._seen[call.site.path] = part.k[:, :, image].detach(), part.v[:, :, image].detach(), picture
+        self._captured[call.site.path] = part.k[:, :, image].detach(), part.v[:, :, image].detach(), picture
 
     def _attending(self, call: Call) -> OtherMap | None:
         if "cond" not in call.rows:
@@ -193,7 +193,7 @@ class ConceptAttention(Intervention):
 
         def attend(own: Call) -> Tensor:
             """Concepts attend to the picture of the first call and to each other; nobody else does anything."""
-            k, v, picture = self._seen[own.site.path]
+            k, v, picture = self._captured[own.site.path]
             mine = slice(own.text.start, own.text.start + len(self._vectors))
             k, v = torch.cat([k, own.k[:, :, mine]], 2), torch.cat([v, own.v[:, :, mine]], 2)
             concepts = F.scaled_dot_product_attention(

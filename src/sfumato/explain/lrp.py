@@ -89,5 +89,5 @@ def explain_image(model: Any, image: Any, prompt: str | None = None, **params: A
             answers.append(Answer(name, score, None, words, tuple(row[0].tolist())))
         else:
             answers.append(Answer(name, score, on_grid(row)[0].cpu()))
-    facts = {"model": model.name, "asked": ", ".join(answer.label for answer in answers), "alpha": p.alpha}
+    facts = {"model": model.name, "query": ", ".join(answer.label for answer in answers), "alpha": p.alpha}
     return RelevanceMaps(tuple(answers), size, p.method, facts)

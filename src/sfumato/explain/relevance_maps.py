@@ -105,7 +105,7 @@ class RelevanceMaps:
                 cells.append((answer.label, self.overlay(image, i)))
             if answer.words:
                 cells.append((f"{answer.label}: words", draw_words(self.words(i), (size[1], size[0]))))
-        return sheets.sheet(cells, title=f"{self.method}: {self.facts.get('asked', '')}")
+        return sheets.sheet(cells, title=f"{self.method}: {self.facts.get('query', '')}")
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 

@@ -223,8 +223,8 @@ def permutation(
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median with the first and third quartile, for timings."""
-    low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75])
-    return float(middle), float(low), float(high)
+    low, median, high = np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75])
+    return float(median), float(low), float(high)
 
 
 def _z(level: float) -> float:

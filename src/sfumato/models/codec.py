@@ -95,9 +95,9 @@ def latents_of(found: Any, generator: torch.Generator | None) -> Tensor:
 def upcast(vae: Any, wanted: bool) -> Iterator[None]:
     """Lifts a float16 autoencoder whose configuration says ``force_upcast`` to float32 for a while: where the pipeline
     does so (``wanted``), or where it is said expressly rather than by the class's default."""
-    said = vae.config.get("force_upcast", False)
+    declared = vae.config.get("force_upcast", False)
     expressly = "force_upcast" not in vae.config.get("_use_default_values", ())
-    if said and (wanted or expressly) and vae.dtype == torch.float16:
+    if declared and (wanted or expressly) and vae.dtype == torch.float16:
         with in_float32(vae):
             yield
     else:

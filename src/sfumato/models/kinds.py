@@ -35,8 +35,8 @@ class FileKind:
 def kind_of_file(entries: Sequence[TensorEntry]) -> FileKind:
     """The kind of a file with these tensors."""
     shapes = {entry.name: entry.shape for entry in entries}
-    for told in (_quantized, _adapter, _part, _unet, _transformer):
-        found = told(shapes)
+    for detect in (_quantized, _adapter, _part, _unet, _transformer):
+        found = detect(shapes)
         if found is not None:
             return found
     return FileKind(

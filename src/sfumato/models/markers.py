@@ -32,28 +32,28 @@ def read_markers(tensors: Iterable[str], metadata: Mapping[str, str]) -> Markers
     """The markers of ComfyUI (tensors ``v_pred``, ``ztsnr``), of the model specification
     (``modelspec.prediction_type``, ``modelspec.architecture``) and of trainers (``ss_zero_terminal_snr``)."""
     names = set(tensors)
-    said: dict[str, str] = {}  # who says it -> which prediction
+    declared: dict[str, str] = {}  # who says it -> which prediction
     zero: list[str] = ["tensor ztsnr"] if "ztsnr" in names else []
     if "v_pred" in names:
-        said["tensor v_pred"] = "v_prediction"
+        declared["tensor v_pred"] = "v_prediction"
     strange = ""
     for key, value in metadata.items():
         what, text = key.split(".")[-1].removeprefix("ss_"), value.strip().lower().replace("-", "_")
         if what == "prediction_type" and text:
             found = next((name for name, words in _PREDICTIONS.items() if text in words), None)
             strange = strange if found else f"{key} is {value.strip()[:40]!r}, which is none of epsilon, v and sample"
-            said |= {key: found} if found else {}
+            declared |= {key: found} if found else {}
         elif what == "v_parameterization":
-            said[key] = "v_prediction" if text in _TRUE else "epsilon"
+            declared[key] = "v_prediction" if text in _TRUE else "epsilon"
         elif what in ("zero_terminal_snr", "ztsnr", "zsnr") and text in _TRUE:
             zero.append(key)
         elif key == "modelspec.architecture" and text.startswith("stable_diffusion_v2_"):
-            said[key] = "v_prediction" if text.split("/")[0].endswith("_v") else "epsilon"
-    predictions = sorted(set(said.values()))
+            declared[key] = "v_prediction" if text.split("/")[0].endswith("_v") else "epsilon"
+    predictions = sorted(set(declared.values()))
     if len(predictions) > 1:
-        strange = "; ".join(f"{who} says {what}" for who, what in said.items())
+        strange = "; ".join(f"{who} says {what}" for who, what in declared.items())
     elif zero and predictions != ["v_prediction"] and predictions != ["sample"]:
-        other = f"{next(iter(said))} says {predictions[0]}" if said else "nothing says v-prediction"
+        other = f"{next(iter(declared))} says {predictions[0]}" if declared else "nothing says v-prediction"
         strange = f"{zero[0]} says zero terminal signal-to-noise ratio, where noise cannot be predicted, but {other}"
     return Markers(predictions[0] if len(predictions) == 1 else None, bool(zero), strange)
 

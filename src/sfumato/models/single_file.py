@@ -210,8 +210,10 @@ class _Source:
         before = str(own.get("prediction_type", "epsilon")), bool(own.get("rescale_betas_zero_snr"))
         after = str(follow.get("prediction_type", "epsilon")), bool(follow.get("rescale_betas_zero_snr"))
         if source and before != after:
-            said = after[0] + (" at zero terminal signal-to-noise ratio" if after[1] else "")
-            message = f"{self.path} is marked as {said}, which is followed although the scheduler of {source} differs."
+            description = after[0] + (" at zero terminal signal-to-noise ratio" if after[1] else "")
+            message = (
+                f"{self.path} is marked as {description}, which is followed although the scheduler of {source} differs."
+            )
             warnings.warn(LoadedOtherwise(message), stacklevel=5)
         return scheduler
 

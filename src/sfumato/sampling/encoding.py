@@ -25,13 +25,13 @@ def encoding_of(model: Any, options: Options, size: tuple[int, int]) -> Encoding
 def _micro(model: Any, options: Options, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """SDXL's six numbers of either branch, None where nothing is said; what is not said is as in diffusers."""
     given = {name: getattr(options, name) for name in (*_POSITIVE, *_NEGATIVE)}
-    said = [name for name, value in given.items() if value is not None]
-    if not said:
+    named = [name for name, value in given.items() if value is not None]
+    if not named:
         return None
     if not model.family.micro_conditions:
-        raise BadInput(f"{said[0]} means nothing to {model.name}: only SDXL is told the sizes of its picture.")
+        raise BadInput(f"{named[0]} means nothing to {model.name}: only SDXL is told the sizes of its picture.")
     cond = _six(given, _POSITIVE, (size, (0, 0), size))
-    if not any(name in _NEGATIVE for name in said):
+    if not any(name in _NEGATIVE for name in named):
         return cond, cond
     original, target = given["original_size"] or size, given["target_size"] or size
     return cond, _six(given, _NEGATIVE, (original, (0, 0), target))

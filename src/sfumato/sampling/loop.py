@@ -329,15 +329,15 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
 def _encode(run: Run, request: Request) -> None:
     """Encode the batch's texts, each once however many samples share it, and spread them over the samples."""
     rows = slice(run.samples.start, run.samples.stop)  # with the weights that run.prompts lack
-    said = [request.composition(i) for i in run.samples]
-    if len({(each.weight, tuple(weight for _, weight in each.others)) for each in said}) > 1:
+    compositions = [request.composition(i) for i in run.samples]
+    if len({(each.weight, tuple(weight for _, weight in each.others)) for each in compositions}) > 1:
         raise BadInput("these prompts compose differently many texts, or with other weights; give them one by one.")
     negatives = request.negatives[rows] if request.negatives else [""] * len(run)
-    pairs = list(zip([each.text for each in said], negatives, strict=True))
+    pairs = list(zip([each.text for each in compositions], negatives, strict=True))
     known = list(dict.fromkeys(pairs))
     composed = [([text] * len(run), weight) for text, weight in request.options.compose]
-    for k, (_, weight) in enumerate(said[0].others):
-        composed.append(([each.others[k][0] for each in said], weight * request.guidance.scale))
+    for k, (_, weight) in enumerate(compositions[0].others):
+        composed.append(([each.others[k][0] for each in compositions], weight * request.guidance.scale))
     encoded = encode_weighted(
         run.model,
         [prompt for prompt, _ in known],

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: int) -> dict[str, Any]:
     """The recipe of sample ``i``. Given pictures and latents are named by a hash of their values only."""
-    said = request.options.model_dump(mode="json", exclude={"scheduler"})
+    dumped = request.options.model_dump(mode="json", exclude={"scheduler"})
     own = {
         "prompt": request.prompts[i],
         "negative": request.negatives[i] if request.negatives else None,
@@ -37,7 +37,7 @@ def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: 
         "revision": model.revision,
         "hash": model.weight_hash,
         "dtype": str(model.dtype).removeprefix("torch."),
-        **{name: own[name] if name in own else said[name] for name in recorded()},
+        **{name: own[name] if name in own else dumped[name] for name in recorded()},
         "image": _hash_of(request.source.pixels, i),
         "latents": _hash_of(request.source.latents, i),
         "with": [_described(part) for part in parts],

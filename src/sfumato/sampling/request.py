@@ -73,8 +73,12 @@ class Request:
         for i in range(len(self)):
             key = self.prompts[i], self.negatives[i] if self.negatives else None
             if key not in known:
-                said = self.composition(i)
-                known[key] = self.chunks(model, [i]), said.weight, tuple(weight for _, weight in said.others)
+                composed = self.composition(i)
+                known[key] = (
+                    self.chunks(model, [i]),
+                    composed.weight,
+                    tuple(weight for _, weight in composed.others),
+                )
             if i and (i - starts[-1] == step or known[key] != layout):
                 starts.append(i)
             layout = known[key]
@@ -90,10 +94,10 @@ class Request:
             return 0
         texts = {*further, *(text for text, _ in self.options.compose)}
         for i in samples:
-            said = self.composition(i)
+            composed = self.composition(i)
             texts |= {
-                said.text,
-                *(text for text, _ in said.others),
+                composed.text,
+                *(text for text, _ in composed.others),
                 *(self.negatives[i : i + 1] if self.negatives else ()),
             }
         with model.in_chunks(None):

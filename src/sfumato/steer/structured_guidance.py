@@ -121,11 +121,11 @@ class StructuredGuidance(Intervention):
             )
         full = condition.cond["embeds"]
         self._refuse_own_projection(run, full.shape[-1])
-        said = [
+        phrases_of = [
             [prompt.part(span.text, range(span.start, span.end)) for span in spans]
             for prompt, spans in zip(run.weighted, self._spans, strict=True)
         ]
-        texts = sorted({each for one in said for each in one}, key=lambda each: (each.text, each.weights))
+        texts = sorted({each for one in phrases_of for each in one}, key=lambda each: (each.text, each.weights))
         encoded = encode_weighted(run.model, texts, guidance=False, weighting=run.weighting)
         alone = dict(zip(texts, encoded.cond["embeds"], strict=True))
         k = max(len(spans) for spans in self._spans)
@@ -134,7 +134,7 @@ class StructuredGuidance(Intervention):
         weights[0] = self.params.full_weight
         together = full.clone()
         for row, (reading, spans) in enumerate(zip(self._readings, self._spans, strict=True)):
-            each = list(zip(spans, said[row], strict=True))
+            each = list(zip(spans, phrases_of[row], strict=True))
             for i, (span, text) in enumerate(each, 1):
                 there, here = self._places(reading, span)
                 sequences[i, row, there] = alone[text][here]

@@ -50,7 +50,7 @@ def _cells(latents: Any, whole: tuple[int, int], box: tuple[int, int, int, int])
     mask = torch.zeros(h, w)
     first, last = round(top * rows) + 1, round((top + height) * rows) - 1
     begin, end = round(left * columns) + 1, round((left + width) * columns) - 1
-    middle, centre = min(h - 1, int((top + height / 2) * rows)), min(w - 1, int((left + width / 2) * columns))
+    row, column = min(h - 1, int((top + height / 2) * rows)), min(w - 1, int((left + width / 2) * columns))
     mask[first:last, begin:end] = 1
-    mask[middle, centre] = 1
+    mask[row, column] = 1
     return mask

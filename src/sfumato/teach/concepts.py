@@ -32,17 +32,17 @@ class Concept:
     (c h w) of other things of its class and what is said of each, to be kept as they are."""
 
     subject: Subject
-    said: str
+    phrase: str
     name: str
     class_noun: str
     prompt: str = "a {}"
     prior: list[Tensor] = field(default_factory=list)
-    prior_said: list[str] = field(default_factory=list)
+    prior_prompts: list[str] = field(default_factory=list)
 
     def sentence(self, i: int) -> str:
         """Of picture ``i``: its caption if that has the name in it."""
         caption = self.subject.captions[i]
-        return caption if self.name in caption else self.prompt.format(self.said)
+        return caption if self.name in caption else self.prompt.format(self.phrase)
 
 
 def folders_of(data: str | Path, name: str, class_noun: str) -> list[tuple[Path | str, str, str]]:
@@ -58,37 +58,37 @@ def folders_of(data: str | Path, name: str, class_noun: str) -> list[tuple[Path 
         return [(data, name, class_noun)]
     out: list[tuple[Path | str, str, str]] = []
     for each in inside:
-        said, _, noun = re.sub(r"^\d+_", "", each.name).partition(" ")
+        phrase, _, noun = re.sub(r"^\d+_", "", each.name).partition(" ")
         if not noun.strip():
             raise BadInput(f"{each} is one of several subjects; call its folder 'NAME CLASS', such as 'zqx ball'.")
-        out.append((each, said, noun.strip()))
+        out.append((each, phrase, noun.strip()))
     return out
 
 
 def draw_priors(model: Model, concepts: Sequence[Concept], n: int, seed: int, work: Work) -> None:
     """Gives every concept ``n`` pictures of its class as the model draws them now as its prior; they are kept in the
     folder of ``work``, for when it is resumed."""
-    kept = None if work.folder is None else work.folder / "prior.safetensors"
+    cache = None if work.folder is None else work.folder / "prior.safetensors"
     for number, each in enumerate(concepts):
-        at = kept if number == 0 or kept is None else kept.with_stem(f"prior-{number}")
+        at = cache if number == 0 or cache is None else cache.with_stem(f"prior-{number}")
         plain = each.prompt.format(each.class_noun)
-        each.prior, each.prior_said = made_prior(model, plain, n, seed + number, at), [plain] * n
+        each.prior, each.prior_prompts = made_prior(model, plain, n, seed + number, at), [plain] * n
 
 
-def made_prior(model: Model, prompt: str, n: int, seed: int, kept: Path | None) -> list[Tensor]:
+def made_prior(model: Model, prompt: str, n: int, seed: int, cache: Path | None) -> list[Tensor]:
     """Latents (c h w) of ``n`` pictures that the model makes of a prompt as it is now, from seeds of their own; those
     in the file ``kept``, if it is there, and then written to it."""
     from safetensors.torch import load_file
 
-    if kept is not None and kept.is_file():
-        return [each.to(model.device) for each in load_file(kept)["latents"]]
+    if cache is not None and cache.is_file():
+        return [each.to(model.device) for each in load_file(cache)["latents"]]
     seeds = [seed * 1_000_003 + 77_000_000 + i for i in range(n)]
     made = generate(model, [prompt] * n, seed=seeds, decode=False, batch_size=25).latents
     assert made is not None
     latents = made.detach().float().cpu()
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        files.save_tensors(kept, {"latents": latents})
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        files.save_tensors(cache, {"latents": latents})
     return [each.to(model.device) for each in latents]
 
 
@@ -133,7 +133,7 @@ class ConceptsLoss:
                 masks.append(mask)
             chosen = own.indices(len(concept.prior), self.batch).tolist() if concept.prior else []
             latents += [concept.prior[i] for i in chosen]
-            texts += [concept.prior_said[i] for i in chosen]
+            texts += [concept.prior_prompts[i] for i in chosen]
             masks += [None] * len(chosen)
             errors = self.denoising.errors(
                 latents, self.encode(texts), draw.step, where + where[: len(chosen)], masks=masks,

@@ -160,7 +160,7 @@ class CustomDiffusion:
             )  # fmt: skip
         facts = {
             "class": concepts[0].class_noun, "lr": p.lr, "seed": p.seed, "prompt": p.prompt,
-            "pictures": sum(len(each.subject) for each in concepts), "subjects": [each.said for each in concepts],
+            "pictures": sum(len(each.subject) for each in concepts), "subjects": [each.phrase for each in concepts],
         }  # fmt: skip
         found = Taught(
             model, self.CARD.key, words={each.word: each.taken() for each in rows},
@@ -174,7 +174,7 @@ class CustomDiffusion:
         plain = concept.prompt.format(concept.class_noun)
         others = Subject(model, self.params.regular, concept.subject.size)
         concept.prior = [others.latents(i) for i in range(len(others))]
-        concept.prior_said = [text or plain for text in others.captions]
+        concept.prior_prompts = [text or plain for text in others.captions]
 
     def _compressed(self, model: Model, found: Taught) -> Taught:
         """The changes of the weights as a LoRA, if that is asked for."""

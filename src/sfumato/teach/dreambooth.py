@@ -142,7 +142,7 @@ class DreamBooth:
         facts = {
             "class": concepts[0].class_noun, "identifier": "" if p.mode == "pivotal" else concepts[0].name,
             "mode": p.mode, "lr": learner.lr, "seed": p.seed, "pictures": sum(len(c.subject) for c in concepts),
-            "prior": p.prior, "prompt": p.prompt, "subjects": [each.said for each in concepts],
+            "prior": p.prior, "prompt": p.prompt, "subjects": [each.phrase for each in concepts],
         }  # fmt: skip
         if learner.lora:
             facts |= {"rank": p.rank, "alpha": p.alpha or p.rank}

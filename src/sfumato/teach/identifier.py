@@ -19,7 +19,7 @@ def candidates(towers: Sequence[TextTower], avoid: Collection[str] = ()) -> list
     """Words of at most :data:`LONGEST` letters that are one token in every CLIP (T5 may read several), the rarest
     first: a token's place in a byte-pair vocabulary is about its rank in frequency, and late ones are rare. Words of
     the captions in ``avoid`` are left out, whatever their rank; single letters are taken where nothing else is left."""
-    said = {word for text in avoid for word in re.findall(r"\w+", text.lower())}
+    used = {word for text in avoid for word in re.findall(r"\w+", text.lower())}
     clips = [tower for tower in towers if hasattr(tower.encoder.config, "eos_token_id")
              and getattr(tower.encoder.config, "model_type", "") != "t5"] or list(towers)  # fmt: skip
     vocabulary = clips[0].tokenizer.get_vocab()
@@ -29,7 +29,7 @@ def candidates(towers: Sequence[TextTower], avoid: Collection[str] = ()) -> list
         if token == word and not token.isalpha():
             continue
         whole = token.endswith("</w>") or token.startswith(("▁", "Ġ"))
-        if not whole or not 1 <= len(word) <= LONGEST or not re.fullmatch("[a-z]+", word) or word in said:
+        if not whole or not 1 <= len(word) <= LONGEST or not re.fullmatch("[a-z]+", word) or word in used:
             continue
         if all(len(tower.tokenizer(word, add_special_tokens=False).input_ids) == 1 for tower in clips):
             found.append(word)

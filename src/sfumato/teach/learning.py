@@ -31,18 +31,18 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
     if work.folder is None or not work.first:  # of several processes the first one looks
         yield None if work.folder is None else work.folder / "checkpoints"
         return
-    there, told = work.folder.exists(), work.folder / "run.json"
-    if work.resume and not told.is_file():
+    there, record = work.folder.exists(), work.folder / "run.json"
+    if work.resume and not record.is_file():
         raise BadInput(f"there is nothing to resume: {work.folder} holds no run.")
     work.folder.mkdir(parents=True, exist_ok=True)
     with writing.reserved(work.folder, "teaching"):
-        if told.is_file() and not work.resume:
+        if record.is_file() and not work.resume:
             raise Conflict(f"{work.folder} holds a run that was not finished: give --resume, or remove the folder.")
-        said = json.loads(json.dumps(dict(settings)))
+        now_settings = json.loads(json.dumps(dict(settings)))
         if work.resume:
-            _same(told, said)
+            _same(record, now_settings)
         else:
-            told.write_text(json.dumps(said, indent=1), encoding="utf-8")
+            record.write_text(json.dumps(now_settings, indent=1), encoding="utf-8")
         try:
             yield work.folder / "checkpoints"
         except BaseException:
@@ -51,17 +51,17 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
             raise
 
 
-def _same(told: Path, said: dict[str, Any]) -> None:
-    before = json.loads(told.read_text(encoding="utf-8"))
-    other = [name for name in said if before.get(name) != said[name]]
+def _same(record: Path, now_settings: dict[str, Any]) -> None:
+    before = json.loads(record.read_text(encoding="utf-8"))
+    other = [name for name in now_settings if before.get(name) != now_settings[name]]
     if other:
         name = other[0]
-        was, now = before.get(name), said[name]
+        was, now = before.get(name), now_settings[name]
         if isinstance(was, dict) and isinstance(now, dict):
             name = next(key for key in {**was, **now} if was.get(key) != now.get(key))
             was, now = was.get(name), now.get(name)
         raise Conflict(
-            f"{told.parent} holds a run with another {name} ({was!r}, now {now!r}): ask for the same, or remove the "
+            f"{record.parent} holds a run with another {name} ({was!r}, now {now!r}): ask for the same, or remove the "
             "folder to begin anew."
         )
 

@@ -60,16 +60,16 @@ def merged(
         if odd or len(part.weights) != len(paths):
             raise BadInput(f"{part.name} holds {(odd or ['other weights'])[0]}: only keys and values can be merged.")
     words = {part.name: part.vectors for part in parts}
-    said = [[f"{part.name} {part.class_noun}".strip(), prompt.format(f"{part.name} {part.class_noun}".strip())]
+    captioned = [[f"{part.name} {part.class_noun}".strip(), prompt.format(f"{part.name} {part.class_noun}".strip())]
             for part in parts]  # fmt: skip
     with torch.no_grad(), placeholders(model, words):
         regular = torch.cat(features(model, captions))
         before = len(model.tokenizers[0].tokenizer(prompt.partition("{}")[0], add_special_tokens=False).input_ids)
         targets = [
-            torch.cat([plain, sentence[before:]]) for plain, sentence in (features(model, texts) for texts in said)
+            torch.cat([plain, sentence[before:]]) for plain, sentence in (features(model, texts) for texts in captioned)
         ]
     solver = Solver(regular, torch.cat(targets), ridge)
-    if len(solver.kept) >= regular.shape[1]:
+    if len(solver.independent_rows) >= regular.shape[1]:
         raise BadInput(
             f"the words of these concepts fix all {regular.shape[1]} dimensions of the text, and nothing could stay as "
             "it was: merge fewer, or give a shorter prompt."
@@ -86,7 +86,8 @@ def merged(
     total = sum(len(each) for each in targets)
     facts: dict[str, Any] = {
         "class": " ".join(part.class_noun for part in parts), "merged": [part.name for part in parts],
-        "targets": total, "dropped": total - len(solver.kept), "condition": solver.condition, "matrices": figures,
+        "targets": total, "dropped": total - len(solver.independent_rows), "condition": solver.condition,
+        "matrices": figures,
         "captions": len(captions), "width": regular.shape[1],
     }  # fmt: skip
     return Taught(model, method, words=words, weights=out, facts=facts)

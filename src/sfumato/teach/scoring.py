@@ -41,7 +41,7 @@ class SubjectScorer:
         self.model, self.clip, self.n, self.words = model, load_clip(net), n, words
         self.seeds = [seed * 1_000_003 + 55_000_000 + i for i in range(n)]
         self.options: dict[str, Any] = {"steps": steps} if steps else {}
-        self.said, self.plain = prompt.format(concept.said), prompt.format(concept.class_noun)
+        self.phrase, self.plain = prompt.format(concept.phrase), prompt.format(concept.class_noun)
         pixels = [concept.subject.pixels(i) for i in range(min(len(concept.subject), 16))]
         self.real = np.concatenate([self.clip.features(as_pictures(each[None])) for each in pixels])
         self.plain_before, self.others_before = self._drawn(self.plain), self._drawn(*OTHERS)
@@ -55,7 +55,7 @@ class SubjectScorer:
         return self.clip.features(as_pictures(pixels.clamp(-1, 1)))
 
     def __call__(self, step: int) -> dict[str, float]:
-        subject = self._drawn(self.said)
+        subject = self._drawn(self.phrase)
         score = scored(
             step, self.real, subject, self._drawn(self.plain), self.plain_before, self._drawn(*OTHERS),
             self.others_before, identity(subject, self.text),

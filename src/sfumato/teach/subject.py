@@ -38,7 +38,7 @@ class Subject:
         self.size = size or model.default_size[::-1]
         model.latent_shape(self.size[1], self.size[0])  # refuses a size that the model cannot make
         self.samples: Samples = open_samples(where, self.size)
-        self._kept: OrderedDict[Any, Tensor] = OrderedDict()
+        self._cache: OrderedDict[Any, Tensor] = OrderedDict()
         self._bytes = 0
         self.captions = [self.samples.caption(i) for i in range(len(self))]
 
@@ -64,10 +64,10 @@ class Subject:
         """Latents (c h w) of picture ``i``: the mean of the codec's posterior, in float32. Pictures are encoded one by
         one, so that a picture's bits depend on no other."""
         key = (i, mirrored)
-        if key not in self._kept:
+        if key not in self._cache:
             pixels = self.pixels(i)
             self._keep(key, self.encoded(pixels.flip(-1) if mirrored else pixels))
-        return self._kept[key]
+        return self._cache[key]
 
     @torch.no_grad()
     def encoded(self, pixels: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class Subject:
         return self.model.encode_image(at)[0].float()
 
     def _keep(self, key: Any, latents: Tensor) -> None:
-        self._kept[key] = latents
+        self._cache[key] = latents
         self._bytes += latents.nbytes
-        while self._bytes > BUDGET and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        while self._bytes > BUDGET and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
 def bucket(own: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -42,8 +42,8 @@ def read_composition(prompt: str) -> Composition:
         return Composition(prompt, 1.0, ())
     read = []
     for part in parts:
-        said, colon, number = part.rpartition(":")
-        text, weight = (said, float(number)) if colon and _WEIGHT.fullmatch(number.strip()) else (part, 1.0)
+        head, colon, number = part.rpartition(":")
+        text, weight = (head, float(number)) if colon and _WEIGHT.fullmatch(number.strip()) else (part, 1.0)
         if not text.strip():
             raise BadInput(
                 f"AND composes two texts, but one side of it is empty in {prompt[:80]!r}; write it as 'and'."

@@ -50,7 +50,7 @@ def styled(images: Tensor, style: str, seed: int = 0) -> Tensor:
 
 def _sketch(x: Tensor, seed: int) -> Tensor:
     light = _luminance(_blurred(x, 0.012))
-    strength = (_slopes(light) * x.shape[-1] / 5).clamp(0, 1)
+    strength = (_gradients(light) * x.shape[-1] / 5).clamp(0, 1)
     shade = 0.75 + 0.25 * light
     ink = (shade * (1 - 0.9 * strength) + 0.04 * _grain(x, seed)).clamp(0, 1)
     return ink * torch.tensor(PAPER).to(x)[None, :, None, None]
@@ -64,7 +64,7 @@ def _pixel(x: Tensor, seed: int) -> Tensor:
 def _watercolour(x: Tensor, seed: int) -> Tensor:
     radius = max(1, round(0.045 * x.shape[-1]))
     wash = _kuwahara(x, radius)
-    rim = (_slopes(_luminance(wash)) * x.shape[-1] / 10).clamp(0, 1)
+    rim = (_gradients(_luminance(wash)) * x.shape[-1] / 10).clamp(0, 1)
     pale = 1 - 0.72 * (1 - wash)
     return pale * (1 - 0.25 * rim) + 0.05 * _grain(x, seed)
 
@@ -111,7 +111,7 @@ def _luminance(x: Tensor) -> Tensor:
     return (x * torch.tensor([0.299, 0.587, 0.114]).to(x)[None, :, None, None]).sum(1, keepdim=True)
 
 
-def _slopes(x: Tensor) -> Tensor:
+def _gradients(x: Tensor) -> Tensor:
     """Length of the gradient (b, 1, h, w), per pixel, by central differences."""
     wide = F.pad(x, [1, 1, 1, 1], mode="replicate")
     dx, dy = wide[..., 1:-1, 2:] - wide[..., 1:-1, :-2], wide[..., 2:, 1:-1] - wide[..., :-2, 1:-1]

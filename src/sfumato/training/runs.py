@@ -237,13 +237,13 @@ class TrainingRun:
         path = self.folder / "log.jsonl"
         if not self.main or not path.is_file():
             return
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= self.trainer.step:
-                    kept.append(line + "\n")
+                    lines.append(line + "\n")
         with writing.replacing(path) as file:
-            file.write("".join(kept).encode())
+            file.write("".join(lines).encode())
 
     def measure(self) -> dict[str, float]:
         """The quality of the averaged weights, for the card; main process only."""

@@ -188,13 +188,13 @@ class Samples:
         return len(self.entries)
 
     def caption(self, i: int) -> str:
-        said = self.entries[i].caption
-        if isinstance(said, str):
-            return said
+        caption = self.entries[i].caption
+        if isinstance(caption, str):
+            return caption
         try:
-            return said.read().decode("utf-8-sig").strip()
+            return caption.read().decode("utf-8-sig").strip()
         except UnicodeDecodeError:
-            raise BadInput(f"{said.name} is not UTF-8 text.") from None
+            raise BadInput(f"{caption.name} is not UTF-8 text.") from None
 
     def mask(self, i: int) -> Tensor | None:
         """The mask (h w) of sample ``i``, if it has one."""
@@ -323,8 +323,8 @@ def _of_row(folder: Path, table: str, number: int, row: dict[str, Any]) -> Entry
     shown = part("file_name", "input_image", "image")
     if shown is None:
         raise BadInput(f"line {number} of {folder / table} has no file_name.")
-    said = next((str(row[key]) for key in CAPTIONS if row.get(key)), "")
-    return Entry(shown, said, part("mask"), part(*TARGETS), row)
+    caption = next((str(row[key]) for key in CAPTIONS if row.get(key)), "")
+    return Entry(shown, caption, part("mask"), part(*TARGETS), row)
 
 
 # shards ---------------------------------------------------------------------------------------------------------------
@@ -372,6 +372,6 @@ def _of_group(parts: dict[str, FilePart], moving: bool) -> Entry | None:
             facts = dict(valid.parsed_json(parts[".json"].read()))
         except (ValueError, TypeError) as error:
             raise BadInput(f"{parts['.json'].name} is not a JSON object: {error}.") from None
-    said: str | FilePart = parts.get(".txt") or next((str(facts[key]) for key in CAPTIONS if facts.get(key)), "")
+    caption: str | FilePart = parts.get(".txt") or next((str(facts[key]) for key in CAPTIONS if facts.get(key)), "")
     kinds = (*PICTURES, *VIDEOS)
-    return Entry(shown, said, first(".mask", PICTURES), first(".target", kinds), facts)
+    return Entry(shown, caption, first(".mask", PICTURES), first(".target", kinds), facts)

@@ -262,18 +262,18 @@ def fit(
     trainer = Trainer(
         players, data, seed=seed, accumulate=accumulate, accelerator=accelerator, averages=True, name=name
     )
-    kept: dict[str, Any] = {} if state is None else state
+    extra: dict[str, Any] = {} if state is None else state
     main = accelerator is None or accelerator.is_main_process
     result = Fitted(0, False, False, 0.0)
     checkpoints = None if folder is None else Path(folder)
     if checkpoints is not None and (found := checkpoint.load_latest(checkpoints)):
         trainer.restore(found[0], found[1])
-        kept.update(found[1].get("state", {}))
+        extra.update(found[1].get("state", {}))
         result.complaints = found[2]
 
     def save() -> None:
         if checkpoints is not None and main:
-            trainer.save(checkpoints, {"state": kept})
+            trainer.save(checkpoints, {"state": extra})
 
     def after(logs: dict[str, Tensor]) -> None:
         last = trainer.step == steps

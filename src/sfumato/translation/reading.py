@@ -51,17 +51,17 @@ class CodeReader:
             x = (z[at] - mean) / std
             x = x + 0.1 * torch.randn(x.shape, generator=draw.generator("noise"))
             parts = net(x).split(list(heads.values()), 1)
-            told = [
+            losses = [
                 F.cross_entropy(part, labels[name][at], ignore_index=-1, reduction="sum") / len(at)
                 for name, part in zip(heads, parts, strict=True)
             ]
-            return torch.stack(told).sum()
+            return torch.stack(losses).sum()
 
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
         fit(Player(loss, optimizer, net, schedule=lambda s: 1 - s / steps), steps, seed=seed, name="reader")
         found = cls(net.eval().requires_grad_(False), heads, mean, std, {})
-        said = found.read(z[held])
+        predictions = found.read(z[held])
         for name, each in labels.items():
             known = each[held] >= 0
-            found.accuracy[name] = float((said[name] == each[held])[known].float().mean())
+            found.accuracy[name] = float((predictions[name] == each[held])[known].float().mean())
         return found

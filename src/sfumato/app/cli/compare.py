@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import flags, options, show
-from sfumato.app.cli.flags import generated
+from sfumato.app.cli.flags import with_flags
 from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput, WorkInterrupted
@@ -17,7 +17,7 @@ SETTINGS = ("steps", "guidance", "negative", "size", "scheduler")
 
 
 @command()
-@generated(("Settings of both", flags.of(JobOptions, only=SETTINGS)))
+@with_flags(("Settings of both", flags.of_schema(JobOptions, only=SETTINGS)))
 def compare(
     first: Annotated[str, typer.Argument(help="A folder of pictures, or MODEL or MODEL:steps=10,guidance=3,...")],
     second: Annotated[str, typer.Argument(help="The other one, of the same kind.")],
@@ -55,7 +55,7 @@ def compare(
         at.parent.mkdir(parents=True, exist_ok=True)
         source, n = write_prompts(at, prompt_set(task, n or 20, seed or 0)), None
         seed = None  # every prompt of the set has its own
-    settings = flags.said(given)
+    settings = flags.parsed(given)
     measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}
     try:
         with show.bar("pairs") as bar:

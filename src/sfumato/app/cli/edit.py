@@ -10,7 +10,7 @@ import typer
 
 from sfumato import cards
 from sfumato.app.cli import flags, options, show
-from sfumato.app.cli.flags import generated
+from sfumato.app.cli.flags import with_flags
 from sfumato.app.cli.frame import command
 from sfumato.app.editing import EditOptions
 from sfumato.errors import BadInput
@@ -19,8 +19,8 @@ EDITOR = cards.default("edit")
 
 
 @command()
-@generated(
-    ("Options", flags.of(EditOptions, without=("prompt",))),
+@with_flags(
+    ("Options", flags.of_schema(EditOptions, without=("prompt",))),
     (f"Parameters of {EDITOR} (of others: in --with)", flags.of_system(EDITOR, ("source", "mask"))),
 )
 def edit(
@@ -42,24 +42,24 @@ def edit(
 ) -> None:
     from sfumato import app
 
-    typed = flags.said(given)
+    values = flags.parsed(given)
     if prompt:
-        typed["prompt"] = prompt
+        values["prompt"] = prompt
     with_ = with_ or []
     if like is not None:
-        if typed or with_ or by:
+        if values or with_ or by:
             raise BadInput("--like repeats an edit as it was: with it go IMAGE, --mask, --model, --allow and -o only.")
-        typed = app.edit_like(like, image, mask, allow or ())
-        with_ = typed.pop("with_")
+        values = app.edit_like(like, image, mask, allow or ())
+        with_ = values.pop("with_")
     elif not prompt:
         raise BadInput('nothing to do: say what the picture shall show, such as sfumato edit toys.png "a blue cube".')
     if by is not None:
-        typed["by"] = by
+        values["by"] = by
     order = app.Order([], model, with_, dtype, device, config=config, allow=list(allow or ()))
     with show.bar("steps") as bar:
 
         def report(step: Any) -> None:
             bar(step.i + 1, step.total)
 
-        for path in app.edit_file(image, mask, typed, order, out, report):
+        for path in app.edit_file(image, mask, values, order, out, report):
             typer.echo(path)

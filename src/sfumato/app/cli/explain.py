@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import flags, options, show
-from sfumato.app.cli.flags import generated
+from sfumato.app.cli.flags import with_flags
 from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 
@@ -17,7 +17,7 @@ OPTIONS = ("n", "steps", "guidance", "negative", "size", "frames", "fps", "seed"
 
 
 @command()
-@generated(("Options", flags.of(JobOptions, only=OPTIONS)))
+@with_flags(("Options", flags.of_schema(JobOptions, only=OPTIONS)))
 def explain(
     what: Annotated[
         str,
@@ -38,7 +38,7 @@ def explain(
 ) -> None:
     from sfumato import app
 
-    typed = flags.said({"prompt": prompt, "words": words, **given})
-    job = app.Explaining(what, by, app.Order([], model, [], dtype, device, config=config, maps=maps), typed)
+    values = flags.parsed({"prompt": prompt, "words": words, **given})
+    job = app.Explaining(what, by, app.Order([], model, [], dtype, device, config=config, maps=maps), values)
     with show.bar("pictures") as bar:
         show.written(app.explain_into(job, out, bar), out)

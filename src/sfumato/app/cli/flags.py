@@ -28,7 +28,9 @@ METAVARS |= {"compose": "TEXT=WEIGHT", "guidance_interval": "START|END"}
 DECLARED = {"n": "-n", "from_": "--from"}
 
 
-def of(schema: type[cards.Params], only: Sequence[str] = (), without: Sequence[str] = ()) -> list[cards.Parameter]:
+def of_schema(
+    schema: type[cards.Params], only: Sequence[str] = (), without: Sequence[str] = ()
+) -> list[cards.Parameter]:
     """The options of a schema, all or ``only`` some, without those whose field says ``flag: False``."""
     return [
         each for each in cards.parameters_of(schema)
@@ -41,9 +43,9 @@ def of_system(key: str, without: Iterable[str] = ()) -> list[cards.Parameter]:
     return [each for each in cards.parameters(key) if each.name not in without]
 
 
-def generated(*groups: tuple[str, list[cards.Parameter]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(*groups: tuple[str, list[cards.Parameter]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command a flag for each parameter of ``groups`` (title, parameters); the function receives them as
-    keywords, None where nothing was said. A name that the function or an earlier group has is left out."""
+    keywords, None where a flag is not given. A name that the function or an earlier group has is left out."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function)
@@ -86,8 +88,8 @@ def _flag(parameter: cards.Parameter, title: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def said(given: dict[str, Any]) -> dict[str, Any]:
-    """What was said of the flags, as values for a schema: lists are parted at ``|``, sizes read as width x height."""
+def parsed(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as values for a schema: lists are parted at ``|``, sizes read as width x height."""
     return {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
 
 

@@ -64,7 +64,7 @@ def loaded(name: str) -> Any:
     return _loaded[name]
 
 
-class _OneLine(TyperGroup):
+class _LazyGroup(TyperGroup):
     """The command group whose errors are one line each, and whose commands are imported when they are called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -98,7 +98,7 @@ class _OneLine(TyperGroup):
                 raise BadInput("an argument holds a zero byte, which no text and no name of a file can.")
             with warnings.catch_warnings(), _stopped_by_signals():
                 warnings.simplefilter("always")
-                warnings.showwarning = _teller()
+                warnings.showwarning = _warn_once()
                 code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
             if code == 130:  # some versions of typer turn Ctrl-C into this
                 code = _report(KeyboardInterrupt())
@@ -123,10 +123,10 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, OSError):
         message, code = _os_error(error), 2
     elif hasattr(error, "format_message"):  # a wrong option or command, whichever parser typer carries
-        said = error.format_message()
-        if not said:  # the bare command: its help is on the screen already
+        text = error.format_message()
+        if not text:  # the bare command: its help is on the screen already
             return 2
-        message, code = f"{said.rstrip('.')}. Try --help.", 2
+        message, code = f"{text.rstrip('.')}. Try --help.", 2
     elif type(error).__name__ == "Abort":
         message, code = "interrupted; nothing half-written is left.", 130
     else:
@@ -175,8 +175,8 @@ def _os_error(error: OSError) -> str:
     return f"{error.filename or 'a file'}: {error.strerror or str(error)[:300]}; {remedy}."
 
 
-def _teller() -> Any:
-    """Tells each of our own warnings once, in one line; those of the libraries below are not the user's to act on."""
+def _warn_once() -> Any:
+    """Prints each of our own warnings once, in one line; those of the libraries below are not the user's to act on."""
     shown = set()
 
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
@@ -189,7 +189,7 @@ def _teller() -> Any:
 
 
 app = typer.Typer(
-    cls=_OneLine,
+    cls=_LazyGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

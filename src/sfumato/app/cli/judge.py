@@ -60,8 +60,8 @@ def judge(
     from sfumato import app
 
     if by is not None and app.judges_sets(by):
-        said = (reference, prompts, attribute, metric, net, clip, template, draws, cap, seed, batch, dtype)
-        if any(each is not None for each in said) or oracle or ray or workers:
+        values = (reference, prompts, attribute, metric, net, clip, template, draws, cap, seed, batch, dtype)
+        if any(each is not None for each in values) or oracle or ray or workers:
             raise BadInput(
                 "with such a system give the sets, --also, -o and --json alone; it has parameters of its own."
             )

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import flags, options, show
-from sfumato.app.cli.flags import generated
+from sfumato.app.cli.flags import with_flags
 from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput, WorkInterrupted
 
 
 @command()
-@generated(("Options", flags.of(JobOptions, without=("prompt", "batch_size"))))
+@with_flags(("Options", flags.of_schema(JobOptions, without=("prompt", "batch_size"))))
 def make(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
     model: options.Model = None,
@@ -55,19 +55,19 @@ def make(
         raise BadInput("--workers are Ray's: give --ray too.")
     if prompt is None and prompts is None and like is None:
         raise BadInput('nothing to make: give a prompt, such as sfumato make "a red cube", or --like or --prompts.')
-    typed = flags.said(given)
+    values = flags.parsed(given)
     if prompt is not None:
-        typed["prompt"] = prompt
+        values["prompt"] = prompt
     if allow and like is None:
         raise BadInput("--allow is for the systems in a recipe: give --like.")
     order = app.Order([], model, with_ or [], dtype, device, image, config, allow=list(allow or ()))
     if like is not None:
-        order = app.like(like, typed, order)
+        order = app.like(like, values, order)
     elif prompts is not None:
-        deliver_lines(prompts, typed, order, out, grid, ray, workers)
+        deliver_lines(prompts, values, order, out, grid, ray, workers)
         return
     else:
-        order.jobs = [app.JobOptions(**typed)]
+        order.jobs = [app.JobOptions(**values)]
     deliver(order, out, grid)
 
 
@@ -82,7 +82,7 @@ def deliver(order: Any, out: Path, grid: bool = False) -> None:
 
 
 def deliver_lines(
-    prompts: Path, typed: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
+    prompts: Path, values: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
 ) -> None:
     """The same for a prompts file: what is there already is not made again, bad lines are reported at the end."""
     from sfumato import app
@@ -93,7 +93,7 @@ def deliver_lines(
     made = there = 0
     try:
         with show.bar("lines") as bar:
-            for picture in app.carry_out_lines(app.read_prompts(prompts, typed), order, out, bar, total, **spread):
+            for picture in app.carry_out_lines(app.read_prompts(prompts, values), order, out, bar, total, **spread):
                 there += picture.there
                 if grid:
                     finished.append(picture.paths[0])

@@ -9,7 +9,7 @@ import typer
 
 from sfumato import cards
 from sfumato.app.cli import flags, options, show
-from sfumato.app.cli.flags import generated
+from sfumato.app.cli.flags import with_flags
 from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput
@@ -18,9 +18,9 @@ SEGMENTER = cards.default("segment")
 
 
 @command()
-@generated(
+@with_flags(
     (f"Parameters of {SEGMENTER} (of others: in --by)", flags.of_system(SEGMENTER)),
-    ("Options", flags.of(JobOptions, only=("size",))),
+    ("Options", flags.of_schema(JobOptions, only=("size",))),
 )
 def segment(
     what: Annotated[str, typer.Argument(help="The name of an object; or a segmenter.safetensors made before.")],
@@ -42,8 +42,8 @@ def segment(
 ) -> None:
     from sfumato import app
 
-    typed = flags.said(given)
-    if pictures and "n" in typed:
+    values = flags.parsed(given)
+    if pictures and "n" in values:
         raise BadInput("-n is how many pictures to make; it cannot be given with pictures.")
     with show.bar("steps") as bar:
 
@@ -51,6 +51,6 @@ def segment(
             bar(done, total, 0.0, f"{done}/{total} {stage}")
 
         for path in app.segment_files(
-            what, pictures or [], out, model, remover, dtype, device, report, by=by, config=config, **typed
+            what, pictures or [], out, model, remover, dtype, device, report, by=by, config=config, **values
         ):
             typer.echo(path)

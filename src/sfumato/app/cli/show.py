@@ -31,9 +31,9 @@ def bar(unit: str) -> Iterator[Any]:
             columns = (BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
             drawn = Progress(*columns, console=Console(stderr=True), transient=True)
             drawn.start()
-            task = drawn.add_task("", total=total, said="")
+            task = drawn.add_task("", total=total, text="")
         if drawn is not None:
-            drawn.update(task, total=total, completed=done + share, said=note or f"{done}/{total} {unit}")
+            drawn.update(task, total=total, completed=done + share, text=note or f"{done}/{total} {unit}")
 
     try:
         yield show

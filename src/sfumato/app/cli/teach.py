@@ -43,8 +43,8 @@ def teach(
 
     if out is None:
         raise BadInput("nowhere to write: give -o, such as -o rex.safetensors.")
-    said = {"name": name, "class_noun": class_, "steps": steps, "seed": seed, "per_class": per_class}
-    given: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+    values = {"name": name, "class_noun": class_, "steps": steps, "seed": seed, "per_class": per_class}
+    given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     if model is not None:
         given["model"] = model
     with show.bar("steps") as bar:

@@ -209,7 +209,7 @@ def _read_texts(reader: Reader, texts: list[str], rules: dict[str, Any]) -> list
     out = []
     for i, text in enumerate(texts):
         answer = Answer(names[target.index[i]], float(found.scores[i]), None, *_words(reader, text, values[i]))
-        out.append(RelevanceMaps((answer,), (64, 64), found.method, {"model": reader.name, "asked": text}))
+        out.append(RelevanceMaps((answer,), (64, 64), found.method, {"model": reader.name, "query": text}))
     return out
 
 
@@ -270,7 +270,7 @@ def _spelt(reader: Reader, text: str) -> str:
     return text.replace("colour", "color").replace("?", " ?") if reader.kind == "answerer" else text
 
 
-def _maps(reader: Reader, found: Relevances | None, asked: str, images: Tensor, answers: list[Answer]) -> RelevanceMaps:
-    facts = {"model": reader.name, "asked": asked}
+def _maps(reader: Reader, found: Relevances | None, query: str, images: Tensor, answers: list[Answer]) -> RelevanceMaps:
+    facts = {"model": reader.name, "query": query}
     method = found.method if found is not None else "relevance"
     return RelevanceMaps(tuple(answers), (images.shape[-2], images.shape[-1]), method, facts)

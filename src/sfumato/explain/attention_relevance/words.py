@@ -77,7 +77,7 @@ def word_maps(
             if span.positions:
                 cells = total[i][:, list(span.positions)].mean(-1).view(h, w) / run.total
                 answers.append(Answer(span.label, float(scores[i]), cells.cpu()))
-        facts = {"model": model.name, "asked": prompt, "seed": seed + i, "steps": steps}
+        facts = {"model": model.name, "query": prompt, "seed": seed + i, "steps": steps}
         out.append(RelevanceMaps(tuple(answers), tuple(images.shape[-2:]), found.method, facts))
     return out
 

@@ -171,14 +171,14 @@ class InvarianceExplorer:
             "cosine_others": cosine(own.roll(1, 0), own),
         }
         try:
-            said = decided(self.net, pixels)
+            decisions = decided(self.net, pixels)
         except NotSupported:
             return found
-        kept = (decided(self.net, drawn) == said.repeat_interleave(n, 0)).all(1)
-        rebuilt_kept = (decided(self.net, rebuilt) == said).all(1)
+        same = (decided(self.net, drawn) == decisions.repeat_interleave(n, 0)).all(1)
+        rebuilt_same = (decided(self.net, rebuilt) == decisions).all(1)
         return found | {
-            "decision": float(kept.float().mean()),
-            "decision_reconstruction": float(rebuilt_kept.float().mean()),
+            "decision": float(same.float().mean()),
+            "decision_reconstruction": float(rebuilt_same.float().mean()),
         }
 
 

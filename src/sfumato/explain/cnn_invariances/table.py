@@ -62,12 +62,12 @@ class InvarianceTable:
         out = []
         for row in self.layers:
             f = row.fidelity
-            told = f"{row.layer}: samples look to it like their picture by {f['cosine']:.2f}"
-            told += f" (reconstructions {f['cosine_reconstruction']:.2f}, other pictures {f['cosine_others']:.2f})"
+            line = f"{row.layer}: samples look to it like their picture by {f['cosine']:.2f}"
+            line += f" (reconstructions {f['cosine_reconstruction']:.2f}, other pictures {f['cosine_others']:.2f})"
             if "decision" in f:
-                told += f", same decision {100 * f['decision']:.0f} %"
-                told += f" (reconstructions {100 * f['decision_reconstruction']:.0f} %)"
-            out.append(told)
+                line += f", same decision {100 * f['decision']:.0f} %"
+                line += f" (reconstructions {100 * f['decision_reconstruction']:.0f} %)"
+            out.append(line)
             if row.ratios:
                 parts = [f"{concept} {100 * value:.0f} %" for concept, value in row.ratios.items()]
                 out.append(f"{row.layer}: invariant to {', '.join(parts)}")

@@ -158,8 +158,8 @@ def block_sizes(free: int, sizes: Mapping[str, int]) -> dict[str, int]:
     lacking. Raises BadInput where a block would be empty."""
     concepts = {name: int(size) for name, size in sizes.items() if name != RESIDUAL}
     if any(size < 1 for size in concepts.values()) or sum(concepts.values()) >= free:
-        told = ", ".join(f"{name} {size}" for name, size in concepts.items())
-        raise BadInput(f"blocks of {told} leave no residual of {free} dimensions; every block needs 1 or more.")
+        listed = ", ".join(f"{name} {size}" for name, size in concepts.items())
+        raise BadInput(f"blocks of {listed} leave no residual of {free} dimensions; every block needs 1 or more.")
     return {**concepts, RESIDUAL: free - sum(concepts.values())}
 
 

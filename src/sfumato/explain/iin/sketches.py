@@ -48,9 +48,9 @@ def drawn_in(sketch: Tensor, pictures: Tensor) -> Tensor:
     left, right = pictures[..., :edge].mean(-1, keepdim=True), pictures[..., -edge:].mean(-1, keepdim=True)
     ground = torch.lerp(left, right, torch.linspace(0, 1, w))
     third = slice(round(0.4 * h), round(0.6 * h)), slice(round(0.4 * w), round(0.6 * w))
-    middle = pictures[..., third[0], third[1]].mean((2, 3), keepdim=True)
+    centre = pictures[..., third[0], third[1]].mean((2, 3), keepdim=True)
     down, across = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
-    thing = middle + 0.25 * (-down - across) / 2
+    thing = centre + 0.25 * (-down - across) / 2
     return torch.where(inside, thing, ground).clamp(-1, 1)
 
 

@@ -132,8 +132,8 @@ class BiasReport:
         """What :class:`PairBias` says of each pair, then how far to trust it."""
         out = [line for pair in self.pairs for line in pair.lines()]
         if self.reader is not None:
-            told = ", ".join(f"{c} {100 * v:.0f} %" for c, v in self.reader.accuracy.items())
-            out.append(f"concepts are read off codes, held out right in: {told}")
+            accuracies = ", ".join(f"{c} {100 * v:.0f} %" for c, v in self.reader.accuracy.items())
+            out.append(f"concepts are read off codes, held out right in: {accuracies}")
         if self.projection.record is not None:
             out.append(self.projection.record.line())
         return out

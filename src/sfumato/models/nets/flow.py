@@ -208,14 +208,14 @@ class CouplingFlow(nn.Module):
             raise BadInput(
                 "this flow has no condition." if self.embed is None else "this flow needs a condition for each vector."
             )
-        seen: list[Tensor] = []
+        embedded: list[Tensor] = []
         if self.embed is not None and c is not None:
             if len(c) != len(z) or tuple(c.shape[1:]) != self.condition:
                 raise BadInput(f"conditions must be {(len(z), *self.condition)}, got {tuple(c.shape)}.")
-            seen = [self.embed(c)]
+            embedded = [self.embed(c)]
         total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         for stage in reversed(self.stages) if rev else self.stages:
-            given = {"c": seen} if isinstance(stage, RNVPCouplingBlock) else {}
+            given = {"c": embedded} if isinstance(stage, RNVPCouplingBlock) else {}
             (z,), logdet = stage((z,), rev=rev, **given)
             total = total + logdet
         return z, total

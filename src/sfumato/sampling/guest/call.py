@@ -163,8 +163,8 @@ class PipelineCall:
         return self.run.seam(tuple(taps)).forward(step, rows, self.run.sites_with(texts), order)
 
     def _by_branch(self, out: Any, rows: dict[str, slice]) -> dict[str, Tensor]:
-        said = self._unpacked(out if isinstance(out, Tensor) else out[0])
-        return {name: said[part] for name, part in rows.items()}
+        prediction = self._unpacked(out if isinstance(out, Tensor) else out[0])
+        return {name: prediction[part] for name, part in rows.items()}
 
     def _stepping(self, real: Callable[..., Any], arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         step = self.step
@@ -312,8 +312,8 @@ def _begin(pipe: Any, time: Any) -> int:
     t = float(torch.as_tensor(time).flatten()[0])
     levels = pipe.scheduler.timesteps.tolist()
     fit = [i for i, level in enumerate(levels) if level == t] or [0]
-    told = len(levels) - int(getattr(pipe, "_num_timesteps", 0) or 0)
-    return told if told in fit else fit[0]
+    begun = len(levels) - int(getattr(pipe, "_num_timesteps", 0) or 0)
+    return begun if begun in fit else fit[0]
 
 
 def _generators(given: Any, count: int) -> tuple[list[torch.Generator], list[int | None]]:

@@ -60,7 +60,7 @@ class Texts:
     @classmethod
     def of_call(cls, model: Model, arguments: dict[str, Any], prompt: str | Sequence[str] | None) -> Texts:
         """Raises NotSupported for calls without a prompt, or that give each text encoder another one."""
-        prompts = _texts(prompt if prompt is not None else _said(model, arguments, ""))
+        prompts = _texts(prompt if prompt is not None else _prompt_argument(model, arguments, ""))
         if prompts is None:
             raise NotSupported(
                 f"this call of {model.name} has no prompt, so no word of it can be found; if it was given embeddings, "
@@ -69,7 +69,7 @@ class Texts:
         n = next(
             (arguments[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if arguments.get(name)), 1
         )
-        negatives = _texts(_said(model, arguments, "negative_"))
+        negatives = _texts(_prompt_argument(model, arguments, "negative_"))
         if negatives is not None and len(negatives) == 1:
             negatives *= len(prompts)
         spread = [text for text in prompts for _ in range(int(n))]
@@ -177,21 +177,21 @@ def _same(part: Tensor, known: Tensor | None) -> bool:
     return torch.equal(part, known) or (many > 1 and torch.equal(part, known.repeat_interleave(many, 0)))
 
 
-def _said(model: Model, arguments: dict[str, Any], prefix: str) -> Any:
+def _prompt_argument(model: Model, arguments: dict[str, Any], prefix: str) -> Any:
     """The text that attention sees: each tokenizer has an argument of its own, which falls back on the first."""
     first = arguments.get(f"{prefix}prompt")
-    said = []
+    prompts_of_streams = []
     for stream in model.tokenizers:
         tokenizer = getattr(stream.tokenizer, "tokenizer", stream.tokenizer)
         number = next((k for k in ("_2", "_3", "_4") if getattr(model.pipe, f"tokenizer{k}", None) is tokenizer), "")
         own = arguments.get(f"{prefix}prompt{number}")
-        said.append(first if own is None else own)
-    if any(each != said[0] for each in said):
+        prompts_of_streams.append(first if own is None else own)
+    if any(each != prompts_of_streams[0] for each in prompts_of_streams):
         raise NotSupported(
             f"this call gives the text encoders of {model.name} different prompts, whose words lie on the same axis; "
             f"give one prompt to all."
         )
-    return said[0] if said else first
+    return prompts_of_streams[0] if prompts_of_streams else first
 
 
 def _texts(given: Any) -> list[str] | None:

@@ -110,7 +110,7 @@ def explore(
 
 
 @dataclass(eq=False)
-class _Seen:
+class _Captured:
     module: nn.Module
     q: Tensor
     k: Tensor
@@ -122,7 +122,7 @@ class _NoMixing(TorchFunctionMode):
     def __init__(self, stack: list[Any]):
         super().__init__()
         self.stack = stack
-        self.seen: dict[str, _Seen] = {}
+        self.captured: dict[str, _Captured] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -131,7 +131,7 @@ class _NoMixing(TorchFunctionMode):
         q, k, v = named["query"], named["key"], named["value"]
         if self.stack:
             top = self.stack[-1]
-            self.seen.setdefault(top.path, _Seen(top.module, q, k))
+            self.captured.setdefault(top.path, _Captured(top.module, q, k))
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
 
@@ -152,33 +152,33 @@ def find_text(
             f"restore its default attention processors."
         )
     found: list[Site] = []
-    told, length = False, embeds.shape[1]
+    located, length = False, embeds.shape[1]
     if axis is not None and axis.count != length:
         raise BadInput(f"text says {axis.count} keys are text, but the denoiser is given {length} text positions.")
-    for path, seen in plain.items():
-        t, n = seen.k.shape[2], seen.q.shape[2]
-        text, image = _moved(seen.k, all_[path].k), _moved(seen.q, all_[path].q)
-        begin = _moved(seen.k, one[path].k)
+    for path, captured in plain.items():
+        t, n = captured.k.shape[2], captured.q.shape[2]
+        text, image = _moved(captured.k, all_[path].k), _moved(captured.q, all_[path].q)
+        begin = _moved(captured.k, one[path].k)
         columns = _range(text) if int(text.sum()) == length else None
         if columns is not None and not (int(begin.sum()) == 1 and bool(begin[columns[0]])):
             columns = None  # in another order, or mixed before
         queries = _range(~image)
         if axis is not None and t > length:
-            said = axis.of(t)
-            if columns not in (None, said):
-                raise BadInput(f"text says keys {said[0]}:{said[1]} are text; at {path} keys {columns} move with it.")
-            columns, queries = said, _rest(n, said) if n == t else (0, n)
+            given = axis.of(t)
+            if columns not in (None, given):
+                raise BadInput(f"text says keys {given[0]}:{given[1]} are text; at {path} keys {columns} move with it.")
+            columns, queries = given, _rest(n, given) if n == t else (0, n)
         elif columns is None and bool(text.any()) or queries is None:
             continue  # cannot be told, or text among itself
-        told = told or columns is not None
+        located = located or columns is not None
         cells = queries[1] - queries[0]
         shape = grid(cells) or (grid(cells // frames) if cells % frames == 0 else None)
         if shape is None:
             continue
         kind = "self" if columns is None else "cross" if t == columns[1] - columns[0] else "joint"
         place = path.rsplit(".attn", 1)[0]
-        found.append(Site(path, kind, shape, columns, queries, seen.q.shape[1], place, len(found), frames))
-    if not told or not any(site.text for site in found):
+        found.append(Site(path, kind, shape, columns, queries, captured.q.shape[1], place, len(found), frames))
+    if not located or not any(site.text for site in found):
         raise NotSupported(
             f"where the text lies in the attention of {type(denoiser).__name__}, and where the picture, cannot be told "
             f"from what moves with the prompt; {HELP}."
@@ -186,10 +186,10 @@ def find_text(
     return found
 
 
-def _run(denoiser: nn.Module, run: Callable[[Tensor], Any], embeds: Tensor) -> dict[str, _Seen]:
+def _run(denoiser: nn.Module, run: Callable[[Tensor], Any], embeds: Tensor) -> dict[str, _Captured]:
     with running(denoiser) as stack, _NoMixing(stack) as spy:
         run(embeds)
-    return {path: seen for path, seen in spy.seen.items() if seen.q.dim() == 4}
+    return {path: captured for path, captured in spy.captured.items() if captured.q.dim() == 4}
 
 
 def _moved(before: Tensor, after: Tensor) -> Tensor:

@@ -300,9 +300,9 @@ class CLIPObjective(Objective):
                 logs["local"] = part.detach()
         if "pixels" not in batch:
             return loss, logs
-        seen = self.clip.vision_model(pixel_values=batch["pixels"])
+        vision = self.clip.vision_model(pixel_values=batch["pixels"])
         read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
-        image = F.normalize(self.clip.visual_projection(seen.pooler_output).float(), dim=-1)
+        image = F.normalize(self.clip.visual_projection(vision.pooler_output).float(), dim=-1)
         text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
         part, figures = self.contrast(self.clip.logit_scale.exp().clamp(max=100) * image @ text.T, batch["same"])
         loss, logs = loss + part, {**figures, **logs}
@@ -313,7 +313,7 @@ class CLIPObjective(Objective):
                 loss = loss + 0.5 * o.words * part
             logs["words"] = part.detach()
         if o.places:
-            patches = self.modules["readout"](seen.last_hidden_state[:, 1:]).transpose(1, 2)
+            patches = self.modules["readout"](vision.last_hidden_state[:, 1:]).transpose(1, 2)
             part = labels.place_loss(patches.unflatten(2, batch["places"].shape[-2:]), batch["places"]).mean()
             loss = loss + o.places * part
             logs["places"] = part.detach()

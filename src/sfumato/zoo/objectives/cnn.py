@@ -101,12 +101,12 @@ class CNNObjective(Objective):
 
         ``shape_bias`` is the share of shape decisions among shape and texture decisions where the two differ.
         """
-        said = []
+        predictions = []
         for part in torch.arange(len(self.val_data)).split(100):
-            said.append(
+            predictions.append(
                 self.cnn(pixel_values=data.pictures(self.val_data, part).to(self.device)).logits.argmax(1).cpu()
             )
-        decided = torch.cat(said).numpy()
+        decided = torch.cat(predictions).numpy()
         shapes = self.val_data.labels
         textures = np.array([CUE_TEXTURES.index(scene.toys[0].pattern) for scene in self.val_data.scenes])
         apart = shapes != textures

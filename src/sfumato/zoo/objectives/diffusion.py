@@ -102,7 +102,7 @@ class DiffusionObjective(LatentObjective):
         ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings", "readout")
         return parameter.ndim in (2, 4) and not any(end in name for end in ends)
 
-    def seen(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def network_input(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """What the network is shown (b, c', h, w) of a batch whose noisy latents are ``noisy`` (b, c, h, w)."""
         return noisy
 
@@ -163,7 +163,7 @@ class DiffusionObjective(LatentObjective):
         weight = min_snr(snr, self.loss_options.min_snr) + self.loss_options.structure / snr.clamp(min=0.05)
         with self.watching(block) as outputs, self.dropping(draw):
             found = denoising_loss(
-                lambda x, t: self.unet(self.seen(x, batch), t, context).sample,
+                lambda x, t: self.unet(self.network_input(x, batch), t, context).sample,
                 path, x0, noise, t, mask=batch["weight"], weight=weight,
             )  # fmt: skip
         halves = {"late": found.errors[t >= steps // 2], "early": found.errors[t < steps // 2]}

@@ -89,7 +89,7 @@ class InpaintObjective(DiffusionObjective):
         erased = data.pictures(source, indices) * (1 - hole[:, None])
         return {**batch, "weight": weight / weight.mean(), "hole": grid, "erased": erased}
 
-    def seen(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def network_input(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             known = self.vae.encode(batch["erased"]).latent_dist.mean * self.vae.config.scaling_factor
         return torch.cat([noisy, batch["hole"], known.to(noisy.dtype)], 1)
@@ -228,9 +228,11 @@ def toy_hole(toys: np.ndarray, grow: int, rng: np.random.Generator) -> Tensor:
 
 def inside(scene: Scene, toys: np.ndarray, hole: np.ndarray) -> Scene:
     """The scene with only those toys that lie in the hole, by :data:`INSIDE`."""
-    seen = [(toys == i) for i in range(len(scene.toys))]
+    masks_of_toys = [(toys == i) for i in range(len(scene.toys))]
     toys_inside = [
-        toy for toy, mask in zip(scene.toys, seen, strict=True) if (hole * mask).sum() > INSIDE * max(mask.sum(), 1)
+        toy
+        for toy, mask in zip(scene.toys, masks_of_toys, strict=True)
+        if (hole * mask).sum() > INSIDE * max(mask.sum(), 1)
     ]
     return scene.replace(toys=tuple(toys_inside))
 

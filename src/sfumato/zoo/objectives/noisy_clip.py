@@ -132,7 +132,7 @@ class NoisyCLIPObjective(LatentObjective):
             batch["places"] = labels.place_labels(self.train_data, indices, x0.shape[-1] // self.model_options.patch)
         return batch
 
-    def seen(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    def image_features(self, x0: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors (b, d) of latents noised to ``level`` (b), and the patches' features (b, n, width)."""
         alpha, sigma = (part.view(-1, 1, 1, 1) for part in alpha_sigma(level))
         out = self.clip.vision_model(pixel_values=noised_input(alpha * x0 + sigma * noise, level))
@@ -146,7 +146,7 @@ class NoisyCLIPObjective(LatentObjective):
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: NoisyCLIPLoss = self.loss_options
-        image, patches = self.seen(batch["x0"], batch["noise"], batch["level"])
+        image, patches = self.image_features(batch["x0"], batch["noise"], batch["level"])
         text = self.read(batch["tokens"])
         logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
         b = len(image)
@@ -192,7 +192,7 @@ class NoisyCLIPObjective(LatentObjective):
             own = torch.arange(len(part), device=self.device)
             for u in LEVELS:
                 level = torch.full((len(part),), u, device=self.device)
-                images = {"": self.seen(x0, noise, level)[0]}
+                images = {"": self.image_features(x0, noise, level)[0]}
                 if plain:
                     images["toy_clip_"] = self._decoded(x0, noise, level)
                 for name, image in images.items():

@@ -112,7 +112,7 @@ class VitObjective(Objective):
         masks = to_tensor(self.train_data.masks[indices.numpy()]).long()
         generator = draw.generator("cut")
         windows = self._windows(masks, generator)
-        wanted, known = self._seen(indices, masks, windows)
+        wanted, known = self._targets(indices, masks, windows)
         return {"pixels": cut(pixels, windows, generator), "wanted": wanted, "known": known}
 
     def _windows(self, masks: Tensor, generator: torch.Generator) -> Tensor:
@@ -136,7 +136,7 @@ class VitObjective(Objective):
             windows[i] = torch.cat([high - side + chances[i, 2:] * (low - high + side), torch.tensor([side])])
         return windows
 
-    def _seen(self, indices: Tensor, masks: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
+    def _targets(self, indices: Tensor, masks: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(1 for labels of toys that are mostly inside the window, 0 for labels of toys that are cut in two)."""
         wanted = torch.zeros(len(indices), len(self.labels))
         known = torch.ones_like(wanted)

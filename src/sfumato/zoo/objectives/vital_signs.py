@@ -148,8 +148,8 @@ def word_attention(model: Model, x0: Tensor, prompts: Sequence[str]) -> dict[str
     least: dict[str, float] = {}
 
     def look(call: Call) -> None:
-        seen = call.probs(call.image)[..., call.text].mean((1, 2))  # (b t)
-        best = torch.stack([row[list(at)].max() for row, at in zip(seen, places, strict=True)]).mean()
+        probs_of_words = call.probs(call.image)[..., call.text].mean((1, 2))  # (b t)
+        best = torch.stack([row[list(at)].max() for row, at in zip(probs_of_words, places, strict=True)]).mean()
         least[call.site.path] = min(least.get(call.site.path, 1.0), float(best))
 
     condition = model.encode_text(list(prompts), guidance=False)
