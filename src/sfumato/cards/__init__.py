@@ -140,7 +140,8 @@ class Params(BaseModel):
     field that holds a list accepts a single value as well. Not-a-number and infinity are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # the validator is built when it is first needed: listing and help need none
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     SYSTEM: ClassVar[str] = ""
     MOST: ClassVar[int] = valid.MOST  # items of one list
