@@ -83,7 +83,7 @@ def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
         del known["negative"]
         dropped.append(f"the negative prompt, which has no effect at CFG {guidance:g}")
     model = order.model or recipe.get("model")
-    if not exact and "clip_skip" in known and _reads_last_but_one(model or DEFAULT_MODEL):
+    if not exact and "clip_skip" in known and _penultimate(model or DEFAULT_MODEL):
         dropped.append(f"Clip skip {known.pop('clip_skip') + 1}, which is what SDXL does by itself")
     try:
         job = JobOptions(**{**known, **overrides})
@@ -129,12 +129,12 @@ def model_of(recipe: dict[str, Any], picture: Path) -> str:
     )
 
 
-def _reads_last_but_one(model: str) -> bool:
+def _penultimate(model: str) -> bool:
     """Whether other programs read the last but one layer of this model's CLIPs whatever Clip skip says."""
     from sfumato.models import family_at
 
     family = family_at(model)
-    return family is not None and family.name in ("sdxl", "sd3")
+    return family is not None and family.penultimate_clip_layer
 
 
 def _systems_of(recipe: dict[str, Any], allow: Sequence[str | Path]) -> list[Any]:

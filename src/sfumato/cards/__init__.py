@@ -302,8 +302,10 @@ def build(text: str) -> System:
 
 
 def to_recipe(system: Any) -> dict[str, Any]:
-    """``{"method": key, "params": {...}}`` in plain JSON values, enough to build the same system again."""
-    return {"method": system.CARD.key, "params": system.params.model_dump(mode="json")}
+    """``{"method": key, "params": {...}}`` in plain JSON values, enough to build the same system again. Where a run
+    has completed the parameters, by files that were found, a system has them as ``resolved``."""
+    params = getattr(system, "resolved", system.params)
+    return {"method": system.CARD.key, "params": params.model_dump(mode="json")}
 
 
 def from_recipe(recipe: dict[str, Any], allow: Sequence[str | Path] = ()) -> Any:

@@ -93,6 +93,11 @@ class Experts(Intervention):
             raise BadInput(f"timesteps of experts has {wrong[0]}; an interval is a start from 0 and an end above it.")
         self.experts: list[Expert] = []
 
+    @property
+    def resolved(self) -> Params:
+        """The parameters with the models that were found where none was named: a recipe names them."""
+        return self.params.model_copy(update={"models": [expert.name for expert in self.experts] or self.params.models})
+
     def start(self, run: Run) -> None:
         """Reads the experts and attaches them. Raises NoMatch where there are none, UnknownName, BadInput and
         BadWeights for those that do not fit, Conflict where two share noise levels and neither lies within the other.
@@ -100,7 +105,6 @@ class Experts(Intervention):
         if sum(isinstance(part, Experts) for part in run.parts) > 1:
             raise Conflict("experts is given twice; name all models in one.")
         found = self._found(run.model.name)
-        self.params = self.params.model_copy(update={"models": list(found)})  # what a recipe has to name
         top = float(run.scheduler.config.get("num_train_timesteps", 1000))
         self.experts = []
         for i, (name, folder) in enumerate(found.items()):

@@ -164,7 +164,7 @@ class OpenedPicture:
     def rebuilt(self) -> Any:
         """What the autoencoder keeps of the picture, as a PIL picture."""
         z = self.translation.second.encode(self.pixels)
-        return sheets.as_picture(self.translation._decoded(z)[0])
+        return sheets.as_picture(self.translation.decoded(z)[0])
 
     def edit(
         self, prompt: str, *, mask: Any = None, with_: Sequence[Any] = (), on_step: Any = None, **params: Any

@@ -35,14 +35,14 @@ class Translation:
     def translate(self, given: Any, n: int = 1, seed: int = 0, temperature: float = 1.0) -> Tensor:
         """Pictures (b n 3 h w) drawn for each text, label or picture; ``temperature`` below 1 gives up spread."""
         z = self.translator.sample(self.first.encode(given), n, seed, temperature)
-        return self._decoded(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return self.decoded(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def exchange(self, pictures: Tensor, shown: Any, other: Any) -> Tensor:
         """Pictures (b 3 h w) that show ``other`` instead of ``shown`` and keep the rest: the residual of each picture
         given what it shows, under what it shall show."""
         z = self.second.encode(pictures)
         v = self.translator.residual(z, self.first.encode(shown))
-        return self._decoded(self.translator.vectors(v, self.first.encode(other)))
+        return self.decoded(self.translator.vectors(v, self.first.encode(other)))
 
     def score(self, pictures: Tensor, given: Any) -> Tensor:
         """Negative log-likelihood (b) of each picture's representation given its text: low where they fit."""
@@ -59,7 +59,8 @@ class Translation:
         nats = alone.nll(z[cut:]) + alone.std.log().sum() - here.nll(z[cut:], c[cut:]) - here.std.log().sum()
         return float(nats.mean() / torch.log(torch.tensor(2.0)))
 
-    def _decoded(self, z: Tensor) -> Tensor:
+    def decoded(self, z: Tensor) -> Tensor:
+        """Pictures (b 3 h w) of vectors (b n). Raises NotSupported where the second expert makes none."""
         if self.second.decode is None:
             raise NotSupported(f"{self.second.name} makes no pictures; the second expert must decode (toy-ae).")
         return self.second.decode(z)

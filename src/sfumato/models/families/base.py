@@ -94,6 +94,8 @@ class Family:
     siblings: ClassVar[dict[str, tuple[str, str]]] = {}
     #: whether the denoiser is told the picture's original size, crop and target size
     micro_conditions: ClassVar[bool] = False
+    #: whether its CLIPs' last layer but one is read where ``clip_skip`` is not given
+    penultimate_clip_layer: ClassVar[bool] = False
     #: of the run in progress: see `Model.encoding`
     encoding: Encoding = Encoding()
 

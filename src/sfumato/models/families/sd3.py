@@ -18,6 +18,7 @@ class StableDiffusion3(Family):
     """Esser et al. 2024, arXiv 2403.03206. Joint attention sees the image tokens first, then the text."""
 
     name = "sd3"
+    penultimate_clip_layer = True
     pipeline_classes = ("StableDiffusion3Pipeline",)
     siblings = {f"StableDiffusion3{kind}Pipeline": ("StableDiffusion3Pipeline", "") for kind in ("Img2Img", "Inpaint")}
     shifts_latents = True

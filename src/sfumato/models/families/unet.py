@@ -222,6 +222,7 @@ class StableDiffusionXL(StableDiffusion):
     defaults = {"steps": 50, "guidance": 5.0}
     upcasts_vae = True
     micro_conditions = True
+    penultimate_clip_layer = True
 
     @property
     def streams(self) -> list[TextStream]:

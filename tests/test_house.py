@@ -1,0 +1,105 @@
+"""The house rules that only reading the sources can hold: sizes, families by name, state in its place, privacy."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import sfumato
+from sfumato import cards
+from sfumato.models.families import families
+
+SOURCE = Path(sfumato.__file__).parent
+TREES = {
+    str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))
+}
+OF_SYSTEMS = {
+    name
+    for name in TREES
+    for key, card in cards._shipped().items()
+    if name == f"{card.verb}/{key}.py" or name.startswith(f"{card.verb}/{key}/")
+}
+#: private names of the libraries that ours has no public way around
+LIBRARIES = {
+    "_AttentionBackendRegistry", "_C", "_are_functorch_transforms_active", "_attention_backend",
+    "_base", "_denormalize_latents", "_foreach_lerp_", "_fused_sdp_choice",
+    "_get_add_time_ids", "_get_signature_types", "_normalize_latents", "_pack_latents", "_parameters",
+    "_patchify_latents", "_prepare_attention_mask", "_prepare_latent_ids", "_prepare_latent_image_ids",
+    "_prepare_rotary_positional_embeddings", "_prepare_text_ids", "_text_preprocessing", "_unpack_latents",
+    "_unpatchify_latents", "_scaled_dot_product_flash_attention_for_cpu",
+}  # fmt: skip
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def _stored(tree: ast.AST) -> list[ast.Attribute]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+
+
+def _private(tree: ast.AST) -> set[str]:
+    """Private attributes that a file reads of something else than self, and that it does not define itself."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (*FUNCTIONS[:2], ast.ClassDef))}
+    own |= {node.target.id for node in ast.walk(tree)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}  # fmt: skip
+    read = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr[:1] == "_"]
+    of_self = {node.attr for node in read if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")}
+    return {node.attr for node in read if not node.attr.startswith("__")} - own - of_self
+
+
+def _function_state(tree: ast.AST) -> list[str]:
+    """Attributes set on functions that the file itself defines."""
+    found = []
+    for scope in (node for node in ast.walk(tree) if isinstance(node, (ast.Module, *FUNCTIONS[:2]))):
+        inside = [node for node in scope.body if isinstance(node, FUNCTIONS)]
+        named = {node.name for node in inside if isinstance(node, FUNCTIONS[:2])}
+        taken = {node.id for node in ast.walk(scope) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        found += [
+            ast.unparse(node)
+            for node in _stored(scope)
+            if isinstance(node.value, ast.Name) and node.value.id in named - taken
+        ]
+    return found
+
+
+def _changes_itself(tree: ast.AST) -> list[str]:
+    """Where a method that is no constructor sets ``role`` or ``params`` of its object."""
+    return [
+        f"{method.name}: {ast.unparse(node)}"
+        for method in ast.walk(tree)
+        if isinstance(method, FUNCTIONS[:2]) and method.name != "__init__"
+        for node in _stored(method)
+        if node.attr in ("role", "params") and isinstance(node.value, ast.Name) and node.value.id == "self"
+    ]
+
+
+def test_no_file_is_too_long():
+    lines = {name: len((SOURCE / name).read_text(encoding="utf-8").splitlines()) for name in TREES}
+    assert len(OF_SYSTEMS) > 34
+    assert {name: n for name, n in lines.items() if n > (300 if name in OF_SYSTEMS else 450)} == {}
+
+
+def test_systems_know_no_family_by_name():
+    names = {family.name for family in families().values()} - {"unet"}
+    found = {
+        f"{name}:{node.lineno}": node.value
+        for name in OF_SYSTEMS
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {} and {"sd", "sdxl", "flux", "wan"} <= names
+
+
+def test_functions_hold_no_state():
+    assert _function_state(ast.parse("def f(): ...\nf.seen = 1")) == ["f.seen"]
+    assert _function_state(ast.parse("def f():\n    def g(): ...\n    g.seen = 1")) == ["g.seen"]
+    assert {name: found for name, tree in TREES.items() if (found := _function_state(tree))} == {}
+
+
+def test_private_fields_stay_inside_their_file():
+    assert _private(ast.parse("call._q = 1")) == {"_q"} and not _private(ast.parse("self._q = 1"))
+    assert {name: found for name, tree in TREES.items() if (found := _private(tree) - LIBRARIES)} == {}
+
+
+def test_systems_do_not_change_their_own_role_or_parameters():
+    changed = ast.parse("class A:\n    def start(self, run):\n        self.params = self.role = 1")
+    assert len(_changes_itself(changed)) == 2
+    assert {name: found for name, tree in TREES.items() if (found := _changes_itself(tree))} == {}
