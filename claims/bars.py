@@ -19,7 +19,8 @@ class Bar:
 
     ``null`` and ``ideal`` are what the estimate would be for a method without the effect and for a perfect one: with an
     interval as wide as the one measured, the first must fail the bar and the second must pass it, else the bar decides
-    nothing (:attr:`fault`). Raises BadInput where nothing is asked.
+    nothing (:attr:`fault`); but a figure whose whole interval lies on the wrong side is refuted however wide it is.
+    Raises BadInput where nothing is asked.
     """
 
     figure: Interval
@@ -51,11 +52,19 @@ class Bar:
         return Interval(value, self.figure.low + shift, self.figure.high + shift, self.figure.n, self.figure.level)
 
     @property
+    def refuted(self) -> bool:
+        """Whether the whole interval lies on the wrong side of what is asked."""
+        floors = [each for each in (self.at_least, self.above) if each is not None]
+        ceilings = [each for each in (self.at_most, self.below) if each is not None]
+        return any(self.figure.high < each for each in floors) or any(self.figure.low > each for each in ceilings)
+
+    @property
     def fault(self) -> str:
         """Why the bar decides nothing at this n; empty where it does."""
         if self.met(self._moved(self.null)):
             return f"a method without the effect would pass ({self.null:g})"
-        if not self.met(self._moved(self.ideal)):
+        alone = Interval(self.ideal, self.ideal, self.ideal, self.figure.n, self.figure.level)
+        if not self.met(alone) or not (self.refuted or self.met(self._moved(self.ideal))):
             return f"a perfect method would fail ({self.ideal:g} at n {self.figure.n})"
         return ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from claims.bars import Bar
 from claims.core import Context
 from sfumato import sampling, sheets
 from sfumato.metrics import stats
 from sfumato.models import load as load_model
 from sfumato.models.readers import load_clip
-from sfumato.toybox import COLORS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, oracle, to_uint8
+from sfumato.toybox import COLORS, PATTERNS, SHAPES, Caption, Scene, Toy, ToyboxDataset, caption, oracle, to_uint8
 from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.oracle.accuracy import MIN_PIXELS, Accuracy
 
@@ -61,6 +62,43 @@ def several(seed: int, index: int, toys: int) -> Prompt:
 def mixed_prompts(seed: int, n: int) -> list[Prompt]:
     """Two and three toys in turn: with pairs alone a plain model is right too often for anything to be repaired."""
     return [several(seed, index, 2 + index % 2) for index in range(n)]
+
+
+KINDS = ("three toys", "equal shapes", "patterns")
+
+
+def steering(kind: str, seed: int, n: int) -> list[Prompt]:
+    """``n`` different prompts of a kind that plain sampling often gets wrong, so that there is something to steer.
+
+    "three toys": all shapes and colours differ. "equal shapes": two of three toys have one shape, all colours differ.
+    "patterns": two toys, each with a shape, colour and pattern of its own.
+    """
+    found: dict[str, Prompt] = {}
+    index = 0
+    while len(found) < n:
+        rng = np.random.default_rng((seed, index, 23 + KINDS.index(kind)))
+        shapes, colors = rng.permutation(SHAPES)[:3].tolist(), rng.permutation(COLORS)[:3].tolist()
+        patterns = rng.permutation(PATTERNS[1:]).tolist()  # the first is plain
+        if kind == "equal shapes":
+            shapes = rng.permutation([shapes[0], shapes[0], shapes[1]]).tolist()
+        if kind != "patterns":
+            patterns = ["plain"] * 3
+        toys = [Toy(*each) for each in zip(shapes, colors, patterns, strict=True)]
+        scene = Scene(tuple(toys[:2] if kind == "patterns" else toys))
+        told = caption(scene, None, "plain" if kind == "patterns" else "short")
+        found.setdefault(told.text, Prompt(told.text, told, scene, oracle.wanted(told)))
+        index += 1
+    return list(found.values())
+
+
+def tenth(context: Context, full: int) -> int:
+    """``full`` samples, or in a quick run a tenth of them."""
+    return context.count(full, max(2, full // 10))
+
+
+def side_of(model: Any) -> int:
+    """The side in pixels of the pictures that a model draws."""
+    return int(model.default_size[0])
 
 
 def load(context: Context, name: str) -> Any:
@@ -202,3 +240,58 @@ def judge_features(context: Context, pixels: Tensor) -> np.ndarray:
             dense = net(part)
             rows.append(torch.cat([dense.features.mean((2, 3)), dense.context], 1))
     return torch.cat(rows).numpy()
+
+
+# --- bars and verdicts -----------------------------------------------------------------------------------------------
+
+OPEN = (0.35, 0.85)  # plain sampling must lie here, else there is too little to repair or nothing to build on
+MARGIN = 0.05  # what counts as no harm
+
+
+def lift(more: stats.Interval, base: float, size: float | None = None, what: str = "") -> Bar:
+    """A share that rises by ``more`` over ``base``: the whole interval above 0, and the estimate ``size`` or more."""
+    return Bar(more, null=0.0, ideal=1 - base, above=0.0, at_least=size, what=what)
+
+
+def no_harm(more: stats.Interval, what: str, margin: float = MARGIN) -> Bar:
+    """A share that may not fall: the whole interval above ``-margin``. Without an effect here is a method that costs
+    just that much."""
+    return Bar(more, null=-margin, ideal=0.0, above=-margin, what=what)
+
+
+def void(plain: stats.Interval, what: str = "plain sampling", bounds: tuple[float, float] = OPEN) -> str:
+    """Why a test of steering says nothing: plain sampling succeeds too often, or fails too often; else empty."""
+    low, high = bounds
+    if low <= plain.value <= high:
+        return ""
+    return f"{what} succeeds in {100 * plain.value:.0f} %, not between {100 * low:.0f} and {100 * high:.0f} %"
+
+
+# --- pictures with labels --------------------------------------------------------------------------------------------
+
+
+def asked_for(wishes: Sequence[oracle.Wanted]) -> str:
+    """What a prompt asks for, short enough to stand above a picture."""
+    each = (" ".join(word for word in (w.color, w.pattern, w.shape) if word) for w in wishes)
+    return ", ".join(each)
+
+
+def failing(check: oracle.Check, wishes: Sequence[oracle.Wanted]) -> str:
+    """What the judge misses in a picture, to stand above it."""
+    wrong = [
+        f"no {wish.shape}" if not there else f"not {asked_for([wish])}"
+        for wish, there, bound in zip(wishes, check.present, check.bound, strict=True)
+        if not bound
+    ]
+    return ", ".join(wrong) or "all right"
+
+
+def labelled(rows: Mapping[str, Sequence[Any]], heads: Sequence[str] = (), title: str = "") -> Image.Image:
+    """Rows of pictures (3, h, w), or of (label, picture), by the name of each row; ``heads`` above the columns. Small
+    pictures are enlarged to about 192 pixels."""
+    columns = max(map(len, rows.values()))
+    cells = [cell for row in rows.values() for cell in [*row, *[None] * (columns - len(row))]]
+    first = next(cell for cell in cells if cell is not None)
+    side = (first[1] if isinstance(first, tuple) else first).shape[-1]
+    scale = max(1, round(192 / side))
+    return sheets.sheet(cells, columns, rows=list(rows), heads=heads, title=title, scale=scale)

@@ -31,6 +31,13 @@ def test_a_bar_that_cannot_fail_or_cannot_pass_decides_nothing():
     assert "perfect method would fail" in Bar(Interval(0.2, -0.6, 1.0, 4), 0, 0.5, above=0).fault
 
 
+def test_what_is_refuted_is_not_void_for_being_wide():
+    harm = Interval(-0.3, -0.4, -0.2, 80)
+    assert Bar(harm, -0.05, 0, above=-0.05).fault == "" and not Bar(harm, -0.05, 0, above=-0.05).met()
+    assert "perfect method" in Bar(Interval(-0.1, -0.2, 0.0, 80), -0.05, 0, above=-0.05).fault  # as wide, undecided
+    assert "perfect method" in Bar(Interval(0.01, 0.0, 0.02, 80), 0, 0.05, at_least=0.1).fault  # no room at any n
+
+
 def row(**given):
     return Row(claim="c", source="s", measured="m", baseline="b", n=80, **given)
 
