@@ -8,7 +8,7 @@ score of toy-clip, whose towers the guide was trained from, is shown beside them
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from claims import common
+from claims.bars import Bar
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sampling
@@ -29,9 +30,14 @@ from sfumato.toybox import ToyboxDataset, oracle
 
 SOURCE = "Nichol et al. 2021"
 STEPS = 25
-REPORT, TUNE = 6100, 6200
-FREE = (1.0, 2.0, 4.0, 8.0)  # classifier-free scales; 1 is no guidance
-CLIP = (1.0, 3.0, 10.0, 30.0)  # strengths of CLIP guidance; the paper has 3
+N, TUNED = 200, 40  # prompts to report on and to choose by
+REPORT, TUNE = 16300, 16400
+FREE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # classifier-free scales; 1 is no guidance
+CLIP = (0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 100.0)  # strengths of CLIP guidance; the paper has 3
+SCORED = CLIP[1::2]  # strengths between which each scorer may choose
+MORE, AHEAD = 0.08, 0.5
+ALIKE = 0.02  # cosine: further apart, two scores are not the same
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,20 @@ class Arm:
 
 
 def prompts(context: Context, seed: int, n: int) -> list[common.Prompt]:
-    """Half with one toy, half with two."""
-    half = n // 2
-    return common.prompts("test", seed, half, 1, "plain") + common.prompts("test", seed + 1, n - half, 2, "plain")
+    """One, two and three toys in turn."""
+    by_toys = [common.prompts("test", seed + k, n, k + 1, "plain") for k in range(3)]
+    return [by_toys[i % 3][i] for i in range(n)]
 
 
-def renders(context: Context) -> np.ndarray:
-    """Features of renders of other scenes with as many toys."""
+def renders(context: Context, side: int) -> np.ndarray:
+    """Features of renders of other scenes with as many toys, ``side`` pixels wide."""
 
     def made() -> np.ndarray:
-        data = ToyboxDataset("val", context.count(1000, 100), 64)
-        few = [i for i, scene in enumerate(data.scenes) if len(scene.toys) <= 2]
+        data = ToyboxDataset("val", context.count(1000, 100), side)
+        few = [i for i, scene in enumerate(data.scenes) if 1 <= len(scene.toys) <= 3]
         return common.judge_features(context, common.pictures_of(data)[few])
 
-    return context.once("features of renders", made)
+    return context.once(f"features of renders {side}", made)
 
 
 def arm(
@@ -97,121 +103,150 @@ def read(context: Context, pictures: Tensor, asked: Sequence[common.Prompt], sec
         pictures,
         [oracle.check(r, p.wishes).all_bound for r, p in zip(readings, asked, strict=True)],
         common.clip_scores(context, pictures, [prompt.text for prompt in asked]),
-        kernel_distance(common.judge_features(context, pictures), renders(context)),
+        kernel_distance(common.judge_features(context, pictures), renders(context, pictures.shape[-1])),
         seconds,
     )
 
 
 def curves(name: str, context: Context) -> list[Row]:
     """Both knobs on one model."""
-    n = context.count(32, 6)
-    asked = prompts(context, REPORT, n)
-    scales, strengths = (FREE, CLIP) if not context.quick else (FREE[::3], CLIP[1:2])
+    asked = prompts(context, REPORT, common.tenth(context, N))
+    tuning = prompts(context, TUNE, common.tenth(context, TUNED))
+    scales, strengths = (FREE, CLIP) if not context.quick else (FREE[::3], CLIP[2:4])
+
+    def chosen(settings: Sequence[float], free: bool) -> float:
+        def score(each: float) -> float:
+            given = (each, ()) if free else (1.0, ClipGuidance(strength=each))
+            return float(np.mean(arm(context, name, tuning, TUNE, *given).right))
+
+        return max(settings, key=score)
+
+    best = chosen([scale for scale in scales if scale > 1], True), chosen(strengths, False)
     free = {scale: arm(context, name, asked, REPORT, scale) for scale in scales}
     clip = {s: arm(context, name, asked, REPORT, 1.0, ClipGuidance(strength=s)) for s in strengths}
-    plain = free[1.0]
-    tuning = prompts(context, TUNE, context.count(16, 4))
-    best_free = max((s for s in scales if s > 1), key=lambda s: np.mean(arm(context, name, tuning, TUNE, s).right))
-    best_clip = max(
-        strengths,
-        key=lambda s: np.mean(arm(context, name, tuning, TUNE, 1.0, ClipGuidance(strength=s)).right),
-    )
-    ours, other = free[best_free], clip[best_clip]
-    both = arm(context, name, asked, REPORT, best_free, ClipGuidance(strength=min(strengths)))
-    gain = stats.mcnemar(ours.right, plain.right)
-    more = stats.mcnemar(ours.right, other.right)
-    beaten = [s for s, one in clip.items() if any(dominates(f, one) for f in free.values())]
-    alike = min(free.values(), key=lambda f: abs(f.score - other.score))
-    gap = stats.mcnemar(alike.right, other.right)
-    added = stats.mcnemar(both.right, ours.right)
-    picture = context.save(f"clip-guidance-{name}.png", plot(name, free, clip))
-    shown = context.save(f"clip-guidance-{name}-pictures.png", sheet(plain, ours, other))
-    leans = common.trust_text(context, "shape", "color")
-    data = {
-        "classifier-free": {str(s): as_data(one) for s, one in free.items()},
-        "clip": {str(s): as_data(one) for s, one in clip.items()},
-        "both": as_data(both),
-        "chosen": {"classifier-free": best_free, "clip": best_clip},
+    both = arm(context, name, asked, REPORT, best[0], ClipGuidance(strength=min(strengths)))
+    shown = {
+        "leans_on": common.trust_text(context, "shape", "color"),
+        "picture": context.save(
+            f"clip-guidance-{name}-pictures.png",
+            sheet(asked, {"no guidance": free[1.0], "classifier-free": free[best[0]], "CLIP": clip[best[1]]}),
+        ),
     }
+    return curve_rows(
+        name, free, clip, both, best, context.save(f"clip-guidance-{name}.png", plot(name, free, clip)), shown
+    )
+
+
+def curve_rows(
+    name: str,
+    free: Mapping[float, Arm],
+    clip: Mapping[float, Arm],
+    both: Arm,
+    best: tuple[float, float],
+    chart: str | None,
+    shown: Mapping[str, Any],
+) -> list[Row]:
+    """The verdicts from the arms by scale (1: no guidance) and by strength; ``best``: those chosen on other prompts;
+    ``both`` at once."""
+    plain, ours, other = free[1.0], free[best[0]], clip[best[1]]
+    gain, more = stats.mcnemar(ours.right, plain.right), stats.mcnemar(ours.right, other.right)
+    ahead = beaten(clip, free) - beaten({s: one for s, one in free.items() if s > 1}, clip)
+    alike = min(free.values(), key=lambda one: abs(one.score - other.score))
+    gap, added = stats.mcnemar(alike.right, other.right), stats.mcnemar(both.right, ours.right)
+    apart = abs(alike.score - other.score)
     cost = (
         f"CPU seconds a picture: none {plain.seconds:.2f}, classifier-free {ours.seconds:.2f}, CLIP {other.seconds:.2f}"
     )
+    about: dict[str, Any] = {
+        "n": len(plain.right),
+        **shown,
+        "data": {
+            "classifier-free": {str(s): as_data(one) for s, one in free.items()},
+            "clip": {str(s): as_data(one) for s, one in clip.items()},
+            "both": as_data(both),
+            "chosen": {"classifier-free": best[0], "clip": best[1]},
+        },
+    }
     return [
         Row(
-            claim=f"{name}: classifier-free guidance draws what was asked for 8 points more often than no guidance",
-            source=SOURCE,
-            measured=f"{percent(ours.share)} at scale {best_free:g}, {percent(gain)} more",
+            claim=f"{name}: classifier-free guidance draws what was asked for {100 * MORE:.0f} points more often than "
+            f"no "
+            "guidance",
+            source=f"{SOURCE} (the size is ours)",
+            measured=f"{percent(ours.share)} at scale {best[0]:g}, {percent(gain)} more",
             baseline=f"no guidance {percent(plain.share)}",
-            holds=gain.value >= 0.08 and gain.low > 0,
-            n=n,
-            leans_on=leans,
-            picture=shown,
-            data=data,
+            bars=[common.lift(gain, plain.share.value, MORE)],
+            **about,
         ),
         Row(
-            claim=f"{name}: classifier-free guidance beats CLIP guidance, each at its best setting, at about equal "
-            "compute",
-            source=f"{SOURCE} (there by human preference)",
+            claim=f"{name}: classifier-free guidance beats CLIP guidance, each at its best setting",
+            source=f"{SOURCE}, section 5 (there by human preference)",
             measured=f"{percent(more)} more often right; {cost}",
-            baseline=f"CLIP guidance at strength {best_clip:g} {percent(other.share)}",
-            holds=more.low > 0,
-            n=n,
-            leans_on=leans,
-            picture=shown,
-            data=data,
+            baseline=f"CLIP guidance at strength {best[1]:g} {percent(other.share)}",
+            bars=[common.lift(more, other.share.value)],
+            headline=True,
+            **about,
         ),
         Row(
-            claim=f"{name}: for 4 in 5 strengths of CLIP guidance or more, some classifier-free scale is as often "
-            "right and as close to renders",
-            source=SOURCE,
-            measured=f"{len(beaten)} of {len(clip)} strengths",
+            claim=f"{name}: settings of CLIP guidance for which some classifier-free scale is as often right and as "
+            f"close "
+            f"to renders, less those the other way round: {100 * AHEAD:.0f} % or more",
+            source=f"{SOURCE}, section 5 (its frontier of fidelity and diversity; the size is ours)",
+            measured=f"{100 * beaten(clip, free):.0f} % of {len(clip)} strengths, {100 * ahead:.0f} points ahead",
             baseline="kernel distance to renders x 1000: none "
             f"{1000 * plain.distance.value:.0f}, classifier-free {1000 * ours.distance.value:.0f}, CLIP "
             f"{1000 * other.distance.value:.0f}",
-            holds=len(beaten) >= 0.8 * len(clip),
-            n=n,
-            leans_on=f"{leans}; its features",
-            picture=picture,
-            data=data,
+            bars=[Bar(Interval(ahead, ahead, ahead, len(clip)), null=0.0, ideal=1.0, at_least=AHEAD)],
+            **about | {"picture": chart, "leans_on": f"{about.get('leans_on', '')}; its features"},
         ),
         Row(
-            claim=f"{name}: at about the same toy-clip score, CLIP guidance is right less often "
-            "(it exploits the scorer)",
-            source=SOURCE,
+            claim=f"{name}: at about the same toy-clip score, CLIP guidance is right less often (it exploits the "
+            f"scorer)",
+            source=f"{SOURCE}, section 5",
             measured=f"classifier-free {percent(gap)} more often right, at toy-clip score {alike.score:.3f} against "
             f"{other.score:.3f}",
-            baseline="no difference: 0",
-            holds=gap.low > 0,
-            n=n,
-            leans_on=leans,
-            picture=picture,
-            data=data,
+            baseline=f"CLIP guidance {percent(other.share)}",
+            bars=[common.lift(gap, other.share.value)],
+            void="" if apart <= ALIKE else f"the nearest scores are {apart:.3f} apart",
+            **about | {"picture": chart},
         ),
         Row(
             claim=f"{name}: CLIP guidance added to classifier-free guidance",
             source="this library",
             measured=f"{percent(both.share)}, {percent(added)} more; toy-clip score {both.score:.3f}",
             baseline=f"classifier-free alone {percent(ours.share)}, score {ours.score:.3f}",
-            holds=None,
-            n=n,
-            leans_on=leans,
-            data=data,
+            **about,
         ),
     ]
 
 
+SCORERS: dict[str, dict[str, Any]] = {
+    "noise-aware": {"clip": None, "through": "denoiser"},
+    "ordinary": {"clip": "toy-clip", "through": "denoiser"},
+}
+
+
 def scorers(name: str, context: Context) -> list[Row]:
     """A CLIP that knows noise against one that does not."""
-    n = context.count(24, 4)
-    asked, tuning = prompts(context, REPORT + 10, n), prompts(context, TUNE + 10, context.count(12, 2))
-    made = {"clip": None, "through": "denoiser"}, {"clip": "toy-clip", "through": "denoiser"}
-    found = []
-    for given in made:
-        systems = [ClipGuidance(strength=s, **given) for s in (CLIP[1:3] if not context.quick else CLIP[1:2])]
+    asked = prompts(context, REPORT + 10, common.tenth(context, N))
+    tuning = prompts(context, TUNE + 10, common.tenth(context, TUNED))
+    found = {"plain": arm(context, name, asked, REPORT + 10, 1.0)}
+    for label, given in SCORERS.items():
+        systems = [ClipGuidance(strength=s, **given) for s in (SCORED if not context.quick else SCORED[:1])]
         tried = [np.mean(arm(context, name, tuning, TUNE + 10, 1.0, each).right) for each in systems]
-        found.append((systems[int(np.argmax(tried))], given))
-    aware, unaware = (arm(context, name, asked, REPORT + 10, 1.0, system) for system, _ in found)
-    plain = arm(context, name, asked, REPORT + 10, 1.0)
+        found[label] = arm(context, name, asked, REPORT + 10, 1.0, systems[int(np.argmax(tried))])
+    names = {"no guidance": "plain", "noise-aware CLIP": "noise-aware", "ordinary CLIP": "ordinary"}
+    picture = sheet(asked, {says: found[label] for says, label in names.items()})
+    shown = {
+        "leans_on": common.trust_text(context, "shape", "color"),
+        "picture": context.save(f"clip-guidance-{name}-scorers.png", picture),
+    }
+    return scorer_rows(name, found, shown)
+
+
+def scorer_rows(name: str, found: Mapping[str, Arm], shown: Mapping[str, Any]) -> list[Row]:
+    """The verdict from the arms noise-aware, ordinary and plain."""
+    aware, unaware, plain = (found[label] for label in ("noise-aware", "ordinary", "plain"))
     more = stats.mcnemar(aware.right, unaware.right)
     return [
         Row(
@@ -221,18 +256,23 @@ def scorers(name: str, context: Context) -> list[Row]:
             measured=f"{percent(aware.share)}, {percent(more)} more; {aware.seconds:.2f} CPU seconds a picture",
             baseline=f"ordinary {percent(unaware.share)}, {unaware.seconds:.2f} seconds; no guidance "
             f"{percent(plain.share)}",
-            holds=more.low > 0,
-            n=n,
-            leans_on=common.trust_text(context, "shape", "color"),
-            picture=context.save(f"clip-guidance-{name}-scorers.png", sheet(plain, aware, unaware)),
-            data={"aware": as_data(aware), "ordinary": as_data(unaware), "plain": as_data(plain)},
+            bars=[common.lift(more, unaware.share.value)],
+            n=len(plain.right),
+            **shown,
+            data={label: as_data(one) for label, one in found.items()},
         )
     ]
 
 
+def beaten(losers: Mapping[float, Arm], winners: Mapping[float, Arm]) -> float:
+    """The share of settings that some setting of the other knob dominates."""
+    return float(np.mean([any(dominates(one, each) for one in winners.values()) for each in losers.values()]))
+
+
 def dominates(one: Arm, other: Arm) -> bool:
-    """Whether one is right as often as the other, and as close to renders."""
-    return one.share.value >= other.share.value and one.distance.value <= other.distance.value
+    """Whether one is right as often as the other and as close to renders, and better in one of the two."""
+    ours, theirs = (one.share.value, -one.distance.value), (other.share.value, -other.distance.value)
+    return ours != theirs and all(a >= b for a, b in zip(ours, theirs, strict=True))
 
 
 def as_data(one: Arm) -> dict[str, Any]:
@@ -247,7 +287,7 @@ def as_data(one: Arm) -> dict[str, Any]:
     }
 
 
-def plot(name: str, free: dict[float, Arm], clip: dict[float, Arm]) -> Image.Image:
+def plot(name: str, free: Mapping[float, Arm], clip: Mapping[float, Arm]) -> Image.Image:
     """Left: distance to renders over how often right. Right: toy-clip's score over how often right."""
     import io
 
@@ -281,11 +321,13 @@ def plot(name: str, free: dict[float, Arm], clip: dict[float, Arm]) -> Image.Ima
     return Image.open(written).convert("RGB")
 
 
-def sheet(*arms: Arm) -> Image.Image:
-    """The same prompts, one setting to a row."""
-    most = min(8, len(arms[0].pictures))
-    chosen = np.linspace(0, len(arms[0].pictures) - 1, most).astype(int)
-    return common.sheet([[one.pictures[i] for i in chosen] for one in arms])
+def sheet(asked: Sequence[common.Prompt], arms: Mapping[str, Arm]) -> Image.Image:
+    """The same prompts, one setting to a row, with a mark where the judge finds all that was asked for."""
+    rows = {
+        label: [("right" if one.right[i] else "not right", one.pictures[i]) for i in range(min(SHOWN, len(asked)))]
+        for label, one in arms.items()
+    }
+    return common.labelled(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]])
 
 
 def parts(name: str) -> tuple[Part, ...]:
@@ -301,7 +343,7 @@ EXPERIMENT = Experiment(
     key="clip_guidance",
     title="GLIDE: CLIP guidance and classifier-free guidance",
     intro=(
-        f"Plain captions of unseen scenes with one or two toys, {STEPS} steps for every setting; a picture is right "
+        f"Plain captions of unseen scenes with one to three toys, {STEPS} steps for every setting; a picture is right "
         "when all its toys have the shape and colour asked for. Scale and strength were chosen on other scenes and "
         "seeds. Compute is told in CPU seconds, since CLIP's passes are no passes of the denoiser."
     ),

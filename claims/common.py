@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import rankdata
 from torch import Tensor
 
 from claims.bars import Bar
@@ -265,6 +266,15 @@ def void(plain: stats.Interval, what: str = "plain sampling", bounds: tuple[floa
     if low <= plain.value <= high:
         return ""
     return f"{what} succeeds in {100 * plain.value:.0f} %, not between {100 * low:.0f} and {100 * high:.0f} %"
+
+
+def agreement(levels: np.ndarray) -> stats.Interval:
+    """Whether something rises with a knob: of figures (settings in rising order, cases) the rank correlation with the
+    setting within each case, 0 where nothing moves, averaged over the cases."""
+    ranks, place = rankdata(levels, axis=0), np.arange(len(levels))[:, None] - (len(levels) - 1) / 2
+    centred = ranks - ranks.mean(0)
+    length = np.sqrt((centred**2).sum(0) * (place**2).sum())
+    return stats.bootstrap((place * centred).sum(0) / np.where(length > 0, length, 1))
 
 
 # --- pictures with labels --------------------------------------------------------------------------------------------

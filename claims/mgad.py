@@ -1,14 +1,14 @@
 """MGAD (Huang et al. 2022, https://arxiv.org/abs/2209.13360): texts and pictures guide together.
 
-The model is told nothing; toy-clip alone says what is drawn. The text names a toy; the reference picture shows another
-toy in other surroundings. A picture follows the text when that toy is there, and the reference when it has the same
-ground and sky, both by the toy-judge, which guides nothing.
+The model is told nothing; toy-clip alone says what is drawn. The text names a toy; the reference picture shows
+surroundings without any toy. A picture follows the text when that toy is there, and the reference when it has the same
+ground and sky, both by the toy-judge, which guides nothing. A case has several seeds and counts once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 from claims import common
+from claims.bars import Bar
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.metrics import stats
 from sfumato.sampling import generate
 from sfumato.steer.mgad import MGAD
-from sfumato.toybox import COLORS, GROUNDS, SHAPES, SKIES, Scene, Toy, oracle, render, to_uint8
+from sfumato.toybox import COLORS, GROUNDS, SHAPES, SKIES, Scene, oracle, render, to_uint8
+from sfumato.toybox.captions import SKY_PHRASES
 
 SOURCE = "Huang et al. 2022"
 STEPS = 25
-REPORT, TUNE = 6300, 6400
-CUTOUTS = 4
-STRENGTHS = (30.0, 100.0, 300.0)
+N, SEEDS = 60, 2  # cases, and pictures of each
+REPORT, TUNE = 16500, 16600
+CUTOUTS = 16  # the paper's
+STRENGTHS = (30.0, 100.0, 300.0, 1000.0)
+DIFFERENT = 0.8
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,23 @@ class Arm:
     def both(self) -> list[bool]:
         return [a and b for a, b in zip(self.content, self.look, strict=True)]
 
+    def by_case(self, what: str) -> list[float]:
+        """Of every case the share of its pictures."""
+        return np.array(getattr(self, what), dtype=float).reshape(len(self.diversity), -1).mean(1).tolist()
 
-def cases(seed: int, n: int) -> list[Case]:
-    """Toys and surroundings drawn evenly; text and reference share neither shape nor colour."""
+
+def cases(seed: int, n: int, side: int) -> list[Case]:
+    """Toys and surroundings drawn evenly; references ``side`` pixels wide."""
     found = []
     for index in range(n):
         rng = np.random.default_rng((seed, index, 13))
-        shapes, colors = rng.permutation(SHAPES)[:2], rng.permutation(COLORS)[:2]
-        scene = Scene((Toy(str(shapes[1]), str(colors[1])),), str(rng.choice(GROUNDS)), str(rng.choice(SKIES)))
-        toy = f"{'an' if colors[0] == 'orange' else 'a'} {colors[0]} {shapes[0]}"
-        picture = to_uint8(render(scene, 64).image)[0].permute(1, 2, 0).numpy()
-        told = f"{toy} on the {scene.ground}"
-        found.append(Case(toy, oracle.Wanted(str(shapes[0]), str(colors[0])), scene, picture, told))
+        shape, color = str(rng.choice(SHAPES)), str(rng.choice(COLORS))
+        scene = Scene((), str(rng.choice(GROUNDS)), str(rng.choice(SKIES)))
+        toy = f"{'an' if color == 'orange' else 'a'} {color} {shape}"
+        picture = to_uint8(render(scene, side).image)[0].permute(1, 2, 0).numpy()
+        sky = " ".join(word for word in SKY_PHRASES[scene.sky] if word)
+        told = f"{toy} on the {scene.ground} {sky}"
+        found.append(Case(toy, oracle.Wanted(shape, color), scene, picture, told))
     return found
 
 
@@ -92,7 +102,7 @@ def guided(context: Context, name: str, asked: Sequence[Case], seeds: Sequence[i
         pictures,
         [oracle.find(r, case.wish) is not None for r, case in zip(readings, owners, strict=True)],
         [(r.ground, r.sky) == (case.scene.ground, case.scene.sky) for r, case in zip(readings, owners, strict=True)],
-        [spread(common.judge_features(context, each)) for each in pictures],
+        [spread(common.judge_features(context, each)) if len(each) > 1 else 0.0 for each in pictures],
         seconds,
     )
 
@@ -105,113 +115,130 @@ def spread(features: np.ndarray) -> float:
 
 def together(name: str, context: Context) -> list[Row]:
     """Both targets against either alone."""
-    asked, seeds = cases(REPORT, context.count(6, 2)), range(REPORT, REPORT + context.count(4, 2))
+    asked = cases(REPORT, common.tenth(context, N), common.side_of(common.load(context, name)))
+    seeds = range(REPORT, REPORT + SEEDS)
     strength = tuned(context, name)
     options = {"cutouts": CUTOUTS, "strength": strength}
     found = {how: guided(context, name, asked, seeds, how, **options) for how in ("text", "image", "both")}
     for how in ("plain", "prompted"):
         found[how] = guided(context, name, asked, seeds, how)
-    whole = guided(context, name, asked, seeds, "both", strength=strength, cutouts=1, smallest=1.0)
-    both, n = found["both"], len(asked) * len(seeds)
-    gain_look = stats.mcnemar(both.look, found["text"].look)
-    gain_content = stats.mcnemar(both.content, found["image"].content)
-    all_of_it = {how: stats.share(one.both) for how, one in found.items()}
-    alone = max(("text", "image"), key=lambda how: all_of_it[how].value)
-    more = stats.mcnemar(both.both, found[alone].both)
-    kept = stats.ratio(both.diversity, found["prompted"].diversity)
-    cut = stats.mcnemar(both.both, whole.both)
-    leans = common.trust_text(context, "shape", "color")
-    picture = context.save(f"mgad-{name}.png", shown(asked, found))
-    data = {
-        how: {
-            "content": float(np.mean(one.content)),
-            "look": float(np.mean(one.look)),
-            "both": float(np.mean(one.both)),
-            "diversity": float(np.mean(one.diversity)),
-            "cpu_seconds": one.seconds,
+    found["whole view"] = guided(context, name, asked, seeds, "both", strength=strength, cutouts=1, smallest=1.0)
+    shown = {
+        "leans_on": common.trust_text(context, "shape", "color", "ground", "sky"),
+        "picture": context.save(f"mgad-{name}.png", pictured(asked, found)),
+    }
+    return rows_of(name, found, strength, shown)
+
+
+def rows_of(name: str, found: Mapping[str, Arm], strength: float, shown: Mapping[str, Any]) -> list[Row]:
+    """The verdicts from the arms text, image, both, plain, prompted and whole view; intervals are over cases."""
+    both = found["both"]
+    level = {
+        how: {what: stats.bootstrap(one.by_case(what)) for what in ("content", "look", "both")}
+        for how, one in found.items()
+    }
+
+    def more(what: str, over: str) -> stats.Interval:
+        return stats.paired_difference(both.by_case(what), found[over].by_case(what))
+
+    look, content = more("look", "text"), more("content", "image")
+    alone = max(("text", "image"), key=lambda how: level[how]["both"].value)
+    kept = stats.bootstrap(
+        both.diversity,
+        found["prompted"].diversity,
+        statistic=lambda a, b: a.mean(-1) / np.maximum(b.mean(-1), 1e-12),
+        paired=True,
+    )
+    whole = found["whole view"]
+    about: dict[str, Any] = {
+        "n": len(both.diversity),
+        **shown,
+        "data": {
+            how: {what: each.to_json() for what, each in level[how].items()}
+            | {"diversity": float(np.mean(one.diversity)), "cpu_seconds": one.seconds}
+            for how, one in found.items()
         }
-        for how, one in {**found, "whole view": whole}.items()
-    } | {"strength": strength}
+        | {"strength": strength},
+    }
+    told = {how: {what: percent(each) for what, each in level[how].items()} for how in found}
     return [
         Row(
             claim=f"{name}: guided by both, pictures have the reference's ground and sky more often than by the text "
             "alone, and the text's toy more often than by the reference alone",
-            source=SOURCE,
-            measured=f"look {percent(stats.share(both.look))}, {percent(gain_look)} more; toy "
-            f"{percent(stats.share(both.content))}, {percent(gain_content)} more; strength {strength:g} (tuned)",
-            baseline=f"text alone: look {percent(stats.share(found['text'].look))}, toy "
-            f"{percent(stats.share(found['text'].content))}; reference alone: look "
-            f"{percent(stats.share(found['image'].look))}, toy {percent(stats.share(found['image'].content))}",
-            holds=gain_look.low > 0 and gain_content.low > 0,
-            n=n,
-            leans_on=leans,
-            picture=picture,
-            data=data,
+            source=f"{SOURCE} (shown there by pictures)",
+            measured=f"look {told['both']['look']}, {percent(look)} more; toy {told['both']['content']}, "
+            f"{percent(content)} more; strength {strength:g} (tuned)",
+            baseline=f"text alone: look {told['text']['look']}, toy {told['text']['content']}; reference alone: look "
+            f"{told['image']['look']}, toy {told['image']['content']}",
+            bars=[
+                common.lift(look, level["text"]["look"].value, what="look"),
+                common.lift(content, level["image"]["content"].value, what="toy"),
+            ],
+            headline=True,
+            **about,
         ),
         Row(
             claim=f"{name}: toy and surroundings both as asked for more often than with either target alone",
-            source=SOURCE,
-            measured=f"{percent(all_of_it['both'])}, {percent(more)} more; {both.seconds:.2f} CPU seconds a picture",
-            baseline=f"{alone} alone {percent(all_of_it[alone])}; nothing {percent(all_of_it['plain'])}; the "
-            f"model told so in words {percent(all_of_it['prompted'])} in {found['prompted'].seconds:.2f} seconds",
-            holds=more.low > 0,
-            n=n,
-            leans_on=leans,
-            picture=picture,
-            data=data,
+            source=f"{SOURCE} (shown there by pictures)",
+            measured=f"{told['both']['both']}, {percent(more('both', alone))} more; {both.seconds:.2f} CPU seconds a "
+            "picture",
+            baseline=f"{alone} alone {told[alone]['both']}; nothing {told['plain']['both']}; the model told so in "
+            f"words "
+            f"{told['prompted']['both']} in {found['prompted'].seconds:.2f} seconds",
+            bars=[common.lift(more("both", alone), level[alone]["both"].value)],
+            **about,
         ),
         Row(
-            claim=f"{name}: pictures of one pair of targets stay at least 80 % as different as those of one prompt",
-            source=SOURCE,
+            claim=f"{name}: pictures of one pair of targets are at least {100 * DIFFERENT:.0f} % as different from "
+            f"each "
+            "other as those of one prompt",
+            source=f"{SOURCE} (diverse results; the size is ours)",
             measured=f"{kept.text()} of the mean distance in the toy-judge's features",
             baseline="1, the model told what both targets are and not guided",
-            holds=kept.low >= 0.8,
-            n=n,
-            leans_on="toy-judge's features",
-            picture=picture,
-            data=data,
+            bars=[Bar(kept, null=0.0, ideal=1.0, at_least=DIFFERENT)],
+            **about | {"leans_on": "toy-judge's features"},
         ),
         Row(
             claim=f"{name}: {CUTOUTS} random crops a step are right more often than one look at the whole picture",
-            source=SOURCE,
-            measured=f"{percent(cut)} more; {both.seconds:.2f} CPU seconds a picture",
-            baseline=f"whole view {percent(stats.share(whole.both))}, {whole.seconds:.2f} seconds",
-            holds=cut.low > 0,
-            n=n,
-            leans_on=leans,
-            data=data,
+            source=f"{SOURCE}, section 3",
+            measured=f"{percent(more('both', 'whole view'))} more; {both.seconds:.2f} CPU seconds a picture",
+            baseline=f"whole view {told['whole view']['both']}, {whole.seconds:.2f} seconds",
+            bars=[common.lift(more("both", "whole view"), level["whole view"]["both"].value)],
+            **about,
         ),
     ]
 
 
 def tuned(context: Context, name: str) -> float:
     """The strength with which most pictures follow both, on other targets and seeds."""
-    asked, seeds = cases(TUNE, context.count(3, 1)), range(TUNE, TUNE + 2)
-    tried = STRENGTHS if not context.quick else STRENGTHS[:1]
+    asked = cases(TUNE, common.tenth(context, 20), common.side_of(common.load(context, name)))
+    tried = STRENGTHS if not context.quick else STRENGTHS[1:2]
     followed = [
         sum(map(np.mean, (one.content, one.look)))
-        for one in (guided(context, name, asked, seeds, "both", cutouts=CUTOUTS, strength=s) for s in tried)
+        for one in (
+            guided(context, name, asked, range(TUNE, TUNE + 1), "both", cutouts=CUTOUTS, strength=s) for s in tried
+        )
     ]
     return tried[int(np.argmax(followed))]
 
 
-def shown(asked: Sequence[Case], found: dict[str, Arm]) -> Image.Image:
-    """Per case a row: the reference, then one picture guided by the text, by the reference, and two by both."""
-    rows = []
-    for i, case in enumerate(asked[:6]):
+def pictured(asked: Sequence[Case], found: Mapping[str, Arm]) -> Image.Image:
+    """Per case a row: the reference, then a picture guided by the text, by the reference, and two by both."""
+    rows: dict[str, list[Tensor]] = {}
+    for i, case in enumerate(asked[:SHOWN]):
         reference = torch.from_numpy(case.reference).permute(2, 0, 1).float() / 127.5 - 1
         few = [found[how].pictures[i, 0] for how in ("text", "image", "both")]
-        rows.append([reference, *few, found["both"].pictures[i, -1]])
-    return common.sheet(rows)
+        rows[f"{i + 1}. {case.text}"] = [reference, *few, found["both"].pictures[i, -1]]
+    return common.labelled(rows, ["reference", "text alone", "reference alone", "both", "both, other seed"])
 
 
 EXPERIMENT = Experiment(
     key="mgad",
     title="MGAD: guided by texts and pictures at once",
     intro=(
-        "The model is unconditional here: toy-clip's view of random crops is all it follows. The reference differs "
-        "from the text's toy in shape and colour. Strength was chosen on other targets and seeds; "
-        f"{STEPS} steps, {CUTOUTS} crops."
+        "The model is unconditional here: toy-clip's view of random crops is all it follows. The text names a toy, the "
+        "reference shows a ground and a sky without any toy. Strength was chosen on other targets and seeds; "
+        f"{STEPS} steps, {CUTOUTS} crops, {SEEDS} seeds of each case; intervals are over cases."
     ),
     file=__file__,
     parts=tuple(

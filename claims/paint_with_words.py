@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from claims import common
@@ -225,10 +224,7 @@ def ablation_rows(name: str, found: Mapping[float, Placed], steady: Placed, stre
     tuned ``strength`` to ``steady``, which goes without."""
     order = sorted(found)
     ious = np.array([per_picture(found[each], "iou") for each in order])  # (strengths, layouts)
-    ranks, place = rankdata(ious, axis=0), np.arange(len(order))[:, None] - (len(order) - 1) / 2
-    centred = ranks - ranks.mean(0)
-    length = np.sqrt((centred**2).sum(0) * (place**2).sum())
-    agreement = stats.bootstrap((place * centred).sum(0) / np.where(length > 0, length, 1))  # 0 where nothing moves
+    agreement = common.agreement(ious)
     levels = {each: stats.bootstrap(per_picture(found[each], "iou")) for each in order}
     gain = {
         what: stats.paired_difference(per_picture(found[strength], what), per_picture(steady, what))

@@ -6,12 +6,21 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 
-from claims import blend, paint_with_words, shape_guided
+from claims import blend, inpaint, paint_with_words, shape_guided
 from claims.blend import Outcome
 from claims.paint_with_words import Found
+from sfumato.metrics import stats
+from sfumato.toybox.oracle import ObjectReading, SceneReading
 
 N = 200
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setitem(stats.bootstrap.__kwdefaults__, "draws", 400)
 
 
 def arm(seed, iou=0.6, background=30.0, seam=0.1, there=0.9):
@@ -110,3 +119,56 @@ def test_paint_with_words_ablations():
     assert paint_with_words.ablation_rows("toy", flat, steady, 0.4)[0].holds is False
     still = {strength: flat[0.0] for strength in rising}
     assert paint_with_words.ablation_rows("toy", still, steady, 0.4)[0].holds is False
+
+
+def filled(seed, inside=30.0, seam=0.1, there=0.9, empty=0.9, kept=True):
+    """Outcomes of holes around these values."""
+    dice = np.random.default_rng(seed)
+    return [
+        inpaint.Outcome(
+            SimpleNamespace(),
+            dice.normal(inside, 3),
+            dice.normal(seam, seam / 10),
+            kept,
+            bool(a < there),
+            bool(b < empty),
+        )
+        for a, b in dice.random((N, 2))
+    ]
+
+
+BEST = {"inpainting": inpaint.Setting(4.0, "hole"), "blending": inpaint.Setting(2.0, "hole")}
+
+
+def test_inpaint():
+    others = {"blending": filled(1, 29.0, 0.1, 0.6, 0.6), "truth": filled(2, 38.0, 0.02, 1.0, 1.0)}
+    good = {"inpainting": filled(3, 37.0, 0.03, 0.97, 0.98), **others}
+    rows = [*inpaint.remove_rows(good, BEST), *inpaint.replace_rows(good, BEST), *inpaint.background_rows(good, BEST)]
+    assert [row.holds for row in rows] == [True] * 5 and [row.headline for row in rows] == [True] + [False] * 4
+    same = {"inpainting": filled(4, 29.0, 0.1, 0.02, 0.5), **others}
+    rows = [*inpaint.remove_rows(same, BEST), *inpaint.replace_rows(same, BEST), *inpaint.background_rows(same, BEST)]
+    assert [row.holds for row in rows] == [False] * 5
+    spilt = {"inpainting": filled(5, 37.0, kept=False), **others}
+    assert inpaint.remove_rows(spilt, BEST)[0].holds is False
+
+
+def test_holes_in_which_nothing_shall_come():
+    for case in inpaint.backgrounds("test", 7, 2, 64):
+        assert torch.equal(case.picture, case.truth) and case.wish is None and 0 < case.hole.float().mean() < 0.6
+    case = inpaint.backgrounds("test", 7, 1, 64)[0]
+    box = (0.0, 0.0, 1.0, 1.0)
+    within, beside = (
+        SceneReading((ObjectReading("ball", "red", "plain", "large", mask, box, 0.9),), "grass", "day")
+        for mask in (case.hole, ~case.hole)
+    )
+    assert not inpaint.measured(case, case.truth, within).empty and inpaint.measured(case, case.truth, beside).empty
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_cases_of_any_size(side):
+    removed, replaced = (make("test", 7, 1, side)[0] for make in (inpaint.removals, inpaint.replacements))
+    for case in (removed, replaced):
+        assert case.picture.shape == (3, side, side) and case.hole.shape == (side, side)
+        changed = (case.picture - case.truth).abs().amax(0) > 0.03
+        assert changed.any() and not (changed & ~case.hole).any()
+    assert replaced.wish is not None and removed.wish is None

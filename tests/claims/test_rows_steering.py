@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from claims import attend_excite, common, structured_guidance
+from claims import attend_excite, clip_guidance, common, mgad, structured_guidance
 from claims.attend_excite import Arm
 from sfumato.metrics import stats
+from sfumato.metrics.stats import Interval
 from sfumato.toybox import oracle
 
 N = 240
 
 HALF = (np.random.default_rng(0).random(N) < 0.6).tolist()  # plain sampling is right in three of five
 OTHER = (np.random.default_rng(1).random(N) < 0.6).tolist()
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setitem(stats.bootstrap.__kwdefaults__, "draws", 400)
 
 
 def arm(right, cost=50.0, leaked=None):
@@ -117,3 +123,64 @@ def test_void_and_harm():
     check = oracle.Check((True, False), (False, False), (True, False), False)
     assert common.failing(check, wishes) == "not red ball, no cone"
     assert common.asked_for(wishes) == "red ball, blue striped cone"
+
+
+def guided(right, score, distance):
+    """A setting of guidance with so many right pictures, toy-clip's score, and distance to renders."""
+    dice = np.random.default_rng(int(1e6 * right + 1e3 * distance))
+    hits = (dice.random(N) < right).tolist()
+    return clip_guidance.Arm(None, hits, [score] * N, Interval(distance, distance, distance, N), 1.0)
+
+
+def test_clip_guidance():
+    free = {1.0: guided(0.4, 0.2, 0.05), 3.0: guided(0.8, 0.3, 0.03), 8.0: guided(0.9, 0.35, 0.04)}
+    clip = {1.0: guided(0.45, 0.28, 0.06), 10.0: guided(0.55, 0.34, 0.10)}
+    rows = clip_guidance.curve_rows("toy", free, clip, guided(0.9, 0.4, 0.05), (8.0, 10.0), None, {})
+    assert all(row.holds for row in promised(rows)) and len(promised(rows)) == 4 and headline(rows) is rows[1]
+    # classifier-free guidance without effect: as no guidance, while CLIP guidance does as before
+    dull = {scale: guided(0.4, 0.34, 0.05 + 0.001 * scale) for scale in free}
+    null = clip_guidance.curve_rows("toy", dull, clip, guided(0.4, 0.4, 0.05), (8.0, 10.0), None, {})
+    assert [row.holds for row in promised(null)] == [False] * 4
+    far = clip_guidance.curve_rows("toy", dull, {1.0: guided(0.5, 0.9, 0.1)}, clip[1.0], (8.0, 1.0), None, {})
+    assert "apart" in far[3].void
+
+
+def test_settings_are_dominated_one_way_only():
+    one, other = guided(0.8, 0.3, 0.03), guided(0.5, 0.3, 0.06)
+    assert clip_guidance.dominates(one, other) and not clip_guidance.dominates(other, one)
+    assert not clip_guidance.dominates(one, one)
+
+
+def test_scorers_of_clip_guidance():
+    arms = {"plain": guided(0.3, 0.2, 0.1), "ordinary": guided(0.4, 0.3, 0.1)}
+    [good] = clip_guidance.scorer_rows("toy", {**arms, "noise-aware": guided(0.7, 0.3, 0.1)}, {})
+    [null] = clip_guidance.scorer_rows("toy", {**arms, "noise-aware": guided(0.401, 0.3, 0.1)}, {})
+    assert good.holds and null.holds is False
+
+
+def followed(content, look, different=1.0, seed=0, cases=60):
+    """An arm of two pictures of each case that follow text and reference so often."""
+    a, b = np.random.default_rng(seed).random((2, 2 * cases))
+    spread = np.random.default_rng(seed).normal(different, 0.1, cases).tolist()
+    return mgad.Arm(None, (a < content).tolist(), (b < look).tolist(), spread, 1.0)
+
+
+def test_mgad():
+    arms = {
+        "text": followed(0.8, 0.05, seed=1),
+        "image": followed(0.03, 0.8, seed=2),
+        "plain": followed(0.02, 0.05, seed=3),
+        "prompted": followed(0.9, 0.9, seed=4),
+        "whole view": followed(0.4, 0.4, seed=5),
+    }
+    good = mgad.rows_of("toy", {**arms, "both": followed(0.95, 0.95, seed=6)}, 100.0, {})
+    assert [row.holds for row in good] == [True] * 4 and headline(good) is good[0] and good[0].n == 60
+    null = mgad.rows_of("toy", {**arms, "both": followed(0.03, 0.05, 0.2, seed=7)}, 100.0, {})
+    assert [row.holds for row in null] == [False] * 4
+
+
+def test_cases_of_mgad():
+    for case in mgad.cases(3, 4, 32):
+        assert case.reference.shape == (32, 32, 3) and not case.scene.toys
+        assert case.told.startswith(f"{case.text} on the {case.scene.ground}")
+        assert case.told.split()[-1].strip() in case.scene.sky or case.scene.sky in case.told

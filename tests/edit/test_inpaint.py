@@ -96,6 +96,22 @@ def test_what_is_known_is_held_and_pixels_outside_are_the_picture(model):
     )
 
 
+def test_latents_touched_by_the_region_are_drawn_anew_where_a_model_was_trained_so(model, monkeypatch):
+    thin = torch.zeros(32, 32)
+    thin[:, :13] = 1  # half of the seventh column of cells
+    holes = []
+    handle = model.denoiser.register_forward_pre_hook(lambda _, args: holes.append(args[0][0, 4].sum(1)))
+    try:
+        for given in ({"level": 0.6}, {"level": 0.6, "coverage": 0.1}, {"level": 0.6, "coverage": 0.6}):
+            made = generate(model, PROMPT, interventions=Inpaint(mask=thin, **given), **options(steps=1))
+            assert torch.equal(made.pixels[..., 13:], picture()[..., 13:])  # pixels go by level
+        monkeypatch.setattr(model, "card", {"recipe": {"loss": {"coverage": 0.1}}})
+        generate(model, PROMPT, interventions=Inpaint(mask=thin, level=0.6), **options(steps=1))
+    finally:
+        handle.remove()
+    assert [float(hole[0]) for hole in holes] == [6, 7, 6, 7]
+
+
 def test_the_denoiser_is_told_mask_and_masked_picture_in_every_branch(model):
     seen = []
     handle = model.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))

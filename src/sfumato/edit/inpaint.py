@@ -29,7 +29,7 @@ from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.process.base import repeated
 
-__all__ = ["Inpaint", "hole_of"]
+__all__ = ["Inpaint", "hole_of", "trained_coverage"]
 
 
 @register
@@ -57,6 +57,14 @@ class Inpaint(Redraws, Intervention):
         level: float = Field(
             default=0.5, gt=0, le=1, description="share of a latent cell in the region from which on it is drawn anew"
         )
+        coverage: float | None = Field(
+            default=None,
+            gt=0,
+            le=1,
+            description="the same for the latents alone, while pixels go by level: small, and every cell that the "
+            "region "
+            "touches is drawn anew; none: as the model was trained, by its card, else as level",
+        )
         hold: bool = Field(
             default=True, description="replace the known part of the predicted x0 at every step (GLIDE's sampler)"
         )
@@ -76,7 +84,8 @@ class Inpaint(Redraws, Intervention):
     def start(self, run: Run) -> None:
         """Lays the region over the picture. Raises BadInput without a region or a picture."""
         self._region = region_of(run, self.name, self.params, self._read, self.params.level, self.params.each)
-        self._share = masks.on_grid(self._region, run.grid, self.params.level)[:, None]
+        coverage = self.params.coverage or trained_coverage(run.model) or self.params.level
+        self._share = masks.on_grid(self._region, run.grid, coverage)[:, None]
 
     def on_noise(self, run: Run, x: Tensor) -> Tensor:
         """Fetches the picture with its hole; at strength 1 returns pure noise."""
@@ -113,6 +122,12 @@ class Inpaint(Redraws, Intervention):
         erased = masks.decided(self._region, self.params.level)
         share = torch.stack([masks.feather(each, self.params.paste) for each in erased])[:, None].to(pixels)
         return share * pixels + (1 - share) * original
+
+
+def trained_coverage(model: Any) -> float | None:
+    """The share of a latent cell in the hole from which on a model was taught to draw it anew, if its card says so."""
+    loss = model.card.get("recipe", {}).get("loss", {})
+    return float(loss["coverage"]) if "coverage" in loss else None
 
 
 def hole_of(model: Any, pixels: Tensor, erased: Tensor, share: Tensor) -> Tensor:
