@@ -180,7 +180,7 @@ def best_strength(context: Context, name: str) -> float:
 
     def chosen() -> float:
         model = common.load(context, name)
-        tuned = cases("val", TUNE, common.tenth(context, 40), common.side_of(model))
+        tuned = cases("val", TUNE, common.tenth(context, 40), common.side(context, name))
         hits = {}
         for strength in STRENGTHS:
             found = outcomes(context, tuned, redrawing(model, strength), TUNE, f"{name}, strength {strength}")
@@ -266,7 +266,7 @@ def resampled_rows(name: str, found: Mapping[str, Sequence[Outcome]], shown: Map
 def edits(name: str, context: Context) -> list[Row]:
     """Blending and image-to-image on the same cases and seeds."""
     model = common.load(context, name)
-    asked = cases("test", REPORT, common.tenth(context, N), common.side_of(model))
+    asked = cases("test", REPORT, common.tenth(context, N), common.side(context, name))
     strength = best_strength(context, name)
     arms = {"blend": blending(model), "image to image": redrawing(model, strength), "truth": round_trip(model)}
     found = {arm: outcomes(context, asked, arms[arm], REPORT, f"{name}, {arm}") for arm in arms}
@@ -281,7 +281,7 @@ def edits(name: str, context: Context) -> list[Row]:
 def resampling(name: str, context: Context) -> list[Row]:
     """Blending with and without going back some steps."""
     model = common.load(context, name)
-    asked = cases("test", REPORT, common.tenth(context, FEW), common.side_of(model))
+    asked = cases("test", REPORT, common.tenth(context, FEW), common.side(context, name))
     arms = {"blend": blending(model), "resampled": blending(model, resample=3, jump=5), "truth": round_trip(model)}
     found = {arm: outcomes(context, asked, arms[arm], REPORT, f"{name}, {arm}") for arm in arms}
     names = {"blend": "blended", "resampled": "resampled", "truth": "truth"}

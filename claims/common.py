@@ -97,11 +97,6 @@ def tenth(context: Context, full: int) -> int:
     return context.count(full, max(2, full // 10))
 
 
-def side_of(model: Any) -> int:
-    """The side in pixels of the pictures that a model draws."""
-    return int(model.default_size[0])
-
-
 def load(context: Context, name: str) -> Any:
     """A model of the zoo (or its replacement), once per run."""
     return context.once(f"model {name}", lambda: load_model(str(context.folder(name))))

@@ -260,16 +260,12 @@ MAKERS = {"remove": removals, "replace": replacements, "background": backgrounds
 SCORE = {"remove": "inside", "replace": "there"}  # what settings are chosen by
 
 
-def side_of(context: Context) -> int:
-    return common.side_of(common.load(context, "toy-sd"))
-
-
 def tuned(context: Context, task: str) -> dict[str, Setting]:
     """The setting with which each arm does best on other scenes and seeds; the background takes that of removals."""
     task = "remove" if task == "background" else task
 
     def chosen() -> dict[str, Setting]:
-        asked = MAKERS[task]("val", TUNE, common.tenth(context, 20), side_of(context))
+        asked = MAKERS[task]("val", TUNE, common.tenth(context, 20), common.side(context, "toy-sd"))
         grid = [Setting(scale, told) for told in TOLD for scale in GUIDANCE[:: 3 if context.quick else 1]]
         best = {}
         for arm, method in arms(context).items():
@@ -291,7 +287,7 @@ Compared = Mapping[str, Sequence[Outcome]]
 def compared(context: Context, task: str) -> tuple[Compared, dict[str, Setting], str]:
     """Both arms and the truth on the same cases and seeds, each arm at its best setting."""
     best = tuned(context, task)
-    asked = MAKERS[task]("test", REPORT, common.tenth(context, N), side_of(context))
+    asked = MAKERS[task]("test", REPORT, common.tenth(context, N), common.side(context, "toy-sd"))
     both = arms(context) | {"truth": round_trip(common.load(context, "toy-sd"))}
     settings = best | {"truth": next(iter(best.values()))}
     found = {

@@ -115,7 +115,7 @@ def spread(features: np.ndarray) -> float:
 
 def together(name: str, context: Context) -> list[Row]:
     """Both targets against either alone."""
-    asked = cases(REPORT, common.tenth(context, N), common.side_of(common.load(context, name)))
+    asked = cases(REPORT, common.tenth(context, N), common.side(context, name))
     seeds = range(REPORT, REPORT + SEEDS)
     strength = tuned(context, name)
     options = {"cutouts": CUTOUTS, "strength": strength}
@@ -211,7 +211,7 @@ def rows_of(name: str, found: Mapping[str, Arm], strength: float, shown: Mapping
 
 def tuned(context: Context, name: str) -> float:
     """The strength with which most pictures follow both, on other targets and seeds."""
-    asked = cases(TUNE, common.tenth(context, 20), common.side_of(common.load(context, name)))
+    asked = cases(TUNE, common.tenth(context, 20), common.side(context, name))
     tried = STRENGTHS if not context.quick else STRENGTHS[1:2]
     followed = [
         sum(map(np.mean, (one.content, one.look)))

@@ -124,7 +124,7 @@ def best_strength(context: Context, name: str, make: Any = PaintWithWords) -> tu
     """The strength with the best layout IoU on other layouts and seeds, and all of them."""
 
     def chosen() -> tuple[float, dict[float, float]]:
-        tuned = layouts("val", TUNE, common.tenth(context, 24), common.side_of(common.load(context, name)))
+        tuned = layouts("val", TUNE, common.tenth(context, 24), common.side(context, name))
         ious = {}
         for strength in STRENGTHS[:: 3 if context.quick else 1]:
             label = f"{name}, {make.__name__} {strength}"
@@ -196,7 +196,7 @@ def rows_of(
 def painting(name: str, context: Context) -> list[Row]:
     """Painted against plain, on held-out layouts, from the same noise."""
     strength, tuned = best_strength(context, name)
-    asked = layouts("test", REPORT, common.tenth(context, N), common.side_of(common.load(context, name)))
+    asked = layouts("test", REPORT, common.tenth(context, N), common.side(context, name))
     other = [swapped(each) for each in asked]
     pictures = {
         "plain": paint(context, name, asked, REPORT, f"{name}, plain"),
@@ -258,7 +258,7 @@ def ablations(name: str, context: Context) -> list[Row]:
     """Fractions of the tuned strength, and the weight without log(1 + sigma)."""
     strength, _ = best_strength(context, name)
     constant, _ = best_strength(context, name, Constant)
-    asked = layouts("test", REPORT, common.tenth(context, N), common.side_of(common.load(context, name)))
+    asked = layouts("test", REPORT, common.tenth(context, N), common.side(context, name))
     asked = asked[: common.tenth(context, FEW)]
 
     def read(label: str, make: Any = PaintWithWords, **params: Any) -> Placed:

@@ -110,7 +110,7 @@ def best_settings(context: Context, name: str, on_picture: bool) -> dict[str, An
 
     def chosen() -> dict[str, Any]:
         model = common.load(context, name)
-        tuned = cases("val", TUNE, common.tenth(context, 24), common.side_of(model))
+        tuned = cases("val", TUNE, common.tenth(context, 24), common.side(context, name))
         scores = []
         for settings in SETTINGS[:: 2 if context.quick else 1]:
             method = guided(model, on_picture, **settings)
@@ -125,7 +125,7 @@ def drawn(
     context: Context, name: str, arms: dict[str, Method], seed: int
 ) -> tuple[list[Case], dict[str, list[Outcome]]]:
     """Every arm on the same cases and seeds."""
-    asked = cases("test", seed, common.tenth(context, N), common.side_of(common.load(context, name)))
+    asked = cases("test", seed, common.tenth(context, N), common.side(context, name))
     return asked, {arm: outcomes(context, asked, arms[arm], seed, f"{name}, {arm}") for arm in arms}
 
 

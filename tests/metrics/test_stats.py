@@ -149,17 +149,3 @@ def test_t_intervals_against_scipy():
     assert alone.value == 3 and alone.to_json()["low"] is None
     with pytest.raises(BadInput, match="welch"):
         stats.welch([1.0], [1.0, 2.0])
-
-
-def test_clusters_count_once():
-    rng = np.random.default_rng(3)
-    own = rng.normal(size=40)
-    values, owners = np.repeat(own, 8), np.repeat(np.arange(40), 8)  # eight equal samples of each say no more than one
-    got, alone = stats.clustered(values, owners), stats.bootstrap(own)
-    assert got.n == 40 and got.value == pytest.approx(own.mean())
-    assert got.high - got.low == pytest.approx(alone.high - alone.low, rel=0.1)
-    assert got.high - got.low > 2 * (stats.bootstrap(values).high - stats.bootstrap(values).low)
-    uneven = stats.clustered([1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1])
-    assert uneven.value == 0.75 and (uneven.low, uneven.high) == (0, 1)
-    with pytest.raises(BadInput, match="clustered"):
-        stats.clustered([1.0], [0, 1])

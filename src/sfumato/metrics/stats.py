@@ -1,5 +1,4 @@
-"""Intervals and tests that stand beside every measured number: Wilson, Newcombe, McNemar, t, bootstrap, clusters,
-permutation.
+"""Intervals and tests that stand beside every measured number: Wilson, Newcombe, McNemar, t, bootstrap, permutation.
 
 Everything takes plain sequences of numbers and is deterministic given ``seed``.
 """
@@ -180,19 +179,6 @@ def bootstrap(
 def paired_difference(first: Sequence[float], second: Sequence[float], **options: object) -> Interval:
     """Paired bootstrap of mean(first - second); ``options`` go to :func:`bootstrap`."""
     return bootstrap(first, second, statistic=_difference, paired=True, **options)  # type: ignore[arg-type]
-
-
-def clustered(values: Sequence[float], clusters: Sequence[int], **options: object) -> Interval:
-    """Mean of ``values`` that come in groups which are not independent (pictures of one prompt): bootstrap of whole
-    clusters. ``clusters`` names the group of each value, ``n`` counts groups; ``options`` go to :func:`bootstrap`.
-
-    Raises BadInput unless both have the same length, above 0.
-    """
-    if len(values) != len(clusters) or not len(values):
-        raise BadInput(f"clustered: {len(values)} values in {len(clusters)} places; each value needs its cluster.")
-    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
-    sums, sizes = np.bincount(owner, np.asarray(values, dtype=np.float64)), np.bincount(owner)
-    return bootstrap(sums, sizes, statistic=_ratio, paired=True, **options)  # type: ignore[arg-type]
 
 
 def difference(first: Sequence[float], second: Sequence[float], **options: object) -> Interval:
