@@ -69,7 +69,8 @@ def test_several_add_up_in_the_order_given(tmp_path):
     both = latents(model, [LoRA(file=one, scale=0.5), LoRA(file=other, scale=-0.3)])
     fresh = tiny_model("sd", fresh=True)
     fresh.pipe.load_lora_weights(one, adapter_name="one")
-    fresh.pipe.load_lora_weights(other, adapter_name="other")
+    with pytest.warns(UserWarning, match="multiple adapters"):  # as is meant
+        fresh.pipe.load_lora_weights(other, adapter_name="other")
     fresh.pipe.set_adapters(["one", "other"], [0.5, -0.3])
     assert torch.equal(both, latents(fresh))
     turned = latents(model, [LoRA(file=other, scale=-0.3), LoRA(file=one, scale=0.5)])

@@ -47,7 +47,7 @@ def test_agrees_with_captum(ours: str, theirs: type) -> None:
     for part in peer.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             part.rule = theirs()
-    want = captum.LRP(peer).attribute(x, target=2)
+    want = captum.LRP(peer).attribute(x.clone().requires_grad_(), target=2).detach()
     score = net(x)[:, 2].detach()
     found = traced(net, x, 2, Rules(linear=ours, bounds=None), gradients=False, to_inputs=True, attention=False)
     got = found.inputs * score[:, None, None, None]  # captum starts at the score, relevance here at 1

@@ -62,6 +62,7 @@ def pipeline_latents(
     return latents
 
 
+@pytest.mark.filterwarnings("ignore::sfumato.sampling.request.GuidanceCosts")
 @pytest.mark.parametrize("guidance", [1.0, 4.0], ids=["unguided", "guided"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_two_prompts_with_their_generators(kind: str, guidance: float):
@@ -76,6 +77,7 @@ def test_two_prompts_with_their_generators(kind: str, guidance: float):
     assert ours.cost == 3 * (2 if guidance > 1 and kind != "flux" else 1) + (kind == "sd") * (2 if guidance > 1 else 1)
 
 
+@pytest.mark.filterwarnings("ignore::sfumato.sampling.request.GuidanceCosts")
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_negative_prompts_and_a_non_square_size(kind: str):
     model = tiny_model(kind)

@@ -88,6 +88,7 @@ def test_interval_runs_the_unconditional_branch_only_inside():
     assert result.cost == 6
 
 
+@pytest.mark.filterwarnings("ignore::sfumato.sampling.request.GuidanceCosts")
 @pytest.mark.parametrize("kind", ["sd", "sd3", "schnell"])
 def test_composed_prompts_in_the_loop(kind: str):
     """Against the same sum made by hand from separate denoiser calls at every step."""

@@ -181,6 +181,7 @@ def test_a_step_knows_its_place():
         step.rows("third")
 
 
+@pytest.mark.filterwarnings("ignore::sfumato.sampling.request.GuidanceCosts")
 def test_flux_runs_its_branches_one_by_one():
     seen: list[Step] = []
     generate(tiny_model("schnell"), ["a dog", "a cat"], on_step=seen.append, **SHORT)

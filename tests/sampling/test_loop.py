@@ -146,7 +146,7 @@ def test_image_to_image_keeps_what_strength_leaves():
     picture = Image.effect_noise((32, 32), 60).convert("RGBA")
     same = generate(model, "a dog", image=picture, strength=0.0, **SHORT)
     with torch.no_grad():
-        pixels = torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
         encoded = model.encode_image(pixels, [torch.Generator().manual_seed(0)])
     torch.testing.assert_close(same.latents, encoded, rtol=1e-5, atol=1e-5)
     assert same.cost == 0

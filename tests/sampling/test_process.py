@@ -31,6 +31,7 @@ GIVEN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TOKENS = ("masked", "autoregressive")
 every = pytest.mark.parametrize("kind", MODELS)
+pytestmark = pytest.mark.filterwarnings("ignore::sfumato.sampling.request.GuidanceCosts")  # as it is meant here
 
 
 class Watch(Intervention):

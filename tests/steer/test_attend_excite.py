@@ -124,7 +124,7 @@ def test_one_step_is_the_gradient_by_hand(kind):
         loss = loss_by_hand(model, model.sites(32, 32), probs.found, 0, PROMPTS[row], wanted, whole)
         (gradient,) = torch.autograd.grad(loss, x)
         shift = watch.seen[0][row] - watch.noise[row]
-        assert system.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
+        assert system.attended[row].losses == {0: [pytest.approx(float(loss.detach()), abs=1e-6)]}
         factor = 30.0
         if kind == "sdxl":
             alpha = nurse_alpha(scheduler, t)
@@ -406,7 +406,7 @@ def test_one_step_of_a_clip_is_the_gradient_by_hand():
             by_word.append(sum(by_frame) / frames)
         loss = max(by_word)
         (gradient,) = torch.autograd.grad(loss, x)
-        assert system.attended[row].losses == {0: [pytest.approx(float(loss), abs=1e-6)]}
+        assert system.attended[row].losses == {0: [pytest.approx(float(loss.detach()), abs=1e-6)]}
         assert system.attended[row].before.shape == (2, frames, 8, 8)
         shift = watch.seen[0][row] - watch.noise[row]
         torch.testing.assert_close(shift, -30.0 * gradient[0], rtol=1e-4, atol=1e-9)

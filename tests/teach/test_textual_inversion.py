@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from sfumato import app, writing
@@ -158,6 +159,7 @@ def test_two_runs_do_not_share_a_folder(photos, tmp_path):
 
 
 def _process(rank: int, port: int, photos, target) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test before may have trained alone
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     found = taught(tiny_model("sd3clip"), photos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sfumato.toybox import SHAPES, Scene, Toy
 from sfumato.training.draw import Draw
 from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe
-from sfumato.zoo.objectives import inpaint
+from sfumato.zoo.objectives import inpaint, latent
 
 SHAPE = {"channels": [16, 16], "heads": [2, 2], "attention": [True, False], "text_width": 32}
 
@@ -184,7 +185,9 @@ def test_the_loss_is_its_formula(objective) -> None:
 
 
 @torch.no_grad()
-def test_the_export_is_a_genuine_inpainting_pipeline(objective, tmp_path) -> None:
+def test_the_export_is_a_genuine_inpainting_pipeline(objective, tmp_path, monkeypatch) -> None:
+    few = functools.partial(latent.vital_signs, scenes=2, pictures=1, steps=2)  # test_vital_signs.py looks at these
+    monkeypatch.setattr(latent, "vital_signs", few)
     extra = objective.export(tmp_path)
     assert extra["sampling"]["steps"] == 25
     pipe = StableDiffusionInpaintPipeline.from_pretrained(tmp_path)

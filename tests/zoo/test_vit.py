@@ -44,7 +44,7 @@ def test_ordinary_scenes_have_several_labels(tmp_path, monkeypatch) -> None:
 def test_cuts_show_what_their_labels_say(tmp_path, monkeypatch) -> None:
     o = objective(tmp_path, monkeypatch, near=1.0)
     indices = torch.arange(12)
-    masks = torch.from_numpy(o.train_data.masks[:]).long()
+    masks = torch.tensor(o.train_data.masks[:]).long()
     windows = o._windows(masks, torch.Generator().manual_seed(0))
     wanted, known = o._seen(indices, masks, windows)
     assert (wanted.sum(1) >= 2).all() and (known >= wanted).all()  # the toy it was cut around is always named

@@ -86,10 +86,10 @@ class Geometry:
         axes = list(figure.subplots(1, panels))
         shades = [str(0.75 * i / max(1, len(self.points) - 1)) for i in range(len(self.points))]
         for i, at in enumerate(self.points):
-            axes[0].semilogy(self.power[i].mean((0, 1)).clamp_min(1e-6), color=shades[i], label=f"{at:g}")
+            axes[0].semilogy(self.power[i].mean((0, 1)).clamp_min(1e-6).numpy(), color=shades[i], label=f"{at:g}")
         axes[0].set(title="directions by frequency", xlabel="cycles across the latents", ylabel="share of power")
         axes[0].legend(title="progress", fontsize=7)
-        shown = axes[1].imshow(self.between_times(), cmap="magma")
+        shown = axes[1].imshow(self.between_times().numpy(), cmap="magma")
         names = [f"{at:g}" for at in self.points]
         axes[1].set(title="distance across time", xlabel="progress", ylabel="progress")
         axes[1].set_xticks(range(len(names)), names)

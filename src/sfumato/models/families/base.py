@@ -118,14 +118,15 @@ class Family:
     @property
     def device(self) -> torch.device:
         """Where the denoiser computes; its weights may rest elsewhere meanwhile (offloading)."""
+        first = next(self.denoiser.parameters()).device
+        if first.type == "cpu" and not torch.accelerator.is_available():
+            return first  # nowhere else to go: no need to look through all modules
         hooks = (getattr(module, "_hf_hook", None) for module in self.denoiser.modules())
         offloaded = next((hook for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
         if offloaded is not None:
             return torch.device(offloaded.execution_device)
-        first = next(self.denoiser.parameters()).device
-        if first.type == "cpu" and torch.accelerator.is_available():
-            return self.denoiser.device  # weights at rest may belong elsewhere: diffusers looks through all modules
-        return first
+        # weights at rest may belong elsewhere: diffusers looks through all modules
+        return self.denoiser.device if first.type == "cpu" else first
 
     @property
     def config(self) -> Any:
