@@ -46,7 +46,7 @@ def test_cuts_show_what_their_labels_say(tmp_path, monkeypatch) -> None:
     indices = torch.arange(12)
     masks = torch.tensor(o.train_data.masks[:]).long()
     windows = o._windows(masks, torch.Generator().manual_seed(0))
-    wanted, known = o._seen(indices, masks, windows)
+    wanted, known = o._targets(indices, masks, windows)
     assert (wanted.sum(1) >= 2).all() and (known >= wanted).all()  # the toy it was cut around is always named
     for i, (x, y, side) in enumerate(windows.tolist()):
         for toy in range(len(o.train_data.scenes[i].toys)):
