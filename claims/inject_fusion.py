@@ -7,7 +7,7 @@ they differ in all of these. The toy-judge reads both and what the method makes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from claims import common
+from claims.bars import Bar
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
 from sfumato.edit.inject_fusion import InjectFusion
@@ -27,11 +28,17 @@ from sfumato.toybox import COLORS, GROUNDS, SHAPES, oracle
 
 SOURCE = "Jeong, Kwon, Uh 2023"
 STEPS = 16
-REPORT, TUNE = 8100, 8200
+N, TUNED = 120, 16  # pairs to report on and to choose by
+REPORT, TUNE = 18100, 18200
 STRENGTHS = (0.3, 0.5, 0.7, 1.0)
 LAYERS = ("up.0", "up.1")
 RATIOS = (0.3, 0.5, 0.7)
 BASELINES = ("none", "noise", "skips", "lerp")
+MORE = 0.15
+MOVES = 0.1  # share of the prediction that the bottleneck should move,
+DEAD = 0.01  # and below which there is nothing to inject into
+EVEN = 0.05  # contents that differ by less are equal
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def tuned(context: Context, name: str) -> dict[str, dict[str, Any]]:
 
     def chosen() -> dict[str, dict[str, Any]]:
         model = common.load(context, name)
-        asked = pairs(context, model, TUNE, context.count(8, 2))
+        asked = pairs(context, model, TUNE, common.tenth(context, TUNED))
         grids: dict[str, list[dict[str, Any]]] = {
             "bottleneck": [{"strength": each} for each in STRENGTHS],
             "layer": [{"layer": layer, "strength": each} for layer in LAYERS for each in STRENGTHS],
@@ -201,7 +208,7 @@ def fused(name: str, context: Context) -> list[Row]:
     model = common.load(context, name)
     best = tuned(context, name)
     layer = best["layer"]
-    asked = pairs(context, model, REPORT, context.count(20, 3))
+    asked = pairs(context, model, REPORT, common.tenth(context, N))
     arms: dict[str, Method] = {
         "none": fusion(model, strength=0.0),
         "bottleneck": fusion(model, **best["bottleneck"]),
@@ -209,94 +216,154 @@ def fused(name: str, context: Context) -> list[Row]:
         "skips": skip_mixing(model, **best["skips"]),
         "lerp": fusion(model, **layer, mix="lerp"),
         "symmetric": fusion(model, **layer, process="symmetric"),
-        "calibrated": fusion(model, **layer, calibration=1.0),
     }
-    arms |= {f"layer {share:g}": fusion(model, **layer | {"strength": share}) for share in STRENGTHS}
-    ours = f"layer {layer['strength']:g}"
+    for share in STRENGTHS:
+        arms[f"layer {share:g}"] = fusion(model, **layer | {"strength": share})
+        arms[f"calibrated {share:g}"] = fusion(model, **layer | {"strength": share}, calibration=1.0)
     found = {arm: outcomes(context, asked, method, f"{name}, {arm}") for arm, method in arms.items()}
+    rows: dict[str, list[Any]] = {
+        "look": [pair.pictures[0] for pair in asked[:SHOWN]],
+        "content": [pair.pictures[1] for pair in asked[:SHOWN]],
+    }
+    names = {"at the bottleneck": "bottleneck", f"at {layer['layer']}": f"layer {layer['strength']:g}"}
+    names |= {"noise mixed": "noise", "skips mixed": "skips", "straight line": "lerp"}
+    for says, arm in names.items():
+        rows[says] = [("fused" if one.fused else "not fused", one.picture) for one in found[arm][:SHOWN]]
+    shown = {
+        "leans_on": common.trust_text(context, "shape", "color"),
+        "picture": context.save(f"inject-fusion-{name}.png", common.labelled(rows)),
+    }
+    return rows_of(name, found, best, moved(name, context)["mid"].value, shown)
+
+
+def rows_of(
+    name: str, found: Mapping[str, Sequence[Outcome]], best: Mapping[str, Any], mid: float, shown: Mapping[str, Any]
+) -> list[Row]:
+    """The verdicts from all arms; ``best``: the tuned settings, ``mid``: how much the bottleneck moves at all."""
+    layer = best["layer"]
+    ours = f"layer {layer['strength']:g}"
     hits = {arm: [one.fused for one in each] for arm, each in found.items()}
     rate = {arm: stats.share(each) for arm, each in hits.items()}
     shape = {arm: stats.share([one.shape for one in each]) for arm, each in found.items()}
-    look = {arm: stats.bootstrap([sum(one.look) / 3 for one in each]) for arm, each in found.items()}
-    gains = {arm: {b: stats.mcnemar(hits[arm], hits[b]) for b in BASELINES} for arm in ("bottleneck", ours)}
-    steps = [shape["none"].value, *(shape[f"layer {share:g}"].value for share in STRENGTHS)]
-    edits = stats.mcnemar([one.shape for one in found[ours]], [one.shape for one in found["symmetric"]])
-    calibrated = stats.paired_difference(
-        [sum(one.look) / 3 for one in found["calibrated"]], [sum(one.look) / 3 for one in found[ours]]
-    )
-    rows = [[pair.pictures[k] for pair in asked[:10]] for k in (0, 1)]
-    rows += [
-        [one.picture for one in found[arm][:10]] for arm in ("bottleneck", ours, "noise", "skips", "lerp", "calibrated")
-    ]
-    picture = context.save(f"inject-fusion-{name}.png", common.sheet(rows))
-    leans = common.trust_text(context, "shape", "color")
+    look = {arm: stats.bootstrap(looks(each)) for arm, each in found.items()}
     told = "; ".join(f"{arm} {percent(rate[arm])}" for arm in BASELINES)
-    data = {
-        arm: {"fused": rate[arm].to_json(), "shape": shape[arm].to_json(), "look": look[arm].to_json()} for arm in arms
-    } | {"settings": best}
+    about: dict[str, Any] = {
+        "n": len(found["none"]),
+        **shown,
+        "data": {
+            arm: {"fused": rate[arm].to_json(), "shape": shape[arm].to_json(), "look": look[arm].to_json()}
+            for arm in found
+        }
+        | {"settings": dict(best)},
+    }
 
-    def row(arm: str, where: str, source: str) -> Row:
-        against = gains[arm]
+    def row(arm: str, where: str, source: str, **more: Any) -> Row:
+        against = {other: stats.mcnemar(hits[arm], hits[other]) for other in BASELINES}
         return Row(
-            claim=(
-                f"{name}: injected at {where}, the shape is the content's and two of colour, ground and sky are the "
-                "look's, 15 points more often than by each baseline (lower bounds above 0)"
-            ),
-            source=source,
-            measured=(
-                f"{percent(rate[arm])} of pairs (shape {percent(shape[arm])}, look {percent(look[arm])}); more than "
-                + ", ".join(f"{b} {percent(each)}" for b, each in against.items())
-            ),
+            claim=f"{name}: injected at {where}, the shape is the content's and two of colour, ground and sky are the "
+            f"look's, {100 * MORE:.0f} points more often than by each baseline",
+            source=f"{source} (shown there by pictures and FID; the size is ours)",
+            measured=f"{percent(rate[arm])} of pairs (shape {percent(shape[arm])}, look {percent(look[arm])}); more "
+            f"than " + ", ".join(f"{other} {percent(each)}" for other, each in against.items()),
             baseline=f"{told} (tuned: slerp of x_T by {best['noise']['ratio']:g}, skips by {best['skips']['ratio']:g})",
-            holds=all(each.value >= 0.15 and each.low > 0 for each in against.values()),
-            n=len(asked),
-            leans_on=leans,
-            picture=picture,
-            data=data,
+            bars=[common.lift(each, rate[other].value, MORE, f"over {other}") for other, each in against.items()],
+            **about,
+            **more,
         )
 
+    steps = ["none", *(f"layer {share:g}" for share in STRENGTHS)]
+    rises = common.agreement(np.array([[float(one.shape) for one in found[arm]] for arm in steps]))
+    edits = stats.mcnemar(*([one.shape for one in found[arm]] for arm in (ours, "symmetric")))
+    dead = f"the bottleneck moves {100 * mid:.1f} % of the prediction: nothing to inject into" if mid < DEAD else ""
     return [
-        row("bottleneck", f"the bottleneck (strength {best['bottleneck']['strength']:g}, tuned)", SOURCE),
+        row(
+            "bottleneck",
+            f"the bottleneck (strength {best['bottleneck']['strength']:g}, tuned)",
+            SOURCE,
+            headline=True,
+            void=dead,
+        ),
         row(ours, f"{layer['layer']} (strength {layer['strength']:g}, tuned)", f"{SOURCE}; the layer is ours"),
         Row(
-            claim=f"{name}: the stronger the injection at {layer['layer']}, the more often the shape is the content's",
-            source=SOURCE,
-            measured=", ".join(f"{s:g}: {100 * v:.0f} %" for s, v in zip((0.0, *STRENGTHS), steps, strict=True)),
-            baseline=f"none {percent(shape['none'])}, noise {percent(shape['noise'])}",
-            holds=all(a <= b for a, b in zip(steps, steps[1:], strict=False)) and steps[-1] > steps[0],
-            n=len(asked),
-            leans_on=leans,
-            picture=picture,
-            data={"shape": steps},
+            claim=f"{name}: the stronger the injection at {layer['layer']}, the more often the shape is the content's "
+            "(mean rank correlation within a pair)",
+            source=f"{SOURCE}, figure of strengths",
+            measured=rises.text(),
+            baseline=", ".join(f"{arm}: {100 * shape[arm].value:.0f} %" for arm in steps),
+            bars=[Bar(rises, null=0.0, ideal=1.0, above=0.0)],
+            **about,
         ),
         Row(
             claim=f"{name}: the asymmetric process brings more of the content's shape than the symmetric one",
             source="Kwon, Jeong, Uh 2022 (Asyrp), section 3.2",
             measured=f"{percent(shape[ours])}, difference {percent(edits)}, p {edits.p:.2g}",
             baseline=f"symmetric {percent(shape['symmetric'])}",
-            holds=edits.low > 0,
-            n=len(asked),
-            leans_on=leans,
-            data=data,
+            bars=[common.lift(edits, shape["symmetric"].value)],
+            **about,
         ),
-        Row(
-            claim=f"{name}: calibration keeps more of the look",
-            source=f"{SOURCE}, section 3.3",
-            measured=f"{percent(calibrated)} of colour, ground and sky; shape {percent(shape['calibrated'])}",
-            baseline=f"without: look {percent(look[ours])}, shape {percent(shape[ours])}",
-            holds=calibrated.low > 0,
-            n=len(asked),
-            leans_on=leans,
-            picture=picture,
-            data=data,
-        ),
+        calibration_row(name, found, about),
     ]
+
+
+def looks(found: Sequence[Outcome]) -> list[float]:
+    """Of every pair the share of colour, ground and sky that are the look's."""
+    return [sum(one.look) / 3 for one in found]
+
+
+def calibration_row(name: str, found: Mapping[str, Sequence[Outcome]], about: Mapping[str, Any]) -> Row:
+    """The verdict on calibration at equal content: the strengths, one with and one without it, that bring the content's
+    shape about equally often; among those, the two that bring most of it."""
+
+    def content(arm: str) -> float:
+        return float(np.mean([one.shape for one in found[arm]]))
+
+    pairs = [(f"calibrated {a:g}", f"layer {b:g}") for a in STRENGTHS for b in STRENGTHS]
+    even = [pair for pair in pairs if abs(content(pair[0]) - content(pair[1])) <= EVEN]
+    with_it, without = max(even, key=lambda pair: content(pair[0])) if even else pairs[0]
+    gained = min(content(with_it), content(without)) - content("none")
+    kept = stats.paired_difference(looks(found[with_it]), looks(found[without]))
+    before = float(np.mean(looks(found[without])))
+    nothing = "" if gained >= 2 * EVEN else f"at equal content only {100 * gained:.0f} points of it are brought"
+    return Row(
+        claim=f"{name}: at equal content calibration keeps more of the look",
+        source=f"{SOURCE}, section 3.3",
+        measured=f"{percent(kept)} more of colour, ground and sky; shape {100 * content(with_it):.0f} % ({with_it})",
+        baseline=f"without: look {100 * before:.0f} %, shape {100 * content(without):.0f} % ({without})",
+        bars=[common.lift(kept, before)],
+        void=nothing if even else "no two strengths bring the content equally often",
+        **about,
+    )
 
 
 def influence(name: str, context: Context) -> list[Row]:
     """How much of the predicted noise depends on a layer at all, its skip connections left alone."""
+    return influence_rows(name, moved(name, context))
+
+
+def influence_rows(name: str, means: Mapping[str, stats.Interval]) -> list[Row]:
+    """The verdict from the shares of the layers, mid among them."""
+    return [
+        Row(
+            claim=f"{name}: exchanging the bottleneck between pictures, skip connections kept, changes the predicted "
+            f"noise by {100 * MOVES:.0f} % or more of what exchanging everything does",
+            source="what the paper presupposes of the model (the size is ours)",
+            measured=percent(means["mid"]),
+            baseline=", ".join(f"{layer} {percent(each)}" for layer, each in means.items() if layer != "mid"),
+            bars=[Bar(means["mid"], null=0.0, ideal=1.0, at_least=MOVES)],
+            n=means["mid"].n,
+            data={layer: each.to_json() for layer, each in means.items()},
+        )
+    ]
+
+
+def moved(name: str, context: Context) -> dict[str, stats.Interval]:
+    """The share of the prediction that each layer moves, once per run."""
+    return context.once(f"influence {name}", lambda: _moved(name, context))
+
+
+def _moved(name: str, context: Context) -> dict[str, stats.Interval]:
     model = common.load(context, name)
-    n = context.count(20, 4)
+    n = context.count(40, 4)
     asked = [f"a {COLORS[i % 8]} {SHAPES[i % 6]} on the {GROUNDS[i % 5]}" for i in range(n)]
     shares: dict[str, list[float]] = {layer: [] for layer in ("mid", *LAYERS)}
 
@@ -326,21 +393,8 @@ def influence(name: str, context: Context) -> list[Row]:
     seen: list[Tensor] = []
     given = settings(TUNE) | {"guidance": 1.0, "decode": False, "on_step": look, "interventions": Remember()}
     generate(model, asked, **given)
-    means = {layer: stats.bootstrap(each) for layer, each in shares.items()}
-    return [
-        Row(
-            claim=(
-                f"{name}: exchanging the bottleneck between pictures, skip connections kept, changes the predicted "
-                "noise by a tenth or more of what exchanging everything does"
-            ),
-            source="what the paper presupposes of the model",
-            measured=f"{percent(means['mid'])}",
-            baseline=", ".join(f"{layer} {percent(means[layer])}" for layer in LAYERS),
-            holds=means["mid"].low >= 0.1,
-            n=n,
-            data={layer: each.to_json() for layer, each in means.items()},
-        )
-    ]
+    pictures = [i % n for i in range(2 * n)]  # both noise levels of one picture belong together
+    return {layer: stats.bootstrap(common.by_cluster(each, pictures)) for layer, each in shares.items()}
 
 
 def parts(name: str) -> tuple[Part, ...]:
@@ -356,9 +410,9 @@ EXPERIMENT = Experiment(
     title="InjectFusion: the content of one picture in the look of another",
     intro=(
         "Pairs of drawn pictures that differ in the shape, colour and ground which the toy-judge reads in them. "
-        "Strength, layer and ratio were chosen on other prompts and seeds. toy-sd is shallow: almost everything passes "
-        "its 4x4 bottleneck by, as the first row measures, so the method is also run on a later layer. lerp: the same "
-        "layer and strength in a straight line, norms not matched; skips: its skip connections mixed "
+        "Strength, layer and ratio were chosen on other prompts and seeds. How much the bottleneck moves at all is the "
+        "first row; where it is next to nothing the test is void there, and the method is also run on a later layer. "
+        "lerp: the same layer and strength in a straight line, norms not matched; skips: the skip connections mixed "
         "instead. SD3 has no bottleneck and is refused."
     ),
     file=__file__,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from claims import attend_excite, clip_guidance, common, mgad, structured_guidance
+from claims import attend_excite, clip_guidance, common, experts, mgad, no_token_left_behind, structured_guidance
 from claims.attend_excite import Arm
+from claims.paint_with_words import Found
 from sfumato.metrics import stats
 from sfumato.metrics.stats import Interval
 from sfumato.toybox import oracle
@@ -184,3 +185,60 @@ def test_cases_of_mgad():
         assert case.reference.shape == (32, 32, 3) and not case.scene.toys
         assert case.told.startswith(f"{case.text} on the {case.scene.ground}")
         assert case.told.split()[-1].strip() in case.scene.sky or case.scene.sky in case.told
+
+
+def test_no_token_left_behind():
+    arms = {"plain": arm(HALF), "CLIP": arm(OTHER), "longer": arm(OTHER)}
+    [good] = no_token_left_behind.several_rows("toy", {**arms, "explained": arm(PERFECT)}, 50, {})
+    [null] = no_token_left_behind.several_rows("toy", {**arms, "explained": arm(HALF)}, 50, {})
+    assert good.holds and good.headline and null.holds is False
+
+
+def test_prompts_learnt_by_no_token_left_behind():
+    dice, chosen = np.random.default_rng(4), {"rate": 0.02, "weight": 1.0}
+    coop = list(zip(dice.normal(0.7, 0.02, 20), dice.normal(0.4, 0.02, 20), strict=True))
+    ours = list(zip(dice.normal(0.95, 0.02, 20), dice.normal(0.8, 0.02, 20), strict=True))
+    again = list(zip(dice.normal(0.7, 0.02, 20), dice.normal(0.4, 0.02, 20), strict=True))
+    assert [row.holds for row in no_token_left_behind.prompt_rows(ours, coop, chosen)] == [True, True]
+    assert [row.holds for row in no_token_left_behind.prompt_rows(again, coop, chosen)] == [False, False]
+    gone = [0.5] * N
+    assert no_token_left_behind.premise_rows(PERFECT, gone)[0].holds
+    assert no_token_left_behind.premise_rows([i % 2 == 0 for i in range(N)], gone)[0].holds is False
+
+
+def test_boxes_of_no_token_left_behind():
+    def boxed(share, seed):
+        return [[Found(True, 0.5, bool(hit < share))] for hit in np.random.default_rng(seed).random(N)]
+
+    others = {"plain": boxed(0.2, 1), "CLIP": boxed(0.2, 2), "masked": boxed(0.5, 3)}
+    [good] = no_token_left_behind.box_rows("toy", {**others, "explained": boxed(0.95, 4)}, {})
+    [null] = no_token_left_behind.box_rows("toy", {**others, "explained": boxed(0.2, 5)}, {})
+    assert good.holds and null.holds is False
+    layout, large = (no_token_left_behind.Layout(1, 2, side) for side in (64, 128))
+    assert layout.text == large.text and layout.share == pytest.approx(large.share) and max(large.boxes[0]) > 64
+
+
+def losses(level, seed, n=60):
+    return np.random.default_rng(seed).normal(level, 0.02, (experts.PARTS, n)).tolist()
+
+
+def test_experts():
+    base = losses(1.0, 1)
+    [good] = experts.loss_rows({"base": base, "longer": losses(0.95, 2), "experts": losses(0.9, 3)})
+    [null] = experts.loss_rows({"base": base, "longer": losses(0.95, 2), "experts": losses(0.951, 4)})
+    [idle] = experts.loss_rows({"base": base, "longer": base, "experts": base})
+    assert good.holds and good.headline and null.holds is False and "changed nothing" in idle.void
+    drawn = {"base": arm(HALF), "longer": arm(OTHER)}
+    assert experts.drawn_rows({**drawn, "experts": arm(PERFECT)})[0].holds
+    assert experts.drawn_rows({**drawn, "experts": arm(HALF)})[0].holds is False
+
+
+def test_every_part_of_the_noise_has_its_narrowest_expert():
+    names = [experts.expert_of(part).removeprefix("toy-sd-expert-") for part in range(experts.PARTS)]
+    assert names == ["2-0"] * 2 + ["1-0"] * 2 + ["1-1"] * 2 + ["2-3"] * 2
+    ends = {end * experts.PARTS for branch in experts.TREE.values() for end in branch.interval}
+    assert all(end == int(end) for end in ends)
+    seen: list[str] = [experts.BASE]
+    for name, branch in experts.TREE.items():
+        assert branch.parent in seen  # parents are trained first
+        seen.append(name)
