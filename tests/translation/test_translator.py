@@ -111,3 +111,26 @@ def test_vectors_and_conditions_that_do_not_fit_are_refused(conditional):
     ):
         with pytest.raises(BadInput, match=told):
             call()
+
+
+def test_conditions_that_never_vary_are_refused_and_dead_ones_stay_in_their_unit():
+    z, c = torch.randn(64, 3), torch.randn(64, 2)
+    with pytest.raises(BadInput, match="all 64 conditions are the same"):
+        fit_translator(z, torch.ones(64, 2), steps=1, **SMALL)
+    with pytest.raises(BadInput, match="64 vectors but 63 conditions"):
+        fit_translator(z, c[:-1], steps=1, **SMALL)
+    c[:, 1] = 0.3
+    translator = fit_translator(z, c, steps=1, **SMALL).translator
+    assert translator.condition_std[1] == 1
+    c[:, 1] = 0.301  # hardly anything: nothing explodes
+    assert translator.residual(z, c).abs().max() < 50
+
+
+def test_one_vector_alone_is_read_as_in_a_batch(conditional):
+    translator = conditional[0].translator
+    z, c = torch.randn(5, 3), torch.randn(5, 2)
+    alone = torch.cat([translator.residual(z[i : i + 1], c[i : i + 1]) for i in range(5)])
+    assert torch.allclose(alone, translator.residual(z, c), atol=1e-5)
+    assert translator.sample(c[:1], 1).shape == (1, 1, 3)
+    with pytest.raises(BadInput, match="batch"):
+        fit_translator(z, batch=1)

@@ -286,7 +286,11 @@ def fit_translator(
             raise BadInput("the conditions hold values that are not finite; compute them in float32.")
         place = translator.condition_mean.shape
         translator.condition_mean = rows.mean(0).view(place)
-        translator.condition_std = rows.std(0).clamp_min(1e-6).view(place)
+        spread_of = rows.std(0)
+        if not (spread_of > 0).any():
+            raise BadInput(f"all {len(c)} conditions are the same, so they tell the flow nothing; leave them out.")
+        # a dimension that never varied stays in its own unit: what it may do later must not be blown up
+        translator.condition_std = torch.where(spread_of < 1e-6, 1.0, spread_of).view(place)
     train = len(z) - held
     chances = None if weights is None else weights[:train].double()
 

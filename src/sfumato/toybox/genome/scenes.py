@@ -237,9 +237,9 @@ def _questions(
         for predicate in RELATIONS[:4]:
             found = [link for link in links if (link.predicate, link.object_id) == (predicate, it.id)]
             if len(found) == 1:
-                answer = next(each for each in things.values() if each.id == found[0].subject_id)
+                told = next(each for each in things.values() if each.id == found[0].subject_id)
                 where = f"to the {predicate}" if predicate.endswith(" of") and "front" not in predicate else predicate
                 yield GenomeQuestion(
                     ids.take("question"), image_id, f"What is {where} the {it.name}?",
-                    f"{answer.attributes[0]} {answer.name}", (it,), (answer,),
+                    f"{told.attributes[0]} {told.name}", (it,), (told,),
                 )  # fmt: skip
