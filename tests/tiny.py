@@ -95,7 +95,7 @@ def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
         card["sampling"] |= {"frames": FRAMES[kind], "size": list(SIZES.get(kind, (32, 32)))}
     if kind == "sd3clip":
         card["sampling"]["max_sequence_length"] = 0
-    if kind == "klein":
+    if kind in ("klein", "flux2"):
         card["sampling"]["max_sequence_length"] = 48  # its encoder has 27 layers, which pads to 512 take long
     if kind in ("z_image", "wan", "ltx", "cogvideox", "hunyuan"):
         card["sampling"]["max_sequence_length"] = 64

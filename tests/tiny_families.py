@@ -6,6 +6,8 @@ kind            what it is (pixels per latent: 2)
 chroma          Flux without pooled text, masked padding, real guidance
 auraflow        UMT5, eight register tokens before the text, joint and single blocks
 sana            Gemma2; linear self-attention, cross-attention; its pipeline takes multiples of 32
+kontext         Flux with a reference picture, which is scaled to 32x32 or so
+flux2           Flux.2 [dev]: Mistral 3 with a chat template, padded on its left; guidance distilled
 klein           Flux.2 [klein]: Qwen3 with a chat template; one place of the grid is 4 pixels wide
 qwenimage       Qwen2.5-VL behind a template whose head is cut off; texts of their own length in each branch
 lumina2         Gemma2; text and image in one sequence, packed per sample; 8 pixels per latent
@@ -31,7 +33,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     QwenImagePipeline,
@@ -46,6 +50,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -185,18 +191,14 @@ def _sana() -> SanaPipeline:
     )
 
 
-def _klein() -> Flux2KleinPipeline:
-    tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=27,  # the pipeline reads the outputs of layers 9, 18 and 27
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.2,
-    )
+def _kontext() -> FluxKontextPipeline:
+    parts = {name: part for name, part in tiny._flux(True).components.items() if part is not None}
+    pipe = FluxKontextPipeline(**parts)
+    pipe.default_sample_size = 16
+    return pipe
+
+
+def _flux2_parts(guided: bool) -> tuple[AutoencoderKLFlux2, Flux2Transformer2DModel]:
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -217,8 +219,52 @@ def _klein() -> Flux2KleinPipeline:
         joint_attention_dim=48,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
+        guidance_embeds=guided,
     )
+    return vae, transformer
+
+
+def _flux2() -> Flux2Pipeline:
+    tokenizer = copy.deepcopy(qwen_tokenizer())
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'][0] }}{{ m['content'][0]['text'][-80:] }}<|im_end|>{% endfor %}"
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 30,  # the pipeline reads the outputs of layers 10, 20 and 30
+        "num_key_value_heads": 1,
+        "initializer_range": 0.2,
+        **sizes,
+    }
+    vision = {"model_type": "pixtral", "num_hidden_layers": 1, "patch_size": 4, "image_size": 16, **sizes}
+    vae, transformer = _flux2_parts(guided=True)
+    pipe = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipe.system_message = "Draw."
+    return pipe
+
+
+def _klein() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=27,  # the pipeline reads the outputs of layers 9, 18 and 27
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+    vae, transformer = _flux2_parts(guided=False)
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=vae,
@@ -336,6 +382,8 @@ BUILDERS = {
     "chroma": _chroma,
     "auraflow": _auraflow,
     "sana": _sana,
+    "kontext": _kontext,
+    "flux2": _flux2,
     "klein": _klein,
     "qwenimage": _qwenimage,
     "lumina2": _lumina2,

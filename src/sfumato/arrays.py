@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
+    from PIL.Image import Image
     from torch import Tensor
 
 
@@ -18,3 +21,11 @@ def to_tensor(array: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(array).clone()
+
+
+def to_pixels(pictures: Sequence[Image]) -> Tensor:
+    """RGB pictures of one size as a tensor (b 3 H W) in [-1, 1], with diffusers' rounding."""
+    import numpy as np
+
+    array = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255.0
+    return to_tensor(array.transpose(0, 3, 1, 2)) * 2.0 - 1.0

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as HUNYUAN
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -36,6 +37,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "auraflow": {},
     "sana": {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
     "klein": {"max_sequence_length": 48},
+    "flux2": {"max_sequence_length": 48},
     "qwenimage": {},
     "lumina2": {},
     "z_image": {"max_sequence_length": 64},
@@ -79,10 +81,12 @@ def pipeline_latents(model: Model, kind: str, size: tuple[int, int], seeds: list
             height=size[1],
             num_inference_steps=2,
             **given,
-            **CALLS[kind],
+            **CALLS.get(kind, {}),
         )
     latents = out.frames if model.clips else out.images
-    if kind in ("chroma", "qwenimage"):
+    if kind == "flux2":
+        latents = latents.transpose(1, 2).unflatten(-1, (size[1] // 4, size[0] // 4))
+    if kind in ("chroma", "qwenimage", "kontext"):
         latents = model.pipe._unpack_latents(latents, size[1], size[0], model.pipe.vae_scale_factor)
     if kind == "ltx":
         latents = model.pipe._unpack_latents(latents, 3, size[1] // 4, size[0] // 4)
@@ -197,13 +201,17 @@ def places_changed(a: Tensor, b: Tensor) -> list[int]:
 
 def tokens_of(model: Model, kind: str, prompt: str) -> list[int]:
     """The tokens whose features the denoiser is given, as the pipeline lays the prompt out."""
-    tokenizer, head = model.pipe.tokenizer, 0
+    tokenizer, head = model.pipe.tokenizer_2 if kind == "kontext" else model.pipe.tokenizer, 0
     if kind == "qwenimage":
         prompt, head = model.pipe.prompt_template_encode.format(prompt), model.pipe.prompt_template_encode_start_idx
     elif kind == "hunyuan":
         prompt, head = HUNYUAN["template"].format(prompt), HUNYUAN["crop_start"]
     elif kind == "lumina2":
         prompt = f"{model.pipe.system_prompt} <Prompt Start> {prompt}"
+    elif kind == "flux2":
+        (messages,) = format_input([prompt], model.pipe.system_message)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer(prompt, padding="max_length", max_length=48, add_special_tokens=False).input_ids
     elif tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -212,7 +220,8 @@ def tokens_of(model: Model, kind: str, prompt: str) -> list[int]:
 
 def token_of(model: Model, kind: str, prompt: str, word: str) -> int:
     """Place of a one-token word in the features that the pipeline makes of a prompt."""
-    alone = [model.pipe.tokenizer(blank + word, add_special_tokens=False).input_ids for blank in ("", " ")]
+    tokenizer = model.pipe.tokenizer_2 if kind == "kontext" else model.pipe.tokenizer
+    alone = [tokenizer(blank + word, add_special_tokens=False).input_ids for blank in ("", " ")]
     # byte-pair pieces within a text begin with the blank
     (place,) = (i for i, token in enumerate(tokens_of(model, kind, prompt)) if [token] in alone)
     return place

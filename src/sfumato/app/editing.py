@@ -234,7 +234,7 @@ def _open(
         except BadInput:
             pass
     exact = exact and not hasattr(editor.cls, "load_model")  # others draw nothing again
-    fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents"))
+    fresh = all(recipe.get(name) is None for name in ("edit", "image", "latents", "reference"))
     if path is not None and exact and fresh and not options.invert:
         opened = _replayed(path, picture, options, editor, model, allow, on_step)
     else:

@@ -127,6 +127,7 @@ def make(
     with_: Any = (),
     allow: Sequence[str | Path] = (),
     image: Any = None,
+    reference: Any = None,
     on_step: Callable[..., Any] | None = None,
     **options: Unpack[GenerateArguments],
 ) -> Result:
@@ -140,6 +141,8 @@ def make(
         allow: files, or folders of files, that systems described by recipes may open (:func:`.cards.refuse_files`).
         image: a PIL picture to begin from instead of noise; ``strength`` says how much of it is drawn anew. Without
             ``size`` it is brought to about the model's own area, in its own shape.
+        reference: a picture, or several, to draw by, with models that look at pictures beside the prompt (Kontext,
+            Flux.2, Qwen-Image-Edit). Without ``size`` and ``image`` the first one says the shape.
         on_step: called after every denoising step with the loop's step record.
         options: see :class:`MakeOptions`: ``n``, ``negative``, ``steps``, ``guidance``, ``size`` (width, height in
             pixels), ``seed``, ``scheduler``, ... What is left out is the model's choice. Picture i uses ``seed`` + i
@@ -160,8 +163,8 @@ def make(
     from sfumato.sampling import generate
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    given = checked.arguments() | fitted_to(loaded, image, checked.size)
-    return generate(loaded, **given, image=image, interventions=systems, on_step=on_step)
+    given = checked.arguments() | fitted_to(loaded, reference if image is None else image, checked.size)
+    return generate(loaded, **given, image=image, reference=reference, interventions=systems, on_step=on_step)
 
 
 def offers(model: str | Path | Model, needs: Sequence[str]) -> bool:

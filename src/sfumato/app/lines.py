@@ -18,13 +18,11 @@ from typing import IO, TYPE_CHECKING, Any
 from sfumato import cards, files, valid, writing
 from sfumato.app.jobs import JobOptions
 from sfumato.app.orders import Order, ending, write
-from sfumato.app.pictures import fitted_to
+from sfumato.app.pictures import Brought
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from PIL.Image import Image
 
     from sfumato.models import Model
     from sfumato.sampling import Result
@@ -126,7 +124,7 @@ def carry_out_lines(
         BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
     """
     order.systems()
-    image = None if order.image is None else files.read_picture(order.image)
+    brought = order.brought()
     wrong: list[str] = []
     tally = {"lines": 0, "done": 0}
 
@@ -143,9 +141,9 @@ def carry_out_lines(
     writing.only_folder(out, "the pictures of a prompts file and their metadata.jsonl")
     with writing.output_folder(out), writing.reserved(out, "a run of prompts"), contextlib.ExitStack() as stack:
         made = (
-            _spread_lines(jobs(), order, image, out, workers, stack)
+            _spread_lines(jobs(), order, brought, out, workers, stack)
             if ray
-            else _make_lines(jobs(), order, image, out, model, on_step, total)
+            else _make_lines(jobs(), order, brought, out, model, on_step, total)
         )
         failed = -1
         for index, line, answer in made:
@@ -171,7 +169,7 @@ Answer = tuple[int, Line, Any]
 def _make_lines(
     jobs: Iterator[tuple[int, Line, JobOptions]],
     order: Order,
-    image: Image | None,
+    brought: Brought,
     out: Path,
     model: Model | None,
     on_step: Callable[[int, int, float], None] | None,
@@ -194,12 +192,12 @@ def _make_lines(
                 on_step(index, max(total, index + 1), (step.i + 1) / step.total)
 
         try:
-            key = _job_key(options, order, image, model.weight_hash, str(model.dtype))
+            key = _job_key(options, order, brought, model.weight_hash, str(model.dtype))
             there = journal.take(key)
             if there is not None:
                 yield index, line, Made([there], there=True)
                 continue
-            result, seconds = _timed(model, options, order, image, on_progress)
+            result, seconds = _timed(model, options, order, brought, on_progress)
             row = _row(options, line.about, seconds, result.cost)
 
             def save(at: Path, result: Result = result) -> list[Path]:
@@ -219,7 +217,7 @@ def _make_lines(
 def _spread_lines(
     jobs: Iterator[tuple[int, Line, JobOptions]],
     order: Order,
-    image: Image | None,
+    brought: Brought,
     out: Path,
     workers: int | None,
     stack: contextlib.ExitStack,
@@ -232,12 +230,12 @@ def _spread_lines(
     if first is None:
         return
     journal = Journal(out)
-    pool = stack.enter_context(Workers(functools.partial(_Maker, order, image), workers))
+    pool = stack.enter_context(Workers(functools.partial(_Maker, order, brought), workers))
     weight_hash, dtype = pool.ask(None)
 
     def items() -> Iterator[tuple[Any, Any]]:
         for index, line, options in itertools.chain([first], jobs):
-            key = _job_key(options, order, image, weight_hash, dtype)
+            key = _job_key(options, order, brought, weight_hash, dtype)
             there = journal.take(key)
             yield (index, line, options, key, there), None if there is not None else options
 
@@ -265,8 +263,8 @@ def _spread_lines(
 class _Maker:
     """On a worker: options of one picture -> its files as (end of the name, bytes), seconds, cost; or what is wrong."""
 
-    def __init__(self, order: Order, image: Image | None):
-        self.order, self.image = order, image
+    def __init__(self, order: Order, brought: Brought):
+        self.order, self.brought = order, brought
         self.model = order.load()
 
     def __call__(self, options: JobOptions | None) -> Any:
@@ -275,7 +273,7 @@ class _Maker:
         if options is None:
             return self.model.weight_hash, str(self.model.dtype)
         try:
-            result, seconds = _timed(self.model, options, self.order, self.image, None)
+            result, seconds = _timed(self.model, options, self.order, self.brought, None)
         except SfumatoError as error:
             return str(error)
         with tempfile.TemporaryDirectory() as folder:
@@ -284,22 +282,22 @@ class _Maker:
 
 
 def _timed(
-    model: Model, options: JobOptions, order: Order, image: Image | None, on_progress: Callable[[Any], None] | None
+    model: Model, options: JobOptions, order: Order, brought: Brought, on_progress: Callable[[Any], None] | None
 ) -> tuple[Result, float]:
     """One picture, decoded within the seconds that are measured."""
     from sfumato.sampling import generate
 
     start = time.perf_counter()
-    given = options.arguments() | fitted_to(model, image, options.size)
-    result = generate(model, **given, image=image, interventions=order.systems(), on_step=on_progress)
+    given = options.arguments() | brought.arguments(model, options.size)
+    result = generate(model, **given, interventions=order.systems(), on_step=on_progress)
     result.images  # noqa: B018
     return result, time.perf_counter() - start
 
 
-def _job_key(options: JobOptions, order: Order, image: Image | None, weight_hash: str, dtype: str) -> str:
+def _job_key(options: JobOptions, order: Order, brought: Brought, weight_hash: str, dtype: str) -> str:
     """By what a picture that is there already is known."""
     what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in order.systems()]]
-    what += [weight_hash, dtype, None if image is None else hashlib.sha256(image.tobytes()).hexdigest()]
+    what += [weight_hash, dtype, *brought.digests()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 

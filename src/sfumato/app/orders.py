@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, checkpoints, clips, files, sheets, writing
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
-from sfumato.app.pictures import as_taken, fitted_to, read_shown
+from sfumato.app.pictures import Brought, as_taken, read_shown
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Order:
     dtype: str | None = None
     device: str = "cpu"
     image: Path | None = None
+    reference: list[Path] = field(default_factory=list)
     config: str | None = None
     expected: dict[str, Any] = field(default_factory=dict)
     maps: bool = False
@@ -53,6 +54,11 @@ class Order:
         """The model of this order, or another one, on its device and in its precision."""
         name = model or self.model or DEFAULT_MODEL
         return load(name, dtype=self.dtype, device=self.device, config=self.config)
+
+    def brought(self) -> Brought:
+        """The pictures given with it, read. Raises BadInput, OSError."""
+        image = None if self.image is None else read_shown(self.image)
+        return Brought(image, tuple(files.read_picture(path) for path in self.reference))
 
     def pictures(self) -> list[JobOptions]:
         """The jobs spelt out: one entry, with one seed, per picture."""
@@ -77,6 +83,10 @@ def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
         raise BadInput(
             f"{picture} was made {'without' if order.image else 'from'} a picture: --image must agree with that."
         )
+    looked = recipe.get("reference") or []
+    if not isinstance(looked, list) or len(looked) != len(order.reference):
+        count = len(looked) if isinstance(looked, list) else "damaged"
+        raise BadInput(f"{picture} was made with {count} reference pictures: --reference must agree with that.")
     dropped = list(recipe.get("dropped", ())) if not exact else []
     guidance = overrides.get("guidance") or known.get("guidance")
     if not exact and "negative" in known and guidance is not None and guidance <= 1:
@@ -173,7 +183,7 @@ def carry_out(
     """
     pictures = order.pictures()
     order.systems()  # misspelt ones are refused before the model is loaded
-    image = None if order.image is None else read_shown(order.image)
+    brought = order.brought()
     with writing.output(out, (".png", *clips.FORMATS)) as (folder, named):
         model = order.load()
         if named is not None and (out.suffix.lower() == ".png") == model.clips:
@@ -181,8 +191,7 @@ def carry_out(
             raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")
         check_weights(order.expected, model, order.same_weights)
         if order.image is not None:
-            image = as_taken(model, image, order.image)
-            pictures = [job.model_copy(update=fitted_to(model, image, job.size)) for job in pictures]
+            brought = replace(brought, image=as_taken(model, brought.image, order.image))
         from sfumato.sampling import generate
 
         for index, options in enumerate(pictures):
@@ -191,8 +200,8 @@ def carry_out(
                 if on_step is not None:
                     on_step(index, len(pictures), (step.i + 1) / step.total)
 
-            systems = order.systems()
-            result = generate(model, **options.arguments(), image=image, interventions=systems, on_step=report)
+            given = options.arguments() | brought.arguments(model, options.size)
+            result = generate(model, **given, interventions=order.systems(), on_step=report)
             yield write(result, folder, order.maps, writing.numbered(named, index, len(pictures)))
 
 

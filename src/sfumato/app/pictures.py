@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,33 @@ from sfumato import clips, files, writing
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sfumato.models import Model
 
 
 ORIENTATION = 0x0112  # of EXIF
+
+
+@dataclass(frozen=True)
+class Brought:
+    """The pictures that come with an order: ``image``, a picture or frames (f h w 3), to begin from, and
+    ``references`` to draw by."""
+
+    image: Any = None
+    references: tuple[Image, ...] = ()
+
+    def arguments(self, model: Model, size: tuple[int, int] | None) -> dict[str, Any]:
+        """These as arguments of the sampling loop, and the size that fits them where none was said."""
+        given = {"image": self.image, "reference": list(self.references) or None}
+        return {name: value for name, value in given.items() if value is not None} | fitted_to(
+            model, self.image if self.image is not None else given["reference"], size
+        )
+
+    def digests(self) -> list[str | None]:
+        """What tells these pictures from others."""
+        shown = (self.image, *self.references)
+        return [None if each is None else hashlib.sha256(each.tobytes()).hexdigest() for each in shown]
 
 
 def is_picture(what: str) -> bool:
@@ -53,7 +78,7 @@ def size_of(shown: Any) -> tuple[int, int] | None:
 
 
 def fitted_to(model: Model, image: Any, size: tuple[int, int] | None) -> dict[str, Any]:
-    """The ``size`` of a run that begins from a picture: without one that was said, about the model's own area in the
+    """The ``size`` of a run that begins from a picture or is drawn by one, the first of several: without one that was said, about the model's own area in the
     picture's shape (:func:`fitting_size`), as wherever a picture is brought along. Nothing without a picture."""
     own = None if image is None or size is not None else size_of(image)
     return {} if own is None else {"size": fitting_size(model, own)}

@@ -83,6 +83,7 @@ CAPABILITIES = {
     "h_space": "a U-Net with a middle block, its h-space",
     "mask_input": "a denoiser that sees a mask, such as that of toy-sd-inpaint or Stable Diffusion's inpainting "
     "checkpoints (blend redraws regions with any model)",
+    "reference": "reference pictures beside the prompt",
     "classifier": "a classifier of pictures",
 }
 """What a model may offer and a system may need, with the words of a refusal: "KEY needs ...; MODEL has none"."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: the tensors of one branch, each with the samples first
 Rows = dict[str, Tensor]
@@ -28,11 +32,13 @@ class Encoding:
 
     ``clip_skip``: how many of the last layers of its CLIPs are left out, as in diffusers. ``micro``: SDXL's six numbers
     (height and width of the original, top and left of the crop, height and width of the target; Podell et al. 2023,
-    section 2.2) of the conditional and of the unconditional branch.
+    section 2.2) of the conditional and of the unconditional branch. ``references``: RGB pictures that the model looks
+    at beside every text, in their own sizes.
     """
 
     clip_skip: int | None = None
     micro: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    references: tuple[Image, ...] = ()
 
 
 @dataclass
@@ -40,8 +46,8 @@ class Condition:
     """The condition of ``b`` samples. Rows of the two guidance branches are kept apart so that either can be edited.
 
     Keys of the rows depend on the family: ``embeds`` (b t d) always; ``pooled`` (b d) for SDXL, SD3 and Flux; ``mask``
-    (b t) for PixArt; ``hole`` (b 1+c h w), mask and picture outside it, for inpainting checkpoints. SDXL also
-    honours ``time_ids`` (b 6) where given, else it derives them from the picture size.
+    (b t) for PixArt; ``hole`` (b 1+c h w), mask and picture outside it, for inpainting checkpoints; ``reference 0``,
+    ``reference 1``, ... (b c h w) each, states of the reference pictures in their own sizes. SDXL also honours ``time_ids`` (b 6) where given, else it derives them from the picture size.
     """
 
     cond: Rows

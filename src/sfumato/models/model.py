@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.models import chunks, codec
 from sfumato.models.condition import Condition, Encoding, TruncatedPrompt
@@ -51,6 +52,7 @@ class Model:
         self._files = tuple(files)
         self._listeners: list[Callable[[Any], None]] = []
         self._chunks: int | None = None
+        self._seen: dict[str, Tensor] = {}  # states (1 ...) of reference pictures
         own = self.card.get("sampling", {})
         family = family or family_of(type(pipe).__name__)
         self.family: Family = family(pipe, own.get("max_sequence_length"))
@@ -234,6 +236,8 @@ class Model:
                 self._warn_truncation(text)
         with quiet():
             cond, uncond = chunks.encode(self.family, texts, negatives, guidance, parts)
+        for rows in (cond, uncond or {}):
+            rows.update({key: state.repeat(len(texts), *[1] * (state.dim() - 1)) for key, state in self._seen.items()})
         return Condition(
             cond=cond,
             uncond=uncond,
@@ -244,12 +248,20 @@ class Model:
 
     @contextmanager
     def encoding(self, encoding: Encoding) -> Iterator[None]:
-        """Within: all texts are encoded so."""
-        before, self.family.encoding = self.family.encoding, encoding
+        """Within: all texts are encoded so, and conditions hold the reference pictures. Raises what `encode_image`
+        does."""
+        fitted = [self.family.fit_reference(picture) for picture in encoding.references]
+        for given, picture in zip(encoding.references, fitted, strict=True):
+            if min(picture.size) < (least := self.size_multiple):
+                size = f"{given.width}x{given.height}"
+                raise BadInput(f"reference is {size}; {self.name} looks at pictures of at least {least}x{least}.")
+        seen = {f"reference {i}": self.encode_image(to_pixels([picture])) for i, picture in enumerate(fitted)}
+        before = self.family.encoding, self._seen
+        self.family.encoding, self._seen = encoding, seen
         try:
             yield
         finally:
-            self.family.encoding = before
+            self.family.encoding, self._seen = before
 
     def chunks_for(self, texts: Sequence[str]) -> int:
         """In how many chunks ``texts`` are read: as many as the longest takes, unless :meth:`in_chunks` says otherwise;

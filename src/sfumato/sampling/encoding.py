@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import BadInput
 from sfumato.models import Encoding
 from sfumato.sampling.options import Options
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _POSITIVE = ("original_size", "crops_coords_top_left", "target_size")
 _NEGATIVE = tuple(f"negative_{name}" for name in _POSITIVE)
 
 
-def encoding_of(model: Any, options: Options, size: tuple[int, int]) -> Encoding:
-    """The encoding for pictures of ``size`` (width, height). Raises BadInput for what means nothing to the model."""
+def encoding_of(
+    model: Any, options: Options, size: tuple[int, int], references: tuple[Image, ...] = ()
+) -> Encoding:
+    """The encoding for pictures of ``size`` (width, height) with these reference pictures. Raises BadInput for what
+    means nothing to the model."""
     most, skip = model.family.clip_layers, options.clip_skip
     if skip is not None and not most:
         raise BadInput(f"clip_skip means nothing to {model.name}: no CLIP reads its text for attention.")
     if skip is not None and skip > most:
         raise BadInput(f"clip_skip is {skip}; the text encoder of {model.name} has {most} layers that can be left out.")
-    return Encoding(skip, _micro(model, options, size))
+    return Encoding(skip, _micro(model, options, size), references)
 
 
 def _micro(model: Any, options: Options, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -117,6 +117,7 @@ def generate(
     *,
     latents: Tensor | None = None,
     image: Any = None,
+    reference: Any = None,
     interventions: Intervention | Sequence[Any] = (),
     grad: bool = False,
     decode: bool = True,
@@ -131,6 +132,8 @@ def generate(
             the schedule begins, as found in ``step.x``. Of models that draw tokens: token ids in the state's shape.
         image: a picture, several, or a tensor (b 3 H W) in [-1, 1], noised to ``strength`` (0.8) of the schedule. For
             models of clips: frames (f h w 3) uint8, a list of pictures, or a tensor (b 3 f H W).
+        reference: a picture, or several, that all samples are drawn by, where the model looks at pictures beside its
+            prompt (Kontext, Flux.2, Qwen-Image-Edit); each is resized as the model's pipeline does.
         interventions: systems that watch or change generation; lists nest.
         grad: record gradients through the whole loop, for latents or texts that require them.
         decode: also make ``pixels``.
@@ -147,7 +150,7 @@ def generate(
     """
     prompt, adapters = _adapters(prompt)
     parts = arrange([adapters, interventions])
-    request = checked(model, prompt, latents=latents, image=image, **options)
+    request = checked(model, prompt, latents=latents, image=image, reference=reference, **options)
     batches = request.batches(model)
     coupled = [part.name for part in parts if part.couples_samples]
     if coupled and len(batches) > 1:

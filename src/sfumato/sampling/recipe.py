@@ -12,6 +12,7 @@ import diffusers
 from torch import Tensor
 
 from sfumato import __version__, cards
+from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.options import recorded
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: int) -> dict[str, Any]:
     """The recipe of sample ``i``. Given pictures and latents are named by a hash of their values only."""
+    references = request.encoding.references
     dumped = request.options.model_dump(mode="json", exclude={"scheduler"})
     own = {
         "prompt": request.prompts[i],
@@ -40,6 +42,7 @@ def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: 
         **{name: own[name] if name in own else dumped[name] for name in recorded()},
         "image": _hash_of(request.source.pixels, i),
         "latents": _hash_of(request.source.latents, i),
+        **({"reference": [_hash_of(to_pixels([each]), 0) for each in references]} if references else {}),
         "with": [_described(part) for part in parts],
     }
 
@@ -49,26 +52,27 @@ def recipe_args(
     *,
     image: Any = None,
     latents: Tensor | None = None,
+    reference: Any = None,
     allow: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Arguments for ``generate(model, **recipe_args(recipe))`` that make the recipe's sample again.
 
     ``allow``: files, or folders of files, that its systems may open; a recipe that names others raises NotAllowed.
 
-    A recipe that began from a picture or from given latents needs the same ones again. Raises BadInput when they are
-    missing. The same bits come out where the sample was made in a batch of its own; in a larger batch, float rounding
+    A recipe that began from a picture or from given latents, or was drawn by reference pictures, needs the same ones
+    again. Raises BadInput when they are missing. The same bits come out where the sample was made in a batch of its own; in a larger batch, float rounding
     differs.
     """
-    for name, given in (("image", image), ("latents", latents)):
+    for name, given in (("image", image), ("latents", latents), ("reference", reference)):
         if (recipe.get(name) is None) != (given is None):
-            raise BadInput(f"{name} must be given exactly when the recipe began from one.")
+            raise BadInput(f"{name} must be given exactly when the recipe was made with one.")
     arguments = {name: recipe[name] for name in recorded() if recipe.get(name) is not None}
     arguments.setdefault("long_prompts", "cut")  # recipes that do not say come from versions that knew nothing else
     if isinstance(arguments.get("scheduler"), dict):
         described = arguments["scheduler"]
         arguments["scheduler"] = getattr(diffusers, described["class"]).from_config(described["config"])
     arguments["interventions"] = [cards.from_recipe(each, allow) for each in recipe.get("with") or ()]
-    return {**arguments, "image": image, "latents": latents}
+    return {**arguments, "image": image, "latents": latents, "reference": reference}
 
 
 def _described(part: Intervention) -> dict[str, Any]:

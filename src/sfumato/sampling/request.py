@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
-from sfumato.arrays import to_tensor
+from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.models import Encoding
+from sfumato.models.families import families_with
 from sfumato.sampling.encoding import encoding_of
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_AREA, MAX_SIDE, Options
@@ -105,7 +106,13 @@ class Request:
 
 
 def checked(
-    model: Any, prompt: str | Sequence[str], *, latents: Tensor | None = None, image: Any = None, **given: Any
+    model: Any,
+    prompt: str | Sequence[str],
+    *,
+    latents: Tensor | None = None,
+    image: Any = None,
+    reference: Any = None,
+    **given: Any,
 ) -> Request:
     """A :class:`Request`, or an error naming the argument. ``given``: :class:`Options`. Samples: all n of the first
     prompt, then of the next."""
@@ -146,6 +153,7 @@ def checked(
         )
     if options.fps is not None and not model.clips:
         raise BadInput(f"fps={options.fps:g}, but {model.name} makes pictures, not clips.")
+    references = _references(model, reference)
     steps = process.steps(model, options)
     size, source = _source(model, options, latents, image, total, steps)
     filled = {
@@ -165,7 +173,7 @@ def checked(
         guidance=mixed,
         embedded=embedded,
         source=source,
-        encoding=encoding_of(model, options, size),
+        encoding=encoding_of(model, options, size, references),
     )
 
 
@@ -217,6 +225,24 @@ def _source(
         raise BadInput("latents holds values that are not finite.")
     _check_rows("latents", len(latents), total)
     return (width, height), Source(latents=latents, start=start)
+
+
+def _references(model: Any, given: Any) -> tuple[Image.Image, ...]:
+    """The reference pictures, each in its own size. Raises BadInput for more or fewer than the model looks at."""
+    if isinstance(given, Tensor):
+        given = as_pictures(as_pixels(given, None))
+    pictures = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
+    allowed = model.family.references
+    if len(pictures) in allowed:
+        return tuple(_opened(picture, "reference") for picture in pictures)
+    if len(allowed) == 1 and 0 in allowed:
+        raise BadInput(
+            f"reference is given, but {model.name} ({model.family.name}) looks at no pictures beside its prompt; "
+            f"{families_with('reference')}. Give image to begin from a picture."
+        )
+    if not pictures:
+        raise BadInput(f"{model.name} ({model.family.name}) edits pictures: give it one as reference.")
+    raise BadInput(f"reference has {len(pictures)} pictures; {model.name} looks at {allowed[-1]} at most.")
 
 
 def _frames(model: Any, options: Options, latents: Any, pixels: Tensor | None = None) -> int | None:
@@ -330,25 +356,24 @@ def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
         raise BadInput("image is an empty list; give a picture or several.")
     size = size or pictures[0].size
     resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
-    array = np.stack([np.asarray(picture) for picture in resized]).astype(np.float32) / 255.0
-    return to_tensor(array.transpose(0, 3, 1, 2)) * 2.0 - 1.0
+    return to_pixels(resized)
 
 
-def _opened(given: Any) -> Image.Image:
-    """A picture or an array as an upright RGB picture."""
+def _opened(given: Any, name: str = "image") -> Image.Image:
+    """A picture or an array as an upright RGB picture; ``name``: of the argument."""
     if isinstance(given, np.ndarray):
-        given = _from_array(given)
+        given = _from_array(given, name)
     if not isinstance(given, Image.Image):
         raise BadInput(
-            f"image is {brief(given)}; it must be a PIL picture, an array, a list of these, or a tensor (b, 3, H, W)."
+            f"{name} is {brief(given)}; it must be a PIL picture, an array, a list of these, or a tensor (b, 3, H, W)."
         )
     if given.width * given.height > files.MOST_PIXELS:
-        raise BadInput(f"image is {given.width}x{given.height}; the most is {files.MOST_PIXELS} pixels.")
+        raise BadInput(f"{name} is {given.width}x{given.height}; the most is {files.MOST_PIXELS} pixels.")
     return files.as_rgb(given)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    what = f"image is an array {array.dtype} {array.shape}"
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    what = f"{name} is an array {array.dtype} {array.shape}"
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):

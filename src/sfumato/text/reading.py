@@ -66,10 +66,14 @@ def read_stream(stream: Any, prompt: str) -> StreamReading:
     spans = _at_home(full.offset_mapping[lead:stop], text, homes(prompt, text))
     cut = len(stream.tokenizer(text, verbose=False).input_ids) > stream.length
     base, size = stream.offset, len(full.input_ids)
+    padding = range(base + size, base + (stream.length if stream.padded else size))
+    if stream.left:
+        padding = range(base, base + len(padding))
+        base = padding.stop
     special = {
         "<start>": tuple(base + i for i in range(lead) if base + i >= 0),
         "<end>": tuple(base + i for i in range(stop, size)),
-        "<pad>": tuple(base + i for i in range(size, stream.length if stream.padded else size)),
+        "<pad>": tuple(padding),
     }
     seen = max((end for _, end in spans), default=0) if cut else len(prompt)
     return StreamReading(base + lead, spans, special, seen, stream.length)

@@ -35,6 +35,10 @@ def make(
     image: Annotated[
         Path | None, typer.Option(help="A picture to begin from instead of noise; --size says how large.")
     ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture to draw by, with models that look at some beside the prompt; may be repeated."),
+    ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one.")] = False,
     ray: options.Ray = False,
     workers: options.NWorkers = None,
@@ -60,7 +64,9 @@ def make(
         values["prompt"] = prompt
     if allow and like is None:
         raise BadInput("--allow is for the systems in a recipe: give --like.")
-    order = app.Order([], model, with_ or [], dtype, device, image, config, allow=list(allow or ()))
+    order = app.Order(
+        [], model, with_ or [], dtype, device, image, list(reference or ()), config, allow=list(allow or ())
+    )
     if like is not None:
         order = app.like(like, values, order)
     elif prompts is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from sfumato.errors import BadInput, NotSupported
 from sfumato.models import codec
 from sfumato.models.condition import COND, UNCOND, Encoding, Rows
 from sfumato.models.site import Layer, Site
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class TextStream:
     chunks: int = 0
     #: whether texts are filled up to ``length``; else the axis is as long as the longest text of a call
     padded: bool = True
+    #: whether what fills it up comes before the text
+    left: bool = False
 
 
 def accepted_by(function: Callable[..., Any]) -> set[str]:
@@ -92,6 +97,8 @@ class Family:
     shifts_latents: ClassVar[bool] = False
     #: pipeline classes made of the same parts -> (the class that they are loaded as, what is not followed, if anything)
     siblings: ClassVar[dict[str, tuple[str, str]]] = {}
+    #: how many reference pictures may be given beside a prompt; from 1 on where it cannot draw without
+    references: ClassVar[range] = range(1)
     #: whether the denoiser is told the picture's original size, crop and target size
     micro_conditions: ClassVar[bool] = False
     #: whether its CLIPs' last layer but one is read where ``clip_skip`` is not given
@@ -259,6 +266,15 @@ class Family:
         """States of pictures (b 3 H W) in [-1, 1]; a stochastic encoder draws with one generator per picture, or gives
         its mean without."""
         return codec.encode(self.pipe.vae, images, generators, self.upcasts_vae, self.shifts_latents)
+
+    def fit_reference(self, picture: Image) -> Image:
+        """A reference picture in the size in which the pipeline encodes it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def references_of(rows: Rows) -> list[Tensor]:
+        """The states (b ...) of the reference pictures in these rows, in their order."""
+        return [rows[key] for key in map("reference {}".format, range(len(rows))) if key in rows]
 
     def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:
         """Attention sites for latents of h by w, ``text`` text positions and a clip of so many ``frames``, in the order

@@ -23,7 +23,6 @@ class Flux(Family):
     pipeline_classes = ("FluxPipeline",)
     siblings = {
         **{f"Flux{kind}Pipeline": ("FluxPipeline", "") for kind in ("Img2Img", "Inpaint", "Fill", "Control")},
-        "FluxKontextPipeline": ("FluxPipeline", "a picture that is given is where drawing begins, not a reference"),
     }
     shifts_latents = True
     denoiser_name = "transformer"
@@ -90,19 +89,32 @@ class Flux(Family):
             value = self.defaults["guidance"] if guidance is None else guidance
             scale = torch.full([1], value, device=x.device, dtype=torch.float32).expand(b)
         cached = getattr(self.denoiser, "is_cache_enabled", False)
+        tokens, ids = self._sequence(x, rows)
         with self.denoiser.cache_context("cond") if cached else nullcontext():
             out = self.denoiser(
-                hidden_states=self.pipe._pack_latents(x.contiguous(), b, c, h, w),
+                hidden_states=tokens,
                 timestep=t.expand(b).to(x.dtype) / 1000,
                 guidance=scale,
                 pooled_projections=rows["pooled"],
                 encoder_hidden_states=embeds,
                 txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=embeds.dtype),
-                img_ids=self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, embeds.dtype),
+                img_ids=ids,
                 return_dict=False,
                 **extra,
             )[0]
-        return self.pipe._unpack_latents(out, h * self.scale, w * self.scale, self.scale)
+        drawn = out[:, : (h // 2) * (w // 2)]
+        return self.pipe._unpack_latents(drawn, h * self.scale, w * self.scale, self.scale)
+
+    def _sequence(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Tokens (b n c) of the picture that is drawn, then of those it is drawn by, and their places (n 3): whose
+        picture, row, column."""
+        tokens, places = [], []
+        for i, state in enumerate((x, *self.references_of(rows))):
+            b, c, h, w = state.shape
+            tokens.append(self.pipe._pack_latents(state.contiguous(), b, c, h, w))
+            places.append(self.pipe._prepare_latent_image_ids(b, h // 2, w // 2, x.device, rows["embeds"].dtype))
+            places[-1][..., 0] = i
+        return torch.cat(tokens, 1), torch.cat(places)
 
     def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
         h, w = self.tokens_of_call(arguments)

@@ -1,39 +1,39 @@
-"""Flux.2 [klein]: double and single transformer blocks over patched latents, Qwen3 as text encoder."""
+"""Flux.2: double and single transformer blocks over patched latents, Mistral 3 as text encoder, reference pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, TextStream
+from sfumato.models.families.base import TextStream
 from sfumato.models.families.flux import Flux
-from sfumato.models.families.templated import Templated, chat
+from sfumato.models.families.templated import Templated
 from sfumato.models.site import Layer, Site
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-class Flux2Klein(Flux):
-    """Black Forest Labs 2026. Attention sees the tokens of the whole chat template first, padding included and not
-    masked, then the image, in double and in single blocks. A state is patched and normalised as the denoiser gets it:
-    one token is one place of the grid."""
 
-    name = "flux2-klein"
-    pipeline_classes = ("Flux2KleinPipeline",)
+class Flux2(Flux):
+    """Black Forest Labs 2025. Attention sees the tokens of the whole chat template first, padding included and not
+    masked, then the image, then the reference pictures, in double and in single blocks. A state is patched and
+    normalised as the denoiser gets it: one token is one place of the grid. Its prompts are not rewritten by the
+    language model (the pipeline's ``caption_upsample_temperature``): give them in full."""
+
+    name = "flux2"
+    pipeline_classes = ("Flux2Pipeline",)
     further_channels = 0  # four latents make one place
-    capabilities = TEXT_TO_IMAGE | {"joint_attention"}
+    capabilities = Flux.capabilities | {"reference"}
+    references = range(11)
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)
-        distilled = bool(pipe.config.is_distilled)
-        self.defaults = {"steps": 4, "guidance": 1.0} if distilled else {"steps": 50, "guidance": 4.0}
-
-    @property
-    def embeds_guidance(self) -> bool:
-        return False
+        self.defaults = {"steps": 50, "guidance": 4.0}
 
     @property
     def channels(self) -> int:
@@ -54,12 +54,23 @@ class Flux2Klein(Flux):
 
     @property
     def streams(self) -> list[TextStream]:
-        tokenizer = self.pipe.tokenizer
-        if tokenizer is None:
+        reader = self.pipe.tokenizer
+        if reader is None:
             return []
-        length = self.max_sequence_length or 0
-        templated = Templated(tokenizer, chat(tokenizer, thinking=False))
-        return [TextStream(templated, "qwen", 0, length, lambda text: text)]
+
+        def template(text: str) -> str:
+            from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+            (messages,) = format_input([text], self.pipe.system_message)
+            return str(reader.apply_chat_template(messages, add_generation_prompt=False, tokenize=False))
+
+        # the template writes its special tokens itself; a processor holds the tokenizer beside what reads pictures
+        templated = Templated(getattr(reader, "tokenizer", reader), template, add_special_tokens=False)
+        return [self._templated("mistral", templated)]
+
+    def _templated(self, name: str, tokenizer: Templated) -> TextStream:
+        left = tokenizer.padding_side == "left"
+        return TextStream(tokenizer, name, 0, self.max_sequence_length or 0, lambda text: text, left=left)
 
     @property
     def layers(self) -> list[Layer]:
@@ -75,17 +86,40 @@ class Flux2Klein(Flux):
 
     def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         embeds = rows["embeds"]
+        tokens, ids = self._sequence(x, rows)
+        scale = None
+        if self.embeds_guidance:
+            value = self.defaults["guidance"] if guidance is None else guidance
+            scale = torch.full([1], value, device=x.device, dtype=torch.float32).expand(len(x))
         out = self.denoiser(
-            hidden_states=self.pipe._pack_latents(x).to(self.denoiser.dtype),
+            hidden_states=tokens.to(self.denoiser.dtype),
             timestep=t.expand(x.shape[0]).to(x.dtype) / 1000,
-            guidance=None,
+            guidance=scale,
             encoder_hidden_states=embeds,
             txt_ids=self.pipe._prepare_text_ids(embeds).to(x.device),
-            img_ids=self.pipe._prepare_latent_ids(x).to(x.device),
+            img_ids=ids.to(x.device),
             return_dict=False,
             **extra,
         )[0]
-        return out.transpose(1, 2).reshape(x.shape)
+        return out[:, : x[0, 0].numel()].transpose(1, 2).reshape(x.shape)
+
+    def _sequence(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        references = self.references_of(rows)
+        tokens = [self.pipe._pack_latents(state) for state in (x, *references)]
+        ids = self.pipe._prepare_latent_ids(x)
+        if references:  # each at a time of its own, behind the picture that is drawn
+            further = self.pipe._prepare_image_ids([state[:1] for state in references])
+            ids = torch.cat([ids, further.repeat(len(x), 1, 1)], 1)
+        return torch.cat(tokens, 1), ids
+
+    def fit_reference(self, picture: Image) -> Image:
+        """At most as large as a picture that is drawn, and cut to whole places around its centre."""
+        most = self.default_size[0] * self.default_size[1]
+        processor = self.pipe.image_processor
+        if picture.width * picture.height > most:
+            picture = processor._resize_to_target_area(picture, most)
+        width, height = (side // self.size_multiple * self.size_multiple for side in picture.size)
+        return processor._resize_and_crop(picture, width, height)
 
     def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
         return 1, *self.tokens_of_call(arguments)
@@ -96,7 +130,7 @@ class Flux2Klein(Flux):
     def set_timesteps(
         self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
     ) -> None:
-        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         kwargs = self._spaced(scheduler, np.linspace(1.0, 1 / steps, steps), given)
         if scheduler.config.get("use_dynamic_shifting"):

@@ -23,10 +23,11 @@ def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
 
 class Templated:
     """A tokenizer that puts the text into a template first. Tokens of the template count as special ones, added by
-    the tokenizer; offsets are those of the text. ``template`` maps a text to what is tokenized, the text in it once."""
+    the tokenizer; offsets are those of the text. ``template`` maps a text to what is tokenized, the text in it once;
+    ``always``: options of every call."""
 
-    def __init__(self, tokenizer: Any, template: Callable[[str], str]):
-        self.tokenizer, self.template = tokenizer, template
+    def __init__(self, tokenizer: Any, template: Callable[[str], str], **always: Any):
+        self.tokenizer, self.template, self.always = tokenizer, template, always
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
@@ -41,7 +42,7 @@ class Templated:
     ) -> Any:
         """As a fast tokenizer's call on one text; the encoding has ``input_ids`` and what is asked for."""
         whole, start = self.template(text), self.template(_MARK).index(_MARK)
-        encoding = self.tokenizer(whole, return_offsets_mapping=True, **options)
+        encoding = self.tokenizer(whole, return_offsets_mapping=True, **self.always, **options)
         # templates may strip the text; they hold other text before and behind it, never between
         body = text if whole.startswith(text, start) else text.strip()
         left = len(text) - len(text.lstrip()) if body != text else 0
