@@ -42,14 +42,30 @@ def families(page: Path) -> str:
     from sfumato.models.families import families as known
 
     ours = dict.fromkeys(family for family in known().values() if _ours(family))
+    asked = {need for card in _methods().values() for need in card.needs}
     columns: dict[frozenset[str], list[str]] = {}
     for family in ours:
-        columns.setdefault(family.capabilities, []).append(f"`{family.name}`")
+        columns.setdefault(family.capabilities & asked, []).append(f"`{family.name}`")
     rows = []
     for key, card in _methods().items():
         lacking = [", ".join(need for need in card.needs if need not in offered) for offered in columns]
         rows.append((f"[`{key}`](systems/{key}.md)", *(f"no {lack}" if lack else "+" for lack in lacking)))
     return _table(("system", *(" ".join(names) for names in columns.values())), rows)
+
+
+def pipelines(page: Path) -> str:
+    """Pipeline classes that are loaded as another one, and those of the known families' kin that are not served."""
+    from sfumato.models.families import UNSERVED, siblings
+
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, (base, lost) in sorted(siblings().items()):
+        rows.setdefault((f"`{base}`", lost), []).append(f"`{name}`")
+    for name, reason in sorted(UNSERVED.items()):
+        rows.setdefault(("none", reason), []).append(f"`{name}`")
+    return _table(
+        ("pipeline class", "loaded as", "what is not followed, or why not"),
+        [(", ".join(names), base, lost) for (base, lost), names in rows.items()],
+    )
 
 
 def system(page: Path) -> str:
@@ -181,7 +197,7 @@ def tables() -> dict[Path, dict[str, Callable[[Path], str]]]:
         ROOT / "README.md": {"models": models, "methods": methods},
         ROOT / "docs" / "index.md": {"face": face},
         ROOT / "docs" / "systems" / "README.md": {"methods": methods},
-        ROOT / "docs" / "models.md": {"families": families},
+        ROOT / "docs" / "models.md": {"families": families, "pipelines": pipelines},
     }
     for key in _methods():
         found[ROOT / "docs" / "systems" / f"{key}.md"] = {"system": system}

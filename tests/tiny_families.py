@@ -10,6 +10,7 @@ kontext         Flux with a reference picture, which is scaled to 32x32 or so
 flux2           Flux.2 [dev]: Mistral 3 with a chat template, padded on its left; guidance distilled
 klein           Flux.2 [klein]: Qwen3 with a chat template; one place of the grid is 4 pixels wide
 qwenimage       Qwen2.5-VL behind a template whose head is cut off; texts of their own length in each branch
+qwenimage_edit  the same with a picture that both networks see, about 64x64; qwenimage_edit_plus: with several
 lumina2         Gemma2; text and image in one sequence, packed per sample; 8 pixels per latent
 z_image         Qwen3; image and text in one sequence, padded to multiples of 32
 (clips)         see `tests.tiny_clips`
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from diffusers import (
@@ -38,6 +40,8 @@ from diffusers import (
     FluxKontextPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -55,6 +59,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -62,6 +67,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from sfumato.models.processors import Processor
 from tests import tiny
 
 
@@ -274,8 +280,7 @@ def _klein() -> Flux2KleinPipeline:
     )
 
 
-def _qwenimage() -> QwenImagePipeline:
-    tokenizer = qwen_tokenizer()
+def _qwen_parts(tokenizer: Qwen2Tokenizer, **special: int) -> dict[str, Any]:
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
@@ -292,6 +297,7 @@ def _qwenimage() -> QwenImagePipeline:
         "num_heads": 2,
         "out_hidden_size": 16,
         "fullatt_block_indexes": [0],
+        "patch_size": 4 if special else 14,
     }
     vae = AutoencoderKLQwenImage(
         base_dim=4,
@@ -311,13 +317,30 @@ def _qwenimage() -> QwenImagePipeline:
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     )
-    return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
-        tokenizer=copy.deepcopy(tokenizer),
-        transformer=transformer,
-    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        "vae": vae,
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+        "tokenizer": copy.deepcopy(tokenizer),
+        "transformer": transformer,
+    }
+
+
+def _qwenimage() -> QwenImagePipeline:
+    return QwenImagePipeline(**_qwen_parts(qwen_tokenizer()))
+
+
+def _qwenimage_edit(kind: type[QwenImageEditPipeline | QwenImageEditPlusPipeline]) -> Any:
+    tokenizer = copy.deepcopy(qwen_tokenizer())
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    special = dict(zip(names, tokenizer.convert_tokens_to_ids(marks), strict=True))
+    reader = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096)
+    pipe = kind(**_qwen_parts(tokenizer, **special), processor=Processor(tokenizer, reader))
+    pipe.default_sample_size = 32
+    return pipe
 
 
 def _lumina2() -> Lumina2Pipeline:
@@ -386,6 +409,8 @@ BUILDERS = {
     "flux2": _flux2,
     "klein": _klein,
     "qwenimage": _qwenimage,
+    "qwenimage_edit": lambda: _qwenimage_edit(QwenImageEditPipeline),
+    "qwenimage_edit_plus": lambda: _qwenimage_edit(QwenImageEditPlusPipeline),
     "lumina2": _lumina2,
     "z_image": _z_image,
 }

@@ -48,7 +48,7 @@ def test_pictures_to_draw_by(sfumato, refused, klein, two, tiny_sd):
     with open("x.png", "rb") as one, open("y.png", "rb") as other:
         assert one.read() == other.read()
     refused("make", "--like", "x.png", "--model", klein, says=["made with 2 reference pictures", "--reference"])
-    refused("make", "a", "--model", tiny_sd, *given, says=["reference is given", "looks at no pictures beside its prompt"])
+    refused("make", "a", "--model", tiny_sd, *given, says=["reference is given", "looks at no pictures"])
 
 
 def test_prompts_of_a_file_share_them(sfumato, klein, two):

@@ -3,13 +3,15 @@ classes, offloading, and an autoencoder that overflows in half precision."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import pytest
@@ -20,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.errors import BadWeights, NotFinite, NotSupported
 from sfumato.models import Model, codec, load, quiet
-from sfumato.models.folder import LoadedOtherwise, load_part
+from sfumato.models.families import UNSERVED, siblings
+from sfumato.models.folder import UNUSED, LoadedOtherwise, load_part, pipeline_of
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling import generate, invert
 from sfumato.sampling.noise import LEAST_DATA
@@ -358,10 +361,13 @@ LOADS = {
     "StableDiffusion3InpaintPipeline": "sd3",
     "FluxImg2ImgPipeline": "flux",
     "FluxInpaintPipeline": "flux",
-    "FluxKontextPipeline": "flux",
+    "FluxKontextInpaintPipeline": "kontext",
     "ChromaImg2ImgPipeline": "chroma",
     "AmusedImg2ImgPipeline": "amused",
     "AnimateDiffVideoToVideoPipeline": "animatediff",
+    "FluxControlNetPipeline": "flux",
+    "StableDiffusionPAGPipeline": "sd",
+    "ZImageInpaintPipeline": "z_image",
 }
 
 
@@ -369,10 +375,8 @@ LOADS = {
 def test_other_pipelines_of_the_same_parts(name: str, folder: Callable[[str], Path]):
     path = folder(LOADS[name])
     edit(path / "model_index.json", _class_name=name)
-    if "Kontext" in name:
-        with pytest.warns(LoadedOtherwise, match="loaded as FluxPipeline: a picture"):
-            model = load(path)
-    else:
+    lost = siblings()[name][1]
+    with pytest.warns(LoadedOtherwise, match=lost) if lost else nullcontext():
         model = load(path)
     own = tiny_pipeline(LOADS[name])
     assert type(model.pipe) is type(own)
@@ -382,6 +386,28 @@ def test_other_pipelines_of_the_same_parts(name: str, folder: Callable[[str], Pa
     if hasattr(diffusers, name):
         with pytest.raises(NotSupported, match=re.escape(f"Model({type(model.pipe).__name__}.from_pipe(pipe))")):
             Model(object.__new__(getattr(diffusers, name)))
+
+
+@pytest.mark.parametrize("name", siblings())
+def test_what_is_loaded_as_another_has_its_parts(name: str):
+    own, base = (inspect.signature(getattr(diffusers, each)).parameters for each in (name, siblings()[name][0]))
+    for part, parameter in base.items():
+        if part in own and part not in UNUSED and "scheduler" not in part and "tokenizer" not in part:
+            assert network(own[part]) == network(parameter), part
+        assert part in own or parameter.default is not parameter.empty, part
+
+
+def network(parameter: inspect.Parameter) -> str:
+    """The class of a part, the first where several will do."""
+    kind = (get_args(parameter.annotation) or (parameter.annotation,))[0]
+    return getattr(kind, "__name__", str(kind))
+
+
+@pytest.mark.parametrize("name", [*UNSERVED, "DiffusersHasNoSuchPipeline"])
+def test_classes_that_no_family_serves_say_why(name: str):
+    reason = UNSERVED.get(name, "known: Amused")
+    with pytest.raises(NotSupported, match=f"{name}'? is not supported.*{re.escape(reason)}"):
+        pipeline_of({"_class_name": name}, Path("model"))
 
 
 def lcm() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models import Model
 from sfumato.models.families.base import accepted_by
+from sfumato.sampling import generate
 from tests.tiny import tiny_model, tiny_pipeline
 
 DIFFUSION = tiny_model("sd").schedulers
@@ -112,3 +114,15 @@ def test_sd3_with_dynamic_shifting() -> None:
     assert torch.equal(ours, pipe.scheduler.timesteps)
     with pytest.raises(NotSupported, match="cannot shift its timesteps with the picture size"):
         model.timesteps(model.make_scheduler("flow_heun"), 3)
+
+
+def test_cogvideox_walks_its_own_noise_levels():
+    model = tiny_model("cogvideox", fresh=True)
+    given = {"steps": 2, "size": (80, 48), "decode": False}
+    expected = generate(model, "a dog", **given).latents
+    model.pipe.scheduler = diffusers.CogVideoXDPMScheduler.from_config(model.pipe.scheduler.config)
+    with pytest.raises(NotSupported, match="step needs old_pred_original_sample, .*; give scheduler 'ddim'"):
+        generate(model, "a dog", **given)
+    assert torch.equal(generate(model, "a dog", scheduler="ddim", **given).latents, expected)
+    with pytest.raises(NotSupported, match="'dpm[+][+]' does not know the shifted noise levels .* use 'ddim'"):
+        generate(model, "a dog", scheduler="dpm++", **given)

@@ -49,12 +49,12 @@ CALLS: dict[str, dict[str, Any]] = {
 SIZES = {"sana": (96, 64), "lumina2": (144, 80), **{kind: size[::-1] for kind, size in tiny.SIZES.items()}}
 #: what the pipeline calls its guidance, and the scale that turns it off
 GUIDANCE = {
-    "qwenimage": ("true_cfg_scale", 1.0),
+    **dict.fromkeys(("qwenimage", "qwenimage_edit", "qwenimage_edit_plus"), ("true_cfg_scale", 1.0)),
     "z_image": ("guidance_scale", 0.0),
     "hunyuan": ("true_cfg_scale", 1.0),
 }
 #: what has to be said for "nothing": without it the pipeline would not guide
-NEGATIVE = {"qwenimage": " ", "hunyuan": ""}
+NEGATIVE = {"qwenimage": " ", "qwenimage_edit": " ", "qwenimage_edit_plus": " ", "hunyuan": ""}
 #: attention among the text alone, no sites
 TEXT_ALONE = ("context_refiner", "context_embedder")
 #: parts that mix places without attention, muted too
@@ -67,14 +67,14 @@ def size_of(kind: str) -> tuple[int, int]:
 
 
 def pipeline_latents(model: Model, kind: str, size: tuple[int, int], seeds: list[int], **given: Any) -> Tensor:
-    """Final latents (b c h w) of the diffusers pipeline for a picture of (width, height)."""
+    """Final latents (b c h w) of the diffusers pipeline for a picture of (width, height), one per seed."""
     if kind in NEGATIVE:
-        given.setdefault("negative_prompt", [NEGATIVE[kind]] * len(PROMPTS))
+        given.setdefault("negative_prompt", [NEGATIVE[kind]] * len(seeds))
     if kind == "klein" and (negatives := given.pop("negative_prompt", None)):
         given["negative_prompt_embeds"] = model.pipe.encode_prompt(negatives, max_sequence_length=48)[0]
     with quiet():
         out = model.pipe(
-            prompt=list(PROMPTS),  # some write their template into it
+            prompt=PROMPTS[: len(seeds)],  # some write their template into it
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             width=size[0],
@@ -86,13 +86,13 @@ def pipeline_latents(model: Model, kind: str, size: tuple[int, int], seeds: list
     latents = out.frames if model.clips else out.images
     if kind == "flux2":
         latents = latents.transpose(1, 2).unflatten(-1, (size[1] // 4, size[0] // 4))
-    if kind in ("chroma", "qwenimage", "kontext"):
+    if kind.startswith(("chroma", "qwenimage", "kontext")):
         latents = model.pipe._unpack_latents(latents, size[1], size[0], model.pipe.vae_scale_factor)
     if kind == "ltx":
         latents = model.pipe._unpack_latents(latents, 3, size[1] // 4, size[0] // 4)
     if kind == "cogvideox":
         latents = latents.transpose(1, 2)
-    return latents[:, :, 0] if kind == "qwenimage" else latents
+    return latents[:, :, 0] if kind.startswith("qwenimage") else latents
 
 
 def as_given_out(model: Model, kind: str, latents: Tensor) -> Tensor:
@@ -208,6 +208,8 @@ def tokens_of(model: Model, kind: str, prompt: str) -> list[int]:
         prompt, head = HUNYUAN["template"].format(prompt), HUNYUAN["crop_start"]
     elif kind == "lumina2":
         prompt = f"{model.pipe.system_prompt} <Prompt Start> {prompt}"
+    elif kind.startswith("qwenimage_edit"):
+        return edited_tokens(model, prompt)
     elif kind == "flux2":
         (messages,) = format_input([prompt], model.pipe.system_message)
         prompt = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -216,6 +218,17 @@ def tokens_of(model: Model, kind: str, prompt: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(prompt).input_ids[head:]
+
+
+def edited_tokens(model: Model, prompt: str) -> list[int]:
+    """As the pipeline's own language model is given them, pictures included."""
+    seen: list[Tensor] = []
+    hook = model.pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    model.family.encode([prompt], None, False)
+    hook.remove()
+    return seen[0][0].tolist()[model.pipe.prompt_template_encode_start_idx :]
 
 
 def token_of(model: Model, kind: str, prompt: str, word: str) -> int:

@@ -1,5 +1,5 @@
-"""Models that look at pictures beside their prompt: the latents of the diffusers pipeline, bit for bit, word maps over the
-drawn cells alone, and systems on them. Where words and cells lie is planted, as in `test_families`."""
+"""Models that look at pictures beside their prompt: the latents of the diffusers pipeline, bit for bit, word maps over
+the drawn cells alone, and systems on them. Where words and cells lie is planted, as in `test_families`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from PIL import Image
 from torch import Tensor
 
@@ -30,8 +32,8 @@ from tests.parity.test_families import (
     as_given_out,
     guidance,
     pipeline_latents,
-    planted_keys,
     places_changed,
+    planted_keys,
     recorded,
     sites_of,
     size_of,
@@ -51,6 +53,8 @@ CASES = {
     "kontext": ("kontext", [picture(90, 61, 1)]),
     "flux2": ("flux2", [picture(70, 67, 1), picture(64, 78, 2)]),
     "klein": ("klein", [picture(70, 67, 1)]),
+    "qwenimage_edit": ("qwenimage_edit", [picture(90, 61, 1)]),
+    "qwenimage_edit_plus": ("qwenimage_edit_plus", [picture(90, 61, 1), picture(50, 80, 2)]),
 }
 #: the published sizes of Kontext's pictures, about a million pixels, brought to those of the tiny one
 SIZES = [(int(w / 32), int(h / 32)) for w, h in kontext.PREFERRED_KONTEXT_RESOLUTIONS]
@@ -62,12 +66,22 @@ def peer(model: Model, kind: str, pictures: list[Image.Image], monkeypatch: Any,
     own: dict[str, Any] = {"max_area": width * height} if kind == "kontext" else {}
     with monkeypatch.context() as patch:
         patch.setattr(kontext, "PREFERRED_KONTEXT_RESOLUTIONS", SIZES)
+        for module in (edit, edit_plus):  # 64x64 pixels where the published models see 1024x1024
+            rule = module.calculate_dimensions
+            patch.setattr(module, "calculate_dimensions", lambda area, shape, rule=rule: rule(area // 256, shape))
         shown = pictures if len(pictures) > 1 else pictures[0]
-        return pipeline_latents(model, kind, (width, height), [7, 3], image=shown, **own, **given)
+        return pipeline_latents(model, kind, (width, height), seeds_of(kind), image=shown, **own, **given)
 
 
-def drawn(model: Model, kind: str, pictures: Any, systems: Any = (), prompts: Any = PROMPTS, **options: Any) -> Any:
-    given: dict[str, Any] = {"steps": 2, "seed": [7, 3], "size": size_of(kind), "decode": False}
+def seeds_of(kind: str) -> list[int]:
+    """One per prompt; pipelines whose language model looks at pictures take one prompt."""
+    return [7] if kind.startswith("qwenimage_edit") else [7, 3]
+
+
+def drawn(model: Model, kind: str, pictures: Any, systems: Any = (), prompts: Any = None, **options: Any) -> Any:
+    seeds = seeds_of(kind)
+    prompts = PROMPTS[: len(seeds)] if prompts is None else prompts
+    given: dict[str, Any] = {"steps": 2, "seed": seeds, "size": size_of(kind), "decode": False}
     return generate(model, prompts, reference=pictures, interventions=systems, **{**given, **options})
 
 
@@ -76,13 +90,14 @@ def test_latents_of_the_pipeline(case: str, monkeypatch: Any):
     kind, pictures = CASES[case]
     model = tiny_model(kind)
     own, theirs = guidance(kind, 4.0)
-    negatives = {} if model.embeds_guidance else {"negative_prompt": list(NEGATIVES)}
-    expected = peer(model, kind, pictures, monkeypatch, **theirs, **negatives)
-    result = drawn(model, kind, pictures, negative=NEGATIVES if negatives else None, **own)
+    negatives = None if model.embeds_guidance else NEGATIVES[: len(seeds_of(kind))]
+    theirs = theirs if negatives is None else {**theirs, "negative_prompt": list(negatives)}
+    expected = peer(model, kind, pictures, monkeypatch, **theirs)
+    result = drawn(model, kind, pictures, negative=negatives, **own)
     assert torch.equal(as_given_out(model, kind, result.latents), expected)
 
 
-@pytest.mark.parametrize("case", ["kontext", "klein"])
+@pytest.mark.parametrize("case", ["kontext", "klein", "qwenimage_edit"])
 def test_half_precision(case: str, monkeypatch: Any):
     kind, pictures = CASES[case]
     model = tiny_model(kind, fresh=True).to(dtype=torch.bfloat16)
@@ -151,26 +166,27 @@ def queries_of(model: Model, kind: str, x: Tensor, condition: Any) -> dict[str, 
     return {path: calls[0][0] for path, calls in recorder.calls.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["kontext", "flux2", "qwenimage_edit_plus"])
 def test_word_maps_are_the_attention_of_the_drawn_cells(case: str):
     kind, pictures = CASES[case]
     model = tiny_model(kind)
     own = guidance(kind, None)[0]
     with recorded(model, kind) as recorder:
-        plain = drawn(model, kind, pictures, **own)
+        plain = drawn(model, kind, pictures, prompts=PROMPTS, seed=[7, 3], **own)
     traced = DAAM(words=["dog", "cat"])
-    assert torch.equal(drawn(model, kind, pictures, traced, **own).latents, plain.latents)
+    same = drawn(model, kind, pictures, traced, prompts=PROMPTS, seed=[7, 3], **own)
+    assert torch.equal(same.latents, plain.latents)
     with looking(model, pictures):
         sites = sites_of(model, kind, PROMPTS)
+        places = [token_of(model, kind, prompt, word) for prompt, word in zip(PROMPTS, ("dog", "cat"), strict=True)]
     for sample, word in enumerate(("dog", "cat")):
-        position = token_of(model, kind, PROMPTS[sample], word)
         maps = []
         for site in sites:
             for q, k, scale, mask in recorder.calls[site.path]:
                 scores = q[sample] @ k[sample].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
                 if mask is not None:
                     scores = scores.masked_fill(~mask.expand(q.shape[0], *mask.shape[1:])[sample], -torch.inf)
-                column = scores.softmax(-1)[:, slice(*site.image), site.text[0] + position]
+                column = scores.softmax(-1)[:, slice(*site.image), site.text[0] + places[sample]]
                 maps.append(column.mean(0).view(site.shape))
         expected = torch.stack(maps).mean(0)
         found = traced.maps[sample].map(word, size=expected.shape[-2:])
@@ -200,9 +216,7 @@ def test_systems(tmp_path: Path):
     with torch.no_grad():
         for name, parts in given.items():
             merged.denoiser.get_submodule(name.partition(".")[2]).weight += parts["up"] @ parts["down"]
-    torch.testing.assert_close(
-        adapted.latents, drawn(merged, kind, pictures, **one).latents, rtol=1e-2, atol=1e-3
-    )
+    torch.testing.assert_close(adapted.latents, drawn(merged, kind, pictures, **one).latents, rtol=1e-2, atol=1e-3)
     assert fingerprint(model) == before
 
 
@@ -225,6 +239,7 @@ def test_recipes_name_the_references_by_their_hash():
         ("kontext", [picture(32, 32, 1)] * 2, "reference has 2 pictures; tiny-kontext looks at 1 at most"),
         ("kontext", "dog.png", "reference is 'dog.png'; it must be a PIL picture"),
         ("klein", [picture(32, 32, 1), 3], "reference is 3; it must be a PIL picture"),
+        ("qwenimage_edit", None, r"tiny-qwenimage_edit \(qwenimage-edit\) edits pictures: give it one as reference"),
         ("klein", [picture(32, 3, 1)], "reference is 32x3; tiny-klein looks at pictures of at least 4x4"),
     ],
 )

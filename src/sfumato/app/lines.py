@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sfumato import cards, files, valid, writing
+from sfumato import cards, valid, writing
 from sfumato.app.jobs import JobOptions
 from sfumato.app.orders import Order, ending, write
 from sfumato.app.pictures import Brought

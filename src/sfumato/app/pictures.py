@@ -78,8 +78,9 @@ def size_of(shown: Any) -> tuple[int, int] | None:
 
 
 def fitted_to(model: Model, image: Any, size: tuple[int, int] | None) -> dict[str, Any]:
-    """The ``size`` of a run that begins from a picture or is drawn by one, the first of several: without one that was said, about the model's own area in the
-    picture's shape (:func:`fitting_size`), as wherever a picture is brought along. Nothing without a picture."""
+    """The ``size`` of a run that begins from a picture or is drawn by one, the first of several: without one that was
+    said, about the model's own area in the picture's shape (:func:`fitting_size`), as wherever a picture is brought
+    along. Nothing without a picture."""
     own = None if image is None or size is not None else size_of(image)
     return {} if own is None else {"size": fitting_size(model, own)}
 

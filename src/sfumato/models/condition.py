@@ -47,7 +47,8 @@ class Condition:
 
     Keys of the rows depend on the family: ``embeds`` (b t d) always; ``pooled`` (b d) for SDXL, SD3 and Flux; ``mask``
     (b t) for PixArt; ``hole`` (b 1+c h w), mask and picture outside it, for inpainting checkpoints; ``reference 0``,
-    ``reference 1``, ... (b c h w) each, states of the reference pictures in their own sizes. SDXL also honours ``time_ids`` (b 6) where given, else it derives them from the picture size.
+    ``reference 1``, ... (b c h w), states of reference pictures in sizes of their own. SDXL also honours ``time_ids``
+    (b 6) where given, else it derives them from the picture size.
     """
 
     cond: Rows

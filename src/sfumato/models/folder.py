@@ -19,6 +19,7 @@ from sfumato.errors import BadInput, BadWeights, NotSupported
 from sfumato.models.families import Family, families, family_of, siblings
 from sfumato.models.families.base import accepted_by
 from sfumato.models.model import Model
+from sfumato.models.processors import Processor
 from sfumato.models.quiet import quiet
 from sfumato.models.weights import check_numbers, find_weights, first_line, read_header, read_json
 
@@ -124,11 +125,13 @@ def _refuse_further_inputs(model: Model, where: Path) -> None:
         name for name, family in families().items() if family.inpaints and issubclass(family, type(model.family))
     ]
     hint = "load a text-to-image checkpoint, with which blend redraws regions"
+    if model.clips:
+        hint = "load a text-to-video checkpoint"
     if of_masks and further == 1 + int(model.pipe.vae.config.latent_channels):
         hint = f"say {of_masks[0]} as _class_name in its model_index.json"
     raise NotSupported(
         f"{where} has a denoiser that reads {further} channels beside the latents, a mask or another picture, which "
-        f"{type(model.pipe).__name__} does not give it; {hint}."
+        f"{type(model.pipe).__name__} does not give it; {hint}, or attach systems to a pipeline of your own."
     )
 
 
@@ -155,6 +158,8 @@ def load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any, 
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     library, class_name = (str(entry[0]), str(entry[1])) if len(entry) == 2 else ("", str(entry))
+    if library == "transformers" and class_name.endswith("Processor") and folder.is_dir():
+        return _processor(folder, class_name), []
     with quiet():
         source = {"diffusers": diffusers, "transformers": transformers}.get(library)
         kind = getattr(source, class_name, None)
@@ -188,6 +193,14 @@ def load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any, 
         part, report = part
         refuse_misfit(folder, report)
     return part, files
+
+
+def _processor(folder: Path, class_name: str) -> Processor:
+    try:
+        with quiet():
+            return Processor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever the broken file made it stumble over
+        raise BadInput(f"cannot load {folder} as {class_name}: {first_line(error)}.") from error
 
 
 @contextlib.contextmanager

@@ -12,9 +12,8 @@ import torch
 
 from sfumato import cards, checkpoints, registry
 from sfumato.errors import BadInput, NotSupported
-from sfumato.models.families import family_of
 from sfumato.models.families.base import accepted_by
-from sfumato.models.folder import UNUSED
+from sfumato.models.folder import UNUSED, pipeline_of
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.site import Site
@@ -35,10 +34,8 @@ def outline(name_or_path: str | Path) -> Model:
     if not checkpoints.is_pipeline(folder):
         raise BadInput(f"{folder} is not a diffusers model: it has no model_index.json.")
     index = read_json(folder / "model_index.json")
-    name = str(index.get("_class_name"))
-    family_of(name)
-    with quiet():
-        pipeline = getattr(diffusers, name)
+    pipeline, _ = pipeline_of(index, folder)
+    name = pipeline.__name__
     wanted = accepted_by(pipeline.__init__) - {"self"}
     parts: dict[str, Any] = {"requires_safety_checker": False} if "requires_safety_checker" in wanted else {}
     for key in sorted(wanted):

@@ -98,6 +98,14 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
                 raise NotSupported(_misfit(wanted, kind))
             raise UnknownName("scheduler", wanted, table)
         class_name, settings = table[wanted]
+        shift = own.config.get("snr_shift_scale")  # of CogVideoX, whose own class alone knows it
+        if shift is not None and wanted == "ddim":
+            class_name = "CogVideoXDDIMScheduler"
+        elif shift not in (None, 1.0):
+            raise NotSupported(
+                f"scheduler {wanted!r} does not know the shifted noise levels with which this model was trained; use "
+                f"'ddim'."
+            )
         if own.config.get("rescale_betas_zero_snr") and not knows_zero_snr(class_name):
             others = [name for name in table if knows_zero_snr(table[name][0])]
             raise NotSupported(

@@ -15,9 +15,7 @@ _POSITIVE = ("original_size", "crops_coords_top_left", "target_size")
 _NEGATIVE = tuple(f"negative_{name}" for name in _POSITIVE)
 
 
-def encoding_of(
-    model: Any, options: Options, size: tuple[int, int], references: tuple[Image, ...] = ()
-) -> Encoding:
+def encoding_of(model: Any, options: Options, size: tuple[int, int], references: tuple[Image, ...] = ()) -> Encoding:
     """The encoding for pictures of ``size`` (width, height) with these reference pictures. Raises BadInput for what
     means nothing to the model."""
     most, skip = model.family.clip_layers, options.clip_skip

@@ -60,8 +60,8 @@ def recipe_args(
     ``allow``: files, or folders of files, that its systems may open; a recipe that names others raises NotAllowed.
 
     A recipe that began from a picture or from given latents, or was drawn by reference pictures, needs the same ones
-    again. Raises BadInput when they are missing. The same bits come out where the sample was made in a batch of its own; in a larger batch, float rounding
-    differs.
+    again. Raises BadInput when they are missing. The same bits come out where the sample was made in a batch of its
+    own; in a larger batch, float rounding differs.
     """
     for name, given in (("image", image), ("latents", latents), ("reference", reference)):
         if (recipe.get(name) is None) != (given is None):

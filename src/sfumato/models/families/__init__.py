@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
+from sfumato.models.families.unserved import UNSERVED
 
-__all__ = ["Family", "TextStream", "families", "families_with", "family_of", "offering", "siblings"]
+__all__ = ["UNSERVED", "Family", "TextStream", "families", "families_with", "family_of", "offering", "siblings"]
 
 
 def families() -> dict[str, type[Family]]:
@@ -37,6 +38,8 @@ def family_of(pipeline_class: str) -> type[Family]:
             "its folder."
         )
     if pipeline_class not in known:
+        if reason := UNSERVED.get(pipeline_class):
+            raise NotSupported(f"{pipeline_class} is not supported: {reason}.")
         raise NotSupported(f"model family {pipeline_class!r} is not supported; known: {', '.join(sorted(known))}.")
     return known[pipeline_class]
 

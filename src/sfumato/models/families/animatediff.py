@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, kin
 from sfumato.models.families.unet import StableDiffusion
 from sfumato.models.site import Layer, is_attention
 
@@ -26,7 +27,16 @@ class AnimateDiff(StableDiffusion):
 
     name = "animatediff"
     pipeline_classes = ("AnimateDiffPipeline",)
-    siblings = {"AnimateDiffVideoToVideoPipeline": ("AnimateDiffPipeline", "")}
+    siblings = {
+        **kin("AnimateDiffPipeline", "AnimateDiff{}Pipeline", "VideoToVideo"),
+        **kin("AnimateDiffPipeline", "AnimateDiff{}Pipeline", "PAG", NO_PAG),
+        **kin(
+            "AnimateDiffPipeline",
+            "AnimateDiff{}Pipeline",
+            "ControlNet SparseControlNet VideoToVideoControlNet",
+            NO_CONTROL,
+        ),
+    }
     capabilities = frozenset(
         {"clips", "noise_path", "differentiable_state", "text_attention", "temporal_attention"}
     )  # features of its layers have their frames folded into the batch, so no h-space

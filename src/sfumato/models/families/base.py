@@ -53,6 +53,16 @@ def accepted_by(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
+def kin(pipeline: str, form: str, kinds: str, lost: str = "") -> dict[str, tuple[str, str]]:
+    """Entries of :attr:`Family.siblings`: pipeline classes named as ``form`` with each of ``kinds``, made of the parts
+    of ``pipeline``. ``lost``: what is not followed."""
+    return {form.format(kind): (pipeline, lost) for kind in kinds.split()}
+
+
+#: what siblings lose that bring something along
+NO_CONTROL = "its control network is left out; to draw with it, attach systems to a pipeline of your own"
+NO_PAG = "perturbed-attention guidance is not followed"
+NO_PICTURE = "it draws from the text alone; a picture or clip that its pipeline would begin with is not followed"
 #: what every text-to-image diffusion or flow model offers whose denoiser attends to the text
 TEXT_TO_IMAGE = frozenset({"pictures", "noise_path", "differentiable_state", "text_attention"})
 
@@ -181,8 +191,8 @@ class Family:
     @property
     def further_channels(self) -> int:
         """How many channels the denoiser reads beside the latents, such as a mask, that the pipeline does not give."""
-        latents = self.pipe.vae.config.get("latent_channels", self.channels)
-        return self.channels - int(latents)
+        config = self.pipe.vae.config
+        return self.channels - int(config.get("latent_channels", config.get("z_dim", self.channels)))
 
     @property
     def vocabulary(self) -> int:

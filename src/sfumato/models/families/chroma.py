@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TextStream
+from sfumato.models.families.base import TextStream, kin
 from sfumato.models.families.flux import Flux
 from sfumato.models.site import Layer
 
@@ -20,7 +20,7 @@ class Chroma(Flux):
 
     name = "chroma"
     pipeline_classes = ("ChromaPipeline",)
-    siblings = {f"Chroma{kind}Pipeline": ("ChromaPipeline", "") for kind in ("Img2Img", "Inpaint")}
+    siblings = kin("ChromaPipeline", "Chroma{}Pipeline", "Img2Img Inpaint")
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TextStream
+from sfumato.models.families.base import TextStream, kin
 from sfumato.models.families.clip import ClipTransformer
 from sfumato.models.site import Site
 
@@ -22,6 +22,7 @@ class CogVideoX(ClipTransformer):
 
     name = "cogvideox"
     pipeline_classes = ("CogVideoXPipeline",)
+    siblings = kin("CogVideoXPipeline", "CogVideoX{}Pipeline", "VideoToVideo ImageToVideo FunControl")
     max_sequence_length = 226
     casts_state = True
 

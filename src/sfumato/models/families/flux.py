@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import NotSupported
 from sfumato.models.condition import COND, UNCOND, Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
+from sfumato.models.families.base import NO_CONTROL, TEXT_TO_IMAGE, Family, TextStream, kin
 from sfumato.models.site import Layer, Site, SiteList
 
 
@@ -22,7 +22,9 @@ class Flux(Family):
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
     siblings = {
-        **{f"Flux{kind}Pipeline": ("FluxPipeline", "") for kind in ("Img2Img", "Inpaint", "Fill", "Control")},
+        **kin("FluxPipeline", "Flux{}Pipeline", "Img2Img Inpaint Fill Control ControlImg2Img ControlInpaint"),
+        **kin("FluxPipeline", "FluxControlNet{}Pipeline", "Img2Img Inpaint", NO_CONTROL),
+        "FluxControlNetPipeline": ("FluxPipeline", NO_CONTROL),
     }
     shifts_latents = True
     denoiser_name = "transformer"

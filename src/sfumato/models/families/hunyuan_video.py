@@ -23,6 +23,7 @@ class HunyuanVideo(ClipTransformer):
 
     name = "hunyuan_video"
     pipeline_classes = ("HunyuanVideoPipeline",)
+    siblings = {"HunyuanSkyreelsImageToVideoPipeline": ("HunyuanVideoPipeline", "")}
     defaults = {"steps": 50, "guidance": 6.0, "frames": 129, "fps": 24.0}
     max_sequence_length = 256
     joint_branches = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TextStream
+from sfumato.models.families.base import NO_PICTURE, TextStream, kin
 from sfumato.models.families.clip import ClipTransformer
 from sfumato.models.site import Site
 
@@ -23,6 +23,7 @@ class LTX(ClipTransformer):
 
     name = "ltx"
     pipeline_classes = ("LTXPipeline",)
+    siblings = kin("LTXPipeline", "LTX{}Pipeline", "ImageToVideo Condition I2VLongMultiPrompt", NO_PICTURE)
     defaults = {"steps": 50, "guidance": 3.0, "frames": 161, "fps": 25.0}
     max_sequence_length = 128
 

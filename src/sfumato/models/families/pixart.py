@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE
+from sfumato.models.families.base import NO_PAG, TEXT_TO_IMAGE, kin
 from sfumato.models.families.captioned import Captioned
 from sfumato.models.site import Site, SiteList
 
@@ -19,6 +19,7 @@ class PixArtSigma(Captioned):
 
     name = "pixart"
     pipeline_classes = ("PixArtSigmaPipeline",)
+    siblings = kin("PixArtSigmaPipeline", "PixArtSigma{}Pipeline", "PAG", NO_PAG)
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 20, "guidance": 4.5}

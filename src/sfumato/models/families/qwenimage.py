@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TextStream
+from sfumato.models.families.base import NO_CONTROL, TextStream, kin
 from sfumato.models.families.flux import Flux
 from sfumato.models.families.templated import Templated
 
@@ -23,6 +23,10 @@ class QwenImage(Flux):
 
     name = "qwenimage"
     pipeline_classes = ("QwenImagePipeline",)
+    siblings = {
+        **kin("QwenImagePipeline", "QwenImage{}Pipeline", "Img2Img Inpaint"),
+        **kin("QwenImagePipeline", "QwenImage{}Pipeline", "ControlNet ControlNetInpaint", NO_CONTROL),
+    }
     blocks = (("joint", "transformer_blocks"),)
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
@@ -69,16 +73,17 @@ class QwenImage(Flux):
         b, c, h, w = x.shape
         text = self.text_in(rows)
         mask = rows["mask"][:, :text]
+        states = [x, *self.references_of(rows)]
         out = self.denoiser(
-            hidden_states=self._packed(x),
+            hidden_states=torch.cat([self._packed(state) for state in states], 1),
             timestep=t.expand(b).to(x.dtype) / 1000,
             encoder_hidden_states=rows["embeds"][:, :text],
             encoder_hidden_states_mask=None if mask.all() else mask,
-            img_shapes=[[(1, h // 2, w // 2)]] * b,
+            img_shapes=[[(1, state.shape[-2] // 2, state.shape[-1] // 2) for state in states]] * b,
             return_dict=False,
             **extra,
         )[0]
-        return self._unpacked(out, h, w)
+        return self._unpacked(out[:, : (h // 2) * (w // 2)], h, w)
 
     def combine(self, uncond: Tensor, conds: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         guided, cond = (self._packed(each) for each in (super().combine(uncond, conds, weights), conds[0]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, kin
 from sfumato.models.families.captioned import Captioned
 from sfumato.models.site import Site, SiteList
 
@@ -24,6 +24,10 @@ class Sana(Captioned):
 
     name = "sana"
     pipeline_classes = ("SanaPipeline",)
+    siblings = {
+        **kin("SanaPipeline", "Sana{}Pipeline", "PAG", NO_PAG),
+        **kin("SanaPipeline", "Sana{}Pipeline", "ControlNet", NO_CONTROL),
+    }
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 20, "guidance": 4.5}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, kin
 from sfumato.models.families.unet import fewest_layers
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
@@ -20,7 +20,11 @@ class StableDiffusion3(Family):
     name = "sd3"
     penultimate_clip_layer = True
     pipeline_classes = ("StableDiffusion3Pipeline",)
-    siblings = {f"StableDiffusion3{kind}Pipeline": ("StableDiffusion3Pipeline", "") for kind in ("Img2Img", "Inpaint")}
+    siblings = {
+        **kin("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "Img2Img Inpaint"),
+        **kin("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "ControlNet ControlNetInpainting", NO_CONTROL),
+        **kin("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "PAG PAGImg2Img", NO_PAG),
+    }
     shifts_latents = True
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE | {"joint_attention"}

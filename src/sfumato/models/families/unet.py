@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, kin
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
@@ -40,7 +40,14 @@ class StableDiffusion(Family):
     name = "sd"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     siblings: ClassVar[dict[str, tuple[str, str]]] = {
-        "StableDiffusionImg2ImgPipeline": ("StableDiffusionPipeline", ""),
+        **kin("StableDiffusionPipeline", "StableDiffusion{}Pipeline", "Img2Img"),
+        **kin(
+            "StableDiffusionPipeline",
+            "StableDiffusion{}Pipeline",
+            "ControlNet ControlNetImg2Img ControlNetPAG Adapter",
+            NO_CONTROL,
+        ),
+        **kin("StableDiffusionPipeline", "StableDiffusion{}Pipeline", "PAG PAGImg2Img", NO_PAG),
         "LatentConsistencyModelImg2ImgPipeline": ("LatentConsistencyModelPipeline", ""),
     }
     denoiser_name = "unet"
@@ -164,6 +171,16 @@ class StableDiffusionInpaint(StableDiffusion):
     capabilities = StableDiffusion.capabilities | {"mask_input"}
     inpaints = True
     pipeline_classes = ("StableDiffusionInpaintPipeline",)
+    siblings = {
+        **kin("StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "ControlNetInpaint", NO_CONTROL),
+        **kin("StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "PAGInpaint", NO_PAG),
+        **kin(
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusion{}Pipeline",
+            "ControlNetPAGInpaint",
+            f"{NO_CONTROL}; {NO_PAG}",
+        ),
+    }
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)
@@ -216,8 +233,15 @@ class StableDiffusionXL(StableDiffusion):
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
     siblings = {
-        "StableDiffusionXLImg2ImgPipeline": ("StableDiffusionXLPipeline", ""),
-        "StableDiffusionXLInpaintPipeline": ("StableDiffusionXLPipeline", ""),
+        **kin("StableDiffusionXLPipeline", "StableDiffusionXL{}Pipeline", "Img2Img Inpaint InstructPix2Pix"),
+        **kin(
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXL{}Pipeline",
+            "ControlNet ControlNetImg2Img ControlNetInpaint ControlNetUnion ControlNetUnionImg2Img"
+            " ControlNetUnionInpaint ControlNetPAG ControlNetPAGImg2Img Adapter",
+            NO_CONTROL,
+        ),
+        **kin("StableDiffusionXLPipeline", "StableDiffusionXL{}Pipeline", "PAG PAGImg2Img PAGInpaint", NO_PAG),
     }
     defaults = {"steps": 50, "guidance": 5.0}
     upcasts_vae = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.errors import NotSupported
 from sfumato.models import codec
 from sfumato.models.condition import COND, UNCOND, Rows
-from sfumato.models.families.base import TextStream
+from sfumato.models.families.base import NO_PICTURE, TextStream, kin
 from sfumato.models.families.clip import ClipTransformer
 from sfumato.models.site import Site
 
@@ -24,6 +24,10 @@ class Wan(ClipTransformer):
 
     name = "wan"
     pipeline_classes = ("WanPipeline",)
+    siblings = {
+        **kin("WanPipeline", "Wan{}Pipeline", "VideoToVideo"),
+        **kin("WanPipeline", "Wan{}Pipeline", "ImageToVideo", NO_PICTURE),
+    }
     defaults = {"steps": 50, "guidance": 5.0, "frames": 81, "fps": 16.0}
     max_sequence_length = 512
     joint_branches = False

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfumato.models.condition import COND, UNCOND, Rows
-from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
+from sfumato.models.families.base import NO_CONTROL, TEXT_TO_IMAGE, Family, TextStream, kin
 from sfumato.models.families.templated import Templated, chat
 from sfumato.models.site import Site, SiteList
 
@@ -26,6 +26,10 @@ class ZImage(Family):
 
     name = "z_image"
     pipeline_classes = ("ZImagePipeline",)
+    siblings = {
+        **kin("ZImagePipeline", "ZImage{}Pipeline", "Img2Img Inpaint"),
+        **kin("ZImagePipeline", "ZImage{}Pipeline", "ControlNet ControlNetInpaint", NO_CONTROL),
+    }
     shifts_latents = True
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE

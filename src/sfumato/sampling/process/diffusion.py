@@ -85,7 +85,8 @@ class Diffusion(Process):
             if parameter.default is parameter.empty and name not in ("model_output", "timestep", "sample")
         ]
         if needed:
-            raise self._unfit(f"its step needs {', '.join(needed)} as well")
+            other = self.model.deterministic_scheduler
+            raise self._unfit(f"its step needs {', '.join(needed)} as well; give scheduler {other!r}")
 
     def _refuse_zero_snr(self) -> None:
         """Where a schedule begins without any signal, predicted noise implies no picture: it would be divided by 0."""
