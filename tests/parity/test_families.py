@@ -37,7 +37,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "auraflow": {},
     "sana": {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
     "klein": {"max_sequence_length": 48},
-    "flux2": {"max_sequence_length": 48},
     "qwenimage": {},
     "lumina2": {},
     "z_image": {"max_sequence_length": 64},

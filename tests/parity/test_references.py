@@ -3,6 +3,8 @@ the drawn cells alone, and systems on them. Where words and cells lie is planted
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 from sfumato.adapters.lora import LoRA
 from sfumato.errors import BadInput
 from sfumato.explain.daam import DAAM
-from sfumato.models import Encoding, Model
+from sfumato.models import Encoding, Model, load, quiet
 from sfumato.sampling import generate, recipe_args
 from sfumato.steer.attend_excite import AttendExcite
 from sfumato.steer.paint_with_words import PaintWithWords
@@ -63,7 +65,7 @@ SIZES = [(int(w / 32), int(h / 32)) for w, h in kontext.PREFERRED_KONTEXT_RESOLU
 def peer(model: Model, kind: str, pictures: list[Image.Image], monkeypatch: Any, **given: Any) -> Tensor:
     """Final latents of the pipeline's own call with these reference pictures."""
     width, height = size_of(kind)
-    own: dict[str, Any] = {"max_area": width * height} if kind == "kontext" else {}
+    own = {"kontext": {"max_area": width * height}, "flux2": {"max_sequence_length": 48}}.get(kind, {})
     with monkeypatch.context() as patch:
         patch.setattr(kontext, "PREFERRED_KONTEXT_RESOLUTIONS", SIZES)
         for module in (edit, edit_plus):  # 64x64 pixels where the published models see 1024x1024
@@ -218,6 +220,30 @@ def test_systems(tmp_path: Path):
             merged.denoiser.get_submodule(name.partition(".")[2]).weight += parts["up"] @ parts["down"]
     torch.testing.assert_close(adapted.latents, drawn(merged, kind, pictures, **one).latents, rtol=1e-2, atol=1e-3)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("case", ["flux2", "qwenimage_edit"])
+def test_folders_whose_processors_need_more_than_pictures(case: str, tmp_path: Path):
+    """Processors as their publishers save them; those of transformers would ask for torchvision."""
+    kind, pictures = CASES[case]
+    model = tiny_model(kind)
+    part, name = ("tokenizer", "PixtralProcessor") if kind == "flux2" else ("processor", "Qwen2VLProcessor")
+    pipe = copy.copy(model.pipe)
+    pipe.register_modules(**{part: model.pipe.tokenizer})
+    with quiet():
+        pipe.save_pretrained(tmp_path)
+    if kind != "flux2":
+        model.pipe.processor.image_processor.save_pretrained(tmp_path / part)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, part: ["transformers", name]}))
+    (tmp_path / "sfumato.json").write_text(json.dumps(model.card))
+    read = load(tmp_path)
+    read.pipe.default_sample_size = model.pipe.default_sample_size
+    if kind == "flux2":
+        read.pipe.system_message = model.pipe.system_message
+    given = {"prompts": PROMPTS[:1], "seed": 3, **guidance(kind, None)[0]}
+    found, expected = (drawn(each, kind, pictures, **given).latents for each in (read, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # weights of a file lie elsewhere in memory
 
 
 def test_recipes_name_the_references_by_their_hash():
