@@ -75,6 +75,9 @@ class SegmentArguments(TypedDict, total=False):
     """Noise levels of the schedule that maps are read at (>= 1, <= 1000)"""
     window: tuple[float, float]
     """Share of the schedule whose levels are read (unit: progress)"""
+    threshold: Literal["mixture", "half"]
+    """What a map must reach to count as the object: the middle of two Gaussians fitted to it, or of its range
+    (half), which keeps closer to the object where maps are sharp"""
     grow: float
     """Rough masks are grown by so much before the object is removed (unit: share of the picture's shorter side, >=
     0, <= 0.5)"""
