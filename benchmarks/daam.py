@@ -86,8 +86,8 @@ def traced_like_the_original(unet: UNet2DConditionModel, side: int = LATENT):
         unet.set_attn_processor(before)
 
 
-def full_size() -> Model:
-    """SD1.5's U-Net (860 M parameters, random weights) with a small text encoder and autoencoder around it."""
+def full_size(unet: UNet2DConditionModel | None = None) -> Model:
+    """SD1.5's U-Net (860 M parameters, random weights), or another one, with a small text encoder and autoencoder."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(registry.folder() / "toy-sd" / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
@@ -105,7 +105,7 @@ def full_size() -> Model:
                           up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=LATENT, cross_attention_dim=768),
+        unet=unet or UNet2DConditionModel(sample_size=LATENT, cross_attention_dim=768),
         scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,

@@ -229,3 +229,12 @@ def mine(**changes: Any) -> Mine:
     for name, value in changes.items():
         object.__setattr__(pipe, name, value)
     return pipe
+
+
+def assert_same_maps(ours: list[Any], theirs: list[Any]) -> None:
+    """Heat maps of the same texts, words and sites, bit for bit."""
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.prompt, a.words, a.size, a.positions) == (b.prompt, b.words, b.size, b.positions)
+        for one, other in zip(a.layers, b.layers, strict=True):
+            assert one.site == other.site and torch.equal(one.maps, other.maps)

@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError, UnknownName
@@ -249,6 +250,25 @@ def test_index_refused(broken: Path, changes: dict, error: type[SfumatoError], m
     with pytest.raises(error, match=message) as caught:
         load(broken)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [{"quant_method": "bitsandbytes"}, {"quant_method": "torchao"}, {"bits": 4}])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_quantized_parts_are_refused_by_name(broken: Path, part: str, said: dict) -> None:
+    path = broken / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": said}))
+    method = said.get("quant_method", "by an unnamed method")
+    with pytest.raises(NotSupported, match=rf"{part} is quantized \({method}\); only whole weights") as caught:
+        load(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_encoders_of_another_width(broken: Path) -> None:
+    """Whole in itself, and nothing that its denoiser could read."""
+    config = transformers.CLIPTextConfig.from_pretrained(broken / "text_encoder", hidden_size=24)
+    transformers.CLIPTextModel(config).save_pretrained(broken / "text_encoder")
+    with pytest.raises(BadInput, match=r"vectors of 24 numbers, its denoiser reads 16 \(cross_attention_dim\); load"):
+        load(broken).encode_text("a cube")
 
 
 def test_missing_part(broken: Path) -> None:

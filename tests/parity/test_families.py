@@ -26,7 +26,9 @@ from sfumato.explain.daam import DAAM
 from sfumato.models import Model, Site, load, quiet
 from sfumato.models.hooks import running
 from sfumato.sampling import generate
+from sfumato.sampling.guest import attached
 from tests import tiny
+from tests.guests import assert_same_maps
 from tests.tiny import tiny_model, tiny_pipeline
 
 PROMPTS = ["a red cube and a dog", "a big blue cat on the left"]
@@ -115,11 +117,17 @@ def guidance(kind: str, scale: float | None) -> tuple[dict[str, float], dict[str
 def test_latents_of_the_pipeline(kind: str):
     model = tiny_model(kind)
     own, theirs = guidance(kind, 4.0)
-    peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
-    ours = generate(model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, negative=NEGATIVES, **own)
+    with attached(model.pipe, DAAM(per_head=True)) as guest:  # it sees what it sees in our loop, and changes nothing
+        peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
+    ours = generate(
+        model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, negative=NEGATIVES,
+        interventions=(daam := DAAM(per_head=True)), **own,
+    )  # fmt: skip
     assert torch.equal(as_given_out(model, kind, ours.latents), peer)
     assert peer.abs().sum() > 0
     assert ours.cost == 4
+    assert_same_maps(daam.maps, guest.maps)
+    assert ours.coverage == guest.coverage
 
 
 @pytest.mark.parametrize("kind", CALLS)

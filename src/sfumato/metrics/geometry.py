@@ -63,11 +63,17 @@ def spherical_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Angles in radians between the spans of rows ``a`` (n d) and ``b`` (m d), n <= m, from the smallest."""
+    """Angles in radians between the spans of rows ``a`` (n d) and ``b`` (m d), n <= m, from the smallest; in float64 on
+    the CPU."""
     from scipy.linalg import subspace_angles
 
-    one, other = (rows.detach().double().cpu().numpy().T for rows in (a, b))
-    return to_tensor(subspace_angles(one, other)[::-1].copy()).to(a.device)
+    one, other = (_exact(rows.detach()).numpy().T for rows in (a, b))
+    return to_tensor(subspace_angles(one, other)[::-1].copy())
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float64, which not every accelerator has."""
+    return x.cpu().double()
 
 
 def geodesic_distance(a: Tensor, b: Tensor) -> float:
@@ -81,17 +87,18 @@ def geodesic_distance(a: Tensor, b: Tensor) -> float:
 
 
 def spectrum(v: Tensor, bins: int | None = None) -> Tensor:
-    """The power (n r) of directions ``v`` (n c h w) by radial frequency, summed over channels, as shares of their sum.
+    """The power (n r) of directions ``v`` (n c h w) by radial frequency, summed over channels, as shares of their sum
+    (float64, on the CPU).
 
     Ring r holds the frequencies nearest to r cycles along the shorter side; corners beyond its half go to the last.
     """
     h, w = v.shape[-2:]
     side = min(h, w)
     bins = side // 2 + 1 if bins is None else bins
-    power = torch.fft.fft2(v.double()).abs().square().sum(1)
+    power = torch.fft.fft2(_exact(v)).abs().square().sum(1)
     y, x = torch.fft.fftfreq(h)[:, None] * side, torch.fft.fftfreq(w)[None] * side
-    ring = (y.square() + x.square()).sqrt().round().long().clamp_max(bins - 1).flatten().to(v.device)
-    rings = torch.zeros(len(v), bins, dtype=power.dtype, device=v.device)
+    ring = (y.square() + x.square()).sqrt().round().long().clamp_max(bins - 1).flatten()
+    rings = torch.zeros(len(v), bins, dtype=power.dtype)
     rings.index_add_(1, ring, power.flatten(1))
     return rings / rings.sum(1, keepdim=True)
 
@@ -115,8 +122,7 @@ def mean_directions(bases: Sequence[Tensor], by: Literal["frechet", "hungarian"]
 def frechet_mean(spaces: Sequence[Tensor], iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The Karcher mean of tangent spaces (n d) on the Grassmannian, as orthonormal rows, turned to agree best with the
     given bases (Procrustes)."""
-    mean = spaces[0].double().T
-    others = [space.double().T for space in spaces]
+    mean, *others = (_exact(space).T for space in (spaces[0], *spaces))
     for _ in range(iterations):
         step = torch.stack([_log(mean, other) for other in others]).mean(0)
         mean = _exp(mean, step)
@@ -130,10 +136,11 @@ def frechet_mean(spaces: Sequence[Tensor], iterations: int = 100, tolerance: flo
 def hungarian_mean(bases: Sequence[Tensor], iterations: int = 20) -> Tensor:
     """Directions matched one to one across bases (n d) by |cosine|, their signs made equal, averaged, and made
     orthonormal again in order."""
-    mean = bases[0].double()
+    exact = [_exact(basis) for basis in bases]
+    mean = exact[0]
     for _ in range(iterations):
         before = mean
-        total = torch.stack([_aligned(basis.double(), mean) for basis in bases]).mean(0)
+        total = torch.stack([_aligned(basis, mean) for basis in exact]).mean(0)
         q, r = torch.linalg.qr(total.T)
         mean = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T
         if (mean - before).norm() < 1e-9 * math.sqrt(len(mean)):
@@ -145,9 +152,9 @@ def _aligned(basis: Tensor, to: Tensor) -> Tensor:
     """The rows of ``basis`` (n d) in the order and with the signs in which they fit those of ``to`` best."""
     from scipy.optimize import linear_sum_assignment
 
-    cosines = (to @ basis.T).double()
-    _, columns = linear_sum_assignment(-cosines.abs().cpu().numpy())
-    picked = torch.as_tensor(columns, device=basis.device)
+    cosines = to @ basis.T
+    _, columns = linear_sum_assignment(-cosines.abs().numpy())
+    picked = torch.as_tensor(columns)
     signs = torch.where(cosines.gather(1, picked[:, None]) < 0, -1.0, 1.0)
     return basis[picked] * signs.to(basis)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,3 +124,19 @@ class Condition:
             return {key: change(value) for key, value in rows.items()}
 
         return replace(self, cond=over(self.cond), uncond=None if self.uncond is None else over(self.uncond))
+
+
+#: what denoisers call the width of the text that they read; of several in one the first
+_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_embed_dim", "cap_feat_dim", "text_dim")
+_WIDTHS += ("encoder_hidden_size", "cross_attention_dim")
+
+
+def require_width(rows: Rows, config: Any, name: str) -> None:
+    """Raise BadInput where the text encoders give vectors that the denoiser with this ``config`` cannot read."""
+    given = rows["embeds"].shape[-1]
+    key = next((key for key in _WIDTHS if config.get(key) is not None), None)
+    if key is not None and isinstance(config[key], int) and config[key] != given:
+        raise BadInput(
+            f"the text encoders of {name} give vectors of {given} numbers, its denoiser reads {config[key]} ({key}); "
+            f"load it with the text encoders that it was trained with."
+        )

@@ -176,6 +176,7 @@ def load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any, 
     files: list[Path] = []
     weighted = issubclass(kind, models)
     if weighted:
+        _refuse_quantized(folder)
         files = find_weights(folder)
         for path in files:
             read_header(path)
@@ -201,6 +202,16 @@ def _processor(folder: Path, class_name: str) -> Processor:
             return Processor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever the broken file made it stumble over
         raise BadInput(f"cannot load {folder} as {class_name}: {first_line(error)}.") from error
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Weights in the codes of bitsandbytes, torchao, GGUF ...: adapters and gradients would meet codes, not weights."""
+    said = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    if said:
+        method = said.get("quant_method", "by an unnamed method") if isinstance(said, dict) else said
+        raise NotSupported(
+            f"{folder} is quantized ({method}); only whole weights are read: get the folder in bf16, fp16 or fp32."
+        )
 
 
 @contextlib.contextmanager

@@ -48,6 +48,14 @@ class TextStream:
     left: bool = False
 
 
+def tensors_in(given: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in their order."""
+    if isinstance(given, Tensor):
+        return [given]
+    parts = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
+    return [x for part in parts for x in tensors_in(part)]
+
+
 def accepted_by(function: Callable[..., Any]) -> set[str]:
     """Names of a function's parameters."""
     return set(inspect.signature(function).parameters)
@@ -293,9 +301,13 @@ class Family:
 
     def grid_of_call(self, arguments: dict[str, Any]) -> tuple[int, int, int]:
         """(frames, h, w) of the latents that somebody's call of the denoiser with these ``arguments`` works on."""
-        x = next(arguments[name] for name in ("sample", "hidden_states", "input_ids") if name in arguments)
+        x = self.state_of_call(arguments)
         frames = self.frames_of(x.shape[-3]) if self.state.startswith("c f") else 1
         return frames, x.shape[-2], x.shape[-1]
+
+    def state_of_call(self, arguments: dict[str, Any]) -> Tensor:
+        """The state (b ...) that such a call is given, in the pipeline's form."""
+        return next(arguments[name] for name in ("sample", "hidden_states", "input_ids") if name in arguments)
 
     def rows_of_call(self, arguments: dict[str, Any]) -> Rows:
         """What such a call says of the texts: ``embeds`` (b t d), and ``mask`` (b t) where it has one."""
@@ -304,8 +316,16 @@ class Family:
         mask = next((each for each in masks if each is not None), None)
         return {"embeds": embeds} if mask is None else {"embeds": embeds, "mask": mask}
 
-    def unpacked(self, x: Tensor, h: int, w: int) -> Tensor:
-        """States (b ...) of h by w from the form in which the pipeline carries them."""
+    def call_with(self, arguments: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
+        """The arguments of such a call with other ``embeds`` (b t d) in place of its own."""
+        return {**arguments, "encoder_hidden_states": embeds}
+
+    def texts_of_encoding(self, result: Any) -> list[Tensor]:
+        """The texts (b t d) in what ``encode_prompt`` gave: the prompt's, then further ones."""
+        return [x for x in tensors_in(result) if x.dim() == 3 and x.is_floating_point()]
+
+    def unpacked(self, x: Any, h: int, w: int) -> Tensor:
+        """States (b ...) of h by w from the form in which the pipeline carries them, or its denoiser gives them."""
         return x
 
     def text_in(self, rows: Rows) -> int:

@@ -84,6 +84,34 @@ class ZImage(Family):
         pictures = list(x.to(self.denoiser.dtype).unsqueeze(2).unbind(0))
         time = (1000 - t.expand(len(x))) / 1000  # it counts from noise to picture
         out = self.denoiser(pictures, time, texts, return_dict=False, **extra)[0]
+        return self._velocity(out)
+
+    def state_of_call(self, arguments: dict[str, Any]) -> Tensor:
+        return torch.stack(arguments["x"]).squeeze(2)
+
+    def rows_of_call(self, arguments: dict[str, Any]) -> Rows:
+        return self._padded(arguments["cap_feats"])
+
+    def call_with(self, arguments: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
+        lengths = [len(text) for text in arguments["cap_feats"]]
+        return {**arguments, "cap_feats": [text[:n] for text, n in zip(embeds, lengths, strict=True)]}
+
+    def texts_of_encoding(self, result: Any) -> list[Tensor]:
+        return [self._padded(texts)["embeds"] for texts in result if texts]
+
+    def unpacked(self, x: Any, h: int, w: int) -> Tensor:
+        return x if isinstance(x, Tensor) else self._velocity(x)
+
+    def _padded(self, texts: Sequence[Tensor]) -> Rows:
+        """Texts (t d) of any length as rows of one length, that of the longest text there may be."""
+        lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
+        t = max(self.text_length, *map(len, texts))
+        embeds = torch.stack([torch.nn.functional.pad(text, (0, 0, 0, t - len(text))) for text in texts])
+        return {"embeds": embeds, "mask": torch.arange(t, device=embeds.device) < lengths[:, None]}
+
+    @staticmethod
+    def _velocity(out: Sequence[Tensor]) -> Tensor:
+        """What the denoiser gives for each picture, as the scheduler takes it."""
         return -torch.stack([each.float() for each in out]).squeeze(2)
 
     def combine(self, uncond: Tensor, conds: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -26,8 +26,6 @@ from sfumato.sampling.run import Run
 
 __all__ = ["PipelineCall"]
 
-TEXT = "encoder_hidden_states"
-
 Around = Callable[[Callable[..., Any], dict[str, Any], Any, Any], Any]
 
 
@@ -99,7 +97,7 @@ class PipelineCall:
         if self.started:
             return
         if name == "encode_prompt":
-            self.texts.encoded(arguments, result)
+            self.texts.encoded(arguments, self.model.family.texts_of_encoding(result))
         elif name == "prepare_latents":
             first = result[0] if isinstance(result, tuple) else result
             self._x = first if isinstance(first, Tensor) else None
@@ -107,7 +105,7 @@ class PipelineCall:
     # --- the two places ----------------------------------------------------------------------------------------------
 
     def _predicting(self, real: Callable[..., Any], arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        x, embeds = _inputs(self.model.denoiser, arguments)
+        x, embeds = self._inputs(arguments)
         if not self.started:
             self._start(real, arguments, x, embeds)
         rows = self.texts.rows(embeds, len(x))
@@ -145,7 +143,7 @@ class PipelineCall:
         cond = slice(rows["cond"].start * per, rows["cond"].stop * per)
         embeds = embeds.clone()
         embeds[cond] = texts.to(embeds).repeat_interleave((cond.stop - cond.start) // b, 0)
-        named = {**_copied(arguments), TEXT: embeds}
+        named = self.model.family.call_with(_copied(arguments), embeds)
         extra = named.pop("kwargs", {})
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if taps:
@@ -262,7 +260,21 @@ class PipelineCall:
     def _starting(self, adapters: bool) -> list[Intervention]:
         return [part for part in overridden(self.guest.parts, "start") if (part.role == "adapter") == adapters]
 
-    def _unpacked(self, x: Tensor) -> Tensor:
+    def _inputs(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """State and text (b t d) of a denoiser call."""
+        family = self.model.family
+        try:
+            x, embeds = family.state_of_call(arguments), family.rows_of_call(arguments)["embeds"]
+        except (KeyError, StopIteration, TypeError, AttributeError):
+            x = embeds = None
+        if not isinstance(x, Tensor) or not isinstance(embeds, Tensor) or embeds.dim() != 3:
+            raise NotSupported(
+                f"{type(self.model.denoiser).__name__} is not called with encoder_hidden_states (b t d) as others of "
+                f"diffusers are, so where the prompt is read cannot be told."
+            )
+        return x, embeds
+
+    def _unpacked(self, x: Any) -> Tensor:
         return self.model.family.unpacked(x, *self.run.grid)
 
     def _wrap(self, owner: Any, name: str, around: Around) -> None:
@@ -284,18 +296,6 @@ class PipelineCall:
                 held.update(before)
 
         self.run.defer(undo)
-
-
-def _inputs(denoiser: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """State and text (b t d) of a denoiser call."""
-    x = next((arguments[name] for name in ("sample", "hidden_states", "input_ids") if name in arguments), None)
-    embeds = arguments.get(TEXT)
-    if not isinstance(x, Tensor) or not isinstance(embeds, Tensor) or embeds.dim() != 3:
-        raise NotSupported(
-            f"{type(denoiser).__name__} is not called with {TEXT} (b t d) as others of diffusers are, "
-            f"so where the prompt is read cannot be told."
-        )
-    return x, embeds
 
 
 def _copied(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -78,9 +78,8 @@ class Texts:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def encoded(self, arguments: dict[str, Any], result: Any) -> None:
-        """The pipeline's ``encode_prompt`` was called so and gave this."""
-        found = [x for x in _tensors(result) if x.dim() == 3 and x.is_floating_point()]
+    def encoded(self, arguments: dict[str, Any], found: Sequence[Tensor]) -> None:
+        """The pipeline's ``encode_prompt`` was called so and gave these texts (b t d)."""
         if not found:
             return
         texts = _texts(arguments.get("prompt"))
@@ -89,6 +88,8 @@ class Texts:
             self.uncond = next((x for x in others if x.shape[1:] == found[0].shape[1:]), None)
         elif self.uncond is None and texts is not None and set(texts) <= {*(self.negatives or ()), ""}:
             self.uncond = found[0]
+        if self.uncond is not None and len(self.uncond) == 1:  # one text against all prompts
+            self.uncond = self.uncond.expand(len(self), -1, -1)
 
     def require(self, model: Model, embeds: Tensor) -> None:
         """Raise NotSupported unless it is known how the prompts were encoded: the pipeline's ``encode_prompt`` told so,
@@ -141,6 +142,8 @@ class Texts:
         NotSupported where none is known."""
         if len(embeds) != b and len(embeds) % b == 0:  # spread over frames
             embeds = embeds[:: len(embeds) // b]
+        elif len(embeds) == 1:  # one text for all pictures
+            embeds = embeds.expand(b, -1, -1)
         n = len(self)
         found: dict[str, slice] = {}
         if b % n == 0 and len(embeds) == b:
@@ -199,13 +202,6 @@ def _texts(given: Any) -> list[str] | None:
         return None if given is None else [given]
     texts = list(given)
     return texts if texts and all(isinstance(text, str) for text in texts) else None
-
-
-def _tensors(given: Any) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        return [given]
-    parts = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
-    return [x for part in parts for x in _tensors(part)]
 
 
 @contextmanager
