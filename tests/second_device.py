@@ -94,9 +94,18 @@ class OnDevice(Tensor):
 
 
 class DeviceGenerator(torch.Generator):
-    """A generator of the device (it draws what one of the CPU draws)."""
+    """A generator of the device (it draws what one of the CPU draws), to be made while it is pretended."""
 
     device: Any = None  # once torch knows the device
+
+    def __init__(self) -> None:
+        _introduced.append(self)  # torch hands operations another object for it, always the same: let it be seen once
+        torch.empty(0, device=NAME).normal_(generator=self)
+
+
+#: generators of the device: as they were made, and as operations are given them
+_introduced: list[Any] = []
+_known: list[Any] = []
 
 
 #: a transfer is what these are for
@@ -148,7 +157,10 @@ def _refuse(op: Any, facts: _Facts, args: Any, kwargs: dict[str, Any], flat: lis
                 + ", ".join(str(tuple(x.shape)) for x in wrong)
             )
     generator = kwargs.get("generator")
-    if generator is not None and not isinstance(generator, DeviceGenerator):
+    if generator is not None and _introduced:
+        _introduced.clear()
+        _known.append(generator)
+    elif generator is not None and not any(each is generator for each in _known):
         raise WrongDevice(f"Expected a '{NAME}' device type for generator but found 'cpu' ({facts.name}).")
 
 

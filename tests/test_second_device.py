@@ -28,7 +28,7 @@ pytest.importorskip("torch._C._acc", reason="this torch lets nobody write a back
 #: a U-Net, joint attention, a clip, masked tokens
 KINDS = ("sd", "flux", "animatediff", "amused")
 #: on the others the systems whose work hardly depends on the network do the same again, and cost what they cost there
-EVERYWHERE = ("daam", "paint_with_words", "prompt_to_prompt", "lora")
+EVERYWHERE = ("daam", "prompt_to_prompt")
 TRIED = [(key, next(kind for kind in ("flux", "sd", "inpaint") if (key, kind) in PAIRS)) for key in SYSTEMS] + [
     (key, kind) for key, kind in PAIRS if key in EVERYWHERE and kind in KINDS and kind != "flux"
 ]
