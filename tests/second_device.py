@@ -55,7 +55,9 @@ class OnDevice(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> Any:
+    def __new__(cls, held: Tensor, requires_grad: bool = False) -> Any:
+        if held.device.type != "cpu":  # somebody makes a parameter of the type of the one before
+            return nn.Parameter(held, requires_grad)
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device=f"{NAME}:0",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import BadInput
-from sfumato.models.condition import Rows
+from sfumato.models.condition import Rows, require_width
 
 if TYPE_CHECKING:
     from sfumato.models.families import Family, TextStream
@@ -140,14 +140,18 @@ def encode(
     family: Family, texts: list[str], negatives: list[str] | None, guidance: bool, chunks: int
 ) -> tuple[Rows, Rows | None]:
     """Rows of the conditional and of the unconditional branch, of so many chunks both: shorter texts are followed by
-    empty chunks. One chunk is the pipeline's own encoding, bit for bit."""
+    empty chunks. One chunk is the pipeline's own encoding, bit for bit. Raises BadInput for what the denoiser cannot
+    read."""
     if fits_plainly(family.streams, chunks):
         plain = None if negatives is None else list(map(spaced, negatives))
-        return family.encode(list(map(spaced, texts)), plain, guidance)
+        cond, uncond = family.encode(list(map(spaced, texts)), plain, guidance)
+        require_width(cond, family.config, type(family.pipe).__name__)
+        return cond, uncond
     conds, unconds = [], []
     for index in range(chunks):
         with _only(family, index):
             cond, uncond = family.encode(texts, negatives, guidance)
+        require_width(cond, family.config, type(family.pipe).__name__)
         conds.append(cond)
         unconds.append(uncond)
     held = [rows for rows in unconds if rows is not None]

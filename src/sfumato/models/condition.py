@@ -137,6 +137,6 @@ def require_width(rows: Rows, config: Any, name: str) -> None:
     key = next((key for key in _WIDTHS if config.get(key) is not None), None)
     if key is not None and isinstance(config[key], int) and config[key] != given:
         raise BadInput(
-            f"the text encoders of {name} give vectors of {given} numbers, its denoiser reads {config[key]} ({key}); "
-            f"load it with the text encoders that it was trained with."
+            f"the text encoders of this {name} give vectors of {given} numbers, its denoiser reads {config[key]} "
+            f"({key}); load it with the text encoders that it was trained with."
         )

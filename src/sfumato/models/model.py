@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.models import chunks, codec
-from sfumato.models.condition import Condition, Encoding, TruncatedPrompt, require_width
+from sfumato.models.condition import Condition, Encoding, TruncatedPrompt
 from sfumato.models.families import Family, TextStream, family_of
 from sfumato.models.quiet import quiet
 from sfumato.models.schedulers import deterministic, is_flow, kind_of, make_scheduler, scheduler_names
@@ -238,7 +238,6 @@ class Model:
             cond, uncond = chunks.encode(self.family, texts, negatives, guidance, parts)
         for rows in (cond, uncond or {}):
             rows.update({key: state.repeat(len(texts), *[1] * (state.dim() - 1)) for key, state in self._seen.items()})
-        require_width(cond, self.family.config, self.name)
         return Condition(
             cond=cond,
             uncond=uncond,
