@@ -76,16 +76,21 @@ def drawn(
     context: Context, name: str, asked: Sequence[Prompt], seed: int, label: str, make: Any = None, shift: int = 0
 ) -> Arm:
     """Every prompt drawn from the seed of its place plus ``shift``; ``make()`` gives the system that takes part."""
-    model, eye = common.load(context, name), common.judge_of(context)
-    pixels, cost = [], 0.0
-    for start, chunk in context.batches(asked, common.BATCH, f"{name}, {label}"):
-        seeds = list(range(seed + shift + start, seed + shift + start + len(chunk)))
-        systems = [] if make is None else [make()]
-        with torch.no_grad():
-            result = generate(model, [prompt.text for prompt in chunk], seed=seeds, interventions=systems)
-        pixels.append(result.pixels.detach().clamp(-1, 1))
-        cost += result.cost * len(chunk) / len(asked)
-    pictures = torch.cat(pixels)
+
+    def made() -> tuple[Tensor, float]:
+        model, pixels, cost = common.load(context, name), [], 0.0
+        for start, chunk in context.batches(asked, common.BATCH, f"{name}, {label}"):
+            seeds = list(range(seed + shift + start, seed + shift + start + len(chunk)))
+            systems = [] if make is None else [make()]
+            with torch.no_grad():
+                result = generate(model, [prompt.text for prompt in chunk], seed=seeds, interventions=systems)
+            pixels.append(result.pixels.detach().clamp(-1, 1))
+            cost += result.cost * len(chunk) / len(asked)
+        return torch.cat(pixels), cost
+
+    what = (f"{name}, {label}", seed, shift, [prompt.text for prompt in asked])
+    pictures, cost = common.resumed(context, what, made)
+    eye = common.judge_of(context)
     checks = [oracle.check(r, p.wishes, ATTRIBUTES) for r, p in zip(eye.read(pictures), asked, strict=True)]
     return Arm(pictures, checks, cost)
 

@@ -110,10 +110,13 @@ def case(scene: Scene, other: Scene, frames: Any) -> Case:
 
 def outcomes(context: Context, asked: Sequence[Case], method: Method, seed: int, label: str) -> list[Outcome]:
     """Every case edited, one by one because each has a mask of its own, and read by the judge."""
-    pictures = []
-    for start, chunk in context.batches(asked, 1, label):
-        pictures.append(method(chunk[0], seed + start)[0].clamp(-1, 1))
-    readings = common.judge_of(context).read(torch.stack(pictures))
+
+    def made() -> tuple[Tensor, float]:
+        drawn = [method(one, seed + i)[0].clamp(-1, 1) for i, (one,) in context.batches(asked, 1, label)]
+        return torch.stack(drawn), 0.0
+
+    pictures, _ = common.resumed(context, (label, seed, [one.after for one in asked]), made)
+    readings = common.judge_of(context).read(pictures)
     return [measured(*each) for each in zip(asked, pictures, readings, strict=True)]
 
 

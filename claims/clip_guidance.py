@@ -81,22 +81,22 @@ def arm(
     context: Context, name: str, asked: Sequence[common.Prompt], seed: int, guidance: float, system: Any = ()
 ) -> Arm:
     """One setting on all prompts."""
-    model = common.load(context, name)
     texts = [prompt.text for prompt in asked]
     label = f"{name}, guidance {guidance:g}{f', CLIP {system.params.strength:g}' if system else ''}"
-    start, made = time.process_time(), []
-    for at, chunk in context.batches(texts, common.BATCH, label):
-        seeds = list(range(seed + at, seed + at + len(chunk)))
-        made.append(
-            sampling.generate(
-                model, list(chunk), seed=seeds, guidance=guidance, steps=STEPS, interventions=system
-            ).pixels.clamp(-1, 1)
-        )
-    seconds = (time.process_time() - start) / len(texts)
-    return read(context, torch.cat(made), asked, seconds)
+
+    def pictures() -> tuple[Tensor, float]:
+        model, start, made = common.load(context, name), time.process_time(), []
+        for at, chunk in context.batches(texts, common.BATCH, label):
+            seeds = list(range(seed + at, seed + at + len(chunk)))
+            given = {"seed": seeds, "guidance": guidance, "steps": STEPS, "interventions": system}
+            made.append(sampling.generate(model, list(chunk), **given).pixels.clamp(-1, 1))
+        return torch.cat(made), (time.process_time() - start) / len(texts)
+
+    which = str(system.params) if system else ""
+    return read(context, *common.resumed(context, (label, which, seed, texts), pictures), asked)
 
 
-def read(context: Context, pictures: Tensor, asked: Sequence[common.Prompt], seconds: float) -> Arm:
+def read(context: Context, pictures: Tensor, seconds: float, asked: Sequence[common.Prompt]) -> Arm:
     """Pictures held against what was asked for."""
     readings = common.judge_of(context).read(pictures)
     return Arm(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import rankdata
 from torch import Tensor
 
 from claims.bars import Bar
 from claims.core import Context
 from sfumato import sampling, sheets
+from sfumato.files import save_tensors
 from sfumato.metrics import stats
 from sfumato.models import load as load_model
 from sfumato.models.readers import load_clip
@@ -146,6 +149,22 @@ def generate(
         seeds = list(range(seed + start, seed + start + len(chunk)))
         out.append(sampling.generate(model, list(chunk), seed=seeds, guidance=guidance, **options).pixels.clamp(-1, 1))
     return torch.cat(out)
+
+
+def resumed(context: Context, what: Sequence[Any], make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
+    """Pictures (n, 3, h, w) of one arm and what they cost, which an interrupted run of the experiment may have made
+    already. ``what`` tells them apart within the experiment: names, seeds, prompts. Outside a run nothing is kept."""
+    if context.halfway is None:
+        return make()
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+    path = context.halfway / f"{name}.safetensors"
+    if path.is_file():
+        context.report(f"  {what[0]}: made before")
+        kept = load_file(path)
+        return kept["pixels"], float(kept["cost"])
+    pixels, cost = make()
+    save_tensors(path, {"pixels": pixels, "cost": torch.tensor(cost, dtype=torch.float64)})
+    return pixels, cost
 
 
 def clip_scores(context: Context, pixels: Tensor, texts: Sequence[str]) -> list[float]:

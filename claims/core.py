@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -111,6 +112,7 @@ class Context:
         self.quick, self.weights, self.report = quick, weights, report
         self.pictures = PICTURES / "quick" if quick else PICTURES
         self.cache: dict[str, Any] = {}
+        self.halfway: Path | None = None  # where what is made is kept until its experiment is whole
 
     def count(self, full: int, quick: int) -> int:
         """How many samples to use."""
@@ -150,8 +152,9 @@ class Context:
 def run(experiment: Experiment, context: Context, fresh: bool = False, only: str = "") -> dict[str, Any]:
     """Runs an experiment's parts, skipping those whose result is still valid, and returns its record.
 
-    The record is written after every part. A part whose model is missing is left out with a line saying so. With
-    ``only``, parts whose name does not contain it stay as they are on record; UnknownName if it is in none.
+    The record is written after every part, and pictures made so far outlive an interruption (:func:`halfway`). A part
+    whose model is missing is left out with a line saying so. With ``only``, parts whose name does not contain it stay
+    as they are on record; UnknownName if it is in none.
     """
     if not any(only in part.name for part in experiment.parts):
         raise UnknownName(f"part of {experiment.key}", only, [part.name for part in experiment.parts])
@@ -182,9 +185,15 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
             context.report(f"{experiment.key} / {part.name}: kept")
             continue
         context.report(f"{experiment.key} / {part.name}")
+        if fresh:
+            shutil.rmtree(halfway(experiment, context), ignore_errors=True)
         record["machine"] = machine()  # of the newest figures
         start = time.perf_counter()
-        rows = part.run(context)
+        context.halfway = halfway(experiment, context)
+        try:
+            rows = part.run(context)
+        finally:
+            context.halfway = None
         seconds = time.perf_counter() - start
         for row in rows:
             row.seconds = row.seconds or round(seconds / len(rows), 1)
@@ -199,7 +208,22 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
         rest = {name: old for name, old in before.get("parts", {}).items() if name not in record["parts"]}
         write(target, json.dumps(record | {"parts": record["parts"] | rest}, indent=1) + "\n")
     write(target, json.dumps(record, indent=1) + "\n")
+    if not stale(experiment, context):
+        shutil.rmtree(halfway(experiment, context).parent, ignore_errors=True)
     return record
+
+
+def halfway(experiment: Experiment, context: Context) -> Path:
+    """Where pictures that an experiment has made wait until all its parts are on record, so that an interrupted run
+    does not make them twice. Another folder for other code or weights; those of before are removed."""
+    names = {name for part in experiment.parts for name in part.models if has(context, name)}
+    depends = [code_of(experiment), {name: _weights_hash(str(context.folder(name))) for name in sorted(names)}]
+    home = registry.cache_folder() / "claims" / (experiment.key + ("-quick" if context.quick else ""))
+    folder = home / hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+    for other in home.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 def results_folder(quick: bool) -> Path:

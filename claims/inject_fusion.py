@@ -106,8 +106,12 @@ def _alike(one: oracle.SceneReading, two: oracle.SceneReading) -> bool:
 
 def outcomes(context: Context, asked: Sequence[Pair], method: Method, label: str) -> list[Outcome]:
     """Every pair through a method, one by one because each has a content of its own."""
-    made = [method(chunk[0])[0].clamp(-1, 1) for _, chunk in context.batches(asked, 1, label)]
-    read = common.judge_of(context).read(torch.stack(made))
+
+    def drawn() -> tuple[Tensor, float]:
+        return torch.stack([method(pair)[0].clamp(-1, 1) for _, (pair,) in context.batches(asked, 1, label)]), 0.0
+
+    made, _ = common.resumed(context, (label, [(pair.look, pair.content, pair.seed) for pair in asked]), drawn)
+    read = common.judge_of(context).read(made)
     found = []
     for pair, picture, one in zip(asked, made, read, strict=True):
         look, content = pair.readings
@@ -196,7 +200,7 @@ def tuned(context: Context, name: str) -> dict[str, dict[str, Any]]:
         best = {}
         for arm, grid in grids.items():
             make = MAKERS.get(arm, fusion)
-            scores = [score(outcomes(context, asked, make(model, **each), f"{name}, {each}")) for each in grid]
+            scores = [score(outcomes(context, asked, make(model, **each), f"{name}, {arm} {each}")) for each in grid]
             best[arm] = grid[max(range(len(grid)), key=scores.__getitem__)]
         return best
 

@@ -221,10 +221,12 @@ def outcomes(
     context: Context, asked: Sequence[Case], method: Method, setting: Setting, seed: int, label: str
 ) -> list[Outcome]:
     """Every case edited and held against its truth."""
-    pictures = []
-    for start, chunk in context.batches(asked, 20, label):
-        pictures.append(method(chunk, setting, seed + start))
-    drawn = torch.cat(pictures)
+
+    def made() -> tuple[Tensor, float]:
+        batches = context.batches(asked, 20, label)
+        return torch.cat([method(chunk, setting, seed + start) for start, chunk in batches]), 0.0
+
+    drawn, _ = common.resumed(context, (label, str(setting), seed, [case.prompts for case in asked]), made)
     readings = common.judge_of(context).read(drawn)
     return [measured(*each) for each in zip(asked, drawn, readings, strict=True)]
 

@@ -85,17 +85,21 @@ def cases(seed: int, n: int, side: int) -> list[Case]:
 
 def guided(context: Context, name: str, asked: Sequence[Case], seeds: Sequence[int], how: str, **params: Any) -> Arm:
     """``how``: text, image, both, plain (nothing guides) or prompted (the model reads what both would be)."""
-    model = common.load(context, name)
-    start, rows = time.process_time(), []
-    for _, (case,) in context.batches(asked, 1, f"{name}, {how}"):
-        texts = [case.text] if how in ("text", "both") else []
-        images = [case.reference] if how in ("image", "both") else []
-        system: Any = MGAD(texts=texts, images=images, prompted=False, **params) if texts or images else ()
-        prompt = case.told if how == "prompted" else ""
-        made = generate(model, [prompt] * len(seeds), seed=list(seeds), guidance=1.0, steps=STEPS, interventions=system)
-        rows.append(made.pixels.clamp(-1, 1))
-    seconds = (time.process_time() - start) / (len(asked) * len(seeds))
-    pictures = torch.stack(rows)
+
+    def made() -> tuple[Tensor, float]:
+        model, start, rows = common.load(context, name), time.process_time(), []
+        for _, (case,) in context.batches(asked, 1, f"{name}, {how}"):
+            texts = [case.text] if how in ("text", "both") else []
+            images = [case.reference] if how in ("image", "both") else []
+            guide = texts or images
+            system: Any = MGAD(texts=texts, images=images, prompted=False, **params) if guide else ()
+            prompts = [case.told if how == "prompted" else ""] * len(seeds)
+            given = {"seed": list(seeds), "guidance": 1.0, "steps": STEPS, "interventions": system}
+            rows.append(generate(model, prompts, **given).pixels.clamp(-1, 1))
+        return torch.stack(rows), (time.process_time() - start) / (len(asked) * len(seeds))
+
+    what = (f"{name}, {how}", sorted(params.items()), list(seeds), [case.told for case in asked])
+    pictures, seconds = common.resumed(context, what, made)
     readings = common.judge_of(context).read(pictures.flatten(0, 1))
     owners = [case for case in asked for _ in seeds]
     return Arm(

@@ -122,13 +122,18 @@ def timed(
     context: Context, name: str, asked: Sequence[common.Prompt], seed: int, label: str, steps: int = STEPS, **guide: Any
 ) -> tuple[Tensor, float]:
     """Pictures (n 3 h w) and CPU seconds per picture."""
-    model, out, start = common.load(context, name), [], time.process_time()
-    for first, chunk in context.batches(asked, 25, label):
-        systems = [NoTokenLeftBehind(**{**GUIDE, **guide})] if guide else []
-        seeds = [seed + first + i for i in range(len(chunk))]
-        made = generate(model, [p.text for p in chunk], seed=seeds, steps=steps, interventions=systems)
-        out.append(made.pixels.detach().clamp(-1, 1))
-    return torch.cat(out), (time.process_time() - start) / len(asked)
+
+    def pictures() -> tuple[Tensor, float]:
+        model, out, start = common.load(context, name), [], time.process_time()
+        for first, chunk in context.batches(asked, 25, label):
+            systems = [NoTokenLeftBehind(**{**GUIDE, **guide})] if guide else []
+            seeds = [seed + first + i for i in range(len(chunk))]
+            made = generate(model, [p.text for p in chunk], seed=seeds, steps=steps, interventions=systems)
+            out.append(made.pixels.detach().clamp(-1, 1))
+        return torch.cat(out), (time.process_time() - start) / len(asked)
+
+    what = (label, sorted(guide.items()), steps, seed, [prompt.text for prompt in asked])
+    return common.resumed(context, what, pictures)
 
 
 def premise(context: Context) -> list[Row]:
@@ -265,15 +270,20 @@ def in_boxes(
     context: Context, name: str, asked: Sequence[Layout], seed: int, arm: str, **given: Any
 ) -> tuple[Tensor, list[list[Found]]]:
     """Pictures of one arm, and where the judge finds the toys."""
-    model, out = common.load(context, name), []
-    for i, (layout,) in context.batches(asked, 1, f"{name}, boxes, {arm}"):
-        system = {**GUIDE, "template": "a {}", **BOXED[arm], **given}
-        if arm in ("masked", "explained"):
-            system |= {"phrases": [layout.phrase], "box": [layout.share]}
-        systems = [NoTokenLeftBehind(**system)] if arm != "plain" else []
-        made = generate(model, layout.text, seed=seed + i, steps=STEPS, interventions=systems)
-        out.append(made.pixels.detach().clamp(-1, 1))
-    pixels = torch.cat(out)
+
+    def drawn() -> tuple[Tensor, float]:
+        model, out = common.load(context, name), []
+        for i, (layout,) in context.batches(asked, 1, f"{name}, boxes, {arm}"):
+            system = {**GUIDE, "template": "a {}", **BOXED[arm], **given}
+            if arm in ("masked", "explained"):
+                system |= {"phrases": [layout.phrase], "box": [layout.share]}
+            systems = [NoTokenLeftBehind(**system)] if arm != "plain" else []
+            made = generate(model, layout.text, seed=seed + i, steps=STEPS, interventions=systems)
+            out.append(made.pixels.detach().clamp(-1, 1))
+        return torch.cat(out), 0.0
+
+    what = (f"{name}, boxes, {arm}", sorted(given.items()), seed, [(one.text, one.share) for one in asked])
+    pixels, _ = common.resumed(context, what, drawn)
     return pixels, placed(context, asked, pixels)  # type: ignore[arg-type]
 
 

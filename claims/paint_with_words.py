@@ -89,13 +89,17 @@ def paint(
     **params: Any,
 ) -> Tensor:
     """Pictures (n, 3, h, w) of layouts; without ``params`` the prompts alone, from the same noise."""
-    model, pictures = common.load(context, name), []
-    for start, chunk in context.batches(asked, 1, label):
-        layout = chunk[0]
-        systems = [make(phrases=layout.phrases, box=list(layout.boxes), **params)] if params else []
-        given = {"seed": seed + start, "steps": STEPS, "interventions": systems}
-        pictures.append(generate(model, layout.prompt.text, **given).pixels.clamp(-1, 1))
-    return torch.cat(pictures)
+
+    def made() -> tuple[Tensor, float]:
+        model, pictures = common.load(context, name), []
+        for start, (layout,) in context.batches(asked, 1, label):
+            systems = [make(phrases=layout.phrases, box=list(layout.boxes), **params)] if params else []
+            given = {"seed": seed + start, "steps": STEPS, "interventions": systems}
+            pictures.append(generate(model, layout.prompt.text, **given).pixels.clamp(-1, 1))
+        return torch.cat(pictures), 0.0
+
+    what = (label, sorted(params.items()), seed, [(each.prompt.text, each.boxes) for each in asked])
+    return common.resumed(context, what, made)[0]
 
 
 def placed(context: Context, asked: Sequence[Layout], pictures: Tensor) -> list[list[Found]]:

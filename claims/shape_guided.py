@@ -114,7 +114,8 @@ def best_settings(context: Context, name: str, on_picture: bool) -> dict[str, An
         scores = []
         for settings in SETTINGS[:: 2 if context.quick else 1]:
             method = guided(model, on_picture, **settings)
-            found = outcomes(context, tuned, method, TUNE, f"{name}, {settings}")
+            label = f"{name}, {'pictures' if on_picture else 'noise'}, {settings}"
+            found = outcomes(context, tuned, method, TUNE, label)
             scores.append((sum(values(found, "iou")) + sum(one.there for one in found), settings))
         return max(scores, key=lambda score: score[0])[1]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
-from claims import core, sources, table
+from claims import common, core, sources, table
 from claims.__main__ import EXPERIMENTS, PAGES, main
 from claims.core import Context, Experiment, Part, Row
 from sfumato.errors import UnknownName
@@ -17,6 +19,7 @@ from sfumato.errors import UnknownName
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(core, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
     core._weights_hash.cache_clear()
     sources.code_hash.cache_clear()
     sources._imports.cache_clear()
@@ -55,6 +58,44 @@ def experiment(tmp_path):
 
 def context(tmp_path, **options):
     return Context(weights=tmp_path / "weights", **options)
+
+
+def test_pictures_outlive_an_interruption_until_the_experiment_is_whole(tmp_path, experiment, model):
+    drawn, stop = [], [True]
+
+    def arm(context, name):
+        def make():
+            drawn.append(name)
+            return torch.full((2, 3, 4, 4), 1 / 3), 7.5
+
+        return common.resumed(context, (name, 5, ["a red ball"]), make)
+
+    def part(context):
+        pixels, cost = arm(context, "plain")
+        assert torch.equal(pixels, torch.full((2, 3, 4, 4), 1 / 3)) and cost == 7.5
+        if stop:
+            raise KeyboardInterrupt
+        arm(context, "ours")
+        return [row()]
+
+    two = replace(experiment[0], parts=(Part("a", ("toy-x",), part), Part("b", ("toy-x",), part)))
+    with pytest.raises(KeyboardInterrupt):
+        core.run(two, context(tmp_path))
+    stop.clear()
+    core.run(two, context(tmp_path), only="a")
+    assert drawn == ["plain", "ours"]  # the first was there already
+    kept = core.halfway(two, context(tmp_path))
+    assert len(list(kept.iterdir())) == 2
+    core.run(two, context(tmp_path))  # the other part draws nothing that the first one drew
+    assert drawn == ["plain", "ours"] and not kept.exists()
+    (model / "model.safetensors").write_bytes(b"two")
+    core._weights_hash.cache_clear()
+    assert core.halfway(two, context(tmp_path)) != kept
+    core.run(two, context(tmp_path))
+    assert drawn == ["plain", "ours"] * 2
+    arm(Context(), "plain")  # outside of a run nothing is kept
+    arm(Context(), "plain")
+    assert drawn[-2:] == ["plain", "plain"] and not kept.parent.exists()
 
 
 def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, model):
