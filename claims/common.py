@@ -163,6 +163,7 @@ def resumed(context: Context, what: Sequence[Any], make: Callable[[], tuple[Tens
         kept = load_file(path)
         return kept["pixels"], float(kept["cost"])
     pixels, cost = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, {"pixels": pixels, "cost": torch.tensor(cost, dtype=torch.float64)})
     return pixels, cost
 
