@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+
+def lazy(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose names are imported on first use; ``home``: from which of its
+    modules."""
+
+    def get(name: str) -> Any:
+        if name in home:
+            return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get, lambda: sorted(home)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,7 @@ Each name is loaded on first use, so that the command line may import this and s
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from sfumato.startup import lazy
 
 MODULES = {
     "attaching": ("attached",),
@@ -26,11 +25,4 @@ _HOME = {name: module for module, names in MODULES.items() for name in names}
 __all__ = list(_HOME)  # noqa: PLE0605
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sfumato.app' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sfumato.app.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _HOME)

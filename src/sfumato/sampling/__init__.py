@@ -3,8 +3,9 @@ alone need no torch."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sfumato.startup import lazy
 
 if TYPE_CHECKING:
     from sfumato.sampling.guidance import Guidance
@@ -53,7 +54,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"sfumato.sampling.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'sfumato.sampling' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from sfumato.startup import lazy
 
 _HOME = {
     "scene": (
@@ -22,12 +22,5 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)
 
 
-def __getattr__(name: str):
-    # Rendering needs torch, scenes and captions do not: resolve names on first use.
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return __all__
+# rendering needs torch, scenes and captions do not
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sfumato.startup import lazy
 
 if TYPE_CHECKING:
     from sfumato.training.draw import Draw, shuffled
@@ -17,7 +18,4 @@ _HOME = {"Draw": "draw", "shuffled": "draw", "denoising_loss": "losses", "Player
 _HOME |= {"RunResult": "runs", "run": "runs", "Fitted": "trainer", "Progress": "trainer", "fit": "trainer"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"sfumato.training.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, _HOME)

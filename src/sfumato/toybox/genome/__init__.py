@@ -7,7 +7,7 @@ arrays that scene-graph models learn from. Scores of predicted graphs: :mod:`sfu
 
 from __future__ import annotations
 
-import importlib
+from sfumato.startup import lazy
 
 _HOME = {
     "records": (
@@ -24,12 +24,5 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)
 
 
-def __getattr__(name: str):
-    # writing renders, which needs torch; reading does not
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return __all__
+# writing renders, which needs torch; reading does not
+__getattr__, __dir__ = lazy(__name__, _WHERE)
