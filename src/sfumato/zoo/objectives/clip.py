@@ -28,6 +28,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives import labels
+from sfumato.zoo.objectives.contrastive import contrastive
 from sfumato.zoo.tokenizer import build_tokenizer
 
 
@@ -264,22 +265,10 @@ class CLIPObjective(Objective):
         return F.normalize(out.float(), dim=-1)
 
     def contrast(self, logits: Tensor, same: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two-way cross-entropy of ``logits`` (b, m): row i belongs to column i, the columns from b on are the hard
-        negatives of row 0, of row 1 ...; ``same`` (b, m) marks columns that are no negatives of a row."""
-        o: CLIPLoss = self.loss_options
-        b = len(logits)
-        own = torch.arange(b, device=logits.device)
-        twins = same.clone()
-        twins[own, own] = False
-        logits = logits.masked_fill(twins, -1e4)
-        loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :b].T, own))
-        logs = {"right": (logits.detach().argmax(1) == own).float().mean()}
-        if o.hard and logits.shape[1] > b:
-            rivals = logits[:, b:].unflatten(1, (b, -1))[own, own]
-            duel = torch.cat([logits[own, own, None], rivals], 1)
-            loss = loss + o.hard * F.cross_entropy(duel, torch.zeros_like(own))
-            logs["duel"] = (duel.detach().argmax(1) == 0).float().mean()
-        return loss, logs
+        """The contrastive loss of ``logits`` (b, m) and its figures for the log."""
+        found = contrastive(logits, same, self.loss_options.hard)
+        logs = {"right": found.right.float().mean()}
+        return found.loss, logs if found.duel is None else {**logs, "duel": found.duel.float().mean()}
 
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         o: CLIPLoss = self.loss_options

@@ -27,6 +27,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.clip import captions_with_negatives, hard_negative
+from sfumato.zoo.objectives.contrastive import contrastive
 from sfumato.zoo.objectives.latent import LatentObjective, codec_shape, zoo_folder
 
 LEVELS = (0.0, 0.25, 0.5, 0.75)
@@ -149,19 +150,9 @@ class NoisyCLIPObjective(LatentObjective):
         image, patches = self.image_features(batch["x0"], batch["noise"], batch["level"])
         text = self.read(batch["tokens"])
         logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        b = len(image)
-        own = torch.arange(b, device=logits.device)
-        twins = batch["same"].clone()
-        twins[own, own] = False
-        logits = logits.masked_fill(twins, -1e4)
-        loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :b].T, own))
-        right = (logits.detach().argmax(1) == own).float()
-        logs = {"right": right.mean(), "right_clearer_half": right[batch["level"] < 0.5].mean()}
-        if o.hard and o.negatives:
-            rivals = logits[:, b:].unflatten(1, (b, -1))[own, own]
-            loss = loss + o.hard * F.cross_entropy(
-                torch.cat([logits[own, own, None], rivals], 1), torch.zeros_like(own)
-            )
+        loss, right, _ = contrastive(logits, batch["same"], o.hard)
+        clearer = right[batch["level"] < 0.5]
+        logs = {"right": right.float().mean(), "right_clearer_half": clearer.float().mean()}
         if o.places:
             read = self.modules["readout"](patches).transpose(1, 2).unflatten(2, batch["places"].shape[-2:])
             part = labels.place_loss(read, batch["places"]).mean()
