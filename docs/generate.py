@@ -155,7 +155,7 @@ def modules() -> dict[Path, str]:
     from sfumato.cards.signatures import typed_dict
     from sfumato.sampling.options import Options
 
-    editor, segmenter, teacher = (cards.method(cards.default(wish)).Params for wish in ("edit", "segment", "teach"))
+    editor, segmenter, teacher = (cards.method(cards.default(task)).Params for task in ("edit", "segment", "teach"))
     options = "Options of {}; see :class:`{}`."
     found = {
         "sampling": [

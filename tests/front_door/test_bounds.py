@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sfumato import cards, errors, files, masks, valid
-from sfumato.app import JobOptions, Order, like, make
+from sfumato.app import JobBatch, JobOptions, like, make
 from sfumato.dialects import parse_comfy
 from sfumato.errors import BadInput, OutOfMemory, SfumatoError
 from sfumato.models import Model
@@ -87,7 +87,7 @@ def test_systems_are_counted(tmp_path):
         generate(tiny_stub(), "a cube", interventions=[cards.build("daam") for _ in range(3000)])
     files.save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), {"prompt": "a", "model": "toy-sd", "with": many})
     with pytest.raises(BadInput, match="it has 3000 systems"):
-        like(tmp_path / "a.png", {}, Order([]))
+        like(tmp_path / "a.png", {}, JobBatch([]))
 
 
 def tiny_stub():
@@ -114,7 +114,7 @@ def test_recipes_are_bounded(tmp_path, recipe, says):
     chunks.add_itxt("sfumato", json.dumps({"prompt": "a cube", "model": "toy-sd", **recipe}))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
     with pytest.raises(BadInput, match=says) as caught:
-        like(tmp_path / "a.png", {}, Order([]))
+        like(tmp_path / "a.png", {}, JobBatch([]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 

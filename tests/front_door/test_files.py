@@ -395,11 +395,11 @@ def test_stable_diffusion_2_without_a_word(
 
 def test_config_from_the_command_line(made: Any, tmp_path: Path):
     file, config, _ = made("sd")
-    order = app.Order([app.JobOptions(prompt=PROMPT, steps=1, size=(32, 32))], str(file), config=str(config))
-    (paths,) = app.carry_out(order, tmp_path / "x.png")
+    order = app.JobBatch([app.JobOptions(prompt=PROMPT, steps=1, size=(32, 32))], str(file), config=str(config))
+    (paths,) = app.make_files(order, tmp_path / "x.png")
     assert [path.name for path in paths] == ["x.png"]
     with pytest.raises(BadInput, match="only applies to a single-file checkpoint"):
-        app.Order([], str(config.with_name("sd-whole")), config=str(config)).load()
+        app.JobBatch([], str(config.with_name("sd-whole")), config=str(config)).load()
 
 
 def test_flags_take_config():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sfumato.app.orders import Order, RecipeDiffers, like
+from sfumato.app.batch import JobBatch, RecipeDiffers, like
 
 
 def png(path, **texts):
@@ -21,7 +21,7 @@ def png(path, **texts):
 
 def order(picture, **typed):
     with pytest.warns(RecipeDiffers) as notes:
-        found = like(picture, typed, Order(jobs=[]))
+        found = like(picture, typed, JobBatch(jobs=[]))
     return found.jobs[0], str(notes[0].message)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato import cards, files, masks
-from sfumato.app import JobOptions, Order, like
+from sfumato.app import JobBatch, JobOptions, like
 from sfumato.app.cli import flags
 from sfumato.app.lines import read_prompts
 from sfumato.bench.folder import Folder
@@ -256,7 +256,7 @@ def test_recipes_of_all_three_programs_in_pictures(tmp_path):
     def parse(given):
         name, text = given
         path.write_bytes(png(**{name: text}).getvalue())
-        like(path, {}, Order([]))
+        like(path, {}, JobBatch([]))
 
     inputs = []
     for i in range(N):

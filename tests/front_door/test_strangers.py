@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sfumato import cards, files, masks
-from sfumato.app import Order, edit_like, like, make
+from sfumato.app import JobBatch, edit_like, like, make
 from sfumato.cards.paths import allowed, marked
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
 from sfumato.hspace.basis import Directions
@@ -83,7 +83,7 @@ def test_no_recipe_opens_a_file(key, name, value, tmp_path, monkeypatch):
     path = picture(tmp_path / "stranger.png", like_recipe(**{"with": [recipe]}))
     with at_once():
         for attempt in (
-            lambda: like(path, {}, Order([])),
+            lambda: like(path, {}, JobBatch([])),
             lambda: cards.from_recipe(recipe),
             lambda: make("a red cube", with_=recipe),
             lambda: recipe_args({"prompt": "x", "with": [recipe]}),
@@ -121,7 +121,7 @@ def test_built_in_models_and_embedded_pictures_are_welcome(tmp_path):
         {"method": "blend", "params": {"mask": [inside], "source": "a blue cube"}},
         "daam:words=cube",
     ]
-    order = like(picture(tmp_path / "a.png", like_recipe(**{"with": systems})), {}, Order([]))
+    order = like(picture(tmp_path / "a.png", like_recipe(**{"with": systems})), {}, JobBatch([]))
     assert [type(each).CARD.key for each in order.systems()] == ["mgad", "blend", "daam"]
 
 
@@ -133,10 +133,10 @@ def test_what_is_allowed(tmp_path):
     system = {"method": "blend", "params": {"mask": [str(mask)], "source": "a blue cube"}}
     path = picture(tmp_path / "a.png", like_recipe(**{"with": [system]}))
     for allow in ([mask], [str(mask)], [tmp_path / "in"], ["elsewhere", str(tmp_path)]):
-        assert len(like(path, {}, Order([], allow=allow)).systems()) == 1
+        assert len(like(path, {}, JobBatch([], allow=allow)).systems()) == 1
     for allow in ([], [tmp_path / "in" / "n.png"], [str(mask)[:-1]]):
         with pytest.raises(NotAllowed, match=f"a.png: .*--allow {mask}"):
-            like(path, {}, Order([], allow=allow))
+            like(path, {}, JobBatch([], allow=allow))
     assert not allowed(str(tmp_path / "in" / "out.png"), [tmp_path / "in"])  # it leads out of the folder
     assert allowed("ref.png:-0.5", ["ref.png"]) and not allowed("\0", ["/"])
 
@@ -144,8 +144,8 @@ def test_what_is_allowed(tmp_path):
 def test_adapters_that_a_prompt_names(tmp_path):
     path = picture(tmp_path / "a.png", like_recipe(prompt="a cube <lora:ink:0.8>"))
     with pytest.raises(NotAllowed, match="'ink' .file of lora.*--allow ink"):
-        like(path, {}, Order([]))
-    assert like(path, {}, Order([], allow=["ink"])).jobs[0].prompt == "a cube <lora:ink:0.8>"
+        like(path, {}, JobBatch([]))
+    assert like(path, {}, JobBatch([], allow=["ink"])).jobs[0].prompt == "a cube <lora:ink:0.8>"
 
 
 def test_an_edit_of_a_stranger_opens_nothing(tmp_path):

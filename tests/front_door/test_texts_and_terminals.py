@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sfumato import cards, files, masks, registry, valid, writing
-from sfumato.app import BadLines, EditOptions, Order, carry_out_lines, explain, make, read_prompts, segment
+from sfumato.app import BadLines, EditOptions, JobBatch, explain, make, make_prompts, read_prompts, segment
 from sfumato.bench.folder import Folder
 from sfumato.bench.judge import read_attributes
 from sfumato.bench.options import CompareOptions, JudgeOptions
@@ -74,8 +74,8 @@ def test_one_bad_line_stops_no_run(tmp_path, monkeypatch):
     path.write_bytes(b"\n".join([good[0], *bad, good[1]]))
     made = []
     with pytest.raises(BadLines, match="9 of 11 lines could not be followed: line 2: .* line 3: .* line 4: ") as caught:
-        for each in carry_out_lines(
-            read_prompts(path, {"steps": 1}), Order([]), tmp_path / "out", model=tiny_model("sd")
+        for each in make_prompts(
+            read_prompts(path, {"steps": 1}), JobBatch([]), tmp_path / "out", model=tiny_model("sd")
         ):
             made += each.paths
     assert [each.name for each in made] == ["a-cube-0.png", "a-ball-0.png"] and "\n" not in str(caught.value)

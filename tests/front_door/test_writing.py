@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sfumato import app, files, writing
-from sfumato.app import Order, carry_out_lines, make, read_prompts
+from sfumato.app import JobBatch, make, make_prompts, read_prompts
 from sfumato.errors import BadInput, Conflict
 from sfumato.training import checkpoint
 from sfumato.training.runs import TrainingRun
@@ -74,7 +74,7 @@ def test_a_run_of_prompts_refuses_a_folder_where_another_is_at_work(tmp_path, mo
 
     def run():
         lines = read_prompts(Path("p.jsonl"), {"steps": 1})
-        return list(carry_out_lines(lines, Order([]), Path("out"), model=tiny_model("sd")))
+        return list(make_prompts(lines, JobBatch([]), Path("out"), model=tiny_model("sd")))
 
     with pytest.raises(Conflict, match="another process is at work in 'out', so a run of prompts there would mix"):
         run()
@@ -135,8 +135,8 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "make": (["a cube"], "sfumato.app.orders.load"),
-    "explain": (["a cube"], "sfumato.app.orders.load"),
+    "make": (["a cube"], "sfumato.app.batch.load"),
+    "explain": (["a cube"], "sfumato.app.batch.load"),
     "edit": (["x.png", "a ball"], "sfumato.app.editing.edit_file"),
     "segment": (["ball"], "sfumato.app.segmenting.segment_files"),
     "judge": (["."], "sfumato.app.judging.judge"),

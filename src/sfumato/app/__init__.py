@@ -12,12 +12,12 @@ MODULES = {
     "jobs": ("DEFAULT_MODEL", "JobOptions", "LONGEST_PROMPT", "MakeOptions", "PICTURES", "build_all", "load", "make")
     + ("models", "offers", "suitable_model"),
     "pictures": ("fitting_size", "is_picture"),
-    "orders": ("Order", "RecipeDiffers", "carry_out", "like", "write", "write_grid"),
-    "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "carry_out_lines", "read_prompts"),
-    "explaining": ("Explaining", "Explanation", "explain", "explain_into", "open_net"),
+    "batch": ("JobBatch", "RecipeDiffers", "like", "make_files", "write", "write_grid"),
+    "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "make_prompts", "read_prompts"),
+    "explaining": ("ExplainJob", "Explanation", "explain", "explain_files", "open_net"),
     "editing": ("EditOptions", "EditResult", "edit", "edit_file", "edit_like"),
     "segmenting": ("segment", "segment_files"),
-    "judging": ("LinesLeftOut", "Side", "beside", "compare", "judge", "judges_sets", "side"),
+    "judging": ("PromptsSkipped", "Side", "beside", "compare", "judge", "judges_sets", "side"),
     "teaching": ("teach", "train"),
     "adapting": ("adapters", "convert"),
 }

@@ -12,8 +12,8 @@ from pydantic import field_validator
 
 from sfumato import cards, files, markup, protocol, writing
 from sfumato.app.arguments import EditArguments
+from sfumato.app.batch import JobBatch, RecipeDiffers, check_weights, like, model_of
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load, offers, readable, suitable_model
-from sfumato.app.orders import Order, RecipeDiffers, check_weights, like, model_of
 from sfumato.app.pictures import fitting_size
 from sfumato.cards import Field, Params
 from sfumato.cards.signatures import spelt_out
@@ -272,15 +272,15 @@ def _replayed(
         names = " and ".join(options.opening())
         raise BadInput(f"{names} cannot be given for {path}, which is drawn again by its recipe; or add invert.")
     named = str(model) if isinstance(model, str | Path) else getattr(model, "name", None)
-    order = like(path, {}, Order([], named, allow=list(allow)))
-    shown = order.jobs[0].prompt
+    batch = like(path, {}, JobBatch([], named, allow=list(allow)))
+    shown = batch.jobs[0].prompt
     if options.from_ is not None and options.from_ != shown:
         raise BadInput(f"from is {options.from_!r}, but {path} says that it shows {shown!r}; or add invert.")
     system = _built(editor, shown)
-    loaded = load(order.model or DEFAULT_MODEL, dtype=order.dtype) if isinstance(model, str | Path | None) else model
-    check_weights(order.expected, loaded, order.same_weights)
-    settings = order.jobs[0].arguments() | {"n": 1}
-    opened = system.open(loaded, protocol.Picture(picture, shown, settings, order.systems()), on_step)
+    loaded = load(batch.model or DEFAULT_MODEL, dtype=batch.dtype) if isinstance(model, str | Path | None) else model
+    check_weights(batch.expected, loaded, batch.same_weights)
+    settings = batch.jobs[0].arguments() | {"n": 1}
+    opened = system.open(loaded, protocol.Picture(picture, shown, settings, batch.systems()), on_step)
     if opened.fidelity < 60:  # rounding to 8 bits alone leaves equal pictures
         why = "its recipe makes another picture here" if opened.fidelity else "it was cut or resized"
         warnings.warn(
@@ -355,7 +355,7 @@ def edit_like(picture: Path, image: Path, mask: Path | None, allow: Sequence[str
 
 
 def edit_file(
-    picture: Path, mask: Path | None, arguments: dict[str, Any], order: Order, out: Path, on_step: Any = None
+    picture: Path, mask: Path | None, arguments: dict[str, Any], batch: JobBatch, out: Path, on_step: Any = None
 ) -> Iterator[Path]:
     """Edit a picture and write each result with its recipe into ``out``, a folder or the name of a
     file, and beside it whatever pictures its
@@ -366,14 +366,14 @@ def edit_file(
     """
     given = dict(arguments)
     prompts, expected = given.pop("prompt"), given.pop("expected", {})
-    model: Any = order.model
+    model: Any = batch.model
     same = model is None and bool(expected)
     if same:
         model = model_of(expected, Path("the edit"))
     with writing.output(out) as (folder, named):
-        if model is not None and (order.dtype or order.device != "cpu" or order.config):
-            model = order.load(model)
-        systems, allow = order.with_, order.allow
+        if model is not None and (batch.dtype or batch.device != "cpu" or batch.config):
+            model = batch.load(model)
+        systems, allow = batch.with_, batch.allow
         done = edit(picture, prompts, mask=mask, model=model, with_=systems, allow=allow, on_step=on_step, **given)
         check_weights(expected, done.results[0].model, same)
         for index, (result, recipe) in enumerate(zip(done.results, done.recipes, strict=True)):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, files, markup, protocol, valid, writing
+from sfumato.app.batch import JobBatch, make_files
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, MakeOptions, load, make
-from sfumato.app.orders import Order, carry_out
-from sfumato.app.pictures import as_taken, fitting_size, is_picture, read_shown, size_of
+from sfumato.app.pictures import fitting_size, is_picture, media_for, read_media, size_of
 from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, NotSupported
 from sfumato.sampling.arguments import GenerateArguments
@@ -111,7 +111,7 @@ def explain(
         )
     loaded = load(model) if isinstance(model, str | Path) else model
     if isinstance(what, str | Path):
-        image = as_taken(loaded, image, what)
+        image = media_for(loaded, image, what)
     size = given.pop("size", None) or fitting_size(loaded, size_of(image) or loaded.default_size[::-1])
     return Explanation([image], [system.explain_image(loaded, image, prompt, size=size, **given)])
 
@@ -184,27 +184,27 @@ def open_net(what: Any, dtype: str | None = None, device: str = "cpu", config: s
 
 
 @dataclass
-class Explaining:
-    """An order to explain ``what`` and write what is found: ``order`` says model, device and whether to write maps.
+class ExplainJob:
+    """``what`` to explain, with the files to write: ``batch`` says model, device and whether to write maps.
 
     ``given`` holds what was said besides: ``prompt``, ``words`` and the options of :func:`explain`.
     """
 
     what: str
     by: str | None = None
-    order: Order = field(default_factory=lambda: Order([]))
+    batch: JobBatch = field(default_factory=lambda: JobBatch([]))
     given: dict[str, Any] = field(default_factory=dict)
 
     def refuse(self, allowed: Sequence[str], why: str) -> None:
         """Raises BadInput for what was given and is not allowed."""
-        given = [*self.given, *(["maps"] if self.order.maps else []), *(["model"] if self.order.model else [])]
+        given = [*self.given, *(["maps"] if self.batch.maps else []), *(["model"] if self.batch.model else [])]
         wrong = [f"-{name}" if len(name) == 1 else f"--{name}" for name in given if name not in allowed]
         if wrong:
             raise BadInput(f"{' and '.join(wrong)} cannot be given {why}.")
 
 
-def explain_into(
-    job: Explaining, out: Path, on_step: Callable[[int, int, float], None] | None = None
+def explain_files(
+    job: ExplainJob, out: Path, on_step: Callable[[int, int, float], None] | None = None
 ) -> Iterator[str | Path | list[Path]]:
     """Explain and write what is found into ``out``, a folder or the name of the picture (what is written besides has
     its name, too): yields lines of text, and the files as soon as they are whole.
@@ -212,18 +212,18 @@ def explain_into(
     Raises:
         Everything that :func:`explain` raises, and OSError. BadInput also for options that do not go with the system.
     """
-    order, what = job.order, job.what
+    batch, what = job.batch, job.what
     if not os.path.exists(what):  # the name of a file need not be text
         valid.text(what, "what")
     prompt, options = job.given.get("prompt"), {k: v for k, v in job.given.items() if k not in ("words", "prompt")}
     system = _built(job.by)
     key = type(system).CARD.key
-    model = order.model or DEFAULT_MODEL
+    model = batch.model or DEFAULT_MODEL
     reads = isinstance(system, protocol.ExplainsReading) and _reads(model)
     if isinstance(system, protocol.ExplainsNet) and not _is_read(system, what, model):
         job.refuse((), f"with {key}, which explains a net: give its name and the parameters of --by, nothing else")
         with writing.output(out) as (folder, named):
-            table = system.explain_net(open_net(what, order.dtype, order.device, order.config), Path(what).name)
+            table = system.explain_net(open_net(what, batch.dtype, batch.device, batch.config), Path(what).name)
             found: list[Path] = []
 
             def save(path: Path, new: bool) -> Path:
@@ -237,7 +237,7 @@ def explain_into(
         allowed = ("prompt", "model", *(set(JobOptions.model_fields) - {"n", "size"}))
         job.refuse(allowed, f"with --by {key}; see: sfumato methods {key}")
         with writing.output(out) as (folder, named):
-            loaded = order.load()
+            loaded = batch.load()
             finding = system.explain_concept(loaded, what, prompt, on_step=on_step, **options)
             if named is None:
                 yield from finding.save(folder)
@@ -245,10 +245,10 @@ def explain_into(
                 yield files.save_png(named, finding.picture(), {"concept": what, "model": loaded.name, "by": job.by})
                 yield from finding.save(folder, named.stem)
     elif prompt is None and not is_picture(what) and not reads:
-        order.with_ = [cards.to_recipe(_built(job.by, job.given.get("words") or ()))]
-        order.allow = [text for *_, text in cards.files_of(order.with_)]  # they were typed, or are the defaults
-        order.jobs = [JobOptions(prompt=what, **options)]
-        yield from carry_out(order, out, on_step)
+        batch.with_ = [cards.to_recipe(_built(job.by, job.given.get("words") or ()))]
+        batch.allow = [text for *_, text in cards.files_of(batch.with_)]  # they were typed, or are the defaults
+        batch.jobs = [JobOptions(prompt=what, **options)]
+        yield from make_files(batch, out, on_step)
     else:
         allowed = (
             "prompt",
@@ -261,10 +261,10 @@ def explain_into(
         yield from _picture_into(job, key, reads, out, options)
 
 
-def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: dict[str, Any]) -> Iterator[Path]:
+def _picture_into(job: ExplainJob, key: str, reads: bool, out: Path, options: dict[str, Any]) -> Iterator[Path]:
     """Maps of a picture that exists, or of a text that is read."""
-    order, prompt = job.order, job.given.get("prompt")
-    name = order.model or DEFAULT_MODEL
+    batch, prompt = job.batch, job.given.get("prompt")
+    name = batch.model or DEFAULT_MODEL
     text = prompt is None and not is_picture(job.what)
     image: Any = None
     if not reads:
@@ -272,8 +272,8 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
     elif not text:
         image = files.read_picture(job.what)
     with writing.output(out) as (folder, named):
-        model = _load_reader(name, order) if reads else order.load()
-        image = image if reads else as_taken(model, image, job.what)
+        model = _load_reader(name, batch) if reads else batch.load()
+        image = image if reads else media_for(model, image, job.what)
         what, question = (job.what, None) if text else (image, prompt)
         explained = explain(what, question, words=job.given.get("words") or (), by=job.by, model=model, **options)
         assert isinstance(explained, Explanation)
@@ -283,15 +283,15 @@ def _picture_into(job: Explaining, key: str, reads: bool, out: Path, options: di
         stem = f"{writing.slug(job.what if text else Path(job.what).stem)}.heat"
         path = writing.create(folder, stem, ".png", lambda path, new: files.save_png(path, drawn, recipe, new), named)
         yield path
-        if order.maps:
+        if batch.maps:
             yield maps.save(path.with_suffix(".safetensors"))
 
 
-def _load_reader(name: str | Path, order: Order) -> Any:
+def _load_reader(name: str | Path, batch: JobBatch) -> Any:
     from sfumato.models.readers import load_reader
 
-    options = {} if order.dtype is None else {"dtype": order.dtype}
-    return load_reader(name, device=order.device, **options)
+    options = {} if batch.dtype is None else {"dtype": batch.dtype}
+    return load_reader(name, device=batch.device, **options)
 
 
 def _picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[Any, str]:
@@ -300,7 +300,7 @@ def _picture_and_prompt(what: str | Path | Image, prompt: str | None) -> tuple[A
         if prompt is None:
             raise BadInput("explaining a picture needs the prompt: what does it show?")
         return what, JobOptions(prompt=prompt).prompt
-    image = read_shown(what)
+    image = read_media(what)
     if prompt is None:
         try:
             prompt = str(files.read_recipe(what)[0].get("prompt", ""))

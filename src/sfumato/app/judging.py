@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, protocol, valid, writing
+from sfumato.app.batch import JobBatch
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
-from sfumato.app.lines import BadLines, Line, carry_out_lines, read_prompts
-from sfumato.app.orders import Order
+from sfumato.app.lines import BadLines, Line, make_prompts, read_prompts
 from sfumato.bench.arguments import CompareArguments, JudgeArguments
 from sfumato.bench.options import CompareOptions, JudgeOptions
 from sfumato.cards.signatures import spelt_out
@@ -220,8 +220,8 @@ def _make_sides(
         if key not in loaded:
             named = isinstance(one.model, str | Path)
             loaded[key] = load(one.model, dtype=dtype, device=device) if named else one.model
-        order = Order([], str(one.model), one.with_, dtype, device)
-        runs.append(carry_out_lines(lines, order, folder, None, total, loaded[key]))
+        batch = JobBatch([], str(one.model), one.with_, dtype, device)
+        runs.append(make_prompts(lines, batch, folder, None, total, loaded[key]))
     wrong: BadLines | None = None
     for done in itertools.count():
         left = len(runs)
@@ -239,8 +239,8 @@ def _make_sides(
     if wrong is not None and not all((folder / "metadata.jsonl").is_file() for folder in folders):
         raise wrong
     if wrong is not None:
-        warnings.warn(LinesLeftOut(str(wrong)), stacklevel=3)
+        warnings.warn(PromptsSkipped(str(wrong)), stacklevel=3)
 
 
-class LinesLeftOut(UserWarning):
+class PromptsSkipped(UserWarning):
     """Some lines of a prompts file could not be followed; the comparison goes on with the others."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sfumato import cards, valid, writing
+from sfumato.app.batch import JobBatch, ending, write
 from sfumato.app.jobs import JobOptions
-from sfumato.app.orders import Order, ending, write
-from sfumato.app.pictures import Brought
+from sfumato.app.pictures import InputPictures
 from sfumato.errors import BadInput, SfumatoError, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Line:
 
 def read_prompts(path: Path, overrides: dict[str, Any]) -> Iterator[Line]:
     """The lines of a JSONL file or pipe (``-``: standard input), one by one: a JSON object each with the keys of
-    :class:`JobOptions` (and :data:`ANNOTATIONS`); what was ``typed`` wins.
+    :class:`JobOptions` (and :data:`ANNOTATIONS`); ``overrides`` win.
 
     Raises:
         BadInput: the file is UTF-16, or has no line. OSError: it cannot be read.
@@ -104,9 +104,9 @@ class BadLines(BadInput):
     """Some lines of a prompts file could not be followed; all others were."""
 
 
-def carry_out_lines(
+def make_prompts(
     lines: Iterable[Line],
-    order: Order,
+    batch: JobBatch,
     out: Path,
     on_step: Callable[[int, int, float], None] | None = None,
     total: int = 0,
@@ -121,10 +121,10 @@ def carry_out_lines(
     (:mod:`sfumato.scale`); files, their order and their content are the same.
 
     Raises:
-        BadLines: some could not be followed. Everything that :func:`carry_out` raises that concerns all lines.
+        BadLines: some could not be followed. Everything that :func:`make_files` raises that concerns all lines.
     """
-    order.systems()
-    brought = order.brought()
+    batch.systems()
+    inputs = batch.inputs()
     wrong: list[str] = []
     tally = {"lines": 0, "done": 0}
 
@@ -141,9 +141,9 @@ def carry_out_lines(
     writing.only_folder(out, "the pictures of a prompts file and their metadata.jsonl")
     with writing.output_folder(out), writing.reserved(out, "a run of prompts"), contextlib.ExitStack() as stack:
         made = (
-            _spread_lines(jobs(), order, brought, out, workers, stack)
+            _spread_lines(jobs(), batch, inputs, out, workers, stack)
             if ray
-            else _make_lines(jobs(), order, brought, out, model, on_step, total)
+            else _make_lines(jobs(), batch, inputs, out, model, on_step, total)
         )
         failed = -1
         for index, line, answer in made:
@@ -168,8 +168,8 @@ Answer = tuple[int, Line, Any]
 
 def _make_lines(
     jobs: Iterator[tuple[int, Line, JobOptions]],
-    order: Order,
-    brought: Brought,
+    batch: JobBatch,
+    inputs: InputPictures,
     out: Path,
     model: Model | None,
     on_step: Callable[[int, int, float], None] | None,
@@ -184,7 +184,7 @@ def _make_lines(
         if line.number == failed:
             continue
         if model is None:  # only now: a file of nothing but damage needs none
-            model = order.load()
+            model = batch.load()
         journal = journal or Journal(out)
 
         def on_progress(step: Any, index: int = index) -> None:
@@ -192,16 +192,16 @@ def _make_lines(
                 on_step(index, max(total, index + 1), (step.i + 1) / step.total)
 
         try:
-            key = _job_key(options, order, brought, model.weight_hash, str(model.dtype))
+            key = _job_key(options, batch, inputs, model.weight_hash, str(model.dtype))
             there = journal.take(key)
             if there is not None:
                 yield index, line, Made([there], there=True)
                 continue
-            result, seconds = _timed(model, options, order, brought, on_progress)
+            result, seconds = _timed(model, options, batch, inputs, on_progress)
             row = _row(options, line.about, seconds, result.cost)
 
             def save(at: Path, result: Result = result) -> list[Path]:
-                return write(result, out, order.maps, at, new=True)
+                return write(result, out, batch.maps, at, new=True)
 
             paths = journal.put(key, _stem(options), row, ending(result), save)
             made = Made(paths, False, seconds, result.cost)
@@ -216,8 +216,8 @@ def _make_lines(
 
 def _spread_lines(
     jobs: Iterator[tuple[int, Line, JobOptions]],
-    order: Order,
-    brought: Brought,
+    batch: JobBatch,
+    inputs: InputPictures,
     out: Path,
     workers: int | None,
     stack: contextlib.ExitStack,
@@ -230,12 +230,12 @@ def _spread_lines(
     if first is None:
         return
     journal = Journal(out)
-    pool = stack.enter_context(Workers(functools.partial(_Maker, order, brought), workers))
+    pool = stack.enter_context(Workers(functools.partial(_Maker, batch, inputs), workers))
     weight_hash, dtype = pool.ask(None)
 
     def items() -> Iterator[tuple[Any, Any]]:
         for index, line, options in itertools.chain([first], jobs):
-            key = _job_key(options, order, brought, weight_hash, dtype)
+            key = _job_key(options, batch, inputs, weight_hash, dtype)
             there = journal.take(key)
             yield (index, line, options, key, there), None if there is not None else options
 
@@ -263,9 +263,9 @@ def _spread_lines(
 class _Maker:
     """On a worker: options of one picture -> its files as (end of the name, bytes), seconds, cost; or what is wrong."""
 
-    def __init__(self, order: Order, brought: Brought):
-        self.order, self.brought = order, brought
-        self.model = order.load()
+    def __init__(self, batch: JobBatch, inputs: InputPictures):
+        self.batch, self.inputs = batch, inputs
+        self.model = batch.load()
 
     def __call__(self, options: JobOptions | None) -> Any:
         import tempfile
@@ -273,31 +273,31 @@ class _Maker:
         if options is None:
             return self.model.weight_hash, str(self.model.dtype)
         try:
-            result, seconds = _timed(self.model, options, self.order, self.brought, None)
+            result, seconds = _timed(self.model, options, self.batch, self.inputs, None)
         except SfumatoError as error:
             return str(error)
         with tempfile.TemporaryDirectory() as folder:
-            paths = write(result, Path(folder), self.order.maps, Path(folder) / f"picture{ending(result)}")
+            paths = write(result, Path(folder), self.batch.maps, Path(folder) / f"picture{ending(result)}")
             return [(path.name[len("picture") :], path.read_bytes()) for path in paths], seconds, result.cost
 
 
 def _timed(
-    model: Model, options: JobOptions, order: Order, brought: Brought, on_progress: Callable[[Any], None] | None
+    model: Model, options: JobOptions, batch: JobBatch, inputs: InputPictures, on_progress: Callable[[Any], None] | None
 ) -> tuple[Result, float]:
     """One picture, decoded within the seconds that are measured."""
     from sfumato.sampling import generate
 
     start = time.perf_counter()
-    given = options.arguments() | brought.arguments(model, options.size)
-    result = generate(model, **given, interventions=order.systems(), on_step=on_progress)
+    given = options.arguments() | inputs.arguments(model, options.size)
+    result = generate(model, **given, interventions=batch.systems(), on_step=on_progress)
     result.images  # noqa: B018
     return result, time.perf_counter() - start
 
 
-def _job_key(options: JobOptions, order: Order, brought: Brought, weight_hash: str, dtype: str) -> str:
+def _job_key(options: JobOptions, batch: JobBatch, inputs: InputPictures, weight_hash: str, dtype: str) -> str:
     """By what a picture that is there already is known."""
-    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in order.systems()]]
-    what += [weight_hash, dtype, *brought.digests()]
+    what: list[Any] = [options.model_dump(mode="json"), [cards.to_recipe(each) for each in batch.systems()]]
+    what += [weight_hash, dtype, *inputs.digests()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 

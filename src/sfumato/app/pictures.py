@@ -21,8 +21,8 @@ ORIENTATION = 0x0112  # of EXIF
 
 
 @dataclass(frozen=True)
-class Brought:
-    """The pictures that come with an order: ``image``, a picture or frames (f h w 3), to begin from, and
+class InputPictures:
+    """The pictures that come with a batch: ``image``, a picture or frames (f h w 3), to begin from, and
     ``references`` to draw by."""
 
     image: Any = None
@@ -48,12 +48,12 @@ def is_picture(what: str) -> bool:
     )
 
 
-def read_shown(path: str | Path) -> Any:
+def read_media(path: str | Path) -> Any:
     """What a file shows: a picture, or the frames (f h w 3) of a video. Raises BadInput, OSError."""
     return clips.read_clip(path)[0] if Path(path).suffix.lower() in writing.VIDEOS else files.read_picture(path)
 
 
-def as_taken(model: Model, shown: Any, path: str | Path) -> Any:
+def media_for(model: Model, shown: Any, path: str | Path) -> Any:
     """What a file shows as the model takes it: of a model of clips all frames, also of an animated picture. Raises
     BadInput for a video where the model makes pictures."""
     frames = hasattr(shown, "ndim")

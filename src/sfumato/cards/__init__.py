@@ -101,7 +101,7 @@ class Card:
     ``defaults_from`` says where the default parameters come from; ``cost`` is stated in forward-equivalents
     (1 = one row through the denoiser); ``not_reproduced`` names what of the paper is missing here; ``example`` is a
     ``--with`` text that works with the prompt "a red cube and a blue ball" (left out: the key alone works);
-    ``default_for`` the wishes it serves where nobody names a system (:func:`default`).
+    ``default_for`` the tasks it serves where nobody names a system (:func:`default`).
     """
 
     key: str
@@ -256,14 +256,14 @@ def parameters(key: str) -> list[Parameter]:
     return parameters_of(method(key).Params)  # type: ignore[attr-defined]
 
 
-def default(wish: str) -> str:
-    """The key of the system that serves a wish - "explain", "edit", "edit mask", "segment" - where nobody names one.
+def default(task: str) -> str:
+    """The key of the system for a task - "explain", "edit", "edit mask", "segment" - where nobody names one.
 
-    Raises UnknownName for a wish that no card has."""
+    Raises UnknownName for a task that no card has."""
     found = {each: key for key, card in methods().items() for each in card.default_for}
-    if wish not in found:
-        raise UnknownName("wish", wish, found)
-    return found[wish]
+    if task not in found:
+        raise UnknownName("task", task, found)
+    return found[task]
 
 
 @functools.cache

@@ -55,11 +55,11 @@ def edit(
         raise BadInput('nothing to do: say what the picture shall show, such as sfumato edit toys.png "a blue cube".')
     if by is not None:
         values["by"] = by
-    order = app.Order([], model, with_, dtype, device, config=config, allow=list(allow or ()))
+    batch = app.JobBatch([], model, with_, dtype, device, config=config, allow=list(allow or ()))
     with show.bar("steps") as bar:
 
         def report(step: Any) -> None:
             bar(step.i + 1, step.total)
 
-        for path in app.edit_file(image, mask, values, order, out, report):
+        for path in app.edit_file(image, mask, values, batch, out, report):
             typer.echo(path)

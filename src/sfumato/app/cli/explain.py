@@ -39,6 +39,6 @@ def explain(
     from sfumato import app
 
     values = flags.parsed({"prompt": prompt, "words": words, **given})
-    job = app.Explaining(what, by, app.Order([], model, [], dtype, device, config=config, maps=maps), values)
+    job = app.ExplainJob(what, by, app.JobBatch([], model, [], dtype, device, config=config, maps=maps), values)
     with show.bar("pictures") as bar:
-        show.written(app.explain_into(job, out, bar), out)
+        show.written(app.explain_files(job, out, bar), out)

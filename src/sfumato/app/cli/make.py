@@ -64,31 +64,31 @@ def make(
         values["prompt"] = prompt
     if allow and like is None:
         raise BadInput("--allow is for the systems in a recipe: give --like.")
-    order = app.Order(
+    batch = app.JobBatch(
         [], model, with_ or [], dtype, device, image, list(reference or ()), config, allow=list(allow or ())
     )
     if like is not None:
-        order = app.like(like, values, order)
+        batch = app.like(like, values, batch)
     elif prompts is not None:
-        deliver_lines(prompts, values, order, out, grid, ray, workers)
+        run_prompts(prompts, values, batch, out, grid, ray, workers)
         return
     else:
-        order.jobs = [app.JobOptions(**values)]
-    deliver(order, out, grid)
+        batch.jobs = [app.JobOptions(**values)]
+    run_batch(batch, out, grid)
 
 
-def deliver(order: Any, out: Path, grid: bool = False) -> None:
-    """Carry out an order: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
+def run_batch(batch: Any, out: Path, grid: bool = False) -> None:
+    """Make the files of a batch: a bar on the terminal, each file's path on stdout as soon as the file is whole."""
     from sfumato import app
 
     with show.bar("pictures") as bar:
-        finished = show.written(app.carry_out(order, out, bar), out)
+        finished = show.written(app.make_files(batch, out, bar), out)
     if grid and finished:
         typer.echo(app.write_grid(finished))
 
 
-def deliver_lines(
-    prompts: Path, values: dict[str, Any], order: Any, out: Path, grid: bool, ray: bool, workers: int | None
+def run_prompts(
+    prompts: Path, values: dict[str, Any], batch: Any, out: Path, grid: bool, ray: bool, workers: int | None
 ) -> None:
     """The same for a prompts file: what is there already is not made again, bad lines are reported at the end."""
     from sfumato import app
@@ -99,7 +99,7 @@ def deliver_lines(
     made = there = 0
     try:
         with show.bar("lines") as bar:
-            for picture in app.carry_out_lines(app.read_prompts(prompts, values), order, out, bar, total, **spread):
+            for picture in app.make_prompts(app.read_prompts(prompts, values), batch, out, bar, total, **spread):
                 there += picture.there
                 if grid:
                     finished.append(picture.paths[0])

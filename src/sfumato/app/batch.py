@@ -1,4 +1,4 @@
-"""What the command line is told to make: an :class:`Order`, filled from a recipe or from options, and carried out."""
+"""Pictures of one command: a :class:`JobBatch`, filled from options or from the recipe in a picture, and written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, checkpoints, clips, files, sheets, writing
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
-from sfumato.app.pictures import Brought, as_taken, read_shown
+from sfumato.app.pictures import InputPictures, media_for, read_media
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Order:
+class JobBatch:
     """Pictures to make and write: one entry of ``jobs`` per prompt, with one model and the same systems for all.
 
     ``expected`` is the recipe that a picture to be repeated carries, to warn where model or versions differ from it.
@@ -51,25 +51,25 @@ class Order:
         return build_all(self.with_, self.allow)
 
     def load(self, model: str | Path | None = None) -> Model:
-        """The model of this order, or another one, on its device and in its precision."""
+        """The model of this batch, or another one, on its device and in its precision."""
         name = model or self.model or DEFAULT_MODEL
         return load(name, dtype=self.dtype, device=self.device, config=self.config)
 
-    def brought(self) -> Brought:
+    def inputs(self) -> InputPictures:
         """The pictures given with it, read. Raises BadInput, OSError."""
-        image = None if self.image is None else read_shown(self.image)
-        return Brought(image, tuple(files.read_picture(path) for path in self.reference))
+        image = None if self.image is None else read_media(self.image)
+        return InputPictures(image, tuple(files.read_picture(path) for path in self.reference))
 
     def pictures(self) -> list[JobOptions]:
         """The jobs spelt out: one entry, with one seed, per picture."""
         return [job.model_copy(update={"n": 1, "seed": job.seed + i}) for job in self.jobs for i in range(job.n)]
 
 
-def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
-    """``order`` completed by the recipe in ``picture``; what was typed, there or in ``order``, wins.
+def like(picture: Path, overrides: dict[str, Any], batch: JobBatch) -> JobBatch:
+    """``batch`` completed by the recipe in ``picture``; ``overrides`` and what ``batch`` says win.
 
     The recipe is a stranger's: the models it may name are :func:`model_of`'s, its systems open no file that
-    ``order.allow`` does not name, and every value is checked as if typed.
+    ``batch.allow`` does not name, and every value is checked as if typed.
     """
     recipe, exact = files.read_recipe(picture)
     if recipe.get("edit") is not None:
@@ -79,12 +79,12 @@ def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
         known.setdefault("long_prompts", "cut")
     if recipe.get("latents") is not None:
         raise BadInput(f"{picture} was made from latents that a program gave; only that program can repeat it.")
-    if (recipe.get("image") is None) != (order.image is None):
+    if (recipe.get("image") is None) != (batch.image is None):
         raise BadInput(
-            f"{picture} was made {'without' if order.image else 'from'} a picture: --image must agree with that."
+            f"{picture} was made {'without' if batch.image else 'from'} a picture: --image must agree with that."
         )
     looked = recipe.get("reference") or []
-    if not isinstance(looked, list) or len(looked) != len(order.reference):
+    if not isinstance(looked, list) or len(looked) != len(batch.reference):
         count = len(looked) if isinstance(looked, list) else "damaged"
         raise BadInput(f"{picture} was made with {count} reference pictures: --reference must agree with that.")
     dropped = list(recipe.get("dropped", ())) if not exact else []
@@ -92,18 +92,18 @@ def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
     if not exact and "negative" in known and guidance is not None and guidance <= 1:
         del known["negative"]
         dropped.append(f"the negative prompt, which has no effect at CFG {guidance:g}")
-    model = order.model or recipe.get("model")
+    model = batch.model or recipe.get("model")
     if not exact and "clip_skip" in known and _penultimate(model or DEFAULT_MODEL):
         dropped.append(f"Clip skip {known.pop('clip_skip') + 1}, which is what SDXL does by itself")
     try:
         job = JobOptions(**{**known, **overrides})
-        with_ = order.with_ or _systems_of(recipe, order.allow)
-        build_all(with_, order.allow)
+        with_ = batch.with_ or _systems_of(recipe, batch.allow)
+        build_all(with_, batch.allow)
     except NotAllowed as error:
         raise NotAllowed(f"{picture}: {error}") from None
     except SfumatoError as error:
         raise BadInput(f"the recipe in {picture} cannot be followed: {error}") from None
-    if exact and not order.model:
+    if exact and not batch.model:
         model = model_of(recipe, picture)
     if not exact:
         message = "its settings come from another program's text, so the picture will not be the same"
@@ -111,10 +111,10 @@ def like(picture: Path, overrides: dict[str, Any], order: Order) -> Order:
         message += f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
         message += f"; it was made with {recipe['named_model']!r}" if recipe.get("named_model") else ""
         warnings.warn(RecipeDiffers(f"{picture}: {message}."), stacklevel=2)
-    dtype = order.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
-    own = exact and not order.model
+    dtype = batch.dtype or (str(recipe["dtype"]) if exact and recipe.get("dtype") else None)
+    own = exact and not batch.model
     expected = recipe if exact else {}
-    return replace(order, jobs=[job], model=model, with_=with_, dtype=dtype, expected=expected, same_weights=own)
+    return replace(batch, jobs=[job], model=model, with_=with_, dtype=dtype, expected=expected, same_weights=own)
 
 
 def model_of(recipe: dict[str, Any], picture: Path) -> str:
@@ -168,10 +168,10 @@ class RecipeDiffers(UserWarning):
     """A picture that is to be repeated was made by other weights or versions, so it may come out differently."""
 
 
-def carry_out(
-    order: Order, out: Path, on_step: Callable[[int, int, float], None] | None = None
+def make_files(
+    batch: JobBatch, out: Path, on_step: Callable[[int, int, float], None] | None = None
 ) -> Iterator[list[Path]]:
-    """Make the pictures or clips of ``order`` one by one, yielding the files of each as soon as it is whole.
+    """Make the pictures or clips of ``batch`` one by one, yielding the files of each as soon as it is whole.
 
     ``out``: a folder, or the name of a file, which then also names the format; several go beside each other, numbered.
     One by one, so that each file is the same however many are made with it, and an interruption keeps what is finished.
@@ -181,17 +181,17 @@ def carry_out(
         BadInput: ``out`` is a file of another format, or a file where a folder is meant. OSError: it cannot be written.
         Everything that :func:`make` raises.
     """
-    pictures = order.pictures()
-    order.systems()  # misspelt ones are refused before the model is loaded
-    brought = order.brought()
+    pictures = batch.pictures()
+    batch.systems()  # misspelt ones are refused before the model is loaded
+    inputs = batch.inputs()
     with writing.output(out, (".png", *clips.FORMATS)) as (folder, named):
-        model = order.load()
+        model = batch.load()
         if named is not None and (out.suffix.lower() == ".png") == model.clips:
             kind, ends = ("clips", ", ".join(clips.FORMATS)) if model.clips else ("pictures", ".png")
             raise BadInput(f"{model.name} makes {kind}, so {out.name!r} must end in {ends}.")
-        check_weights(order.expected, model, order.same_weights)
-        if order.image is not None:
-            brought = replace(brought, image=as_taken(model, brought.image, order.image))
+        check_weights(batch.expected, model, batch.same_weights)
+        if batch.image is not None:
+            inputs = replace(inputs, image=media_for(model, inputs.image, batch.image))
         from sfumato.sampling import generate
 
         for index, options in enumerate(pictures):
@@ -200,9 +200,9 @@ def carry_out(
                 if on_step is not None:
                     on_step(index, len(pictures), (step.i + 1) / step.total)
 
-            given = options.arguments() | brought.arguments(model, options.size)
-            result = generate(model, **given, interventions=order.systems(), on_step=report)
-            yield write(result, folder, order.maps, writing.numbered(named, index, len(pictures)))
+            given = options.arguments() | inputs.arguments(model, options.size)
+            result = generate(model, **given, interventions=batch.systems(), on_step=report)
+            yield write(result, folder, batch.maps, writing.numbered(named, index, len(pictures)))
 
 
 def write(result: Result, out: Path, maps: bool = False, at: Path | None = None, new: bool = False) -> list[Path]:
