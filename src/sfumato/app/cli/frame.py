@@ -194,7 +194,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Make, look inside, steer, teach, animate and judge generative image models.",
+    help="Make, look inside, steer, teach, animate and judge generative image and video models.",
 )
 
 
