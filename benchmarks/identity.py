@@ -100,8 +100,9 @@ def main() -> None:
         given.file.write_text(json.dumps(found, indent=1, sort_keys=True))
         print(f"{len(found)} entries in {given.file}")
         return
-    lines = differences(json.loads(given.file.read_text()), found)
-    print("\n".join(lines) or f"all {len(found)} entries are the same")
+    before = json.loads(given.file.read_text())
+    lines = differences(before, found)
+    print("\n".join(lines) or f"all {len(before)} entries of {given.file} are the same; {len(found)} were made")
     sys.exit(bool(lines))
 
 

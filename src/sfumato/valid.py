@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from sfumato.errors import BadInput
 
-__all__ = ["BadJson", "brief", "json_line", "json_text", "parsed_json", "shown", "text", "wrong"]
+__all__ = ["BadJson", "brief", "json_line", "json_text", "parsed_json", "shown", "text", "texts", "wrong"]
 
 MOST = 1000  # items of one list
 DEEPEST = 32  # lists within lists
@@ -80,6 +81,16 @@ def text(given: Any, what: str) -> str:
 
 class BadJson(ValueError):
     """A finding of :func:`parsed_json` itself: its text is for people, as it stands."""
+
+
+def texts(given: Any, argument: str) -> list[str]:
+    """One text or several as a list. Raises BadInput for anything else, and for none."""
+    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
+    bad = [each for each in found if not isinstance(each, str)]
+    if bad or not found:
+        given = bad[0] if bad else found
+        raise BadInput(f"{argument}={given!r} is not allowed: give a string or a non-empty list of strings.")
+    return found
 
 
 def parsed_json(source: str | bytes, names: bool = False) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato import valid
 from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.models import chunks, codec
@@ -52,7 +53,7 @@ class Model:
         self._files = tuple(files)
         self._listeners: list[Callable[[Any], None]] = []
         self._chunks: int | None = None
-        self._seen: dict[str, Tensor] = {}  # states (1 ...) of reference pictures
+        self._references: dict[str, Tensor] = {}  # states (1 ...) of reference pictures
         own = self.card.get("sampling", {})
         family = family or family_of(type(pipe).__name__)
         self.family: Family = family(pipe, own.get("max_sequence_length"))
@@ -223,8 +224,8 @@ class Model:
         ignored by all others. Texts longer than CLIP's window are read in chunks, all in as many as the longest takes
         (:meth:`in_chunks` says otherwise). Warns `TruncatedPrompt`, quoting what does not fit. Raises `BadInput`.
         """
-        texts = _texts(prompts, "prompts")
-        negatives = None if negative is None else _texts(negative, "negative")
+        texts = valid.texts(prompts, "prompts")
+        negatives = None if negative is None else valid.texts(negative, "negative")
         if negatives is not None and len(negatives) != len(texts):
             if len(negatives) > 1:
                 raise BadInput(f"negative has {len(negatives)} entries for {len(texts)} prompts; give one or as many.")
@@ -237,7 +238,9 @@ class Model:
         with quiet():
             cond, uncond = chunks.encode(self.family, texts, negatives, guidance, parts)
         for rows in (cond, uncond or {}):
-            rows.update({key: state.repeat(len(texts), *[1] * (state.dim() - 1)) for key, state in self._seen.items()})
+            rows.update(
+                {key: state.repeat(len(texts), *[1] * (state.dim() - 1)) for key, state in self._references.items()}
+            )
         return Condition(
             cond=cond,
             uncond=uncond,
@@ -255,13 +258,13 @@ class Model:
             if min(picture.size) < (least := self.size_multiple):
                 size = f"{given.width}x{given.height}"
                 raise BadInput(f"reference is {size}; {self.name} looks at pictures of at least {least}x{least}.")
-        seen = {f"reference {i}": self.encode_image(to_pixels([picture])) for i, picture in enumerate(fitted)}
-        before = self.family.encoding, self._seen
-        self.family.encoding, self._seen = encoding, seen
+        references = {f"reference {i}": self.encode_image(to_pixels([picture])) for i, picture in enumerate(fitted)}
+        before = self.family.encoding, self._references
+        self.family.encoding, self._references = encoding, references
         try:
             yield
         finally:
-            self.family.encoding, self._seen = before
+            self.family.encoding, self._references = before
 
     def chunks_for(self, texts: Sequence[str]) -> int:
         """In how many chunks ``texts`` are read: as many as the longest takes, unless :meth:`in_chunks` says otherwise;
@@ -443,12 +446,3 @@ class Model:
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         default = self.default_size
         return height or default[0], width or default[1]
-
-
-def _texts(given: Any, argument: str) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
-    bad = [text for text in texts if not isinstance(text, str)]
-    if bad or not texts:
-        given = bad[0] if bad else texts
-        raise BadInput(f"{argument}={given!r} is not allowed: give a string or a non-empty list of strings.")
-    return texts
