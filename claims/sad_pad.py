@@ -263,7 +263,7 @@ def oracle_rows(correlations: Sequence[float]) -> list[Row]:
     mean = stats.mean(correlations)
     return [
         Row(
-            claim=f"with exact attributes the ranking by SaD agrees with the exact discrete divergences: Spearman "
+            claim="with exact attributes the ranking by SaD agrees with the exact discrete divergences: Spearman "
             f"{EXACT:g}",
             source="this repository",
             measured=mean.text(),

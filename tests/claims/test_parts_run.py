@@ -1,0 +1,74 @@
+"""The parts of the steering claims run from end to end: on the shipped models, one or two samples, two steps."""
+
+from __future__ import annotations
+
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from claims import (
+    attend_excite,
+    clip_guidance,
+    experts,
+    inpaint,
+    mgad,
+    no_token_left_behind,
+    sad_pad,
+    structured_guidance,
+)
+from claims.core import Context
+from sfumato.sampling import generate
+
+PARTS = {
+    "attend_excite": (functools.partial(attend_excite.three_toys, "toy-sd"), 5),
+    "structured_guidance": (functools.partial(structured_guidance.binding, "toy-sd", "equal shapes"), 5),
+    "structured_guidance patterns": (functools.partial(structured_guidance.binding, "toy-sd", "patterns"), 3),
+    "clip_guidance": (functools.partial(clip_guidance.curves, "toy-sd"), 5),
+    "clip_guidance scorers": (functools.partial(clip_guidance.scorers, "toy-sd"), 1),
+    "mgad": (functools.partial(mgad.together, "toy-sd"), 4),
+    "no_token_left_behind prompts": (no_token_left_behind.prompts, 2),
+    "no_token_left_behind": (functools.partial(no_token_left_behind.several_toys, "toy-sd"), 1),
+    "no_token_left_behind boxes": (functools.partial(no_token_left_behind.boxes, "toy-sd"), 1),
+    "experts": (experts.denoising, 1),
+    "inpaint": (inpaint.remove, 2),
+    "inpaint background": (inpaint.background, 1),
+    "sad_pad reading": (sad_pad.reading, 1),
+    "sad_pad imbalance": (sad_pad.imbalance, 1),
+    "sad_pad pairs": (sad_pad.implausible_pairs, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Models that one part has loaded serve the next."""
+    single = {name: SimpleNamespace(value=1.0) for name in ("shape", "color", "pattern", "ground", "sky")}
+    return {"trust": SimpleNamespace(single=single)}
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch, loaded):
+    made = Context(quick=True)
+    made.pictures, made.cache = tmp_path, loaded
+    made.count = lambda full, quick: 1 if full != 2000 else 60  # whole sets of renders need some
+    monkeypatch.setattr(inpaint, "STEPS", 2)
+    monkeypatch.setattr(clip_guidance, "STEPS", 2)
+    monkeypatch.setattr(mgad, "STEPS", 2)
+    monkeypatch.setattr(mgad, "CUTOUTS", 2)
+    monkeypatch.setattr(no_token_left_behind, "STEPS", 2)
+    monkeypatch.setattr(no_token_left_behind.timed, "__defaults__", (2,))
+    monkeypatch.setattr(attend_excite, "generate", functools.partial(generate, steps=2))
+    base = made.folder("toy-sd")
+    monkeypatch.setattr(experts, "children", lambda _: {name: base for name in (*experts.TREE, experts.CONTROL)})
+    return made
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_it_runs(part, context):
+    run, rows = PARTS[part]
+    found = run(context)
+    assert len(found) == rows
+    for row in found:
+        assert row.n >= 1 and json.dumps(row.to_json()) and (not row.bars or row.void or row.holds in (True, False))
+        assert row.picture is None or (context.pictures / row.picture).is_file()
