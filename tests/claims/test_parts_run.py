@@ -51,13 +51,15 @@ def loaded():
 def context(tmp_path, monkeypatch, loaded):
     made = Context(quick=True)
     made.pictures, made.cache = tmp_path, loaded
-    made.count = lambda full, quick: 1 if full != 2000 else 60  # whole sets of renders need some
+    made.count = lambda full, quick: {1000: 8, 2000: 60}.get(full, min(2, quick))  # sets of renders need some
     monkeypatch.setattr(inpaint, "STEPS", 2)
     monkeypatch.setattr(clip_guidance, "STEPS", 2)
     monkeypatch.setattr(mgad, "STEPS", 2)
     monkeypatch.setattr(mgad, "CUTOUTS", 2)
     monkeypatch.setattr(no_token_left_behind, "STEPS", 2)
     monkeypatch.setattr(no_token_left_behind.timed, "__defaults__", (2,))
+    monkeypatch.setattr(attend_excite, "STEPS", ({"strength": 20.0, "tries": 1},))
+    monkeypatch.setattr(attend_excite, "ENOUGH", (0.8,))
     monkeypatch.setattr(attend_excite, "generate", functools.partial(generate, steps=2))
     base = made.folder("toy-sd")
     monkeypatch.setattr(experts, "children", lambda _: {name: base for name in (*experts.TREE, experts.CONTROL)})
