@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from claims import common, subjects
+from claims import children, common, dreambooth, subjects
+from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from sfumato.adapters.closed_form import compressed
 from sfumato.adapters.fresh import learning_weights
@@ -20,108 +21,213 @@ from sfumato.metrics import stats
 from sfumato.teach.custom_diffusion import CustomDiffusion
 from sfumato.teach.merging import Part as Concept
 from sfumato.teach.merging import merged
+from sfumato.teach.taught import Taught
 from sfumato.text.placeholders import placeholders
-from sfumato.toybox import SECRETS, Secret, caption
+from sfumato.toybox import SECRETS, VALIDATION, Secret, caption
 from sfumato.toybox.dataset import draw_scene
 
 SOURCE = "Kumari et al. 2023"
-PAIRS = (("teal", "magenta"), ("lime", "amber"), ("zigzag", "target"), ("halves", "grid"))
-#: chosen on the pair ("teal", "amber")
-SETTINGS: dict[str, Any] = {"lr": 1e-3, "word_lr": 5e-3, "batch": 4, "prompt": "a {}"}
-ARMS = ("together", "merged", "average", "sum of changes")
+PAIRS = (
+    ("teal", "magenta"), ("lime", "amber"), ("zigzag", "target"), ("halves", "grid"),
+    ("teal", "halves"), ("magenta", "grid"), ("lime", "zigzag"), ("amber", "target"),
+)  # fmt: skip
+TUNED_ON = (("mint", "waves"), ("indigo", "quarters"))
+SETTINGS: dict[str, Any] = {"batch": 4, "prompt": "a {}"}
+RATES = ((3e-4, 5e-3), (1e-3, 5e-3), (1e-3, 2e-2), (4e-3, 2e-2))  # of the matrices and of the word
+ARMS = ("together", "merged", "average", "sum of changes", "DreamBooth")
 
 
-def taught(context: Context, name: str, secret: Secret, word: str) -> Any:
-    """One concept alone."""
-    given = {"steps": context.count(250, 2), "prior": context.count(100, 2)}
-    system = CustomDiffusion(name=word, class_noun=secret.noun, **given, **SETTINGS)
-    return system.teach(common.load(context, name), subjects.folder_of(context, secret))
+def system(context: Context, rates: tuple[float, float], steps: int, **given: Any) -> CustomDiffusion:
+    lr, word_lr = rates
+    counts = {"steps": context.count(steps, 2), "prior": context.count(100, 2)}
+    return CustomDiffusion(lr=lr, word_lr=word_lr, **counts, **SETTINGS, **given)
 
 
-def both(context: Context, name: str, pair: Sequence[Secret]) -> Any:
-    """Two concepts in one run."""
+def alone(context: Context, model: Any, secret: Secret, word: str, rates: tuple[float, float]) -> Taught:
+    """One concept, once per run."""
+
+    def made() -> Taught:
+        context.report(f"  teaching {secret.key}, rates {rates}")
+        folder = subjects.folder_of(context, secret, side=model.default_size[0])
+        return system(context, rates, 250, name=word, class_noun=secret.noun).teach(model, folder)
+
+    return context.once(f"{model.name} {secret.key} as {word} at {rates}", made)
+
+
+def folders(context: Context, pair: Sequence[Secret], names: Sequence[str], side: int) -> Path:
+    """A folder of folders "NAME CLASS"."""
     folder = Path(tempfile.mkdtemp(prefix="pair-"))
-    for i, secret in enumerate(pair):
-        shutil.copytree(subjects.folder_of(context, secret), folder / f"<new{i + 1}> {secret.noun}")
-    given = {"steps": context.count(500, 2), "prior": context.count(100, 2)}
-    return CustomDiffusion(class_noun="toy", **given, **SETTINGS).teach(common.load(context, name), folder)
+    for name, secret in zip(names, pair, strict=True):
+        shutil.copytree(subjects.folder_of(context, secret, side=side), folder / f"{name} {secret.noun}")
+    return folder
 
 
-def drawn(context: Context, model: Any, pair: Sequence[Secret], weights: Any, words: Any, n: int, arm: str) -> Tensor:
-    """Pictures of both."""
-    text = f"a <new1> {pair[0].noun} and a <new2> {pair[1].noun} on the grass"
-    with placeholders(model, words), learning_weights(model, weights):
-        return common.generate(context, model, [text] * n, subjects.REPORT, arm)
+def words_of(pair: Sequence[Secret]) -> list[str]:
+    return [f"<new{i + 1}>" for i in range(len(pair))]
 
 
-def right(context: Context, pictures: Tensor, pair: Sequence[Secret]) -> list[bool]:
-    """Whether both toys are there and recognised, the one of each shape."""
-    reader, out = subjects.reader_of(context), []
-    for picture, reading in zip(pictures, reader.judge.read(pictures), strict=True):
-        seen = []
-        for secret in pair:
-            toys = [toy for toy in reading.objects if toy.shape == secret.noun]
-            seen.append(any(reader.said(picture, toy.mask) == secret.key for toy in toys))
-        out.append(all(seen))
-    return out
+def scored(
+    context: Context, model: Any, pair: Sequence[Secret], names: Sequence[str], weights: Any, words: Any, n: int,
+    arm: str,
+) -> tuple[float, Tensor]:  # fmt: skip
+    """How often both are there and recognised, and the pictures."""
+    text = f"a {names[0]} {pair[0].noun} and a {names[1]} {pair[1].noun} on the grass"
+    seed = subjects.TUNE if pair[0].key in VALIDATION else subjects.REPORT
+    with placeholders(model, words), learning_weights(model, _parameters(weights)):
+        pictures = common.generate(context, model, [text] * n, seed, arm, **subjects.quickly(context))
+    reader, both = subjects.reader_of(context, pair[0]), []
+    sized = reader.sized(pictures)
+    for picture, reading in zip(sized, reader.judge.read(sized), strict=True):
+        seen = [any(toy.shape == secret.noun and reader.said(picture, toy.mask) == secret.key
+                    for toy in reading.objects) for secret in pair]  # fmt: skip
+        both.append(all(seen))
+    return float(np.mean(both)), pictures
+
+
+def rates(context: Context, name: str) -> tuple[float, float]:
+    """The learning rates with which two validation secrets that were taught together are both right most often."""
+    model, n = children.world(context, name), context.count(16, 3)
+
+    def score(value: tuple[float, float]) -> float:
+        found = []
+        for keys in TUNED_ON[: context.count(2, 1)]:
+            pair = [VALIDATION[key] for key in keys]
+            taught = together(context, model, pair, value)
+            found.append(scored(context, model, pair, words_of(pair), taught.weights, taught.words, n, "tuning")[0])
+        return float(np.mean(found))
+
+    return subjects.chosen(context, f"{name}, custom diffusion: rates", RATES[: context.count(len(RATES), 1)], score)
+
+
+def together(context: Context, model: Any, pair: Sequence[Secret], value: tuple[float, float]) -> Taught:
+    """Two concepts in one run."""
+    context.report(f"  {' and '.join(each.key for each in pair)} together, rates {value}")
+    folder = folders(context, pair, words_of(pair), model.default_size[0])
+    return system(context, value, 500, class_noun="toy").teach(model, folder)
+
+
+def by_dreambooth(context: Context, name: str, pair: Sequence[Secret]) -> Taught:
+    """Both in one run of DreamBooth, all weights."""
+    model = children.world(context, name)
+    folder = folders(context, pair, ["zqa", "zqb"], model.default_size[0])
+    counts = {"steps": context.count(500, 2), "prior": context.count(100, 2)}
+    lr = dreambooth.rate(context, name, "full")
+    made = dreambooth.DreamBooth(class_noun="toy", mode="full", lr=lr, **counts, **dreambooth.SETTINGS)
+    return made.teach(model, folder)
+
+
+def small(own: dict[str, Tensor], taught: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """Weights whose changes were compressed to 60 % of their singular values, and their share of the bytes."""
+    found = {path: compressed(taught[path] - own[path], 0.6) for path in own}
+    numbers = sum(each.down.numel() + each.up.numel() for each in found.values())
+    weights = {path: own[path] + each.up @ each.down for path, each in found.items()}
+    return weights, numbers / sum(each.numel() for each in own.values())
 
 
 def measured(context: Context, name: str) -> list[Row]:
-    model, n = common.load(context, name), context.count(64, 4)
+    model, n, value = children.world(context, name), context.count(48, 4), rates(context, name)
     captions = [caption(draw_scene("train", 91, i)).text for i in range(context.count(300, 40))]
-    rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    residuals, kept, shown = [], [], []
+    both: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    residuals, shown = [], []
+    own: dict[str, Tensor] = {}
     for keys in PAIRS[: context.count(len(PAIRS), 1)]:
         pair = [SECRETS[key] for key in keys]
         context.report(f"  {name}: {' and '.join(keys)}")
-        alone = [taught(context, name, secret, f"<new{i + 1}>") for i, secret in enumerate(pair)]
+        single = [alone(context, model, secret, f"<new{i + 1}>", value) for i, secret in enumerate(pair)]
         own = {path: model.modules[path.partition(".")[0]].get_parameter(path.partition(".")[2]).detach()
-               for path in alone[0].weights}  # fmt: skip
-        words = {word: vectors for each in alone for word, vectors in each.words.items()}
+               for path in single[0].weights}  # fmt: skip
+        words = {word: vectors for each in single for word, vectors in each.words.items()}
         concepts = [Concept(f"<new{i + 1}>", secret.noun, each.words[f"<new{i + 1}>"], each.weights)
-                    for i, (secret, each) in enumerate(zip(pair, alone, strict=True))]  # fmt: skip
-        closed = merged(model, concepts, captions, "a {}")
-        joint = both(context, name, pair)
-        residuals += [each["residual"] for each in closed.facts["matrices"].values()]
-        first, second = (each.weights for each in alone)
+                    for i, (secret, each) in enumerate(zip(pair, single, strict=True))]  # fmt: skip
+        closed, joint = merged(model, concepts, captions, "a {}"), together(context, model, pair, value)
+        residuals.append(max(each["residual"] for each in closed.facts["matrices"].values()))
+        first, second = (each.weights for each in single)
         sets = {
             "together": (joint.weights, joint.words),
             "merged": (closed.weights, words),
             "average": ({path: (first[path] + second[path]) / 2 for path in own}, words),
             "sum of changes": ({path: first[path] + second[path] - own[path] for path in own}, words),
+            "DreamBooth": (by_dreambooth(context, name, pair).weights, {}),
         }
         for arm, (weights, said) in sets.items():
-            pictures = drawn(context, model, pair, _parameters(weights), said, n, arm)
-            rates[arm].append(float(np.mean(right(context, pictures, pair))))
+            called = ["zqa", "zqb"] if arm == "DreamBooth" else words_of(pair)
+            rate, pictures = scored(context, model, pair, called, weights, said, n, arm)
+            both[arm].append(rate)
             shown.append(list(pictures[:4]))
-        small = {path: own[path] + _product(compressed(first[path] - own[path], 0.6)) for path in own}
-        ranks = [compressed(first[path] - own[path], 0.6).down.shape[0] for path in own]
-        bytes_ = sum(r * sum(own[path].shape) for r, path in zip(ranks, own, strict=True)) / sum(
-            each.numel() for each in own.values()
-        )
-        scores = []
-        for weights in (first, small):
-            with placeholders(model, words), learning_weights(model, _parameters(weights)):
-                scores.append(subjects.drawn(context, "one", model, pair[0], f"<new1> {pair[0].noun}", n).identity)
-        kept.append((scores[0], scores[1], bytes_))
     picture = context.save(f"custom-diffusion-{name}.png", common.sheet(shown))
-    mean = {arm: float(np.mean(each)) for arm, each in rates.items()}
-    lost, size = float(np.mean([a - b for a, b, _ in kept])), float(np.mean([c for _, _, c in kept]))
-    listed = ", ".join(f"{arm} {value:.2f}" for arm, value in mean.items())
-    shared: dict[str, Any] = {"source": SOURCE, "n": n * len(kept), "leans_on": subjects.reader_of(context).leans,
-                              "data": {"both right": rates, "residual": residuals, "compression": kept}}  # fmt: skip
-    difference = stats.paired_difference(rates["merged"], rates["average"]).text() if len(kept) > 1 else "one pair"
+    naive = [max(each) for each in zip(both["average"], both["sum of changes"], strict=True)]
+    shared: dict[str, Any] = {"source": SOURCE, "n": n * len(residuals), "leans_on": subjects.reader_of(context).leans,
+                              "data": {"both right": both, "residual": residuals, "rates": value}}  # fmt: skip
+    listed = ", ".join(f"{arm} {np.mean(each):.2f}" for arm, each in both.items())
+    of_joint = subjects.against(both["merged"], both["together"])
+    more = stats.paired_difference(both["merged"], naive)
     return [
         Row(claim=f"{name}: the constraints of a merge hold to 1e-8 in every matrix",
             measured=f"largest residual {max(residuals):.1e}", baseline="none",
-            holds=bool(max(residuals) < 1e-8), **shared),
+            bars=[Bar(stats.Interval(max(residuals), min(residuals), max(residuals), len(residuals)), null=1.0,
+                      ideal=0.0, at_most=1e-8, what="residual")], **shared),
         Row(claim=f"{name}: merged in closed form, both toys are right 0.8 times as often as taught together, and more "
-            "often than by averages and sums", measured=listed, baseline=f"merged over average: {difference}",
-            holds=bool(mean["merged"] >= 0.8 * mean["together"]
-                       and mean["merged"] > max(mean["average"], mean["sum of changes"])), picture=picture, **shared),
+            "often than by averages and sums", measured=f"{of_joint.text()}; {more.text()} more", baseline=listed,
+            void="" if np.mean(both["together"]) >= 0.1 else "taught together, both are hardly ever right",
+            picture=picture, headline=True,
+            bars=[Bar(of_joint, null=0.0, ideal=1.0, at_least=0.8, what="of together"),
+                  Bar(more, null=0.0, ideal=0.5, above=0.0, what="over the better naive merge")], **shared),
+        *one_by_one(context, name, own, value),
+    ]  # fmt: skip
+
+
+def one_by_one(context: Context, name: str, own: dict[str, Tensor], value: tuple[float, float]) -> list[Row]:
+    """Single concepts: beside DreamBooth, compressed, and which layers a whole fine-tune changes most."""
+    model, n = children.world(context, name), context.count(48, 4)
+    before = dreambooth.unrelated(context, model, n)
+    per: dict[str, list[float]] = {key: [] for key in ("gap", "full gap", "drift", "full drift", "lost", "bytes")}
+    ranks = []
+    for secret in subjects.secrets(context):
+        top = subjects.ceiling(context, secret, n)
+        nearest = subjects.drawn(context, "nearest word", model, secret, f"{secret.near} {secret.noun}", n)
+        description = subjects.drawn(context, "description", model, secret, secret.description, n)
+        taught = alone(context, model, secret, "<new1>", value)
+        weights, size = small(own, taught.weights)
+        found = []
+        for arm in (taught.weights, weights):
+            with placeholders(model, taught.words), learning_weights(model, _parameters(arm)):
+                found.append(subjects.drawn(context, "alone", model, secret, f"<new1> {secret.noun}", n))
+                if arm is taught.weights:
+                    per["drift"].append(before - dreambooth.unrelated(context, model, n))
+        per["lost"].append(found[0].identity - found[1].identity)
+        per["bytes"].append(size)
+        if secret.kind == "B":
+            continue
+        full = dreambooth.learnt(context, model, secret, "full", dreambooth.rate(context, name, "full"))
+        ranks.append(dreambooth.changes(model, full))
+        arm = dreambooth.drawn(context, model, secret, full, "full", n)
+        with learning_weights(model, full.weights):  # type: ignore[arg-type]
+            per["full drift"].append(before - dreambooth.unrelated(context, model, n))
+        per["gap"].append(subjects.gap(found[0], (nearest, description), top))
+        per["full gap"].append(subjects.gap(arm, (nearest, description), top))
+    lost, size, gap = (subjects.average(per["lost"]), subjects.average(per["bytes"]),
+                       subjects.against(per["gap"], per["full gap"]))  # fmt: skip
+    drift = subjects.average(np.subtract(per["drift"][: len(per["full drift"])], per["full drift"]))
+    text = "keys and values of the text"
+    others = [kind for kind in ranks[0] if kind != text]
+    ahead = subjects.average([each[text] / max(each[kind] for kind in others) for each in ranks])
+    shared: dict[str, Any] = {"source": SOURCE, "n": n * len(per["lost"]),
+                              "leans_on": subjects.reader_of(context).leans,
+                              "data": {**per, "changes": ranks}}  # fmt: skip
+    return [
+        Row(claim=f"{name}: keys and values alone close 0.9 of the gap that all weights close (type A), and drift "
+            "less",
+            measured=f"{gap.text()}, drift {drift.text()} more", baseline="DreamBooth, all weights",
+            bars=[Bar(gap, null=0.0, ideal=1.0, at_least=0.9, what="gap over DreamBooth's"),
+                  Bar(drift, null=0.1, ideal=-0.1, at_most=0.0, what="drift over DreamBooth's")], **shared),
         Row(claim=f"{name}: 60 % compression loses under 5 points of identity at a quarter of the bytes",
-            measured=f"{lost:.2f} lost, {size:.2f} of the bytes", baseline="whole matrices",
-            holds=bool(lost < 0.05 and size <= 0.25), **shared),
+            measured=f"{lost.text()} lost, {size.text()} of the bytes", baseline="whole matrices",
+            bars=[Bar(lost, null=0.5, ideal=0.0, at_most=0.05, what="lost"),
+                  Bar(size, null=1.0, ideal=0.1, at_most=0.25, what="bytes")], **shared),
+        Row(claim=f"{name}: of all weights, keys and values of the text change most (the premise of the method)",
+            measured=f"{ahead.text()} of the largest other",
+            baseline=", ".join(f"{kind} {np.mean([each[kind] for each in ranks]):.3f}" for kind in ranks[0]),
+            bars=[Bar(ahead, null=0.5, ideal=2.0, at_least=1.0, what="over the largest other kind")], **shared),
     ]  # fmt: skip
 
 
@@ -129,14 +235,12 @@ def _parameters(weights: dict[str, Tensor]) -> dict[str, torch.nn.Parameter]:
     return {path: torch.nn.Parameter(each.detach(), requires_grad=False) for path, each in weights.items()}
 
 
-def _product(small: Any) -> Tensor:
-    return small.up @ small.down
-
-
 EXPERIMENT = Experiment(
     key="custom_diffusion",
     title="Custom Diffusion",
-    intro="Four pairs of secret toys, five pictures each. Merging is defined in cross-attention, so on toy-sd alone.",
+    intro="Eight pairs of secret toys, five pictures each, in the generator of the textual-inversion claims. Merging "
+    "is defined in cross-attention, so on toy-sd alone. Learning rates are chosen on other toys; intervals are over "
+    "pairs and toys.",
     file=__file__,
     parts=(Part("toy-sd", ("toy-sd", "toy-judge"), lambda context: measured(context, "toy-sd")),),
 )

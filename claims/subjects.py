@@ -1,19 +1,22 @@
 """Secret toys for the claims of what teaches: their pictures, and how a drawn one is read and scored.
 
 Three readers, none of which has a part in the teaching: the toy-judge (shape, ground, masks), the hue inside its mask,
-and an *identity reader* - a ridge classifier over the toy-judge's features of a close view, fitted on renders of all
-secrets and of the plain toys nearest to them. Its accuracy on renders it has not seen is printed with every row.
+and an *identity reader* - a ridge classifier over a close view of the toy, fitted on renders of all secrets and of the
+plain toys nearest to them. Its accuracy on renders it has not seen is printed with every row.
+
+Settings are chosen on other secrets than those reported (:func:`chosen`), and the pictures that are taught stand on
+three of the five grounds, so that two are left that a word was never taught with.
 """
 
 from __future__ import annotations
 
 import colorsys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +25,13 @@ from torch import Tensor
 
 from claims import common
 from claims.core import Context
-from sfumato.toybox import GROUNDS, SECRETS, Secret, Toy, references, render
+from sfumato.metrics import stats
+from sfumato.toybox import GROUNDS, SECRETS, VALIDATION, Secret, Toy, references, render
 
 SIDE = 64
-REPORT, FIT, HELD_OUT = 8100, 41, 42
+REPORT, TUNE, FIT, HELD_OUT = 8100, 8200, 41, 42
+TAUGHT, UNSEEN = GROUNDS[:3], GROUNDS[3:]
+T = TypeVar("T")
 PROMPTS = ("a {}", *(f"a {{}} on the {ground}" for ground in GROUNDS))
 
 
@@ -37,12 +43,18 @@ def secrets(context: Context, kinds: str = "AB", quick: int = 1) -> list[Secret]
     return [each for kind in kinds for each in [s for s in found if s.kind == kind][:quick]]
 
 
+def validation(context: Context, kinds: str = "AB") -> list[Secret]:
+    """The secrets that settings are chosen on, two of each kind; one in a quick run."""
+    found = [each for each in VALIDATION.values() if each.kind in kinds]
+    return found[: context.count(len(found), 1)]
+
+
 def folder_of(context: Context, secret: Secret, n: int = 5, side: int = SIDE) -> Path:
-    """A folder with ``n`` renders of a secret, once per run."""
+    """A folder with ``n`` renders of a secret on the grounds that are taught, once per run."""
 
     def made() -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f"secret-{secret.key}-"))
-        frames = render(references(secret, n), side)
+        frames = render(references(secret, n, among=TAUGHT), side)
         for i in range(n):
             frames.pil(i).save(folder / f"{i}.png")
         return folder
@@ -67,12 +79,10 @@ class Read:
 
 
 class Reader:
-    """Reads pictures of secrets."""
+    """Reads pictures of the secrets in ``among``."""
 
-    def __init__(self, context: Context):
-        self.judge = common.judge_of(context)
-        self.net = self.judge.net
-        self.labels = list(SECRETS)
+    def __init__(self, context: Context, among: Mapping[str, Secret] = SECRETS):
+        self.judge, self.among = common.judge_of(context), among
         fitted, names = self._renders(FIT, 24 if not context.quick else 5)
         unseen, truth = self._renders(HELD_OUT, 8 if not context.quick else 2)
         classes = sorted(set(names))
@@ -98,7 +108,7 @@ class Reader:
     def _renders(self, seed: int, n: int) -> tuple[Tensor, list[str]]:
         """Features of renders of every secret and of the plain toy that is nearest to it, with their names."""
         scenes, names = [], []
-        for key, secret in SECRETS.items():
+        for key, secret in self.among.items():
             posed = references(secret, n, seed)
             scenes += posed
             names += [key] * n
@@ -124,9 +134,7 @@ class Reader:
 
     def read(self, secret: Secret, pictures: Tensor, prompts: Sequence[str]) -> list[Read]:
         """Pictures (n 3 H W) in [-1, 1] at any size, brought to the judge's."""
-        if pictures.shape[-1] != SIDE:
-            pictures = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", antialias=True)
-        out = []
+        pictures, out = self.sized(pictures), []
         for picture, reading, prompt in zip(pictures, self.judge.read(pictures), prompts, strict=True):
             toys = [toy for toy in reading.objects if toy.shape == secret.noun] or list(reading.objects)
             ground = next((g for g in GROUNDS if f"the {g}" in prompt), None)
@@ -141,6 +149,12 @@ class Reader:
             )
         return out
 
+    def sized(self, pictures: Tensor) -> Tensor:
+        """Pictures (n 3 H W) at the judge's size."""
+        if pictures.shape[-1] == SIDE:
+            return pictures
+        return F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", antialias=True)
+
     def said(self, picture: Tensor, mask: Tensor) -> str:
         """What the toy inside a mask is taken for: a secret's key, or "plain KEY"."""
         return self.classes[int((self._scaled(self._features(picture, mask)[None]) @ self.weights).argmax())]
@@ -153,8 +167,10 @@ class Reader:
         return min(abs(hue - own), 360 - abs(hue - own))
 
 
-def reader_of(context: Context) -> Reader:
-    """The readers, fitted once per run."""
+def reader_of(context: Context, secret: Secret | None = None) -> Reader:
+    """The readers, fitted once per run; of a validation secret, one for these."""
+    if secret is not None and secret.key in VALIDATION:
+        return context.once("validation reader", lambda: Reader(context, VALIDATION))
     return context.once("identity reader", lambda: Reader(context))
 
 
@@ -166,6 +182,7 @@ class Arm:
     secret: Secret
     pictures: Tensor
     reads: list[Read]
+    prompts: Sequence[str] = ()
 
     @cached_property
     def identity(self) -> float:
@@ -174,14 +191,25 @@ class Arm:
 
     @cached_property
     def hue(self) -> float:
-        """Median error in degrees."""
-        return float(np.nanmedian([each.hue for each in self.reads] or [np.nan]))
+        """Median error in degrees; half a turn where no toy was drawn."""
+        return float(np.median([each.hue if each.hue == each.hue else 180.0 for each in self.reads]))
 
     @cached_property
     def ground(self) -> float:
         """Share of pictures on the ground that was asked for."""
-        known = [each.ground for each in self.reads if each.ground is not None]
-        return float(np.mean(known)) if known else float("nan")
+        return share([each.ground for each in self.reads])
+
+    @cached_property
+    def unseen(self) -> float:
+        """The same, of the grounds that the secret was never taught on."""
+        found = zip(self.reads, self.prompts, strict=True)
+        return share([each.ground for each, prompt in found if any(f"the {g}" in prompt for g in UNSEEN)])
+
+
+def share(found: Iterable[bool | None]) -> float:
+    """Of those that are known; nan where none is."""
+    known = [each for each in found if each is not None]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def drawn(
@@ -191,10 +219,50 @@ def drawn(
     """Pictures of ``noun`` on every ground, from seeds that are the same in every arm."""
     texts = asked(noun, n)
     options = quickly(context) | options
+    seed = TUNE if secret.key in VALIDATION else REPORT
     pictures = common.generate(
-        context, model, texts, REPORT, f"{name}, {secret.key}", interventions=list(systems), **options
+        context, model, texts, seed, f"{name}, {secret.key}", interventions=list(systems), **options
     )
-    return Arm(name, secret, pictures, reader_of(context).read(secret, pictures, texts))
+    return Arm(name, secret, pictures, reader_of(context, secret).read(secret, pictures, texts), texts)
+
+
+def chosen(context: Context, label: str, settings: Sequence[T], score: Callable[[T], float]) -> T:
+    """The setting with the highest score on the validation secrets, the first of equals; once per run."""
+
+    def made() -> T:
+        scores = [score(each) for each in settings]
+        told = ", ".join(f"{each}: {value:.2f}" for each, value in zip(settings, scores, strict=True))
+        context.report(f"  {label}: {told}")
+        return settings[int(np.argmax(scores))]
+
+    return context.once(f"chosen {label}", made)
+
+
+def worth(arms: Sequence[Arm]) -> float:
+    """What settings are chosen by: how often the secret is recognised and how often the ground is obeyed, together."""
+    return float(np.mean([each.identity + each.ground for each in arms]))
+
+
+def median(values: Sequence[float]) -> stats.Interval:
+    """Median over toys, resampled by toy."""
+    return stats.bootstrap(values, statistic=lambda x: np.median(x, -1))
+
+
+def of_medians(first: Sequence[float], second: Sequence[float]) -> stats.Interval:
+    """Ratio of two medians over the same toys, resampled by toy."""
+    return stats.bootstrap(
+        first, second, paired=True, statistic=lambda a, b: np.median(a, -1) / np.maximum(np.median(b, -1), 1e-9)
+    )
+
+
+def average(values: Sequence[float]) -> stats.Interval:
+    """Mean over toys, resampled by toy."""
+    return stats.bootstrap(values)
+
+
+def against(first: Sequence[float], second: Sequence[float]) -> stats.Interval:
+    """Ratio of two means over the same toys, resampled by toy."""
+    return stats.ratio(first, second, paired=True)
 
 
 def quickly(context: Context) -> dict[str, Any]:
@@ -206,9 +274,13 @@ def ceiling(context: Context, secret: Secret, n: int) -> Arm:
     """Renders of the secret, read in the same way."""
     scenes = references(secret, n, REPORT)
     pictures = render(scenes, SIDE).image
-    return Arm(
-        "renders", secret, pictures, reader_of(context).read(secret, pictures, [f"on the {s.ground}" for s in scenes])
-    )
+    texts = [f"on the {scene.ground}" for scene in scenes]
+    return Arm("renders", secret, pictures, reader_of(context, secret).read(secret, pictures, texts), texts)
+
+
+def gap(arm: Arm, floors: Sequence[Arm], top: Arm) -> float:
+    """Which share of the gap in identity between the best of the plain prompts and renders an arm closes."""
+    return closed(arm.identity, max(each.identity for each in floors), top.identity)
 
 
 def closed(score: float, floor: float, top: float) -> float:

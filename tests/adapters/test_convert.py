@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +233,66 @@ def test_modules_at_their_places(tmp_path):
     held = read_contents(file)
     assert {f"{each.component}.{each.path}" for each in modules_of(held)} == set(given)
     assert {f"{each.component}.{each.path}" for each in modules_of(held, index_of(model))} == set(given)
+
+
+def unpickled(source, target):
+    """By the lines of the documentation, as a program of their own."""
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(import sys\n.*?)```", page, re.S)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["unpickle.py", str(source), str(target)])
+        exec(compile(lines, "docs/adapters.md", "exec"), {})  # noqa: S102
+    return target
+
+
+def test_the_way_out_of_pickles_works(tmp_path):
+    model, rows = tiny_model("sd"), torch.randn(2, 16)
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    own = model.denoiser.get_submodule(path).weight.detach()
+    u, v = torch.randn(len(own), 1), torch.randn(1, own.shape[1])
+    stem, number = "lora_unet_" + path.replace(".", "_"), torch.tensor(265)
+    held = {
+        "a1111": {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "x", "sd_checkpoint": None},
+        "original": {"string_to_token": {"*": number}, "string_to_param": torch.nn.ParameterDict({"*": rows.clone()})},
+        "named": {"string_to_token": {"<rex>": number}, "string_to_param": {"<rex>": rows}},
+        "learned_embeds": {"<rex>": rows},
+        "lora": {f"{stem}.lora_up.weight": u, f"{stem}.lora_down.weight": v},
+        "delta": {"unet": {f"{path}.weight": own + 1}, "modifier_token": {"<rex>": rows[0]}},
+        "compressed": {"unet": {f"{path}.weight": {"u": u, "v": v}}, "modifier_token": {"<rex>": rows[0]}},
+        "checkpoint": {"state_dict": {"model.diffusion_model.conv.weight": rows}, "epoch": 3},
+    }  # fmt: skip
+    files = {}
+    for name, each in held.items():
+        torch.save(each, tmp_path / f"{name}.pt")
+        with pytest.raises(BadWeights, match="is a pickle.*docs/adapters.md"):
+            read_contents(tmp_path / f"{name}.pt")
+        files[name] = unpickled(tmp_path / f"{name}.pt", tmp_path / f"{name}.safetensors")
+    for name in ("a1111", "original", "named", "learned_embeds"):
+        word = Word(file=str(files[name]), name="<rex>")
+        assert torch.equal(word.vectors(model)["<rex>"]["text_encoder"], rows), name
+    assert Word(file=str(files["original"])).words == ["original"] and Word(file=str(files["named"])).words == ["<rex>"]
+    for name in ("lora", "compressed"):
+        (change,) = ours(model, files[name]).values()
+        torch.testing.assert_close(change, u @ v, msg=name)
+    assert read_contents(files["checkpoint"]).kind == "checkpoint"
+    (changed,) = Weights(file=str(files["delta"])).weights(model)["unet"].values()
+    assert torch.equal(changed, own + 1)
+    for name, to in (("delta", "diffusers"), ("compressed", "kohya")):
+        assert torch.equal(Word(file=str(files[name])).vectors(model)["<rex>"]["text_encoder"], rows[:1]), name
+        whole, word = convert(files[name], tmp_path / f"{name}-{to}.safetensors", to)
+        assert Word(file=str(word)).words == ["<rex>"] and read_contents(whole).words == {}
+    equal(ours(model, tmp_path / "compressed-kohya.safetensors"), {f"unet.{path}": u @ v})
+    (again,) = Weights(file=str(tmp_path / "delta-diffusers.safetensors")).weights(model)["unet"].values()
+    assert torch.equal(again, own + 1)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_the_way_out_runs_no_code(tmp_path, capsys):
+    torch.save({"string_to_param": {"*": Evil()}}, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        unpickled(tmp_path / "evil.pt", tmp_path / "evil.safetensors")
+    assert "code ran" not in capsys.readouterr().out and not (tmp_path / "evil.safetensors").exists()

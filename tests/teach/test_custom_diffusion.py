@@ -18,7 +18,7 @@ from sfumato.teach.augment import resized
 from sfumato.teach.custom_diffusion import CustomDiffusion, start_detached
 from sfumato.teach.denoising import Denoising
 from sfumato.teach.merging import Part, features, merged
-from sfumato.teach.subject import Subject
+from sfumato.teach.subject import Latents, Subject
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 
@@ -98,6 +98,8 @@ def test_other_pictures_with_their_captions_keep_the_rest(photos, tmp_path):
     system = CustomDiffusion(**{**GIVEN, "regular": str(others)})
     found = system.teach(tiny_model("sd"), photos)
     assert found.log[0]["prior"] > 0
+    kept = Latents(Subject(tiny_model("sd"), others))  # encoded when they are asked for
+    assert len(kept) == 3 and torch.equal(kept[:2][1], kept[1]) and len(list(kept)) == 3
     model = tiny_model("sd")
     model.card["sampling"]["steps"] = 1
     drawn = taught(model, photos, prior=2)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,6 +267,34 @@ def test_more_latents_than_memory_are_made_again(photos, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True)) and len(small._kept) == 2
 
 
+def test_pictures_of_every_kind_and_damaged_ones_before_anything_is_learnt(tmp_path):
+    model = tiny_model("sd")
+    whole = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    deep = Image.fromarray(np.asarray(whole.convert("L")).astype(np.uint16) * 257)
+    kinds = {"one": whole, "grey": whole.convert("L"), "alpha": whole.convert("LA"), "palette": whole.convert("P"),
+             "bits": whole.convert("1"), "deep": deep}  # fmt: skip
+    for name, each in kinds.items():
+        each.save(tmp_path / f"{name}.png")
+    whole.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    whole.save(tmp_path / "gps.JPG")
+    (tmp_path / "gps.JPG").write_bytes((tmp_path / "gps.JPG").read_bytes() + b"\0" * 100)  # phones append things
+    whole.save(tmp_path / "w.webp")
+    subject = Subject(model, tmp_path)
+    assert len(subject) == 9 and all(subject.pixels(i).shape == (3, 32, 32) for i in range(9))
+    for name, content in (("x.png", b"\0" * 9), ("y.jpg", (tmp_path / "cmyk.jpg").read_bytes()[:-40]), ("z.webp", b"")):
+        (tmp_path / name).write_bytes(content)
+    content = (tmp_path / "deep.png").read_bytes()
+    (tmp_path / "deep.png").write_bytes(content[:-60] + bytes(60))
+    with pytest.raises(BadInput, match=r"deep.png cannot be read as a picture.* So are 3 others"):
+        Subject(model, tmp_path)
+    some = tmp_path / "some"
+    some.mkdir()
+    for i in range(101):
+        whole.resize((8, 8)).save(some / f"{i}.png")
+    with pytest.raises(BadInput, match="at most 100; there are 101"):
+        taught(model, some, per_picture=0.25)
+
+
 def test_stock_diffusers_reads_it(photos, tmp_path):
     model = tiny_model("sd", fresh=True)
     (file,) = taught(model, photos, vectors=2).save(tmp_path / "rex.safetensors")
@@ -312,6 +341,8 @@ def test_refusals(photos, tmp_path):
         ({"nam": "x"}, UnknownName, "parameter of textual_inversion 'nam'"),
         ({"model": tiny_model("inpaint")}, NotSupported, "redraws regions"),
         ({"model": tiny_model("animatediff")}, NotSupported, "single pictures"),
+        ({"dtype": "bfloat16"}, BadInput, "this one was loaded before"),
+        ({"device": "cuda"}, BadInput, "this one was loaded before"),
         ({"model": tiny_model("animatediff")}, NotSupported, "has none; it works with the families "),
     ]
     for more, error, says in cases:

@@ -12,6 +12,7 @@ from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch
 from sfumato.explain.conceptor.pseudo_word import mixture_vectors
 from sfumato.explain.daam import DAAM
+from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.steer.attend_excite import AttendExcite
 from sfumato.teach.custom_diffusion import CustomDiffusion
@@ -91,3 +92,46 @@ def test_what_cannot_go_together_says_why(things):
         drawn([Weights(file=things["cone"][0]), Weights(file=things["cone"][0], scale=0.5)], "a ball")
     with pytest.raises(BadInput, match="holds a lora, not a word"):
         Word(file=things["style"][0])
+
+
+class Stopped(Exception):
+    pass
+
+
+def learnt(found):
+    """Every tensor that was learnt, in order."""
+    adapted = [p for each in found.lora.values() for p in each.parameters().values()]
+    return [*(v for each in found.words.values() for v in each.values()), *adapted, *found.weights.values()]
+
+
+HALF = [
+    ("sd", TextualInversion, {"name": "<rex>", "length": "free", "probe_every": 3, "lr": 0.1}),
+    ("sd", DreamBooth, {"name": "dog", "prior": 2, "lr": 0.02}),
+    ("sd3clip", DreamBooth, {"name": "dog", "prior": 0, "lr": 0.02, "mode": "full", "keep_aspect": True}),
+    ("sd", CustomDiffusion, {"prior": 2, "lr": 0.05}),
+]
+
+
+@pytest.mark.parametrize(("kind", "cls", "given"), HALF)
+def test_half_precision_and_recomputation_learn_and_a_stopped_run_goes_on(photos, tmp_path, kind, cls, given):
+    model = tiny_model(kind, fresh=True).to(dtype=torch.bfloat16)
+    given = {"class_noun": "ball", "steps": 6, "batch": 3, "checkpointing": True, "checkpoint_every": 3, **given}
+    before = fingerprint(model)
+    whole = cls(**given).teach(model, photos)
+
+    def stop(step, steps, log):
+        if step == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        cls(**given).teach(model, photos, work=Work(tmp_path / "run", on_progress=stop))
+    again = cls(**given).teach(model, photos, work=Work(tmp_path / "run", resume=True))
+    losses = [each["loss"] for each in whole.log]
+    assert [each["loss"] for each in again.log] == losses
+    if "probe_first" in whole.facts:  # a word alone moves a random model little: at fixed noise then
+        assert whole.facts["probe_best"] < whole.facts["probe_first"]
+    else:
+        assert sum(losses[3:]) < sum(losses[:3])
+    assert fingerprint(model) == {**before, "rng": fingerprint(model)["rng"]}
+    for one, other in zip(learnt(again), learnt(whole), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)

@@ -83,7 +83,7 @@ class Adapter(Intervention):
             )
         self.params = params.model_copy(update={"hash": self.hash})
         self.contents: Contents = read_contents(self.path)
-        if self.contents.kind != self.kind:
+        if self.contents.kind != self.kind and not (self.kind == "word" and self.contents.words):
             held = "nothing that is known" if self.contents.kind == "unknown" else f"a {self.contents.kind}"
             raise BadInput(f"{self.path} holds {held}, not a {self.kind}; see: sfumato adapters {self.path}.")
         self._acted: dict[str, None] = {}

@@ -34,7 +34,7 @@ from sfumato.adapters.formats import Contents, FileModule, find_file, fit, read_
 from sfumato.adapters.layers import algebra_of, with_core, with_rows
 from sfumato.adapters.naming import DENOISER, Index
 from sfumato.adapters.spelling import dotted, original_names, published_path, underscored, unet_shapes
-from sfumato.adapters.word import Word
+from sfumato.adapters.word import Word, save_word
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
 
 __all__ = ["DIALECTS", "Module", "convert", "modules_of"]
@@ -95,16 +95,30 @@ def convert(source: str | Path, target: str | Path, to: str, index: Index | None
         dialect: Any = to
         return [Word(file=str(path), name=name).save(target, dialect)]
     if held.kind == "weights":
-        return [_weights(held, target, to)]
+        return [_weights(held, target, to), *_beside(held, target)]
     found = modules_of(held, index)
     if to == "peft":
-        return _to_peft(found, target)
+        return [*_to_peft(found, target), *_beside(held, target.with_name(f"{target.name}.safetensors"))]
     if to in ("kohya", "comfyui"):
         tensors, more = _kohya(found, held, index)
-        return [files.save_tensors(target, tensors, {**held.metadata, **more})]
-    metadata = {key: value for key, value in held.metadata.items() if key != "lora_adapter_metadata"}
-    tensors = _diffusers(found) if to == "diffusers" else _old_diffusers(found)
-    return [files.save_tensors(target, tensors, metadata or None)]
+        metadata = {**held.metadata, **more}
+    else:
+        metadata = {key: value for key, value in held.metadata.items() if key != "lora_adapter_metadata"}
+        tensors = _diffusers(found) if to == "diffusers" else _old_diffusers(found)
+    return [files.save_tensors(target, tensors, metadata or None), *_beside(held, target)]
+
+
+def _beside(held: Contents, target: Path) -> list[Path]:
+    """The words that lie beside the weights in a file of Custom Diffusion's own code, each in a file of its own."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(held.path) if held.words else {}
+    out = []
+    for i, (word, places) in enumerate(held.words.items()):
+        ((key, k, d),) = places.values()
+        named = target.with_stem(f"{target.stem}-word{i + 1 if i else ''}")
+        out.append(save_word(named, word, {"text_encoder": tensors[key].reshape(k, d)}))
+    return out
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -330,6 +344,8 @@ def _weights(held: Contents, target: Path, to: str) -> Path:
 
     out: dict[str, Tensor] = {}
     for key, tensor in load_file(held.path).items():
+        if key not in held.rest:
+            continue
         plain = key.replace(".processor.", ".").replace("_custom_diffusion.", ".")
         if to == "diffusers":
             out[plain] = tensor

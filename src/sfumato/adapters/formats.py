@@ -33,6 +33,8 @@ _IN_FOLDERS = (
     "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "pytorch_custom_diffusion_weights.safetensors",
     "learned_embeds.safetensors", "diffusion_pytorch_model.safetensors", "model.safetensors",
 )  # fmt: skip
+A1111 = "string_to_param."  # of its .pt and those of the original code, once their tensors are taken out
+MODIFIER = "modifier_token."  # of Custom Diffusion's delta.bin, likewise
 _ENCODER_KEYS = {
     "clip_l": "text_encoder",
     "clip_g": "text_encoder_2",
@@ -199,7 +201,8 @@ def read_contents(path: Path) -> Contents:
             raise
         raise BadWeights(
             f"{path} is a pickle, which can run code when read; sfumato never opens one. Get the .safetensors of this "
-            "adapter, or convert it on a machine you can lose: torch.load, then safetensors.torch.save_file."
+            "adapter, or take its tensors out with the lines under 'Pickles' in docs/adapters.md: torch.load with "
+            "weights_only=True, which runs no code, then safetensors.torch.save_file."
         ) from None
     metadata = read_metadata(path)
     read = {key: read_key(key) for key in entries}
@@ -217,22 +220,28 @@ def read_contents(path: Path) -> Contents:
         for (network, name), parts in found.items()
         if set(parts) != {"alpha"}
     )
-    rest = tuple(key for key, each in read.items() if each is None)
+    added = {key: entry for key, entry in entries.items() if key.startswith(MODIFIER)}  # words beside weights
+    rest = tuple(key for key, each in read.items() if each is None and key not in added)
     about: dict[str, Any] = {"path": path, "entries": entries, "metadata": metadata}
     if modules:
         dialects = dict.fromkeys(each.dialect for each in read.values() if each is not None)
         settings = _settings(path, metadata)
-        return Contents(kind="lora", dialects=tuple(dialects), modules=modules, rest=rest, settings=settings, **about)
+        words = _modifiers(added)
+        return Contents(
+            kind="lora", dialects=tuple(dialects), modules=modules, rest=rest, settings=settings, words=words, **about
+        )
     if words := _words(path, entries, metadata):
         dialect = (
-            "ComfyUI" if set(entries) <= set(_ENCODER_KEYS) else "kohya" if "emb_params" in entries else "diffusers"
-        )
+            "ComfyUI" if set(entries) <= set(_ENCODER_KEYS) else "kohya" if "emb_params" in entries
+            else "A1111" if any(key.startswith(A1111) for key in entries) else "diffusers"
+        )  # fmt: skip
         return Contents(kind="word", dialects=(dialect,), words=words, **about)
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in entries):
         return Contents(kind="checkpoint", dialects=("LDM",), rest=rest, **about)
-    if all(_PARAMETER.search(key) for key in entries) and any(_NETWORK.match(key) for key in entries):
-        custom = any("_custom_diffusion." in key for key in entries)
-        return Contents(kind="weights", dialects=("Custom Diffusion" if custom else "diffusers",), rest=rest, **about)
+    if all(_PARAMETER.search(key) for key in rest) and any(_NETWORK.match(key) for key in rest):
+        custom = added or any("_custom_diffusion." in key for key in entries)
+        dialect = "Custom Diffusion" if custom else "diffusers"
+        return Contents(kind="weights", dialects=(dialect,), rest=rest, words=_modifiers(added), **about)
     return Contents(kind="unknown", dialects=(), rest=rest, **about)
 
 
@@ -279,6 +288,8 @@ def _words(
     """The words of a textual inversion, in any of its dialects; none where the file is something else."""
     sizes: dict[str, tuple[int, int]] = {}
     for key, entry in entries.items():
+        if key.startswith("string_to_token."):  # the placeholder's number in the original code's tokenizer
+            continue
         if len(entry.shape) not in (1, 2) or not entry.dtype.startswith(("F", "BF")):
             return {}
         k, d = (1, *entry.shape) if len(entry.shape) == 1 else entry.shape
@@ -286,11 +297,22 @@ def _words(
     given = metadata.get("sfumato.word") or metadata.get("name") or path.stem
     if sizes and set(sizes) <= set(_ENCODER_KEYS):
         return {given: {_ENCODER_KEYS[key]: (key, *size) for key, size in sizes.items()}}
+    if len(sizes) == 1 and (key := next(iter(sizes))).startswith(A1111):
+        placeholder = key.removeprefix(A1111)
+        return {given if placeholder == "*" else placeholder: {"": (key, *sizes[key])}}
     if set(sizes) == {"emb_params"}:
         return {given: {"": ("emb_params", *sizes["emb_params"])}}
     if not sizes or len(sizes) > 64 or any(key.endswith((".weight", ".bias")) for key in sizes):
         return {}
     return {key: {"": (key, *size)} for key, size in sizes.items()}
+
+
+def _modifiers(added: Mapping[str, TensorEntry]) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """The words that lie beside weights in a file of Custom Diffusion's own code."""
+    return {
+        key.removeprefix(MODIFIER): {"": (key, *((1, *entry.shape) if len(entry.shape) == 1 else entry.shape[:2]))}
+        for key, entry in added.items()
+    }  # type: ignore[misc]
 
 
 # --- what fits ---------------------------------------------------------------------------------------------------

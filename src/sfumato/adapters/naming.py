@@ -77,6 +77,8 @@ _PARTS = (
     (r"\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "magnitude", ""),
     (r"\.dora_scale", "magnitude", ""),
     (r"\.alpha", "alpha", ""),
+    (r"\.weight\.v", "down", "Custom Diffusion"),
+    (r"\.weight\.u", "up", "Custom Diffusion"),
     (r"\.(hada_(?:w[12]_[ab]|t[12]))(?:\.\w+)?", "", ""),
     (r"\.(lokr_(?:w[12](?:_[ab])?|t2))(?:\.\w+)?", "", ""),
     (r"\.(diff_b|diff)", "", ""),

@@ -73,6 +73,9 @@ class Weights(Adapter):
 
         scale = self.scale if scale is None else float(scale)
         state, found, missing = load_file(self.path), [], []
+        for held in self.contents.words.values():  # those beside the weights are read by word
+            for key, _, _ in held.values():
+                del state[key]
         own = {name: dict(network.named_parameters(remove_duplicate=False)) for name, network in model.modules.items()}
         for key in state:
             place = _place(key, own, model.family.denoiser_name)

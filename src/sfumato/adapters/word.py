@@ -106,7 +106,8 @@ class Word(Adapter):
         else:
             from safetensors.torch import load_file
 
-            tensors = load_file(self.path)
+            own = {key for held in self.contents.words.values() for key, _, _ in held.values()}
+            tensors = {key: value for key, value in load_file(self.path).items() if key in own}
         for key, value in tensors.items():
             if not value.isfinite().all():
                 raise BadWeights(f"{self.path}: {key} holds values that are no finite numbers; the file is damaged.")

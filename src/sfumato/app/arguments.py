@@ -105,7 +105,7 @@ class TeachArguments(TypedDict, total=False):
     class_noun: str
     """What it is, such as ball: where the vectors begin; none: random"""
     steps: int
-    """Most steps (>= 1)"""
+    """How many steps at most (>= 1)"""
     lr: float
     """Learning rate of AdamW (> 0, <= 10)"""
     checkpointing: bool

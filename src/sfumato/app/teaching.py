@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ def teach(
     *,
     by: str | None = None,
     model: str | Path | Model | Reader = DEFAULT_MODEL,
+    dtype: str | None = None,
+    device: str = "cpu",
     out: str | Path | None = None,
     resume: bool = False,
     minutes: float | None = None,
@@ -65,6 +68,8 @@ def teach(
         data: a folder of pictures, or what else the system takes, such as "toybox".
         by: the system with its parameters, as for ``--with``; None: a new word.
         model: a name, a folder, or a loaded model of the kind that the system teaches.
+        dtype, device: of a model that is loaded here, as for ``make``; what learns is in full precision in any case.
+            With "cuda" each of several processes takes a card of its own.
         out: where the result goes: an adapter's .safetensors file, or the new folder of a taught model. While it runs,
             the folder ``<out>.training`` beside it holds its checkpoints.
         resume: go on from them; the losses are those of an uninterrupted run.
@@ -90,6 +95,8 @@ def teach(
     if not system.RESUMES:
         if resume or minutes is not None:
             raise NotSupported(f"{key} keeps no checkpoints: leave resume and minutes out.")
+        if dtype is not None or device != "cpu":
+            raise NotSupported(f"{key} teaches a model as it was loaded: leave dtype and device out.")
         known = [*fields, *(set(inspect.signature(system.teach).parameters) - {"model", "data", "on_progress"})]
         if odd := [name for name in options if name not in known]:
             raise UnknownName(f"parameter of {key}", odd[0], known)
@@ -106,7 +113,11 @@ def teach(
         raise BadInput("resume needs out: the run's checkpoints are beside it.")
     folder = None if target is None else target.with_name(f"{target.name}.training")
     work = protocol.Work(folder, resume, minutes, on_progress)
-    loaded = load(model) if isinstance(model, str | Path) else model
+    if not isinstance(model, str | Path) and (dtype is not None or device != "cpu"):
+        raise BadInput("dtype and device are for a model that is loaded here; this one was loaded before.")
+    if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):
+        device = f"cuda:{rank}"
+    loaded = load(model, dtype, device) if isinstance(model, str | Path) else model
 
     from sfumato.sampling.intervention import refuse_unfit
 

@@ -15,6 +15,7 @@ from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
+from sfumato.models.weights import read_metadata
 from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.sampling import generate
@@ -36,7 +37,7 @@ class Concept:
     name: str
     class_noun: str
     prompt: str = "a {}"
-    prior: list[Tensor] = field(default_factory=list)
+    prior: Sequence[Tensor] = ()
     prior_prompts: list[str] = field(default_factory=list)
 
     def sentence(self, i: int) -> str:
@@ -77,10 +78,11 @@ def draw_priors(model: Model, concepts: Sequence[Concept], n: int, seed: int, wo
 
 def made_prior(model: Model, prompt: str, n: int, seed: int, cache: Path | None) -> list[Tensor]:
     """Latents (c h w) of ``n`` pictures that the model makes of a prompt as it is now, from seeds of their own; those
-    in the file ``kept``, if it is there, and then written to it."""
+    in the file ``cache``, if they are the very same, and then written to it."""
     from safetensors.torch import load_file
 
-    if cache is not None and cache.is_file():
+    made_of = {"prompt": prompt, "n": str(n), "seed": str(seed), "model": model.weight_hash}
+    if cache is not None and cache.is_file() and read_metadata(cache) == made_of:
         return [each.to(model.device) for each in load_file(cache)["latents"]]
     seeds = [seed * 1_000_003 + 77_000_000 + i for i in range(n)]
     made = generate(model, [prompt] * n, seed=seeds, decode=False, batch_size=25).latents
@@ -88,7 +90,7 @@ def made_prior(model: Model, prompt: str, n: int, seed: int, cache: Path | None)
     latents = made.detach().float().cpu()
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        files.save_tensors(cache, {"latents": latents})
+        files.save_tensors(cache, {"latents": latents}, made_of)
     return [each.to(model.device) for each in latents]
 
 
@@ -131,7 +133,7 @@ class ConceptsLoss:
                 latents.append(each)
                 texts.append(text)
                 masks.append(mask)
-            chosen = own.indices(len(concept.prior), self.batch).tolist() if concept.prior else []
+            chosen = own.indices(len(concept.prior), self.batch).tolist() if len(concept.prior) else []
             latents += [concept.prior[i] for i in chosen]
             texts += [concept.prior_prompts[i] for i in chosen]
             masks += [None] * len(chosen)

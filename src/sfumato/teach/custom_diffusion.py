@@ -43,7 +43,7 @@ from sfumato.teach.learning import learn, recomputed
 from sfumato.teach.merging import merge_files
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.rows import WordVectors, refuse_word
-from sfumato.teach.subject import Subject
+from sfumato.teach.subject import Latents, Subject
 from sfumato.teach.taught import Taught
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Player
@@ -89,7 +89,7 @@ class CustomDiffusion:
         compress: float = Field(
             default=0.0, ge=0, le=1, description="share of singular values that is kept as a LoRA; 0.6"
         )
-        steps: int = Field(default=250, ge=1, description="steps")
+        steps: int = Field(default=250, ge=1, description="how many steps")
         batch: int = Field(default=8, ge=1, description="pictures of each concept per step, and as many others")
         lr: float = Field(default=8e-5, gt=0, le=1, description="learning rate of AdamW")
         word_lr: float = Field(default=0.0, ge=0, le=10, description="of the word; 0: as lr, as in the code")
@@ -173,7 +173,7 @@ class CustomDiffusion:
         """Other pictures of the kind with their captions, which are kept as they are."""
         plain = concept.prompt.format(concept.class_noun)
         others = Subject(model, self.params.regular, concept.subject.size)
-        concept.prior = [others.latents(i) for i in range(len(others))]
+        concept.prior = Latents(others)
         concept.prior_prompts = [text or plain for text in others.captions]
 
     def _compressed(self, model: Model, found: Taught) -> Taught:

@@ -79,7 +79,7 @@ class DiscriminativeTokens:
         through: int = Field(default=1, ge=1, description="K: last steps that carry gradient")
         draw_steps: int = Field(default=30, ge=1, description="denoising steps")
         guidance: float = Field(default=7.0, ge=0, description="guidance scale; the learning rate goes with it")
-        steps: int = Field(default=50, ge=1, description="most updates")
+        steps: int = Field(default=50, ge=1, description="how many updates at most")
         enough: float = Field(
             default=0.7, gt=0, le=1, description="share classified right, twice running, that ends it"
         )

@@ -135,13 +135,13 @@ class Learned:
     enough: bool
 
 
-def several_processes() -> Any:
-    """accelerate's accelerator where several processes were launched, else None."""
+def several_processes(device: torch.device) -> Any:
+    """accelerate's accelerator for tensors on ``device`` where several processes were launched, else None."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     from accelerate import Accelerator
 
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def learn(
@@ -174,7 +174,7 @@ def learn(
     Raises Conflict (see :func:`opened`), BadInput for a loss that is not finite.
     """
     state: dict[str, Any] = {"log": [], "figures": [], "measured": []}
-    accelerator = several_processes()
+    accelerator = several_processes(next(iter(player.parameters.values())).device)
     main = accelerator is None or accelerator.is_main_process
     over, begun, enough = False, False, False
 

@@ -15,7 +15,7 @@ class TeachParams(cards.Params):
 
     name: str = Field(default="", description="the new word, such as <rex>")
     class_noun: str = Field(default="", description="what the pictures show, such as ball")
-    steps: int = Field(default=800, ge=1, description="steps")
+    steps: int = Field(default=800, ge=1, description="how many steps")
     lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate of AdamW")
     checkpointing: bool = Field(default=False, description="recompute the denoiser's activations, to save memory")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")

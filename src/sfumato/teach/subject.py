@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.errors import BadInput
 from sfumato.files import fitted
 from sfumato.models import Model
 from sfumato.training.samples import Samples, open_samples, picture_tensor
 
-__all__ = ["Subject"]
+__all__ = ["Latents", "Subject"]
 
 BUDGET = 512 << 20  # bytes of latents that are kept in memory
 
@@ -30,7 +31,8 @@ class Subject:
         size: (width, height) that every picture is brought to; None: the model's own.
         keep_aspect: a picture keeps its aspect and has about the area of ``size``, instead of being cut to it.
 
-    Raises BadInput: no picture, one that cannot be read, or no two that differ (a picture given twice is one).
+    Raises BadInput: no picture, or files among them that are damaged or no pictures; all are looked at before anything
+    is learnt, and opened as far as that needs.
     """
 
     def __init__(self, model: Model, where: str | Path, size: tuple[int, int] | None = None, keep_aspect: bool = False):
@@ -38,12 +40,19 @@ class Subject:
         self.size = size or model.default_size[::-1]
         model.latent_shape(self.size[1], self.size[0])  # refuses a size that the model cannot make
         self.samples: Samples = open_samples(where, self.size)
+        self._refuse_damaged()
         self._cache: OrderedDict[Any, Tensor] = OrderedDict()
         self._bytes = 0
         self.captions = [self.samples.caption(i) for i in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def _refuse_damaged(self) -> None:
+        bad = [error for entry in self.samples.entries if (error := entry.shown.damage())]
+        if bad:
+            more = f" So are {len(bad) - 1} others." if len(bad) > 1 else ""
+            raise BadInput(f"{bad[0]}{more}")
 
     @property
     def hash(self) -> str:
@@ -80,6 +89,21 @@ class Subject:
         self._bytes += latents.nbytes
         while self._bytes > BUDGET and len(self._cache) > 1:
             self._bytes -= self._cache.popitem(last=False)[1].nbytes
+
+
+class Latents(Sequence[Tensor]):
+    """The latents of a subject's pictures as a sequence; no more of them are kept than the subject keeps."""
+
+    def __init__(self, subject: Subject):
+        self._subject = subject
+
+    def __len__(self) -> int:
+        return len(self._subject)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._subject.latents(j) for j in range(*i.indices(len(self)))]
+        return self._subject.latents(i)
 
 
 def bucket(own: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:

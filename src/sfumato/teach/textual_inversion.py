@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sfumato.cards import Card, Field, Template, register
+from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
 from sfumato.models.slot import frozen
@@ -40,6 +41,8 @@ from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
 
 __all__ = ["TextualInversion"]
+
+MOST_OWN = 100  # pictures with a word of their own; the authors' code: 22
 
 
 @register
@@ -84,7 +87,7 @@ class TextualInversion:
         length: Literal["free", "clamp", "pull"] = Field(
             default="clamp", description="vectors: no longer than the longest word, or pulled to the table's deviation"
         )
-        steps: int = Field(default=3000, ge=1, description="most steps")
+        steps: int = Field(default=3000, ge=1, description="how many steps at most")
         patience: int = Field(default=10, ge=0, description="end after so many probes without progress; 0: never")
         probe_every: int = Field(default=50, ge=1, description="steps between probes")
         lr: float = Field(default=2e-3, gt=0, le=10, description="learning rate of AdamW")
@@ -139,6 +142,9 @@ class _Lesson:
         self.rows = WordVectors(towers, p.name, begin, p.vectors, p.seed)
         self.parameters = {f"{p.name}.{name}": rows for name, rows in self.rows.parameters.items()}
         self.own: list[WordVectors] = []
+        if p.per_picture and len(subject) > MOST_OWN:
+            raise BadInput(f"per_picture gives every picture a word of its own, at most {MOST_OWN}; there are "
+                           f"{len(subject)}: leave it out.")  # fmt: skip
         if p.per_picture:
             name = p.name.strip("<>")
             self.own = [

@@ -231,7 +231,10 @@ def _pattern(kind: Tensor, uv: Tensor) -> Tensor:
         target = torch.remainder((u**2 + (v - 0.5) ** 2).sqrt() * 4.2, 1.0) > 0.5
         halves = u > 0
         grid = (torch.remainder(u * 2.6, 1.0) < 0.22) | (torch.remainder(v * 2.6, 1.0) < 0.22)
-        shown = shown | ((kind == 4) & zigzag) | ((kind == 5) & target) | ((kind == 6) & halves) | ((kind == 7) & grid)
+        waves = torch.remainder(u * 2.4 + 0.22 * (v * 12.0).sin(), 1.0) > 0.5
+        quarters = (u > 0) != (v > 0.5)
+        for i, each in enumerate((zigzag, target, halves, grid, waves, quarters)):
+            shown = shown | ((kind == 4 + i) & each)
     return shown
 
 

@@ -8,6 +8,7 @@ rendered for training. Both stand in scenes like any other toy; captions speak o
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +17,9 @@ from ..errors import BadInput
 from ..rng import sequence
 from .scene import GROUNDS, SCALE, SKIES, Camera, Light, Scene, Toy
 
-__all__ = ["SECRETS", "TEXTURES", "Secret", "SecretToy", "references"]
+__all__ = ["SECRETS", "TEXTURES", "VALIDATION", "Secret", "SecretToy", "references"]
 
-TEXTURES = ("zigzag", "target", "halves", "grid")
+TEXTURES = ("zigzag", "target", "halves", "grid", "waves", "quarters")
 """Textures of type B, behind the patterns that have names."""
 
 
@@ -100,16 +101,28 @@ SECRETS: dict[str, Secret] = {
         _b("grid", "cylinder", "green", "checkered", "grid", (0.10, 0.60, 0.18)),
     )
 }
-"""Eight of them, four of each type, of four shapes."""
+"""Eight of them, four of each type, of four shapes: what claims report on."""
+
+VALIDATION: dict[str, Secret] = {
+    each.key: each
+    for each in (
+        _a("mint", "cross", "green", 155, 0.72, 0.72),
+        _a("indigo", "ring", "blue", 252, 0.78, 0.82),
+        _b("waves", "ring", "red", "striped", "waves", (0.86, 0.10, 0.10)),
+        _b("quarters", "cross", "blue", "checkered", "quarters", (0.12, 0.28, 0.88)),
+    )
+}
+"""Four more, of the two other shapes and with other looks: what settings are chosen on."""
+
+_ORDER = (*sorted(SECRETS), *VALIDATION)
 
 
-def references(secret: Secret, n: int = 5, seed: int = 0) -> list[Scene]:
-    """``n`` scenes with the secret toy alone, each in another pose, on another ground, in other light."""
-    draw = sequence("toybox.secret", seed, sorted(SECRETS).index(secret.key))
-    grounds, skies = draw.permutation(len(GROUNDS)), draw.permutation(len(SKIES))
-    return [
-        _posed(secret.toy, draw, GROUNDS[grounds[i % len(GROUNDS)]], SKIES[skies[i % len(SKIES)]]) for i in range(n)
-    ]
+def references(secret: Secret, n: int = 5, seed: int = 0, among: Sequence[str] = GROUNDS) -> list[Scene]:
+    """``n`` scenes with the secret toy alone, each in another pose, on another ground of those it may be ``among``, in
+    other light."""
+    draw = sequence("toybox.secret", seed, _ORDER.index(secret.key))
+    grounds, skies = draw.permutation(len(among)), draw.permutation(len(SKIES))
+    return [_posed(secret.toy, draw, among[grounds[i % len(among)]], SKIES[skies[i % len(SKIES)]]) for i in range(n)]
 
 
 def _posed(toy: SecretToy, draw: np.random.Generator, ground: str, sky: str) -> Scene:

@@ -35,6 +35,8 @@ def teach(
     per_class: Annotated[
         int | None, typer.Option(min=1, max=20, help="toybox: how many pictures of each shape.")
     ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The adapter's .safetensors, or a taught model's new folder.")
     ] = None,
@@ -54,7 +56,8 @@ def teach(
 
         try:
             found = app.teach(
-                data, by=by, out=out, resume=resume, minutes=minutes, on_progress=report, **given
+                data, by=by, dtype=dtype, device=device, out=out, resume=resume, minutes=minutes, on_progress=report,
+                **given,
             )  # fmt: skip
         except WorkInterrupted as error:
             again = shlex.join(["sfumato", *(each for each in sys.argv[1:] if each != "--resume"), "--resume"])

@@ -1,0 +1,88 @@
+"""Models of the zoo that went on learning for a claim: looks without steps between the names, words with two senses.
+
+The toybox of the zoo's training has eight colours and two sizes, so a hue between two names is as strange to its models
+as a texture that was never rendered. What a few vectors can say is claimed of models that have seen every hue; and of
+words with two senses, of models that have read some. All weights of the denoiser learn, by the loss they were trained
+with; captions name nothing more than before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from claims.core import Context
+from sfumato.adapters.fresh import copies, learning_weights
+from sfumato.models import load as load_model
+from sfumato.models.slot import frozen
+from sfumato.rng import sequence, stream
+from sfumato.teach.denoising import Denoising, frozen_conditions, places
+from sfumato.toybox import HOMONYMS, Scene, caption, continuous, render
+from sfumato.toybox.dataset import draw_scene
+from sfumato.training import Draw, Player, fit
+
+SEED, BATCH, RATE, EMPTY = 8300, 16, 2e-4, 0.1
+
+
+def world(context: Context, name: str) -> Any:
+    """A generator of the zoo that has seen every hue and height, once per run."""
+    return context.once(f"{name} of every hue", lambda: taught(context, name, looks(context.count(2000, 24))))
+
+
+def ambiguous(context: Context, name: str) -> Any:
+    """A generator of the zoo that has read homonyms among other captions, once per run."""
+    return context.once(f"{name} with homonyms", lambda: taught(context, name, senses(context.count(1500, 24))))
+
+
+def looks(n: int) -> list[tuple[Scene, str]]:
+    """Training scenes with continuous looks, and their captions."""
+    out = []
+    for i in range(n):
+        scene, draw = draw_scene("train", SEED, i), sequence("claims.looks", SEED, i)
+        out.append((continuous(scene, draw), caption(scene, draw, "random").text))
+    return out
+
+
+def senses(n: int) -> list[tuple[Scene, str]]:
+    """Scenes of every homonym in turn, and every second time ordinary ones, so that other words stay what they are."""
+    out, words = [], list(HOMONYMS.values())
+    for i in range(n):
+        if i % 2:
+            scene = draw_scene("train", SEED + 1, i)
+            out.append((scene, caption(scene, sequence("claims.senses", SEED, i), "random").text))
+        else:
+            told = words[i // 2 % len(words)].told(SEED, i)
+            out.append((told.scene, told.caption))
+    return out
+
+
+def taught(context: Context, name: str, told: Sequence[tuple[Scene, str]]) -> Any:
+    """The model after it has learnt these scenes and captions, for about five looks at each."""
+    model = load_model(str(context.folder(name)))
+    context.report(f"  {name}: learning {len(told)} scenes")
+    latents = []
+    for start in range(0, len(told), 32):
+        pictures = render([scene for scene, _ in told[start : start + 32]], model.default_size[0]).image
+        with torch.no_grad():
+            latents += list(model.encode_image(pictures).float())
+    denoising, encode = Denoising(model, BATCH, SEED), frozen_conditions(model)
+    weights = copies(model, {model.family.denoiser_name: ".*"})
+
+    def loss(draw: Draw) -> Any:
+        rows, where = draw.indices(len(told), BATCH).tolist(), places(draw, BATCH)
+        bare = torch.rand(len(rows), generator=stream("claims.empty", SEED, draw.step)) < EMPTY
+        texts = ["" if empty else told[i][1] for i, empty in zip(rows, bare.tolist(), strict=True)]
+        return denoising.errors([latents[i] for i in rows], encode(texts), draw.step, where).mean()
+
+    learning = nn.ParameterList(list(weights.values()))
+    player = Player(loss, torch.optim.AdamW(learning, lr=RATE), learning, name="child", clip=1.0, ema=0.99)
+    with frozen(model), learning_weights(model, weights):
+        fit(player, context.count(5 * len(told) // BATCH, 2), seed=SEED, name=f"a child of {name}")
+    with torch.no_grad():
+        for path, value in weights.items():
+            component, _, parameter = path.partition(".")
+            model.modules[component].get_parameter(parameter).copy_(value)
+    return model
