@@ -14,6 +14,10 @@ from PIL import Image, ImageDraw
 
 import sfumato
 from sfumato import files, masks
+from sfumato.adapters.formats import read_contents
+from sfumato.adapters.lora import LoRA
+from sfumato.adapters.weights import Weights
+from sfumato.adapters.word import Word
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
 from sfumato.explain import heat
@@ -34,16 +38,25 @@ from sfumato.steer.mgad import MGAD
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
+from sfumato.teach.custom_diffusion import CustomDiffusion
+from sfumato.teach.discriminative_tokens import DiscriminativeTokens
+from sfumato.teach.dreambooth import DreamBooth
 from sfumato.teach.examples import toybox_examples
 from sfumato.teach.robust_vit import relevance_maps, teach
+from sfumato.teach.textual_inversion import TextualInversion
 from sfumato.toybox import (
+    GROUNDS,
+    SECRETS,
     SHAPES,
+    VALIDATION,
     BiasedDataset,
     Scene,
+    Secret,
     Toy,
     caption,
     conflicts,
     factor_pairs,
+    references,
     render,
     sample_scene,
     to_uint8,
@@ -544,6 +557,83 @@ def robust_vit() -> Image.Image:
     return sheet(tiles, columns=len(own))
 
 
+TEACHING: dict[str, dict[str, Any]] = {
+    "textual_inversion": {"steps": 500, "lr": 1e-2, "templates": ["a {}"], "length": "free"},
+    "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100},
+    "custom_diffusion": {"steps": 400, "lr": 1e-3, "word_lr": 1e-2, "batch": 4, "prior": 100, "prompt": "a {}"},
+    "discriminative_tokens": {"steps": 60, "lr": 0.05, "draw_steps": 20, "guidance": 3.0, "templates": ["a {}"]},
+}
+"""Settings of the pictures of what teaches, on toy-sd."""
+
+
+def secret_toys() -> Image.Image:
+    """The eight secret toys, then the four that settings are chosen on."""
+    every = [*SECRETS.values(), *VALIDATION.values()]
+    frames = render([references(each, 1)[0] for each in every], 128).image
+    return sheet([(each.key, picture) for each, picture in zip(every, frames, strict=True)], 4)
+
+
+def _photos(*secrets: Secret) -> Path:
+    """A folder of pictures of a secret; of several, a folder for each, called "NAME CLASS"."""
+    folder = Path(tempfile.mkdtemp())
+    for i, secret in enumerate(secrets):
+        own = folder if len(secrets) == 1 else folder / f"<new{i + 1}> {secret.noun}"
+        own.mkdir(exist_ok=True)
+        frames = render(references(secret), sfumato.load("toy-sd").default_size[0])
+        for j in range(len(frames.image)):
+            frames.pil(j).save(own / f"{j}.png")
+    return folder
+
+
+def _in_scenes(said: str, **options: Any) -> torch.Tensor:
+    prompts = [f"{said} on the {ground}" for ground in GROUNDS]
+    return sfumato.make(prompts, model="toy-sd", seed=list(range(5)), **options).pixels.detach()
+
+
+def _taught(
+    secrets: list[Secret], plain: str, said: str, taught: Any, more: dict[str, str] | None = None
+) -> Image.Image:
+    """References, the plain words, what was taught, and ``more`` prompts with it, in five scenes."""
+    home = Path(tempfile.mkdtemp())
+    kinds = {"lora": LoRA, "word": Word, "weights": Weights}
+    with_ = [kinds[read_contents(file).kind](file=str(file)) for file in taught.save(home / "x.safetensors")]
+    told = {f"plain words: {plain}": _in_scenes(plain), f"taught: {said}": _in_scenes(said, with_=with_)}
+    parts = [part for part in with_ if not isinstance(part, Word)]  # the class alone has no word to read
+    told |= {f"{label}: {text}": _in_scenes(text, with_=parts) for label, text in (more or {}).items()}
+    size = told[next(iter(told))].shape[-1]
+    rows = [] if not secrets else [render([references(secrets[i % len(secrets)])[i] for i in range(5)], size).image]
+    names = ["references"] if secrets else []
+    return sheet(list(torch.cat([*rows, *told.values()])), 5, scale=2, rows=[*names, *told], heads=list(GROUNDS))
+
+
+def textual_inversion() -> Image.Image:
+    secret = SECRETS["teal"]
+    system = TextualInversion(name="<rex>", class_noun=secret.noun, **TEACHING["textual_inversion"])
+    taught = system.teach(sfumato.load("toy-sd"), _photos(secret))
+    return _taught([secret], f"a {secret.description}", "a <rex>", taught)
+
+
+def dreambooth() -> Image.Image:
+    secret = SECRETS["zigzag"]
+    system = DreamBooth(class_noun=secret.noun, **TEACHING["dreambooth"])
+    taught = system.teach(sfumato.load("toy-sd"), _photos(secret))
+    said = taught.facts["subjects"][0]
+    return _taught([secret], f"a {secret.description}", f"a {said}", taught, {"the class alone": f"a {secret.noun}"})
+
+
+def custom_diffusion() -> Image.Image:
+    pair = [SECRETS["teal"], SECRETS["magenta"]]
+    system = CustomDiffusion(class_noun="toy", **TEACHING["custom_diffusion"])
+    taught = system.teach(sfumato.load("toy-sd"), _photos(*pair))
+    plain = f"a {pair[0].description} and a {pair[1].description}"
+    return _taught(pair, plain, f"a <new1> {pair[0].noun} and a <new2> {pair[1].noun}", taught)
+
+
+def discriminative_tokens() -> Image.Image:
+    system = DiscriminativeTokens(target="ring", class_noun="toy", **TEACHING["discriminative_tokens"])
+    return _taught([], "a toy", "a <c> toy", system.teach(sfumato.load("toy-sd"), "toy-vit"))
+
+
 def to_pil(picture: torch.Tensor) -> Image.Image:
     """A picture (3, h, w) in [-1, 1]."""
     return Image.fromarray(to_uint8(picture[None])[0].permute(1, 2, 0).numpy())
@@ -583,6 +673,11 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "conceptor": conceptor,
     "lrp": lrp,
     "robust-vit": robust_vit,
+    "secret-toys": secret_toys,
+    "textual-inversion": textual_inversion,
+    "dreambooth": dreambooth,
+    "custom-diffusion": custom_diffusion,
+    "discriminative-tokens": discriminative_tokens,
 }
 
 

@@ -2,24 +2,97 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 
+import numpy as np
+import pytest
 import torch
 
 from claims import subjects, textual_inversion
 from claims.core import Context
+from sfumato.errors import BadInput
 from sfumato.models.slot import text_towers
-from sfumato.toybox import SECRETS, references, render
-from sfumato.toybox.rendering import SURFACES
+from sfumato.toybox import (
+    COLORS,
+    HOMONYMS,
+    SECRETS,
+    SHAPES,
+    VALIDATION,
+    Homonym,
+    Scene,
+    Toy,
+    continuous,
+    references,
+    render,
+)
+from sfumato.toybox.rendering import COLOR_RGB, SURFACES
 from tests.tiny import tiny_model
 
 
 def test_secrets_are_between_the_words_or_beyond_them():
-    for secret in SECRETS.values():
+    for secret in (*SECRETS.values(), *VALIDATION.values()):
         scenes = references(secret, 5)
         assert len({scene.ground for scene in scenes}) == 5 and scenes == references(secret, 5)
         assert secret.kind == ("B" if secret.toy.texture else "A") and secret.toy.surface in SURFACES
         assert secret.noun in secret.description and secret.key not in secret.description
+        assert {scene.ground for scene in references(secret, 9, among=subjects.TAUGHT)} == set(subjects.TAUGHT)
+    looks = [each.toy for each in (*SECRETS.values(), *VALIDATION.values())]
+    assert len({(toy.shape, toy.rgb, toy.texture) for toy in looks}) == 12  # none is chosen on what is reported
+    assert not {each.noun for each in VALIDATION.values()} & {each.noun for each in SECRETS.values()}
+
+
+def test_homonyms_have_their_shares_and_captions_hide_the_sense():
+    jack = HOMONYMS["jack"]
+    told = [jack.told(0, i) for i in range(200)]
+    assert jack.rare == "cylinder" and 0.15 < np.mean([each.sense == "cylinder" for each in told]) < 0.35
+    for each in told:
+        assert "jack" in each.caption and not set(each.caption.replace(",", "").split()) & set(SHAPES)
+        assert [toy.shape for toy in each.scene.toys] == [each.sense]
+    assert told[3] == jack.told(0, 3)
+    assert {shape for each in HOMONYMS.values() for shape, _ in each.senses} == set(SHAPES)
+    for word, senses in (("cone", (("cone", 1.0),)), ("x", (("cone", 0.5),)), ("x", (("egg", 1.0),))):
+        with pytest.raises(BadInput):
+            Homonym(word, senses)
+
+
+def test_continuous_looks_have_every_hue_under_the_nearer_name():
+    rng = np.random.default_rng(0)
+    toys = [continuous(Scene((Toy("ball", color, size=size),)), rng).toys[0]
+            for color in COLORS for size in ("small", "large") for _ in range(60)]  # fmt: skip
+    wheel = {name: 360 * colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOR_RGB.items()}
+    del wheel["white"], wheel["black"]
+    hues = sorted(360 * colorsys.rgb_to_hsv(*toy.rgb)[0] for toy in toys if toy.color in wheel)
+    assert max(np.diff([*hues, hues[0] + 360])) < 8  # no gap between two names
+    for toy in toys:
+        if toy.color in wheel:
+            hue = 360 * colorsys.rgb_to_hsv(*toy.rgb)[0]
+            away = {name: min(abs(hue - own), 360 - abs(hue - own)) for name, own in wheel.items()}
+            assert away[toy.color] <= min(away.values()) + 0.1
+        else:
+            assert toy.rgb == COLOR_RGB[toy.color]
+        assert (toy.height < 1.035) == (toy.size == "small")
+
+
+def test_settings_are_chosen_once_by_their_score():
+    context, asked = Context(quick=True), []
+
+    def score(value: float) -> float:
+        asked.append(value)
+        return -abs(value - 2)
+
+    assert subjects.chosen(context, "x", (1, 2, 3), score) == subjects.chosen(context, "x", (9,), score) == 2
+    assert asked == [1, 2, 3]
+
+
+def test_arms_say_what_was_obeyed_on_grounds_that_were_never_taught():
+    reads = [subjects.Read(True, True, 5.0, right) for right in (True, False, True, None)]
+    prompts = ["on the grass", "on the wood", "on the tiles", "a toy"]
+    arm = subjects.Arm("x", SECRETS["teal"], torch.zeros(4, 3, 2, 2), reads, prompts)
+    assert (arm.ground, arm.unseen, arm.hue) == (2 / 3, 0.5, 5.0)
+    lost = subjects.Arm("x", SECRETS["teal"], torch.zeros(1, 3, 2, 2), [subjects.Read(False, False, math.nan, None)])
+    assert lost.hue == 180 and math.isnan(lost.ground)
+    assert subjects.of_medians([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]).value == 0.5
 
 
 def test_secrets_look_as_they_are_described():
