@@ -104,11 +104,11 @@ def learnt(found):
     return [*(v for each in found.words.values() for v in each.values()), *adapted, *found.weights.values()]
 
 
+WHOLE = {"class_noun": "ball", "prior": 0}
 HALF = [
     ("sd", TextualInversion, {"name": "<rex>", "length": "free", "probe_every": 3, "lr": 0.1}),
     ("sd", DreamBooth, {"name": "dog", "prior": 2, "lr": 0.02}),
-    ("sd3clip", DreamBooth, {"name": "dog", "prior": 0, "lr": 0.02, "mode": "full", "keep_aspect": True}),
-    ("sd", CustomDiffusion, {"prior": 2, "lr": 0.05}),
+    ("sd3clip", DreamBooth, {"name": "dog", "prior": 0, "lr": 0.02, "keep_aspect": True}),
 ]
 
 
@@ -135,3 +135,10 @@ def test_half_precision_and_recomputation_learn_and_a_stopped_run_goes_on(photos
     assert fingerprint(model) == {**before, "rng": fingerprint(model)["rng"]}
     for one, other in zip(learnt(again), learnt(whole), strict=True):
         assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+def test_whole_weights_are_not_taught_in_half_precision(photos):
+    model = tiny_model("sd", fresh=True).to(dtype=torch.bfloat16)
+    for system in (DreamBooth(mode="full", **WHOLE), DreamBooth(mode="kv", **WHOLE), CustomDiffusion(**WHOLE)):
+        with pytest.raises(BadInput, match="is in bfloat16.*dtype=float32, or teach a LoRA"):
+            system.teach(model, photos)

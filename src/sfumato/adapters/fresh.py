@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.adapters.layers import Adapted, Scaling, held
 from sfumato.adapters.weight_sets import exchanged
-from sfumato.errors import NoMatch, nearest
+from sfumato.errors import BadInput, NoMatch, nearest
 from sfumato.models import Model
 from sfumato.rng import stream
 
@@ -97,7 +97,8 @@ def adapting(adapted: Mapping[str, Adapted]) -> Iterator[None]:
 
 def copies(model: Model, targets: Mapping[str, str]) -> dict[str, nn.Parameter]:
     """Copies of a model's parameters that are to learn, by ``component.path``: those whose path the regular
-    expression of their component fits as a whole. Raises NoMatch."""
+    expression of their component fits as a whole. Raises NoMatch; BadInput for a model in half precision, in which the
+    small steps of a fine-tune are rounded away."""
     out: dict[str, nn.Parameter] = {}
     for component, pattern in targets.items():
         network = model.modules[component]
@@ -106,6 +107,11 @@ def copies(model: Model, targets: Mapping[str, str]) -> dict[str, nn.Parameter]:
             raise NoMatch(f"{pattern!r} fits no parameter of {component} of {model.name}.")
         for path in paths:
             own = network.get_parameter(path).detach()
+            if own.dtype in (torch.bfloat16, torch.float16):
+                raise BadInput(
+                    f"{model.name} is in {str(own.dtype).removeprefix('torch.')}, in which steps as small as those of "
+                    "whole weights are rounded away: load it with dtype=float32, or teach a LoRA."
+                )
             out[f"{component}.{path}"] = nn.Parameter(own.clone(memory_format=torch.preserve_format))
     return out
 
