@@ -6,9 +6,11 @@ import gc
 import os
 import random
 import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy's linear algebra, and in the processes that tests start
 
 import numpy as np
 import pytest
@@ -29,10 +31,17 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_finish() -> None:
-    """The libraries stay: the collector of reference cycles need not look through them again and again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """The libraries stay: the collector of reference cycles need not look through them again and again, neither while
+    they are imported nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list) -> None:

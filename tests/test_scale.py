@@ -20,11 +20,13 @@ from tests.folders import write_renders  # noqa: E402
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One local cluster for all of these."""
-    with scale._settings():
-        scale._connect(2)
-    yield
-    ray.shutdown()
+    """One local cluster for all of these. Its workers would step back for everybody else, but these tests wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        with scale._settings():
+            scale._connect(2)
+        yield
+        ray.shutdown()
 
 
 def test_results_come_in_order_and_each_worker_is_made_once(tmp_path):
@@ -81,7 +83,7 @@ def told(folder: str) -> dict:
     return {name: value for name, value in report.items() if name != "seconds"}
 
 
-def test_judge_is_the_same_on_one_and_on_two_workers(sfumato, tmp_path):  # noqa: F811
+def test_judge_is_the_same_on_two_workers(sfumato, tmp_path):  # noqa: F811
     real, fake = write_renders(tmp_path / "real", 14), write_renders(tmp_path / "fake", 12, seed=1)
     (fake / "003.png").write_bytes(b"not a picture")
     command = (
@@ -97,40 +99,38 @@ def test_judge_is_the_same_on_one_and_on_two_workers(sfumato, tmp_path):  # noqa
         "--metric",
         "frechet",
     )
-    for name, more in (("alone", ()), ("one", ("--ray", "--workers", 1)), ("two", ("--ray", "--workers", 2))):
+    for name, more in (("alone", ()), ("two", ("--ray", "--workers", 2))):
         done = sfumato(*command, "-o", name, *more)
         assert done.code == 0, done.err
-    assert told("alone") == told("one") == told("two")
+    assert told("alone") == told("two")
     assert told("two")["pictures"]["failed"] == 1 and told("two")["pictures"]["named"][0][0] == "003.png"
-    rows = [Path(name, "pictures.jsonl").read_bytes() for name in ("alone", "one", "two")]
-    assert rows[0] == rows[1] == rows[2] and rows[0].count(b"\n") == 11
+    rows = [Path(name, "pictures.jsonl").read_bytes() for name in ("alone", "two")]
+    assert rows[0] == rows[1] and rows[0].count(b"\n") == 11
 
 
-def test_make_is_the_same_on_one_and_on_two_workers_and_goes_on(sfumato, tiny_sd, tmp_path):  # noqa: F811
+def test_make_is_the_same_on_one_worker_and_goes_on(sfumato, tiny_sd, tmp_path):  # noqa: F811
     lines = ['{"prompt": "a red cube", "n": 2}', "broken", '{"prompt": "a blue ball", "seed": 5, "task": "one"}']
     lines += ['{"prompt": "a red cube"}', '{"prompt": "a cone", "size": [33, 33], "n": 2}']
     Path("p.jsonl").write_text("\n".join(lines) + "\n")
     command = ("make", "--prompts", "p.jsonl", "-m", tiny_sd, "--steps", 1, "--with", "daam")
-    for name, more in (("alone", ()), ("one", ("--ray", "--workers", 1)), ("two", ("--ray", "--workers", 2))):
+    for name, more in (("alone", ()), ("one", ("--ray", "--workers", 1))):  # loading models is what takes time here
         done = sfumato(*command, "-o", name, *more)
         assert done.code == 2 and "2 of 5 lines could not be followed: line 2" in done.err and "line 5" in done.err
-    there = {name: sorted(path.name for path in Path(name).iterdir()) for name in ("alone", "one", "two")}
-    assert (
-        there["alone"] == there["one"] == there["two"] and len(there["two"]) == 9
-    )  # 4 pictures, 4 heat maps, the journal
+    there = {name: sorted(path.name for path in Path(name).iterdir()) for name in ("alone", "one")}
+    assert there["alone"] == there["one"] and len(there["one"]) == 9  # 4 pictures, 4 heat maps, the journal
     for path in Path("alone").glob("*.png"):
-        assert path.read_bytes() == Path("one", path.name).read_bytes() == Path("two", path.name).read_bytes()
+        assert path.read_bytes() == Path("one", path.name).read_bytes()
     journals = [
         [{**json.loads(line), "seconds": 0} for line in Path(name, "metadata.jsonl").read_text().splitlines()]
         for name in there
     ]
-    assert journals[0] == journals[1] == journals[2]
+    assert journals[0] == journals[1]
     # a picture that was lost is made again under its name, the others are not
-    Path("two/a-blue-ball-5.png").unlink()
-    before = {path: path.stat().st_mtime_ns for path in Path("two").glob("a-red*.png")}
-    again = sfumato(*command, "-o", "two")
-    assert "3 pictures were there already" in again.err and again.lines[0] == "two/a-blue-ball-5.png"
-    assert before == {path: path.stat().st_mtime_ns for path in Path("two").glob("a-red*.png")}
+    Path("one/a-blue-ball-5.png").unlink()
+    before = {path: path.stat().st_mtime_ns for path in Path("one").glob("a-red*.png")}
+    again = sfumato(*command, "-o", "one")
+    assert "3 pictures were there already" in again.err and again.lines[0] == "one/a-blue-ball-5.png"
+    assert before == {path: path.stat().st_mtime_ns for path in Path("one").glob("a-red*.png")}
 
 
 @pytest.mark.parametrize(

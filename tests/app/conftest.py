@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from sfumato import registry
 from sfumato.app.cli import app
 from sfumato.models import Model
 from sfumato.models.quiet import quiet
@@ -39,19 +40,28 @@ _loaded: dict[str, Model] = {}
 
 
 @pytest.fixture
-def loaded_once(tiny_sd, tiny_inpaint, monkeypatch):
-    """The two folders above are read once, not for every command: nobody changes them, and no run changes a model."""
+def loaded_once(monkeypatch, tmp_path_factory):
+    """Built-in models and the folders made for a whole session are read once, not for every command: nobody changes
+    them, and no run changes a model."""
+    made = tmp_path_factory.getbasetemp()
+
+    def stays(name):
+        path = Path(name)
+        of_the_session = path.parents[1:2] == (made,) and path.parent.name.startswith("models")
+        return of_the_session or (registry.find(str(name)) is not None and not path.exists())
+
     models = importlib.import_module("sfumato.models")  # the package: sfumato.models itself is the list of them
     load = models.load
 
-    def once(name, device="cpu", **given):
-        if str(name) not in (str(tiny_sd), str(tiny_inpaint)) or device != "cpu" or any(given.values()):
-            return load(name, device=device, **given)
+    def once(name, device="cpu", found=None, **given):
+        if not stays(name) or device != "cpu" or any(given.values()):
+            return load(name, device=device, found=found, **given)
         if str(name) not in _loaded:
             _loaded[str(name)] = load(name)
         return _loaded[str(name)]
 
     monkeypatch.setattr(models, "load", once)
+    return _loaded
 
 
 COMMAND = {app: get_command(app)}

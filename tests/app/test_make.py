@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -71,6 +72,14 @@ def test_like_gives_the_identical_picture(sfumato, tiny_sd, options):
     assert again.code == 0 and again.err == ""
     assert again.lines[0] != made.lines[-1]
     assert Path(again.lines[0]).read_bytes() == Path(made.lines[-1]).read_bytes()
+
+
+def test_the_models_of_these_tests_are_read_once(sfumato, tiny_sd, loaded_once, monkeypatch):
+    """Or each of some hundred commands would read one for itself."""
+    assert sfumato("make", "a cube", "--model", tiny_sd, *FAST).code == 0 and str(tiny_sd) in loaded_once
+    reading = importlib.import_module("sfumato.models.load")
+    monkeypatch.setattr(reading, "load_folder", lambda *_: pytest.fail("read again"))
+    assert sfumato("make", "a ball", "--model", tiny_sd, *FAST).code == 0
 
 
 @pytest.mark.parametrize("name", ["toy-sd", "toy-sd3"])

@@ -10,6 +10,7 @@ import torch
 from claims import inject_fusion, pullback
 from claims.core import Context
 from sfumato.edit.pullback import Pullback
+from sfumato.hspace import basis
 from sfumato.toybox.oracle import ObjectReading, SceneReading
 from tests.tiny import tiny_model
 
@@ -41,6 +42,7 @@ def context(tmp_path, monkeypatch):
     monkeypatch.setattr(inject_fusion, "STRENGTHS", (1.0,))
     monkeypatch.setattr(inject_fusion, "LAYERS", ("up.0",))
     monkeypatch.setattr(inject_fusion, "RATIOS", (0.5,))
+    monkeypatch.setattr(basis, "OVERSAMPLING", 1)
     monkeypatch.setattr(pullback, "RANK", 2)
     monkeypatch.setattr(pullback, "POWER", {"rank": 2, "iterations": 2, "tolerance": 0.1})
     few = {"iterations": 1, "repeats": 2}

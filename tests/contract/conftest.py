@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.hspace import basis
 from tests.examples import write_examples
 
 
@@ -17,7 +18,8 @@ def _filled(cache: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Experts and adapters in a cache of the tests' own."""
+    """Experts and adapters in a cache of the tests' own; bases of features as rough as their examples ask for."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(basis, "OVERSAMPLING", 1)
         patch.setenv("SFUMATO_CACHE", str(_filled(tmp_path_factory.getbasetemp() / "cache")))
         yield

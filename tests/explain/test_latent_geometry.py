@@ -10,12 +10,21 @@ from sfumato.edit.pullback import Pullback
 from sfumato.errors import BadInput, Conflict
 from sfumato.explain.latent_geometry import Geometry, LatentGeometry, explain_image
 from sfumato.hspace import Directions, Encoder, layer_of, local_basis
+from sfumato.hspace import basis as basis_module
 from sfumato.metrics.geometry import frechet_mean, geodesic_distance, spectrum
 from sfumato.sampling import generate, invert
 from tests.tiny import tiny_model
 
 POWER = {"iterations": 2, "tolerance": 1e-3}
 FEW = {"rank": 2, "samples": 1, **POWER}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rough():
+    """Bases need not be exact here, only the same ones (tests/hspace looks at how exact they are)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(basis_module, "OVERSAMPLING", 1)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ __all__ = [
 
 #: what stands for ``BREAK`` in a prompt that has been read: a blank to everybody else
 MARK = "\f"
-BREAK = re.compile(r"\s*(?:\bBREAK\b|\f)\s*")
+#: blanks before it are tried from the first of them only, or a text would take the square of their number
+BREAK = re.compile(r"(?:(?<!\s)\s+)?(?:\bBREAK\b|\f)\s*")
 #: the text axis of 64 windows of CLIP holds 4,928 positions, more than any image has in one layer of attention
 MOST = 64
 
