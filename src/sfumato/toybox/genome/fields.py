@@ -8,7 +8,7 @@ are texts or objects with a ``synset_name``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ... import valid
@@ -25,23 +25,37 @@ from .records import (
 
 
 class Fields:
-    """One JSON object, read field by field. ``place`` says where it stands; every error names it and the field."""
+    """One JSON object, read field by field. ``place`` says where it stands; every error names it and the field.
 
-    def __init__(self, raw: Any, place: str):
+    ``within``: the object it is in; then ``place`` is what follows that one's place, or a function that says it, called
+    where something is wrong alone.
+    """
+
+    def __init__(self, raw: Any, place: str | Callable[[], str], within: Fields | None = None):
+        self.raw, self._place, self._within = raw, place, within
         if not isinstance(raw, dict):
-            raise BadInput(f"{place} is {valid.brief(raw)}; it must be a JSON object.")
-        self.raw, self.place = raw, place
+            raise BadInput(f"{self.place} is {valid.brief(raw)}; it must be a JSON object.")
+
+    @property
+    def place(self) -> str:
+        here = self._place if isinstance(self._place, str) else self._place()
+        return here if self._within is None else f"{self._within.place}, {here}"
 
     def _one(self, names: tuple[str, ...]) -> Any:
         """The value under one of these names. Raises BadInput where there is none, or where two differ."""
-        there = [name for name in names if self.raw.get(name) is not None]
-        if not there:
+        value = None
+        for name in names:
+            other = self.raw.get(name)
+            if other is None:
+                continue
+            if value is not None and other != value:
+                both = " but ".join(f"{n} {valid.brief(self.raw[n])}" for n in names if self.raw.get(n) is not None)
+                raise BadInput(f"{self.place} has {both}; they must agree.")
+            value = other
+        if value is None:
             keys = ", ".join(map(str, list(self.raw)[:10])) or "nothing"
             raise BadInput(f"{self.place} has no {' or '.join(names)}; it has {keys}.")
-        if any(self.raw[name] != self.raw[there[0]] for name in there[1:]):
-            both = " but ".join(f"{name} {valid.brief(self.raw[name])}" for name in there)
-            raise BadInput(f"{self.place} has {both}; they must agree.")
-        return self.raw[there[0]]
+        return value
 
     def has(self, *names: str) -> bool:
         return any(self.raw.get(name) is not None for name in names)
@@ -61,7 +75,12 @@ class Fields:
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
     def text(self, *names: str) -> str:
-        return valid.text(self._one(names), f"{self.place}: {names[0]}")
+        return self._text(self._one(names), names[0])
+
+    def _text(self, value: Any, name: str) -> str:
+        if not isinstance(value, str) or valid.wrong(value):
+            valid.text(value, f"{self.place}: {name}")
+        return value
 
     def several(self, *names: str) -> list[Any]:
         """A list; an empty one where there is none."""
@@ -73,14 +92,12 @@ class Fields:
         return value
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        place = f"{self.place}: {names[0]}"
-        return tuple(valid.text(each, place) for each in self.several(*names))
+        return tuple(self._text(each, names[0]) for each in self.several(*names))
 
     def synsets(self) -> tuple[str, ...]:
         """Names of synsets, which are texts in some files and objects in others."""
-        place = f"{self.place}: synsets"
         return tuple(
-            Fields(each, place).text("synset_name") if isinstance(each, dict) else valid.text(each, place)
+            Fields(each, "synsets", self).text("synset_name") if isinstance(each, dict) else self._text(each, "synsets")
             for each in self.several("synsets")
         )
 
@@ -90,9 +107,12 @@ class Fields:
     def inner(self, name: str, kind: str, *ids: str) -> Iterator[Fields]:
         """The objects of a list, each with its number, or its id, in its place."""
         for index, each in enumerate(self.several(name)):
-            told = next((each[key] for key in ids if isinstance(each, dict) and each.get(key) is not None), None)
-            number = f"number {index + 1}" if told is None else valid.brief(told)
-            yield Fields(each, f"{self.place}, {kind} {number}")
+
+            def place(index: int = index, each: Any = each) -> str:
+                told = next((each[key] for key in ids if isinstance(each, dict) and each.get(key) is not None), None)
+                return f"{kind} number {index + 1}" if told is None else f"{kind} {valid.brief(told)}"
+
+            yield Fields(each, place, self)
 
 
 def image(of: Fields) -> GenomeImage:
@@ -125,7 +145,7 @@ def relationship(of: Fields) -> GenomeRelationship:
     for end in ("subject", "object"):
         embedded = of.raw.get(end)
         if isinstance(embedded, dict):
-            ends.append(Fields(embedded, f"{of.place}, {end}").whole("object_id", "id"))
+            ends.append(Fields(embedded, end, of).whole("object_id", "id"))
         else:
             ends.append(of.whole(f"{end}_id"))
     return GenomeRelationship(of.whole("relationship_id", "id"), of.text("predicate"), *ends, synsets=of.synsets())
