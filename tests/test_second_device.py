@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sfumato
 from sfumato.cards import build
+from sfumato.explain.daam import DAAM
 from sfumato.models import Model
 from sfumato.sampling import generate
 from tests.contract.systems import PAIRS, SYSTEMS
@@ -21,7 +22,7 @@ from tests.examples import write_adapters
 from tests.experts import write_expert
 from tests.guests import PROMPT, assert_same_maps
 from tests.second_device import NAME, Device, DeviceGenerator, OnDevice, WrongDevice, pretending
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_pipeline
 
 pytest.importorskip("torch._C._acc", reason="this torch lets nobody write a backend in Python")
 
@@ -186,3 +187,38 @@ def test_float64_is_noticed_in_our_code_alone():
     with pretending(watched="/elsewhere/") as device:
         torch.ones(2, device=NAME).double()
     assert not device.doubles
+
+
+# --- weights that rest elsewhere --------------------------------------------------------------------------------------
+
+
+def _mapped(pipe: Any) -> None:
+    from accelerate import dispatch_model
+
+    dispatch_model(pipe.unet, {"": NAME}, force_hooks=True)
+    pipe.vae.to(NAME)
+    pipe.text_encoder.to(NAME)
+
+
+OFFLOADED = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device=NAME),
+    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(device=NAME),
+    "device_map": _mapped,
+}
+
+
+@pytest.mark.parametrize("how", OFFLOADED)
+def test_weights_that_rest_elsewhere(how: str, device: Device, monkeypatch: Any):
+    """Our loop and a guest see the same as where all weights stay."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    own, given = DAAM(words=["cube"]), {"steps": 1, "guidance": 3.0, "seed": 5, "decode": False}
+    expected = generate(tiny_model("sd"), PROMPT, interventions=own, **given)
+    pipe = tiny_pipeline("sd", fresh=True)
+    OFFLOADED[how](pipe)
+    model, daam = Model(pipe, card=tiny_model("sd").card), DAAM(words=["cube"])
+    made = generate(model, PROMPT, interventions=daam, **given)
+    assert isinstance(made.latents, OnDevice) and torch.equal(made.latents.cpu(), expected.latents)
+    assert_same_maps(own.maps, daam.maps)
+    with sfumato.attached(pipe, "daam:words=[cube]") as run:
+        pipe(PROMPT, num_inference_steps=1, height=32, width=32, output_type="latent")
+    assert run.maps[0].map("cube").sum() > 0
