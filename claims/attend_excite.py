@@ -132,12 +132,12 @@ def told(interval: stats.Interval) -> str:
 
 
 def pictured(arms: Mapping[str, Arm], asked: Sequence[Prompt], title: str) -> Image.Image:
-    """The first pictures of every arm, what each was to show above and what the judge misses in it."""
+    """The first prompts, what each arm made of it side by side, with what the judge misses."""
     rows = {
         label: [(common.failing(arm.checks[i], asked[i].wishes), arm.pixels[i]) for i in range(min(SHOWN, len(asked)))]
         for label, arm in arms.items()
     }
-    return common.labelled(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]], title)
+    return common.beside(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]], title)
 
 
 def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, Any]) -> list[Row]:

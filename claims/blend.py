@@ -203,10 +203,10 @@ def as_data(found: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
 
 
 def pictured(asked: Sequence[Case], found: Mapping[str, Sequence[Outcome]], names: Mapping[str, str]) -> Any:
-    """Before, then the arms by their names, below what was asked for."""
+    """What was asked for, before, and the arms by their names."""
     rows = {"before": [one.picture for one in asked[:SHOWN]]}
     rows |= {says: [one.picture for one in found[arm][:SHOWN]] for arm, says in names.items()}
-    return common.labelled(rows, [one.toy_after for one in asked[:SHOWN]])
+    return common.beside(rows, [one.toy_after for one in asked[:SHOWN]])
 
 
 def edit_rows(

@@ -322,12 +322,12 @@ def plot(name: str, free: Mapping[float, Arm], clip: Mapping[float, Arm]) -> Ima
 
 
 def sheet(asked: Sequence[common.Prompt], arms: Mapping[str, Arm]) -> Image.Image:
-    """The same prompts, one setting to a row, with a mark where the judge finds all that was asked for."""
+    """The same prompts, the settings side by side, with a mark where the judge finds all that was asked for."""
     rows = {
         label: [("right" if one.right[i] else "not right", one.pictures[i]) for i in range(min(SHOWN, len(asked)))]
         for label, one in arms.items()
     }
-    return common.labelled(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]])
+    return common.beside(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]])
 
 
 def parts(name: str) -> tuple[Part, ...]:

@@ -303,12 +303,11 @@ def asked_for(wishes: Sequence[oracle.Wanted]) -> str:
 
 def failing(check: oracle.Check, wishes: Sequence[oracle.Wanted]) -> str:
     """What the judge misses in a picture, to stand above it."""
-    wrong = [
-        f"no {wish.shape}" if not there else f"not {asked_for([wish])}"
-        for wish, there, bound in zip(wishes, check.present, check.bound, strict=True)
-        if not bound
-    ]
-    return ", ".join(wrong) or "all right"
+    pairs = list(zip(wishes, check.present, check.bound, strict=True))
+    missing = ", ".join(wish.shape or "toy" for wish, there, _ in pairs if not there)
+    wrong = ", ".join(wish.shape or "toy" for wish, there, bound in pairs if there and not bound)
+    said = [f"{word} {which}" for word, which in (("no", missing), ("wrong", wrong)) if which]
+    return "; ".join(said) or "all right"
 
 
 def labelled(rows: Mapping[str, Sequence[Any]], heads: Sequence[str] = (), title: str = "") -> Image.Image:
@@ -320,3 +319,10 @@ def labelled(rows: Mapping[str, Sequence[Any]], heads: Sequence[str] = (), title
     side = (first[1] if isinstance(first, tuple) else first).shape[-1]
     scale = max(1, round(192 / side))
     return sheets.sheet(cells, columns, rows=list(rows), heads=heads, title=title, scale=scale)
+
+
+def beside(columns: Mapping[str, Sequence[Any]], cases: Sequence[str], title: str = "") -> Image.Image:
+    """One row a case, what was made of it side by side: columns of pictures, or of (label, picture), by their name."""
+    rows = zip(*columns.values(), strict=True)
+    named = {f"{i + 1}. {case}": list(row) for i, (case, row) in enumerate(zip(cases, rows, strict=True))}
+    return labelled(named, list(columns), title)

@@ -40,7 +40,7 @@ TOLD = ("scene", "hole")
 MODELS = ("toy-sd-inpaint", "toy-sd")
 CLOSER, SEAM, THERE, EMPTY = 3.0, 0.75, 0.7, 0.9  # dB, of blending's error, of toys, of holes
 SEEN = (0.8, 1.0)  # what the judge must read in the true results
-SHOWN = 8
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def compared(context: Context, task: str) -> tuple[Compared, dict[str, Setting],
     }
     rows |= {arm: [one.picture for one in found[arm][:SHOWN]] for arm in found}
     heads = [case.prompts["hole"] for case in asked[:SHOWN]]
-    return found, best, context.save(f"inpaint-{task}.png", common.labelled(rows, heads))
+    return found, best, context.save(f"inpaint-{task}.png", common.beside(rows, heads))
 
 
 def facts(found: Compared, best: Mapping[str, Setting]) -> dict[str, Any]:

@@ -326,7 +326,7 @@ def boxes(name: str, context: Context) -> list[Row]:
     shown = {
         "leans_on": common.trust_text(context, "shape", "color"),
         "picture": context.save(
-            f"no-token-left-behind-boxes-{name}.png", common.labelled(rows, [asked[i].phrase for i in few])
+            f"no-token-left-behind-boxes-{name}.png", common.beside(rows, [asked[i].phrase for i in few])
         ),
         "data": {"strengths": strengths},
     }
@@ -385,7 +385,7 @@ def latents(context: Context) -> list[Row]:
         arms[arm] = done.pixels.clamp(-1, 1)
     verdicts = {arm: checks(context, pixels, asked) for arm, pixels in arms.items()}
     present = {arm: stats.share([hit for one in found for hit in one.present]) for arm, found in verdicts.items()}
-    picture = common.labelled(
+    picture = common.beside(
         {arm: list(pixels[:SHOWN]) for arm, pixels in arms.items()}, [common.asked_for(p.wishes) for p in asked[:SHOWN]]
     )
     return [

@@ -214,7 +214,7 @@ def painting(name: str, context: Context) -> list[Row]:
     rows |= {arm: [pictures[arm][i] for i in few] for arm in ("plain", "painted")}
     rows |= {"other boxes": [drawn_boxes(other[i], pictures["plain"][i]) for i in few]}
     rows |= {"painted so": [pictures["swapped"][i] for i in few]}
-    sheet = common.labelled(rows, [common.asked_for(asked[i].prompt.wishes) for i in few])
+    sheet = common.beside(rows, [common.asked_for(asked[i].prompt.wishes) for i in few])
     shown = {
         "leans_on": common.trust_text(context, "shape", "color"),
         "picture": context.save(f"paint-with-words-{name}.png", sheet),

@@ -300,7 +300,7 @@ def from_noise(name: str, context: Context) -> list[Row]:
     rows = {"silhouette": [common.heat(one.mask.float()) for one in asked[: blend.SHOWN]]}
     for arm, says in (("plain", "plain"), ("shape-guided", "shape-guided")):
         rows[says] = [one.picture for one in found[arm][: blend.SHOWN]]
-    sheet = common.labelled(rows, [one.toy_after for one in asked[: blend.SHOWN]])
+    sheet = common.beside(rows, [one.toy_after for one in asked[: blend.SHOWN]])
     shown = {
         "leans_on": common.trust_text(context, "color"),
         "picture": context.save(f"shape-guided-{name}-noise.png", sheet),

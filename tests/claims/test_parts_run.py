@@ -51,12 +51,15 @@ def loaded():
 def context(tmp_path, monkeypatch, loaded):
     made = Context(quick=True)
     made.pictures, made.cache = tmp_path, loaded
-    made.count = lambda full, quick: {1000: 8, 2000: 60}.get(full, min(2, quick))  # sets of renders need some
+    # distances between sets, and the densities of SaD, need more than one
+    made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
     monkeypatch.setattr(inpaint, "STEPS", 2)
     monkeypatch.setattr(clip_guidance, "STEPS", 2)
     monkeypatch.setattr(mgad, "STEPS", 2)
     monkeypatch.setattr(mgad, "CUTOUTS", 2)
     monkeypatch.setattr(no_token_left_behind, "STEPS", 2)
+    monkeypatch.setattr(no_token_left_behind, "STRENGTHS", (0.2,))
+    monkeypatch.setattr(no_token_left_behind, "GUIDE", {"cutouts": 1, "window": (0.0, 0.6)})
     monkeypatch.setattr(no_token_left_behind.timed, "__defaults__", (2,))
     monkeypatch.setattr(attend_excite, "STEPS", ({"strength": 20.0, "tries": 1},))
     monkeypatch.setattr(attend_excite, "ENOUGH", (0.8,))
