@@ -55,6 +55,7 @@ def context(tmp_path, monkeypatch, loaded):
     made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
     monkeypatch.setattr(inpaint, "STEPS", 2)
     monkeypatch.setattr(clip_guidance, "STEPS", 2)
+    monkeypatch.setattr(clip_guidance, "TUNED", clip_guidance.N)
     monkeypatch.setattr(mgad, "STEPS", 2)
     monkeypatch.setattr(mgad, "CUTOUTS", 2)
     monkeypatch.setattr(no_token_left_behind, "STEPS", 2)
