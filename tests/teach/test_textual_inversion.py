@@ -264,7 +264,7 @@ def test_more_latents_than_memory_are_made_again(photos, monkeypatch):
     small = Subject(model, photos)
     for _ in range(2):
         again = [small.latents(i, mirrored) for i in range(3) for mirrored in (False, True)]
-        assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True)) and len(small._kept) == 2
+        assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True)) and len(small._cache) == 2
 
 
 def test_pictures_of_every_kind_and_damaged_ones_before_anything_is_learnt(tmp_path):
