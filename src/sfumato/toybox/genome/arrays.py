@@ -70,7 +70,7 @@ def vocabulary(
         kept.append([(name, counts[name]) for name in order[:most]])
     names = [tuple(name for name, _ in each) for each in kept]
     numbers = [tuple(number for _, number in each) for each in kept]
-    return Vocabulary(*names, *numbers[:2])
+    return Vocabulary(names[0], names[1], names[2], numbers[0], numbers[1])
 
 
 def splits(n: int, shares: Sequence[float] = SPLIT_SHARES) -> NDArray[np.int32]:
@@ -169,8 +169,10 @@ def sg2im_arrays(
         raise BadInput("no image passes the bounds on sizes, objects and relationships; widen them.")
     i, o = len(kept), max(len(things) for _, things, _, _ in kept)
     r = max(max(len(links) for _, _, links, _ in kept), 1)
-    one = {name: np.full((i, o), -1, np.int64) for name in ("object_ids", "object_names", "attributes_per_object")}
-    two = {
+    one: dict[str, np.ndarray] = {
+        name: np.full((i, o), -1, np.int64) for name in ("object_ids", "object_names", "attributes_per_object")
+    }
+    two: dict[str, np.ndarray] = {
         name: np.full((i, r), -1, np.int64)
         for name in (
             "relationship_ids",
@@ -179,7 +181,8 @@ def sg2im_arrays(
             "relationship_objects",
         )
     }
-    boxes, said = np.full((i, o, 4), -1, np.int64), np.full((i, o, ATTRIBUTES), -1, np.int64)
+    boxes: np.ndarray = np.full((i, o, 4), -1, np.int64)
+    said: np.ndarray = np.full((i, o, ATTRIBUTES), -1, np.int64)
     for k, (_, things, links, rows) in enumerate(kept):
         for j, it in enumerate(things):
             one["object_ids"][k, j], one["object_names"][k, j] = it.id, noun[it.name.lower()]
@@ -229,10 +232,10 @@ def truths_of(arrays: dict[str, np.ndarray], split: int | None = None) -> list[T
     for i in range(len(arrays["split"])):
         if split is not None and arrays["split"][i] != split:
             continue
-        first, last = arrays["img_to_first_box"][i], arrays["img_to_last_box"][i] + 1
-        begin, end = arrays["img_to_first_rel"][i], arrays["img_to_last_rel"][i] + 1
-        rows = slice(max(first, 0), last) if first >= 0 else slice(0, 0)
-        links = slice(begin, end) if begin >= 0 else slice(0, 0)
+        first, last = (int(arrays[f"img_to_{end}_box"][i]) for end in ("first", "last"))
+        begin, finish = (int(arrays[f"img_to_{end}_rel"][i]) for end in ("first", "last"))
+        rows = slice(max(first, 0), last + 1) if first >= 0 else slice(0, 0)
+        links = slice(begin, finish + 1) if begin >= 0 else slice(0, 0)
         found.append(
             TrueGraph(
                 arrays["labels"][rows, 0], boxes[rows], arrays["relationships"][links] - max(first, 0),

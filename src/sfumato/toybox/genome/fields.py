@@ -148,7 +148,8 @@ def relationship(of: Fields) -> GenomeRelationship:
             ends.append(Fields(embedded, end, of).whole("object_id", "id"))
         else:
             ends.append(of.whole(f"{end}_id"))
-    return GenomeRelationship(of.whole("relationship_id", "id"), of.text("predicate"), *ends, synsets=of.synsets())
+    own, predicate = of.whole("relationship_id", "id"), of.text("predicate")
+    return GenomeRelationship(own, predicate, ends[0], ends[1], of.synsets())
 
 
 def region(of: Fields, image_id: int) -> GenomeRegion:
@@ -167,5 +168,5 @@ def region(of: Fields, image_id: int) -> GenomeRegion:
 def question(of: Fields, image_id: int) -> GenomeQuestion:
     if of.has("image_id") and (named := of.whole("image_id")) != image_id:
         raise BadInput(f"{of.place}: image_id is {named}, but it stands under image {image_id}.")
-    named, told = (tuple(thing(each) for each in of.inner(key, "object")) for key in ("q_objects", "a_objects"))
-    return GenomeQuestion(of.whole("qa_id", "id"), image_id, of.text("question"), of.text("answer"), named, told)
+    about, told = (tuple(thing(each) for each in of.inner(key, "object")) for key in ("q_objects", "a_objects"))
+    return GenomeQuestion(of.whole("qa_id", "id"), image_id, of.text("question"), of.text("answer"), about, told)

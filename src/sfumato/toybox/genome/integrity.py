@@ -57,7 +57,8 @@ class _Ids:
         """Ids that several images have."""
         if not self.parts:
             return
-        every, owner = np.concatenate(self.parts), np.repeat(self.images, [len(part) for part in self.parts])
+        every: np.ndarray = np.concatenate(self.parts)
+        owner: np.ndarray = np.repeat(self.images, [len(part) for part in self.parts])
         order = np.argsort(every, kind="stable")
         again = np.flatnonzero(every[order][1:] == every[order][:-1])
         for k in again:
@@ -101,12 +102,12 @@ def check(path: Path | str) -> Iterator[Finding]:
     regions = set()
     if genome.has("region_descriptions.json"):
         numbers, seen = _Ids("region_descriptions.json", "region"), set()
-        for image_id, each in genome.regions():
-            numbers.add(image_id, (region.id for region in each))
-            regions |= {region.id for region in each}
+        for image_id, spoken in genome.regions():
+            numbers.add(image_id, (region.id for region in spoken))
+            regions |= {region.id for region in spoken}
             seen.add(image_id)
             yield from _of_image(numbers.file, image_id, images)
-            for region in each:
+            for region in spoken:
                 yield from _region(numbers.file, region, images.get(image_id))
                 yield from _defined(numbers.file, image_id, (m.synset for m in region.mentions), defined)
         yield from numbers.twice()

@@ -178,9 +178,9 @@ class JsonFiles:
                 raise BadInput(f"{zipped} holds {told}; it has {_listed(archive.namelist())}.")
             told = f"{name} in {zipped}"
             with readable(told):
-                file = archive.open(members[0])
-            with file:
-                yield file, told
+                member = archive.open(members[0])
+            with member:
+                yield member, told
 
 
 def _members(archive: zipfile.ZipFile, name: str) -> list[str]:

@@ -176,10 +176,10 @@ class GenomeWriter:
             if name == "scene_graphs":
                 self._write(f"by-id/{record.image.id}.json", entry)
         self.open["sceneGraphs"].write(f'{joint}"{record.image.id}": {valid.json_text(gqa_graph(record))}')
-        for each in record.questions:
-            if each.region_id is not None:
+        for asked in record.questions:
+            if asked.region_id is not None:
                 mark = ", " if self.regions else ""
-                self.open["qa_to_region_mapping"].write(f'{mark}"{each.id}": {each.region_id}')
+                self.open["qa_to_region_mapping"].write(f'{mark}"{asked.id}": {asked.region_id}')
                 self.regions += 1
         self.count += 1
 
