@@ -66,7 +66,7 @@ def run() -> list[Figure]:
     )
     return [
         Figure(
-            "Attend-and-Excite / diffusers' pipeline", against.text(), "0.60 or less", against.median <= 0.6, detail,
+            "Attend-and-Excite / diffusers' pipeline", against.text(), "0.45 or less", against.median <= 0.45, detail,
             {"seconds": seconds},
         ),
         Figure("Attend-and-Excite / plain step", plain.text(), "for comparison", None, detail),
