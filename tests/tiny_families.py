@@ -6,6 +6,7 @@ kind            what it is (pixels per latent: 2)
 chroma          Flux without pooled text, masked padding, real guidance
 auraflow        UMT5, eight register tokens before the text, joint and single blocks
 sana            Gemma2; linear self-attention, cross-attention; its pipeline takes multiples of 32
+fill            Flux that sees a mask, pixel by pixel, and the picture outside it
 kontext         Flux with a reference picture, which is scaled to 32x32 or so
 flux2           Flux.2 [dev]: Mistral 3 with a chat template, padded on its left; guidance distilled
 klein           Flux.2 [klein]: Qwen3 with a chat template; one place of the grid is 4 pixels wide
@@ -37,6 +38,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxFillPipeline,
     FluxKontextPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
@@ -202,6 +204,13 @@ def _kontext() -> FluxKontextPipeline:
     pipe = FluxKontextPipeline(**parts)
     pipe.default_sample_size = 16
     return pipe
+
+
+def _fill() -> FluxFillPipeline:
+    parts = {name: part for name, part in tiny._flux(True).components.items() if part is not None}
+    denoiser = parts["transformer"]
+    parts["transformer"] = type(denoiser).from_config(denoiser.config, in_channels=48, out_channels=16)
+    return FluxFillPipeline(**parts)
 
 
 def _flux2_parts(guided: bool) -> tuple[AutoencoderKLFlux2, Flux2Transformer2DModel]:
@@ -405,6 +414,7 @@ BUILDERS = {
     "chroma": _chroma,
     "auraflow": _auraflow,
     "sana": _sana,
+    "fill": _fill,
     "kontext": _kontext,
     "flux2": _flux2,
     "klein": _klein,

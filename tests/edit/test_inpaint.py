@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux import pipeline_flux_fill as flux_fill
 from PIL import Image
 
 from sfumato.edit.blend import Blend
@@ -64,6 +66,28 @@ def test_without_a_mask_everything_is_the_hole(model):
     ours = generate(model, PROMPT, steps=3, seed=2, guidance=3.0, decode=False)
     theirs = peer(model, mask=torch.ones(32, 32))
     assert torch.equal(ours.latents, theirs)
+
+
+def test_flux_fill_is_its_pipeline(monkeypatch):
+    model = tiny_model("fill")
+    rng = np.random.default_rng(3)
+    shown = Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    mask = torch.zeros(32, 48)
+    mask[5:21, 9:30] = 1
+    monkeypatch.setattr(flux_fill, "retrieve_latents", lambda found, generator=None: found.latent_dist.mode())
+    theirs = model.pipe(
+        PROMPT, image=shown, mask_image=Image.fromarray((mask.numpy() * 255).astype(np.uint8)), width=48, height=32,
+        num_inference_steps=2, generator=torch.Generator().manual_seed(2), output_type="latent",
+    ).images  # fmt: skip
+    given = {"steps": 2, "seed": 2, "image": shown, "strength": 1.0, "decode": False}
+    ours = generate(model, PROMPT, interventions=Inpaint(mask=mask, hold=False), **given)
+    assert torch.equal(ours.latents, model.pipe._unpack_latents(theirs, 32, 48, 2))
+    traced = DAAM(words=["cube"])
+    assert torch.equal(generate(model, PROMPT, interventions=[Inpaint(mask=mask, hold=False), traced], **given).latents,
+                       ours.latents)  # fmt: skip
+    assert traced.maps[0].map("cube").std() > 0
+    whole = generate(model, PROMPT, steps=2, seed=2, size=(48, 32), decode=False)  # without a mask: all of it
+    assert not torch.equal(whole.latents, ours.latents) and whole.latents.isfinite().all()
 
 
 def test_an_inpainting_folder_loads_and_runs(tmp_path):

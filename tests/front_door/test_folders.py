@@ -451,6 +451,7 @@ def further(kind: str, part: str, name: str, channels: int, root: Path) -> Path:
         ("sd", "unet", "StableDiffusionPipeline", 9, "say StableDiffusionInpaintPipeline as _class_name"),
         ("sdxl", "unet", "StableDiffusionXLInpaintPipeline", 9, "StableDiffusionXLPipeline does not give it.*blend"),
         ("flux", "transformer", "FluxFillPipeline", 96, "reads 20 channels beside the latents.*blend"),
+        ("flux", "transformer", "FluxPipeline", 48, "say FluxFillPipeline as _class_name"),
     ],
 )
 def test_denoisers_that_read_more(kind: str, part: str, name: str, channels: int, way_out: str, tmp_path: Path):
@@ -458,7 +459,7 @@ def test_denoisers_that_read_more(kind: str, part: str, name: str, channels: int
     with pytest.raises(NotSupported, match=way_out):
         load(path)
     if "_class_name" in way_out:
-        edit(path / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+        edit(path / "model_index.json", _class_name=way_out.split()[1])
         assert load(path).family.takes_mask
 
 

@@ -131,12 +131,13 @@ def trained_coverage(model: Any) -> float | None:
 
 
 def hole_of(model: Any, pixels: Tensor, erased: Tensor, share: Tensor) -> Tensor:
-    """What an inpainting denoiser sees beside its latents (b 1+c h w): the mask on their grid, and the latents of the
-    picture with the hole in grey.
+    """What an inpainting denoiser sees beside its latents (b m+c h w): the mask, and the latents of the picture with
+    the hole in grey.
 
     ``pixels`` (b or 1, 3 H W) in [-1, 1]; ``erased`` (b or 1, 1 H W) and ``share`` (b or 1, 1 h w) are 1 where to draw
     anew.
     """
     n = max(len(pixels), len(erased))
     known = model.encode_image((pixels * (1 - erased)).expand(n, -1, -1, -1))
-    return torch.cat([share.expand(n, -1, -1, -1).to(known), known], 1)
+    hole: Tensor = model.family.hole(known, *(each.expand(n, -1, -1, -1) for each in (erased, share)))
+    return hole

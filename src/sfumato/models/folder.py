@@ -122,12 +122,14 @@ def _refuse_further_inputs(model: Model, where: Path) -> None:
     if not further:
         return
     of_masks = [
-        name for name, family in families().items() if family.inpaints and issubclass(family, type(model.family))
+        name
+        for name, family in families().items()
+        if family.inpaints and issubclass(family, type(model.family)) and family(model.pipe).takes_mask
     ]
     hint = "load a text-to-image checkpoint, with which blend redraws regions"
     if model.clips:
         hint = "load a text-to-video checkpoint"
-    if of_masks and further == 1 + int(model.pipe.vae.config.latent_channels):
+    if of_masks:
         hint = f"say {of_masks[0]} as _class_name in its model_index.json"
     raise NotSupported(
         f"{where} has a denoiser that reads {further} channels beside the latents, a mask or another picture, which "

@@ -22,7 +22,7 @@ class Flux(Family):
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
     siblings = {
-        **kin("FluxPipeline", "Flux{}Pipeline", "Img2Img Inpaint Fill Control ControlImg2Img ControlInpaint"),
+        **kin("FluxPipeline", "Flux{}Pipeline", "Img2Img Inpaint Control ControlImg2Img ControlInpaint"),
         **kin("FluxPipeline", "FluxControlNet{}Pipeline", "Img2Img Inpaint", NO_CONTROL),
         "FluxControlNetPipeline": ("FluxPipeline", NO_CONTROL),
     }

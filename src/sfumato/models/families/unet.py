@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, kin
+from sfumato.models.families.inpainting import Inpainting
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
 
@@ -159,17 +159,12 @@ class StableDiffusion(Family):
         return "cross" if module.is_cross_attention else "self"
 
 
-class StableDiffusionInpaint(StableDiffusion):
-    """Stable Diffusion with a mask for input (GLIDE's fine-tune, Nichol et al. 2021, section 3.2, on latents).
-
-    The U-Net sees the noisy latents, the mask (1: draw anew) and the latents of the picture with the hole in grey. The
-    last two travel in the condition, as ``hole`` (b 1+c h w); where a condition has none everything is drawn anew, so
-    that the model makes pictures from prompts like any other. A pipeline with an ordinary U-Net takes no mask.
-    """
+class StableDiffusionInpaint(Inpainting, StableDiffusion):
+    """Stable Diffusion with a mask for input (GLIDE's fine-tune, Nichol et al. 2021, section 3.2, on latents): the mask
+    on the latents' grid, then the latents of the picture with the hole in grey."""
 
     name = "sd_inpaint"
     capabilities = StableDiffusion.capabilities | {"mask_input"}
-    inpaints = True
     pipeline_classes = ("StableDiffusionInpaintPipeline",)
     siblings = {
         **kin("StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "ControlNetInpaint", NO_CONTROL),
@@ -181,50 +176,6 @@ class StableDiffusionInpaint(StableDiffusion):
             f"{NO_CONTROL}; {NO_PAG}",
         ),
     }
-
-    def __init__(self, pipe: Any, max_sequence_length: int | None = None):
-        super().__init__(pipe, max_sequence_length)
-        self._empty: dict[tuple[Any, ...], Tensor] = {}
-
-    @property
-    def channels(self) -> int:
-        return int(self.pipe.vae.config.latent_channels)
-
-    @property
-    def takes_mask(self) -> bool:
-        return int(self.config.in_channels) == 2 * self.channels + 1
-
-    @property
-    def further_channels(self) -> int:
-        return 0 if self.takes_mask else int(self.config.in_channels) - self.channels
-
-    def has(self, capability: str) -> bool:
-        return super().has(capability) and (capability != "mask_input" or self.takes_mask)
-
-    def set_timesteps(
-        self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]
-    ) -> None:
-        super().set_timesteps(scheduler, steps, h, w, device, frames, **given)
-        if self.takes_mask:  # before anybody watches the denoiser: the autoencoder has attention of its own
-            self._all(torch.empty(1, self.channels, h, w, device=device, dtype=self.denoiser.dtype))
-
-    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
-        if self.takes_mask:
-            hole = rows["hole"] if "hole" in rows else self._all(x).expand(len(x), -1, -1, -1)
-            x = torch.cat([x, hole.to(x)], 1)
-        return super().predict(x, t, rows, guidance, extra)
-
-    def _all(self, x: Tensor) -> Tensor:
-        """(1 1+c h w): a hole as large as the picture, for latents like ``x``."""
-        key = (*x.shape[-2:], x.dtype, x.device)
-        if key not in self._empty:
-            vae = self.pipe.vae
-            size = (x.shape[-2] * self.scale, x.shape[-1] * self.scale)
-            with torch.no_grad():
-                grey = torch.zeros(1, 3, *size, device=self.device, dtype=vae.dtype)
-                latents = codec.finite(vae, lambda: self.encode_image(grey, None), "encoded", self.name)
-            self._empty[key] = torch.cat([torch.ones_like(latents[:, :1]), latents], 1).to(x)
-        return self._empty[key]
 
 
 class StableDiffusionXL(StableDiffusion):
