@@ -97,7 +97,7 @@ def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
         card["sampling"]["max_sequence_length"] = 0
     if kind in ("klein", "flux2"):
         card["sampling"]["max_sequence_length"] = 48  # its encoder has 27 layers, which pads to 512 take long
-    if kind in ("z_image", "wan", "ltx", "cogvideox", "hunyuan"):
+    if kind in ("hidream", "z_image", "wan", "ltx", "cogvideox", "hunyuan"):
         card["sampling"]["max_sequence_length"] = 64
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
 

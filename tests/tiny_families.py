@@ -12,6 +12,7 @@ flux2           Flux.2 [dev]: Mistral 3 with a chat template, padded on its left
 klein           Flux.2 [klein]: Qwen3 with a chat template; one place of the grid is 4 pixels wide
 qwenimage       Qwen2.5-VL behind a template whose head is cut off; texts of their own length in each branch
 qwenimage_edit  the same with a picture that both networks see, about 64x64; qwenimage_edit_plus: with several
+hidream         two CLIPs pooled, T5, and a Llama's layers, one for each block; experts
 lumina2         Gemma2; text and image in one sequence, packed per sample; 8 pixels per latent
 z_image         Qwen3; image and text in one sequence, padded to multiples of 32
 (clips)         see `tests.tiny_clips`
@@ -40,6 +41,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxFillPipeline,
     FluxKontextPipeline,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     QwenImageEditPipeline,
@@ -56,6 +59,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -352,6 +357,51 @@ def _qwenimage_edit(kind: type[QwenImageEditPipeline | QwenImageEditPlusPipeline
     return pipe
 
 
+def _hidream() -> HiDreamImagePipeline:
+    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = tiny._clip(projection=16), tiny._clip(projection=24)
+    text_encoder_3, tokenizer_3 = tiny._t5()
+    tokenizer_4 = copy.deepcopy(qwen_tokenizer())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer_4),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[32, 16],
+        text_emb_dim=40,
+        num_routed_experts=3,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(32, 32),
+        llama_layers=[0, 2, 2],
+    )
+    pipe = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=tiny._vae(0.3611, 0.1159, quant=False),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        text_encoder_4=LlamaForCausalLM(config),
+        tokenizer_4=tokenizer_4,
+        transformer=transformer,
+    )
+    pipe.default_sample_size = 24  # it brings every size to the area of 48x48 pixels
+    return pipe
+
+
 def _lumina2() -> Lumina2Pipeline:
     tokenizer = gemma_tokenizer()
     vae = tiny._vae(0.3611, 0.1159, quant=False, levels=4)
@@ -421,6 +471,7 @@ BUILDERS = {
     "qwenimage": _qwenimage,
     "qwenimage_edit": lambda: _qwenimage_edit(QwenImageEditPipeline),
     "qwenimage_edit_plus": lambda: _qwenimage_edit(QwenImageEditPlusPipeline),
+    "hidream": _hidream,
     "lumina2": _lumina2,
     "z_image": _z_image,
 }

@@ -27,6 +27,7 @@ from sfumato.models import Model, Site, load, quiet
 from sfumato.models.hooks import running
 from sfumato.sampling import generate
 from sfumato.sampling.guest import attached
+from sfumato.text import Words
 from tests import tiny
 from tests.guests import assert_same_maps
 from tests.tiny import tiny_model, tiny_pipeline
@@ -41,13 +42,19 @@ CALLS: dict[str, dict[str, Any]] = {
     "klein": {"max_sequence_length": 48},
     "qwenimage": {},
     "lumina2": {},
+    "hidream": {"max_sequence_length": 64},
     "z_image": {"max_sequence_length": 64},
     "wan": {"max_sequence_length": 64, "num_frames": 5},
     "ltx": {"max_sequence_length": 64, "num_frames": 9},
     "cogvideox": {"max_sequence_length": 64, "num_frames": 9},
     "hunyuan": {"max_sequence_length": 64, "num_frames": 9},
 }
-SIZES = {"sana": (96, 64), "lumina2": (144, 80), **{kind: size[::-1] for kind, size in tiny.SIZES.items()}}
+SIZES = {
+    "sana": (96, 64),
+    "lumina2": (144, 80),
+    "hidream": (64, 36),
+    **{kind: size[::-1] for kind, size in tiny.SIZES.items()},
+}
 #: what the pipeline calls its guidance, and the scale that turns it off
 GUIDANCE = {
     **dict.fromkeys(("qwenimage", "qwenimage_edit", "qwenimage_edit_plus"), ("true_cfg_scale", 1.0)),
@@ -56,6 +63,8 @@ GUIDANCE = {
 }
 #: what has to be said for "nothing": without it the pipeline would not guide
 NEGATIVE = {"qwenimage": " ", "qwenimage_edit": " ", "qwenimage_edit_plus": " ", "hunyuan": ""}
+#: the tokenizer whose tokens attention sees (first), where it is not the pipeline's first
+TOKENIZER = {"kontext": "tokenizer_2", "hidream": "tokenizer_3"}
 #: attention among the text alone, no sites
 TEXT_ALONE = ("context_refiner", "context_embedder")
 #: parts that mix places without attention, muted too
@@ -208,7 +217,7 @@ def places_changed(a: Tensor, b: Tensor) -> list[int]:
 
 def tokens_of(model: Model, kind: str, prompt: str) -> list[int]:
     """The tokens whose features the denoiser is given, as the pipeline lays the prompt out."""
-    tokenizer, head = model.pipe.tokenizer_2 if kind == "kontext" else model.pipe.tokenizer, 0
+    tokenizer, head = getattr(model.pipe, TOKENIZER.get(kind, "tokenizer")), 0
     if kind == "qwenimage":
         prompt, head = model.pipe.prompt_template_encode.format(prompt), model.pipe.prompt_template_encode_start_idx
     elif kind == "hunyuan":
@@ -240,7 +249,7 @@ def edited_tokens(model: Model, prompt: str) -> list[int]:
 
 def token_of(model: Model, kind: str, prompt: str, word: str) -> int:
     """Place of a one-token word in the features that the pipeline makes of a prompt."""
-    tokenizer = model.pipe.tokenizer_2 if kind == "kontext" else model.pipe.tokenizer
+    tokenizer = getattr(model.pipe, TOKENIZER.get(kind, "tokenizer"))
     alone = [tokenizer(blank + word, add_special_tokens=False).input_ids for blank in ("", " ")]
     # byte-pair pieces within a text begin with the blank
     (place,) = (i for i, token in enumerate(tokens_of(model, kind, prompt)) if [token] in alone)
@@ -305,7 +314,19 @@ def test_one_cell_reaches_one_query(kind: str):
         assert places_changed(before, after) == [site.image[0] + (frame * rows + row) * columns + column]
 
 
-@pytest.mark.parametrize("kind", CALLS)
+def test_a_word_of_hidream_has_three_places():
+    model, word = tiny_model("hidream"), "dog"
+    sites = sites_of(model, "hidream", PROMPTS[:1])
+    tokens = model.pipe.tokenizer_4(PROMPTS[0]).input_ids
+    alone = model.pipe.tokenizer_4(f" {word}").input_ids
+    t5, llama = token_of(model, "hidream", PROMPTS[0], word), tokens.index(alone[0])
+    assert Words(model).read(PROMPTS[0]).one(word).positions == (t5, 64 + llama, 128 + llama)
+    found = planted_keys(model, "hidream", 128 + llama)  # the last layer stands at both places of the Llama
+    for site in sites:
+        assert found[site.path] == [site.text[0] + 64 + llama, site.text[0] + 128 + llama]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CALLS if kind != "hidream"])
 def test_word_maps_are_the_attention_at_the_planted_keys(kind: str):
     model = tiny_model(kind)
     options: dict[str, Any] = {"steps": 2, "seed": [7, 3], "size": size_of(kind), "decode": False}

@@ -238,7 +238,7 @@ def opened(
     for part in parts:
         if part.keeps_graph and not process.differentiable:
             raise process.lacks("gradient with respect to the state", part.name)
-    if grad and not process.differentiable:
+    if grad and not (process.differentiable and model.family.has("differentiable_state")):
         raise process.lacks("gradient with respect to the state", "grad")
     run = Run(
         model=model,
