@@ -20,6 +20,8 @@ KINDS = {
     "pixart": "pixart",
     "chroma": "chroma",
     "auraflow": "auraflow",
+    "klein": "flux2-klein",
+    "sana": "sana",
     "animatediff": "animatediff",
     "amused": "amused",
 }
