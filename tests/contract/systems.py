@@ -20,8 +20,6 @@ KINDS = {
     "pixart": "pixart",
     "chroma": "chroma",
     "auraflow": "auraflow",
-    "klein": "flux2-klein",
-    "sana": "sana",
     "animatediff": "animatediff",
     "amused": "amused",
 }
