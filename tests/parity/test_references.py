@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.adapters.lora import LoRA
+from sfumato.cards import build, method
 from sfumato.errors import BadInput
 from sfumato.explain.daam import DAAM
 from sfumato.models import Encoding, Model, load, quiet
@@ -209,6 +210,9 @@ def test_systems(tmp_path: Path):
     drawn(model, kind, pictures, [seen, PaintWithWords(phrases=["dog"], box=[(0, 0, 0.5, 1)], strength=4.0)], **one)
     share = [each.maps[0].map("dog", size=(8, 8))[:, :4].mean() for each in (traced, seen)]
     assert share[1] > share[0]
+    shaped = build(method("shape_guided").CARD.example)  # its masks end before the tokens of the reference
+    said = {**one, "prompts": "a red cube and a blue ball", "size": (32, 32)}
+    assert drawn(model, kind, pictures, shaped, **said).latents.isfinite().all()
     steered = AttendExcite(words=["dog"], strength=5.0, thresholds=[], window=(0.0, 1.0))
     moved = drawn(model, kind, pictures, steered, **one)
     assert not torch.equal(moved.latents, plain.latents) and moved.latents.isfinite().all()

@@ -113,6 +113,9 @@ class InsideOutside(Intervention):
         weights = self._weights(call.site, call.step.progress)
         weights = 1 + self.strength * (weights - 1)
         probs = call.probs()
+        if call.site.kind == "joint":  # tokens of reference pictures follow: they are left as they are
+            rows, columns = (probs.shape[axis] - weights.shape[axis - 1] for axis in (2, 3))
+            weights = torch.nn.functional.pad(weights, (0, columns, 0, rows), value=1.0)
         repeats = len(probs) // len(weights)
         probs = probs * weights.repeat(repeats, 1, 1)[:, None].to(probs)
         if self.options.renormalise == "all" or (self.options.renormalise == "joint" and call.site.kind == "joint"):
