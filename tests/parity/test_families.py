@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,8 @@ def guidance(kind: str, scale: float | None) -> tuple[dict[str, float], dict[str
 def test_latents_of_the_pipeline(kind: str):
     model = tiny_model(kind)
     own, theirs = guidance(kind, 4.0)
-    with attached(model.pipe, DAAM(per_head=True)) as guest:  # it sees what it sees in our loop, and changes nothing
+    visits = kind != "hidream"  # whose texts no guest can tell: two encoders' features, one with a layer for each block
+    with attached(model.pipe, DAAM(per_head=True)) if visits else nullcontext() as guest:  # it changes nothing
         peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
     ours = generate(
         model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, negative=NEGATIVES,
@@ -131,8 +132,9 @@ def test_latents_of_the_pipeline(kind: str):
     assert torch.equal(as_given_out(model, kind, ours.latents), peer)
     assert peer.abs().sum() > 0
     assert ours.cost == 4
-    assert_same_maps(daam.maps, guest.maps)
-    assert ours.coverage == guest.coverage
+    if visits:  # and sees what it sees in our loop
+        assert_same_maps(daam.maps, guest.maps)
+        assert ours.coverage == guest.coverage
 
 
 @pytest.mark.parametrize("kind", CALLS)
