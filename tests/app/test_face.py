@@ -103,6 +103,52 @@ def test_options_are_called_alike() -> None:
         assert len(found[flag]) == 1, (flag, found[flag])
 
 
+DRAW = "make explain edit segment compare"
+#: option -> every command that has it; what is not there has no meaning there
+PRESENT = {
+    "--model": "make explain edit segment adapters teach",
+    "--config": "make explain edit segment teach",
+    "--device": f"{DRAW} judge train teach",
+    "--dtype": f"{DRAW} judge",  # training chooses its own precision
+    "--out": f"{DRAW} judge train teach",
+    "--with": "make explain edit compare",
+    "--by": "explain edit segment judge teach",
+    "--scheduler": "make explain edit compare",  # segment walks the schedule of its method
+    "--steps": f"{DRAW} teach",
+    "--guidance": DRAW,
+    "--size": DRAW,
+    "--seed": f"{DRAW} judge teach",  # a recipe has its seed
+    "--negative": "make explain compare",
+    "-n": "make explain segment compare",
+    "--prompt": "explain segment compare",  # of the others it is the argument
+    "--prompts": "make judge compare",
+    "--like": "make edit",
+    "--allow": "make edit",
+    "--mask": "edit",
+    "--resume": "train teach",
+    "--minutes": "train teach",
+    "--json": "judge compare models methods adapters",
+    "--reference": "judge compare",
+    "--net": "judge compare",
+    "--clip": "judge compare",
+    "--ray": "make judge",
+    "--workers": "make judge",
+}
+
+
+def test_options_are_where_they_mean_something() -> None:
+    found: dict[str, set[str]] = {}
+    for name in frame.COMMANDS:
+        for each in getattr(frame.loaded(name), "params", []):
+            for flag in each.opts if each.param_type_name == "option" else ():
+                found.setdefault(flag, set()).add(name)
+    assert {flag: found[flag] for flag in PRESENT} == {flag: set(names.split()) for flag, names in PRESENT.items()}
+    several = {flag for flag, names in found.items() if len(names) > 1 and flag.startswith("--")}
+    clips_alone = {"--frames", "--fps"}  # of make and explain, by their one schema
+    parameters = {"--name", "--strength"}  # a taught word's in teach and adapters; that of a system in edit
+    assert several - set(PRESENT) - clips_alone - parameters == set()
+
+
 def test_results_print_short_and_show_in_notebooks() -> None:
     prompts = [f"a cube, number {i}, " + "very " * 30 + "red" for i in range(5)]
     result = draw(tiny_model("sd"), prompts, steps=1, guidance=1.0, size=(32, 32))

@@ -23,6 +23,8 @@ class EditArguments(TypedDict, total=False):
     """Invert the picture even if it carries its recipe"""
     seed: int | None
     """Regions drawn anew: where the noise comes from, 0 (>= 0)"""
+    scheduler: str | None
+    """Regions drawn anew: who steps, such as ddim"""
     mode: Literal["auto", "replace", "refine"]
     """Replace: word for word; refine: words added or removed; auto: replace where both prompts have equally many
     words"""

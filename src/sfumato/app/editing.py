@@ -50,6 +50,7 @@ class EditOptions(Params):
     seed: int | None = Field(
         default=None, ge=0, lt=2**62, description="regions drawn anew: where the noise comes from, 0"
     )
+    scheduler: str | None = Field(default=None, description="regions drawn anew: who steps, such as ddim")
 
     @field_validator("prompt", "from_")
     @classmethod
@@ -58,7 +59,7 @@ class EditOptions(Params):
 
     def opening(self) -> dict[str, Any]:
         """How to open the picture, as far as it was said."""
-        names = ("steps", "guidance", "size", "inner", "refine", "seed")
+        names = ("steps", "guidance", "size", "inner", "refine", "seed", "scheduler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -129,7 +130,7 @@ def edit(
             system, that one edits alone.
         allow: files, or folders of files, that systems in a picture's recipe may open (:func:`.cards.refuse_files`).
         options: parameters of the editing system (``sfumato methods KEY``), and those of :class:`EditOptions` that it
-            takes: ``steps``, ``guidance``, ``size``, ``seed``, ``inner``, ``refine``, ``invert``.
+            takes: ``steps``, ``guidance``, ``size``, ``seed``, ``scheduler``, ``inner``, ``refine``, ``invert``.
 
     Raises:
         BadInput: no recipe and no ``from_``, or an option is out of its range. NoMatch: a word is in neither prompt.

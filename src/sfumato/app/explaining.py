@@ -59,6 +59,7 @@ def explain(
     words: str | Sequence[str] = (),
     model: str | Path | Model = DEFAULT_MODEL,
     by: str | None = None,
+    with_: Any = (),
     **options: Unpack[GenerateArguments],
 ) -> Explanation | protocol.NetTable:
     """Where words of a prompt are in a picture; what in a picture led a reading model to its answer; what a concept is
@@ -75,6 +76,7 @@ def explain(
             folder) is asked about it: a text, a question, a class. A classifier and a detector need none.
         words: words or phrases to look for; none: every word.
         by: the system with its parameters, as for ``--with``; by default the one whose card says so.
+        with_: systems that take part where a picture is made from a prompt, as in :func:`make`.
         options: when making pictures those of :func:`make`; for an existing picture ``steps`` (noise levels to look
             at), ``seed``, ``scheduler`` and ``size`` (width, height; by default about the model's own area).
 
@@ -88,6 +90,9 @@ def explain(
     given: dict[str, Any] = {**options}
     system = _built(by, words)
     key = type(system).CARD.key
+    beside = list(with_) if isinstance(with_, list | tuple) else [with_]
+    if beside and not _makes(what, prompt, system, model):
+        raise BadInput("with_ takes part where a picture is made; give a prompt to explain, or leave with_ out.")
     if isinstance(system, protocol.ExplainsNet) and not _is_read(system, what, model):
         return system.explain_net(open_net(what), **given)
     if isinstance(system, protocol.ExplainsConcept):
@@ -98,7 +103,7 @@ def explain(
     if isinstance(what, str) and prompt is None and not is_picture(what):
         if not isinstance(system, protocol.TakesPart):
             raise NotSupported(f"{key} explains pictures that exist; give one, and the prompt beside it.")
-        result = make(what, model=model, with_=[system], **given)
+        result = make(what, model=model, with_=[system, *beside], **given)
         return Explanation(result.images, list(getattr(system, "maps", [])), result)
     image, prompt = _picture_and_prompt(what, prompt)
     if not isinstance(system, protocol.ExplainsImage):
@@ -122,6 +127,14 @@ def _built(by: str | None, words: str | Sequence[str] = ()) -> Any:
     if words:
         params["words"] = [words] if isinstance(words, str) else list(words)
     return cards.method(key)(**params)
+
+
+def _makes(what: Any, prompt: str | None, system: Any, model: Any) -> bool:
+    """Whether a picture is made from ``what`` to be explained."""
+    if isinstance(system, protocol.ExplainsNet | protocol.ExplainsConcept) or not isinstance(what, str):
+        return False
+    reads = isinstance(system, protocol.ExplainsReading) and _reads(model)
+    return prompt is None and not is_picture(what) and not reads
 
 
 def _is_read(system: Any, what: Any, model: Any) -> bool:
@@ -197,7 +210,8 @@ class ExplainJob:
 
     def refuse(self, allowed: Sequence[str], why: str) -> None:
         """Raises BadInput for what was given and is not allowed."""
-        given = [*self.given, *(["maps"] if self.batch.maps else []), *(["model"] if self.batch.model else [])]
+        more = {"maps": self.batch.maps, "model": self.batch.model, "with": self.batch.with_}
+        given = [*self.given, *(name for name, value in more.items() if value)]
         wrong = [f"-{name}" if len(name) == 1 else f"--{name}" for name in given if name not in allowed]
         if wrong:
             raise BadInput(f"{' and '.join(wrong)} cannot be given {why}.")
@@ -245,8 +259,9 @@ def explain_files(
                 yield files.save_png(named, finding.picture(), {"concept": what, "model": loaded.name, "by": job.by})
                 yield from finding.save(folder, named.stem)
     elif prompt is None and not is_picture(what) and not reads:
-        batch.with_ = [cards.to_recipe(_built(job.by, job.given.get("words") or ()))]
-        batch.allow = [text for *_, text in cards.files_of(batch.with_)]  # they were typed, or are the defaults
+        looking = [cards.to_recipe(_built(job.by, job.given.get("words") or ()))]
+        batch.allow = [text for *_, text in cards.files_of(looking)]  # they were typed, or are the defaults
+        batch.with_ = [*looking, *batch.with_]
         batch.jobs = [JobOptions(prompt=what, **options)]
         yield from make_files(batch, out, on_step)
     else:

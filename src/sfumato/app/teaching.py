@@ -29,6 +29,7 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
     out: str | Path | None = None,
+    device: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Train a recipe (a TOML file, or the name of a shipped one) and export the averaged weights at its end.
@@ -37,6 +38,7 @@ def train(
         resume: go on from the newest sound checkpoint; the losses are those of an uninterrupted run.
         minutes: stop after so much time with a resumable checkpoint.
         out: folder of the exported model.
+        device: "cpu" or "cuda"; None: a CUDA device if there is one.
         on_progress: called with step, steps, logs and seconds after every logged step.
 
     Raises:
@@ -44,7 +46,8 @@ def train(
     """
     from sfumato.training import run
 
-    return run(recipe, resume=resume, minutes=minutes, out=None if out is None else Path(out), on_progress=on_progress)
+    target = None if out is None else Path(out)
+    return run(recipe, resume=resume, minutes=minutes, out=target, device=device, on_progress=on_progress)
 
 
 @spelt_out(TeachArguments, cards.parameters(cards.default("teach")))
@@ -59,6 +62,7 @@ def teach(
     resume: bool = False,
     minutes: float | None = None,
     per_class: int | None = None,
+    config: str | Path | None = None,
     on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
     **given: Unpack[TeachArguments],
 ) -> protocol.TeachingResult:
@@ -76,6 +80,7 @@ def teach(
         minutes: stop after so much time, with a checkpoint.
         on_progress: called with steps done, steps in all and what is logged.
         per_class: with "toybox": how many pictures of each shape.
+        config: for a model that is a single file: a diffusers folder with its configuration and missing parts.
         given: parameters of the system that ``by`` does not have yet (those of the default one are shown).
 
     Raises BadInput, UnknownName, NotSupported, Conflict; WorkInterrupted for a run that
@@ -95,8 +100,8 @@ def teach(
     if not system.RESUMES:
         if resume or minutes is not None:
             raise NotSupported(f"{key} keeps no checkpoints: leave resume and minutes out.")
-        if dtype is not None or device != "cpu":
-            raise NotSupported(f"{key} teaches a model as it was loaded: leave dtype and device out.")
+        if dtype is not None or device != "cpu" or config is not None:
+            raise NotSupported(f"{key} teaches a model as it was loaded: leave dtype, device and config out.")
         known = [*fields, *(set(inspect.signature(system.teach).parameters) - {"model", "data", "on_progress"})]
         if odd := [name for name in options if name not in known]:
             raise UnknownName(f"parameter of {key}", odd[0], known)
@@ -113,11 +118,11 @@ def teach(
         raise BadInput("resume needs out: the run's checkpoints are beside it.")
     folder = None if target is None else target.with_name(f"{target.name}.training")
     work = protocol.Work(folder, resume, minutes, on_progress)
-    if not isinstance(model, str | Path) and (dtype is not None or device != "cpu"):
-        raise BadInput("dtype and device are for a model that is loaded here; this one was loaded before.")
+    if not isinstance(model, str | Path) and (dtype is not None or device != "cpu" or config is not None):
+        raise BadInput("dtype, device and config are for a model that is loaded here; this one was loaded before.")
     if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):
         device = f"cuda:{rank}"
-    loaded = load(model, dtype, device) if isinstance(model, str | Path) else model
+    loaded = load(model, dtype, device, config=config) if isinstance(model, str | Path) else model
 
     from sfumato.sampling.intervention import refuse_unfit
 

@@ -52,7 +52,7 @@ class Redrawn:
 class Redraws:
     """Makes a system that keeps a picture around a region one that edits."""
 
-    OPENING = ("steps", "guidance", "size", "seed")
+    OPENING = ("steps", "guidance", "size", "seed", "scheduler")
 
     def open(
         self,
@@ -64,6 +64,7 @@ class Redraws:
         seed: int = 0,
         **settings: Any,
     ) -> Redrawn:
-        """The picture, cut to ``size`` (width, height); ``settings`` are ``steps`` and ``guidance``."""
+        """The picture, cut to ``size`` (width, height); ``settings`` are ``steps``, ``guidance`` and
+        ``scheduler``."""
         fitted = files.fitted(picture.image.convert("RGB"), size)
         return Redrawn(model, fitted, type(self), {"seed": seed, **settings})  # type: ignore[arg-type]

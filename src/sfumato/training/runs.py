@@ -87,10 +87,11 @@ class TrainingRun:
     """One recipe in ``folder``: the objective, the trainer, and what is kept on disk. See :func:`run` for the usual way
     in."""
 
-    def __init__(self, recipe: Recipe, folder: Path, snapshots: Path | None = None):
+    def __init__(self, recipe: Recipe, folder: Path, snapshots: Path | None = None, device: str | None = None):
         self.recipe, self.options, self.folder, self.snapshots = recipe, recipe.train, folder, snapshots
         # launched by torchrun, accelerate finds its ranks in the environment by itself
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         shares = self.accelerator.num_processes * self.options.accumulate
@@ -272,6 +273,7 @@ def run(
     out: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     snapshots: Path | None = None,
+    device: str | None = None,
 ) -> RunResult:
     """Trains a recipe (a TOML file or a shipped one by name) and exports the averaged weights when its schedule ends.
 
@@ -281,6 +283,7 @@ def run(
         out: folder of the exported model; default ``<cache>/runs/<recipe>/export``.
         on_progress: called with a :class:`Progress` at the start, after the first step and after every logged one.
         snapshots: a folder that is replaced by an export of the averaged weights every ``train.snapshot_minutes``.
+        device: "cpu" or "cuda"; None: a CUDA device if there is one.
 
     Raises:
         UnknownName, BadInput: the recipe is not known or not valid.
@@ -289,6 +292,10 @@ def run(
     """
     if minutes is not None and not minutes > 0:
         raise BadInput(f"minutes must be above 0, got {minutes}.")
+    if device not in (None, "cpu", "cuda"):
+        raise BadInput(f"device={device!r}: training takes 'cpu' or 'cuda'; CUDA_VISIBLE_DEVICES chooses among cards.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device='cuda' is not available here; use 'cpu', or leave device out.")
     if out is not None:
         writing.only_folder(out, "the files of a model")
     loaded = load_recipe(recipe)
@@ -304,21 +311,18 @@ def run(
         alone = os.environ.get("RANK", "0") == "0"  # the other processes of one run share its folder
         # quiet: what the libraries below say while they load and save is not the user's to act on
         with quiet(), writing.reserved(folder, "this training") if alone else contextlib.nullcontext():
-            return _run(loaded, folder, resume, minutes, out, on_progress, snapshots)
+            return _run(TrainingRun(loaded, folder, snapshots, device), resume, minutes, out, on_progress)
     finally:
         torch.random.set_rng_state(random_state)
 
 
 def _run(
-    loaded: Recipe,
-    folder: Path,
+    this: TrainingRun,
     resume: bool,
     minutes: float | None,
     out: Path | None,
     on_progress: Callable[[Progress], None] | None,
-    snapshots: Path | None,
 ) -> RunResult:
-    this = TrainingRun(loaded, folder, snapshots)
     complaints = this.restore() if resume else []
     this.cut_log()
     with this.trainer.signals(*STOPS):
@@ -326,7 +330,7 @@ def _run(
     result.complaints = complaints
     if result.finished:
         result.quality = this.measure()
-        result.exported = this.export(out or folder / "export", result.quality)
-    record = {**asdict(result), "folder": str(folder), "exported": str(result.exported or "")}
-    (folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        result.exported = this.export(out or this.folder / "export", result.quality)
+    record = {**asdict(result), "folder": str(this.folder), "exported": str(result.exported or "")}
+    (this.folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return result

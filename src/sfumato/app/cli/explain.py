@@ -28,6 +28,7 @@ def explain(
         list[str] | None, typer.Option(help="A word or phrase to look for; repeatable. Default: every word.")
     ] = None,
     by: options.By = None,
+    with_: options.With = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also write the maps as numbers (.safetensors).")] = False,
     model: options.Model = None,
     out: options.Out = Path("out"),
@@ -39,6 +40,7 @@ def explain(
     from sfumato import app
 
     values = flags.parsed({"prompt": prompt, "words": words, **given})
-    job = app.ExplainJob(what, by, app.JobBatch([], model, [], dtype, device, config=config, maps=maps), values)
+    batch = app.JobBatch([], model, with_ or [], dtype, device, config=config, maps=maps)
+    job = app.ExplainJob(what, by, batch, values)
     with show.bar("pictures") as bar:
         show.written(app.explain_files(job, out, bar), out)

@@ -40,6 +40,7 @@ def teach(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The adapter's .safetensors, or a taught model's new folder.")
     ] = None,
+    config: options.Config = None,
 ) -> None:
     from sfumato import app
 
@@ -56,8 +57,8 @@ def teach(
 
         try:
             found = app.teach(
-                data, by=by, dtype=dtype, device=device, out=out, resume=resume, minutes=minutes, on_progress=report,
-                **given,
+                data, by=by, dtype=dtype, device=device, config=config, out=out, resume=resume, minutes=minutes,
+                on_progress=report, **given,
             )  # fmt: skip
         except WorkInterrupted as error:
             again = shlex.join(["sfumato", *(each for each in sys.argv[1:] if each != "--resume"), "--resume"])

@@ -18,6 +18,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Stop after so much time with a resumable checkpoint.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the exported model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
 ) -> None:
     from sfumato import app
 
@@ -28,7 +29,7 @@ def train(
             note = f"{progress.step}/{progress.steps} steps" + (f", loss {loss:.4g}" if loss is not None else "")
             bar(progress.step, progress.steps, 0.0, note)
 
-        result = app.train(recipe, resume=resume, minutes=minutes, out=out, on_progress=report)
+        result = app.train(recipe, resume=resume, minutes=minutes, out=out, device=device, on_progress=report)
     for complaint in result.complaints:
         typer.echo(f"warning: {complaint}", err=True)
     if result.interrupted:

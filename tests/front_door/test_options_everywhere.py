@@ -1,0 +1,52 @@
+"""Options that one command has are where else they mean something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sfumato import files
+
+PROMPT = "a red cube and a blue ball"
+
+
+def test_explain_takes_systems_beside_the_one_that_looks(sfumato, tiny_sd):
+    beside = "structured_guidance"
+    given = ("--model", tiny_sd, "--steps", 2)
+    explained = sfumato("explain", PROMPT, "--with", beside, *given, "-o", "one")
+    assert explained.code == 0, explained.err
+    made = sfumato("make", PROMPT, "--with", "daam", "--with", beside, *given, "-o", "two")
+    assert [Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(explained.lines, made.lines, strict=True)]
+    plain = sfumato("explain", PROMPT, *given, "-o", "three").lines[0]
+    assert Path(plain).read_bytes() != Path(explained.lines[0]).read_bytes()
+    refused = sfumato("explain", explained.lines[0], "--with", beside, *given)
+    assert refused.code == 2 and "--with cannot be given for a picture that exists" in refused.err
+
+
+def test_edit_takes_a_scheduler_where_a_region_is_drawn_anew(sfumato, tiny_sd):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save("photo.png")
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save("mask.png")
+    given = ("edit", "photo.png", "a ball", "--by", "blend", "--mask", "mask.png", "--model", tiny_sd, "--steps", 2)
+    found = {}
+    for name in ("ddim", "euler"):
+        done = sfumato(*given, "--scheduler", name, "-o", f"{name}.png")
+        assert done.code == 0, done.err
+        found[name] = (files.read_recipe(f"{name}.png")[0]["scheduler"], Path(f"{name}.png").read_bytes())
+    assert [found[name][0] for name in ("ddim", "euler")] == ["ddim", "euler"]
+    assert found["ddim"][1] != found["euler"][1]
+    alone = sfumato("edit", "photo.png", "a ball", "--from", "a cube", "--model", tiny_sd, "--scheduler", "euler")
+    assert alone.code == 2 and "scheduler cannot be given to prompt_to_prompt" in alone.err
+
+
+def test_devices_of_training(sfumato):
+    for device, says in (("cuda:1", "CUDA_VISIBLE_DEVICES"), ("abacus", "takes 'cpu' or 'cuda'")):
+        done = sfumato("train", "toy-cnn", "--device", device)
+        assert done.code == 2 and says in done.err
+    done = sfumato("teach", "toybox", "--by", "robust_vit", "--device", "cuda", "-o", "taught")
+    assert done.code == 2 and "leave device and config out" in done.err
+    Path("photos").mkdir()
+    done = sfumato("teach", "photos", "--name", "<rex>", "--device", "abacus", "-o", "rex.safetensors")
+    assert done.code == 2 and "abacus" in done.err
