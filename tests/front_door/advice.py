@@ -19,7 +19,52 @@ _VERBS = (
 #: where a text turns to its reader: a verb at the head of a clause
 _TURNS = re.compile(rf"(?:[;:,.(] |, or |, and |\bor |^)(?:please |then |so )?(?:{_VERBS})\b", re.I)
 #: what a reader could type: an option, a parameter, a call, a command, a value in quotes, or what is filled in
-_CONCRETE = re.compile(rf"--?[a-z]|\b\w+=|`|\w\(|'[^' ]+'|\bsfumato |\.safetensors|{re.escape(HOLE)}")
+_TYPED = re.compile(rf"--?[a-z]|\b\w+=|`|\w\(|'[^' ]+'|\bsfumato |\.safetensors|\bleave\b|{re.escape(HOLE)}")
+
+
+@cache
+def known() -> frozenset[str]:
+    """Names that mean something to sfumato: parameters of systems and options, schedulers."""
+    from sfumato import cards
+    from sfumato.models.schedulers import _TABLES
+    from sfumato.sampling import Options
+
+    names = {each.name for key in cards.methods() for each in cards.parameters(key)} | set(Options.model_fields)
+    names |= {name for table in _TABLES.values() for name in table}
+    return frozenset(names - COMMON)
+
+
+#: parameters that are plain words as well
+COMMON = {"words", "word", "prompt", "prompts", "name", "image", "images", "size", "steps", "mask", "n", "at", "map"}
+COMMON |= {
+    "source",
+    "texts",
+    "seed",
+    "seeds",
+    "pairs",
+    "models",
+    "layer",
+    "layers",
+    "model",
+    "window",
+    "concept",
+    "soft",
+}
+COMMON |= {
+    "text",
+    "batch",
+    "first",
+    "box",
+    "clip",
+    "phrases",
+    "levels",
+    "level",
+    "through",
+    "begin",
+    "enough",
+    "frames",
+}
+COMMON |= {"attention", "share", "grow", "strength", "direction", "directions", "colors", "decay", "target", "shares"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +84,7 @@ class Text:
     @property
     def concrete(self) -> bool:
         """Whether the advice names something that a reader could type."""
-        return bool(_CONCRETE.search(self.advice))
+        return bool(_TYPED.search(self.advice)) or bool(known() & set(re.findall(r"\w+", self.advice)))
 
 
 def _parts(node: ast.AST) -> list[str]:

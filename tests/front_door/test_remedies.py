@@ -1,52 +1,27 @@
 """What an error says would help, helps: every case fails, and then does what its message says, word for word where the
-words can be carried out."""
+words can be carried out. `test_advice.py` sees to it that there is a case for every advice."""
 
 from __future__ import annotations
 
 import re
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from PIL import Image
 
 from sfumato import cards
 from sfumato.bench.folder import Folder
-from sfumato.errors import SfumatoError
 from sfumato.explain.daam import DAAM
-from sfumato.models import Model
 from sfumato.relevance.lrp import lrp
-from sfumato.sampling import generate
 from sfumato.sampling.recording import Recorder
 from sfumato.text.align import align
 from sfumato.text.weights import encode_weighted
 from sfumato.text.words import Words
 from tests.examples import write_adapters
+from tests.front_door.remedies import LEFT, PICTURE, draw, follow, follows, fresh, message
 from tests.tiny import tiny_model
-
-PROMPT = "a red cube and a blue ball"
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-LEFT = {"box": [[0.0, 0.0, 0.5, 1.0]]}
-
-
-def draw(model, prompt=PROMPT, **options):
-    system = options.pop("by", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return generate(model, prompt, **{"steps": 2, "decode": False, **options}, interventions=system or ())
-
-
-def message(call) -> str:
-    with pytest.raises(SfumatoError) as caught:
-        call()
-    return str(caught.value)
-
-
-def fresh(kind: str) -> Model:
-    return tiny_model(kind, fresh=True)
 
 
 def words(*found, **options):
@@ -62,6 +37,7 @@ def _default_processor(model):
 
 
 @pytest.mark.parametrize("spoil", [_default_processor, lambda model: model.pipe.enable_attention_slicing(1)])
+@follows("ran without calling scaled_dot_product_attention, so nothing of it can be seen; ")
 def test_processors_that_hide_attention(spoil):
     model = fresh("sd")
     spoil(model)
@@ -71,6 +47,12 @@ def test_processors_that_hide_attention(spoil):
     assert draw(model, by=DAAM()).coverage["daam"]["calls"]
 
 
+@follows(
+    "use its _orig_mod",
+    "load the model again",
+    "call model.denoiser.disable_cache()",
+    "set_attention_backend('native')",
+)
 def test_compiled_blocks_caches_and_backends():
     model = fresh("sd")
     net = model.pipe.unet
@@ -94,6 +76,7 @@ def test_compiled_blocks_caches_and_backends():
     assert draw(flux, by=DAAM()).coverage["daam"]["calls"]
 
 
+@follows("call its set_attn_implementation('sdpa')")
 def test_eager_attention_of_transformers():
     from sfumato.attention.sites import find_sites
     from tests.tiny import _clip
@@ -111,6 +94,7 @@ def test_eager_attention_of_transformers():
 
 @pytest.mark.parametrize("steps", [3, 7, 49])
 @pytest.mark.parametrize("kind", ["sd", "amused"])
+@follows("leaves no step out of")
 def test_a_strength_that_leaves_no_step(steps, kind):
     model = tiny_model(kind)
     given = {"image": PICTURE, "size": (32, 32), "steps": steps}
@@ -121,6 +105,7 @@ def test_a_strength_that_leaves_no_step(steps, kind):
     assert len(seen) >= 1 and strength < 1.001 / steps + 1e-6
 
 
+@follows("set rescale_betas_zero_snr=False in its configuration, or use euler or dpm++")
 def test_a_signal_to_noise_ratio_of_zero():
     model = fresh("sd")
     zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -134,6 +119,7 @@ def test_a_signal_to_noise_ratio_of_zero():
     assert torch.isfinite(draw(model).latents).all()
 
 
+@follows("latents stopped being finite at step")
 def test_numbers_that_run_away():
     model = tiny_model("sd")
     said = message(lambda: draw(model, guidance=1e38))
@@ -151,6 +137,7 @@ def test_numbers_that_run_away():
     assert "use dtype float32" in said
 
 
+@follows("but EulerDiscreteScheduler adds no noise by eta; ")
 def test_eta():
     model = tiny_model("sd")
     said = message(lambda: draw(model, eta=0.5, scheduler="euler"))
@@ -160,6 +147,7 @@ def test_eta():
     draw(flow)
 
 
+@follows("call it outside of torch.inference_mode()", "use the uncompiled module", "use model.float()")
 def test_half_precision_and_inference_mode():
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -185,40 +173,40 @@ def _resized(model, said):
 
 
 TABLE = {
-    "a size": ("sd", lambda m: draw(m, size=(33, 30)), _resized),
-    "a negative without guidance": (
+    "sides must be multiples of": ("sd", lambda m: draw(m, size=(33, 30)), _resized),
+    "negative has no effect without classifier-free guidance; give guidance": (
         "sd",
         lambda m: draw(m, negative="ugly", guidance=1.0),
         lambda m, said: draw(m, negative="ugly", **{re.search(r"give (\w+) above 1", said)[1]: 1.5}),
     ),
-    "a negative of a distilled model": (
+    "negative has no effect without classifier-free guidance; give true_guidance": (
         "flux",
         lambda m: draw(m, negative="ugly"),
         lambda m, said: draw(m, negative="ugly", **{re.search(r"give (\w+) above 1", said)[1]: 1.5}),
     ),
-    "a scheduler's name": (
+    "Did you mean": (
         "sd",
         lambda m: draw(m, scheduler="dpmpp"),
         lambda m, said: draw(m, scheduler=re.search(r"Did you mean '([^']+)'", said)[1]),
     ),
-    "a word that is not there": (
+    "is not in the prompt. Did you mean": (
         "sd",
         lambda m: draw(m, by=DAAM(words=["cubes"])),
         lambda m, said: draw(m, by=DAAM(words=[re.search(r"Did you mean '(\w+)'", said)[1]])),
     ),
-    "a word that is there twice": (
+    "times in the prompt; say which: ": (
         "sd",
         lambda m: Words(m).one("a cube and a cube", "cube"),
         lambda m, said: [
             Words(m).one("a cube and a cube", each) for each in re.search(r"which: '(.*)' or '(.*)'\.", said).groups()
         ],
     ),
-    "prompts of unequal length": (
+    "; use refine": (
         "sd",
         lambda m: align(Words(m), "a cube", "a green cube", "replace", 77),
         lambda m, said: align(Words(m), "a cube", "a green cube", re.search(r"use (\w+)\.$", said)[1], 77),
     ),
-    "one system against another": (
+    "with cross_replace=0 and no blend": (
         "sd",
         lambda m: draw(m, by=[cards.method("prompt_to_prompt")(source="a red cube and a red ball"),
                               cards.method("shape_guided")(words=["cube"], box=[0, 0, 0.5, 1])]),
@@ -229,12 +217,12 @@ TABLE = {
             cards.method("shape_guided")(words=["cube"], box=[0, 0, 0.5, 1]),
         ]),
     ),
-    "a mask of grey": (
+    "give a lighter mask or a lower level": (
         "sd",
         lambda m: draw(m, image=PICTURE, by=_blend(0.3)),
         lambda m, said: [draw(m, image=PICTURE, by=_blend(0.9)), draw(m, image=PICTURE, by=_blend(0.3, level=0.2))],
     ),
-    "going back with a scheduler that cannot": (
+    "which HeunDiscreteScheduler cannot; use ": (
         "sd",
         lambda m: draw(m, image=PICTURE, scheduler="heun", by=_blend(1.0, resample=2)),
         lambda m, said: [
@@ -242,36 +230,36 @@ TABLE = {
             for name in re.search(r"use (\w+) or (\w+)\.", said).groups()
         ],
     ),
-    "going back with a scheduler that cannot, flow": (
+    "resample of blend goes back by whole steps": (
         "sd3",
         lambda m: draw(m, image=PICTURE, scheduler="flow_heun", by=_blend(1.0, resample=2)),
         lambda m, said: draw(
             m, image=PICTURE, scheduler=re.search(r"use (\w+)\.", said)[1], by=_blend(1.0, resample=2)
         ),
     ),
-    "weights inside a template": (
+    "use weighting=comfyui": (
         "klein",
         lambda m: encode_weighted(m, ["a (red:0.5) cube"], guidance=False, weighting="compel"),
         lambda m, said: encode_weighted(
             m, ["a (red:0.5) cube"], guidance=False, weighting=re.search(r"use weighting=(\w+)", said)[1]
         ),
     ),
-    "AND that composes nothing": (
+    "but one side of it is empty in": (
         "sd",
         lambda m: draw(m, "salt AND "),
         lambda m, said: draw(m, f"salt {re.search(r'write it as .(and)', said)[1]} pepper"),
     ),
-    "samples that a system couples": (
+    "couples the samples of a batch, so batch_size must be at least": (
         "sd",
         lambda m: draw(m, n=3, batch_size=1, by=Recorder()),
         lambda m, said: draw(m, n=3, batch_size=int(re.search(r"at least (\d)", said)[1]), by=Recorder()),
     ),
-    "samples that a system couples, of unequal length": (
+    "give them to separate calls": (
         "sd",
         lambda m: draw(m, ["a cube", "a BREAK cube"], by=Recorder()),
         lambda m, said: [draw(m, each, by=Recorder()) for each in ("a cube", "a BREAK cube")],
     ),
-    "an edit of more chunks than its recording": (
+    "shorten the prompt, or give source": (
         "sd",
         lambda m: draw(m, "a cube BREAK a ball", by=cards.method("prompt_to_prompt")(recording=_recorded(m))),
         lambda m, said: [
@@ -279,31 +267,31 @@ TABLE = {
             draw(m, "a cube BREAK a ball", by=cards.method("prompt_to_prompt")(source="a ball")),
         ],
     ),
-    "a recording that is too large": (
+    "record fewer sites or a shorter window, make a smaller picture, or raise the limit": (
         "sd",
         lambda m: draw(m, by=Recorder(lambda site, progress: True, limit=1e-6)),
         lambda m, said: draw(m, by=Recorder(lambda site, progress: True, limit=_limit(said))),
     ),
-    "nothing but padding": (
+    "its maps need padding=True while recording": (
         "sd",
         lambda m: _heat(m).map("<pad>"),
         lambda m, said: _heat(m, padding=re.search(r"need padding=(True)", said)[1] == "True").map("<pad>"),
     ),
-    "colours": (
+    "is not a matplotlib colour map; try ": (
         "sd",
         lambda m: _heat(m, decode=True).overlay(PICTURE, "cube", colours="infernal"),
         lambda m, said: [
             _heat(m).overlay(PICTURE, "cube", colours=name) for name in re.findall(r"'(\w+)'", said.split("try")[1])
         ],
     ),
-    "no phrase to encode by itself": (
+    "besides itself; name phrases of it": (
         "sd",
         lambda m: draw(m, "cube", by=cards.method("structured_guidance")()),
         lambda m, said: draw(m, "cube", by=cards.method("structured_guidance")(
             phrases=[re.search(r"Its words: (\w+)", said)[1]]
         )),
     ),
-    "phrases and regions": (
+    "give each region (masks, then map colours, then boxes) its phrase": (
         "sd",
         lambda m: draw(m, by=cards.method("paint_with_words")(phrases=["red cube", "blue ball"], **LEFT)),
         lambda m, said: draw(m, by=cards.method("paint_with_words")(phrases=["red cube"], **LEFT)),
@@ -333,14 +321,13 @@ def _heat(model, decode=False, **options):
 
 @pytest.mark.parametrize("case", TABLE)
 def test_options_and_systems(case):
-    kind, fails, helps = TABLE[case]
-    model = tiny_model(kind)
-    helps(model, message(lambda: fails(model)))
+    follow(TABLE, case)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
+@follows("no adapter file", "leave hash out to take this one", "Write it into the prompt")
 def test_adapters(tmp_path, monkeypatch):
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
     write_adapters(tmp_path)
@@ -355,6 +342,7 @@ def test_adapters(tmp_path, monkeypatch):
     draw(model, f"a {word}", by=cards.build("word:file=example-word"))
 
 
+@follows("holds no picture (")
 def test_pictures_in_subfolders(tmp_path):
     for name in ("one", "two/deep"):
         (tmp_path / name).mkdir(parents=True)

@@ -99,12 +99,12 @@ class Reading:
                 raise NoMatch(f"occurrence={occurrence} of {phrase!r} was asked for, but the prompt has it {times}.")
             found = [found[occurrence - 1]]
         read = [word for word in found if word.positions]
-        if not read and any(stream.at for stream in self.streams.values()):
-            raise NoMatch(f"{phrase!r} is in the prompt, but in none of the texts that were put in its place.")
-        if not read:
+        if not read and all(found[0].start >= stream.seen for stream in self.streams.values()):
             raise NoMatch(
                 f"{phrase!r} lies beyond what the text encoders read ({self._lengths()}); shorten the prompt."
             )
+        if not read:
+            raise NoMatch(f"{phrase!r} is in the prompt, but in none of the texts that were put in its place.")
         for word in read:
             self._warn_if_cut(word)
         return read

@@ -111,6 +111,8 @@ class _LazyGroup(TyperGroup):
 
 def _report(error: BaseException) -> int:
     """Say what went wrong in one line on stderr; returns the exit code."""
+    if type(error).__name__ == "Abort" and isinstance(error.__cause__, EOFError):
+        error = error.__cause__  # typer takes the end of any file for Ctrl-D; nobody is asked anything here
     if isinstance(error, SfumatoError):
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
