@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 import zlib
 
@@ -16,7 +17,7 @@ from sfumato import cards, errors, files, masks, valid
 from sfumato.app import JobBatch, JobOptions, like, make
 from sfumato.dialects import parse_comfy
 from sfumato.errors import BadInput, OutOfMemory, SfumatoError
-from sfumato.models import Model
+from sfumato.models import Model, memory
 from sfumato.sampling import Options, generate
 from sfumato.text.weights import read_weights
 from tests.tiny import tiny_model
@@ -240,3 +241,33 @@ def test_what_is_large_and_right_is_taken():
     assert JobOptions(prompt="a cube", size=(4096, 4096)).size == (4096, 4096)
     assert Options(prompt=["a"] * 1000, n=100).n == 100
     assert Options(prompt="a (cube:1.5) (ball:-2) f(x):12345", compose=[("a", 1)] * 100)
+
+
+@pytest.mark.parametrize("command", [("make", "a cube"), ("explain", "a cube")])
+def test_sizes_that_do_not_fit_are_told_before_anything_is_loaded(sfumato, monkeypatch, command):
+    monkeypatch.setattr(memory, "free", lambda device: 2**30)
+    done = sfumato(*command, "--size", "4096x4096")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "at least 4.0 GiB in the autoencoder of toy-sd, and 1.0 GiB are free" in done.err
+    width, height = map(int, re.search(r"such as size (\d+)x(\d+)", done.err).groups())
+    memory.refuse_unaffordable({"block_out_channels": [16, 32, 96]}, (width, height), 1, 4, "cpu", "toy-sd")
+
+
+def test_sizes_that_do_not_fit_into_memory_with_a_loaded_model(monkeypatch):
+    model = tiny_model("sd")
+    monkeypatch.setattr(memory, "free", lambda device: 2**20)
+    with pytest.raises(OutOfMemory, match="4 of 64x64 at once .* draw fewer at once, or make it smaller"):
+        generate(model, "a cube", n=4, size=(64, 64), steps=1)
+    monkeypatch.setattr(memory, "free", lambda device: None)  # nobody says
+    generate(model, "a cube", size=(64, 64), steps=1, decode=False)
+    assert memory.decoding({"block_out_channels": [8]}, 64, 64) == 0
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_group(tmp_path, monkeypatch):
+    assert 0 < memory.free("cpu") < 2**44 and memory.free("mps") is None
+    for name, number in (("max", 10**6), ("current", 4 * 10**5)):
+        (tmp_path / name).write_text(str(number))
+    monkeypatch.setattr(memory, "_GROUPS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert memory.free() == 600_000
+    (tmp_path / "max").write_text("max")
+    assert memory.free() > 600_000

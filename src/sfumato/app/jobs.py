@@ -162,9 +162,24 @@ def make(
 
     from sfumato.sampling import generate
 
+    refuse_sizes(model, [checked])
     loaded = load(model) if isinstance(model, str | Path) else model
     given = checked.arguments() | fitted_to(loaded, reference if image is None else image, checked.size)
     return generate(loaded, **given, image=image, reference=reference, interventions=systems, on_step=on_step)
+
+
+def refuse_sizes(
+    model: str | Path | Model, jobs: Sequence[MakeOptions], dtype: Any = None, device: Any = "cpu"
+) -> None:
+    """Raises OutOfMemory, before a model is loaded, for sizes that surely do not fit into memory with it."""
+    sizes = {job.size for job in jobs if job.size is not None}
+    if not sizes or not isinstance(model, str | Path):
+        return
+    from sfumato.models.memory import refuse_unaffordable_at
+
+    folder, half = checkpoints.find(str(model)).path, "16" in str(dtype)
+    for size in sizes:
+        refuse_unaffordable_at(folder, size, 1, 2 if half else 4, device)
 
 
 def offers(model: str | Path | Model, needs: Sequence[str]) -> bool:

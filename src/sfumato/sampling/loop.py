@@ -24,6 +24,7 @@ from sfumato.cards import parameters_of
 from sfumato.cards.signatures import spelt_out
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted, within_memory
 from sfumato.models import Model
+from sfumato.models.memory import refuse_unaffordable
 from sfumato.sampling.arguments import GenerateArguments
 from sfumato.sampling.guest.hosting import has_guest
 from sfumato.sampling.intervention import (
@@ -152,6 +153,9 @@ def generate(
     parts = arrange([adapters, interventions])
     request = checked(model, prompt, latents=latents, image=image, reference=reference, **options)
     batches = request.batches(model)
+    if decode and hasattr(model.pipe, "vae") and not getattr(model.pipe.vae, "use_tiling", False):
+        rows, itemsize = max(map(len, batches)), model.dtype.itemsize
+        refuse_unaffordable(model.pipe.vae.config, request.size, rows, itemsize, model.device, model.name)
     coupled = [part.name for part in parts if part.couples_samples]
     if coupled and len(batches) > 1:
         if (request.options.batch_size or len(request)) < len(request):
