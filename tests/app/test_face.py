@@ -99,7 +99,7 @@ def test_options_are_called_alike() -> None:
             for flag in each.opts if each.param_type_name == "option" else ():
                 found.setdefault(flag, set()).add((each.name, tuple(each.opts), each.multiple))
     shared = ("--with", "--by", "--seed", "--scheduler", "--device", "--dtype", "--model", "--steps", "--guidance")
-    for flag in (*shared, "--size", "--net", "--clip", "--reference", "--metrics", "--attributes"):
+    for flag in (*shared, "--size", "--net", "--clip", "--metrics", "--attributes"):
         assert len(found[flag]) == 1, (flag, found[flag])
 
 
@@ -128,7 +128,7 @@ PRESENT = {
     "--resume": "train teach",
     "--minutes": "train teach",
     "--json": "judge compare models methods adapters",
-    "--reference": "judge compare",
+    "--reference": "make judge compare",  # what is drawn by, or what is measured against
     "--net": "judge compare",
     "--clip": "judge compare",
     "--ray": "make judge",

@@ -6,6 +6,11 @@ from __future__ import annotations
 
 #: fragment -> the test that meets the message, beside those that do what it says
 ELSEWHERE = {
+    "give it one as reference": "tests/parity/test_references.py::test_what_cannot_be_looked_at_is_refused",
+    "reads texts beside a picture only; give one as reference": "tests/parity/test_references.py::test_what_cannot_be_looked_at_is_refused",
+    "use 'ddim'": "tests/models/test_schedulers.py::test_names_that_do_not_fit",
+    "give scheduler ": "tests/models/test_schedulers.py::test_names_that_do_not_fit",
+    "are the same, so they tell the flow nothing; leave them out": "tests/translation/test_translator.py::test_conditions_that_never_vary_are_refused_and_dead_ones_stay_in_their_unit",
     "give timesteps=[first|last] for each": "tests/steer/test_experts.py::test_refusals",
     "say for which model, with --model": "tests/adapters/test_convert.py::test_without_a_model_names_tell_the_places",
     "a checkpoint is a whole model: say which model": "tests/adapters/test_checkpoint.py::test_a_fine_tuned_model_becomes_one_file",
@@ -59,6 +64,7 @@ ELSEWHERE = {
 
 #: fragment -> why no test follows it
 OUT_OF_REACH = {
+    "is damaged or cut off": "another file from where this one is from",
     "leave checkpointing out": "no supported denoiser lacks it",
     "or leave with_ out": "the same call without it, which every test of explain makes",
     "convert takes two files and a dialect": "the form of the command, which tests/adapters/test_convert.py converts by",
