@@ -109,7 +109,7 @@ PRESENT = {
     "--model": "make explain edit segment adapters teach",
     "--config": "make explain edit segment teach",
     "--device": f"{DRAW} judge train teach",
-    "--dtype": f"{DRAW} judge",  # training chooses its own precision
+    "--dtype": f"{DRAW} judge teach",  # a recipe says its own precision
     "--out": f"{DRAW} judge train teach",
     "--with": "make explain edit compare",
     "--by": "explain edit segment judge teach",

@@ -26,7 +26,7 @@ ELSEWHERE = {
     "is not empty; name a new one with -o": "tests/app/test_inpaint.py::test_a_name_and_pictures_become_masks_and_a_segmenter",
     "nowhere to write: give -o": "tests/app/test_teach.py::test_bad_input_is_one_line",
     "keeps no checkpoints: leave resume and minutes out": "tests/app/test_teach.py::test_bad_input_is_one_line",
-    "leave device and config out": "tests/front_door/test_options_everywhere.py::test_devices_of_training",
+    "leave dtype, device and config out": "tests/front_door/test_options_everywhere.py::test_devices_of_training",
     "; go on with: sfumato train": "tests/training/test_trainer.py::test_a_second_run_needs_resume_and_resume_needs_the_same_recipe",
     "resume it, or remove the folder to start anew": "tests/training/test_trainer.py::test_a_second_run_needs_resume_and_resume_needs_the_same_recipe",
     "if you know them, add ": "tests/front_door/test_strangers.py::test_what_is_allowed",

@@ -46,7 +46,7 @@ def test_devices_of_training(sfumato):
         done = sfumato("train", "toy-cnn", "--device", device)
         assert done.code == 2 and says in done.err
     done = sfumato("teach", "toybox", "--by", "robust_vit", "--device", "cuda", "-o", "taught")
-    assert done.code == 2 and "leave device and config out" in done.err
+    assert done.code == 2 and "leave dtype, device and config out" in done.err
     Path("photos").mkdir()
     done = sfumato("teach", "photos", "--name", "<rex>", "--device", "abacus", "-o", "rex.safetensors")
     assert done.code == 2 and "abacus" in done.err
