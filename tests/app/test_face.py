@@ -145,7 +145,7 @@ def test_options_are_where_they_mean_something() -> None:
     assert {flag: found[flag] for flag in PRESENT} == {flag: set(names.split()) for flag, names in PRESENT.items()}
     several = {flag for flag, names in found.items() if len(names) > 1 and flag.startswith("--")}
     clips_alone = {"--frames", "--fps"}  # of make and explain, by their one schema
-    parameters = {"--name", "--strength"}  # a taught word's in teach and adapters; that of a system in edit
+    parameters = {"--name", "--strength", "--threshold"}  # of a taught word; of systems that edit and segment
     assert several - set(PRESENT) - clips_alone - parameters == set()
 
 

@@ -64,6 +64,8 @@ ELSEWHERE = {
 
 #: fragment -> why no test follows it
 OUT_OF_REACH = {
+    "load it with dtype=float32, or teach a LoRA": "a teaching in half precision, as tests/teach run it",
+    "load it with the text encoders that it was trained with": "another model from where this one is from",
     "is damaged or cut off": "another file from where this one is from",
     "leave checkpointing out": "no supported denoiser lacks it",
     "or leave with_ out": "the same call without it, which every test of explain makes",
