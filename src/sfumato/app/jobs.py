@@ -169,7 +169,7 @@ def make(
 
 
 def refuse_sizes(
-    model: str | Path | Model, jobs: Sequence[MakeOptions], dtype: Any = None, device: Any = "cpu"
+    model: str | Path | Model, jobs: Sequence[MakeOptions | JobOptions], dtype: Any = None, device: Any = "cpu"
 ) -> None:
     """Raises OutOfMemory, before a model is loaded, for sizes that surely do not fit into memory with it."""
     sizes = {job.size for job in jobs if job.size is not None}

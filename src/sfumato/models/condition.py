@@ -127,8 +127,10 @@ class Condition:
 
 
 #: what denoisers call the width of the text that they read; of several in one the first
-_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_embed_dim", "cap_feat_dim", "text_dim")
-_WIDTHS += ("encoder_hidden_size", "cross_attention_dim")
+_WIDTHS = (
+    "encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_embed_dim", "cap_feat_dim", "text_dim",
+    "encoder_hidden_size", "cross_attention_dim",
+)  # fmt: skip
 
 
 def require_width(rows: Rows, config: Any, name: str) -> None:
