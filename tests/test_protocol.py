@@ -63,8 +63,8 @@ def test_every_wish_has_one_default(wish):
     assert [key for key, card in cards.methods().items() if wish in card.default_for] == [cards.default(wish)]
 
 
-def test_an_unknown_wish_is_refused():
-    with pytest.raises(UnknownName, match="unknown wish 'edits'.*'edit'"):
+def test_an_unknown_task_is_refused():
+    with pytest.raises(UnknownName, match="unknown task 'edits'.*'edit'"):
         cards.default("edits")
 
 

@@ -60,7 +60,9 @@ def test_pairs_take_the_right_maps():
     mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[:10, :10] = True
     truths = {0: mask, 1: mask & False}  # the second toy is not to be seen
-    got = daam.pairs_of([daam.Traced(prompt, torch.zeros(3, 64, 64), maps)], lambda _, phrase: truths[phrase.object])
+    got = daam.pairs_of(
+        [daam.Traced(prompt, torch.zeros(3, 64, 64), maps)], 64, lambda _, phrase: truths[phrase.object]
+    )
     assert len(got.maps) == 1
     assert got.maps[0][0, 0] == heads[0] and got.others[0][0, 0] == heads[1] and got.colors[0][0, 0] == colors[0]
 
@@ -115,9 +117,9 @@ def test_benchmark_tables(tmp_path, monkeypatch):
     assert bench.in_process("import json; print('noise'); print(json.dumps({'a': 1}))") == {"a": 1}
 
 
-def test_a_model_that_draws_nothing_holds_nothing():
+def test_a_model_that_draws_nothing_says_nothing():
     row = daam.too_few("x", 2)
-    assert row.holds is False and row.n == 2
-    empty = daam.Pairs([], [], [], [], [])
-    assert daam.segment(None, "m", empty, empty, "renders", "", "x.png")[0].holds is False
+    assert row.void and row.holds is None and row.n == 2
+    empty = daam.Pairs([], [], [], [], [], [], [])
+    assert daam.segment(None, "m", empty, empty, "renders", "", "x.png")[0].void
     assert oracle.Wanted.parse("red cube").color == "red"

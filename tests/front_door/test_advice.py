@@ -67,7 +67,7 @@ DOCTESTS = {"edit/net2net/__init__.py"}
 #: commands of other programs
 FOREIGN = re.compile(r"hf download .*|hf auth login|git lfs pull|ulimit -n 1024")
 #: settings of diffusers' schedulers, and words of examples
-SETTINGS = {"rescale_betas_zero_snr", "word", "red", "ball", "cone", "snow", "class"}
+SETTINGS = {"rescale_betas_zero_snr", "word", "red", "ball", "cone", "snow", "class", "weights_only"}
 
 
 def flags() -> dict[str, set[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -136,9 +136,10 @@ _WIDTHS = (
 def require_width(rows: Rows, config: Any, name: str) -> None:
     """Raise BadInput where the text encoders give vectors that the denoiser with this ``config`` cannot read."""
     given = rows["embeds"].shape[-1]
-    key = next((key for key in _WIDTHS if config.get(key) is not None), None)
-    if key is not None and isinstance(config[key], int) and config[key] != given:
+    known = dict(config) if isinstance(config, Mapping) else vars(config)  # of diffusers, of transformers
+    key = next((key for key in _WIDTHS if known.get(key) is not None), None)
+    if key is not None and isinstance(known[key], int) and known[key] != given:
         raise BadInput(
-            f"the text encoders of this {name} give vectors of {given} numbers, its denoiser reads {config[key]} "
+            f"the text encoders of this {name} give vectors of {given} numbers, its denoiser reads {known[key]} "
             f"({key}); load it with the text encoders that it was trained with."
         )

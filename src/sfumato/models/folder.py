@@ -208,7 +208,10 @@ def _processor(folder: Path, class_name: str) -> Processor:
 
 def _refuse_quantized(folder: Path) -> None:
     """Weights in the codes of bitsandbytes, torchao, GGUF ...: adapters and gradients would meet codes, not weights."""
-    said = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    try:
+        said = read_json(folder / "config.json").get("quantization_config")
+    except (OSError, BadInput):
+        return  # what is missing or broken is told where the folder is read
     if said:
         method = said.get("quant_method", "by an unnamed method") if isinstance(said, dict) else said
         raise NotSupported(
