@@ -235,7 +235,8 @@ class Family:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the pipeline makes by default."""
-        raise NotImplementedError
+        side = self.pipe.default_sample_size * self.scale
+        return side, side
 
     @property
     def streams(self) -> list[TextStream]:

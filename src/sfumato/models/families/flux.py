@@ -58,11 +58,6 @@ class Flux(Family):
         return self.scale * 2
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.pipe.default_sample_size * self.scale
-        return side, side
-
-    @property
     def streams(self) -> list[TextStream]:
         return self._stream("tokenizer_2", "t5", 0, self.max_sequence_length)
 

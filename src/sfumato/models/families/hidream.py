@@ -37,11 +37,6 @@ class HiDream(Family):
         return self.scale * int(self.config.patch_size)
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.pipe.default_sample_size * self.scale
-        return side, side
-
-    @property
     def streams(self) -> list[TextStream]:
         first, second = self._lengths
         t5 = self._stream("tokenizer_3", "t5", 0, first)

@@ -41,11 +41,6 @@ class Lumina2(Family):
         return self.size_multiple * min(self.config.axes_lens[1:])
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.pipe.default_sample_size * self.scale
-        return side, side
-
-    @property
     def streams(self) -> list[TextStream]:
         def template(text: str) -> str:
             return f"{self.pipe.system_prompt} <Prompt Start> {text}"
