@@ -11,12 +11,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer
 
 from benchmarks.core import Figure, interleaved, ratio
+from benchmarks.workloads import random_sd15
 from sfumato import registry
 from sfumato.explain.daam import DAAM
 from sfumato.models import Model
@@ -87,33 +88,9 @@ def traced_like_the_original(unet: UNet2DConditionModel, side: int = LATENT):
 
 
 def full_size(unet: UNet2DConditionModel | None = None) -> Model:
-    """SD1.5's U-Net (860 M parameters, random weights), or another one, with a small text encoder and autoencoder."""
-    torch.manual_seed(0)
+    """:func:`~benchmarks.workloads.random_sd15` around toy-sd's tokenizer, as long as SD1.5's."""
     tokenizer = AutoTokenizer.from_pretrained(registry.folder() / "toy-sd" / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=768,
-        intermediate_size=768,
-        num_hidden_layers=1,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-                          up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet or UNet2DConditionModel(sample_size=LATENT, cross_attention_dim=768),
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
-        part.eval().requires_grad_(False)
-    return Model(pipe, name="sd15-random")
+    return random_sd15(tokenizer, LATENT, unet)
 
 
 def run() -> list[Figure]:

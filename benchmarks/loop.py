@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.core import Figure, interleaved, ratio
+from benchmarks.workloads import Idle
 from sfumato import registry
 from sfumato.models import load
 from sfumato.sampling import Intervention, generate
@@ -16,19 +17,6 @@ PROMPTS = [
     "a black cross by day",
 ]
 STEPS, GUIDANCE, ROUNDS = 20, 4.0, 9
-
-
-class Idle(Intervention):
-    """Takes part in everything and changes nothing."""
-
-    def before_predict(self, step):
-        self.mark(step)
-
-    def after_predict(self, step):
-        self.mark(step)
-
-    def after_step(self, step):
-        self.mark(step)
 
 
 def run() -> list[Figure]:

@@ -11,6 +11,11 @@ import json
 import resource
 import sys
 import time
+from typing import Any
+
+from sfumato.explain.daam import DAAM
+from sfumato.models import Model, load
+from sfumato.sampling import Intervention, generate
 
 PROMPTS = [
     "a red cube and a blue ball on the grass",
@@ -21,19 +26,27 @@ LATENT = 32  # side of the full-size U-Net's latents
 SIDE = 64  # of the pictures whose memory is measured
 
 
-@functools.cache
-def model(name: str):
-    """A built-in model, or ``sd15``: Stable Diffusion 1.5's U-Net with random weights around toy-sd's tokenizer."""
-    from sfumato.models import Model, load
+class Idle(Intervention):
+    """Takes part in everything and changes nothing."""
 
-    if name != "sd15":
-        return load(name)
+    def before_predict(self, step):
+        self.mark(step)
+
+    def after_predict(self, step):
+        self.mark(step)
+
+    def after_step(self, step):
+        self.mark(step)
+
+
+def random_sd15(tokenizer: Any, latent: int, unet: Any = None) -> Model:
+    """SD1.5's U-Net (860 M parameters, random weights, latents of side ``latent``), or another one, with a small text
+    encoder and autoencoder."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = load("toy-sd").pipe.tokenizer
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12,
         max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -43,7 +56,7 @@ def model(name: str):
                           up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=LATENT, cross_attention_dim=768),
+        unet=unet or UNet2DConditionModel(sample_size=latent, cross_attention_dim=768),
         scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -54,24 +67,17 @@ def model(name: str):
     return Model(pipe, name="sd15-random")
 
 
+@functools.cache
+def model(name: str) -> Model:
+    """A built-in model, or ``sd15``: :func:`random_sd15` around toy-sd's tokenizer."""
+    return random_sd15(load("toy-sd").pipe.tokenizer, LATENT) if name == "sd15" else load(name)
+
+
 def work(name: str, kind: str) -> None:
     """One generation: ``plain``, with five interventions that change nothing (``idle``), or with word maps (``daam``).
 
     Built-in models draw two pictures, text encoding and decoding included; ``sd15`` two steps of one, not decoded.
     """
-    from sfumato.explain.daam import DAAM
-    from sfumato.sampling import Intervention, generate
-
-    class Idle(Intervention):
-        def before_predict(self, step):
-            self.mark(step)
-
-        def after_predict(self, step):
-            self.mark(step)
-
-        def after_step(self, step):
-            self.mark(step)
-
     daam = DAAM()
     interventions = {"plain": [], "idle": [Idle() for _ in range(5)], "daam": [daam]}[kind]
     small = {"steps": STEPS, "guidance": GUIDANCE}
@@ -99,10 +105,6 @@ def serve() -> None:
 def peak(steps: str, daam: str) -> None:
     """Prints the peak of the resident set, in MiB, of one generation with or without word maps."""
     import torch
-
-    from sfumato.explain.daam import DAAM
-    from sfumato.models import load
-    from sfumato.sampling import generate
 
     torch.set_num_threads(1)
     interventions = [DAAM()] if daam == "on" else []
