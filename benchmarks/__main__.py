@@ -15,7 +15,7 @@ BENCHMARKS = {
     "toybox": ("benchmarks.toybox", "rendering"),
     "loop": ("benchmarks.loop", "our sampling loop against the diffusers pipeline, same weights"),
     "daam": ("benchmarks.daam", "word maps on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents"),
-    "word_maps": ("benchmarks.word_maps", "word maps in our loop and as a guest, on U-Nets of full size"),
+    "word_maps": ("benchmarks.word_maps", "word maps in our loop and in a pipeline's own, on U-Nets of full size"),
     "attend_excite": (
         "benchmarks.attend_excite",
         "a step altered by Attend-and-Excite on a full-size SD1.5 U-Net, randomly initialised, 64x64 latents",

@@ -1,4 +1,4 @@
-"""Word maps against none, in our loop and as a guest of diffusers' own, on SD1.5 and SDXL U-Nets of full size.
+"""Word maps against none, in our loop and in that of diffusers' pipeline, on SD1.5 and SDXL U-Nets of full size.
 
 Time is that of the processor, which other work on the machine changes least. One step of one branch: what a map costs
 is the same in every step.
@@ -19,7 +19,7 @@ from benchmarks.daam import PROMPT, full_size
 from sfumato.explain.daam import DAAM
 from sfumato.models import Model
 from sfumato.sampling import generate
-from sfumato.sampling.guest import attached
+from sfumato.sampling.attached import attached
 
 LATENT, ROUNDS = 64, 3
 
@@ -76,12 +76,17 @@ def contestants(model: Model, side: int) -> dict[str, Callable[[], Any]]:
         loop(daam := DAAM())
         maps(daam)
 
-    def guest() -> None:
+    def pipeline_with_maps() -> None:
         with attached(model.pipe, daam := DAAM()):
             pipeline()
         maps(daam)
 
-    return {"loop": loop, "loop with maps": loop_with_maps, "pipeline": pipeline, "pipeline with maps": guest}
+    return {
+        "loop": loop,
+        "loop with maps": loop_with_maps,
+        "pipeline": pipeline,
+        "pipeline with maps": pipeline_with_maps,
+    }
 
 
 def figures(name: str, model: Model, side: int = LATENT, rounds: int = ROUNDS) -> list[Figure]:
@@ -89,7 +94,7 @@ def figures(name: str, model: Model, side: int = LATENT, rounds: int = ROUNDS) -
     seconds = interleaved(contestants(model, side), rounds, warmup=1, clock=time.process_time)
     detail = f"1 step of one branch at {side}x{side} latents, {rounds} rounds, {min(seconds['loop']):.0f} s each"
     found = []
-    for loop, title in (("loop", "our loop"), ("pipeline", "a guest of the pipeline")):
+    for loop, title in (("loop", "our loop"), ("pipeline", "the pipeline's own loop")):
         share = ratio(seconds, f"{loop} with maps", loop)
         found.append(
             Figure(f"{name}, {title}: maps / none", share.text(), "1.05 or less", share.median <= 1.05, detail,

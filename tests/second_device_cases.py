@@ -21,7 +21,7 @@ from sfumato.sampling import generate
 from tests.contract.systems import PAIRS, SYSTEMS
 from tests.examples import write_adapters
 from tests.experts import write_expert
-from tests.guests import PROMPT, assert_same_maps
+from tests.pipelines import PROMPT, assert_same_maps
 from tests.second_device import NAME, Device, DeviceGenerator, OnDevice, WrongDevice, pretending
 from tests.tiny import tiny_model, tiny_pipeline
 
@@ -82,7 +82,7 @@ def test_it_is_the_same_picture(kind: str, device: Device):
         assert one.tobytes() == other.tobytes()
 
 
-def test_a_guest_of_a_pipeline(device: Device):
+def test_attached_to_a_pipeline(device: Device):
     pipe = there("sd").pipe
     for place in (NAME, "cpu"):  # an own generator, and one of the CPU, which diffusers moves
         generator = DeviceGenerator() if place == NAME else torch.Generator()
@@ -208,7 +208,7 @@ OFFLOADED = {
 
 @pytest.mark.parametrize("how", OFFLOADED)
 def test_weights_that_rest_elsewhere(how: str, device: Device, monkeypatch: Any):
-    """Our loop and a guest see the same as where all weights stay."""
+    """Our loop and a pipeline's own show the same as where all weights stay."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     own, given = DAAM(words=["cube"]), {"steps": 1, "guidance": 3.0, "seed": 5, "decode": False}
     expected = generate(tiny_model("sd"), PROMPT, interventions=own, **given)

@@ -14,7 +14,7 @@ from sfumato.errors import BadInput
 from sfumato.explain.daam import explain_images
 from sfumato.sampling import Intervention, Step, generate, invert, recipe_args
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
-from sfumato.sampling.recording import Recorder, Recording, record_beside
+from sfumato.sampling.recording import Recorder, Recording, record_auxiliary
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 
@@ -125,7 +125,7 @@ def test_another_prompt_is_recorded_beside():
         role = "path"
 
         def on_noise(self, run: Any, x: torch.Tensor) -> torch.Tensor:
-            self.recording = record_beside(run, x, [PROMPTS[1]] * len(run), Recorder())
+            self.recording = record_auxiliary(run, x, [PROMPTS[1]] * len(run), Recorder())
             self.mark()
             return x
 

@@ -13,7 +13,7 @@ def test_both_loops_are_measured(kind: str):
     found = figures(kind, tiny_model(kind), side=16, rounds=1)
     assert [figure.name.split(",")[1].split(":")[0].strip() for figure in found] == [
         "our loop",
-        "a guest of the pipeline",
+        "the pipeline's own loop",
     ]
     for figure in found:
         seconds = figure.data["seconds"]

@@ -1,4 +1,4 @@
-"""ConceptAttention against the formulas of the paper, spelt out block by block, and as a guest."""
+"""ConceptAttention against the formulas of the paper, spelt out block by block, and attached to pipelines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sfumato.explain.concept_attention import ConceptAttention, explain_image, e
 from sfumato.explain.daam import DAAM
 from sfumato.models.hooks import running
 from sfumato.sampling import generate
-from sfumato.sampling.guest import attached
-from tests.guests import PROMPT, SIZE, draw, guest_pipeline, mine, picture
+from sfumato.sampling.attached import attached
+from tests.pipelines import PROMPT, SIZE, draw, mine, picture, pipeline_of
 from tests.tiny import tiny_model, tiny_pipeline
 
 CONCEPTS = ["cone", "a big dog", "cube"]
@@ -119,7 +119,7 @@ def test_pictures_that_exist():
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_as_a_guest_it_sees_what_it_sees_in_our_loop(kind):
+def test_attached_it_sees_what_it_sees_in_our_loop(kind):
     model, pipe = tiny_model(kind), tiny_pipeline(kind)
     noise = torch.randn(1, *model.latent_shape(SIZE, SIZE), generator=torch.manual_seed(3))
     ours, theirs = ConceptAttention(concepts=CONCEPTS), ConceptAttention(concepts=CONCEPTS)
@@ -134,8 +134,8 @@ def test_as_a_guest_it_sees_what_it_sees_in_our_loop(kind):
 
 
 @pytest.mark.parametrize("kind", ["flux kontext", "sd3 controlnet"])
-def test_as_a_guest_where_our_loop_does_not_reach(kind):
-    pipe = guest_pipeline(kind)
+def test_attached_to_pipelines_without_a_family(kind):
+    pipe = pipeline_of(kind)
     with attached(pipe, ConceptAttention(concepts=CONCEPTS)) as run:
         drawn = draw(pipe, kind)
     assert torch.equal(drawn, draw(pipe, kind))

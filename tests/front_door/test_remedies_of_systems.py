@@ -18,7 +18,7 @@ from sfumato.explain.shape_texture.dimensions import estimate
 from sfumato.metrics import frechet, stats
 from sfumato.models.layers import pooled
 from sfumato.models.schedulers import make_scheduler
-from sfumato.sampling.guest.texts import TextAxis
+from sfumato.sampling.attached.texts import TextAxis
 from sfumato.sampling.recording import Recorder
 from tests.front_door.remedies import LEFT, PICTURE, draw, follow, method, named
 
@@ -279,7 +279,7 @@ TABLE = {
         "sd3", lambda m: draw(m, timesteps=[900, 100], steps=None),
         lambda m, said: draw(m, sigmas=[1.0, 0.5], steps=None),
     ),
-    # --- guests of pipelines ------------------------------------------------------------------------------------------
+    # --- attached to pipelines-----------------------------------------------------------------------------------------
     "is no place among the keys; write it as ": (
         None, lambda: _places("the first"),
         lambda said: [_places(each) for each in ("first 512", "last 77", "64:141") if f"'{each}'" in said],

@@ -26,10 +26,10 @@ from sfumato.explain.daam import DAAM
 from sfumato.models import Model, Site, load, quiet
 from sfumato.models.hooks import running
 from sfumato.sampling import generate
-from sfumato.sampling.guest import attached
+from sfumato.sampling.attached import attached
 from sfumato.text import Words
 from tests import tiny
-from tests.guests import assert_same_maps
+from tests.pipelines import assert_same_maps
 from tests.tiny import tiny_model, tiny_pipeline
 
 PROMPTS = ["a red cube and a dog", "a big blue cat on the left"]
@@ -122,8 +122,8 @@ def guidance(kind: str, scale: float | None) -> tuple[dict[str, float], dict[str
 def test_latents_of_the_pipeline(kind: str):
     model = tiny_model(kind)
     own, theirs = guidance(kind, 4.0)
-    visits = kind != "hidream"  # whose texts no guest can tell: two encoders' features, one with a layer for each block
-    with attached(model.pipe, DAAM(per_head=True)) if visits else nullcontext() as guest:  # it changes nothing
+    visits = kind != "hidream"  # which rows are its texts cannot be told in its own loop
+    with attached(model.pipe, DAAM(per_head=True)) if visits else nullcontext() as own_loop:  # it changes nothing
         peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
     ours = generate(
         model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, negative=NEGATIVES,
@@ -133,8 +133,8 @@ def test_latents_of_the_pipeline(kind: str):
     assert peer.abs().sum() > 0
     assert ours.cost == 4
     if visits:  # and sees what it sees in our loop
-        assert_same_maps(daam.maps, guest.maps)
-        assert ours.coverage == guest.coverage
+        assert_same_maps(daam.maps, own_loop.maps)
+        assert ours.coverage == own_loop.coverage
 
 
 @pytest.mark.parametrize("kind", CALLS)

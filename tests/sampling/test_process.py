@@ -14,7 +14,7 @@ from sfumato.errors import BadInput, NotSupported, SfumatoError, WorkInterrupted
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert, recipe_args
 from sfumato.sampling.process.autoregressive import drawn
-from sfumato.sampling.recording import Recorder, Recording, record_beside
+from sfumato.sampling.recording import Recorder, Recording, record_auxiliary
 from tests.helpers import fingerprint
 from tests.processes import generator_model, tokens_model
 from tests.tiny import tiny_model
@@ -307,7 +307,7 @@ class Beside(Intervention):
 
     def on_noise(self, run: Run, x: Tensor) -> Tensor:
         self.mark()
-        self.recording = record_beside(run, x, ["a blue dog"] * len(run), Recorder())
+        self.recording = record_auxiliary(run, x, ["a blue dog"] * len(run), Recorder())
         return x
 
 

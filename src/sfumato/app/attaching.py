@@ -1,4 +1,4 @@
-"""Systems as guests of somebody's own pipeline."""
+"""Systems attached to a user's own pipeline."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from sfumato.app.jobs import build_all
 
 if TYPE_CHECKING:
-    from sfumato.sampling.guest import Guest
+    from sfumato.sampling.attached import AttachedSystems
 
 __all__ = ["attached"]
 
 
 def attached(
     pipe: Any, *with_: Any, text: str | None = None, prompt: str | Sequence[str] | None = None
-) -> AbstractContextManager[Guest]:
+) -> AbstractContextManager[AttachedSystems]:
     """While it lasts, systems take part in every call of a pipeline that no loop of ours replaces.
 
         >>> with sfumato.attached(pipe, "KEY:words=[cat|hat]") as run:
@@ -24,8 +24,8 @@ def attached(
         >>> run.maps[0].overlay(image, "hat"), run.coverage
 
     ``with_``: systems, or what ``--with`` takes. ``text``, ``prompt``, errors: see
-    :func:`sfumato.sampling.guest.attached`.
+    :func:`sfumato.sampling.attached.attached`.
     """
-    from sfumato.sampling.guest import attached as attached_to
+    from sfumato.sampling.attached import attached as attached_to
 
     return attached_to(pipe, build_all(list(with_)), text=text, prompt=prompt)

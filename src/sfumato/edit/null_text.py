@@ -34,7 +34,7 @@ from sfumato.models import Condition, Model
 from sfumato.sampling import Guidance, Intervention, Step, Trajectory
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.inversion import step_coefficients
-from sfumato.sampling.loop import opened
+from sfumato.sampling.loop import open_run
 from sfumato.sampling.request import checked, whole
 
 __all__ = ["NullText", "null_text"]
@@ -131,7 +131,7 @@ def null_text(
     if not request.guidance.on:
         raise BadInput("null-text inversion is for guidance above 1; without it plain inversion leads back already.")
     best, losses = [], []
-    with opened(model, request, range(1), ()) as run:
+    with open_run(model, request, range(1), ()) as run:
         run.freeze()
         assert run.condition is not None and run.condition.uncond is not None
         names = [name for name in ("embeds", "pooled") if name == "embeds" or model.flow]
@@ -191,7 +191,7 @@ def _step(
         gradients = torch.autograd.grad(loss, list(variables.values()))
         for variable, gradient in zip(variables.values(), gradients, strict=True):
             variable.grad = gradient
-        run.spend(1.0, step)
+        run.add_cost(1.0, step)
         optimizer.step()
     return best
 

@@ -24,7 +24,7 @@ from sfumato.hspace.basis import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
 from sfumato.models import Condition
 from sfumato.sampling import Intervention, Run, Step
-from sfumato.sampling.beside import draw_beside
+from sfumato.sampling.auxiliary import draw_auxiliary
 from sfumato.sampling.intervention import Coverage
 
 __all__ = ["Pullback"]
@@ -155,7 +155,7 @@ class Pullback(Intervention):
         encoder = Encoder(step.run.model, self._layer, step.t, condition.rows([row]))
         n = max(p.rank, p.direction)
         basis = local_basis(encoder, x, n, iterations=p.iterations, tolerance=p.tolerance, begin=begin)
-        step.run.spend(encoder.cost / len(step.run), step)
+        step.run.add_cost(encoder.cost / len(step.run), step)
         return basis
 
     def _carried(self, step: Step) -> Tensor | None:
@@ -167,7 +167,7 @@ class Pullback(Intervention):
             return None
         run = step.run
         prompt = run.prompts[0] if p.from_prompt is None else p.from_prompt
-        there = draw_beside(run, prompt, seed=p.from_seed, until=self._step)
+        there = draw_auxiliary(run, prompt, seed=p.from_seed, until=self._step)
         self.activity.cost += there.cost
         x = (there.x / step.path.scale(step.t)).detach()
         condition = self._condition(step) if p.prompt is not None else there.condition

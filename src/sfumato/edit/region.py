@@ -11,7 +11,7 @@ from sfumato import cards, masks
 from sfumato.cards import Field
 from sfumato.errors import BadInput
 from sfumato.sampling import Intervention, Run
-from sfumato.sampling.beside import draw_beside
+from sfumato.sampling.auxiliary import draw_auxiliary
 from sfumato.sampling.process.base import repeated
 
 __all__ = ["RegionParams", "kept_picture", "region_of"]
@@ -79,7 +79,7 @@ def kept_picture(run: Run, x: Tensor, params: RegionParams, system: Intervention
     assert run.request is not None
     pixels = run.request.source.pixels
     if pixels is None:
-        drawn = draw_beside(run, params.source or "", x=x, source=run.request.source)
+        drawn = draw_auxiliary(run, params.source or "", x=x, source=run.request.source)
         system.activity.cost += drawn.cost
         return None, drawn.x
     if len(pixels) > 1:

@@ -34,7 +34,7 @@ from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
-from sfumato.explain.levels_of_pictures import observed
+from sfumato.explain.real_images import observe_images
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
@@ -275,7 +275,7 @@ def explain_images(
     forwards per level and picture. Raises BadInput, NoMatch, NotSupported.
     """
     look = ConceptAttention(**params)
-    observed(look, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
+    observe_images(look, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
     return look.maps
 
 

@@ -31,7 +31,7 @@ from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.explain.heatmaps import HeatMaps
-from sfumato.explain.levels_of_pictures import observed
+from sfumato.explain.real_images import observe_images
 from sfumato.models import Model
 from sfumato.models.families import families_with
 from sfumato.sampling import Intervention, Run
@@ -246,7 +246,7 @@ def explain_images(
     Costs one forward per step and picture, which ends after the last layer that is read. Raises BadInput, NoMatch.
     """
     daam = DAAM(words=[words] if isinstance(words, str) else list(words), **params)
-    observed(daam, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
+    observe_images(daam, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
     return daam.maps
 
 

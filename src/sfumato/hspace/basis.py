@@ -56,10 +56,10 @@ class Encoder:
         found: list[Tensor] = []
         with tapped(self.model, self.layer, found.append, stop=True), sdpa_kernel(SDPBackend.MATH):
             self.model.predict(x, self.t, self.condition.rows([0] * len(x)), "cond")
-        self.spend(len(x))
+        self.add_cost(len(x))
         return found[0].flatten(1)
 
-    def spend(self, rows: int) -> None:
+    def add_cost(self, rows: int) -> None:
         """Count a pass with ``rows`` rows, there or back."""
         self.cost += self._share * rows
 
@@ -79,7 +79,7 @@ class Jacobian:
             self._h = encoder(self._x)
             self._u = torch.zeros_like(self._h, requires_grad=True)
             (self._pulled,) = torch.autograd.grad(self._h, self._x, self._u, create_graph=True)
-        encoder.spend(self._rows)
+        encoder.add_cost(self._rows)
         self.width = self._h.shape[1]
 
     def jvp(self, v: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Jacobian:
             whole = torch.zeros_like(of)
             whole[: len(part)] = part.view(-1, *of.shape[1:])
             (product,) = torch.autograd.grad(of, to, whole, retain_graph=True)
-            self._encoder.spend(self._rows)
+            self._encoder.add_cost(self._rows)
             found.append(product[: len(part)].flatten(1).float())
         return torch.cat(found)
 

@@ -58,15 +58,15 @@ class Intervention:
     ``role``: one of :data:`ROLES`. ``window``: fractions of progress [start, end) in which the methods of steps and the
     taps are active. ``keeps_graph``: record the main prediction with gradients with respect to the latents, so that
     ``step.grad`` in ``after_predict`` costs a backward pass only. ``couples_samples``: samples of one batch influence
-    each other, so a run must not be cut into several batches. ``needs_our_loop``: why it cannot take part in the call
-    of somebody's own pipeline (:mod:`sfumato.sampling.guest`), where its role does not say so already.
+    each other, so a run must not be cut into several batches. ``needs_own_loop``: why it cannot take part in the call
+    of somebody's own pipeline (:mod:`sfumato.sampling.attached`), where its role does not say so already.
     """
 
     role: str = "observer"
     window: tuple[float, float] = (0.0, 1.0)
     keeps_graph: bool = False
     couples_samples: bool = False
-    needs_our_loop: str = ""
+    needs_own_loop: str = ""
     activity: Coverage  # set by the loop before the first batch starts
 
     @property

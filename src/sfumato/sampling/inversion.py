@@ -20,7 +20,7 @@ from sfumato.errors import NotSupported
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, refuse_idle
-from sfumato.sampling.loop import opened, walk
+from sfumato.sampling.loop import open_run, walk
 from sfumato.sampling.process import process_of
 from sfumato.sampling.request import as_pixels_of, checked, whole
 from sfumato.sampling.run import Run, Step
@@ -98,7 +98,7 @@ def invert(
     )  # fmt: skip
     for part in parts:
         part.activity = Coverage()
-    with opened(model, request, range(len(request)), parts, backward=True) as run:
+    with open_run(model, request, range(len(request)), parts, backward=True) as run:
         states = [latents.to(run.model.device, run.model.state_dtype)]
 
         def back(step: Step) -> Tensor:

@@ -26,7 +26,7 @@ from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInte
 from sfumato.models import Model
 from sfumato.models.memory import refuse_unaffordable
 from sfumato.sampling.arguments import GenerateArguments
-from sfumato.sampling.guest.hosting import has_guest
+from sfumato.sampling.attached.interception import has_attached
 from sfumato.sampling.intervention import (
     Coverage,
     Intervention,
@@ -181,7 +181,7 @@ def generate(
     run: Run | None = None
     try:
         for samples in batches:
-            with _remedy(request, samples), opened(model, request, samples, parts, grad=grad) as run:
+            with _remedy(request, samples), open_run(model, request, samples, parts, grad=grad) as run:
                 x = walk(run, run.process.initial(slice(samples.start, samples.stop)), on_step)
                 pixels = None
                 if decode:
@@ -213,7 +213,7 @@ def generate(
 
 
 @contextmanager
-def opened(
+def open_run(
     model: Model,
     request: Request,
     samples: range,
@@ -224,7 +224,7 @@ def opened(
     """A run ready to walk: interventions started, texts encoded, weights in evaluation mode. On leaving, however that
     comes about, everything attached is detached, and torch's global random state is what it was."""
     refuse_unfit(parts, model)
-    if has_guest(model.pipe):
+    if has_attached(model.pipe):
         raise Conflict(
             f"systems are attached to the pipeline of {model.name}, which see its own calls only; give them to this "
             f"run as interventions, or call the pipeline."

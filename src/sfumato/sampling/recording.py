@@ -31,7 +31,7 @@ from sfumato.sampling.loop import walk
 from sfumato.sampling.run import Run, Step
 from sfumato.text.weights import encode_weighted, read_weights
 
-__all__ = ["Recorder", "Recording", "record_beside"]
+__all__ = ["Recorder", "Recording", "record_auxiliary"]
 
 FORMAT = "sfumato-recording-1"
 LIMIT = 8.0  # GiB; the queries of Stable Diffusion 1, 50 steps at 512 pixels in float32, come to about 2
@@ -231,7 +231,7 @@ class Recorder(Intervention):
             )
 
 
-def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorder) -> Recording:
+def record_auxiliary(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorder) -> Recording:
     """What ``run``, about to walk from latents ``x`` (b ...), would be with other prompts and without its
     interventions: walked now, with the same noise, and recorded. Weights that adapters have attached stay attached.
     Prompts may hold weights of words."""
@@ -249,8 +249,8 @@ def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorde
         weighting=run.weighting,
     )
     recorder.activity = Coverage()
-    process = run.process.beside()
-    beside = replace(
+    process = run.process.fork()
+    auxiliary = replace(
         run,
         process=process,
         parts=(recorder,),
@@ -263,11 +263,11 @@ def record_beside(run: Run, x: Tensor, prompts: Sequence[str], recorder: Recorde
         _seams={},
         _words=None,
     )
-    with beside:
-        recorder.start(beside)
-        beside.connect_taps()
-        walk(beside, x)
-        recorder.finish(beside)
-    run.cost += beside.cost
+    with auxiliary:
+        recorder.start(auxiliary)
+        auxiliary.connect_taps()
+        walk(auxiliary, x)
+        recorder.finish(auxiliary)
+    run.cost += auxiliary.cost
     assert recorder.recording is not None
     return recorder.recording

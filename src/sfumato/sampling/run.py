@@ -231,7 +231,7 @@ class Run:
                 share = self._share(forward.calls) if forward.stopped else 1.0
             if out is not None:
                 outputs.update(zip(names, out.chunk(len(names)), strict=True))
-            self.spend(share * len(names) * len(condition) / len(self), step)
+            self.add_cost(share * len(names) * len(condition) / len(self), step)
         return outputs
 
     def combined(self, outputs: dict[str, Tensor]) -> Tensor:
@@ -252,7 +252,7 @@ class Run:
         b = len(self) if samples is None else samples
         return {name: slice(k * b, (k + 1) * b) for k, name in enumerate(names)}
 
-    def spend(self, cost: float, step: Step | None) -> None:
+    def add_cost(self, cost: float, step: Step | None) -> None:
         """Count forward-equivalents, for the run and for the intervention that asked for them."""
         self.cost += cost
         if step is not None and step.actor is not None:
@@ -395,7 +395,7 @@ class Step:
         if not value.requires_grad:
             raise BadInput("the loss given to step.grad does not depend on the latents.")
         (gradient,) = torch.autograd.grad(value, x, retain_graph=reuse)
-        self.run.spend(len(self.branches) if reuse else self.run.cost - spent, self)  # back as far as forward
+        self.run.add_cost(len(self.branches) if reuse else self.run.cost - spent, self)  # back as far as forward
         return gradient
 
     def goto(self, i: int) -> None:

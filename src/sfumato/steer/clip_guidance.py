@@ -23,7 +23,7 @@ from sfumato.errors import BadInput
 from sfumato.models.readers import Clip, clip_for
 from sfumato.sampling import Run, Step
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
-from sfumato.sampling.objectives import log_probability
+from sfumato.sampling.guidance_losses import log_probability
 
 __all__ = ["ClipGuidance"]
 

@@ -30,7 +30,7 @@ from sfumato.models import Condition
 from sfumato.models.readers import Clip, clip_for
 from sfumato.sampling import Run, Step
 from sfumato.sampling.gradient import GradientGuidance, GradientParams
-from sfumato.sampling.objectives import Cutouts, out_of_range, shares, total_variation, weighted
+from sfumato.sampling.guidance_losses import Cutouts, out_of_range, shares, total_variation, weighted
 
 __all__ = ["MGAD"]
 

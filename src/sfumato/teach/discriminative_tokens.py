@@ -28,7 +28,7 @@ from sfumato.models import Model
 from sfumato.models.slot import frozen, text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
-from sfumato.sampling.loop import opened, walk
+from sfumato.sampling.loop import open_run, walk
 from sfumato.sampling.request import checked
 from sfumato.teach.learning import Best, learn, recomputed
 from sfumato.teach.parameters import TeachParams
@@ -186,7 +186,7 @@ class _Lesson:
             latents = None
             if first:
                 request = checked(model, [prompt], latents=None, image=None, **options)
-                with torch.no_grad(), opened(model, request, range(1), ()) as run:
+                with torch.no_grad(), open_run(model, request, range(1), ()) as run:
                     latents = walk(run, run.process.initial(slice(0, 1)), until=first)
             made = generate(model, prompt, latents=latents, start=first, grad=True, **options)
         assert made.pixels is not None

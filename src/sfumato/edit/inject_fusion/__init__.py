@@ -30,7 +30,7 @@ from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.hspace.tap import bottleneck_of, layer_of, tapped
 from sfumato.metrics.geometry import slerp
 from sfumato.sampling import Intervention, Run, Step, invert
-from sfumato.sampling.beside import draw_beside
+from sfumato.sampling.auxiliary import draw_auxiliary
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.request import as_pictures
 from sfumato.sampling.state import sample_axes
@@ -223,7 +223,7 @@ class InjectFusion(Intervention):
             generators = rng.generators("sample", run.seeds if seed is None else [seed] * len(run))
             noise = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=x.dtype)
             x = run.model.prepare(noise, run.scheduler)
-        return draw_beside(run, self.params.content or "", x=x, parts=[record]).x
+        return draw_auxiliary(run, self.params.content or "", x=x, parts=[record]).x
 
     def _inverted(self, run: Run, record: FeatureRecord) -> Tensor:
         """The content picture (1 c h w), whose bottleneck is read while it is inverted."""
@@ -233,7 +233,7 @@ class InjectFusion(Intervention):
         if prompt is None:
             prompt = prompt_of(self.params.content_image or "")
         trajectory = invert(run.model, fitted, prompt, steps=run.request.steps, size=run.size, interventions=[record])
-        run.spend(trajectory.cost / len(run), None)
+        run.add_cost(trajectory.cost / len(run), None)
         return trajectory.latents[-1]
 
     # -- the injection -------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from sfumato.edit.prompt_to_prompt.values import (
 from sfumato.errors import BadInput, Conflict
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.recording import Recorder, Recording, record_beside
+from sfumato.sampling.recording import Recorder, Recording, record_auxiliary
 from sfumato.text.align import align, best_mode, equaliser, gate
 from sfumato.text.weights import read_weights
 from sfumato.text.words import Words
@@ -237,7 +237,7 @@ class PromptToPrompt(FollowsSource, Intervention):
         if self.recording is None:
             before = run.cost
             recorder = Recorder(self.wants(run.sites, run.grid))
-            self.recording = record_beside(run, x, [self.params.source or ""] * len(run), recorder)
+            self.recording = record_auxiliary(run, x, [self.params.source or ""] * len(run), recorder)
             self.activity.cost += run.cost - before
         else:
             refuse_other_noise(self.recording, x)

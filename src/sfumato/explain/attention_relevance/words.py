@@ -15,7 +15,7 @@ from sfumato.errors import NotSupported
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps
 from sfumato.models import Model
 from sfumato.relevance.attention import attention_relevance
-from sfumato.sampling.levels import levels, opened_for
+from sfumato.sampling.real_images import noised_levels, open_image_run
 from sfumato.sampling.request import checked_size
 from sfumato.text.words import find_phrases
 
@@ -49,11 +49,11 @@ def word_maps(
     total: Tensor | None = None
     scores = torch.zeros(len(prompts))
     given = {"steps": steps, "seed": seed, "scheduler": scheduler}
-    with opened_for(model, images, prompts, **given) as (run, clean):
+    with open_image_run(model, images, prompts, **given) as (run, clean):
         _refuse_several_calls(model)
         readings = [run.words.read(prompt) for prompt in run.prompts]
         spans = find_phrases(readings, list(words)) if words else [reading.all() for reading in readings]
-        for i, x, noise in levels(run, clean):
+        for i, x, noise in noised_levels(run, clean):
             t = run.timesteps[i]
 
             def predict(x: Tensor = x, t: Tensor = t) -> Tensor:

@@ -32,7 +32,7 @@ from sfumato.hspace.tap import layer_of
 from sfumato.metrics.geometry import curvedness, mean_directions, slerp, spectrum
 from sfumato.models import Condition, Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert
-from sfumato.sampling.beside import draw_beside
+from sfumato.sampling.auxiliary import draw_auxiliary
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.request import as_pixels, checked_size
 
@@ -107,7 +107,7 @@ class LatentGeometry(Intervention):
 
     role = "observer"
     couples_samples = True  # samples are compared
-    needs_our_loop = "it follows the denoiser's derivatives at latents of its own"
+    needs_own_loop = "it follows the denoiser's derivatives at latents of its own"
 
     def __init__(self, **given: Any):
         self.params = self.Params(**given)
@@ -174,7 +174,7 @@ class LatentGeometry(Intervention):
         """One more sample, of the first one's prompt, as the run would draw it; its places join the others."""
         assert run.request is not None
         record = PlaceRecord(list(self._levels), self._layer)
-        draw_beside(run, run.request.prompts[0], seed=seed, parts=[record])
+        draw_auxiliary(run, run.request.prompts[0], seed=seed, parts=[record])
         for i, places in self._record.places.items():
             places.x += record.places[i].x
             places.conditions += record.places[i].conditions
@@ -193,7 +193,7 @@ class LatentGeometry(Intervention):
         p = self.params
         encoder = Encoder(run.model, self._layer, t, condition)
         found = local_basis(encoder, x, p.rank, iterations=p.iterations, tolerance=p.tolerance, begin=begin)
-        run.spend(encoder.cost / len(run), None)
+        run.add_cost(encoder.cost / len(run), None)
         return found
 
     def _curve(self, run: Run, places: Places, kind: str) -> float:

@@ -118,7 +118,7 @@ class Process:
     def seek(self, i: int) -> None:
         """The next step is ``i``, whatever came before."""
 
-    def beside(self) -> Process:
+    def fork(self) -> Process:
         """The same again from ``begin``, with generators in the same state: for a walk of its own."""
         generators = [generator.clone_state() for generator in self.generators]
         other = type(self)(self.model, self.options, self.source, self.size, generators)

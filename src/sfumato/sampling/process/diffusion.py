@@ -160,8 +160,8 @@ class Diffusion(Process):
     def seek(self, i: int) -> None:
         self._scheduler = self.scheduler_at(i)
 
-    def beside(self) -> Process:
-        other = super().beside()
+    def fork(self) -> Process:
+        other = super().fork()
         other.seek(self.begin)
         return other
 

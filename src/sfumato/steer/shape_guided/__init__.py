@@ -185,7 +185,7 @@ class ShapeGuided(InsideOutside):
         back = invert(
             run.model, pixels, [each[0] for each in texts], steps=run.request.steps, interventions=[constraint]
         )
-        self._spend(run, back.cost * len(pixels) / len(run))
+        self._add_cost(run, back.cost * len(pixels) / len(run))
         if not torch.equal(back.timesteps, run.timesteps):
             raise BadInput("shape_guided inverts along the family's own schedule, which this run's scheduler leaves.")
         self._trajectory = back.latents.expand(-1, len(run), -1, -1, -1)
@@ -219,7 +219,7 @@ class ShapeGuided(InsideOutside):
             region, spent = infer_region(run.model, self._pixels, source)
             found.append(masks.area(region, run.size[::-1]))
             cost += spent
-        self._spend(run, cost / len(run))
+        self._add_cost(run, cost / len(run))
         return torch.stack(found)
 
     def _check(self, run: Run) -> None:
@@ -243,6 +243,6 @@ class ShapeGuided(InsideOutside):
             if p.fresh and run.begin:
                 raise BadInput("fresh of shape_guided mixes noise into the very start; give strength 1 to the run.")
 
-    def _spend(self, run: Run, cost: float) -> None:
-        run.spend(cost, None)
+    def _add_cost(self, run: Run, cost: float) -> None:
+        run.add_cost(cost, None)
         self.activity.cost += cost

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import Model, TextStream
 
-__all__ = ["TextAxis", "Texts", "hearing"]
+__all__ = ["TextAxis", "Texts", "recording_encoders"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _texts(given: Any) -> list[str] | None:
 
 
 @contextmanager
-def hearing(pipe: Any, passes: list[tuple[str, Tensor, list[Tensor]]]) -> Iterator[None]:
+def recording_encoders(pipe: Any, passes: list[tuple[str, Tensor, list[Tensor]]]) -> Iterator[None]:
     """While it lasts, ``passes`` collects what text encoders were given and gave: name, ids (b t), tensors (b t d)."""
     handles = []
 

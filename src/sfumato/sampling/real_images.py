@@ -12,15 +12,15 @@ from torch import Tensor
 
 from sfumato.models import Model
 from sfumato.sampling.intervention import Intervention
-from sfumato.sampling.loop import opened
+from sfumato.sampling.loop import open_run
 from sfumato.sampling.request import checked
 from sfumato.sampling.run import Run
 
-__all__ = ["levels", "opened_for"]
+__all__ = ["noised_levels", "open_image_run"]
 
 
 @contextlib.contextmanager
-def opened_for(
+def open_image_run(
     model: Model,
     images: Tensor,
     prompts: Sequence[str],
@@ -37,11 +37,11 @@ def opened_for(
     schedule = scheduler or model.deterministic_scheduler
     guidance: dict[str, Any] = {} if model.embeds_guidance else {"guidance": 1.0}
     request = checked(model, list(prompts), steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance)
-    with opened(model, request, range(len(request)), tuple(interventions)) as run:
+    with open_run(model, request, range(len(request)), tuple(interventions)) as run:
         yield run, clean
 
 
-def levels(run: Run, clean: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def noised_levels(run: Run, clean: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(i, x, noise) for every step i: the latents ``clean`` (b c h w) with fresh ``noise`` of each sample's own
     generator, at that step's level; the run stands at the step meanwhile."""
     for i in range(run.total):

@@ -178,7 +178,7 @@ BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 @_seeded
-def guest_pipeline(kind: str) -> Any:
+def pipeline_of(kind: str) -> Any:
     return BUILDERS[kind][0]()
 
 

@@ -1,4 +1,4 @@
-"""Guests in somebody's own pipeline: what they see is what the pipeline computed, and afterwards nothing is left."""
+"""Systems attached to a pipeline: what they see is what the pipeline computed, and afterwards nothing is left."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, SfumatoErr
 from sfumato.explain.daam import DAAM
 from sfumato.models.hooks import running
 from sfumato.sampling import Intervention, generate
-from sfumato.sampling.guest import attached
+from sfumato.sampling.attached import attached
 from sfumato.sampling.recording import Recorder
 from tests.contract.systems import SYSTEMS
 from tests.examples import write_adapters
 from tests.experts import write_expert
-from tests.guests import BUILDERS, PROMPT, SIZE, Renamed, assert_same_maps, draw, guest_pipeline, mine
 from tests.helpers import fingerprint
+from tests.pipelines import BUILDERS, PROMPT, SIZE, Renamed, assert_same_maps, draw, mine, pipeline_of
 from tests.tiny import tiny_model, tiny_pipeline
 
 OWN = {
@@ -38,7 +38,7 @@ OWN = {
     "animatediff": {"guidance_scale": 5.0, "num_frames": 4},
 }
 """Kinds that both our loop and their own pipeline can draw, with what their call is told; younger families are held to
-their pipelines in `tests/parity/test_families.py`, guests included."""
+their pipelines in `tests/parity/test_families.py`, attached systems included."""
 
 
 STEPS_SEEN = {"sd img2img": [1, 2], "sdxl img2img": [1], "sdxl inpaint": [1]}
@@ -77,7 +77,7 @@ class Reference(TorchFunctionMode):
 
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_own_pipelines(kind):
-    pipe, own = guest_pipeline(kind), type(guest_pipeline(kind))
+    pipe, own = pipeline_of(kind), type(pipeline_of(kind))
     steps = 2 if "strength" in BUILDERS[kind][1] else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ WHERE = {  # row of the conditional branch, image queries, where the text begins
 @pytest.mark.parametrize("kind", WHERE)
 def test_maps_are_those_of_the_plain_formula(kind):
     row, queries, first, grids = WHERE[kind]
-    pipe = mine() if kind == "mine" else guest_pipeline(kind)
+    pipe = mine() if kind == "mine" else pipeline_of(kind)
     with attached(pipe, DAAM(words=["cube"])) as run:
         draw(pipe, kind if kind in BUILDERS else "")
     found = run.maps[0]
@@ -178,7 +178,7 @@ def test_classes_that_derive_from_known_ones():
 
 
 def both(kind: str, systems: Any, **options: Any) -> tuple[Any, Any, Any]:
-    """Latents of our loop, those of the pipeline with guests, and what they are held by."""
+    """Latents of our loop, those of the pipeline with systems attached, and what they are held by."""
     model, pipe = tiny_model(kind), tiny_pipeline(kind)
     frames = {"frames": 4} if kind == "animatediff" else {}
     noise = torch.randn(2, *model.latent_shape(SIZE, SIZE, frames.get("frames")), generator=torch.manual_seed(3))
@@ -241,7 +241,7 @@ NEEDS_US = {
 }
 
 
-def test_every_system_is_tried_as_a_guest():
+def test_every_system_is_tried_attached():
     assert set(SYSTEMS) == {"daam", "concept_attention", *NEEDS_US, *(key for key, _ in ACTS)}
 
 
@@ -266,8 +266,8 @@ def test_what_needs_our_loop_is_refused_with_the_reason(key):
 
 
 def test_an_edit_of_a_recorded_picture_is_a_guest():
-    """Prompt-to-Prompt draws nothing beside the picture where the source was recorded, so it can be a guest."""
-    pipe = guest_pipeline("sd controlnet")
+    """Prompt-to-Prompt draws nothing beside the picture where the source was recorded, so it can be attached."""
+    pipe = pipeline_of("sd controlnet")
     recorder = Recorder(lambda site, progress: site.kind == "cross")
     with attached(pipe, recorder):
         plain = draw(pipe, "sd controlnet")
@@ -411,8 +411,8 @@ def test_two_guests_at_once():
         run["daam 3"]
 
 
-def test_a_guest_and_our_loop():
-    """Our loop does not pass by a guest in silence; a guest in the middle of our loop sees its own call alone."""
+def test_attached_and_our_loop():
+    """Our loop does not ignore an attached system; one attached in the middle of our loop sees its own call alone."""
     model = tiny_model("sd")
     with pytest.raises(Conflict, match="interventions"), attached(model, DAAM()):
         generate(model, PROMPT, steps=1, decode=False)
@@ -509,7 +509,7 @@ def test_negative_prompts_and_windows():
     assert run.maps[0].words == ("a", "dog")
     with pytest.raises(BadInput, match="no negative prompt"), attached(pipe, DAAM(negative=True)):
         draw(pipe)
-    pipe = guest_pipeline("sd img2img")
+    pipe = pipeline_of("sd img2img")
     with attached(pipe, DAAM(window=(0.5, 1.0))) as run:
         draw(pipe, "sd img2img", steps=4)
     assert run.coverage["daam"]["steps"] == [3, 4]  # of five timesteps, of which PNDM says the second twice

@@ -1,4 +1,4 @@
-"""What the user of a guest holds: the systems, what they found and what they touched."""
+"""The systems attached to a pipeline: what they found and what they touched."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from sfumato.errors import BadInput, UnknownName
 from sfumato.sampling.intervention import Intervention, distinct_names
 
-__all__ = ["Guest"]
+__all__ = ["AttachedSystems"]
 
 
-class Guest:
+class AttachedSystems:
     """What :func:`attached` hands out. ``parts``: the systems, in the order in which they act. ``calls``: how often the
     pipeline was called and finished; samples of later calls follow those of earlier ones."""
 
@@ -24,7 +24,7 @@ class Guest:
         """A system by its key, ``"daam"``; the second of a kind as ``"daam 2"``. Raises UnknownName."""
         known = dict(zip(distinct_names(self.parts), self.parts, strict=True))
         if name not in known:
-            raise UnknownName("guest", name, known)
+            raise UnknownName("attached system", name, known)
         return known[name]
 
     @property

@@ -1,4 +1,4 @@
-"""One call of a pipeline that has guests: a batch, whose steps are told by the denoiser and the scheduler."""
+"""One call of a pipeline with attached systems: a batch, whose steps follow from calls of denoiser and scheduler."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sfumato.attention.bypass import refuse_compiled
 from sfumato.attention.tap import Tap
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models import Condition, Model
-from sfumato.sampling.guest.face import Guest
-from sfumato.sampling.guest.texts import TextAxis, Texts, hearing
-from sfumato.sampling.guest.unknown import Unknown, explore
-from sfumato.sampling.guest.walk import GuestProcess, GuestStep, unchanged
+from sfumato.sampling.attached.process import PipelineProcess, PipelineStep, require_unchanged
+from sfumato.sampling.attached.systems import AttachedSystems
+from sfumato.sampling.attached.texts import TextAxis, Texts, recording_encoders
+from sfumato.sampling.attached.unknown_family import UnknownFamily, locate_text
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.run import Run
@@ -35,25 +35,25 @@ class PipelineCall:
 
     def __init__(
         self,
-        guest: Guest,
+        systems: AttachedSystems,
         model: Model,
         arguments: dict[str, Any],
         axis: TextAxis | None,
         prompt: str | Sequence[str] | None,
     ):
-        self.guest, self.model, self.axis, self.arguments = guest, model, axis, arguments
+        self.systems, self.model, self.axis, self.arguments = systems, model, axis, arguments
         self.texts = Texts.of_call(model, arguments, prompt)
         self.count = len(self.texts)
-        self.step: GuestStep | None = None
+        self.step: PipelineStep | None = None
         self.steps = 0  # of the scheduler, so far
         self.started = False
         self._x: Tensor | None = None  # the state, in the pipeline's form, as far as it is known
         generators, seeds = _generators(arguments.get("generator"), self.count)
-        self.process = GuestProcess(model, generators)
+        self.process = PipelineProcess(model, generators)
         self.run = Run(
             model=model,
-            parts=guest.parts,
-            samples=range(guest.samples, guest.samples + self.count),
+            parts=systems.parts,
+            samples=range(systems.samples, systems.samples + self.count),
             prompts=self.texts.prompts,
             negatives=self.texts.negatives,
             seeds=cast(Any, seeds),
@@ -63,8 +63,8 @@ class PipelineCall:
             guidance=Guidance(0.0),
             process=self.process,
         )
-        for part in guest.parts:
-            if part.couples_samples and guest.calls:
+        for part in systems.parts:
+            if part.couples_samples and systems.calls:
                 raise NotSupported(f"{part.name} holds one batch; attach it anew for another call of the pipeline.")
 
     def __enter__(self) -> PipelineCall:
@@ -73,7 +73,7 @@ class PipelineCall:
             refuse_compiled(self.model.denoiser)
             for part in self._starting(adapters=True):
                 part.start(self.run)
-            self.run.enter(hearing(self.model.pipe, self.texts.passes))
+            self.run.enter(recording_encoders(self.model.pipe, self.texts.passes))
             self._wrap(self.model.denoiser, "forward", self._predicting)
             self._wrap(self.model.pipe.scheduler, "step", self._stepping)
         except BaseException:
@@ -86,12 +86,12 @@ class PipelineCall:
             if kind is None:
                 if not self.started:
                     raise NoMatch(f"{type(self.model.pipe).__name__} did not run its denoiser in this call.")
-                for part in overridden(self.guest.parts, "finish"):
+                for part in overridden(self.systems.parts, "finish"):
                     part.finish(self.run)
         finally:
             self.run.__exit__(kind, error, trace)
 
-    def heard(self, name: str, arguments: dict[str, Any], result: Any) -> None:
+    def on_method(self, name: str, arguments: dict[str, Any], result: Any) -> None:
         """A method of the pipeline was called so and gave this. What systems call later, once the walk has begun, is
         not the pipeline's own."""
         if self.started:
@@ -124,7 +124,7 @@ class PipelineCall:
             step.outputs.update(self._by_branch(out, rows))
             if "cond" in rows:
                 step.repeat = functools.partial(self._repeat, real, again_with, embeds, rows)
-        self.run.spend(len(x) / self.count, None)
+        self.run.add_cost(len(x) / self.count, None)
         return out
 
     def _repeat(
@@ -149,11 +149,11 @@ class PipelineCall:
             if taps:
                 stack.enter_context(self._seen_by(taps, step, rows, arguments))
             out = real(**named, **extra)
-        self.run.spend(b * len(rows) / self.count, step)
+        self.run.add_cost(b * len(rows) / self.count, step)
         return self._by_branch(out, rows)
 
     def _seen_by(
-        self, taps: Sequence[Tap], step: GuestStep, rows: dict[str, slice], arguments: dict[str, Any]
+        self, taps: Sequence[Tap], step: PipelineStep, rows: dict[str, slice], arguments: dict[str, Any]
     ) -> AbstractContextManager[Any]:
         """The seam around one denoiser call; texts of its rows may be of other lengths than those of others."""
         texts, family = self.model.family.rows_of_call(arguments), self.model.family
@@ -179,22 +179,22 @@ class PipelineCall:
             )
         before, output = self._unpacked(arguments["sample"]), self._unpacked(arguments["model_output"])
         step.predicted(before, output)
-        for part in step.active(overridden(self.guest.parts, "after_predict")):
+        for part in step.active(overridden(self.systems.parts, "after_predict")):
             step.actor = part
             part.after_predict(step)
-            unchanged(part, "the prediction", output, step.output)
+            require_unchanged(part, "the prediction", output, step.output)
         out = real(*args, **kwargs)
         self._x = out[0] if isinstance(out, tuple) else out.prev_sample
         step.x = after = self._unpacked(self._x)
-        for part in step.active(overridden(self.guest.parts, "after_step")):
+        for part in step.active(overridden(self.systems.parts, "after_step")):
             step.actor = part
             part.after_step(step)
-            unchanged(part, "the latents", after, step.x)
+            require_unchanged(part, "the latents", after, step.x)
         self.steps += 1
         self.step = None
         return out
 
-    def _step(self) -> GuestStep:
+    def _step(self) -> PipelineStep:
         """The step under way: all denoiser calls between two steps of the scheduler belong to one."""
         if self.step is None:
             i = self.run.begin + self.steps
@@ -203,12 +203,12 @@ class PipelineCall:
                     f"{type(self.model.pipe).__name__} walks beyond the {self.run.total} levels of its scheduler."
                 )
             assert self._x is not None
-            self.step = step = GuestStep(self.run, i, self._unpacked(self._x))
-            for part in step.active(overridden(self.guest.parts, "before_predict")):
+            self.step = step = PipelineStep(self.run, i, self._unpacked(self._x))
+            for part in step.active(overridden(self.systems.parts, "before_predict")):
                 step.actor, before = part, step.x
                 part.before_predict(step)
-                unchanged(part, "the latents", before, step.x)
-                unchanged(part, "the texts", self.run.condition, step.condition)
+                require_unchanged(part, "the latents", before, step.x)
+                require_unchanged(part, "the texts", self.run.condition, step.condition)
             step.actor = None
         return self.step
 
@@ -218,10 +218,10 @@ class PipelineCall:
         """Everything is known: those who are no adapters begin."""
         run, model, texts = self.run, self.model, self.texts
         texts.require(model, embeds)
-        if self.axis is not None and not isinstance(model.family, Unknown):
+        if self.axis is not None and not isinstance(model.family, UnknownFamily):
             raise BadInput(f"text says where the text lies in attention; of {model.name} that is known, leave it out.")
-        if isinstance(model.family, Unknown):
-            explore(model.family, real, arguments, self.arguments, embeds, texts, self.axis)
+        if isinstance(model.family, UnknownFamily):
+            locate_text(model.family, real, arguments, self.arguments, embeds, texts, self.axis)
         elif embeds.shape[1] != model.text_length and all(stream.padded for stream in model.tokenizers):
             raise NotSupported(
                 f"{type(model.denoiser).__name__} sees {embeds.shape[1]} text positions, but the text encoders of "
@@ -241,24 +241,24 @@ class PipelineCall:
         asked = self.arguments.get("true_cfg_scale") or self.arguments.get("guidance_scale")
         run.guidance = Guidance(max(float(asked or 0), 1.001) if uncond is not None else 0.0)
         self.process.begin = _begin(model.pipe, arguments.get("timestep"))
-        self.guest.sites = run.sites
+        self.systems.sites = run.sites
         for part in self._starting(adapters=False):
             part.start(run)
         for part in overridden(run.parts, "on_text"):
-            unchanged(part, "the texts", run.condition, part.on_text(run, run.condition))
+            require_unchanged(part, "the texts", run.condition, part.on_text(run, run.condition))
         run.connect_taps()
         self._x = x[: self.count] if self._x is None else self._x
         first = self._unpacked(self._x)
         for part in overridden(run.parts, "on_noise"):
-            unchanged(part, "the latents", first, part.on_noise(run, first))
+            require_unchanged(part, "the latents", first, part.on_noise(run, first))
         for part in overridden(run.parts, "on_condition"):
-            unchanged(part, "the condition", run.condition, part.on_condition(run, run.condition))
+            require_unchanged(part, "the condition", run.condition, part.on_condition(run, run.condition))
         self.started = True
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _starting(self, adapters: bool) -> list[Intervention]:
-        return [part for part in overridden(self.guest.parts, "start") if (part.role == "adapter") == adapters]
+        return [part for part in overridden(self.systems.parts, "start") if (part.role == "adapter") == adapters]
 
     def _inputs(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """State and text (b t d) of a denoiser call."""

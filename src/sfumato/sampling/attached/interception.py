@@ -1,4 +1,4 @@
-"""A pipeline that has a guest: for so long its class is one that tells the guest of calls and encoded texts."""
+"""Intercepting a pipeline's calls: while systems are attached, its class is a subclass that reports calls and texts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Model
 from sfumato.models.hosts import family_like
-from sfumato.sampling.guest.unknown import Unknown
+from sfumato.sampling.attached.unknown_family import UnknownFamily
 
-__all__ = ["has_guest", "hosted", "model_of"]
-
-
-class _Hosting:
-    """Marks the class of a pipeline that has a guest."""
+__all__ = ["has_attached", "intercepted", "model_of"]
 
 
-def has_guest(pipe: Any) -> bool:
+class _Intercepted:
+    """Marks the class of a pipeline that has systems attached."""
+
+
+def has_attached(pipe: Any) -> bool:
     """Whether systems are attached to a pipeline."""
-    return isinstance(pipe, _Hosting)
+    return isinstance(pipe, _Intercepted)
 
 
 def model_of(pipe: Any, max_sequence_length: int | None = None) -> Model:
@@ -42,40 +42,40 @@ def model_of(pipe: Any, max_sequence_length: int | None = None) -> Model:
             return model
         except AttributeError:
             pass  # the networks of a family in a class that lacks what its pipelines have
-    if not isinstance(Unknown.denoiser_of(pipe), nn.Module):
+    if not isinstance(UnknownFamily.denoiser_of(pipe), nn.Module):
         raise NotSupported(f"{type(pipe).__name__} has no network called unet or transformer to look into.")
-    return Model(pipe, family=Unknown)
+    return Model(pipe, family=UnknownFamily)
 
 
 @contextmanager
-def hosted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterator[None]:
+def intercepted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterator[None]:
     """While it lasts, calling ``pipe`` is ``call(proceed, arguments)``: ``proceed(now)`` makes the real call, and
-    tells ``now.heard(method, arguments, result)`` of texts that are encoded in it, and of the first latents. Raises
-    Conflict for a pipeline that has a guest already."""
+    tells ``now.on_method(method, arguments, result)`` of texts that are encoded in it, and of the first latents. Raises
+    Conflict for a pipeline that has systems attached already."""
     own = type(pipe)
-    if has_guest(pipe):
+    if has_attached(pipe):
         raise Conflict(f"{own.__name__} has systems attached already; give all of them to one attached(...).")
-    heard: list[Any] = []
+    calls: list[Any] = []
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not pipe or heard:  # a copy, or a pipeline that calls itself
+        if self is not pipe or calls:  # a copy, or a pipeline that calls itself
             return own.__call__(self, *args, **kwargs)
 
         def proceed(now: Any) -> Any:
-            heard.append(now)
+            calls.append(now)
             try:
                 return own.__call__(self, *args, **kwargs)
             finally:
-                heard.clear()
+                calls.clear()
 
         return call(proceed, _bound(own.__call__, self, args, kwargs))
 
-    def listening(name: str, real: Any) -> Any:
+    def intercept_method(name: str, real: Any) -> Any:
         @functools.wraps(real)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = real(self, *args, **kwargs)
-            if self is pipe and heard:
-                heard[0].heard(name, _bound(real, self, args, kwargs), result)
+            if self is pipe and calls:
+                calls[0].on_method(name, _bound(real, self, args, kwargs), result)
             return result
 
         return method
@@ -83,8 +83,8 @@ def hosted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterator[No
     members: dict[str, Any] = {"__module__": own.__module__, "__call__": functools.wraps(own.__call__)(__call__)}
     for name in ("encode_prompt", "prepare_latents"):
         if callable(real := getattr(own, name, None)):
-            members[name] = listening(name, real)
-    object.__setattr__(pipe, "__class__", type(own.__name__, (own, _Hosting), members))
+            members[name] = intercept_method(name, real)
+    object.__setattr__(pipe, "__class__", type(own.__name__, (own, _Intercepted), members))
     try:
         yield
     finally:

@@ -9,13 +9,13 @@ from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Step
 from sfumato.sampling.intervention import refuse_idle
-from sfumato.sampling.levels import levels, opened_for
+from sfumato.sampling.real_images import noised_levels, open_image_run
 from sfumato.sampling.request import as_pixels_of, checked_size
 
-__all__ = ["observed"]
+__all__ = ["observe_images"]
 
 
-def observed(
+def observe_images(
     look: Intervention,
     model: Model,
     images: Any,
@@ -37,9 +37,9 @@ def observed(
     if len(texts) != len(pixels):
         raise BadInput(f"there are {len(texts)} prompts for {len(pixels)} images; give one for all or one each.")
     given = {"steps": steps, "seed": seed, "scheduler": scheduler}
-    with opened_for(model, pixels, texts, interventions=(look,), **given) as (run, clean):
+    with open_image_run(model, pixels, texts, interventions=(look,), **given) as (run, clean):
         taps, sites = look.taps(), run.sites
-        for i, x, _ in levels(run, clean):
+        for i, x, _ in noised_levels(run, clean):
             step = Step(run, i, x)
             if step.covered_by(look):
                 run.denoise(x, step.t, step.condition, ("cond",), taps, step)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import BadInput
-from sfumato.sampling.objectives import (
+from sfumato.sampling.guidance_losses import (
     Cutouts,
     log_probability,
     out_of_range,

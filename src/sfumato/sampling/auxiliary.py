@@ -1,4 +1,4 @@
-"""Samples drawn beside a run, by its own settings and without its interventions, while it waits."""
+"""Auxiliary samples: drawn with a run's settings but without its interventions, while the run waits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from sfumato.models import Condition
 from sfumato.sampling.intervention import Intervention
-from sfumato.sampling.loop import opened, walk
+from sfumato.sampling.loop import open_run, walk
 from sfumato.sampling.process.base import Source
 from sfumato.sampling.run import Run
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class AuxiliarySamples:
     """What was drawn: the final states ``x`` (b ...), or those that step ``until`` begins with, under ``condition``.
     ``cost``: forward-equivalents per sample of the waiting run."""
 
@@ -24,7 +24,7 @@ class Beside:
     cost: float
 
 
-def draw_beside(
+def draw_auxiliary(
     run: Run,
     prompt: str,
     *,
@@ -33,7 +33,7 @@ def draw_beside(
     source: Source | None = None,
     parts: Sequence[Intervention] = (),
     until: int | None = None,
-) -> Beside:
+) -> AuxiliarySamples:
     """Draws ``prompt``: one sample from the noise of ``seed``, or as many as the run has, from the states ``x`` that
     the walk begins with (or else from noise of the run's own seeds). ``source``: what the run's request begins with
     instead of noise, where it begins later in the schedule. ``until``: ends where this step begins. The run pays."""
@@ -43,12 +43,12 @@ def draw_beside(
     if seed is not None:
         negatives = request.negatives and request.negatives[:1]
         request, samples = replace(request, prompts=[prompt], negatives=negatives, seeds=[seed]), range(1)
-    with opened(run.model, request, samples, tuple(parts)) as other:
+    with open_run(run.model, request, samples, tuple(parts)) as other:
         if x is None:
             x = other.process.initial(slice(samples.start, samples.stop))
         x = walk(other, x, until=until)
         condition = other.condition
     assert condition is not None
     cost = other.cost * len(other) / len(run)
-    run.spend(cost, None)
-    return Beside(x, condition, cost)
+    run.add_cost(cost, None)
+    return AuxiliarySamples(x, condition, cost)

@@ -1,4 +1,4 @@
-"""Steps and process of a pipeline's own loop, as far as a guest can see them, and who could not live with that."""
+"""Steps and process of a pipeline's own loop as attached systems see them, and which systems these do not suffice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfumato.sampling.noise import Path
 from sfumato.sampling.process.base import Process
 from sfumato.sampling.run import Prediction, Run, Step
 
-__all__ = ["GuestProcess", "GuestStep", "refuse_who_needs_our_loop", "unchanged"]
+__all__ = ["PipelineProcess", "PipelineStep", "refuse_own_loop_only", "require_unchanged"]
 
 HOW = "sfumato.make(...), or generate(model, ..., interventions=...), draws with it"
 
@@ -29,39 +29,39 @@ _REASONS = {
 }
 
 
-def refuse_who_needs_our_loop(parts: Sequence[Intervention]) -> None:
+def refuse_own_loop_only(parts: Sequence[Intervention]) -> None:
     """Raise NotSupported, with the reason, for a system that cannot act in a loop of others."""
     for part in parts:
-        reason = part.needs_our_loop or _REASONS.get(part.role, "")
+        reason = part.needs_own_loop or _REASONS.get(part.role, "")
         if part.keeps_graph:
             reason = "it needs gradients with respect to the latents"
         if overridden([part], "on_decode"):
             reason = reason or "it changes the decoded picture"
         if reason:
-            raise NotSupported(f"{part.name} cannot be a guest of a pipeline: {reason}; {HOW}.")
+            raise NotSupported(f"{part.name} cannot be attached to a pipeline: {reason}; {HOW}.")
 
 
-def unchanged(part: Intervention, what: str, before: Any, after: Any) -> None:
+def require_unchanged(part: Intervention, what: str, before: Any, after: Any) -> None:
     """Raise NotSupported where a system put something else in place of what only our loop can exchange."""
     if after is not before:
-        raise NotSupported(f"{part.name} changed {what}, which a guest of a pipeline cannot; {HOW}.")
+        raise NotSupported(f"{part.name} changed {what}, which is not possible in a pipeline's own loop; {HOW}.")
 
 
 @dataclass
-class _GuestOptions:
+class _PipelineOptions:
     frames: int | None
 
 
-class GuestProcess(Process):
+class PipelineProcess(Process):
     """The pipeline's own scheduler, to be looked at. It makes no step for us."""
 
-    name = "guest"
+    name = "pipeline"
     title = "the loop of its own pipeline"
 
     def __init__(self, model: Model, generators: Sequence[torch.Generator]):
         self.model = model
         self.generators = list(generators)
-        self.options: Any = _GuestOptions(None)
+        self.options: Any = _PipelineOptions(None)
         self.begin = 0
         self._path: Path | None = None
 
@@ -83,11 +83,11 @@ class GuestProcess(Process):
             self._path = Path(self.scheduler)
         return self._path
 
-    def beside(self) -> Process:
+    def fork(self) -> Process:
         raise self.lacks("run of its own, with the same noise,", "drawing a second picture beside the first")
 
 
-class GuestStep(Step):
+class PipelineStep(Step):
     """A step of the pipeline. ``x`` is exact from ``after_predict`` on; before, it is what the last step gave."""
 
     def __init__(self, run: Run, i: int, x: Tensor):
@@ -117,14 +117,14 @@ class GuestStep(Step):
         raise self._needs("a gradient with respect to the latents")
 
     def goto(self, i: int) -> None:
-        raise Conflict(f"{self._who} goes to another step, which a guest of a pipeline cannot; {HOW}.")
+        raise Conflict(f"{self._who} goes to another step, which is not possible in a pipeline's own loop; {HOW}.")
 
     @property
     def _who(self) -> str:
         return self.actor.name if self.actor is not None else "this system"
 
     def _needs(self, what: str) -> NotSupported:
-        return NotSupported(f"{self._who} needs {what}, which a guest of a pipeline has not; {HOW}.")
+        return NotSupported(f"{self._who} needs {what}, which a pipeline's own loop does not offer; {HOW}.")
 
     def predicted(self, x: Tensor, output: Tensor) -> None:
         """The scheduler was given ``output`` for the state ``x``."""

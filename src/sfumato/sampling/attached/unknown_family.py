@@ -22,14 +22,14 @@ from sfumato.models.condition import Rows
 from sfumato.models.families.base import Family, TextStream
 from sfumato.models.hooks import running
 from sfumato.models.site import Site
-from sfumato.sampling.guest.texts import TextAxis, Texts
+from sfumato.sampling.attached.texts import TextAxis, Texts
 
-__all__ = ["Unknown", "explore", "find_text"]
+__all__ = ["UnknownFamily", "locate_text", "find_text"]
 
 HELP = "say where the text lies among the keys: attached(..., text='first 512') or 'last 77'"
 
 
-class Unknown(Family):
+class UnknownFamily(Family):
     """A pipeline of no known family. Sites and tokenizers are told to it once they are found."""
 
     name = "unknown"
@@ -40,7 +40,7 @@ class Unknown(Family):
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)
         self.found: list[Site] = []
-        self.heard: list[TextStream] = []
+        self.text_streams: list[TextStream] = []
         self.shape = 1, 0, 0
 
     @staticmethod
@@ -61,7 +61,7 @@ class Unknown(Family):
 
     @property
     def streams(self) -> list[TextStream]:
-        return self.heard
+        return self.text_streams
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         raise NotSupported(f"how {type(self.pipe).__name__} encodes texts beside its prompt is not known.")
@@ -86,8 +86,8 @@ class Unknown(Family):
         return self.found
 
 
-def explore(
-    family: Unknown,
+def locate_text(
+    family: UnknownFamily,
     real: Callable[..., Any],
     arguments: dict[str, Any],
     call: dict[str, Any],
@@ -97,8 +97,8 @@ def explore(
 ) -> None:
     """Tell ``family`` where text and picture lie. ``real``: its denoiser, about to be called with ``arguments``;
     ``call``: the pipeline's own. Raises NotSupported for what cannot be told."""
-    family.heard = [stream_of(family.pipe, texts.passes, embeds.shape[1])]
-    texts.check_tokens(family.pipe, family.heard[0])
+    family.text_streams = [stream_of(family.pipe, texts.passes, embeds.shape[1])]
+    texts.check_tokens(family.pipe, family.text_streams[0])
     frames, h, w = family.latents(arguments, call)
     family.shape = frames, h, w
 
@@ -116,7 +116,7 @@ class _Captured:
     k: Tensor
 
 
-class _NoMixing(TorchFunctionMode):
+class _ZeroAttention(TorchFunctionMode):
     """Attention gives zeros; the first call of each module is noted."""
 
     def __init__(self, stack: list[Any]):
@@ -187,7 +187,7 @@ def find_text(
 
 
 def _run(denoiser: nn.Module, run: Callable[[Tensor], Any], embeds: Tensor) -> dict[str, _Captured]:
-    with running(denoiser) as stack, _NoMixing(stack) as spy:
+    with running(denoiser) as stack, _ZeroAttention(stack) as spy:
         run(embeds)
     return {path: captured for path, captured in spy.captured.items() if captured.q.dim() == 4}
 

@@ -1,10 +1,10 @@
-"""Guests: systems that take part in somebody's own call of a pipeline, which no loop of ours replaces.
+"""Systems attached to a user's own diffusers pipeline, whose loop runs in place of ours.
 
     >>> with attached(pipe, DAAM(words=["cat"])) as run:
     ...     image = pipe("a cat on a mat", control_image=edges).images[0]
     >>> run.maps[0].overlay(image, "cat")
 
-The pipeline does what it does; a guest looks at two places of it, the denoiser's forward and the scheduler's step, and
+The pipeline does what it does; systems see two places of it, the denoiser's forward and the scheduler's step, and
 at attention through the same seam as in our own loop. Prompts are read from the call, the rows of a denoiser call that
 belong to them from the embeddings that the pipeline made: nothing is guessed, and what cannot be told is refused.
 """
@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfumato.errors import NoMatch
-from sfumato.sampling.guest.call import PipelineCall
-from sfumato.sampling.guest.face import Guest
-from sfumato.sampling.guest.hosting import hosted, model_of
-from sfumato.sampling.guest.texts import TextAxis
-from sfumato.sampling.guest.walk import refuse_who_needs_our_loop
+from sfumato.sampling.attached.call import PipelineCall
+from sfumato.sampling.attached.interception import intercepted, model_of
+from sfumato.sampling.attached.process import refuse_own_loop_only
+from sfumato.sampling.attached.systems import AttachedSystems
+from sfumato.sampling.attached.texts import TextAxis
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, refuse_idle, refuse_unfit
 
-__all__ = ["Guest", "attached"]
+__all__ = ["AttachedSystems", "attached"]
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def attached(
     *,
     text: str | None = None,
     prompt: str | Sequence[str] | None = None,
-) -> Iterator[Guest]:
+) -> Iterator[AttachedSystems]:
     """While it lasts, ``interventions`` take part in every call of ``pipe``. Afterwards pipeline and networks are what
     they were, bit for bit, however it ends.
 
@@ -46,29 +46,29 @@ def attached(
 
     Raises:
         NotSupported: systems that need our own loop; networks whose attention cannot be seen, such as compiled ones;
-            texts or pictures whose place cannot be told. Conflict: another guest. NoMatch, on leaving: the pipeline was
-            not called, or a system did nothing.
+            texts or pictures whose place cannot be told. Conflict: systems are attached already. NoMatch, on leaving:
+            the pipeline was not called, or a system did nothing.
     """
     host = getattr(pipe, "pipe", pipe)
     model_of(host)
     parts = arrange(interventions)
-    refuse_who_needs_our_loop(parts)
+    refuse_own_loop_only(parts)
     axis = TextAxis.read(text)
     for part in parts:
         part.activity = Coverage()
-    guest = Guest(parts)
+    systems = AttachedSystems(parts)
 
     def call(proceed: Any, arguments: dict[str, Any]) -> Any:
         model = model_of(host, arguments.get("max_sequence_length"))
         refuse_unfit(parts, model)
-        with PipelineCall(guest, model, arguments, axis, prompt) as now:
+        with PipelineCall(systems, model, arguments, axis, prompt) as now:
             out = proceed(now)
-        guest.calls += 1
-        guest.samples += now.count
+        systems.calls += 1
+        systems.samples += now.count
         return out
 
-    with hosted(host, call):
-        yield guest
-    if not guest.calls:
+    with intercepted(host, call):
+        yield systems
+    if not systems.calls:
         raise NoMatch(f"{type(host).__name__} was not called while systems were attached to it, so they saw nothing.")
-    refuse_idle(parts, guest.sites)
+    refuse_idle(parts, systems.sites)
