@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from sfumato.models.quiet import quiet
 from tests.tiny import tiny_model
 
 
@@ -16,12 +15,13 @@ def write_expert(cache: Path, kind: str, name: str, timesteps: tuple[float, floa
     """A finished run ``name`` in the cache: an expert of the tiny model of this kind. Returns its folder."""
     model = tiny_model(kind)
     folder = cache / "runs" / name / "export"
-    child = copy.deepcopy(model.denoiser)
+    component = folder / model.family.denoiser_name
+    component.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().clone() for key, value in model.denoiser.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), quiet():
-        for parameter in child.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        child.save_pretrained(folder / model.family.denoiser_name)
+    for key, parameter in model.denoiser.named_parameters():
+        weights[key] += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_file(weights, component / "diffusion_pytorch_model.safetensors")
     card = {"name": name, "expert": {"of": model.name, "timesteps": timesteps}}
     (folder / "sfumato.json").write_text(json.dumps(card))
     return folder

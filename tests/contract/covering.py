@@ -35,5 +35,38 @@ def groups(
     return found
 
 
+def parties(items: Sequence[str], together: Callable[[str, str], bool]) -> list[list[str]]:
+    """The items in few groups, each in one, whose members all go ``together``."""
+    found: list[list[str]] = []
+    for item in items:
+        fitting = next((group for group in found if all(together(item, other) for other in group)), None)
+        if fitting is None:
+            found.append([item])
+        else:
+            fitting.append(item)
+    return found
+
+
+def leaving_out(groups: Sequence[Sequence[str]]) -> list[list[int]]:
+    """For each group the members (their places) to leave out, one at a time, such that for every two that are together
+    in some group each is left out beside the other at least once.
+
+    Greedy: the next is whoever is beside most that it was not yet left out beside.
+    """
+    left = {(one, other) for group in groups for one in group for other in group if one != other}
+    found: list[list[int]] = [[] for _ in groups]
+    places = [(g, k) for g, group in enumerate(groups) for k in range(len(group))]
+
+    def gain(place: tuple[int, int]) -> int:
+        g, k = place
+        return sum((groups[g][k], other) in left for other in groups[g])
+
+    while left:
+        g, k = max(places, key=gain)
+        found[g].append(k)
+        left -= {(groups[g][k], other) for other in groups[g]}
+    return found
+
+
 def _pair(one: str, other: str, items: Sequence[str]) -> tuple[str, str]:
     return (one, other) if items.index(one) < items.index(other) else (other, one)

@@ -41,28 +41,48 @@ def only(key: str) -> bool:
 
 
 def cover(check: str) -> list[tuple[str, str]]:
-    """The (system, model) on which a check runs whose outcome hardly depends on the family.
+    """The (system, model) on which a check of :data:`COVERED` runs, whose outcome hardly depends on the family.
 
-    Every system is checked on a U-Net and on joint attention; on the other models the checks in :data:`COVERED` take
-    turns, so that each of them meets every model and every system meets one of them on every model.
+    The checks take turns, so that each of them meets every model and every system, and every system meets one of them
+    on every model, and two of them on a U-Net and on joint attention.
     """
     turn, found = COVERED.index(check), []
     for i, kind in enumerate(KINDS):
         keys = [key for key, other in PAIRS if other == kind]
-        everything = kind in ("sd", "sd3") or len(keys) < len(COVERED)
-        found += [
-            (key, kind) for k, key in enumerate(keys) if everything or only(key) or (k + i) % len(COVERED) == turn
-        ]
+        for k, key in enumerate(keys):
+            if kind in TWO and all((key, other) in PAIRS for other in TWO):
+                chosen = (list(SYSTEMS).index(key) + TWO.index(kind) + turn) % len(TWO) == 0
+            else:
+                chosen = kind in TWO or only(key) or len(keys) < len(COVERED) or (k + i) % len(COVERED) == turn
+            if chosen:
+                found.append((key, kind))
     return found
 
 
+TWO = ("sd", "sd3")
 COVERED = ("identity", "detaches", "batch_independent", "wide_pictures")
-# properties that do not depend on the family are checked on a U-Net and, in turn, on one of two with joint attention
-SOME = [
-    (key, kind)
-    for key, kind in PAIRS
-    if kind == "sd" or only(key) or kind == ("sd3", "flux")[list(SYSTEMS).index(key) % 2]
-]
+
+
+def once(check: str) -> list[tuple[str, str]]:
+    """The (system, model) on which a check of :data:`ONCE` runs: every system on one model, a U-Net or one with joint
+    attention, in turn from check to check."""
+    found = []
+    for k, key in enumerate(SYSTEMS):
+        kinds = [kind for kind in ("sd", ("sd3", "flux")[k // 2 % 2]) if (key, kind) in PAIRS]
+        kinds = kinds or [kind for other, kind in PAIRS if other == key][:1]
+        found.append((key, kinds[(k + ONCE.index(check)) % len(kinds)]))
+    return found
+
+
+ONCE = (
+    "detaches_when_the_denoiser_fails",
+    "deterministic",
+    "frees",
+    "half_precision",
+    "recipe",
+    "without_guidance",
+    "saves",
+)
 ELSEWHERE = [
     (key, kind)
     for key, card in SYSTEMS.items()

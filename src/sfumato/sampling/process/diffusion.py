@@ -123,9 +123,8 @@ class Diffusion(Process):
 
     def initial(self, rows: slice) -> Tensor:
         model, source, b = self.model, self.source, len(self.generators)
-        like: dict[str, Any] = {"device": model.device, "dtype": model.state_dtype}
         if source.latents is not None:
-            latents = taken(source.latents, rows, b).to(**like)
+            latents = taken(source.latents, rows, b).to(device=model.device, dtype=model.state_dtype)
             return latents if self.begin else model.prepare(latents, self._scheduler)
         if source.pixels is None:
             return model.prepare(self.noise(), self._scheduler)
