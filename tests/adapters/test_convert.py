@@ -15,14 +15,19 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.adapters.convert import convert, modules_of
 from sfumato.adapters.formats import read_contents
+from sfumato.adapters.inspection import fits
 from sfumato.adapters.lora import LoRA, index_of
-from sfumato.adapters.naming import _plain
+from sfumato.adapters.naming import LDM, _plain
 from sfumato.adapters.spelling import dotted
 from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word, save_word
 from sfumato.errors import BadInput, BadWeights, NoMatch, NotSupported, UnknownName
 from tests.adapters.lora_files import factors, write_kohya, write_peft
 from tests.tiny import tiny_model
+
+LDM_PATH, LDM_OURS = (
+    f"{block}.transformer_blocks.0.attn2.to_k" for block in ("middle_block.1", "mid_block.attentions.0")
+)
 
 
 def given_changes(given):
@@ -70,12 +75,14 @@ def test_lora_in_every_dialect_is_the_same_change(tmp_path, kind, alpha):
         for parts in given.values():  # diffusers' dialect has no alpha
             parts["up"] = parts["up"] * (float(parts.pop("alpha", 4)) / 4)
         write_peft(first, given)
-    for to in ("diffusers", "kohya", "old-diffusers"):
+    for to in ("diffusers", "kohya", "old-diffusers", "attn-procs"):
+        if to == "attn-procs" and kind != "sd":
+            continue
         (file,) = convert(first, tmp_path / f"{to}.safetensors", to, index)
         equal(ours(model, file), wanted, to)
         (back,) = convert(file, tmp_path / f"back-from-{to}.safetensors", "diffusers", index)
         equal(ours(model, back), wanted, f"{to} and back")
-        if to in {"sd": ("kohya", "old-diffusers"), "sdxl": ("kohya",)}.get(kind, ("diffusers",)):
+        if to in {"sd": ("kohya", "old-diffusers", "attn-procs"), "sdxl": ("kohya",)}.get(kind, ("diffusers",)):
             fresh = tiny_model(kind, fresh=True)
             fresh.pipe.load_lora_weights(str(file))
             equal(stock(fresh.pipe), wanted, f"diffusers reads {to}")
@@ -206,6 +213,45 @@ def test_custom_diffusions_weights(tmp_path):
         convert(tmp_path / "c.safetensors", tmp_path / "c2.safetensors", "custom-diffusion")
 
 
+def test_custom_diffusions_own_files(tmp_path):
+    """What was taught goes into one file with its words, in the names of either of the paper's programs, and back."""
+    model = tiny_model("sd")
+    index, wanted = index_of(model), {}
+    for path in index["unet"]:
+        if path.endswith(("attn2.to_k", "attn2.to_v")):
+            wanted[f"unet.{path}.weight"] = model.denoiser.get_parameter(f"{path}.weight").detach() + 1
+    save_file(wanted, tmp_path / "rex.safetensors")
+    words = {"<rex>": torch.randn(1, 16), "<ball>": torch.randn(2, 16)}
+    save_word(tmp_path / "rex-word.safetensors", "<rex>", {"text_encoder": words["<rex>"]})
+    save_word(tmp_path / "rex-word2.safetensors", "<ball>", {"text_encoder": words["<ball>"]})
+    (file,) = convert(tmp_path / "rex.safetensors", tmp_path / "ldm.safetensors", "compvis")
+    keys = load_file(file)
+    assert torch.equal(keys["embed"], torch.cat(list(words.values()))) and len(keys) == len(wanted) + 1
+    assert torch.equal(keys[f"{LDM}{LDM_PATH}.weight"], wanted[f"unet.{LDM_OURS}.weight"])
+    (same,) = convert(tmp_path / "rex.safetensors", tmp_path / "ldm-by-model.safetensors", "compvis", index)
+    assert load_file(same).keys() == keys.keys()
+    assert read_contents(file).dialects == ("Custom Diffusion (LDM)",) and fits(str(file), index).startswith("yes: all")
+    for name, rows in Word(file=str(file)).vectors(model).items():
+        assert torch.equal(rows["text_encoder"], words[name])
+    found = Weights(file=str(file)).weights(model)["unet"]
+    assert all(torch.equal(found[path.removeprefix("unet.")], value) for path, value in wanted.items())
+    with pytest.raises(NoMatch, match="--model"):
+        convert(file, tmp_path / "d.safetensors", "diffusers")
+    whole, *beside = convert(file, tmp_path / "d.safetensors", "diffusers", index)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in load_file(whole).items())
+    assert [Word(file=str(each)).words for each in beside] == [["<rex>"], ["<ball>"]]
+    with pytest.raises(NotSupported, match="<ball> has 2 vectors; delta holds one"):
+        convert(file, tmp_path / "delta.safetensors", "delta", index)
+    beside[1].unlink()
+    (delta,) = convert(whole, tmp_path / "delta.safetensors", "delta")
+    tensors = load_file(delta)
+    assert torch.equal(tensors.pop("modifier_token.<rex>"), words["<rex>"][0]) and tensors.keys() == wanted.keys()
+    nothing = torch.full_like(keys["embed"], float("nan"))
+    save_file({**keys, "embed": nothing}, tmp_path / "nan.safetensors")
+    with pytest.raises(BadWeights, match="embed holds values that are no finite numbers"):
+        Word(file=str(tmp_path / "nan.safetensors")).vectors(model)
+
+
 def test_refusals(tmp_path):
     first = save_word(tmp_path / "rex.safetensors", "<rex>", {"text_encoder": torch.randn(1, 16)})
     pickled = tmp_path / "rex.pt"
@@ -259,6 +305,8 @@ def test_the_way_out_of_pickles_works(tmp_path):
         "lora": {f"{stem}.lora_up.weight": u, f"{stem}.lora_down.weight": v},
         "delta": {"unet": {f"{path}.weight": own + 1}, "modifier_token": {"<rex>": rows[0]}},
         "compressed": {"unet": {f"{path}.weight": {"u": u, "v": v}}, "modifier_token": {"<rex>": rows[0]}},
+        "compvis": {"state_dict": {f"{LDM}{LDM_PATH}.weight": own + 1, "embed": rows}},
+        "compvis-small": {"state_dict": {f"{LDM}{LDM_PATH}.weight": {"u": u, "v": v}, "embed": rows}},
         "checkpoint": {"state_dict": {"model.diffusion_model.conv.weight": rows}, "epoch": 3},
     }  # fmt: skip
     files = {}
@@ -271,12 +319,17 @@ def test_the_way_out_of_pickles_works(tmp_path):
         word = Word(file=str(files[name]), name="<rex>")
         assert torch.equal(word.vectors(model)["<rex>"]["text_encoder"], rows), name
     assert Word(file=str(files["original"])).words == ["original"] and Word(file=str(files["named"])).words == ["<rex>"]
-    for name in ("lora", "compressed"):
+    for name in ("lora", "compressed", "compvis-small"):
         (change,) = ours(model, files[name]).values()
         torch.testing.assert_close(change, u @ v, msg=name)
     assert read_contents(files["checkpoint"]).kind == "checkpoint"
-    (changed,) = Weights(file=str(files["delta"])).weights(model)["unet"].values()
-    assert torch.equal(changed, own + 1)
+    for name in ("delta", "compvis"):
+        ((changed_path, changed),) = Weights(file=str(files[name])).weights(model)["unet"].items()
+        assert changed_path == f"{path}.weight" and torch.equal(changed, own + 1), name
+    for name in ("compvis", "compvis-small"):
+        found = Word(file=str(files[name])).vectors(model)
+        assert [*found] == ["<new1>", "<new2>"]
+        assert torch.equal(torch.cat([each["text_encoder"] for each in found.values()]), rows)
     for name, to in (("delta", "diffusers"), ("compressed", "kohya")):
         assert torch.equal(Word(file=str(files[name])).vectors(model)["<rex>"]["text_encoder"], rows[:1]), name
         whole, word = convert(files[name], tmp_path / f"{name}-{to}.safetensors", to)

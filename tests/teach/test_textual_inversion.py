@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ from PIL import Image
 from sfumato import app, writing
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, BadWeights, Conflict, NotSupported, UnknownName, WorkInterrupted
+from sfumato.models import load
 from sfumato.models.slot import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
+from sfumato.teach import denoising
 from sfumato.teach.learning import Best
 from sfumato.teach.rows import WordVectors
 from sfumato.teach.subject import Subject, bucket
@@ -186,6 +191,31 @@ def test_two_processes_have_the_losses_of_one(photos, tmp_path):
         torch.testing.assert_close(rows[name], each, rtol=1e-4, atol=1e-5)
 
 
+def test_launched_as_a_command(photos, tmp_path, monkeypatch):
+    """What the documentation tells users to type, on two processors; accelerate's way to start one alone is refused."""
+    tiny_model("sd").pipe.save_pretrained(tmp_path / "model")
+    told = "textual_inversion:batch=2,probe_every=1,lr=0.05,length=free"
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        patch.setenv("MASTER_PORT", "29500")
+        with pytest.raises(BadInput, match="torchrun --nproc_per_node 2 -m sfumato"):
+            app.teach(photos, by=told, name="<rex>", class_noun="ball", model="nowhere", out=tmp_path / "x.safetensors")
+    words = ["--by", told, "--name", "<rex>", "--class", "ball", "--model", str(tmp_path / "model"), "--steps", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    done = subprocess.run(
+        [*command, "-m", "sfumato", "teach", str(photos), *words, "-o", str(tmp_path / "two.safetensors")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "two.safetensors")], done.stderr
+    model = load(str(tmp_path / "model"))
+    one = taught(model, photos)
+    both = Word(file=str(tmp_path / "two.safetensors"))
+    facts = json.loads(both.contents.metadata["sfumato.facts"])
+    assert facts["probe_best"] == pytest.approx(one.facts["probe_best"], rel=1e-5)
+    for name, rows in both.vectors(model)["<rex>"].items():
+        torch.testing.assert_close(rows, one.words["<rex>"][name], rtol=1e-4, atol=1e-5)
+
+
 def test_parts_of_a_batch_add_up(photos):
     model = tiny_model("sd3clip")
     whole, parts = (taught(model, photos, accumulate=n, steps=1).log[0]["loss"] for n in (1, 2))
@@ -265,6 +295,19 @@ def test_more_latents_than_memory_are_made_again(photos, monkeypatch):
     for _ in range(2):
         again = [small.latents(i, mirrored) for i in range(3) for mirrored in (False, True)]
         assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True)) and len(small._cache) == 2
+
+
+def test_more_texts_than_memory_are_encoded_again(monkeypatch):
+    model, one = tiny_model("sd"), 77 * 16 * 4
+    encode_text, encoded = model.encode_text, []
+    monkeypatch.setattr(denoising, "BUDGET", 2 * one)
+    monkeypatch.setattr(model, "encode_text", lambda text, **more: (encoded.append(text), encode_text(text, **more))[1])
+    encode = denoising.frozen_conditions(model)
+    for prompts in (["a"], ["a"], ["a", "b", "c", "a"], ["c"], ["a"]):
+        found = encode(prompts)
+        assert torch.equal(found.cond["embeds"], torch.cat([encode_text(p, guidance=False).cond["embeds"]
+                                                            for p in prompts]))  # fmt: skip
+    assert encoded == ["a", "b", "c", "a"]  # the oldest of three was dropped, and is made again
 
 
 def test_pictures_of_every_kind_and_damaged_ones_before_anything_is_learnt(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from sfumato.errors import BadInput
 from sfumato.toybox import ToyboxDataset
 from sfumato.toybox.dataset import export_imagefolder
 from sfumato.training import Draw
-from sfumato.training.samples import draw_batch, open_samples
+from sfumato.training.samples import FilePart, draw_batch, open_samples
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -144,6 +146,36 @@ def write_shards(folder: Path) -> str:
                 add(tar, f"{key}.mask.png", png(Image.new("L", (24, 16), 255 * (i == 1))))
             add(tar, "readme.md", b"no sample")
     return str(folder / "data-{000..001}.tar")
+
+
+def test_many_pictures_are_listed_once_and_read_when_they_are_drawn(tmp_path: Path, monkeypatch) -> None:
+    """What is held of a picture is its place: neither memory nor looks into folders grow as its content would."""
+    scans, reads, peaks = [], [], {}
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda *at: (scans.append(at), scan(*at))[1])
+    picture_of = FilePart.picture
+    monkeypatch.setattr(FilePart, "picture", lambda self: (reads.append(self.name), picture_of(self))[1])
+    content = png(picture(0))
+    for n in (20, 120):
+        folder, shard = tmp_path / f"{n}", tmp_path / f"{n}.tar"
+        folder.mkdir()
+        with tarfile.open(shard, "w") as tar:
+            for i in range(n):
+                (folder / f"{i}.png").write_bytes(content)
+                (folder / f"{i}.mask.png").write_bytes(content)
+                add(tar, f"{i}.png", content)
+        for where in (folder, shard):
+            scans.clear()
+            tracemalloc.start()
+            data = open_samples(where, (24, 16))
+            peaks[n, where.suffix] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert len(data) == n and len(scans) <= 4 and not reads, (where, len(scans))
+            draw_batch(data, Draw(0, 0), 2)
+            assert len(reads) == (4 if where == folder else 2), where  # with their masks
+            reads.clear()
+    for suffix in ("", ".tar"):
+        assert (peaks[120, suffix] - peaks[20, suffix]) / 100 < 4096, peaks
 
 
 def test_shards_are_read_where_they_lie(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ kohya           ``lora_unet_<path>.lora_down.weight`` with alpha:    ``emb_param
                 webui, ComfyUI, Civitai                              webui, ComfyUI
 comfyui         as kohya                                             ``clip_l``, ``clip_g``, ``t5xxl``
 old-diffusers   ``...lora.down.weight``: diffusers before 0.26       -
+attn-procs      ``...attn1.processor.to_q_lora.down.weight``:        -
+                load_attn_procs of 2023
 peft            a folder with ``adapter_config.json``                -
 pivotal         -                                                    ``text_encoders_0``: .pti files
 ==============  ===================================================  =============================================
 
-Whole weights go to ``diffusers`` and, those of cross-attention, to ``custom-diffusion``. What a dialect cannot say is
-an error: diffusers has no LoHa and no LoKr. Alphas are kept where the dialect has them (kohya, peft) and multiplied
-into the way up where it has none, so that no program applies the file at another strength.
+Whole weights: :mod:`sfumato.adapters.whole`. What a dialect cannot say is an error: diffusers has no LoHa and no LoKr.
+Alphas are kept where the dialect has them (kohya, peft) and multiplied into the way up where it has none, so that no
+program applies the file at another strength.
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ from sfumato.adapters.formats import Contents, FileModule, find_file, fit, read_
 from sfumato.adapters.layers import algebra_of, with_core, with_rows
 from sfumato.adapters.naming import DENOISER, Index
 from sfumato.adapters.spelling import dotted, original_names, published_path, underscored, unet_shapes
-from sfumato.adapters.word import Word, save_word
+from sfumato.adapters.whole import convert_whole, save_words_beside
+from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
 
 __all__ = ["DIALECTS", "Module", "convert", "modules_of"]
 
 DIALECTS = {
-    "lora": ("diffusers", "kohya", "comfyui", "old-diffusers", "peft"),
+    "lora": ("diffusers", "kohya", "comfyui", "old-diffusers", "attn-procs", "peft"),
     "word": ("diffusers", "kohya", "comfyui", "pivotal"),
-    "weights": ("diffusers", "custom-diffusion"),
+    "weights": ("diffusers", "custom-diffusion", "delta", "compvis"),
 }
 
 
@@ -95,30 +98,17 @@ def convert(source: str | Path, target: str | Path, to: str, index: Index | None
         dialect: Any = to
         return [Word(file=str(path), name=name).save(target, dialect)]
     if held.kind == "weights":
-        return [_weights(held, target, to), *_beside(held, target)]
+        return convert_whole(held, target, to, index)
     found = modules_of(held, index)
     if to == "peft":
-        return [*_to_peft(found, target), *_beside(held, target.with_name(f"{target.name}.safetensors"))]
+        return [*_to_peft(found, target), *save_words_beside(held, target.with_name(f"{target.name}.safetensors"))]
     if to in ("kohya", "comfyui"):
         tensors, more = _kohya(found, held, index)
         metadata = {**held.metadata, **more}
     else:
         metadata = {key: value for key, value in held.metadata.items() if key != "lora_adapter_metadata"}
-        tensors = _diffusers(found) if to == "diffusers" else _old_diffusers(found)
-    return [files.save_tensors(target, tensors, metadata or None), *_beside(held, target)]
-
-
-def _beside(held: Contents, target: Path) -> list[Path]:
-    """The words that lie beside the weights in a file of Custom Diffusion's own code, each in a file of its own."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(held.path) if held.words else {}
-    out = []
-    for i, (word, places) in enumerate(held.words.items()):
-        ((key, k, d),) = places.values()
-        named = target.with_stem(f"{target.stem}-word{i + 1 if i else ''}")
-        out.append(save_word(named, word, {"text_encoder": tensors[key].reshape(k, d)}))
-    return out
+        tensors = _diffusers(found) if to == "diffusers" else _old_diffusers(found, to)
+    return [files.save_tensors(target, tensors, metadata or None), *save_words_beside(held, target)]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -205,15 +195,35 @@ def _diffusers(modules: list[Module]) -> dict[str, Tensor]:
     return out
 
 
-def _old_diffusers(modules: list[Module]) -> dict[str, Tensor]:
+def _old_diffusers(modules: list[Module], to: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for each in modules:
         if "magnitude" in each.parts:
-            raise NotSupported(f"{each.path} is a DoRA, which old-diffusers cannot hold; diffusers can.")
-        infix = "lora_linear_layer" if each.component.startswith("text_encoder") else "lora"
-        stem = f"{each.component}.{published_path(each.component, each.path)}.{infix}"
-        out[f"{stem}.down.weight"], out[f"{stem}.up.weight"] = _low_rank(each, "old-diffusers")
+            raise NotSupported(f"{each.path} is a DoRA, which {to} cannot hold; diffusers can.")
+        stem = _processor(each) if to == "attn-procs" else f"{each.component}.{_layer(each)}"
+        out[f"{stem}.down.weight"], out[f"{stem}.up.weight"] = _low_rank(each, to)
     return out
+
+
+def _layer(each: Module) -> str:
+    infix = "lora_linear_layer" if each.component.startswith("text_encoder") else "lora"
+    return f"{published_path(each.component, each.path)}.{infix}"
+
+
+_OF_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+def _processor(each: Module) -> str:
+    """Its name within the processor of an attention layer; of other modules the text encoder's alone have one. Raises
+    NotSupported."""
+    stem, _, last = published_path(each.component, each.path).removesuffix(".0").rpartition(".")
+    if each.component.startswith("text_encoder"):
+        return (
+            f"{each.component}.{stem}.{_OF_TEXT[last]}_lora" if last in _OF_TEXT else f"{each.component}.{_layer(each)}"
+        )
+    if last not in _OF_TEXT.values():
+        raise NotSupported(f"{each.path} is no projection of attention; attn-procs holds nothing else.")
+    return f"{each.component}.{stem}.processor.{last}_lora"
 
 
 def _kohya(modules: list[Module], held: Contents, index: Index | None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -337,23 +347,3 @@ def _peft_settings(modules: list[Module]) -> dict[str, Any]:
     if "DoRA" in algebras:
         settings["use_dora"] = True
     return settings
-
-
-def _weights(held: Contents, target: Path, to: str) -> Path:
-    from safetensors.torch import load_file
-
-    out: dict[str, Tensor] = {}
-    for key, tensor in load_file(held.path).items():
-        if key not in held.rest:
-            continue
-        plain = key.replace(".processor.", ".").replace("_custom_diffusion.", ".")
-        if to == "diffusers":
-            out[plain] = tensor
-            continue
-        match = re.fullmatch(r"(?:unet\.)?(.+\.attn2)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)", plain)
-        if match is None:
-            raise NotSupported(f"{key} is no weight of cross-attention; custom-diffusion holds nothing else.")
-        stem, which, end = match.groups()
-        which = "to_out_custom_diffusion.0" if which == "to_out.0" else f"{which}_custom_diffusion"
-        out[f"{stem}.processor.{which}.{end}"] = tensor
-    return files.save_tensors(target, out, held.metadata or None)

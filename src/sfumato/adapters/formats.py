@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import files, registry
-from sfumato.adapters.naming import DENOISER, FileKey, Index, Place, places, read_key
+from sfumato.adapters.naming import DENOISER, LDM, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
 from sfumato.models.weights import TensorEntry, read_header, read_json, read_metadata
 from sfumato.valid import brief
@@ -35,6 +35,8 @@ _IN_FOLDERS = (
 )  # fmt: skip
 A1111 = "string_to_param."  # of its .pt and those of the original code, once their tensors are taken out
 MODIFIER = "modifier_token."  # of Custom Diffusion's delta.bin, likewise
+EMBED = "embed"  # of its delta in the names of LDM: a vector a row, without the words
+WORDS = "sfumato.words"  # ... which stand here: word -> rows, as JSON
 _ENCODER_KEYS = {
     "clip_l": "text_encoder",
     "clip_g": "text_encoder_2",
@@ -131,7 +133,8 @@ class Contents:
 
     ``kind``: ``lora`` (any low-rank adapter), ``word`` (a textual inversion), ``weights`` (whole parameters of
     networks), ``checkpoint`` (a whole model in LDM's layout), or ``unknown``. ``modules`` of a low-rank adapter;
-    ``words``: word -> component ("" where the file does not say) -> (key, k, d); ``rest``: keys that are none of these.
+    ``words``: word -> component ("" where the file does not say) -> (key, k, d), words that share a key having
+    consecutive rows of it; ``rest``: keys that are none of these.
     """
 
     path: Path
@@ -143,6 +146,29 @@ class Contents:
     rest: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def vectors(self) -> dict[str, dict[str, Tensor]]:
+        """The words' vectors: word -> component -> (k d). Raises BadWeights for numbers that are not finite."""
+        import torch
+        from safetensors import safe_open
+
+        out: dict[str, dict[str, Tensor]] = {}
+        if self.path.suffix.lower() == ".png":
+            tensors = {"": torch.tensor(picture_word(self.path)[1])} if self.words else {}
+        else:
+            with safe_open(str(self.path), framework="pt") as file:
+                keys = {key for held in self.words.values() for key, _, _ in held.values()}
+                tensors = {key: file.get_tensor(key) for key in keys}
+        taken: Counter[str] = Counter()
+        for word, held in self.words.items():
+            for place, (key, k, d) in held.items():
+                if not tensors[key].isfinite().all():
+                    what = f"{self.path}: {key} holds values that are no finite numbers"
+                    raise BadWeights(f"{what}; the file is damaged.")
+                rows = tensors[key].reshape(-1, d)[taken[key] : taken[key] + k]
+                taken[key] += k
+                out.setdefault(word, {})[place] = rows.clone()
+        return out
 
     @property
     def algebras(self) -> list[str]:
@@ -220,13 +246,14 @@ def read_contents(path: Path) -> Contents:
         for (network, name), parts in found.items()
         if set(parts) != {"alpha"}
     )
-    added = {key: entry for key, entry in entries.items() if key.startswith(MODIFIER)}  # words beside weights
+    ldm = [key for key in entries if key.startswith(LDM)]
+    added = {key: entry for key, entry in entries.items() if key.startswith(MODIFIER) or (ldm and key == EMBED)}
     rest = tuple(key for key, each in read.items() if each is None and key not in added)
     about: dict[str, Any] = {"path": path, "entries": entries, "metadata": metadata}
     if modules:
         dialects = dict.fromkeys(each.dialect for each in read.values() if each is not None)
         settings = _settings(path, metadata)
-        words = _modifiers(added)
+        words = _modifiers(added, metadata)
         return Contents(
             kind="lora", dialects=tuple(dialects), modules=modules, rest=rest, settings=settings, words=words, **about
         )
@@ -236,12 +263,15 @@ def read_contents(path: Path) -> Contents:
             else "A1111" if any(key.startswith(A1111) for key in entries) else "diffusers"
         )  # fmt: skip
         return Contents(kind="word", dialects=(dialect,), words=words, **about)
-    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in entries):
+    if ldm and rest and all(key.startswith(LDM) and ".attn2." in key for key in rest):
+        dialects = ("Custom Diffusion (LDM)",)
+        return Contents(kind="weights", dialects=dialects, rest=rest, words=_modifiers(added, metadata), **about)
+    if any(key.startswith((LDM, "first_stage_model.")) for key in entries):
         return Contents(kind="checkpoint", dialects=("LDM",), rest=rest, **about)
     if all(_PARAMETER.search(key) for key in rest) and any(_NETWORK.match(key) for key in rest):
         custom = added or any("_custom_diffusion." in key for key in entries)
         dialect = "Custom Diffusion" if custom else "diffusers"
-        return Contents(kind="weights", dialects=(dialect,), rest=rest, words=_modifiers(added), **about)
+        return Contents(kind="weights", dialects=(dialect,), rest=rest, words=_modifiers(added, metadata), **about)
     return Contents(kind="unknown", dialects=(), rest=rest, **about)
 
 
@@ -307,12 +337,24 @@ def _words(
     return {key: {"": (key, *size)} for key, size in sizes.items()}
 
 
-def _modifiers(added: Mapping[str, TensorEntry]) -> dict[str, dict[str, tuple[str, int, int]]]:
-    """The words that lie beside weights in a file of Custom Diffusion's own code."""
-    return {
-        key.removeprefix(MODIFIER): {"": (key, *((1, *entry.shape) if len(entry.shape) == 1 else entry.shape[:2]))}
-        for key, entry in added.items()
-    }  # type: ignore[misc]
+def _modifiers(
+    added: Mapping[str, TensorEntry], metadata: Mapping[str, str]
+) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """The words that lie beside weights in a file of Custom Diffusion's own code. Those of ``embed`` have a row each
+    and are called <new1>, <new2> ..., as there, where the file does not say."""
+    out: dict[str, dict[str, tuple[str, int, int]]] = {}
+    for key, entry in added.items():
+        k, d = (1, *entry.shape) if len(entry.shape) == 1 else entry.shape[:2]
+        try:
+            rows = {str(word): int(n) for word, n in json.loads(metadata.get(WORDS, "{}")).items()}
+        except (ValueError, TypeError, AttributeError):
+            rows = {}
+        if key != EMBED:
+            rows = {key.removeprefix(MODIFIER): k}
+        elif sum(rows.values()) != k or min(rows.values(), default=0) < 1:
+            rows = {f"<new{i + 1}>": 1 for i in range(k)}
+        out |= {word: {"": (key, n, d)} for word, n in rows.items()}
+    return out
 
 
 # --- what fits ---------------------------------------------------------------------------------------------------

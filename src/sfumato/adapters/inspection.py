@@ -10,7 +10,7 @@ from typing import Any
 
 from sfumato import registry
 from sfumato.adapters.formats import Contents, content_hash, find_file, fit, read_contents
-from sfumato.adapters.naming import Index
+from sfumato.adapters.naming import Index, parameters_of_ldm
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.models.weights import find_weights, read_header, read_json
 
@@ -115,7 +115,9 @@ def fits(file: str, index: Index) -> str:
     if held.kind == "weights":
         known = {f"{network}.{path}" for network, shapes in index.items() for path in shapes}
         denoiser = next((network for network in index if not network.startswith("text_encoder")), "")
-        names = [key.removesuffix(".weight") for key, entry in held.entries.items() if len(entry.shape) > 1]
+        renamed = parameters_of_ldm(held.rest, index.get(denoiser, {}))
+        matrices = [key for key in held.rest if len(held.entries[key].shape) > 1]
+        names = [renamed.get(key, key).removesuffix(".weight") for key in matrices]
         names = [re.sub(r"\.processor\.(.*)_custom_diffusion", r".\1", name) for name in names]
         return _share(sum(n in known or f"{denoiser}.{n}" in known for n in names), len(names), "matrices")
     return f"no: it is {'a whole model: give it as --model' if held.kind == 'checkpoint' else 'no adapter'}"

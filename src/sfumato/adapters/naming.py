@@ -10,12 +10,13 @@ several of diffusers' (a fused query-key-value projection), each takes its rows 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["DENOISER", "FileKey", "Index", "Place", "places", "published", "read_key"]
+__all__ = ["DENOISER", "LDM", "FileKey", "Index", "Place", "parameters_of_ldm", "places", "published", "read_key"]
 
 DENOISER = "denoiser"
+LDM = "model.diffusion_model."  # before the names of a U-Net in files of the original code
 
 Index = Mapping[str, Mapping[str, tuple[int, ...]]]
 """A model in names: component -> path of a module -> shape of its weight."""
@@ -53,7 +54,7 @@ _NETWORKS = (
     ("lora_te3_", "text_encoder_3", "kohya"),
     ("lora_te_", "text_encoder", "kohya"),
     ("lycoris_", DENOISER, "LyCORIS"),
-    ("model.diffusion_model.", DENOISER, "ComfyUI"),
+    (LDM, DENOISER, "ComfyUI"),
     ("diffusion_model.", DENOISER, "ComfyUI"),
     ("base_model.model.", "", "PEFT"),
     ("unet.", DENOISER, "diffusers"),
@@ -144,6 +145,18 @@ def places(index: Index) -> dict[tuple[str, str], list[Place]]:
         also = {("text_encoder_3", name): at for (network, name), at in found.items() if network == "text_encoder_2"}
         found |= {key: at for key, at in also.items() if key not in found}
     return found
+
+
+def parameters_of_ldm(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Keys of whole parameters in the names of LDM -> in those of diffusers, as far as ``shapes`` (paths of the
+    denoiser) has them."""
+    names = {old: at[0][0] for old, at in published(shapes) if len(at) == 1 and not at[0][1]}
+    out = {}
+    for key in keys:
+        name, _, end = key.removeprefix(LDM).rpartition(".")
+        if key.startswith(LDM) and name in names:
+            out[key] = f"{names[name]}.{end}"
+    return out
 
 
 Rows = tuple[tuple[int, int], ...]

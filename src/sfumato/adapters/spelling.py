@@ -35,9 +35,10 @@ def dotted(name: str) -> str:
     return ".".join(out)
 
 
-def unet_shapes(paths: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """A U-Net's index as far as names need it, from some of its paths: two layers a block, as all published ones."""
-    standing = ["down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.1.conv1"]
+def unet_shapes(paths: Iterable[str], layers: int = 2) -> dict[str, tuple[int, ...]]:
+    """A U-Net's index as far as names need it, from some of its paths: two layers a block, as all published ones, or
+    as many as are said."""
+    standing = [f"down_blocks.0.resnets.{i}.conv1" for i in range(layers)]
     return dict.fromkeys([*standing, *paths], (0, 0))
 
 

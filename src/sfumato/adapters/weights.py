@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfumato.adapters import weight_sets
 from sfumato.adapters.base import Adapter, AdapterParams
+from sfumato.adapters.naming import parameters_of_ldm
 from sfumato.adapters.weight_sets import exchanged, fitting, like_own
 from sfumato.cards import Card, Field, register
 from sfumato.errors import Conflict, NoMatch, nearest
@@ -73,12 +74,13 @@ class Weights(Adapter):
 
         scale = self.scale if scale is None else float(scale)
         state, found, missing = load_file(self.path), [], []
-        for held in self.contents.words.values():  # those beside the weights are read by word
-            for key, _, _ in held.values():
-                del state[key]
+        for key in {key for held in self.contents.words.values() for key, _, _ in held.values()}:
+            del state[key]  # those beside the weights are read by word
         own = {name: dict(network.named_parameters(remove_duplicate=False)) for name, network in model.modules.items()}
+        shapes = {path.rpartition(".")[0]: tuple(p.shape) for path, p in own[model.family.denoiser_name].items()}
+        renamed = parameters_of_ldm(state, shapes)
         for key in state:
-            place = _place(key, own, model.family.denoiser_name)
+            place = _place(renamed.get(key, key), own, model.family.denoiser_name)
             if place is None:
                 missing.append(key)
             else:

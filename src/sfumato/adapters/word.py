@@ -15,12 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
-from sfumato.adapters.formats import picture_word
 from sfumato.adapters.weight_sets import Weights
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, NotSupported
@@ -81,37 +79,23 @@ class Word(Adapter):
     def vectors(self, model: Model) -> dict[str, dict[str, Tensor]]:
         """Word -> text encoder -> (k d). Raises BadWeights for vectors that no encoder of the model reads, or that are
         not finite; BadInput for an encoder that the model lacks."""
-        tensors = self._read()
         towers = text_towers(model)
         out: dict[str, dict[str, Tensor]] = {}
-        for word, (_, held) in zip(self.words, self.contents.words.items(), strict=True):
+        for word, held in zip(self.words, self.contents.vectors().values(), strict=True):
             found: dict[str, Tensor] = {}
-            for place, (key, k, d) in held.items():
-                tower = _tower(towers, self.params.encoder or place, d)
+            for place, rows in held.items():
+                tower = _tower(towers, self.params.encoder or place, rows.shape[1])
                 if tower is not None:
-                    found[tower.name] = tensors[key].reshape(k, d)
+                    found[tower.name] = rows
             if not found:
                 widths = ", ".join(f"{tower.name} {tower.table.shape[1]}" for tower in towers)
-                have = ", ".join(str(d) for _, _, d in held.values())
+                have = ", ".join(str(rows.shape[1]) for rows in held.values())
                 raise BadWeights(
                     f"{self.path} does not fit {model.name}: {word} has vectors of width {have}; its encoders read "
                     f"{widths}."
                 )
             out[word] = found
         return out
-
-    def _read(self) -> dict[str, Tensor]:
-        if self.path.suffix.lower() == ".png":
-            tensors = {"": torch.tensor(picture_word(self.path)[1])}
-        else:
-            from safetensors.torch import load_file
-
-            own = {key for held in self.contents.words.values() for key, _, _ in held.values()}
-            tensors = {key: value for key, value in load_file(self.path).items() if key in own}
-        for key, value in tensors.items():
-            if not value.isfinite().all():
-                raise BadWeights(f"{self.path}: {key} holds values that are no finite numbers; the file is damaged.")
-        return tensors
 
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
         vectors = self.vectors(model)
@@ -163,8 +147,8 @@ class Word(Adapter):
         """Writes the only word of the file in another dialect; see :func:`save_word`."""
         if len(self.contents.words) > 1:
             raise BadInput(f"{self.path} holds several words; save them one by one.")
-        tensors, held = self._read(), next(iter(self.contents.words.values()))
-        vectors = {place or "text_encoder": tensors[key].reshape(k, d) for place, (key, k, d) in held.items()}
+        (held,) = self.contents.vectors().values()
+        vectors = {place or "text_encoder": rows for place, rows in held.items()}
         return save_word(path, self.words[0], vectors, dialect, metadata=self.contents.metadata)
 
 

@@ -38,7 +38,7 @@ def convert(
     """Write an adapter's file in another dialect (:func:`sfumato.adapters.convert.convert`); returns the files.
 
     Args:
-        to: ``diffusers``, ``kohya``, ``comfyui``, ``old-diffusers``, ``peft``, ``pivotal`` or ``custom-diffusion``;
+        to: a dialect of :data:`sfumato.adapters.convert.DIALECTS`, such as ``diffusers`` or ``kohya``;
             ``checkpoint``: the whole ``model`` with the adapter in its weights, as one file.
         model: the model it is for, where the file's names alone do not tell the places.
         name: of a taught word, another one.

@@ -116,6 +116,9 @@ def teach(
     target = None if out is None else fresh(Path(out))
     if resume and target is None:
         raise BadInput("resume needs out: the run's checkpoints are beside it.")
+    from sfumato.training.processes import processes
+
+    processes()  # refuses a launch that is none before anything is loaded
     folder = None if target is None else target.with_name(f"{target.name}.training")
     work = protocol.Work(folder, resume, minutes, on_progress)
     if not isinstance(model, str | Path) and (dtype is not None or device != "cpu" or config is not None):

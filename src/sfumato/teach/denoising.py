@@ -6,8 +6,9 @@ however a batch is parted over processes or accumulated, the gradient is the sam
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from sfumato.training import Draw, denoising_loss
 from sfumato.training.losses import density, min_snr
 
 __all__ = ["Denoising", "places"]
+
+BUDGET = 256 << 20  # bytes of encoded texts that are kept in memory
 
 Timesteps = Literal["auto", "uniform", "logit_normal", "mode"]
 
@@ -154,14 +157,21 @@ class Probe:
 
 
 def frozen_conditions(model: Model) -> Callable[[Sequence[str]], Condition]:
-    """An encoder of prompts that keeps what it has encoded, for texts whose encoders do not learn."""
-    known: dict[str, Any] = {}
+    """An encoder of prompts that keeps what it has encoded, for texts whose encoders do not learn; of very many texts
+    the latest."""
+    known: OrderedDict[str, Condition] = OrderedDict()
+    sizes: dict[str, int] = {}
 
     @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
+        found = {}
         for prompt in prompts:
             if prompt not in known:
                 known[prompt] = model.encode_text(prompt, guidance=False)
-        return Condition.cat([known[prompt] for prompt in prompts])
+                sizes[prompt] = sum(rows.nbytes for rows in known[prompt].cond.values())
+            found[prompt] = known[prompt]
+        while sum(sizes.values()) > BUDGET and len(known) > 1:
+            del sizes[known.popitem(last=False)[0]]
+        return Condition.cat([found[prompt] for prompt in prompts])
 
     return encode

@@ -16,7 +16,6 @@ run, and shares of several classes for one word.
 
 from __future__ import annotations
 
-import os
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +36,7 @@ from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
+from sfumato.training.processes import processes
 
 __all__ = ["DiscriminativeTokens"]
 
@@ -99,7 +99,7 @@ class DiscriminativeTokens:
 
         Raises BadInput, UnknownName for a class that the scorer lacks, NotSupported for one that is none.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if processes() > 1:
             raise NotSupported(f"{self.CARD.key} decides by single updates when to stop; run it in one process.")
         p, work = self.params, work or Work()
         if p.through > p.draw_steps:

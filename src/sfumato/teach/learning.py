@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sfumato import writing
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.protocol import Work
 from sfumato.training import Fitted, Player, Progress, fit
+from sfumato.training.processes import processes
 
 __all__ = ["Best", "learn", "recomputed", "several_processes"]
 
@@ -137,7 +137,7 @@ class Learned:
 
 def several_processes(device: torch.device) -> Any:
     """accelerate's accelerator for tensors on ``device`` where several processes were launched, else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if processes() < 2:
         return None
     from accelerate import Accelerator
 

@@ -28,6 +28,7 @@ from sfumato.training.objective import Turn, build_objective
 from sfumato.training.optim import build_optimizer
 from sfumato.training.players import Player
 from sfumato.training.precision import autocast, wants_bf16
+from sfumato.training.processes import processes
 from sfumato.training.recipe import Recipe, TrainOptions, load_recipe
 from sfumato.training.schedules import warmup_decay
 from sfumato.training.trainer import Progress, Trainer
@@ -298,6 +299,7 @@ def run(
         raise BadInput("device='cuda' is not available here; use 'cpu', or leave device out.")
     if out is not None:
         writing.only_folder(out, "the files of a model")
+    processes()  # refuses a launch that is none
     loaded = load_recipe(recipe)
     folder = registry.cache_folder() / "runs" / loaded.name
     if not resume and checkpoint.listing(folder / "checkpoints"):

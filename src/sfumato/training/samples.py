@@ -283,29 +283,25 @@ def _of_folder(folder: Path, moving: bool) -> list[Entry]:
         if (folder / name).is_file():
             return [_of_row(folder, name, *row) for row in _rows(folder / name)]
     suffixes = VIDEOS if moving else PICTURES
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    inside = sorted(folder.rglob("*"))
+    found = [(path, path.with_suffix(".txt")) for path in inside if path.suffix.lower() in suffixes and path.is_file()]
     if moving:  # folders of frames
-        found += sorted(f for f in folder.rglob("*") if f.is_dir() and _in(f, PICTURES))
+        found += [(at, at.with_name(f"{at.name}.txt")) for at in inside if at.is_dir() and _in(at, PICTURES)]
+    belonging: dict[tuple[Path, str, str], FilePart] = {}  # sought once: a search for every picture would be quadratic
+    for path in inside:
+        for kind in ("mask", "target"):
+            stem, dot, _ = path.name.rpartition(f".{kind}.")
+            if dot:
+                belonging.setdefault((path.parent, stem, kind), FilePart(path, str(path)))
     entries = []
-    for path in found:
+    for path, text in found:
         if Path(path.stem).suffix in (".mask", ".target"):
             continue
-        beside = {kind: _beside(path, kind) for kind in ("mask", "target")}
-        text = path.with_suffix(".txt") if path.is_file() else path.with_name(f"{path.name}.txt")
+        mask, target = (belonging.get((path.parent, path.stem, kind)) for kind in ("mask", "target"))
         caption = FilePart(text, str(text)) if text.is_file() else ""
         facts = {"file_name": str(path.relative_to(folder))}
-        entries.append(Entry(FilePart(path, str(path)), caption, beside["mask"], beside["target"], facts))
+        entries.append(Entry(FilePart(path, str(path)), caption, mask, target, facts))
     return entries
-
-
-def _beside(path: Path, kind: str) -> FilePart | None:
-    for other in sorted(path.parent.glob(f"{_escaped(path.stem)}.{kind}.*")):
-        return FilePart(other, str(other))
-    return None
-
-
-def _escaped(stem: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", stem)
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -364,6 +360,7 @@ def _of_shards(shards: list[Path], moving: bool) -> list[Entry]:
         try:
             with tarfile.open(shard, "r:") as tar:  # the headers alone are read
                 for member in tar:
+                    tar.members.clear()  # which would keep every header
                     folder, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
                     if member.isfile() and key:

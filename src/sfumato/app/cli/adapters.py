@@ -23,7 +23,8 @@ def adapters(
     to: Annotated[
         str | None,
         typer.Option(
-            help="convert: diffusers, kohya, comfyui, old-diffusers, peft, pivotal, custom-diffusion, checkpoint."
+            help="convert: diffusers, kohya, comfyui, old-diffusers, attn-procs, peft, pivotal, custom-diffusion, "
+            "delta, compvis, checkpoint."
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="convert: another name for a taught word.")] = "",

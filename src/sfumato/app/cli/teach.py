@@ -63,5 +63,5 @@ def teach(
         except WorkInterrupted as error:
             again = shlex.join(["sfumato", *(each for each in sys.argv[1:] if each != "--resume"), "--resume"])
             raise WorkInterrupted(f"{str(error).split(';')[0].rstrip('.')}; go on with: {again}") from None
-    for path in getattr(found, "files", None) or [out]:
+    for path in getattr(found, "files", [out]):  # none in a process that does not write
         typer.echo(path)
