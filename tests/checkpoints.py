@@ -34,12 +34,12 @@ def original_layout(pipe: Any) -> dict[str, torch.Tensor]:
     second = getattr(pipe, "text_encoder_2", None)
     if pipe.unet.config.use_linear_projection and second is None:
         tensors |= open_clip(pipe.text_encoder, "cond_stage_model.model.")
-    else:
+    elif pipe.text_encoder is not None:
         prefix = "cond_stage_model." if second is None else "conditioner.embedders.0."
         for name, value in pipe.text_encoder.state_dict().items():
             tensors[f"{prefix}transformer.text_model." + name.removeprefix("text_model.")] = value
     if second is not None:
-        tensors |= open_clip(second, "conditioner.embedders.1.model.")
+        tensors |= open_clip(second, f"conditioner.embedders.{int(pipe.text_encoder is not None)}.model.")
     return {name: value.contiguous() for name, value in tensors.items()}
 
 

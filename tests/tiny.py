@@ -10,6 +10,7 @@ kind            what it is (pixels per latent: 2; pictures are 32x32 unless a si
 sd              Stable Diffusion 1: epsilon, PNDM; 3 levels, cross attention at 16x16 and 8x8 and in the middle
 sd2             Stable Diffusion 2: v-prediction, DDIM, linear projections, "!" as padding
 sdxl            two text encoders, pooled text and size conditions, Euler; cross attention at 8x8 only
+refiner         the SDXL refiner: the second text encoder alone, an aesthetic score (not in KINDS: it draws no picture)
 sd3             MM-DiT, flow; two CLIPs and a T5 (image tokens first)
 sd35            as sd3 with query-key norms and a second, image-only attention in the first block
 sd3clip         as sd3 without T5 and with max_sequence_length 0 (only the 77 CLIP tokens reach attention)
@@ -31,6 +32,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -54,6 +56,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UVit2DModel,
@@ -260,8 +263,8 @@ def _animatediff() -> AnimateDiffPipeline:
     )
 
 
-def _sdxl() -> StableDiffusionXLPipeline:
-    text_encoder, tokenizer = _clip()
+def _sdxl_parts(width: int, conditions: int) -> dict[str, Any]:
+    """What the base model, whose text is ``width`` wide, and its refiner have both, with so many numbers to be told."""
     text_encoder_2, tokenizer_2 = _clip(projection=24, pad_token="!")
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -270,23 +273,36 @@ def _sdxl() -> StableDiffusionXLPipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=32,
+        cross_attention_dim=width,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         norm_num_groups=8,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 24,
+        projection_class_embeddings_input_dim=conditions * 8 + 24,
     )
-    return StableDiffusionXLPipeline(
-        vae=_vae(0.13025),
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading"),
-        add_watermarker=False,
+    return {
+        "vae": _vae(0.13025),
+        "text_encoder_2": text_encoder_2,
+        "tokenizer_2": tokenizer_2,
+        "unet": unet,
+        "scheduler": EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading"),
+        "add_watermarker": False,
+    }
+
+
+def _sdxl() -> StableDiffusionXLPipeline:
+    text_encoder, tokenizer = _clip()
+    return StableDiffusionXLPipeline(text_encoder=text_encoder, tokenizer=tokenizer, **_sdxl_parts(32, 6))
+
+
+def _refiner() -> StableDiffusionXLImg2ImgPipeline:
+    return StableDiffusionXLImg2ImgPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        **_sdxl_parts(16, 5),
     )
 
 
@@ -419,6 +435,7 @@ _BUILDERS = {
     "sd": lambda: _stable_diffusion(1),
     "sd2": lambda: _stable_diffusion(2),
     "sdxl": _sdxl,
+    "refiner": _refiner,
     "sd3": _sd3,
     "sd35": lambda: _sd3(dual=True),
     "sd3clip": lambda: _sd3(t5=False),

@@ -162,14 +162,8 @@ def template_tokenizer() -> GemmaTokenizer:
 
 def _hunyuan() -> HunyuanVideoPipeline:
     tokenizer, (clip, clip_tokenizer) = template_tokenizer(), tiny._clip()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    sizes = {**tiny_families.LANGUAGE, "num_hidden_layers": 3, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes)
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,

@@ -159,16 +159,19 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _gemma_config(words: int) -> Gemma2Config:
-    return Gemma2Config(
-        vocab_size=words,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+#: the sizes of a tiny language model
+LANGUAGE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def _gemma(words: int) -> Gemma2Model:
+    return Gemma2Model(Gemma2Config(vocab_size=words, **{**LANGUAGE, "intermediate_size": 32}))
 
 
 def _sana() -> SanaPipeline:
@@ -197,7 +200,7 @@ def _sana() -> SanaPipeline:
     )
     return SanaPipeline(
         tokenizer=copy.deepcopy(tokenizer),
-        text_encoder=Gemma2Model(_gemma_config(len(tokenizer))),
+        text_encoder=_gemma(len(tokenizer)),
         vae=vae,
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -250,16 +253,15 @@ def _flux2() -> Flux2Pipeline:
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'][0] }}{{ m['content'][0]['text'][-80:] }}<|im_end|>{% endfor %}"
     )
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
     text = {
+        **LANGUAGE,
         "model_type": "mistral",
         "vocab_size": len(tokenizer),
         "num_hidden_layers": 30,  # the pipeline reads the outputs of layers 10, 20 and 30
-        "num_key_value_heads": 1,
         "initializer_range": 0.2,
-        **sizes,
     }
-    vision = {"model_type": "pixtral", "num_hidden_layers": 1, "patch_size": 4, "image_size": 16, **sizes}
+    vision = {key: size for key, size in LANGUAGE.items() if key != "num_key_value_heads"}
+    vision |= {"model_type": "pixtral", "num_hidden_layers": 1, "patch_size": 4, "image_size": 16}
     vae, transformer = _flux2_parts(guided=True)
     pipe = Flux2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
@@ -274,16 +276,8 @@ def _flux2() -> Flux2Pipeline:
 
 def _klein() -> Flux2KleinPipeline:
     tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=27,  # the pipeline reads the outputs of layers 9, 18 and 27
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.2,
-    )
+    sizes = {**LANGUAGE, "num_hidden_layers": 27}  # the pipeline reads the outputs of layers 9, 18 and 27
+    config = Qwen3Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)
     vae, transformer = _flux2_parts(guided=False)
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
@@ -296,12 +290,8 @@ def _klein() -> Flux2KleinPipeline:
 
 def _qwen_parts(tokenizer: Qwen2Tokenizer, **special: int) -> dict[str, Any]:
     text = {
+        **{key: size for key, size in LANGUAGE.items() if key != "head_dim"},
         "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
     }
     vision = {
@@ -361,15 +351,7 @@ def _hidream() -> HiDreamImagePipeline:
     (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = tiny._clip(projection=16), tiny._clip(projection=24)
     text_encoder_3, tokenizer_3 = tiny._t5()
     tokenizer_4 = copy.deepcopy(qwen_tokenizer())
-    config = LlamaConfig(
-        vocab_size=len(tokenizer_4),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+    config = LlamaConfig(vocab_size=len(tokenizer_4), **{**LANGUAGE, "num_hidden_layers": 3})
     transformer = HiDreamImageTransformer2DModel(
         patch_size=2,
         in_channels=4,
@@ -421,22 +403,14 @@ def _lumina2() -> Lumina2Pipeline:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=6.0),
         vae=vae,
-        text_encoder=Gemma2Model(_gemma_config(len(tokenizer))),
+        text_encoder=_gemma(len(tokenizer)),
         tokenizer=copy.deepcopy(tokenizer),
     )
 
 
 def _z_image() -> ZImagePipeline:
     tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+    config = Qwen3Config(vocab_size=len(tokenizer), **LANGUAGE)
     transformer = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "train some (": "tests/app/test_bad_steering.py::test_systems_that_cannot_run_so",
     "draws its ": "tests/sampling/test_process.py::test_what_a_process_lacks_is_refused",
     "makes a picture in one: leave it out": "tests/sampling/test_process.py::test_what_a_process_lacks_is_refused",
+    "finishes pictures and draws none: give it an image, or latents": "tests/parity/test_refiner.py::test_the_base_hands_over",
     "compress keeps changes of matrices; leave attention out": "tests/teach/test_custom_diffusion.py::test_refusals",
     "merge fewer, or give a shorter prompt": "tests/teach/test_custom_diffusion.py::test_refusals",
     "Teach the concepts together instead": "tests/teach/test_custom_diffusion.py::test_refusals",

@@ -463,13 +463,6 @@ def test_denoisers_that_read_more(kind: str, part: str, name: str, channels: int
         assert load(path).family.takes_mask
 
 
-def test_the_refiner(folder: Callable[[str], Path]):
-    path = folder("sdxl")
-    edit(path / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)
-    with pytest.raises(NotSupported, match="is the SDXL refiner.*load the base"):
-        load(path)
-
-
 # --- offloading -------------------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ GUIDANCE = {
 #: what has to be said for "nothing": without it the pipeline would not guide
 NEGATIVE = {"qwenimage": " ", "qwenimage_edit": " ", "qwenimage_edit_plus": " ", "hunyuan": ""}
 #: the tokenizer whose tokens attention sees (first), where it is not the pipeline's first
-TOKENIZER = {"kontext": "tokenizer_2", "hidream": "tokenizer_3"}
+TOKENIZER = {"kontext": "tokenizer_2", "hidream": "tokenizer_3", "refiner": "tokenizer_2"}
 #: attention among the text alone, no sites
 TEXT_ALONE = ("context_refiner", "context_embedder")
 #: parts that mix places without attention, muted too

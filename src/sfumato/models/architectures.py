@@ -106,6 +106,20 @@ def _sdxl(**vae: Any) -> Parts:
     }  # fmt: skip
 
 
+def _sdxl_refiner() -> Parts:
+    unet = _unet(
+        1280, [6, 12, 24, 24], 128, use_linear_projection=True, transformer_layers_per_block=4,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2560,
+    )  # fmt: skip
+    unet |= {
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+    kept = ("vae", "text_encoder_2", "tokenizer_2", "scheduler")
+    return {"unet": ("diffusers", "UNet2DConditionModel", unet), **{name: _sdxl()[name] for name in kept}}
+
+
 def _playground() -> Parts:
     mean, std = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]
     parts = _sdxl(scaling=0.5, latents_mean=mean, latents_std=std)
@@ -181,6 +195,7 @@ _KNOWN: dict[str, tuple[str, Parts]] = {
     "sd2-v": ("StableDiffusionPipeline", _sd2("v_prediction", 96)),
     "sd2-inpaint": ("StableDiffusionInpaintPipeline", _sd2("epsilon", 64, 9)),
     "sdxl": ("StableDiffusionXLPipeline", _sdxl()),
+    "sdxl-refiner": ("StableDiffusionXLImg2ImgPipeline", _sdxl_refiner()),
     "playground": ("StableDiffusionXLPipeline", _playground()),
     "cosxl": ("StableDiffusionXLPipeline", _cosxl()),
     "sd3": ("StableDiffusion3Pipeline", _sd3(24, 192)),
@@ -191,6 +206,15 @@ _KNOWN: dict[str, tuple[str, Parts]] = {
     "flux-dev": ("FluxPipeline", _flux(True)),
     "flux-schnell": ("FluxPipeline", _flux(False)),
     "chroma": ("ChromaPipeline", _chroma()),
+}  # fmt: skip
+
+
+#: what a model_index.json says beside the parts
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "sdxl-refiner": {
+        "text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True,
+        "force_zeros_for_empty_prompt": False,
+    },
 }  # fmt: skip
 
 
@@ -207,7 +231,8 @@ def pipeline_class(kind: str) -> str:
 def index_of(kind: str) -> dict[str, Any]:
     """The content of its model_index.json."""
     name, parts = _KNOWN[kind]
-    return {"_class_name": name, **{part: [library, cls] for part, (library, cls, _) in parts.items()}}
+    components = {part: [library, cls] for part, (library, cls, _) in parts.items()}
+    return {"_class_name": name, **components, **_SETTINGS.get(kind, {})}
 
 
 def config_of(kind: str, part: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from sfumato import registry
 from sfumato.checkpoints import is_pipeline
 from sfumato.errors import BadInput, BadWeights, NotSupported
-from sfumato.models.families import Family, families, family_of, siblings
+from sfumato.models.families import Family, families, family_of, served_as
 from sfumato.models.families.base import accepted_by
 from sfumato.models.model import Model
 from sfumato.models.processors import Processor
@@ -43,13 +43,8 @@ def pipeline_of(index: dict[str, Any], where: Path) -> tuple[Any, type[Family]]:
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise NotSupported(f"{where} names no diffusers pipeline but {name!r}; custom pipeline code is never run.")
-    if index.get("requires_aesthetics_score"):
-        raise NotSupported(
-            f"{where} is the SDXL refiner, which finishes pictures of the base model and draws none; load the base."
-        )
-    if name not in families():
-        name, _ = siblings().get(name, (name, ""))
-    family = family_of(name)
+    name, _ = served_as(name, index)
+    family = family_of(name, index)
     with quiet():
         pipeline = getattr(diffusers, name, None)
     if pipeline is None:
@@ -63,7 +58,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -
         raise BadInput(f"{folder} is not a diffusers model: it has no model_index.json.")
     index = read_json(folder / "model_index.json")
     pipeline, family = pipeline_of(index, folder)
-    if lost := siblings().get(index["_class_name"], ("", ""))[1]:
+    if lost := served_as(index["_class_name"], index)[1]:
         message = f"{folder} is loaded as {pipeline.__name__}: {lost}."
         warnings.warn(LoadedOtherwise(message), stacklevel=3)
     parts, files = load_parts(folder, index, pipeline, dtype or default_dtype(family, device))

@@ -24,11 +24,12 @@ def family_like(pipe: Any) -> type[Family] | None:
     encoders and tokenizers; None where no family fits."""
     import diffusers
 
-    known = families()
+    settings = dict(getattr(pipe, "config", {})).items()
+    fitting = {name: family for name, family in families().items() if family.told_by.items() <= settings}
     for cls in type(pipe).__mro__:
-        if cls.__name__ in known:
-            return known[cls.__name__]
-    for name, family in known.items():
+        if cls.__name__ in fitting:
+            return fitting[cls.__name__]
+    for name, family in sorted(fitting.items(), key=lambda each: -len(each[1].told_by)):
         if not family.inpaints and isinstance(getattr(pipe, family.denoiser_name, None), nn.Module):
             own = getattr(diffusers, name, None)
             if own is not None and _has_networks(pipe, own):

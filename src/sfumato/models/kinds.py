@@ -167,8 +167,9 @@ def _unet(shapes: Mapping[str, tuple[int, ...]]) -> FileKind | None:
     )  # fmt: skip
     if any(".label_emb." in name or name.startswith("label_emb.") for name in shapes):
         if any(name.startswith("conditioner.embedders.0.model.") for name in shapes) or width == 1280:
-            advice = "it finishes pictures of the base model and draws none; load the base."
-            return FileKind("sdxl-refiner", "the SDXL refiner", advice=advice)
+            encoder = ("conditioner.embedders.0.",)
+            parts = _held(shapes, "unet", vae=("first_stage_model.",), text_encoder_2=encoder)
+            return FileKind("sdxl-refiner", "the SDXL refiner", "sdxl_refiner", parts)
         name, title = ("sdxl", "an SDXL checkpoint")
         if any(each.startswith("edm_vpred.") for each in shapes):
             name, title = "cosxl", "a CosXL checkpoint"
@@ -208,7 +209,7 @@ _ENCODERS: dict[str, dict[str, tuple[str, ...]]] = {
 #: name, title, family (empty: none serves it), and a pattern that one of the denoiser's tensors must match
 _TRANSFORMERS = (
     ("sd3", "a Stable Diffusion 3 checkpoint", "sd3", r"joint_blocks\.0\."),
-    ("flux2", "a Flux.2 checkpoint", "flux2-klein", r"(single|double)_stream_modulation"),
+    ("flux2", "a Flux.2 checkpoint", "flux2", r"(single|double)_stream_modulation"),
     ("flux3", "a Flux.3 checkpoint", "", r"early_stream_modulations\."),
     ("chroma", "a Chroma checkpoint", "chroma", r"distilled_guidance_layer\."),
     ("hunyuan-video", "a HunyuanVideo checkpoint", "hunyuan_video", r"txt_in\.individual_token_refiner"),
@@ -220,7 +221,7 @@ _TRANSFORMERS = (
     ("mochi", "Mochi", "", r"blocks\.0\.attn\.qkv_x"),
     ("z-image", "a Z-Image checkpoint", "z_image", r"layers\.0\.adaLN_modulation\.0\.weight"),
     ("lumina2", "a Lumina 2 checkpoint", "lumina2", r"cap_embedder\.0\."),
-    ("hidream", "HiDream", "", r"double_stream_blocks\.0\."),
+    ("hidream", "a HiDream checkpoint", "hidream", r"double_stream_blocks\.0\."),
     ("cosmos", "Cosmos", "", r"x_embedder\.proj\.1\."),
     ("sana", "a Sana checkpoint", "sana", r"blocks\.0\.cross_attn\.kv_linear"),
     ("cascade", "Stable Cascade", "", r"(clip_txt_mapper|down_blocks\.\d+\.\d+\.channelwise)"),
@@ -242,16 +243,21 @@ def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> FileKind | None:
             advice = "no library reads such files; give the folder of the diffusers model."
             return FileKind("pixart", "a PixArt checkpoint", advice=advice)
         name = _variant(name, plain)
+        family = {"flux-fill": "flux-fill", "flux2-klein": "flux2-klein"}.get(name, family)
         encoders = _ENCODERS.get(family, {})
         parts = _held(shapes, "transformer", vae=("first_stage_model.", "vae."), **encoders)
-        if name.startswith("flux-") and plain.get("img_in.weight", (0, 64))[-1] in (128, 384):
+        if name.startswith("flux-") and plain.get("img_in.weight", (0, 64))[-1] == 128:
             advice = "no family of sfumato feeds it; load Flux.1 [dev], with which blend redraws regions."
-            return FileKind("flux-other", "a Flux.1 tool that reads a mask or another picture", advice=advice)
+            return FileKind("flux-other", "a Flux.1 tool that reads another picture", advice=advice)
         return FileKind(name, title, family, parts)
     return None
 
 
 def _variant(name: str, plain: Mapping[str, tuple[int, ...]]) -> str:
+    if name == "flux2":
+        return "flux2" if any(each.startswith("guidance_in.") for each in plain) else "flux2-klein"
+    if name == "flux" and plain.get("img_in.weight", (0, 64))[-1] == 384:
+        return "flux-fill"
     if name == "flux":
         return "flux-dev" if any(each.startswith("guidance_in.") for each in plain) else "flux-schnell"
     if name == "sd3":

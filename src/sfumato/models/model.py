@@ -55,7 +55,7 @@ class Model:
         self._chunks: int | None = None
         self._references: dict[str, Tensor] = {}  # states (1 ...) of reference pictures
         own = self.card.get("sampling", {})
-        family = family or family_of(type(pipe).__name__)
+        family = family or family_of(type(pipe).__name__, getattr(pipe, "config", None))
         self.family: Family = family(pipe, own.get("max_sequence_length"))
 
     def __repr__(self) -> str:

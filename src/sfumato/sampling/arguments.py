@@ -70,6 +70,10 @@ class GenerateArguments(TypedDict, total=False):
     """Draw each token from the likeliest ones that hold this probability (> 0, <= 1)"""
     start: int
     """The step of the schedule with which given latents begin (>= 0)"""
+    denoising_start: float | None
+    """Instead of start: the share of the noise levels behind given latents (> 0, < 1)"""
+    denoising_end: float | None
+    """The share of the noise levels after which another model goes on (> 0, < 1)"""
     strength: float | None
     """How much of a given picture is drawn anew, 0 nothing, 1 all (>= 0, <= 1)"""
     batch_size: int | None

@@ -130,7 +130,8 @@ def generate(
     Args:
         prompt: may hold weights, as may all other texts: see :mod:`sfumato.text.weights`.
         latents: unit noise (b c h w) to begin with; or, with ``start`` > 0, the latents with which step ``start`` of
-            the schedule begins, as found in ``step.x``. Of models that draw tokens: token ids in the state's shape.
+            the schedule begins, as found in ``step.x``; with ``denoising_start``, those that another model left at the
+            same ``denoising_end`` (SDXL and its refiner). Of models that draw tokens: token ids in the state's shape.
         image: a picture, several, or a tensor (b 3 H W) in [-1, 1], noised to ``strength`` (0.8) of the schedule. For
             models of clips: frames (f h w 3) uint8, a list of pictures, or a tensor (b 3 f H W).
         reference: a picture, or several, that all samples are drawn by, where the model looks at pictures beside its
@@ -182,7 +183,7 @@ def generate(
     try:
         for samples in batches:
             with _remedy(request, samples), open_run(model, request, samples, parts, grad=grad) as run:
-                x = walk(run, run.process.initial(slice(samples.start, samples.stop)), on_step)
+                x = walk(run, run.process.initial(slice(samples.start, samples.stop)), on_step, run.process.until)
                 pixels = None
                 if decode:
                     pixels = model.decode(x)

@@ -152,6 +152,14 @@ class Options(Params):
         default=0, ge=0, description="the step of the schedule with which given latents begin",
         json_schema_extra={"flag": False},
     )  # fmt: skip
+    denoising_start: float | None = Field(
+        default=None, gt=0, lt=1, description="instead of start: the share of the noise levels behind given latents",
+        json_schema_extra={"flag": False},
+    )  # fmt: skip
+    denoising_end: float | None = Field(
+        default=None, gt=0, lt=1, description="the share of the noise levels after which another model goes on",
+        json_schema_extra={"flag": False},
+    )  # fmt: skip
     strength: float | None = Field(
         default=None, ge=0, le=1, description="how much of a given picture is drawn anew, 0 nothing, 1 all"
     )

@@ -199,6 +199,15 @@ def _source(
     start = whole(options.start, "start", 0, steps - 1)
     if start and latents is None:
         raise BadInput(f"start is {start}, but no latents are given to start from.")
+    after = options.denoising_start
+    if after is not None and (latents is None or start):
+        why = "start is given too" if start else "no latents are given to go on from"
+        raise BadInput(f"denoising_start is {after:g}, but {why}.")
+    if model.family.finishes and image is None and not (start or after):
+        raise BadInput(
+            f"{model.name} ({model.family.name}) finishes pictures and draws none: give it an image, or latents of its "
+            f"base model (made with denoising_end) and denoising_start."
+        )
     if image is not None:
         pixels = as_pixels_of(model, image, None if size is None else checked_size(model, size))
         size = checked_size(model, (pixels.shape[-1], pixels.shape[-2]), "the picture, without size,")
@@ -224,7 +233,7 @@ def _source(
     if not torch.isfinite(latents).all():
         raise BadInput("latents holds values that are not finite.")
     _check_rows("latents", len(latents), total)
-    return (width, height), Source(latents=latents, start=start)
+    return (width, height), Source(latents=latents, start=start, after=after)
 
 
 def _references(model: Any, given: Any) -> tuple[Image.Image, ...]:

@@ -6,13 +6,24 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
 from sfumato.models.families.unserved import UNSERVED
 
-__all__ = ["UNSERVED", "Family", "TextStream", "families", "families_with", "family_of", "offering", "siblings"]
+__all__ = [
+    "UNSERVED",
+    "Family",
+    "TextStream",
+    "families",
+    "families_with",
+    "family_of",
+    "offering",
+    "served_as",
+    "siblings",
+]
 
 
 def families() -> dict[str, type[Family]]:
@@ -28,11 +39,21 @@ def siblings() -> dict[str, tuple[str, str]]:
     return {name: other for family in _below(Family) for name, other in family.__dict__.get("siblings", {}).items()}
 
 
-def family_of(pipeline_class: str) -> type[Family]:
-    """The family that serves a diffusers pipeline class. Raises `NotSupported` with the list of known ones."""
+def served_as(pipeline_class: str, settings: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """The class of a known family as which a pipeline class with these ``settings`` is served, and what is not
+    followed; the class itself where none is known."""
+    family = families().get(pipeline_class)
+    if family is not None and family.told_by.items() <= dict(settings or {}).items():
+        return pipeline_class, ""
+    return siblings().get(pipeline_class, (pipeline_class, ""))
+
+
+def family_of(pipeline_class: str, settings: Mapping[str, Any] | None = None) -> type[Family]:
+    """The family that serves a diffusers pipeline class with these ``settings``. Raises `NotSupported` with the list of
+    known ones."""
     known = families()
-    if pipeline_class in siblings():
-        other = siblings()[pipeline_class][0]
+    other, _ = served_as(pipeline_class, settings)
+    if other != pipeline_class:
         raise NotSupported(
             f"{pipeline_class} is served as {other}, which has the same parts: Model({other}.from_pipe(pipe)), or load "
             "its folder."

@@ -103,6 +103,8 @@ class Family:
     guidance_off: ClassVar[float] = 1.0
     #: whether checkpoints of this family are made for redrawing regions of pictures
     inpaints: ClassVar[bool] = False
+    #: whether the pipeline steps with the negative of what the denoiser gives
+    negates: ClassVar[bool] = False
     #: whether the pipeline brings the state back to ``state_dtype`` after every step
     casts_state: ClassVar[bool] = False
     #: half-precision in which checkpoints of this family are customarily run
@@ -115,6 +117,10 @@ class Family:
     shifts_latents: ClassVar[bool] = False
     #: pipeline classes made of the same parts -> (the class that they are loaded as, what is not followed, if anything)
     siblings: ClassVar[dict[str, tuple[str, str]]] = {}
+    #: settings of the pipeline that tell checkpoints of this family from others of the same class
+    told_by: ClassVar[dict[str, Any]] = {}
+    #: whether it only finishes pictures, or the latents of another model, and draws none from noise
+    finishes: ClassVar[bool] = False
     #: how many reference pictures may be given beside a prompt; from 1 on where it cannot draw without
     references: ClassVar[range] = range(1)
     #: whether the denoiser is told the picture's original size, crop and target size

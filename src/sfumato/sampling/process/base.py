@@ -22,16 +22,21 @@ from sfumato.sampling.noise import Path
 from sfumato.sampling.options import Options
 
 #: options that only some processes have a meaning for; each process names its own
-OF_SOME = {"steps", "timesteps", "sigmas", "scheduler", "eta", "temperature", "top_k", "top_p", "start", "strength"}
+OF_SOME = {
+    "steps", "timesteps", "sigmas", "scheduler", "eta", "temperature", "top_k", "top_p", "start", "strength",
+    "denoising_start", "denoising_end",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Source:
     """What the walk begins with: a state drawn from the seeds (nothing given), given ``latents`` (1 or b, ...), at step
-    ``start`` of the schedule, or ``pixels`` (1 or b, 3 H W) noised to ``strength`` of it."""
+    ``start`` of the schedule or behind the share ``after`` of its noise levels, or ``pixels`` (1 or b, 3 H W) noised to
+    ``strength`` of it."""
 
     latents: Tensor | None = None
     start: int = 0
+    after: float | None = None
     pixels: Tensor | None = None
     strength: float | None = None
 
@@ -56,6 +61,8 @@ class Process:
 
     timesteps: Tensor
     begin: int = 0
+    #: the step before which the walk stops; None: it goes to the end of the schedule
+    until: int | None = None
 
     def __init__(
         self,

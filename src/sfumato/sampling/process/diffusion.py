@@ -22,7 +22,9 @@ class Diffusion(Process):
 
     name = "diffusion"
     title = "diffusion"
-    takes = frozenset({"steps", "timesteps", "sigmas", "scheduler", "eta", "start", "strength"})
+    takes = frozenset(
+        {"steps", "timesteps", "sigmas", "scheduler", "eta", "start", "strength", "denoising_start", "denoising_end"}
+    )
     noise_path = differentiable = takes_image = True
 
     def prepare(self, backward: bool) -> None:
@@ -32,6 +34,7 @@ class Diffusion(Process):
         self._refuse_unfit()
         self.begin = len(self.timesteps) - 1 if backward else self._begin()
         if not backward:
+            self.until = self._until()
             self._refuse_zero_snr()
         accepted = inspect.signature(self._scheduler.step).parameters
         eta = self.options.eta
@@ -119,13 +122,37 @@ class Diffusion(Process):
                 raise BadInput(
                     f"strength {source.strength:g} leaves no step out of {steps}; give at least {fewest(steps)}."
                 )
+        elif source.after is not None:
+            return self._after(source.after)
         return min(start * self._scheduler.order, len(self.timesteps))
+
+    def _until(self) -> int | None:
+        """Where another model goes on. Raises BadInput where nothing is left to do here."""
+        end = self.options.denoising_end
+        if end is None:
+            return None
+        until = int((self.timesteps >= self._cutoff(end)).sum())
+        if until <= self.begin:
+            raise BadInput(f"denoising_end is {end:g}, but the walk begins later; give more.")
+        return until
+
+    def _after(self, share: float) -> int:
+        """The step that follows on this share of the noise levels, as in diffusers. Raises BadInput where none does."""
+        left = int((self.timesteps < self._cutoff(share)).sum())
+        if not left:
+            raise BadInput(f"denoising_start is {share:g}, which leaves no step of the schedule; give less.")
+        second = self._scheduler.order == 2 and left % 2 == 0  # never between the two halves of a step
+        return len(self.timesteps) - left - second
+
+    def _cutoff(self, share: float) -> int:
+        trained = int(self._scheduler.config.num_train_timesteps)
+        return int(round(trained - share * trained))
 
     def initial(self, rows: slice) -> Tensor:
         model, source, b = self.model, self.source, len(self.generators)
         if source.latents is not None:
             latents = taken(source.latents, rows, b).to(device=model.device, dtype=model.state_dtype)
-            return latents if self.begin else model.prepare(latents, self._scheduler)
+            return latents if self.begin or source.after else model.prepare(latents, self._scheduler)
         if source.pixels is None:
             return model.prepare(self.noise(), self._scheduler)
         clean = model.encode_image(taken(source.pixels, rows, b), self.generators)
