@@ -79,69 +79,79 @@ def tree(tmp_path_factory) -> Path:
     return target
 
 
-@pytest.fixture
-def run(tree):
-    def call(*args: str) -> str:
-        paths = os.pathsep.join([str(tree / "src"), str(tree)])
-        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *args], cwd=tree, env=environment, capture_output=True, text=True
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
-
-    return call
-
-
-COMMANDS = """
+EVERYTHING = """
 import contextlib, io, json, sys
-from sfumato.app.cli import app
-said = []
-for command in json.loads(sys.argv[1]):
+
+def said_by(call, *args):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        app(command)
-    said.append(out.getvalue())
-print(json.dumps(said))
+        call(*args)
+    return out.getvalue()
+
+from sfumato.app.cli import app
+told = {"commands": [said_by(app, command) for command in json.loads(sys.argv[1])]}
+
+from docs import generate
+told["written"], told["again"] = said_by(generate.main, []), said_by(generate.main, [])
+
+# which pairs go together is measured elsewhere: here each is said to, and nothing is needed to try it
+from tests import examples
+from tests.contract import matrix
+matrix._outcome = lambda *_: ""
+examples.write_examples = lambda *_: None
+matrix.main()
+
+import pytest
+quiet = ["-q", "-p", "no:cacheprovider"]
+told["contract"] = said_by(pytest.main, [*quiet, "--collect-only", "tests/contract", "-k", "dimmed"])
+told["house"] = said_by(pytest.main, [*quiet, "tests/test_imports.py", "-k", "dimmed or cycles"])
+print(json.dumps(told))
 """
+COMMANDS = [
+    ["methods", "--verb", "steer"],
+    ["methods", "dimmed"],
+    ["make", "a red cube", "--with", "dimmed:strength=0.2", "--steps", "1"],
+]
 
 
-def test_it_is_listed_described_and_drawn_with(run, tree):
-    make = ["make", "a red cube", "--with", "dimmed:strength=0.2", "--steps", "1"]
-    commands = [["methods", "--verb", "steer"], ["methods", "dimmed"], make]
-    listed, described, made = json.loads(run("-c", COMMANDS, json.dumps(commands)).splitlines()[-1])
+def run(tree: Path, *args: str) -> str:
+    paths = os.pathsep.join([str(tree / "src"), str(tree)])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *args], cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def told(tree) -> dict:
+    """What the house says of the system, asked in one process."""
+    return json.loads(run(tree, "-c", EVERYTHING, json.dumps(COMMANDS)).splitlines()[-1])
+
+
+def test_it_is_listed_described_and_drawn_with(told, tree):
+    listed, described, made = told["commands"]
     assert "dimmed" in listed
     assert "Dimming pictures" in described and "share that is taken away" in described and "animatediff" in described
     assert made == "out/a-red-cube-0.png\n" and (tree / made.strip()).is_file()
 
 
-def test_one_command_writes_it_into_every_table(run, tree):
-    twice = "from docs import generate; generate.main([]); print('again'); generate.main([])"
-    written, again = run("-c", twice).split("again\n")
-    written = written.splitlines()
-    assert sorted(written) == ["README.md", "docs/models.md", "docs/systems/README.md", "docs/systems/dimmed.md"]
+def test_one_command_writes_it_into_every_table(told, tree):
+    pages = ["README.md", "docs/models.md", "docs/systems/README.md", "docs/systems/dimmed.md"]
+    assert sorted(told["written"].splitlines()) == pages and told["again"] == ""
     assert "| [`dimmed`](docs/systems/dimmed.md) | steer | makes latents a little smaller |" in (
         tree / "README.md"
     ).read_text(encoding="utf-8")
     assert "[`dimmed`](dimmed.md)" in (tree / "docs" / "systems" / "README.md").read_text(encoding="utf-8")
     page = (tree / "docs" / "systems" / "dimmed.md").read_text(encoding="utf-8")
     assert page.startswith(PAGE.strip()) and "| `strength` | `0.1` | share that is taken away (>= 0, <= 1) |" in page
-    assert again == ""
 
 
-def test_it_is_in_the_composition_table(run, tree):
-    # which pairs go together is measured elsewhere: here each is said to, and nothing is needed to try it
-    unmeasured = "matrix._outcome = lambda *_: ''; examples.write_examples = lambda *_: None"
-    run("-c", f"from tests import examples; from tests.contract import matrix; {unmeasured}; matrix.main()")
+def test_it_is_in_the_composition_table(told, tree):
     assert ". `dimmed` |" in (tree / "docs" / "composition.md").read_text(encoding="utf-8")
 
 
-def test_its_claim_is_listed(run):
-    assert "dimmed" in run("-m", "claims", "--help")
+def test_its_claim_is_listed(tree):
+    assert "dimmed" in run(tree, "-m", "claims", "--help")
 
 
-def test_the_contract_suite_and_the_checks_of_the_house_take_it_up(run):
-    contract = ["-q", "--collect-only", "-p", "no:cacheprovider", "tests/contract", "-k", "dimmed"]
-    house = ["-q", "-p", "no:cacheprovider", "tests/test_imports.py", "-k", "dimmed or cycles"]
-    said = run("-c", f"import sys, pytest; sys.exit(pytest.main({contract}) or print('house') or pytest.main({house}))")
-    collected, _, checked = said.partition("house\n")
-    assert collected.count("dimmed") > 10 and "2 passed" in checked
+def test_the_contract_suite_and_the_checks_of_the_house_take_it_up(told):
+    assert told["contract"].count("dimmed") > 10 and "2 passed" in told["house"]
