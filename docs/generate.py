@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from docs import wishes
 from sfumato import app, cards, protocol, registry
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,16 @@ def face(page: Path) -> str:
             taken = [each.name for each in inspect.signature(found).parameters.values() if each.default is each.empty]
             rows.append((f"`sfumato.{name}({', '.join(taken)}, ...)`".replace("(, ", "("), about))
     return _table(("function", "what it does"), rows)
+
+
+def wanted(page: Path) -> str:
+    """The commonest wishes: command, what was measured, what it costs."""
+    return _table(("I want", "use", "measured", "cost"), wishes.rows())
+
+
+def wanted_too(page: Path) -> str:
+    """Further wishes, and their commands."""
+    return _table(("I want", "use"), wishes.more())
 
 
 def runs_on(card: cards.Card) -> str:
@@ -198,6 +209,7 @@ def tables() -> dict[Path, dict[str, Callable[[Path], str]]]:
         ROOT / "docs" / "index.md": {"face": face},
         ROOT / "docs" / "systems" / "README.md": {"methods": methods},
         ROOT / "docs" / "models.md": {"families": families, "pipelines": pipelines},
+        ROOT / "docs" / "i-want.md": {"wishes": wanted, "more": wanted_too},
     }
     for key in _methods():
         found[ROOT / "docs" / "systems" / f"{key}.md"] = {"system": system}

@@ -18,7 +18,7 @@ from claims import sources
 SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
-    {"errors", "startup"},
+    {"errors", "locks", "startup"},
     {"arrays", "sheets", "markup", "rng", "windows", "dialects", "ondemand", "valid", "writing"},
     {"registry"},
     {"files", "cards", "protocol", "scale"},

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sfumato import valid
 from sfumato.errors import BadInput, BadWeights, UnknownName
 from sfumato.writing import copy_tree, new_folder, only_folder
 
@@ -47,7 +48,7 @@ def card(name: str) -> dict[str, Any]:
     Raises:
         UnknownName: no built-in model has this name.
     """
-    return json.loads((_known(name) / CARD).read_text(encoding="utf-8"))
+    return valid.loads((_known(name) / CARD).read_text(encoding="utf-8"))
 
 
 def cache_folder() -> Path:
@@ -116,7 +117,7 @@ def share(model: Path, base: str) -> list[str]:
     for byte, and notes them in its card; returns their names."""
     owner = _known(base)
     same = [p.name for p in sorted(model.iterdir()) if p.is_dir() and part_hash(p) == part_hash(owner / p.name)]
-    facts = json.loads((model / CARD).read_text(encoding="utf-8"))
+    facts = valid.loads((model / CARD).read_text(encoding="utf-8"))
     facts["base"] = {"name": base, "parts": {name: part_hash(model / name) for name in same}}
     (model / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for name in same:
@@ -138,7 +139,7 @@ def export(name: str, target: Path) -> Path:
             for each in shared:
                 copy_tree(part(source, each), beside / each)
             if shared:
-                facts = json.loads((beside / CARD).read_text(encoding="utf-8"))
+                facts = valid.loads((beside / CARD).read_text(encoding="utf-8"))
                 del facts["base"]
                 (beside / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:  # tell the name the caller knows
@@ -158,7 +159,7 @@ def _base(model: Path) -> dict[str, Any]:
     if not (model / CARD).is_file():
         return {}
     try:
-        found = json.loads((model / CARD).read_text(encoding="utf-8"))["base"]
+        found = valid.loads((model / CARD).read_text(encoding="utf-8"))["base"]
     except (KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("parts"), dict) else {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from sfumato.errors import BadInput
 
-__all__ = ["BadJson", "brief", "json_line", "json_text", "parsed_json", "shown", "text", "texts", "wrong"]
+__all__ = ["BadJson", "brief", "json_line", "json_text", "loads", "parsed_json", "shown", "text", "texts", "wrong"]
 
 MOST = 1000  # items of one list
 DEEPEST = 32  # lists within lists
@@ -93,14 +93,20 @@ def texts(given: Any, argument: str) -> list[str]:
     return found
 
 
+def loads(source: str | bytes, **how: Any) -> Any:
+    """As ``json.loads``, but whatever is wrong with the text is a ValueError, also where it is nested too deep."""
+    try:
+        return json.loads(source, **how)
+    except RecursionError:
+        raise BadJson("it is nested too deep") from None
+
+
 def parsed_json(source: str | bytes, names: bool = False) -> Any:
     """A JSON value. Raises ValueError, in a few words, for anything else; :class:`BadJson` for not-a-number and
     infinity, which Python's reader takes, for what is nested too deep or no UTF-8, and for texts that cannot be encoded
     - unless, with ``names``, they may be names of files, which the caller has to tell from texts."""
     try:
-        value = json.loads(source, parse_constant=_refuse)
-    except RecursionError:
-        raise BadJson("it is nested too deep") from None
+        value = loads(source, parse_constant=_refuse)
     except UnicodeDecodeError:
         raise BadJson("it is not UTF-8 text") from None
     if found := _not_finite(value) or wrong(value, LONGEST, names):

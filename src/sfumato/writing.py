@@ -20,11 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from sfumato.errors import BadInput, Conflict
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows has no such locks: there, nothing is swept, and folders are not reserved
-    fcntl = None  # type: ignore[assignment]
+from sfumato.locks import lock
 
 __all__ = [
     "PICTURES",
@@ -51,33 +47,25 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")
 
 
-def _lock(handle: int) -> bool:
-    """Locks an open file or folder for this process, until it is closed; False where another one holds it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
 @contextlib.contextmanager
-def _beside(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """(where to write what becomes ``path``, its open handle), made by ``make`` and locked until the end, when whatever
-    is still there is removed."""
+def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Where to write what becomes ``path``: made by ``make`` and locked until the end, when whatever is still there is
+    removed."""
     while True:
         beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.partial")
-        handle = make(beside)
-        if _lock(handle) and (fcntl is None or beside.exists()):  # or else somebody sweeps here at this moment
+        make(beside)
+        try:
+            held = lock(beside)
+        except FileNotFoundError:  # somebody swept here at this moment
+            continue
+        if held and beside.exists():
             break
-        os.close(handle)
+        if held:
+            held.release()
     try:
-        yield beside, handle
+        yield beside
     finally:
-        os.close(handle)
+        held.release()
         _remove(beside)
 
 
@@ -86,30 +74,24 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _made_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-
-
-def _made_folder(path: Path) -> int:
-    path.mkdir()
-    return os.open(path if fcntl else os.devnull, os.O_RDONLY)
+def _made_file(path: Path) -> None:
+    path.open("xb").close()
 
 
 def sweep(folder: Path) -> None:
     """Takes away what killed processes have left half-written in ``folder``."""
-    if fcntl is None or not folder.is_dir():
+    if not folder.is_dir():
         return
     for path in folder.glob(".*.partial"):
         with contextlib.suppress(OSError):
             mode = path.lstat().st_mode
             if not _PARTIAL.fullmatch(path.name) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 continue
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held: somebody is writing it
-                _remove(path)
-            finally:
-                os.close(handle)
+            if held := lock(path):  # or else somebody is writing it
+                try:
+                    _remove(path)
+                finally:
+                    held.release()
 
 
 @contextlib.contextmanager
@@ -124,11 +106,11 @@ def replacing(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     try:
-        with _beside(path, _made_file) as (beside, handle):
-            with open(handle, "w+b", closefd=False) as file:
+        with _beside(path, _made_file) as beside:
+            with beside.open("r+b") as file:
                 yield file
                 file.flush()
-                os.fsync(handle)
+                os.fsync(file.fileno())
             _put_new(beside, path) if new else os.replace(beside, path)
     except OSError as error:  # tell the name the caller knows
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
@@ -160,7 +142,7 @@ def new_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
         refuse_filled(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
-    with _beside(target, _made_folder) as (beside, _):
+    with _beside(target, Path.mkdir) as beside:
         yield beside
         if replace:
             shutil.rmtree(target, ignore_errors=True)
@@ -206,19 +188,16 @@ def reserved(folder: Path | str, doing: str) -> Iterator[None]:
     Raises:
         Conflict: another one does; ``doing`` says what this one wanted.
     """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    held = lock(Path(folder), inside=True)
+    if held is None:
+        raise Conflict(
+            f"another process is at work in {str(folder)!r}, so {doing} there would mix with it; "
+            f"wait until it is done, or name another folder."
+        )
     try:
-        if not _lock(handle):
-            raise Conflict(
-                f"another process is at work in {str(folder)!r}, so {doing} there would mix with it; "
-                f"wait until it is done, or name another folder."
-            )
         yield
     finally:
-        os.close(handle)
+        held.release()
 
 
 @contextlib.contextmanager

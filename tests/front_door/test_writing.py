@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfumato import app, files, writing
+from sfumato import app, files, locks, writing
 from sfumato.app import JobBatch, make, make_prompts, read_prompts
 from sfumato.errors import BadInput, Conflict
 from sfumato.training import checkpoint
@@ -295,3 +295,45 @@ def test_pictures_that_are_too_large_are_refused_before_they_are_numbers(monkeyp
     for image in (Image.new("RGB", (40, 30)), np.zeros((40, 30), np.uint8)):
         with pytest.raises(BadInput, match="the most is 1000 pixels"):
             make("a cube", model=tiny_model("sd"), image=image, steps=2)
+
+
+# --- where the system has no locks of folders ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """As on Windows: no flock, and nothing that is open can be renamed or removed."""
+
+    def closed(path):
+        held = {os.readlink(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")[:-1] if os.path.lexists(
+            f"/proc/self/fd/{each}")}  # fmt: skip
+        place = os.path.abspath(path)
+        if any(each == place or each.startswith(f"{place}/") for each in held):
+            raise PermissionError(13, "being used by another process", str(path))
+
+    def guarded(function):
+        return lambda path, *args, **given: closed(path) or function(path, *args, **given)
+
+    monkeypatch.setattr(locks, "fcntl", None)
+    for name in ("replace", "rename", "link", "unlink"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+
+
+def test_windows_writes_and_locks_all_the_same(windows, tmp_path):
+    for text in (b"old", b"new"):
+        with writing.replacing(tmp_path / "x.png") as file:
+            file.write(text)
+            writing.sweep(tmp_path)  # spares what is being written
+    with writing.new_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("whole")
+        writing.sweep(tmp_path)
+    with pytest.raises(FileExistsError), writing.replacing(tmp_path / "x.png", new=True) as file:
+        file.write(b"other")
+    with writing.reserved(tmp_path, "this"), pytest.raises(Conflict, match="another process is at work"):
+        with writing.reserved(tmp_path, "that"):
+            raise AssertionError("both are in")
+    (tmp_path / ".y.png.0123abcd.partial").write_text("left by a kill")
+    with writing.reserved(tmp_path, "this"):
+        writing.sweep(tmp_path)
+    assert (tmp_path / "x.png").read_bytes() == b"new" and (tmp_path / "folder" / "a").read_text() == "whole"
+    assert sorted(os.listdir(tmp_path)) == ["folder", "x.png"]

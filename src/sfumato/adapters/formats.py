@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files, registry
+from sfumato import files, registry, valid
 from sfumato.adapters.naming import DENOISER, LDM, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
 from sfumato.models.weights import TensorEntry, read_header, read_json, read_metadata
@@ -287,12 +286,12 @@ def picture_word(path: Path) -> tuple[str, list[list[float]]]:
             "are not read. Get the .safetensors."
         )
     try:
-        held = json.loads(base64.b64decode(text))
+        held = valid.loads(base64.b64decode(text))
         rows = [[float(x) for x in row] for row in held["string_to_param"]["*"]["TORCHTENSOR"]]
         if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
             raise ValueError("no rows of one width")
         return str(held.get("name") or path.stem), rows
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadWeights(f"{path} carries a damaged textual inversion ({error}).") from None
 
 
@@ -302,7 +301,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if path.name == "adapter_model.safetensors" and beside.is_file():
         return {"": read_json(beside)}
     try:
-        flat = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        flat = valid.loads(metadata.get(ADAPTER_METADATA, "{}"))
     except ValueError:
         return {}
     out: dict[str, Any] = {}

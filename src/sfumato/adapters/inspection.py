@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sfumato import registry
+from sfumato import registry, valid
 from sfumato.adapters.formats import Contents, content_hash, find_file, fit, read_contents
 from sfumato.adapters.naming import Index, parameters_of_ldm
 from sfumato.errors import BadInput, SfumatoError
@@ -59,7 +58,7 @@ def _tags(text: str, most: int = 8) -> list[str]:
     """The words that kohya's trainer counted most often in the captions of all its folders."""
     counts: Counter[str] = Counter()
     try:
-        for folder in json.loads(text or "{}").values():
+        for folder in valid.loads(text or "{}").values():
             counts.update({str(tag).strip(): int(n) for tag, n in folder.items()})
     except (ValueError, TypeError, AttributeError):
         return []

@@ -6,7 +6,6 @@ any moment leaves neither a picture without its line nor a line that is believed
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -39,9 +38,9 @@ class Journal:
                     if not line.endswith(b"\n"):
                         break
                     try:
-                        row = json.loads(line) if line.strip() else {}
+                        row = valid.loads(line) if line.strip() else {}
                         name, key = row.get("file_name"), row.get("key")
-                    except (ValueError, AttributeError, RecursionError):
+                    except (ValueError, AttributeError):
                         raise BadInput(f"{self.path}, line {number} is damaged; move the file away.") from None
                     end += len(line)
                     if isinstance(name, str) and isinstance(key, str):
@@ -86,4 +85,4 @@ class Journal:
     def _take_back(self, name: str) -> None:
         """Removes the line of a picture that is another one's."""
         with self.path.open("rb") as source, writing.replacing(self.path) as file:
-            file.writelines(line for line in source if not line.strip() or json.loads(line).get("file_name") != name)
+            file.writelines(line for line in source if not line.strip() or valid.loads(line).get("file_name") != name)

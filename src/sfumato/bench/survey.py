@@ -189,7 +189,7 @@ class Tally:
             if about.get("key") != key:
                 return None
             tensors = load_tensors(path.read_bytes())
-            made = cls(**json.loads(about["plain"]))
+            made = cls(**valid.loads(about["plain"]))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
         for name in cls._MOMENTS:

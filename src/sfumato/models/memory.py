@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sfumato import registry
+from sfumato import registry, valid
 from sfumato.errors import OutOfMemory
 
 __all__ = ["decoding", "free", "refuse_unaffordable", "refuse_unaffordable_at"]
@@ -59,7 +58,7 @@ def refuse_unaffordable_at(folder: Path | str, size: tuple[int, int], rows: int,
     """The same for a model that is not loaded yet; nothing is said of what is no diffusers folder."""
     path = registry.part(Path(folder), "vae") / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = valid.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # loading will say what is wrong
         return
     if isinstance(config, dict):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfumato import valid
 from sfumato.errors import BadInput, BadWeights
 
 #: a header longer than this is refused by every safetensors reader
@@ -65,7 +66,7 @@ def read_header(path: Path) -> list[TensorEntry]:
         file.seek(8)
         header = file.read(length)
     try:
-        table = json.loads(header)
+        table = valid.loads(header)
         entries = [
             TensorEntry(
                 name,
@@ -76,7 +77,7 @@ def read_header(path: Path) -> list[TensorEntry]:
             for name, entry in table.items()
             if name != "__metadata__"
         ]
-    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadWeights(f"{path} has a corrupt safetensors header; get the file again from its source.") from error
     end = max((entry.stop for entry in entries), default=8 + length)
     if end > size:
@@ -89,7 +90,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file that `read_header` has found whole."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        found = json.loads(file.read(length)).get("__metadata__")
+        found = valid.loads(file.read(length)).get("__metadata__")
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
@@ -171,10 +172,10 @@ def _shards(index: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `BadInput` where it is missing or not one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = valid.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or error}.") from error
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise BadInput(f"{path} is not valid JSON ({first_line(error)}).") from error
     if not isinstance(data, dict):
         raise BadInput(f"{path} must hold a JSON object.")

@@ -14,7 +14,6 @@ narrowest acts; where there is none, the model itself does.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import cards, registry
+from sfumato import cards, registry, valid
 from sfumato.adapters.weight_sets import Weights, WeightSets, fitting, like_own, read_weights
 from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
@@ -177,7 +176,7 @@ class Experts(Intervention):
 def _card(folder: Path) -> dict[str, Any]:
     """What a model's card says of it as an expert; nothing where it is none."""
     try:
-        told = json.loads((folder / "sfumato.json").read_text(encoding="utf-8")).get("expert")
+        told = valid.loads((folder / "sfumato.json").read_text(encoding="utf-8")).get("expert")
     except (OSError, ValueError, AttributeError):
         return {}
     return told if isinstance(told, dict) else {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import writing
+from sfumato import valid, writing
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.protocol import Work
 from sfumato.training import Fitted, Player, Progress, fit
@@ -42,7 +42,8 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
         if work.resume:
             _same(record, now_settings)
         else:
-            record.write_text(json.dumps(now_settings, indent=1), encoding="utf-8")
+            with writing.replacing(record) as file:
+                file.write(valid.json_text(now_settings, indent=1).encode())
         try:
             yield work.folder / "checkpoints"
         except BaseException:
@@ -52,7 +53,12 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
 
 
 def _same(record: Path, now_settings: dict[str, Any]) -> None:
-    before = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        before = valid.loads(record.read_bytes())
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise Conflict(f"{record} is damaged, so its run cannot be resumed; remove {record.parent} to begin anew.")
     other = [name for name in now_settings if before.get(name) != now_settings[name]]
     if other:
         name = other[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import files
+from sfumato import files, valid
 from sfumato.adapters.closed_form import Solver
 from sfumato.adapters.metadata import check_base
 from sfumato.adapters.weights import Weights
@@ -108,14 +108,13 @@ def features(model: Model, texts: Sequence[str]) -> list[Tensor]:
 def merge_files(model: Model, names: Sequence[str], data: Any, prompt: str, ridge: float, method: str) -> Taught:
     """:func:`merged` of weight files, each with its word beside it (``NAME-word.safetensors``); ``data``: a text file
     with a caption on each line, or "toybox"."""
-    import json
 
     parts = []
     for name in names:
         weights = Weights(file=name)
         check_base(weights.contents.metadata, model, weights.path, forced=False)
         word = Word(file=str(weights.path.with_stem(f"{weights.path.stem}-word")))
-        facts = json.loads(weights.contents.metadata.get("sfumato.facts", "{}"))
+        facts = valid.loads(weights.contents.metadata.get("sfumato.facts", "{}"))
         held = {f"{component}.{path}": value.detach() for component, each in weights.weights(model, 1.0).items()
                 for path, value in each.items()}  # fmt: skip
         parts.append(Part(word.words[0], str(facts.get("class") or ""), word.vectors(model)[word.words[0]], held))

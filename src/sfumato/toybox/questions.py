@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from .. import valid
 from ..errors import BadInput, UnknownName
 from .captions import CaptionWord
 from .scene import COLORS, PATTERNS, SHAPES, SIZES, Scene
@@ -57,10 +58,10 @@ class Question:
     def from_json(cls, text: str) -> Question:
         """Inverse of :meth:`to_json`. Raises BadInput on anything that is not a question."""
         try:
-            raw = json.loads(text)
+            raw = valid.loads(text)
             objects, words = tuple(raw.pop("objects")), tuple(CaptionWord(**word) for word in raw.pop("words"))
             return cls(objects=objects, words=words, **raw)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise BadInput(f"this text is not a toybox question: {error}.") from None
 
 

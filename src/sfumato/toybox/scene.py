@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from .. import valid
 from ..errors import BadInput, NoMatch, UnknownName
 
 if TYPE_CHECKING:
@@ -192,14 +193,14 @@ class Scene:
     def from_json(cls, text: str) -> Scene:
         """Inverse of :meth:`to_json`. Raises BadInput on anything that is not a scene."""
         try:
-            raw = json.loads(text)
+            raw = valid.loads(text)
             return cls(
                 toys=tuple(Toy(**t) for t in raw.pop("toys")),
                 camera=Camera(**raw.pop("camera", {})),
                 light=Light(**raw.pop("light", {})),
                 **raw,
             )
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise BadInput(f"this text is not a toybox scene: {error}.") from None
 
 

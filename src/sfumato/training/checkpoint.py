@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato import writing
+from sfumato import valid, writing
 from sfumato.errors import BadWeights
 
 KEEP = 2
@@ -42,7 +42,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         BadWeights: a file is missing, truncated or altered.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = valid.loads((path / "state.json").read_text(encoding="utf-8"))
         if _digest(path / "tensors.safetensors") != state["sha256"]:
             raise BadWeights(f"checkpoint {path} is damaged: its tensors do not match their recorded hash.")
         return load_file(path / "tensors.safetensors"), state

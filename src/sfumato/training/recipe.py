@@ -114,6 +114,6 @@ def load_recipe(source: str | Path) -> Recipe:
         path = shipped[str(source)]
     try:
         values = tomllib.loads(files.read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a whole number of 5,000 digits is no error of TOML's
         raise BadInput(f"recipe {path} is not TOML: {error}.") from None
     return parse("", Recipe, values)

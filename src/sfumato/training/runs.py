@@ -334,5 +334,6 @@ def _run(
         result.quality = this.measure()
         result.exported = this.export(out or this.folder / "export", result.quality)
     record = {**asdict(result), "folder": str(this.folder), "exported": str(result.exported or "")}
-    (this.folder / "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    with writing.replacing(this.folder / "result.json") as file:
+        file.write(json.dumps(record, indent=1).encode())
     return result

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from sfumato import valid
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, BadWeights
 from sfumato.models.nets.flow import CouplingFlow, Norm
@@ -182,7 +182,7 @@ def load_translator(folder: Path | str) -> Translator:
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} holds no fitted flow: it has no config.json.")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = valid.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError, UnicodeDecodeError) as error:
         raise BadWeights(f"{folder / 'config.json'} is not JSON: {error}.") from None
     if kind != "Translator":

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import writing
+from sfumato import valid, writing
 from sfumato.adapters.word import save_word
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.errors import BadInput, UnknownName
@@ -104,7 +104,7 @@ class Decomposition:
     def load(cls, path: str | Path) -> Decomposition:
         """From the JSON that :meth:`save` wrote; without pictures. Raises BadInput for anything else."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = valid.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise ValueError
             alphas = torch.tensor([float(a) for a in data["all"].values()])

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sfumato import files
+from sfumato import files, valid
 from sfumato.errors import BadInput
 from sfumato.hspace.basis import FORMAT, Directions
 from sfumato.markup import described
@@ -133,7 +133,7 @@ class Geometry:
         directions = Directions.load(path)
         try:
             with safe_open(str(path), framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})["geometry"])
+                metadata = valid.loads((file.metadata() or {})["geometry"])
                 tensors = {field: file.get_tensor(name) for name, field in STORED.items()}
         except (SafetensorError, KeyError, ValueError):
             raise BadInput(f"{path} holds directions only, not the geometry they come from.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -131,8 +130,8 @@ class VisualGenome:
         if len(raw) > LARGEST_TABLE:
             raise BadInput(f"{told} is larger than {LARGEST_TABLE >> 20} MB, the most that is read as a whole.")
         try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError) as error:
+            value = valid.loads(raw)
+        except ValueError as error:
             raise BadInput(f"{told} is no JSON: {str(error)[:120]}.") from None
         if not isinstance(value, dict):
             raise BadInput(f"{told} is {valid.brief(value)}; it must be a JSON object.")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfumato import valid
 from sfumato.errors import BadInput, BadWeights, NotSupported
 from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES
 
@@ -214,7 +215,7 @@ class JudgeNet(nn.Module):
         """Inverse of :meth:`save`, in float32 and eval mode. Raises BadWeights on anything else."""
         folder = Path(folder)
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = valid.loads((folder / "config.json").read_text(encoding="utf-8"))
             net = cls(
                 JudgeConfig(
                     widths=tuple(config["widths"]),
