@@ -27,6 +27,7 @@ BENCHMARKS = {
     ),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),
+    "equal_runs": ("benchmarks.equal_runs", "how many different results equal runs have"),
     "one_picture": ("benchmarks.one_picture", "one picture from the command line"),
 }
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sfumato import errors
+from sfumato import errors, valid
 from sfumato.errors import BadInput, NotSupported, SfumatoError
 
 AHEAD = 2
@@ -121,7 +121,7 @@ class Workers:
             try:
                 (packed,) = next(self._answers)["answer"]
             except ray.exceptions.RayError as error:
-                raise SfumatoError(f"the workers stopped: {str(error).strip().splitlines()[0]}") from error
+                raise SfumatoError(f"the workers stopped: {valid.first_line(error)}") from error
             self._received += 1
             if self._received > n:
                 return _opened(ray.cloudpickle.loads(packed))

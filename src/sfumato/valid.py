@@ -14,11 +14,26 @@ from typing import Any
 
 from sfumato.errors import BadInput
 
-__all__ = ["BadJson", "brief", "json_line", "json_text", "loads", "parsed_json", "shown", "text", "texts", "wrong"]
+__all__ = [
+    "BadJson",
+    "brief",
+    "first_line",
+    "json_line",
+    "json_text",
+    "loads",
+    "parsed_json",
+    "shown",
+    "text",
+    "texts",
+    "whole",
+    "wrong",
+]
 
 MOST = 1000  # items of one list
 DEEPEST = 32  # lists within lists
 LONGEST = 100_000  # characters of one text; embedded pictures have limits of their own
+LARGEST_COUNT = 10**6  # of steps, pictures, directions ...
+LARGEST_SEED = 2**62 - 1  # torch takes no more than 64 bits, and neighbours count up from it
 LARGEST = 10**300  # beyond it a whole number is no float
 
 
@@ -67,6 +82,12 @@ def _wrong_text(given: str, names: bool) -> str:
     return ""
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's message, cut to its first line; its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def text(given: Any, what: str) -> str:
     """``given`` if it is a text that can be encoded. Raises BadInput, which names ``what``."""
     if not isinstance(given, str):
@@ -81,6 +102,13 @@ def text(given: Any, what: str) -> str:
 
 class BadJson(ValueError):
     """A finding of :func:`parsed_json` itself: its text is for people, as it stands."""
+
+
+def whole(given: int, what: str, least: int, most: int) -> int:
+    """``given`` if it is from ``least`` to ``most``. Raises BadInput, which names ``what``."""
+    if not least <= given <= most:
+        raise BadInput(f"{what} is {brief(given)}; it must be from {least} to {most}.")
+    return given
 
 
 def texts(given: Any, argument: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from PIL import Image
 
 from sfumato import cards, errors, files, masks, valid
 from sfumato.app import JobBatch, JobOptions, like, make
+from sfumato.app.pictures import fitting_size
 from sfumato.dialects import parse_comfy
 from sfumato.errors import BadInput, OutOfMemory, SfumatoError
 from sfumato.models import Model, memory
 from sfumato.sampling import Options, generate
 from sfumato.text.weights import read_weights
+from sfumato.training.recipe import load_recipe
 from tests.tiny import tiny_model
 
 
@@ -78,6 +81,69 @@ def test_parameters_of_systems_are_bounded(system, says):
     with pytest.raises(BadInput, match=says) as caught:
         cards.build(system)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+COUNTED = [
+    (key, name)
+    for key in cards.methods()
+    for name, field in cards.method(key).Params.model_fields.items()
+    if "int" in re.findall(r"\w+", str(field.annotation))
+]
+
+
+@pytest.mark.parametrize(("key", "name"), COUNTED)
+def test_every_number_of_every_system_is_bounded(key, name):
+    """2**63 is more steps, pictures, directions, layers or seeds than anything takes."""
+    schema = cards.method(key).Params
+    others = {each: "x" for each, field in schema.model_fields.items() if field.is_required() and each != name}
+    with pytest.raises(BadInput, match=f"{name}.*(less than|the most is|between|must be|no layer|should)"):
+        schema(**{name: 2**63}, **others)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["sample", "--size", 10**6], ["sample", "--size", 0], ["sample", "-n", 10**9], ["sample", "--seed", 2**64],
+        ["genome", "--size", 10**6], ["genome", "-n", 10**9], ["genome", "--seed", 2**64],
+        ["prompts", "-n", 10**9], ["prompts", "--seed", 2**64],
+    ],
+    ids=lambda args: " ".join(map(str, args))[:24],
+)  # fmt: skip
+def test_scenes_and_prompts_are_bounded(refused, args):
+    refused("toybox", *args, says=["must be from", args[1].lstrip("-")])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("lr = inf", "train.lr"), ("lr = nan", "train.lr"), (f"steps = {10**30}", "train.steps"),
+        ("beta1 = -inf", "beta1"),
+        (f"batch = {10**9}", "train.batch"), (f"warmup = {10**12}", "warmup"), (f"steps = {'9' * 5000}", "TOML"),
+        (f"stages = {'[' * 5000}{']' * 5000}", "TOML"), ("[data]\ntrain = 1000000000", "data.train"),
+        ("[model]\nchannels = [8, 1000000000000]", "channels is 1000000000000"),
+        ("[model]\ndeep = {a = {b = [1.0, nan]}}", "deep a b is nan"),
+        ('[model]\nvae = "a\\u0000b"', "zero byte"), ('[loss]\nperceptual = inf', "perceptual is inf"),
+    ],
+    ids=lambda value: value[:24],
+)  # fmt: skip
+def test_recipes_of_training_are_bounded(tmp_path, change, says):
+    text = change if "steps =" in change and "[" not in change else f"steps = 1\n{change}"
+    text = text if "batch =" in text else f"batch = 1\n{text}"
+    path = tmp_path / "x.toml"
+    path.write_text(f'name = "x"\nobjective = "vae"\n[train]\n{text}\n')
+    with pytest.raises(BadInput, match=says) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (8192, 3), (1, 1)], ids=str)
+def test_strips_are_fitted_to_sides_that_a_model_draws(size):
+    w, h = fitting_size(tiny_stub_of(64), size)
+    assert 64**2 / 1.3 <= w * h <= 64**2 * 1.3 and max(w, h) <= 64 * 3 and (w >= h) == (size[0] >= size[1])
+
+
+def tiny_stub_of(side):
+    return SimpleNamespace(default_size=(side, side), size_multiple=8)
 
 
 def test_systems_are_counted(tmp_path):

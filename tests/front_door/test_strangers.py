@@ -10,7 +10,7 @@ import signal
 import pytest
 from PIL import Image
 
-from sfumato import cards, files, masks
+from sfumato import cards, checkpoints, files, masks
 from sfumato.app import JobBatch, edit_like, like, make
 from sfumato.cards.paths import allowed, marked
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
@@ -162,3 +162,12 @@ def test_an_edit_of_a_stranger_opens_nothing(tmp_path):
 def test_parameters_that_are_none(params):
     with pytest.raises((BadInput, LookupError)):
         cards.from_recipe({"method": "conceptor", "params": params})
+
+
+@pytest.mark.parametrize("model", ["//evil.example/share/x", "\\\\evil.example\\share\\x.safetensors", "/\\evil/x"])
+def test_no_recipe_asks_another_computer(model, tmp_path, monkeypatch):
+    """To look whether a network path is there sends its owner this user's name, on Windows."""
+    monkeypatch.setattr(checkpoints, "is_pipeline", lambda path: pytest.fail(f"{path} was looked at"))
+    path = picture(tmp_path / "a.png", like_recipe(model=model, hash="0" * 64))
+    with pytest.raises(BadInput, match="neither built in nor here"):
+        like(path, {}, JobBatch([]))

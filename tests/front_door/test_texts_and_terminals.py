@@ -6,6 +6,8 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -13,14 +15,18 @@ import pytest
 from PIL import Image
 
 from sfumato import cards, files, masks, registry, valid, writing
-from sfumato.app import BadLines, EditOptions, JobBatch, explain, make, make_prompts, read_prompts, segment
+from sfumato.app import BadLines, EditOptions, JobBatch, cli, explain, make, make_prompts, read_prompts, segment
 from sfumato.bench.folder import Folder
+from sfumato.bench.journal import Journal
 from sfumato.bench.judge import read_attributes
 from sfumato.bench.options import CompareOptions, JudgeOptions
-from sfumato.errors import BadInput, SfumatoError
+from sfumato.errors import BadInput, Conflict, SfumatoError
+from sfumato.protocol import Work
 from sfumato.sampling import Options
+from sfumato.teach.learning import opened
 from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe, load_recipe
+from sfumato.training.samples import open_samples
 from tests.tiny import tiny_model
 
 BAD = ["a \ud800 cube", "a\0cube", "\udcff"]
@@ -178,3 +184,93 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     ):
         with pytest.raises(BadInput, match="home"):
             entrance()
+
+
+# --- streams that are closed, files that are nested deep --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", [("stdin",), ("stdout",), ("stderr",), ("stdin", "stdout", "stderr")], ids=" ".join)
+def test_closed_streams_are_those_of_nowhere(closed, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli, "app", lambda: seen.update({name: getattr(sys, name) for name in closed}))
+    monkeypatch.setattr(cli, "postpone", lambda *_: None)
+    monkeypatch.setattr(cli, "leave_quickly", lambda: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", ""))
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    cli.main()
+    assert all(stream.name == os.devnull for stream in seen.values()) and list(seen) == list(closed)
+    for stream in seen.values():
+        stream.close()
+
+
+def test_a_command_whose_streams_are_closed():
+    script = f"{sys.executable} -m sfumato methods >&- 2>&- <&-"
+    assert subprocess.run(["sh", "-c", script], check=False, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "{", "[]", "null", "9" * 5000])
+def test_a_damaged_record_of_a_run_that_taught(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(Conflict, match="^[^\n]*run.json is damaged[^\n]*remove"):
+        with opened(Work(tmp_path, resume=True), {"steps": 1}):
+            raise AssertionError("it went on")
+
+
+# --- what stands beside pictures --------------------------------------------------------------------------------------
+
+
+def beside(folder, name, text):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / name).write_text(text, encoding="utf-8")
+    return open_samples(folder, (8, 8))
+
+
+def test_a_caption_may_hold_any_end_of_a_line(tmp_path):
+    text = "a cube\u2028on the\x85grass\x0bhere"
+    data = beside(tmp_path, "metadata.jsonl", json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False))
+    assert len(data) == 1 and data.sample(0).caption == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "field larger"),
+        ("metadata.csv", "file_name,text\na.png,a\0cube", "zero byte"),
+        ("metadata.csv", "file_name,text\na\0.png,a cube", "not there"),
+        ("a.txt", "a\0cube", "zero byte"),
+        ("a.txt", "x" * 200_000, "200000 characters"),
+    ],
+    ids=["long field", "zero", "zero in a name", "zero in a file", "long file"],
+)
+def test_captions_that_no_encoder_takes(tmp_path, name, text, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        beside(tmp_path, name, text).sample(0)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("numbers", ["0..999999999999", f"0..{'9' * 5000}"])
+def test_shards_are_counted(numbers):
+    with pytest.raises(BadInput, match="is no folder"):
+        open_samples(f"x-{{{numbers}}}.tar", (8, 8))
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/tmp/x.png", "in/x.png", ".."])
+def test_a_list_of_pictures_that_leads_out_of_its_folder(tmp_path, name):
+    """The list came with the folder; a picture that it says was lost is made again in the folder, or nowhere."""
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "key": "k"}) + "\n")
+    assert Journal(tmp_path).begin("k", "a", {}) == tmp_path / "a.png"
+
+
+def test_a_named_circle_of_links(tmp_path):
+    (tmp_path / "b.png").symlink_to(tmp_path / "c.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a cube"}\n')
+    with pytest.raises((BadInput, OSError)):
+        folder = Folder(tmp_path)
+        folder.picture(folder.names[0])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("\n \n"), KeyError("a\nb")])
+def test_errors_that_say_nothing(error):
+    assert valid.first_line(error) and "\n" not in valid.first_line(error)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import BadWeights, NotSupported
+from sfumato.valid import first_line
 
 __all__ = ["ALGEBRAS", "Adapted", "Scaling", "algebra_of", "held"]
 
@@ -156,7 +157,7 @@ def held(
         with torch.no_grad():
             _check_shapes(adapted, where)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise BadWeights(f"the {algebra} of {where} does not fit its weight {tuple(weight.shape)}: {reason}.") from None
     return adapted
 

@@ -129,7 +129,8 @@ def model_of(recipe: dict[str, Any], picture: Path) -> str:
     named = recipe.get("model")
     if named in registry.names():
         return str(named)
-    if isinstance(named, str) and isinstance(recipe.get("hash"), str):
+    elsewhere = str(named).replace("\\", "/").startswith("//")  # another computer's share: asking is telling it
+    if isinstance(named, str) and isinstance(recipe.get("hash"), str) and not elsewhere:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long for a path, a zero byte
             path = Path(named).expanduser()
             if checkpoints.is_pipeline(path) or (path.suffix == ".safetensors" and path.is_file()):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 ORIENTATION = 0x0112  # of EXIF
+NARROWEST = 8  # times as long as wide
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,10 @@ def fitted_to(model: Model, image: Any, size: tuple[int, int] | None) -> dict[st
 
 
 def fitting_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of about the model's own area in the shape of ``size``, in the steps the model can make."""
+    """(width, height) of about the model's own area in the shape of ``size``, in the steps the model can make; what is
+    narrower than 1 to :data:`NARROWEST` is cut, or a strip would get sides that no model draws."""
     h, w = model.default_size
-    scale, step = math.sqrt(w * h / (size[0] * size[1])), model.size_multiple
-    width, height = (max(step, round(side * scale / step) * step) for side in size)
+    step, shape = model.size_multiple, min(max(size[0] / size[1], 1 / NARROWEST), NARROWEST)
+    sides = math.sqrt(w * h * shape), math.sqrt(w * h / shape)
+    width, height = (max(step, round(side / step) * step) for side in sides)
     return width, height

@@ -43,7 +43,7 @@ class Journal:
                     except (ValueError, AttributeError):
                         raise BadInput(f"{self.path}, line {number} is damaged; move the file away.") from None
                     end += len(line)
-                    if isinstance(name, str) and isinstance(key, str):
+                    if isinstance(name, str) and isinstance(key, str) and Path(name).name == name:  # else none of ours
                         there = (folder / name).is_file()
                         (self._made if there else self._lost)[key].append(name)
                         self._names.add(name)

@@ -150,13 +150,24 @@ class Params(BaseModel):
 
     def __init__(self, /, **given: Any):
         for name, value in given.items():
-            if wrong := valid.wrong(value, self.MOST):
+            if wrong := valid.wrong(value, self.MOST) or self._too_large(name, value):
                 of = f" of {self.SYSTEM}" if self.SYSTEM else ""
                 raise BadInput(f"{name.rstrip('_')}{of} is {brief(value)}: {wrong}.")
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise _one_line(self.SYSTEM, type(self), error) from None
+
+    @classmethod
+    def _too_large(cls, name: str, value: Any) -> str:
+        """What is wrong with whole numbers where the field itself has no upper limit: nobody waits for, or holds in
+        memory, what they count."""
+        field = cls.model_fields.get(name)
+        if field is None or any(hasattr(each, "le") or hasattr(each, "lt") for each in field.metadata):
+            return ""
+        most = valid.LARGEST_SEED if "seed" in name else valid.LARGEST_COUNT
+        numbers = value if isinstance(value, list | tuple) else [value]
+        return next((f"the most is {most}" for each in numbers if isinstance(each, int) and each > most), "")
 
     @model_validator(mode="before")
     @classmethod

@@ -89,8 +89,8 @@ class Pullback(Intervention):
         layer: str | None = Field(
             default=None, description="block whose features count, such as up.0 or joint.3; none: the bottleneck"
         )
-        rank: int = Field(default=10, ge=1, description="how many directions span the local basis")
-        iterations: int = Field(default=20, ge=1, description="most iterations of the power method")
+        rank: int = Field(default=10, ge=1, le=1000, description="how many directions span the local basis")
+        iterations: int = Field(default=20, ge=1, le=10000, description="most iterations of the power method")
         tolerance: float = Field(
             default=1e-2, gt=0, description="angle at which they stop", json_schema_extra={"unit": "radian"}
         )

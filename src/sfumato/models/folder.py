@@ -21,7 +21,8 @@ from sfumato.models.families.base import accepted_by
 from sfumato.models.model import Model
 from sfumato.models.processors import Processor
 from sfumato.models.quiet import quiet
-from sfumato.models.weights import check_numbers, find_weights, first_line, read_header, read_json
+from sfumato.models.weights import check_numbers, find_weights, read_header, read_json
+from sfumato.valid import first_line
 
 #: parts of a pipeline that sfumato does not use: a folder may lack them
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")

@@ -15,7 +15,8 @@ from sfumato.models.folder import UNUSED, load_folder, pipeline_of
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.single_file import file_family, load_file
-from sfumato.models.weights import first_line, read_json
+from sfumato.models.weights import read_json
+from sfumato.valid import first_line
 
 _DTYPES = {
     "float32": torch.float32,

@@ -17,7 +17,8 @@ from sfumato.models.folder import UNUSED, pipeline_of
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.site import Site
-from sfumato.models.weights import first_line, read_json
+from sfumato.models.weights import read_json
+from sfumato.valid import first_line
 
 __all__ = ["described", "outline"]
 

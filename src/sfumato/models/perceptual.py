@@ -82,7 +82,8 @@ def load_perceptual(name: str = DEFAULT_ENCODER) -> Perceptual:
     from diffusers import AutoencoderKL
 
     from sfumato.models import quiet
-    from sfumato.models.weights import find_weights, first_line, read_header
+    from sfumato.models.weights import find_weights, read_header
+    from sfumato.valid import first_line
 
     folder = net_folder(name, "autoencoder", [each for each in registry.names() if "vae" in each])
     for path in find_weights(folder):

@@ -7,6 +7,7 @@ from typing import Any
 
 from sfumato.errors import NotSupported, UnknownName
 from sfumato.models.quiet import quiet
+from sfumato.valid import first_line
 
 # short name -> (diffusers class, settings beyond the model's own configuration)
 _DIFFUSION: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,7 +121,7 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
         try:
             return getattr(diffusers, class_name).from_config(own.config, **settings)
         except ImportError as error:
-            raise NotSupported(f"scheduler {wanted!r} needs a missing library: {_first_line(error)}") from error
+            raise NotSupported(f"scheduler {wanted!r} needs a missing library: {first_line(error)}") from error
 
 
 def knows_zero_snr(class_name: str) -> bool:
@@ -134,7 +135,3 @@ def knows_zero_snr(class_name: str) -> bool:
 
 def _misfit(name: str, kind: str) -> str:
     return f"scheduler {name!r} does not fit {_TITLES[kind]}; use one of: {', '.join(scheduler_names(kind))}."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

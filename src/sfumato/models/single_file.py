@@ -25,7 +25,8 @@ from sfumato.models.markers import Markers, marked, read_markers, refuse_contrad
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
 from sfumato.models.schedulers import kind_of
-from sfumato.models.weights import first_line, read_header, read_json, read_metadata
+from sfumato.models.weights import read_header, read_json, read_metadata
+from sfumato.valid import first_line
 
 #: where the cache of the Hub may hold a tokenizer: (repository, folder in it)
 _TOKENIZERS = {

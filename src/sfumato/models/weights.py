@@ -15,6 +15,7 @@ from torch import nn
 
 from sfumato import valid
 from sfumato.errors import BadInput, BadWeights
+from sfumato.valid import first_line
 
 #: a header longer than this is refused by every safetensors reader
 _MAX_HEADER = 100_000_000
@@ -223,9 +224,3 @@ def hash_modules(modules: Mapping[str, nn.Module]) -> str:
 
 def _head(digest: Any, component: str, name: str, dtype: str, shape: tuple[int, ...]) -> None:
     digest.update(json.dumps([component, name, dtype, list(shape)]).encode())
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message, cut to its first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -79,7 +79,7 @@ class CustomDiffusion:
         regular: FilePath = Field(
             default="", description="folder of other pictures of the kind, with captions; none: drawn"
         )
-        prior: int = Field(default=200, ge=0, description="how many are drawn; 0: none")
+        prior: int = Field(default=200, ge=0, le=10000, description="how many are drawn; 0: none")
         prior_weight: float = Field(default=1.0, ge=0, description="their weight")
         augment: bool = Field(default=True, description="show pictures small and near")
         merge: list[FilePath] = Field(
@@ -90,7 +90,9 @@ class CustomDiffusion:
             default=0.0, ge=0, le=1, description="share of singular values that is kept as a LoRA; 0.6"
         )
         steps: int = Field(default=250, ge=1, description="how many steps")
-        batch: int = Field(default=8, ge=1, description="pictures of each concept per step, and as many others")
+        batch: int = Field(
+            default=8, ge=1, le=1000, description="pictures of each concept per step, and as many others"
+        )
         lr: float = Field(default=8e-5, gt=0, le=1, description="learning rate of AdamW")
         word_lr: float = Field(default=0.0, ge=0, le=10, description="of the word; 0: as lr, as in the code")
         weight_decay: float = Field(default=1e-2, ge=0, description="weight decay, not of the word")

@@ -75,9 +75,9 @@ class DiscriminativeTokens:
             default=["a photo of {}", "a high resolution realistic image of {}", "a close-up photo of a {}"],
             description="sentences; {} is word and class",
         )
-        noises: int = Field(default=5, ge=1, description="initial noises, the same in every update")
-        through: int = Field(default=1, ge=1, description="K: last steps that carry gradient")
-        draw_steps: int = Field(default=30, ge=1, description="denoising steps")
+        noises: int = Field(default=5, ge=1, le=1000, description="initial noises, the same in every update")
+        through: int = Field(default=1, ge=1, le=1000, description="K: last steps that carry gradient")
+        draw_steps: int = Field(default=30, ge=1, le=1000, description="denoising steps")
         guidance: float = Field(default=7.0, ge=0, description="guidance scale; the learning rate goes with it")
         steps: int = Field(default=50, ge=1, description="how many updates at most")
         enough: float = Field(

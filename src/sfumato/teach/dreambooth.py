@@ -75,9 +75,11 @@ class DreamBooth:
         mode: Literal["lora", "full", "kv", "pivotal"] = Field(default="lora", description="what learns")
         text: bool = Field(default=False, description="the text encoders learn too")
         prompt: Template = Field(default="a {}", description="sentence; {} is identifier and class")
-        prior: int = Field(default=100, ge=0, description="pictures of the class that keep it as it was; 0: none")
+        prior: int = Field(
+            default=100, ge=0, le=10000, description="pictures of the class that keep it as it was; 0: none"
+        )
         prior_weight: float = Field(default=1.0, ge=0, description="lambda")
-        rank: int = Field(default=4, ge=1, description="r of the LoRA")
+        rank: int = Field(default=4, ge=1, le=1024, description="r of the LoRA")
         alpha: float = Field(default=0.0, ge=0, description="alpha of the LoRA; 0: equal to the rank")
         dora: bool = Field(default=False, description="DoRA: the rows' lengths learn apart")
         rslora: bool = Field(default=False, description="rsLoRA: alpha over the root of the rank")
@@ -97,8 +99,8 @@ class DreamBooth:
         offset: float = Field(default=0.0, ge=0, description="offset noise; 0.1 for very dark or bright pictures")
         snr_gamma: float = Field(default=0.0, ge=0, description="min-SNR weighting; 5 is usual, 0 is none")
         score_every: int = Field(default=0, ge=0, description="steps between scores; 0: none, the last step counts")
-        scored: int = Field(default=4, ge=2, description="pictures of each kind that are drawn for a score")
-        score_steps: int = Field(default=0, ge=0, description="denoising steps of these; 0: the model's")
+        scored: int = Field(default=4, ge=2, le=1000, description="pictures of each kind that are drawn for a score")
+        score_steps: int = Field(default=0, ge=0, le=1000, description="denoising steps of these; 0: the model's")
         net: ModelPath = Field(default=PLAIN, description="the CLIP that scores; built in, or a folder")
 
     def __init__(self, **given: Any):

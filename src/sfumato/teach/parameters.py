@@ -25,11 +25,19 @@ class TeachParams(cards.Params):
 class PictureParams(TeachParams):
     """How pictures are shown to the denoiser."""
 
-    batch: int = Field(default=1, ge=1, description="pictures of each subject per step, and as many of the prior")
-    accumulate: int = Field(default=1, ge=1, description="parts that a step's batch is cut into, to save memory")
+    batch: int = Field(
+        default=1, ge=1, le=1000, description="pictures of each subject per step, and as many of the prior"
+    )
+    accumulate: int = Field(
+        default=1, ge=1, le=1000, description="parts that a step's batch is cut into, to save memory"
+    )
     flip: bool = Field(default=True, description="mirror every second picture; not for letters or faces")
     size: int = Field(
-        default=0, ge=0, description="side of the pictures; 0: the model's", json_schema_extra={"unit": "pixel"}
+        default=0,
+        ge=0,
+        le=8192,
+        description="side of the pictures; 0: the model's",
+        json_schema_extra={"unit": "pixel"},
     )
     timesteps: Timesteps = Field(
         default="auto", description="density of noise levels; auto: uniform, for flow models logit_normal"

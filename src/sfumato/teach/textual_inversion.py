@@ -91,7 +91,7 @@ class TextualInversion:
         patience: int = Field(default=10, ge=0, description="end after so many probes without progress; 0: never")
         probe_every: int = Field(default=50, ge=1, description="steps between probes")
         lr: float = Field(default=2e-3, gt=0, le=10, description="learning rate of AdamW")
-        batch: int = Field(default=4, ge=1, description="pictures per step")
+        batch: int = Field(default=4, ge=1, le=1000, description="pictures per step")
         keep_aspect: bool = Field(default=False, description="pictures keep their aspect instead of being cut")
 
     def __init__(self, **given: Any):

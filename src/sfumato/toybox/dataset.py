@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import registry, writing
+from .. import registry, valid, writing
 from ..errors import BadInput, UnknownName
 from ..ondemand import Spec, Store
 from ..rng import sequence
@@ -100,6 +100,13 @@ class ToyboxDataset:
         return {"images": images, "masks": frames.mask.numpy()}
 
 
+def bounded(n: int, size: int, seed: int) -> None:
+    """Raises BadInput for more, larger or otherwise numbered scenes than are written."""
+    valid.whole(n, "n", 1, 1_000_000)
+    valid.whole(size, "size", 16, 1024)
+    valid.whole(seed, "seed", 0, 2**62 - 1)
+
+
 def export_imagefolder(
     folder: Path | str,
     n: int = 16,
@@ -121,8 +128,7 @@ def export_imagefolder(
     from PIL import Image
 
     folder = writing.only_folder(folder, "pictures, masks and scenes")
-    if n < 1:
-        raise BadInput(f"n must be at least 1, got {n}.")
+    bounded(n, size, seed)
     if style not in captions.STYLES:
         raise UnknownName("caption style", style, captions.STYLES)
     with writing.new_folder(folder) as part:

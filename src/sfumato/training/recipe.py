@@ -5,11 +5,13 @@ A recipe is a pure description: the same recipe, seed and step give the same bat
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sfumato import valid
 from sfumato.errors import BadInput, UnknownName
 
 try:
@@ -18,17 +20,45 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 
+def _too_large(name: str, value: Any) -> str:
+    """What is wrong with numbers that stand for more than any computer holds, and with texts that none can hold."""
+    if isinstance(value, bool | Section):
+        return ""
+    if isinstance(value, int):
+        most = valid.LARGEST_SEED if name == "seed" else 10**8
+        return f"is {valid.brief(value)}; the most is {most}" if abs(value) > most else ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"is {value}; it must be a finite number"
+    if found := valid.wrong(value, valid.LONGEST):
+        return f"is {valid.brief(value)}: {found}"
+    if isinstance(value, dict):
+        return next((f"{key} {wrong}" for key, each in value.items() if (wrong := _too_large(key, each))), "")
+    inner = value if isinstance(value, list | tuple) else ()
+    return next((wrong for each in inner if (wrong := _too_large(name, each))), "")
+
+
 class Section(BaseModel):
     """Base of every section of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Section:
+        for name, value in self:
+            if wrong := _too_large(name, value):
+                raise ValueError(f"{name} {wrong}")
+        return self
 
 
 class DataOptions(Section):
     """Which toybox scenes are used (:class:`sfumato.toybox.ToyboxDataset`), or a folder of pictures with captions."""
 
-    train: int = Field(default=24_000, ge=1, description="training scenes; of a folder, the most pictures used")
-    val: int = Field(default=1_000, ge=1, description="held-out scenes; of a folder, no more than every tenth picture")
+    train: int = Field(
+        default=24_000, ge=1, le=1_000_000, description="training scenes; of a folder, the most pictures used"
+    )
+    val: int = Field(
+        default=1_000, ge=1, le=100_000, description="held-out scenes; of a folder, no more than every tenth picture"
+    )
     size: int = Field(default=64, ge=16, le=1024, description="side of the pictures in pixels")
     seed: int = Field(default=0, ge=0, description="seed of the scenes, or of what is held out of a folder")
     folder: str = Field(
@@ -40,7 +70,7 @@ class TrainOptions(Section):
     """Optimiser, schedule and bookkeeping."""
 
     steps: int = Field(..., ge=1, description="optimiser steps of the whole schedule")
-    batch: int = Field(..., ge=1, description="samples per step over all processes")
+    batch: int = Field(..., ge=1, le=65_536, description="samples per step over all processes")
     accumulate: int = Field(1, ge=1, description="parts of a step's batch whose gradients are added up")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW)")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
@@ -93,7 +123,9 @@ def parse(section: str, kind: type[Section], values: dict[str, Any]) -> Any:
             for part in place[:-1]:
                 owner = owner.model_fields[part].annotation
             raise UnknownName(f"recipe key ({where})", place[-1], owner.model_fields) from None
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        if first["type"] == "value_error":
+            raise BadInput(f"recipe key {where or section}: {first['ctx']['error']}.") from None
+        given = "" if first["type"] == "missing" else f", got {valid.brief(first['input'])}"
         raise BadInput(f"recipe key {where}: {first['msg'][0].lower()}{first['msg'][1:]}{given}.") from None
 
 

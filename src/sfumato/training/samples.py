@@ -206,9 +206,9 @@ class Samples:
     def caption(self, i: int) -> str:
         caption = self.entries[i].caption
         if isinstance(caption, str):
-            return caption
+            return valid.text(caption, f"the caption of {self.entries[i].shown.name}")
         try:
-            return caption.read().decode("utf-8-sig").strip()
+            return valid.text(caption.read().decode("utf-8-sig").strip(), f"the caption in {caption.name}")
         except UnicodeDecodeError:
             raise BadInput(f"{caption.name} is not UTF-8 text.") from None
 
@@ -308,9 +308,12 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, row) of a table of metadata."""
     text = files.read_text(table)
     if table.suffix == ".csv":
-        yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
+        try:
+            yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
+        except csv.Error as error:
+            raise BadInput(f"{table} cannot be read as a table: {error}.") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand within a caption
         if not line.strip():
             continue
         try:
@@ -344,7 +347,7 @@ def _of_row(folder: Path, table: str, number: int, row: dict[str, Any]) -> Entry
 
 def _shards(where: str) -> list[Path]:
     """The tars that ``where`` names."""
-    if (braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", where)) is not None:
+    if (braces := re.fullmatch(r"(.*)\{(\d{1,6})\.\.(\d{1,6})\}(.*)", where)) is not None:
         head, low, high, tail = braces.groups()
         return [Path(f"{head}{i:0{len(low)}}{tail}") for i in range(int(low), int(high) + 1)]
     path = Path(where)

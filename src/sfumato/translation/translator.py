@@ -22,9 +22,10 @@ from sfumato import valid
 from sfumato.cards import Field, Params
 from sfumato.errors import BadInput, BadWeights
 from sfumato.models.nets.flow import CouplingFlow, Norm
-from sfumato.models.weights import check_numbers, find_weights, first_line, read_header
+from sfumato.models.weights import check_numbers, find_weights, read_header
 from sfumato.rng import stream
 from sfumato.training import Draw, Player, Progress, fit
+from sfumato.valid import first_line
 
 __all__ = ["FlowParams", "FitRecord", "Translator", "fit_translator", "load_translator", "standardising"]
 
@@ -35,10 +36,12 @@ class FlowParams(Params):
     """Size of a flow and how it is fitted; a system's own parameters extend these."""
 
     blocks: int = Field(default=8, ge=1, le=64, description="blocks of the flow; the papers: 12 to 24")
-    hidden: int = Field(default=128, ge=1, description="width of the couplings' networks; the papers: 512 to 1024")
+    hidden: int = Field(
+        default=128, ge=1, le=16384, description="width of the couplings' networks; the papers: 512 to 1024"
+    )
     depth: int = Field(default=2, ge=1, le=8, description="hidden layers of the couplings' networks")
     steps: int = Field(default=1500, ge=1, description="steps of fitting the flow")
-    batch: int = Field(default=128, ge=2, description="vectors per step")
+    batch: int = Field(default=128, ge=2, le=100000, description="vectors per step")
     lr: float = Field(
         default=1e-3, gt=0, description="learning rate (Adam); the papers: about 1e-4 for many more steps"
     )

@@ -20,7 +20,7 @@ def claims(
     import runpy
 
     root = next(
-        (folder for folder in (Path.cwd(), Path(__file__).parents[3]) if (folder / "claims" / "__main__.py").is_file()),
+        (folder for folder in (Path.cwd(), Path(__file__).parents[4]) if (folder / "claims" / "__main__.py").is_file()),
         None,
     )
     if root is None:

@@ -83,7 +83,10 @@ class Conceptor(PseudoWord):
             default=False, description="explain: also tokens that only begin words (the paper has all)"
         )
         candidates: int = Field(
-            default=5000, ge=2, description="explain: so many words are kept, the nearest to the pictures for CLIP"
+            default=5000,
+            ge=2,
+            le=100000,
+            description="explain: so many words are kept, the nearest to the pictures for CLIP",
         )
         similar: float = Field(
             default=1.0, gt=0, le=1, description="explain: leave out words this similar to the concept for CLIP; 0.9 in"
@@ -104,7 +107,7 @@ class Conceptor(PseudoWord):
         every: int = Field(default=50, ge=1, description="explain: steps between two checks")
         iterations: int = Field(default=500, ge=1, le=100_000, description="explain: how many steps of learning")
         learning_rate: float = Field(default=1e-3, gt=0, le=10, description="explain: learning rate of AdamW")
-        batch: int = Field(default=6, ge=1, description="explain: pictures per step")
+        batch: int = Field(default=6, ge=1, le=1000, description="explain: pictures per step")
         flip: bool = Field(default=True, description="explain: mirror pictures at random")
         clip: ModelPath = Field(default=PLAIN, description="explain: the CLIP that checks; built in, or a folder")
 

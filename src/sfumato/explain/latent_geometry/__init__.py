@@ -67,9 +67,12 @@ class LatentGeometry(Intervention):
             description="noise levels to look at",
             json_schema_extra={"unit": "progress"},
         )
-        rank: int = Field(default=10, ge=1, description="how many directions span a tangent space")
+        rank: int = Field(default=10, ge=1, le=1000, description="how many directions span a tangent space")
         samples: int = Field(
-            default=4, ge=1, description="how many samples to compare; those beyond the run's are drawn beside it"
+            default=4,
+            ge=1,
+            le=1000,
+            description="how many samples to compare; those beyond the run's are drawn beside it",
         )
         prompts: list[str] = Field(
             default=[], description="other texts under which the first sample's latents are looked at as well"
@@ -93,7 +96,7 @@ class LatentGeometry(Intervention):
         layer: str | None = Field(
             default=None, description="block whose features count, such as up.0 or joint.3; none: the bottleneck"
         )
-        iterations: int = Field(default=20, ge=1, description="most iterations of the power method")
+        iterations: int = Field(default=20, ge=1, le=10000, description="most iterations of the power method")
         tolerance: float = Field(
             default=1e-2, gt=0, description="angle at which they stop", json_schema_extra={"unit": "radian"}
         )

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, UnknownName
 from sfumato.models.quiet import quiet
-from sfumato.models.weights import check_numbers, find_weights, first_line, read_header, read_json
+from sfumato.models.weights import check_numbers, find_weights, read_header, read_json
+from sfumato.valid import first_line
 
 __all__ = ["VectorAutoencoder", "is_autoencoder", "load_autoencoder"]
 

@@ -19,7 +19,8 @@ from sfumato.models import Model, TruncatedPrompt, quiet
 from sfumato.models.readers.loading import load_module, net_folder
 from sfumato.models.readers.noised import codec_mark, noise_level, noised_input
 from sfumato.models.readers.preprocessing import Preprocessing
-from sfumato.models.weights import find_weights, first_line, hash_files
+from sfumato.models.weights import find_weights, hash_files
+from sfumato.valid import first_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,8 @@ from torch import nn
 from sfumato import registry
 from sfumato.errors import BadWeights, NotSupported, UnknownName
 from sfumato.models.quiet import quiet
-from sfumato.models.weights import check_numbers, find_weights, first_line, read_header, read_json
+from sfumato.models.weights import check_numbers, find_weights, read_header, read_json
+from sfumato.valid import first_line
 
 __all__ = ["is_reader", "load_module", "net_folder"]
 

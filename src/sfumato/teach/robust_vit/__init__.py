@@ -69,7 +69,7 @@ class RobustVit:
         lr: float = Field(default=1e-4, gt=0, description="learning rate (AdamW); the paper: 6e-7 to 3e-6 for ViT-B")
         weight_decay: float = Field(default=1e-4, ge=0, description="weight decay")
         epochs: int = Field(default=50, ge=1, description="passes over the pictures")
-        batch: int = Field(default=8, ge=1, description="pictures per step")
+        batch: int = Field(default=8, ge=1, le=10000, description="pictures per step")
         decay: float = Field(default=0.85, gt=0, le=1, description="factor of the learning rate every second epoch")
         seed: int = Field(default=0, ge=0, description="order of the pictures")
 

@@ -19,7 +19,7 @@ import numpy as np
 from ... import valid, writing
 from ...errors import BadInput
 from .. import rendering
-from ..dataset import draw_scene
+from ..dataset import bounded, draw_scene
 from ..scene import Scene
 from .arrays import save_arrays, sg2im_arrays, sgg_arrays, vocabulary
 from .reader import VisualGenome
@@ -202,8 +202,7 @@ def export_genome(
         BadInput: n < 1, or the folder exists and is not empty. UnknownName: split. OSError: it cannot be written.
     """
     folder = writing.only_folder(folder, "pictures and annotations")
-    if n < 1:
-        raise BadInput(f"n must be at least 1, got {n}.")
+    bounded(n, size, seed)
     defined = dict(SYNSETS.values())
     words = {
         "object": [w for w, (name, _) in SYNSETS.items() if ".n." in name],

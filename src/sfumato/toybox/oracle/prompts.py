@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato import writing
+from sfumato import valid, writing
 from sfumato.errors import BadInput, UnknownName
 from sfumato.rng import sequence
 from sfumato.toybox import COLORS, GROUNDS, SHAPES
@@ -55,8 +55,10 @@ def prompt_set(
     for task in tasks:
         if task not in TASKS:
             raise UnknownName("task", task, TASKS)
-    if n < 1 or not tasks:
-        raise BadInput(f"prompt_set: n={n} prompts of {len(tasks)} tasks is nothing; give at least one of each.")
+    valid.whole(n, "n", 1, 100_000)
+    valid.whole(seed, "seed", 0, 2**62 - 1)
+    if not tasks:
+        raise BadInput(f"no task is named; the tasks are {', '.join(TASKS)}.")
     out = []
     for task in dict.fromkeys(tasks):
         rng = sequence("toybox.task", seed, TASKS.index(task))

@@ -231,7 +231,7 @@ class JudgeNet(nn.Module):
             raise BadWeights(f"{folder} is not a judge: {error.filename} is missing.") from None
         except Exception as error:
             # json, safetensors and torch each have their own complaint about a damaged file
-            raise BadWeights(f"{folder} cannot be read as a judge: {str(error).splitlines()[0]}") from None
+            raise BadWeights(f"{folder} cannot be read as a judge: {valid.first_line(error)}") from None
         return net.eval().requires_grad_(False)
 
 
