@@ -117,13 +117,13 @@ class TeachArguments(TypedDict, total=False):
     seed: int
     """Of order, noise and whatever else is drawn (>= 0)"""
     batch: int
-    """Pictures per step (>= 1)"""
+    """Pictures per step (>= 1, <= 1000)"""
     accumulate: int
-    """Parts that a step's batch is cut into, to save memory (>= 1)"""
+    """Parts that a step's batch is cut into, to save memory (>= 1, <= 1000)"""
     flip: bool
     """Mirror every second picture; not for letters or faces"""
     size: int
-    """Side of the pictures; 0: the model's (unit: pixel, >= 0)"""
+    """Side of the pictures; 0: the model's (unit: pixel, >= 0, <= 8192)"""
     timesteps: Literal["auto", "uniform", "logit_normal", "mode"]
     """Density of noise levels; auto: uniform, for flow models logit_normal"""
     begin: str

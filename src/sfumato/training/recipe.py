@@ -124,7 +124,7 @@ def parse(section: str, kind: type[Section], values: dict[str, Any]) -> Any:
                 owner = owner.model_fields[part].annotation
             raise UnknownName(f"recipe key ({where})", place[-1], owner.model_fields) from None
         if first["type"] == "value_error":
-            raise BadInput(f"recipe key {where or section}: {first['ctx']['error']}.") from None
+            raise BadInput(f"recipe key {'.'.join([*where.split(), str(first['ctx']['error'])])}.") from None
         given = "" if first["type"] == "missing" else f", got {valid.brief(first['input'])}"
         raise BadInput(f"recipe key {where}: {first['msg'][0].lower()}{first['msg'][1:]}{given}.") from None
 

@@ -347,8 +347,10 @@ def _of_row(folder: Path, table: str, number: int, row: dict[str, Any]) -> Entry
 
 def _shards(where: str) -> list[Path]:
     """The tars that ``where`` names."""
-    if (braces := re.fullmatch(r"(.*)\{(\d{1,6})\.\.(\d{1,6})\}(.*)", where)) is not None:
+    if (braces := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", where)) is not None:
         head, low, high, tail = braces.groups()
+        if max(len(low), len(high)) > 6:
+            raise BadInput(f"{valid.brief(where)} names more shards than are read; the most is a million.")
         return [Path(f"{head}{i:0{len(low)}}{tail}") for i in range(int(low), int(high) + 1)]
     path = Path(where)
     if path.is_dir():
