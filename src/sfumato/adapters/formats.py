@@ -345,7 +345,7 @@ def _modifiers(
     for key, entry in added.items():
         k, d = (1, *entry.shape) if len(entry.shape) == 1 else entry.shape[:2]
         try:
-            rows = {str(word): int(n) for word, n in json.loads(metadata.get(WORDS, "{}")).items()}
+            rows = {str(word): int(n) for word, n in valid.loads(metadata.get(WORDS, "{}")).items()}
         except (ValueError, TypeError, AttributeError):
             rows = {}
         if key != EMBED:
