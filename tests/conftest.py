@@ -12,20 +12,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy's linear algebra, and in the processes that tests start
 
-import numpy as np
 import pytest
-import torch
 
 from tests.folders import clip_folder, others, renders  # noqa: F401  (fixtures)
 
-torch.set_num_threads(1)
 # torch itself says so, on machines without the instruction set it asks about
 warnings.filterwarnings("ignore", message=".*mkldnn.*", category=UserWarning)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Every test draws the same random numbers, whichever ran before it."""
+    """Every test has one thread and draws the same random numbers, whichever ran before it."""
+    import numpy as np  # here: the process that deals tests out to others needs neither
+    import torch
+
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -34,12 +35,11 @@ def pytest_runtest_setup() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[object]:
     """The libraries stay: the collector of reference cycles need not look through them again and again, neither while
-    they are imported nor later."""
+    they are imported nor later; the few cycles among them that could go are not worth looking through it all once."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.collect()
         gc.freeze()
         gc.enable()
 

@@ -1,4 +1,5 @@
-"""Folders of renders with captions, and a tiny CLIP on disk."""
+"""Folders of renders with captions, and a tiny CLIP on disk. Libraries are imported where they are used: the process
+that deals tests out to others reads this file too."""
 
 from __future__ import annotations
 
@@ -6,18 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-from sfumato.models import quiet
-from sfumato.toybox import caption, render
-from sfumato.toybox.dataset import draw_scene
-from sfumato.zoo.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
     """A randomly initialised CLIP of 32x32 pictures with the toybox's tokenizer."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    from sfumato.models import quiet
+    from sfumato.zoo.tokenizer import build_tokenizer
+
     folder = tmp_path_factory.mktemp("nets") / "tiny-clip"
     tokenizer = build_tokenizer(16)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -36,6 +36,9 @@ def clip_folder(tmp_path_factory) -> Path:
 
 def write_renders(folder: Path, n: int, seed: int = 0, captions: bool = True, split: str = "test") -> Path:
     """``n`` renders of unseen scenes, named 000.png ..., with their captions."""
+    from sfumato.toybox import caption, render
+    from sfumato.toybox.dataset import draw_scene
+
     folder.mkdir(parents=True)
     scenes = [draw_scene(split, seed, i) for i in range(n)]
     frames = render(scenes, 64)

@@ -8,14 +8,13 @@ from pathlib import Path
 import sfumato
 from sfumato import cards
 from sfumato.models.families import families
+from tests.front_door.advice import trees
 
 SOURCE = Path(sfumato.__file__).parent
-TREES = {
-    str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))
-}
+FILES = [str(path.relative_to(SOURCE)) for path in sorted(SOURCE.rglob("*.py"))]
 OF_SYSTEMS = {
     name
-    for name in TREES
+    for name in FILES
     for key, card in cards._shipped().items()
     if name == f"{card.verb}/{key}.py" or name.startswith(f"{card.verb}/{key}/")
 }
@@ -48,7 +47,8 @@ def _function_state(tree: ast.AST) -> list[str]:
     found = []
     for scope in (node for node in ast.walk(tree) if isinstance(node, (ast.Module, *FUNCTIONS[:2]))):
         inside = [node for node in scope.body if isinstance(node, FUNCTIONS)]
-        named = {node.name for node in inside if isinstance(node, FUNCTIONS[:2])}
+        if not (named := {node.name for node in inside if isinstance(node, FUNCTIONS[:2])}):
+            continue
         taken = {node.id for node in ast.walk(scope) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         found += [
             ast.unparse(node)
@@ -70,7 +70,7 @@ def _changes_itself(tree: ast.AST) -> list[str]:
 
 
 def test_no_file_is_too_long():
-    lines = {name: len((SOURCE / name).read_text(encoding="utf-8").splitlines()) for name in TREES}
+    lines = {name: len((SOURCE / name).read_text(encoding="utf-8").splitlines()) for name in FILES}
     assert len(OF_SYSTEMS) > 34
     assert {name: n for name, n in lines.items() if n > (300 if name in OF_SYSTEMS else 450)} == {}
 
@@ -80,7 +80,7 @@ def test_systems_know_no_family_by_name():
     found = {
         f"{name}:{node.lineno}": node.value
         for name in OF_SYSTEMS
-        for node in ast.walk(TREES[name])
+        for node in ast.walk(trees()[name])
         if isinstance(node, ast.Constant) and node.value in names
     }
     assert found == {} and {"sd", "sdxl", "flux", "wan"} <= names
@@ -89,19 +89,19 @@ def test_systems_know_no_family_by_name():
 def test_functions_hold_no_state():
     assert _function_state(ast.parse("def f(): ...\nf.seen = 1")) == ["f.seen"]
     assert _function_state(ast.parse("def f():\n    def g(): ...\n    g.seen = 1")) == ["g.seen"]
-    assert {name: found for name, tree in TREES.items() if (found := _function_state(tree))} == {}
+    assert {name: found for name, tree in trees().items() if (found := _function_state(tree))} == {}
 
 
 def test_private_fields_stay_inside_their_file():
     assert _private(ast.parse("call._q = 1")) == {"_q"} and not _private(ast.parse("self._q = 1"))
-    ours = {name: tree for name, tree in TREES.items() if not name.startswith("models/families/")}
+    ours = {name: tree for name, tree in trees().items() if not name.startswith("models/families/")}
     assert {name: found for name, tree in ours.items() if (found := _private(tree) - LIBRARIES)} == {}
 
 
 def test_systems_do_not_change_their_own_role_or_parameters():
     changed = ast.parse("class A:\n    def start(self, run):\n        self.params = self.role = 1")
     assert len(_changes_itself(changed)) == 2
-    assert {name: found for name, tree in TREES.items() if (found := _changes_itself(tree))} == {}
+    assert {name: found for name, tree in trees().items() if (found := _changes_itself(tree))} == {}
 
 
 #: what looks at a clock, and why: to stop after minutes, to tell, to save in between
@@ -112,7 +112,7 @@ def test_no_number_depends_on_the_clock():
     """What is decided by a measured time is decided otherwise on a busy machine, and equal runs are not equal."""
     looking = {
         name
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -58,6 +59,7 @@ def _named(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
     return {name for name, _ in sources.imported(package, nodes) if name.split(".")[0] == "sfumato"}
 
 
+@functools.cache
 def _imports(path: Path) -> set[str]:
     """What a file imports: at its top, inside its functions, or for annotations only."""
     return _named(path, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -157,7 +159,9 @@ print(json.dumps(sorted(heavy & set(sys.modules))))
     assert _run(code) == []
 
 
-def test_importing_everything_changes_nothing_global():
+@pytest.fixture(scope="module")
+def everything() -> dict:
+    """What changes when all of it is imported, and what the verbs are before and afterwards."""
     modules = [_module(path) for path in FILES if path.name != "__main__.py"]
     code = f"""
 import json, importlib, locale, logging, os, random, signal, sys, warnings
@@ -182,26 +186,30 @@ def state():
     )
 
 before = state()
+import sfumato
+names = [name for name in sfumato.__all__ if name != "__version__"]
+verbs = [all(callable(getattr(sfumato, name)) for name in names)]
 for name in {modules}:
     importlib.import_module(name)
 after = state()
-print(json.dumps([key for key in before if before[key] != after[key]]))
-"""
-    assert _run(code) == []
-
-
-def test_verbs_are_rooms_and_rooms_are_verbs():
-    code = """
-import json, sfumato, importlib
-names = {name: callable(getattr(sfumato, name)) for name in sfumato.__all__ if name != "__version__"}
-for room in ("explain", "teach", "judge", "models"):
-    importlib.import_module(f"sfumato.{room}")
-again = {name: callable(getattr(sfumato, name)) for name in names}
+verbs.append(all(callable(getattr(sfumato, name)) for name in names))
 import sfumato.explain
-print(json.dumps([all(names.values()), all(again.values()), sfumato.models() == sfumato.app.models(),
-                  sfumato.explain.__name__, sorted(set(sfumato.__all__) - set(dir(sfumato)))]))
+print(json.dumps(dict(
+    changed=[key for key in before if before[key] != after[key]], verbs=verbs,
+    models=sfumato.models() == sfumato.app.models(), room=sfumato.explain.__name__,
+    not_listed=sorted(set(sfumato.__all__) - set(dir(sfumato))),
+)))
 """
-    assert _run(code) == [True, True, True, "sfumato.explain", []]
+    return _run(code)
+
+
+def test_importing_everything_changes_nothing_global(everything):
+    assert everything["changed"] == []
+
+
+def test_verbs_are_rooms_and_rooms_are_verbs(everything):
+    assert everything["verbs"] == [True, True] and everything["models"] and everything["not_listed"] == []
+    assert everything["room"] == "sfumato.explain"
 
 
 def test_an_unknown_name_is_an_attribute_error():

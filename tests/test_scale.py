@@ -9,18 +9,17 @@ from unittest.mock import ANY
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'sfumato[scale]'")
-
-from sfumato import scale  # noqa: E402
-from sfumato.errors import BadInput, UnknownName  # noqa: E402
-from sfumato.scale import Workers  # noqa: E402
-from tests.app.conftest import loaded_once, refused, sfumato, tiny_inpaint, tiny_sd  # noqa: E402, F401
-from tests.folders import write_renders  # noqa: E402
+from sfumato import scale
+from sfumato.errors import BadInput, UnknownName
+from sfumato.scale import Workers
+from tests.app.conftest import loaded_once, refused, sfumato, tiny_inpaint, tiny_sd  # noqa: F401
+from tests.folders import write_renders
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One local cluster for all of these. Its workers would step back for everybody else, but these tests wait."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'sfumato[scale]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
         with scale._settings():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 import sfumato as package
 from sfumato import files
+from sfumato.app.cli import app
 from sfumato.models import load
 from sfumato.sampling import generate
 
@@ -315,39 +317,44 @@ def test_ctrl_c_keeps_finished_pictures(sfumato, tiny_sd, monkeypatch):
     assert outcome.err == "error: interrupted; 2 finished pictures are in out, nothing half-written is left.\n"
 
 
+def _limited_then_interrupted(out: int, err: int, folder: Path, model: Path) -> None:
+    """Files may not grow beyond 2 kB; then, without that limit, pictures without end."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+
+    def make(where: str, n: int) -> int:
+        with pytest.raises(SystemExit) as left:
+            app(["make", "a cube", "-n", str(n), "--model", str(model), "--steps", "2", "-o", where])
+        return left.value.code
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    print("limited", make("limited", 1), flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sys.exit(make("interrupted", 100000))
+
+
 def test_a_real_disk_limit_and_a_real_interrupt(tmp_path, tiny_sd):
-    """In a process of its own: files may not grow beyond 2 kB; then, without that limit, Ctrl-C while it works."""
-    start = f"""
-import resource, signal, sys
-import torch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-torch.set_num_threads(1)
-from sfumato.app.cli import app
-def make(out, n):
-    try:
-        app(["make", "a cube", "-n", str(n), "--model", {str(tiny_sd)!r}, "--steps", "2", "-o", out])
-    except SystemExit as left:
-        return left.code
-before = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-print("limited", make("limited", 1), flush=True)
-resource.setrlimit(resource.RLIMIT_FSIZE, before)
-sys.exit(make("interrupted", 100000))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", start], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "limited 2\n"
-    for _ in range(2):
-        assert process.stdout.readline().startswith("interrupted/a-cube-")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    limited, interrupted = err.splitlines()
+    """In a process of its own, which has the libraries from this one."""
+    (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=_limited_then_interrupted, args=(out_end, err_end, tmp_path, tiny_sd))
+    process.start()
+    os.close(out_end)
+    os.close(err_end)
+    with os.fdopen(out) as said, os.fdopen(err) as errors:
+        assert said.readline() == "limited 2\n"
+        for _ in range(2):
+            assert said.readline().startswith("interrupted/a-cube-")
+        os.kill(process.pid, signal.SIGINT)
+        said.read()
+        limited, interrupted = errors.read().splitlines()
+    process.join(300)
     assert limited.startswith("error: limited/a-cube-0.png: File too large; ")
-    assert process.returncode == 130 and interrupted.startswith("error: interrupted; ")
+    assert process.exitcode == 130 and interrupted.startswith("error: interrupted; ")
     kept = sorted((tmp_path / "interrupted").iterdir())
     assert f"{len(kept)} finished pictures are in interrupted" in interrupted
     assert not (tmp_path / "limited").exists() and all(files.read_recipe(path)[1] for path in kept)

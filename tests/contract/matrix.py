@@ -110,6 +110,7 @@ def main() -> None:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
         written = table(sys.argv[1:])
         PAGE.write_text(f"{before}{START}\n\n{written}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        _cells.cache_clear()
 
 
 if __name__ == "__main__":

@@ -109,7 +109,12 @@ def trees() -> dict[str, ast.Module]:
     }
 
 
-def texts() -> Iterator[Text]:
+@cache
+def texts() -> tuple[Text, ...]:
+    return tuple(_texts())
+
+
+def _texts() -> Iterator[Text]:
     """Every text, docstrings and the names in ``__all__`` included."""
     for file, tree in trees().items():
         inside = {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in ast.walk(node)} - {
@@ -121,7 +126,12 @@ def texts() -> Iterator[Text]:
                     yield Text(file, node.lineno, text)
 
 
-def errors() -> Iterator[Text]:
+@cache
+def errors() -> tuple[Text, ...]:
+    return tuple(_errors())
+
+
+def _errors() -> Iterator[Text]:
     """The texts of errors that are raised on purpose."""
     for file, tree in trees().items():
         for node in ast.walk(tree):

@@ -13,14 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'sfumato[dev]'")
-
-from sfumato.metrics.clip_score import clip_scores  # noqa: E402
-from sfumato.metrics.frechet import Moments, frechet  # noqa: E402
-from sfumato.metrics.kernel import kernel_distance  # noqa: E402
-from sfumato.models.features import feature_net  # noqa: E402
+from sfumato.metrics.clip_score import clip_scores
+from sfumato.metrics.frechet import Moments, frechet
+from sfumato.metrics.kernel import kernel_distance
+from sfumato.models.features import feature_net
 
 D = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torchmetrics() -> None:
+    """It takes a second to import: only where these tests run, not wherever they are collected."""
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install 'sfumato[dev]'")
 
 
 class Given(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import metadata
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from sfumato.sampling.request import Request
 
 
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Names and versions of the libraries; each is read from a long file of metadata, once."""
+    return tuple((name, metadata.version(name)) for name in ("torch", "diffusers", "transformers"))
+
+
 def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: int) -> dict[str, Any]:
     """The recipe of sample ``i``. Given pictures and latents are named by a hash of their values only."""
     references = request.encoding.references
@@ -34,7 +41,7 @@ def recipe_of(model: Model, request: Request, parts: Sequence[Intervention], i: 
     }
     return {
         "sfumato": __version__,
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": dict(_versions()),
         "model": model.name,
         "revision": model.revision,
         "hash": model.weight_hash,
