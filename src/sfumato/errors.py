@@ -30,12 +30,14 @@ class BadInput(SfumatoError, ValueError):
 
 
 class UnknownName(SfumatoError, LookupError):
-    """A name (of a model, method, parameter, word ...) is not known; the message lists the candidates."""
+    """A name (of a model, method, parameter, word ...) is not known; the message lists the candidates, or says what
+    another library's name is called ``here``."""
 
-    def __init__(self, kind: str, given: str, candidates: Iterable[str]):
+    def __init__(self, kind: str, given: str, candidates: Iterable[str], here: str = ""):
         known = list(candidates)
         close = nearest(given[:200], known)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = f" Here it is {here}." if here else hint
         most = 12 if close else 40  # of many names only the nearest help
         listing = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
         quoted = repr(given) if len(given) <= 120 else f"{given[:120]!r}..."

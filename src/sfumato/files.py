@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sfumato import valid
-from sfumato.dialects import a1111_text, parse_a1111, parse_comfy
+from sfumato.dialects import a1111_text, parse_a1111, parse_comfy, parse_json
 from sfumato.errors import BadInput
 from sfumato.writing import VIDEOS, replacing
 
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 CHUNK = "sfumato"
 A1111_CHUNK = "parameters"
 COMFY_CHUNK = "prompt"
+INVOKE_CHUNK = "invokeai_metadata"
 LONGEST_RECIPE = 1_000_000  # characters of one chunk; Pillow itself stops at a megabyte per compressed chunk
 LARGEST_PICTURE = 256 * 2**20  # bytes
 LARGEST_VIDEO = 4 * 2**30
 MOST_PIXELS = 2**26
+ROUNDING = 1e-3  # by which floats of a picture may leave [0, 1]: half precision and resizing do so
 
 
 # --- pictures with their recipe ------------------------------------------------------------------------------------
@@ -154,20 +156,36 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture upright and in RGB, whatever it was: the rules of :func:`read_picture` for one that is open already."""
+    """A picture upright and in RGB, whatever it was: the rules of :func:`read_picture` for one that is open already.
+    Raises BadInput for deep greys out of range or not finite."""
     import numpy as np
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow itself would cut these off at 255
-        grey = np.nan_to_num(np.asarray(image).astype(np.float64))
-        full = 65535.0 if image.mode != "F" else (255.0 if grey.max() > 1 else 1.0)
-        image = Image.fromarray((grey / full * 255).round().clip(0, 255).astype(np.uint8), "L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        grey = np.asarray(image).astype(np.float64)
+        full = full_scale(image.mode, grey)
+        if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= full):
+            raise BadInput(
+                f"a picture of mode {image.mode} holds values from {grey.min():g} to {grey.max():g}; they must be "
+                f"finite and in [0, {full:g}]."
+            )
+        image = Image.fromarray((grey / full * 255).round().astype(np.uint8))
+    if image.mode == "La":  # Pillow turns it into this one alone
+        image = image.convert("LA")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def full_scale(mode: str, grey: Any) -> float:
+    """What stands for white in a picture of deep greys: of 32-bit numbers and floats (as ``convert("I")`` and
+    ``convert("F")`` make them of bytes as well as of 16 bits) the least that holds them."""
+    if mode == "F":
+        return 255.0 if grey.max() > 1 else 1.0
+    return 255.0 if mode == "I" and grey.max() <= 255 else 65535.0
 
 
 def read_upright(path: Path | str | IO[bytes]) -> Image.Image:
@@ -185,8 +203,8 @@ def read_upright(path: Path | str | IO[bytes]) -> Image.Image:
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
     """The recipe in a picture or clip, and whether it is our exact one. Otherwise it was read from A1111's
-    ``parameters`` (in JPEG and WebP an EXIF comment) or ComfyUI's ``prompt``; ``dropped`` then lists what has no
-    counterpart here.
+    ``parameters`` (in JPEG, WebP and AVIF an EXIF comment), ComfyUI's ``prompt`` or InvokeAI's ``invokeai_metadata``;
+    ``dropped`` then lists what has no counterpart here.
 
     Raises:
         BadInput: the file is no picture or clip, is too large, carries no recipe, or one that cannot be read.
@@ -205,12 +223,16 @@ def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:
         if not isinstance(recipe, dict):
             raise BadInput(f"{path} carries a damaged recipe; give the prompt and settings yourself.")
         return recipe, True
+    for name in (A1111_CHUNK, INVOKE_CHUNK):  # Fooocus and SwarmUI write JSON into A1111's
+        if name in texts and (read := parse_json(texts[name])) is not None:
+            return read, False
     if A1111_CHUNK in texts:
         return parse_a1111(texts[A1111_CHUNK]), False
     if COMFY_CHUNK in texts and (read := parse_comfy(texts[COMFY_CHUNK])) is not None:
         return read, False
     raise BadInput(
-        f"{path} carries no recipe: no {CHUNK!r}, {A1111_CHUNK!r} or ComfyUI {COMFY_CHUNK!r} text was found in it."
+        f"{path} carries no recipe: no {CHUNK!r}, {A1111_CHUNK!r}, {INVOKE_CHUNK!r} or ComfyUI {COMFY_CHUNK!r} text "
+        "that can be read was found in it."
     )
 
 
@@ -232,7 +254,7 @@ def _texts_of_picture(path: Path) -> dict[str, str]:
             texts = _chunks(image)
         comment = image.info.get("comment", b"")  # of a GIF
         ours = [comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)]
-        exif: Any = image.getexif() if image.format in ("JPEG", "WEBP") else {}
+        exif: Any = image.getexif() if image.format in ("JPEG", "WEBP", "AVIF") else {}
         if exif:
             ours.append(str(exif.get(_EXIF_DESCRIPTION, "")))
             theirs = exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT, b"")
@@ -248,7 +270,7 @@ def _texts_of_picture(path: Path) -> dict[str, str]:
 
 
 def _chunks(image: Image.Image) -> dict[str, str]:
-    names = (CHUNK, A1111_CHUNK, COMFY_CHUNK)
+    names = (CHUNK, A1111_CHUNK, COMFY_CHUNK, INVOKE_CHUNK)
     return {name: str(text) for name, text in dict(getattr(image, "text", {})).items() if name in names}
 
 

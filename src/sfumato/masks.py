@@ -171,7 +171,11 @@ def _one_line(what: str) -> Iterator[None]:
 def _from_picture(image: Image.Image, what: str) -> Tensor:
     if image.mode == "F" or image.mode.startswith("I"):
         levels = np.array(image)
-        return _from_array(levels / 255 if image.mode == "F" and levels.max() > 1 else levels, what, deep=True)
+        if image.mode == "F":
+            levels = levels / files.full_scale(image.mode, levels)
+        return _from_array(levels, what, deep=image.mode != "I")
+    if image.mode == "La":  # Pillow turns it into this one alone
+        image = image.convert("LA")
     if image.has_transparency_data:
         layers = np.array(image.convert("RGBA"))
         alpha, colors = layers[..., 3], layers[..., :3]
@@ -188,6 +192,8 @@ def _from_picture(image: Image.Image, what: str) -> Tensor:
 
 
 def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise BadInput(f"{what} is a masked array, of which some values are hidden; give array.filled(value).")
     if array.dtype.kind not in "buif":
         raise BadInput(f"{what} is an array of {array.dtype}; it must hold finite numbers, or yes and no.")
     while array.ndim > 2 and array.shape[0] == 1:
@@ -211,10 +217,11 @@ def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
         top = 1.0
     else:
         top = 65535.0 if deep or array.dtype == np.uint16 or high > 255 else 255.0
-    if low < 0 or high > top:
+    slack = files.ROUNDING if array.dtype.kind == "f" else 0
+    if low < -slack or high > top + slack:
         allowed = "in [0, 1]" if top == 1 else f"whole numbers up to {top:.0f}"
         raise BadInput(f"{what} holds values from {low:g} to {high:g}; they must be {allowed}.")
-    return to_tensor((array / top).astype(np.float32))
+    return to_tensor((array / top).clip(0, 1).astype(np.float32))
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------

@@ -44,6 +44,11 @@ __all__ = [
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+#: what else nobody calls a folder
+_OTHERS = (
+    ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".pdf", ".html", ".json", ".jsonl", ".csv", ".txt", ".md",
+    ".toml", ".yaml", ".zip", ".tar", ".npy", ".npz", ".safetensors", ".ckpt", ".pt", ".pth", ".bin",
+)  # fmt: skip
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")
 
 
@@ -228,10 +233,10 @@ def output_folder(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def output(out: Path, endings: tuple[str, ...] = (".png",)) -> Iterator[tuple[Path, Path | None]]:
-    """Where to write: (the folder ``out``, None) or, where its name is that of a picture and no folder is there, (the
+    """Where to write: (the folder ``out``, None) or, where its name is that of a file and no folder is there, (the
     folder that the file ``out`` lies in, ``out``).
 
-    Raises BadInput for the name of a picture that has none of the ``endings``; otherwise as :func:`output_folder`.
+    Raises BadInput for the name of a file that has none of the ``endings``; otherwise as :func:`output_folder`.
     """
     named = names_file(out)
     if named and out.suffix.lower() not in endings:
@@ -241,12 +246,13 @@ def output(out: Path, endings: tuple[str, ...] = (".png",)) -> Iterator[tuple[Pa
 
 
 def names_file(out: Path) -> bool:
-    """Whether a path is meant as the name of a picture or clip: it ends like one, and there is no such folder."""
-    return out.suffix.lower() in (*PICTURES, *VIDEOS) and not out.is_dir()
+    """Whether a path is meant as the name of a file: it ends like a picture, a clip or another kind of file, and there
+    is no such folder."""
+    return out.suffix.lower() in (*PICTURES, *VIDEOS, *_OTHERS) and not out.is_dir()
 
 
 def only_folder(out: Path | str, what: str) -> Path:
-    """``out`` where only a folder will do. Raises BadInput for the name of a picture or clip: ``what`` is written."""
+    """``out`` where only a folder will do. Raises BadInput for the name of a file: ``what`` is written."""
     if names_file(Path(out)):
         raise BadInput(f"-o is {Path(out).name!r}, the name of a file, but {what} fill a folder; name one.")
     return Path(out)

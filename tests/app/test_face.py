@@ -128,7 +128,8 @@ PRESENT = {
     "--resume": "train teach",
     "--minutes": "train teach",
     "--json": "judge compare models methods adapters",
-    "--reference": "make judge compare",  # what is drawn by, or what is measured against
+    "--reference": "make judge compare",  # what is drawn by; in judge and compare the hidden earlier name of --real
+    "--real": "judge compare",
     "--net": "judge compare",
     "--clip": "judge compare",
     "--ray": "make judge",

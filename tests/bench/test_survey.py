@@ -231,11 +231,11 @@ def bare(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({}, BadInput, "has no captions and there is no reference"),
+        ({}, BadInput, "has no captions and there are no real pictures"),
         ({"metrics": ["presence"]}, BadInput, "presence needs captions, and .* has none"),
         ({"metrics": ["clip_score"]}, BadInput, "clip_score needs captions"),
-        ({"metrics": ["frechet"]}, BadInput, "frechet needs a reference folder"),
-        ({"attributes": ["red"]}, BadInput, "attributes needs a reference folder"),
+        ({"metrics": ["frechet"]}, BadInput, "frechet needs a folder of real pictures"),
+        ({"attributes": ["red"]}, BadInput, "attributes needs a folder of real pictures"),
         ({"metrics": ["fid"]}, UnknownName, "unknown metric 'fid'"),
         ({"cap": 3}, BadInput, "cap of judge is 3"),
         ({"attributes": ["  "]}, BadInput, "attributes are empty"),

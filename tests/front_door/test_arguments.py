@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -12,9 +13,10 @@ from diffusers import EulerDiscreteScheduler
 from sfumato import dialects
 from sfumato.app.cli import flags
 from sfumato.app.jobs import JobOptions
-from sfumato.errors import BadInput, NotSupported
+from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models import quiet
 from sfumato.sampling import generate, recipe_args
+from sfumato.sampling.options import ELSEWHERE, Options
 from tests.tiny import tiny_model, tiny_pipeline
 
 PROMPT = "a photo of a big blue dog on the left"
@@ -157,6 +159,15 @@ def test_guidance_of_a_model_distilled_without():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ours("schnell", steps=1).cost == 1
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_names_of_other_libraries_say_what_they_are_called_here(name: str):
+    with pytest.raises(UnknownName, match=re.escape(f"{name!r}. Here it is {ELSEWHERE[name]}.")):
+        generate(tiny_model("sd"), PROMPT, **{name: 1})
+    here = ELSEWHERE[name].partition("=")[0].partition(",")[0]
+    taken = {*Options.model_fields, "on_step", "decode", "reference"}
+    assert here in taken or here.startswith(("a system: ", "nothing: "))
 
 
 def test_flags_of_the_command_line():

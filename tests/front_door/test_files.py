@@ -18,7 +18,8 @@ from transformers.initialization import no_init_weights
 
 from sfumato import app
 from sfumato.errors import BadInput, BadWeights, SfumatoError
-from sfumato.models import architectures, family_at, load, quiet
+from sfumato.models import Model, architectures, family_at, load, quiet
+from sfumato.models.families import families
 from sfumato.models.folder import LoadedOtherwise
 from sfumato.models.kinds import kind_of_file
 from sfumato.models.markers import Markers, read_markers
@@ -28,6 +29,7 @@ from tests.checkpoints import original_layout
 from tests.tiny import tiny_pipeline
 
 PROMPT = "a red cube and a dog"
+FAMILIES = sorted({family.name for family in families().values()})
 LDM = "model.diffusion_model."
 K = "attn2.to_k.weight"
 SD = {f"{LDM}input_blocks.0.0.weight": (320, 4, 3, 3), "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}
@@ -71,11 +73,14 @@ KINDS: list[tuple[str, dict[str, tuple[int, ...]]]] = [
     ("flux-other", {**FLUX, "guidance_in.in_layer.weight": (3072, 256), "img_in.weight": (3072, 128)}),
     ("flux2-klein", {"double_stream_modulation_img.lin.weight": (9, 9), "double_blocks.0.img_attn.qkv.weight": (9, 9)}),
     ("flux2", {"double_stream_modulation_img.lin.weight": (9, 9), "guidance_in.in_layer.weight": (9, 9)}),
-    ("hidream", {"double_stream_blocks.0.block.attn1.to_q.weight": (9, 9)}),
+    ("hidream", {"double_stream_blocks.0.block.adaLN_modulation.1.bias": (9,)}),
+    ("lumina2", {"cap_embedder.0.weight": (9,), "layers.0.adaLN_modulation.1.weight": (9, 9)}),
     ("chroma", {**FLUX, "distilled_guidance_layer.in_proj.bias": (5120,)}),
     ("hunyuan-video", {**FLUX, "txt_in.individual_token_refiner.blocks.0.norm1.weight": (9,)}),
     ("auraflow", {"double_layers.0.attn.w1q.weight": (9, 9)}),
     ("sana", {"blocks.0.cross_attn.kv_linear.weight": (9, 9)}),
+    ("sana", {"blocks.0.cross_attn.kv_linear.weight": (9, 9), "y_embedder.y_embedding": (300, 2304),
+              "attention_y_norm.weight": (9,)}),
     ("pixart", {"blocks.0.cross_attn.kv_linear.weight": (9, 9), "y_embedder.y_embedding": (120, 4096)}),
     ("wan", {"blocks.0.self_attn.norm_q.weight": (9,), "head.modulation": (1, 2, 9)}),
     ("qwen-image", {"transformer_blocks.0.img_mod.1.weight": (9, 9), "transformer_blocks.0.attn.to_q.weight": (9, 9)}),
@@ -181,7 +186,7 @@ def test_shipped_indices_name_what_the_pipelines_want():
         index = architectures.index_of(kind)
         pipeline = getattr(diffusers, index.pop("_class_name"))
         expected, _ = pipeline._get_signature_keys(pipeline)
-        optional = {"safety_checker", "feature_extractor", "image_encoder"}
+        optional = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
         parts = {name for name, entry in index.items() if isinstance(entry, list)}
         assert set(expected) - optional == parts, kind
 
@@ -351,6 +356,8 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], dict[str, str]]] = [
     (("ztsnr",), {"modelspec.prediction_type": "epsilon"}),
     ((), {"modelspec.prediction_type": "v", "modelspec.architecture": "stable-diffusion-v2-512"}),
     ((), {"modelspec.prediction_type": "sideways"}),
+    ((), {"modelspec.prediction_type": "rectified-flow"}),
+    (("v_pred",), {"modelspec.prediction_type": "flow"}),
 ]
 
 
@@ -371,6 +378,29 @@ def test_markers_that_agree():
     assert read_markers(["a"], {"format": "pt", "modelspec.architecture": "stable-diffusion-xl-v1-base"}) == Markers()
     said = {"modelspec.prediction_type": "v", "modelspec.architecture": "stable-diffusion-v2-768-v"}
     assert read_markers(["v_pred"], said) == Markers(V)
+
+
+def test_a_configuration_beside_the_file(made: Any, tmp_path: Path):
+    """As the web UIs have it: ``x.yaml`` for ``x.safetensors``."""
+    file, config, _ = made("sd")
+    path = Path(shutil.copyfile(file, tmp_path / "x.safetensors"))
+    (tmp_path / "x.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    with pytest.warns(LoadedOtherwise, match="v_prediction, which is followed"):
+        assert load(path, config=config).prediction() == V
+
+
+def test_flow_models_are_not_asked_what_they_predict(tmp_path: Path):
+    pipe = tiny_pipeline("qwenimage")
+    said = {"modelspec.prediction_type": "rectified flow"}
+    save_file({k: v.contiguous() for k, v in pipe.transformer.state_dict().items()}, tmp_path / "x.safetensors", said)
+    with quiet():
+        pipe.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole/transformer/diffusion_pytorch_model.safetensors").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoadedOtherwise)
+        own = load(tmp_path / "x.safetensors", config=tmp_path / "whole").pipe.scheduler
+    expected = {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"}
+    assert {name: value for name, value in own.config.items() if name[0] != "_"} == expected
 
 
 @pytest.mark.parametrize(("spread", "expected"), [(0.5, V), (0.01, "epsilon"), (None, V)])
@@ -404,6 +434,163 @@ def test_config_from_the_command_line(made: Any, tmp_path: Path):
     assert [path.name for path in paths] == ["x.png"]
     with pytest.raises(BadInput, match="only applies to a single-file checkpoint"):
         app.JobBatch([], str(config.with_name("sd-whole")), config=str(config)).load()
+
+
+# --- younger families: a file holds the transformer alone, whose shapes say how large it is ---------------------------
+
+
+def blocks(count: int, name: str) -> dict[str, tuple[int, ...]]:
+    return {f"{name.format(i)}": (128,) for i in range(count)}
+
+
+def flux2(width: int, text: int, doubles: int, singles: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "img_in.weight": (width, 128), "txt_in.weight": (width, text), "double_stream_modulation_img.lin.weight": (9,),
+        **blocks(doubles, "double_blocks.{}.img_attn.norm.query_norm.scale"), **blocks(singles, "single_blocks.{}.x"),
+    }  # fmt: skip
+
+
+def wan(width: int, feed: int, layers: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "patch_embedding.weight": (width, 16, 1, 2, 2), "head.modulation": (1, 2, width),
+        "head.head.weight": (64, width), "text_embedding.0.weight": (width, 4096),
+        "blocks.0.ffn.0.weight": (feed, width),
+        **blocks(layers, "blocks.{}.self_attn.norm_q.weight"),
+    }  # fmt: skip
+
+
+#: release, its transformer's class, a few of the shapes in its file -> number of parameters of the release
+RELEASES: dict[str, tuple[str, dict[str, tuple[int, ...]], int]] = {
+    "wan 1.3B": ("WanTransformer3DModel", wan(1536, 8960, 30), 1_418_996_800),
+    "wan 14B": ("WanTransformer3DModel", wan(5120, 13824, 40), 14_288_491_584),
+    "qwen": ("QwenImageTransformer2DModel", {
+        "img_in.weight": (3072, 64), "txt_in.weight": (3072, 3584), "proj_out.weight": (64, 3072),
+        **blocks(60, "transformer_blocks.{}.attn.norm_q.weight"), "transformer_blocks.0.img_mod.1.weight": (9, 9),
+    }, 20_430_401_088),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_shapes_tell_the_size_of_a_release(release: str):
+    import diffusers
+
+    name, shapes, parameters = RELEASES[release]
+    kind = kind_of_file(entries(shapes))
+    assert architectures.index_of(kind.name)["transformer"] == ["diffusers", name]
+    with torch.device("meta"), no_init_weights(), quiet():
+        network = getattr(diffusers, name).from_config(
+            {**architectures.config_of(kind.name, "transformer"), **kind.settings}
+        )
+    assert sum(each.numel() for each in network.parameters()) == parameters
+
+
+def released_names(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a tiny transformer under the names of the original release."""
+    if kind == "qwenimage":
+        return state
+    found = {}
+    for name, value in state.items():
+        if ".attention.to_k." in name or ".attention.to_v." in name:
+            continue
+        if ".attention.to_q." in name:
+            value = torch.cat([value, state[name.replace("to_q", "to_k")], state[name.replace("to_q", "to_v")]])
+        for new, old in (("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"),
+                         ("to_out.0", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm"), ("to_q", "qkv")):  # fmt: skip
+            name = name.replace(new, old)
+        found[name] = value.clone()
+    return found
+
+
+SETTINGS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "klein 4B": (flux2(3072, 7680, 5, 20), {
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    }),
+    "klein 9B": (flux2(4096, 12288, 8, 24), {
+        "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
+    }),
+    "dev": ({**flux2(6144, 15360, 8, 48), "guidance_in.in_layer.weight": (6144, 256)}, {
+        "num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "joint_attention_dim": 15360,
+    }),
+    "hunyuan": (
+        {**blocks(20, "double_blocks.{}.img_mod.linear.bias"), **blocks(40, "single_blocks.{}.linear1.bias"),
+         "txt_in.individual_token_refiner.blocks.0.norm1.weight": (9,), "guidance_in.mlp.0.bias": (9,)},
+        {"num_layers": 20, "num_single_layers": 40, "guidance_embeds": True},
+    ),
+    "auraflow": (
+        {**blocks(4, "double_layers.{}.attn.w1q.weight"), **blocks(32, "single_layers.{}.attn.w1q.weight"),
+         "positional_encoding": (1, 9216, 3072)},
+        {"num_mmdit_layers": 4, "num_single_dit_layers": 32, "pos_embed_max_size": 9216},
+    ),
+    "sana": (
+        {**blocks(28, "blocks.{}.cross_attn.kv_linear.weight"), "x_embedder.proj.weight": (1152, 32, 1, 1),
+         "attention_y_norm.weight": (1152,), "y_embedder.y_proj.fc1.weight": (1152, 2304)},
+        {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16, "cross_attention_head_dim": 72,
+         "caption_channels": 2304},
+    ),
+    "hidream": (
+        {**blocks(16, "double_stream_blocks.{}.block.x"), **blocks(32, "single_stream_blocks.{}.block.x")},
+        {"num_layers": 16, "num_single_layers": 32, "caption_channels": [4096, 4096],
+         "llama_layers": [*range(32), *[31] * 16]},
+    ),
+    "ltx 13B": (
+        {"patchify_proj.weight": (4096, 128), "caption_projection.linear_1.weight": (4096, 4096),
+         **blocks(48, "transformer_blocks.{}.attn1.to_q.weight")},
+        {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096, "caption_channels": 4096},
+    ),
+    "flux lite": (
+        {**FLUX, **blocks(8, "double_blocks.{}.img_attn.norm.query_norm.scale"), **blocks(38, "single_blocks.{}.x")},
+        {"num_layers": 8, "num_single_layers": 38, "num_attention_heads": 24},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", SETTINGS)
+def test_shapes_tell_the_settings_of_a_release(release: str):
+    shapes, expected = SETTINGS[release]
+    found = kind_of_file(entries(shapes)).settings
+    assert {name: found.get(name) for name in expected} == expected
+
+
+#: what is read off the shapes of a tiny transformer; the rest is what all releases of its class have in common
+SIZED = {
+    "qwenimage": {"num_layers", "in_channels", "joint_attention_dim", "out_channels", "num_attention_heads",
+                  "attention_head_dim"},
+    "z_image": {"n_layers", "n_refiner_layers", "dim", "cap_feat_dim", "n_heads", "n_kv_heads"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "shipped"), [("qwenimage", "qwen-image"), ("z_image", "z-image")])
+def test_a_transformer_needs_no_configuration(kind: str, shipped: str, tmp_path: Path, monkeypatch: Any):
+    pipe = tiny_pipeline(kind)
+    name, parts = architectures._KNOWN[shipped]
+    unlike = {key: value for key, value in pipe.transformer.config.items() if key[0] != "_" and key not in SIZED[kind]}
+    library, cls, _ = parts["transformer"]
+    monkeypatch.setitem(architectures._KNOWN, shipped, (name, {**parts, "transformer": (library, cls, unlike)}))
+    state = {name: value.contiguous() for name, value in pipe.transformer.state_dict().items()}
+    save_file(released_names(kind, state), tmp_path / "x.safetensors")
+    with quiet():
+        pipe.save_pretrained(tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/transformer")
+    (tmp_path / "parts/model_index.json").unlink()
+    model = load(tmp_path / "x.safetensors", config=tmp_path / "parts")
+    assert all(torch.equal(value, state[name]) for name, value in model.pipe.transformer.state_dict().items())
+    ours = generate(model, PROMPT, steps=1, size=(32, 32), decode=False).latents
+    peer = generate(Model(pipe, name="tiny"), PROMPT, steps=1, size=(32, 32), decode=False).latents
+    assert torch.equal(ours, peer)
+    shutil.rmtree(tmp_path / "parts/scheduler")
+    shutil.rmtree(tmp_path / "parts/vae")
+    with pytest.raises(BadInput, match=r"without its scheduler, vae; give config="):
+        load(tmp_path / "x.safetensors", config=tmp_path / "parts")
+    with pytest.raises(BadInput, match=r"without its scheduler, text_encoder, vae, tokenizer; give config="):
+        load(tmp_path / "x.safetensors")
+
+
+def test_one_file_serves_families_that_no_tensor_tells_apart():
+    qwen, flux = kind_of_file(entries(RELEASES["qwen"][1])), kind_of_file(entries(FLUX))
+    assert [name for name in FAMILIES if qwen.serves(name)] == ["qwenimage", "qwenimage-edit", "qwenimage-edit-plus"]
+    assert [name for name in FAMILIES if flux.serves(name)] == ["flux", "flux-kontext"]
+    assert not any(kind_of_file(entries({"emb_params": (2, 768)})).serves(name) for name in (*FAMILIES, ""))
 
 
 def test_flags_take_config():

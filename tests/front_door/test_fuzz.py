@@ -20,9 +20,9 @@ from sfumato.app import JobBatch, JobOptions, like
 from sfumato.app.cli import flags
 from sfumato.app.lines import read_prompts
 from sfumato.bench.folder import Folder
-from sfumato.dialects import a1111_text, parse_a1111, parse_comfy
+from sfumato.dialects import a1111_text, parse_a1111, parse_comfy, parse_json
 from sfumato.errors import SfumatoError
-from sfumato.text.dialects import adapter_tags, read_composition
+from sfumato.text.dialects import adapter_tags, read_composition, warn_of_plain_words
 from sfumato.text.phrases import nested_phrases, noun_phrases
 from sfumato.text.weights import read_weights
 from sfumato.toybox.oracle.caption_check import requested
@@ -135,6 +135,7 @@ def test_weights_of_prompts():
 def test_prompts_of_other_programs():
     def parse(text):
         plain, _ = adapter_tags(text)
+        warn_of_plain_words([text])
         read_composition(plain)
 
     assert none_but_ours(parse, texts(2, PROMPTS)) > N / 2
@@ -234,6 +235,28 @@ def test_graphs_of_comfyui():
 
     draw = random.Random(10)
     assert none_but_ours(parse, [comfy(draw) for _ in range(N)]) == N
+
+
+FLAT = ["prompt", "positive_prompt", "negative_prompt", "steps", "cfg_scale", "guidance_scale", "seed", "resolution",
+        "width", "height", "sampler", "scheduler", "model", "name", "sui_image_params"]  # fmt: skip
+
+
+def test_flat_json():
+    draw = random.Random(18)
+
+    def parse(text):
+        found = parse_json(text)
+        assert found is None or set(found) <= KEYS
+        return found
+
+    def inputs():
+        for _ in range(N):
+            whole = {"prompt": "a red cube", "steps": 4} if draw.random() < 0.8 else {}
+            yield dumped({**whole, **{draw.choice(FLAT): jsonish(draw, FLAT) for _ in range(4)}})
+
+    given = list(inputs())
+    assert none_but_ours(parse, given) == N
+    assert sum(parse(text) is not None for text in given) > N / 4
 
 
 def png(**chunks: str) -> io.BytesIO:

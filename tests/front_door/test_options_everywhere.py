@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sfumato import files
+from sfumato import app, checkpoints, files
+from sfumato.bench.report import Report
 
 PROMPT = "a red cube and a blue ball"
 
@@ -50,3 +51,46 @@ def test_devices_of_training(sfumato):
     Path("photos").mkdir()
     done = sfumato("teach", "photos", "--name", "<rex>", "--device", "abacus", "-o", "rex.safetensors")
     assert done.code == 2 and "abacus" in done.err
+
+
+def test_real_pictures_by_their_earlier_name(sfumato, monkeypatch):
+    """``--reference`` of make is a picture to draw by; judge and compare take ``--real``."""
+    found = []
+
+    def judge(folder, real, **_):
+        found.append(real)
+        return Report("nothing", [])
+
+    def compare(*_, reference, **__):
+        return judge("", reference)
+
+    monkeypatch.setattr("sfumato.app.judge", judge)
+    monkeypatch.setattr("sfumato.app.compare", compare)
+    for command in (("judge", "a"), ("compare", "a", "b")):
+        now, then = (sfumato(*command, option, "true") for option in ("--real", "--reference"))
+        assert now.code == then.code == 0, (now.err, then.err)
+        assert found == [Path("true")] * 2 and "called" not in now.err
+        assert "--reference is called --real here: --real true" in then.err
+        found.clear()
+
+
+def test_a_model_is_looked_up_once(tiny_sd, monkeypatch):
+    asked = []
+    find = checkpoints.find
+    monkeypatch.setattr(checkpoints, "find", lambda name, *rest: asked.append(name) or find(name, *rest))
+    app.JobBatch([app.JobOptions(prompt=PROMPT, size=(32, 32))], str(tiny_sd)).load()
+    assert asked == [str(tiny_sd)]
+    asked.clear()
+    app.make(PROMPT, model=str(tiny_sd), size=(32, 32), steps=1)
+    assert asked == [str(tiny_sd)]
+
+
+def test_the_end_of_a_file_is_no_interruption(sfumato, monkeypatch):
+    """The parser of commands takes EOFError for Ctrl-D at a prompt; nobody is asked anything."""
+
+    def ends(*_, **__):
+        raise EOFError("compressed file ended early")
+
+    monkeypatch.setattr("sfumato.app.make_files", ends)
+    done = sfumato("make", PROMPT)
+    assert done.code == 1 and "unexpected EOFError: compressed file ended early" in done.err

@@ -46,6 +46,31 @@ PICTURES = {
     "P": (PALETTE, np.asarray(PALETTE.convert("RGB"))),
     "CMYK": (Image.fromarray(COLOR).convert("CMYK"), np.asarray(Image.fromarray(COLOR).convert("CMYK").convert("RGB"))),
 }
+LAYERED_PALETTE = Image.fromarray(LAYERED).quantize(48, method=Image.Quantize.FASTOCTREE)
+#: modes that no file has but that programs make
+OPENED = {
+    "bytes as I": (Image.fromarray(GREY).convert("I"), PICTURES["L"][1]),
+    "bytes as F": (Image.fromarray(GREY).convert("F"), PICTURES["L"][1]),
+    "floats": (Image.fromarray((GREY / 255).astype(np.float32)), PICTURES["L"][1]),
+    "La": (PICTURES["LA"][0].convert("La"), PICTURES["LA"][1]),
+    "PA": (PICTURES["LA"][0].convert("RGBA").convert("PA"), PICTURES["LA"][1]),
+    "a palette with transparency": (LAYERED_PALETTE, on_white(np.asarray(LAYERED_PALETTE.convert("RGBA")))),
+}
+
+
+@pytest.mark.parametrize("mode", OPENED)
+def test_a_picture_in_the_modes_of_programs(mode):
+    picture, expected = OPENED[mode]
+    np.testing.assert_allclose(read(as_pixels(picture, None)).astype(int), expected, atol=mode in ("La", "PA"))
+
+
+@pytest.mark.parametrize(
+    "grey", [GREY * 257.0, GREY - 1.0, np.where(GREY > 99, np.nan, GREY / 255)], ids=["16 bits", "below 0", "nan"]
+)
+def test_deep_greys_out_of_range_are_refused_as_arrays_are(grey):
+    for reader in (lambda given: as_pixels(given, None), masks.read_mask):
+        with pytest.raises(BadInput, match=r"from \S+ to \S+|finite numbers"):
+            reader(Image.fromarray(grey.astype(np.float32)))
 
 
 def read(pixels):
@@ -74,6 +99,11 @@ def test_a_picture_in_every_mode(mode, tmp_path):
         ((COLOR / 255).astype(np.float32), COLOR),
         (LAYERED, on_white(LAYERED)),
         (GREY > 99, np.stack([(GREY > 99) * np.uint8(255)] * 3, -1)),
+        (GREY[None], np.stack([GREY] * 3, -1)),
+        (COLOR[None], COLOR),
+        (GREY.astype(np.int64) * 257, np.stack([GREY] * 3, -1)),
+        (GREY.astype(">u2") * 257, np.stack([GREY] * 3, -1)),
+        ((GREY / 255 * 1.0005).astype(np.float16), np.stack([GREY] * 3, -1)),
     ],
 )
 def test_arrays_are_pictures(array, expected):
@@ -87,13 +117,28 @@ def test_arrays_are_pictures(array, expected):
         np.full((4, 4), np.nan),
         np.zeros((4, 0)),
         np.zeros((2, 4, 5)),
-        COLOR.astype(np.int32) * 9,
+        COLOR.astype(np.int32) * 900,
         np.array("x"),
+        np.ma.masked_array(GREY, GREY > 99),
     ],
 )
 def test_other_arrays_are_refused_in_one_line(array):
     with pytest.raises(BadInput, match="^image is an array [^\n]*$"):
         as_pixels(array, None)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (torch.full((1, 3, 4, 4), 200, dtype=torch.uint8), "a tensor of torch.uint8; it must hold floats"),
+        (torch.full((1, 3, 4, 4), 200.0), "from 200 to 200; a tensor must lie in"),
+        (torch.full((1, 3, 4, 4), float("nan")), "not finite"),
+        (torch.zeros(3, 4, 4), "has shape"),
+    ],
+)
+def test_tensors_that_are_no_pixels(tensor, says):
+    with pytest.raises(BadInput, match=f"^image .*{says}"):
+        as_pixels(tensor, None)
 
 
 def test_an_upright_picture_however_it_is_opened(tmp_path):
@@ -120,16 +165,27 @@ def test_an_upright_picture_however_it_is_opened(tmp_path):
         (GREY / 255).astype(np.float32),
         torch.from_numpy(GREY),
         torch.from_numpy(GREY / 255),
+        Image.fromarray(GREY).convert("I"),
+        GREY.astype(np.int64) * 257,
+        GREY / 255 * 1.0005,
     ],
-    ids="L I;16 F RGB RGBA bytes layer 16bit floats tensor-bytes tensor-floats".split(),
+    ids="L I;16 F RGB RGBA bytes layer 16bit floats tensor-bytes tensor-floats I int64 rounded".split(),
 )
 def test_a_mask_in_every_form(given, tmp_path):
     expected = torch.from_numpy(GREY.astype(np.float32) / 255)
-    torch.testing.assert_close(masks.read_mask(given), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(masks.read_mask(given), expected, atol=6e-4, rtol=0)
     if isinstance(given, Image.Image):
-        path = tmp_path / ("a.tif" if given.mode == "F" else "a.png")
+        path = tmp_path / ("a.tif" if given.mode in "FI" else "a.png")
         given.save(path)
         torch.testing.assert_close(masks.read_mask(path), expected, atol=1e-6, rtol=0)
+
+
+def test_a_masked_array_is_filled_first():
+    hidden = np.ma.masked_array(GREY, GREY > 99)
+    for reader in (masks.read_mask, lambda given: as_pixels(given, None)):
+        with pytest.raises(BadInput, match="some values are hidden; give array.filled"):
+            reader(hidden)
+        assert torch.equal(reader(hidden.filled(0)), reader(np.where(GREY > 99, 0, GREY).astype(np.uint8)))
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sfumato import cards
 from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models.condition import TruncatedPrompt
 from sfumato.sampling import generate, recipe_args
-from sfumato.text.dialects import adapter_tags, read_composition
+from sfumato.text.dialects import PlainWords, adapter_tags, read_composition, warn_of_plain_words
 from sfumato.text.weights import encode_weighted, read_weights
 from sfumato.text.words import Words
 from tests.examples import write_adapters
@@ -160,6 +162,26 @@ def test_words_in_later_chunks_are_found_and_act(key, kind):
         assert not torch.equal(made.latents, plain.latents)
 
 
+@pytest.mark.parametrize(
+    ("chunks", "text", "seen", "beyond"),
+    [
+        (2, "a cube BREAK a ball BREAK a cone", {"cube": 2, "ball": 79}, "cone"),
+        (1, LONG, {"cube#1": 3}, "cone"),
+        (0, LONG, {"cube#1": 3}, "cone"),
+    ],
+)
+def test_a_word_beyond_the_chunks_that_are_read(chunks, text, seen, beyond):
+    """Where a run fixes how many chunks there are, a word behind them is named as one that no encoder sees."""
+    model = tiny_model("sd")
+    assert Words(model).one(text, beyond).positions[0] > 77  # as many as the text needs
+    with model.in_chunks(chunks):
+        words = Words(model)
+        assert {word: words.one(text, word).positions[0] for word in seen} == seen
+        with pytest.raises(NoMatch, match=f"'{beyond}' lies beyond what the text encoders read"):
+            words.one(text, beyond)
+        assert beyond not in [word.text for word in words.all(text)]
+
+
 def test_shape_guided_reads_each_side_in_one_window():
     model = tiny_model("sd")
     given = {"steps": 1, "decode": False, "guidance": 3.0, "n": 2, "batch_size": 1}
@@ -267,6 +289,41 @@ def keep_what_fits(shelf, model):
 def test_tags_that_bring_nothing_say_so(prompt, kind, says, shelf):
     with pytest.raises(kind, match=says):
         generate(tiny_model("sd"), prompt, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unread"),
+    [
+        ("a [red:blue:0.5] cube", "[red:blue:0.5]"),
+        ("a [cube:8] here", "[cube:8]"),
+        ("a [cow|horse]", "[cow|horse]"),
+        ("a {red|blue} cube", "{red|blue}"),
+        ("a __colour__ cube", "__colour__"),
+        ("a cube, embedding:easynegative", "embedding:easynegative"),
+        ("a cube AND_PERP a ball", "AND_PERP"),
+        ("a cube ADDCOMM a ball", "ADDCOMM"),
+        ("a <wildcard:colour> cube", "<wildcard:colour>"),
+    ],
+)
+def test_notations_that_are_not_read_are_named(prompt, unread):
+    for given in ({"prompt": prompt}, {"prompt": "a cube", "negative": prompt}):
+        with pytest.warns(PlainWords, match=re.escape(repr(unread)) + ": .* drawn as plain words"):
+            generate(tiny_model("sd"), steps=1, decode=False, guidance=3.0, **given)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a [red] cube", "a (red:1.2) ball: blue", "f(x) = {x}", r"a \[b|c\]", "4:3, 16:9 [wide]"]
+)
+def test_plain_words_are_not_named(prompt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_plain_words([prompt])
+    warn_of_plain_words(["[:" * 10_000, "{" * 20_000, "__" * 10_000])  # no longer than its length
+
+
+def test_tags_within_brackets():
+    assert adapter_tags("a cube (<lora:ink:0.5>:1.2), big") == ("a cube, big", (("ink", 0.5),))
+    assert adapter_tags("a (red <lora:ink> cube:1.2)") == ("a (red cube:1.2)", (("ink", 1.0),))
 
 
 def test_tags_elsewhere_are_refused():

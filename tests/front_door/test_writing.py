@@ -135,8 +135,8 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "make": (["a cube"], "sfumato.app.batch.load"),
-    "explain": (["a cube"], "sfumato.app.batch.load"),
+    "make": (["a cube"], "sfumato.app.batch.load_found"),
+    "explain": (["a cube"], "sfumato.app.batch.load_found"),
     "edit": (["x.png", "a ball"], "sfumato.app.editing.edit_file"),
     "segment": (["ball"], "sfumato.app.segmenting.segment_files"),
     "judge": (["."], "sfumato.app.judging.judge"),
@@ -233,6 +233,19 @@ def test_o_of_commands_that_fill_a_folder(refused, photo, args):
     Path("p.jsonl").write_text('{"prompt": "a cube"}\n')
     out = [] if "--export" in args else ["-o", "x.png"]
     refused(*args, *out, says=["x.png", "folder"] if args[0] != "teach" else ["x.png"])
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "x.JSON", "x.safetensors", "x.avif", "x.html", "x.zip"])
+def test_o_makes_no_folder_called_like_a_file(tmp_path, name):
+    with pytest.raises(BadInput, match=f"-o is '{name}'"), writing.output(tmp_path / name):
+        pass
+    with pytest.raises(BadInput, match=f"-o is '{name}', the name of a file, but masks fill a folder"):
+        writing.only_folder(tmp_path / name, "masks")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / name).mkdir()  # whoever has such a folder means it
+    for folder in (tmp_path / name, tmp_path / "out.v2"):
+        with writing.output(folder) as (where, named):
+            assert (where, named) == (folder, None)
 
 
 def test_compare_writes_pairs(sfumato):

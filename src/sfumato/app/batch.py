@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import cards, checkpoints, clips, files, sheets, writing
-from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load, refuse_sizes
+from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load_found
 from sfumato.app.pictures import InputPictures, media_for, read_media
 from sfumato.errors import BadInput, NotAllowed, SfumatoError
 
@@ -53,8 +53,7 @@ class JobBatch:
     def load(self, model: str | Path | None = None) -> Model:
         """The model of this batch, or another one, on its device and in its precision."""
         name = model or self.model or DEFAULT_MODEL
-        refuse_sizes(name, self.jobs, self.dtype, self.device)
-        return load(name, dtype=self.dtype, device=self.device, config=self.config)
+        return load_found(checkpoints.find(str(name)), name, self.dtype, self.device, self.config, self.jobs)
 
     def inputs(self) -> InputPictures:
         """The pictures given with it, read. Raises BadInput, OSError."""

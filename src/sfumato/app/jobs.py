@@ -112,11 +112,29 @@ def load(
         files.
     """
     found = checkpoints.find(str(name), revision)  # a wrong name is answered before anything heavy is imported
+    return load_found(found, name, dtype, device, config)
+
+
+def load_found(
+    found: checkpoints.Checkpoint,
+    name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    config: str | Path | None = None,
+    jobs: Sequence[MakeOptions | JobOptions] = (),
+) -> Model:
+    """:func:`load` of a checkpoint that was looked up, for these ``jobs``. Raises OutOfMemory, before anything is
+    loaded, for sizes that surely do not fit into memory with it."""
+    sizes = {job.size for job in jobs if job.size is not None}
+    if sizes:
+        from sfumato.models.memory import refuse_unaffordable_at
+
+        for size in sizes:
+            refuse_unaffordable_at(found.path, size, 1, 2 if "16" in str(dtype) else 4, device)
     with collector_paused():
         from sfumato.models import load as load_model
 
-        model = load_model(name, dtype=dtype, device=device, config=config, found=found)
-    return model
+        return load_model(name, dtype=dtype, device=device, config=config, found=found)
 
 
 @spelt_out(GenerateArguments, cards.parameters_of(MakeOptions))
@@ -162,24 +180,11 @@ def make(
 
     from sfumato.sampling import generate
 
-    refuse_sizes(model, [checked])
-    loaded = load(model) if isinstance(model, str | Path) else model
+    loaded = (
+        model if not isinstance(model, str | Path) else load_found(checkpoints.find(str(model)), model, jobs=[checked])
+    )
     given = checked.arguments() | fitted_to(loaded, reference if image is None else image, checked.size)
     return generate(loaded, **given, image=image, reference=reference, interventions=systems, on_step=on_step)
-
-
-def refuse_sizes(
-    model: str | Path | Model, jobs: Sequence[MakeOptions | JobOptions], dtype: Any = None, device: Any = "cpu"
-) -> None:
-    """Raises OutOfMemory, before a model is loaded, for sizes that surely do not fit into memory with it."""
-    sizes = {job.size for job in jobs if job.size is not None}
-    if not sizes or not isinstance(model, str | Path):
-        return
-    from sfumato.models.memory import refuse_unaffordable_at
-
-    folder, half = checkpoints.find(str(model)).path, "16" in str(dtype)
-    for size in sizes:
-        refuse_unaffordable_at(folder, size, 1, 2 if half else 4, device)
 
 
 def offers(model: str | Path | Model, needs: Sequence[str]) -> bool:

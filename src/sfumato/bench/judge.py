@@ -197,13 +197,14 @@ def _attributes(chosen: JudgeOptions, real: Folder | None, fake: Folder, system:
 def _applicable(chosen: JudgeOptions, fake: Folder, real: Folder | None, attributes: list[str]) -> set[str]:
     """The metrics to measure: those asked for, if they can be, else all that can."""
     captioned = chosen.captions and any(fake.about(name)["text"] for name in fake.names[:: max(1, len(fake) // 200)])
+    folder = "a folder of real pictures (--real)"
     lacking = {
         "presence": None if captioned else f"captions, and {fake.path} has none (--prompts gives them)",
         "clip_score": None if captioned else f"captions, and {fake.path} has none (--prompts gives them)",
-        "frechet": None if real else "a reference folder (--reference)",
-        "kernel": None if real else "a reference folder (--reference)",
-        "manifold": None if real else "a reference folder (--reference)",
-        "attributes": (None if attributes else "attributes (--attribute)") if real else "a reference folder",
+        "frechet": None if real else folder,
+        "kernel": None if real else folder,
+        "manifold": None if real else folder,
+        "attributes": (None if attributes else "attributes (--attribute)") if real else folder,
     }
     for name in (*chosen.metrics, *(["attributes"] if attributes else [])):
         if lacking[name]:
@@ -213,7 +214,7 @@ def _applicable(chosen: JudgeOptions, fake: Folder, real: Folder | None, attribu
     able = {name for name, lack in lacking.items() if lack is None}
     if not able:
         raise BadInput(
-            f"{fake.path} has no captions and there is no reference to compare with: give --prompts or --reference."
+            f"{fake.path} has no captions and there are no real pictures to compare with: give --prompts or --real."
         )
     return able
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,11 @@ def _sd3(layers: int, positions: int, **other: Any) -> Parts:
     }
 
 
-def _flux(guided: bool) -> Parts:
+def _flux(guided: bool, **other: Any) -> Parts:
     transformer = {
         "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
         "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": guided,
+        **other,
     }  # fmt: skip
     shifts = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
     shift = {"shift": 3.0, "use_dynamic_shifting": True} if guided else {"shift": 1.0}
@@ -187,6 +189,19 @@ def _chroma() -> Parts:
     }
 
 
+def _named(encoder: str, tokenizer: str, vae: str, denoiser: str, **more: str) -> Parts:
+    """Parts of a model whose released files hold the transformer alone. It has the settings that its shapes tell; the
+    other parts, the schedule among them, come from a folder."""
+    names = {
+        "transformer": denoiser, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer,
+        "scheduler": "FlowMatchEulerDiscreteScheduler", **more,
+    }  # fmt: skip
+    ours = ("transformer", "vae", "scheduler")
+    return {part: ("diffusers" if part in ours else "transformers", cls, {}) for part, cls in names.items()}
+
+
+_QWEN = "Qwen2_5_VLForConditionalGeneration"
+
 #: kind of file -> (pipeline class, parts)
 _KNOWN: dict[str, tuple[str, Parts]] = {
     "sd1": ("StableDiffusionPipeline", _sd1()),
@@ -205,7 +220,56 @@ _KNOWN: dict[str, tuple[str, Parts]] = {
     "sd35-large": ("StableDiffusion3Pipeline", _sd3(38, 192, qk_norm="rms_norm")),
     "flux-dev": ("FluxPipeline", _flux(True)),
     "flux-schnell": ("FluxPipeline", _flux(False)),
+    "flux-fill": ("FluxFillPipeline", _flux(True, in_channels=384, out_channels=64)),
     "chroma": ("ChromaPipeline", _chroma()),
+    "flux2": (
+        "Flux2Pipeline",
+        _named("Mistral3ForConditionalGeneration", "PixtralProcessor", "AutoencoderKLFlux2", "Flux2Transformer2DModel"),
+    ),
+    "flux2-klein": (
+        "Flux2KleinPipeline",
+        _named("Qwen3ForCausalLM", "Qwen2TokenizerFast", "AutoencoderKLFlux2", "Flux2Transformer2DModel"),
+    ),
+    "qwen-image": (
+        "QwenImagePipeline",
+        _named(_QWEN, "Qwen2Tokenizer", "AutoencoderKLQwenImage", "QwenImageTransformer2DModel"),
+    ),
+    "z-image": (
+        "ZImagePipeline", _named("Qwen3Model", "Qwen2Tokenizer", "AutoencoderKL", "ZImageTransformer2DModel"),
+    ),
+    "wan": (
+        "WanPipeline",
+        _named("UMT5EncoderModel", "T5TokenizerFast", "AutoencoderKLWan", "WanTransformer3DModel",
+               scheduler="UniPCMultistepScheduler"),
+    ),
+    "ltx": (
+        "LTXPipeline",
+        _named("T5EncoderModel", "T5TokenizerFast", "AutoencoderKLLTXVideo", "LTXVideoTransformer3DModel"),
+    ),
+    "hunyuan-video": (
+        "HunyuanVideoPipeline",
+        _named("LlamaModel", "LlamaTokenizerFast", "AutoencoderKLHunyuanVideo", "HunyuanVideoTransformer3DModel",
+               text_encoder_2="CLIPTextModel", tokenizer_2="CLIPTokenizer"),
+    ),
+    "auraflow": (
+        "AuraFlowPipeline",
+        _named("UMT5EncoderModel", "LlamaTokenizerFast", "AutoencoderKL", "AuraFlowTransformer2DModel"),
+    ),
+    "lumina2": (
+        "Lumina2Pipeline", _named("Gemma2Model", "GemmaTokenizerFast", "AutoencoderKL", "Lumina2Transformer2DModel"),
+    ),
+    "sana": (
+        "SanaPipeline",
+        _named("Gemma2Model", "GemmaTokenizerFast", "AutoencoderDC", "SanaTransformer2DModel",
+               scheduler="DPMSolverMultistepScheduler"),
+    ),
+    "hidream": (
+        "HiDreamImagePipeline",
+        _named("CLIPTextModelWithProjection", "CLIPTokenizer", "AutoencoderKL", "HiDreamImageTransformer2DModel",
+               text_encoder_2="CLIPTextModelWithProjection", text_encoder_3="T5EncoderModel",
+               text_encoder_4="LlamaForCausalLM", tokenizer_2="CLIPTokenizer", tokenizer_3="T5Tokenizer",
+               tokenizer_4="PreTrainedTokenizerFast"),
+    ),
 }  # fmt: skip
 
 
@@ -241,8 +305,14 @@ def config_of(kind: str, part: str) -> dict[str, Any]:
     return copy.deepcopy({"_class_name": cls, **config} if _KNOWN[kind][1][part][0] == "diffusers" else config)
 
 
-def write_config(kind: str, part: str, folder: Path) -> None:
-    """Write the configuration of a network or scheduler into a folder, as the libraries read it."""
+def has_config(kind: str, part: str) -> bool:
+    """Whether the configuration of a part ships, rather than its class alone."""
+    return bool(_KNOWN[kind][1][part][2])
+
+
+def write_config(kind: str, part: str, folder: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Write the configuration of a network or scheduler into a folder, as the libraries read it; ``more`` goes over
+    what ships."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    (folder / name).write_text(json.dumps(config_of(kind, part)), encoding="utf-8")
+    (folder / name).write_text(json.dumps({**config_of(kind, part), **(more or {})}), encoding="utf-8")

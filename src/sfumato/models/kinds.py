@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sfumato.models.derived import derived
 from sfumato.models.weights import TensorEntry
 
 #: how checkpoints of transformers name the denoiser's tensors, beside naming them plainly
@@ -18,13 +19,18 @@ _DENOISERS = (_DENOISER, "diffusion_model.", "net.")
 class FileKind:
     """A kind of file. ``name``: of a model, a key of the shipped architectures where there is one. ``family``: the name
     of the family that serves it, empty where none does. ``parts``: the components that the file holds. ``advice``: what
-    to do with a file that is no model."""
+    to do with a file that is no model. ``settings``: of its transformer, as its shapes tell them."""
 
     name: str
     title: str
     family: str = ""
     parts: frozenset[str] = frozenset()
     advice: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def serves(self, family: str) -> bool:
+        """Whether such a file is a model of ``family``: its own, or one whose denoiser has the same tensors."""
+        return bool(self.family) and family in (self.family, *_ALIKE.get(self.family, ()))
 
     @property
     def refusal(self) -> str:
@@ -196,6 +202,8 @@ def _with_channels(kind: FileKind, channels: int) -> FileKind:
     return FileKind(f"{kind.name}-other", f"{kind.title} {other}", advice=advice)
 
 
+#: family -> others that no tensor tells apart from it
+_ALIKE = {"flux": ("flux-kontext",), "qwenimage": ("qwenimage-edit", "qwenimage-edit-plus")}
 _NO_FAMILY = "no family of sfumato serves it: see sfumato methods."
 #: family -> text encoders by the prefixes of their tensors, where a checkpoint holds them too
 _ENCODERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -209,7 +217,7 @@ _ENCODERS: dict[str, dict[str, tuple[str, ...]]] = {
 #: name, title, family (empty: none serves it), and a pattern that one of the denoiser's tensors must match
 _TRANSFORMERS = (
     ("sd3", "a Stable Diffusion 3 checkpoint", "sd3", r"joint_blocks\.0\."),
-    ("flux2", "a Flux.2 checkpoint", "flux2", r"(single|double)_stream_modulation"),
+    ("flux2", "a Flux.2 [dev] checkpoint", "flux2", r"(single|double)_stream_modulation"),
     ("flux3", "a Flux.3 checkpoint", "", r"early_stream_modulations\."),
     ("chroma", "a Chroma checkpoint", "chroma", r"distilled_guidance_layer\."),
     ("hunyuan-video", "a HunyuanVideo checkpoint", "hunyuan_video", r"txt_in\.individual_token_refiner"),
@@ -221,12 +229,16 @@ _TRANSFORMERS = (
     ("mochi", "Mochi", "", r"blocks\.0\.attn\.qkv_x"),
     ("z-image", "a Z-Image checkpoint", "z_image", r"layers\.0\.adaLN_modulation\.0\.weight"),
     ("lumina2", "a Lumina 2 checkpoint", "lumina2", r"cap_embedder\.0\."),
-    ("hidream", "a HiDream checkpoint", "hidream", r"double_stream_blocks\.0\."),
+    ("hidream", "a HiDream-I1 checkpoint", "hidream", r"double_stream_blocks\.0\."),
     ("cosmos", "Cosmos", "", r"x_embedder\.proj\.1\."),
     ("sana", "a Sana checkpoint", "sana", r"blocks\.0\.cross_attn\.kv_linear"),
     ("cascade", "Stable Cascade", "", r"(clip_txt_mapper|down_blocks\.\d+\.\d+\.channelwise)"),
     ("hunyuan-dit", "Hunyuan-DiT", "", r"blocks\.0\.attn1\.Wqkv"),
 )  # fmt: skip
+
+
+#: variants that are families of their own
+_OWN = {"flux2-klein": "a Flux.2 [klein] checkpoint", "flux-fill": "a Flux.1 Fill checkpoint"}
 
 
 def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> FileKind | None:
@@ -239,17 +251,18 @@ def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> FileKind | None:
             continue
         if not family:
             return FileKind(name, title, advice=_NO_FAMILY)
-        if name == "sana" and "y_embedder.y_embedding" in plain:
+        if name == "sana" and "y_embedder.y_embedding" in plain and "attention_y_norm.weight" not in plain:
             advice = "no library reads such files; give the folder of the diffusers model."
             return FileKind("pixart", "a PixArt checkpoint", advice=advice)
         name = _variant(name, plain)
-        family = {"flux-fill": "flux-fill", "flux2-klein": "flux2-klein"}.get(name, family)
+        if name in _OWN:
+            title, family = _OWN[name], name
         encoders = _ENCODERS.get(family, {})
         parts = _held(shapes, "transformer", vae=("first_stage_model.", "vae."), **encoders)
         if name.startswith("flux-") and plain.get("img_in.weight", (0, 64))[-1] == 128:
-            advice = "no family of sfumato feeds it; load Flux.1 [dev], with which blend redraws regions."
-            return FileKind("flux-other", "a Flux.1 tool that reads another picture", advice=advice)
-        return FileKind(name, title, family, parts)
+            advice = "no family of sfumato feeds it; load Flux.1 [dev], which begins from a picture with --image."
+            return FileKind("flux-other", "a Flux.1 tool that reads edges or depths", advice=advice)
+        return FileKind(name, title, family, parts, settings=derived(name, plain))
     return None
 
 

@@ -45,6 +45,8 @@ _EDM: dict[str, tuple[str, dict[str, Any]]] = {
     "edm_euler": ("EDMEulerScheduler", {}),
     "edm_dpm++": ("EDMDPMSolverMultistepScheduler", {}),
 }
+#: what other programs call the samplers of such models
+_ALSO = {"flow": {"euler": "flow_euler", "heun": "flow_heun"}, "edm": {"euler": "edm_euler", "dpm++": "edm_dpm++"}}
 _TABLES = {"diffusion": _DIFFUSION, "flow": _FLOW, "edm": _EDM}
 _TITLES = {"diffusion": "a diffusion model", "flow": "a flow model", "edm": "a model in EDM's scaling"}
 
@@ -94,6 +96,7 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
                 raise NotSupported(_misfit(type(wanted).__name__, kind))
             return type(wanted).from_config(wanted.config)
         table = _TABLES[kind]
+        wanted = _ALSO.get(kind, {}).get(wanted, wanted)
         if wanted not in table:
             if any(wanted in other for other in _TABLES.values()):
                 raise NotSupported(_misfit(wanted, kind))

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,9 @@ from sfumato.models.families import Family
 from sfumato.models.families.base import accepted_by
 from sfumato.models.folder import UNUSED, LoadedOtherwise, build, default_dtype, load_part, pipeline_of
 from sfumato.models.kinds import FileKind, kind_of_file
-from sfumato.models.markers import Markers, marked, read_markers, refuse_contradiction
+from sfumato.models.markers import Markers, beside, marked, read_markers, refuse_contradiction
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
-from sfumato.models.schedulers import kind_of
 from sfumato.models.weights import read_header, read_json, read_metadata
 from sfumato.valid import first_line
 
@@ -57,9 +57,10 @@ def load_file(path: Path, dtype: torch.dtype | None, device: torch.device, confi
     kind = kind_of_file(entries)
     if kind.refusal:
         raise NotSupported(f"{path} {kind.refusal}")
-    source = _Source(path, kind, _folder(config), read_markers((each.name for each in entries), read_metadata(path)))
+    said = {**beside(path), **read_metadata(path)}
+    source = _Source(path, kind, _folder(config), read_markers((each.name for each in entries), said))
     pipeline, family = pipeline_of(source.index, source.where)
-    if family.name != kind.family:
+    if not kind.serves(family.name):
         raise BadWeights(
             f"{path} is {kind.title} and does not fit the {pipeline.__name__} described in {source.where}."
         )
@@ -76,6 +77,16 @@ def _folder(config: str | Path | None) -> Path | None:
     raise BadInput(
         f"config={str(config)!r} is not the folder of a diffusers model: neither model_index.json nor tokenizer/ there."
     )
+
+
+def _is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of this configuration walks the path of flow models, of which no marker says anything."""
+    plain = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(plain) or str(config.get("_class_name")).startswith("FlowMatch")
+
+
+def _tokenizer_class(entry: list[Any]) -> str:
+    return str(entry[1]).removesuffix("Fast")
 
 
 @dataclass(frozen=True)
@@ -124,23 +135,28 @@ class _Source:
                 parts[name] = None
             elif not isinstance(entry, list):
                 settings |= {name: entry} if entry is not None and name not in settings else {}
-            elif name == "scheduler":
+            elif name == "scheduler" and self._schedule_is_told():
                 parts[name] = self._scheduler(entry, dtype)
             elif name.startswith("tokenizer"):
                 tokenizers.append(name)
             elif name in self.kind.parts:
                 continue
-            elif self.given is not None and any(self._own(name).glob("*.safetensors")):
+            elif self.given is not None and (
+                any(self._own(name).glob("*.safetensors")) or (name == "processor" and self._own(name).is_dir())
+            ):
                 parts[name], own = load_part(self._own(name), entry, dtype)
                 files += [(name, each) for each in own]
             else:
                 lacking.append(name)
-        if lacking == ["text_encoder_3"]:  # Stable Diffusion 3 is shared without its T5 as well, and draws without
+        if (
+            lacking == ["text_encoder_3"] and family.name == "sd3"
+        ):  # Stable Diffusion 3 is shared without its T5 as well, and draws without
             parts |= {"text_encoder_3": None, "tokenizer_3": None}
             tokenizers.remove("tokenizer_3")
             message = f"{self.path} holds no T5, so its CLIPs alone read the text; config=<folder> may bring one."
             warnings.warn(LoadedOtherwise(message), stacklevel=4)
         elif lacking:
+            lacking += [each for each in tokenizers if not self._tokenizer_folders(each, _tokenizer_class(index[each]))]
             raise BadInput(
                 f"{self.path} is {self.kind.title} without its {', '.join(lacking)}; give config=<folder of a whole "
                 "diffusers model of the same architecture>, whose parts are then used."
@@ -176,6 +192,13 @@ class _Source:
             found[name] = getattr(network, "from_single_file")(str(self.path), subfolder=name, **options)  # noqa: B009
         return found
 
+    def _schedule_is_told(self) -> bool:
+        """Whether a scheduler is given, or ships for such a file."""
+        given = self.given is not None and (self._own("scheduler") / "scheduler_config.json").is_file()
+        return given or (
+            self.kind.name in architectures.known() and architectures.has_config(self.shipped, "scheduler")
+        )
+
     def _own(self, part: str) -> Path:
         assert self.given is not None
         return registry.part(self.given, part)
@@ -189,7 +212,8 @@ class _Source:
                 (folder / part).mkdir()
                 shutil.copyfile(config, folder / part / "config.json")
             elif isinstance(index.get(part), list):
-                architectures.write_config(self.shipped, part, folder / part)
+                more = self.kind.settings if part == "transformer" else {}
+                architectures.write_config(self.shipped, part, folder / part, more)
 
     # --- what no file holds ------------------------------------------------------------------------------------------
 
@@ -199,15 +223,14 @@ class _Source:
         if config is not None and config.is_file():
             own, source = {"_class_name": entry[1], **read_json(config)}, str(self.given)
         else:
-            refuse_contradiction(self.markers, self.path)
             own, source = architectures.config_of(self.shipped, "scheduler"), ""
-        follow = own if self.markers.contradiction else marked(own, self.markers)
+            if not _is_flow(own):
+                refuse_contradiction(self.markers, self.path)
+        follow = own if self.markers.contradiction or _is_flow(own) else marked(own, self.markers)
         with tempfile.TemporaryDirectory(prefix="sfumato-") as made:
             folder = Path(made)
             (folder / "scheduler_config.json").write_text(json.dumps(follow), encoding="utf-8")
             scheduler, _ = load_part(folder, ["diffusers", str(follow["_class_name"])], dtype)
-            if kind_of(scheduler) == "flow":  # of a flow model nothing else can be said
-                return scheduler
         before = str(own.get("prediction_type", "epsilon")), bool(own.get("rescale_betas_zero_snr"))
         after = str(follow.get("prediction_type", "epsilon")), bool(follow.get("rescale_betas_zero_snr"))
         if source and before != after:
@@ -236,7 +259,7 @@ class _Source:
     def _tokenizer(self, name: str, entry: list[Any], dtype: torch.dtype) -> Any:
         """From the given folder, else from the cache of the Hub. CLIP's words are the same in every model, what it pads
         with is not."""
-        class_name = str(entry[1]).removesuffix("Fast")
+        class_name = _tokenizer_class(entry)
         for folder in self._tokenizer_folders(name, class_name):
             tokenizer, _ = load_part(folder, entry, dtype)
             whole = self.given is not None and folder == self._own(name)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, WithJsonSchema, field_validator, model_validator
 
 from sfumato.cards import Field, Params
-from sfumato.errors import BadInput
+from sfumato.errors import BadInput, UnknownName
 from sfumato.sampling.guidance import Guidance
 from sfumato.valid import brief
 
@@ -34,6 +34,21 @@ WHOLE_RUN = (0.0, 1.0)
 PIXELS: dict[str, Any] = {"unit": "pixel"}
 SIZES = ("size", "original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")
+#: what diffusers and the web UIs call an option -> what it is called here
+ELSEWHERE = {
+    "num_inference_steps": "steps", "num_steps": "steps", "guidance_scale": "guidance", "cfg_scale": "guidance",
+    "cfg": "guidance", "true_cfg_scale": "true_guidance", "guidance_rescale": "rescale", "negative_prompt": "negative",
+    "num_images_per_prompt": "n", "num_videos_per_prompt": "n", "num_images": "n", "num_frames": "frames",
+    "frame_rate": "fps", "width": "size=(width, height)", "height": "size=(width, height)",
+    "generator": "seed, one whole number or one for each sample", "sampler": "scheduler", "sampler_name": "scheduler",
+    "denoising_strength": "strength", "denoise": "strength", "callback_on_step_end": "on_step",
+    "mask_image": "a system: inpaint or blend, with mask=", "image_reference": "reference",
+    "output_type": "decode=False for latents, which the result holds in any case",
+    "cross_attention_kwargs": "a system: lora:file=NAME,scale=0.8",
+    "ip_adapter_image": "nothing: no IP-Adapter is attached; reference= for models that look at pictures",
+    "prompt_2": "nothing: all text encoders read the one prompt",
+    "negative_prompt_2": "nothing: all text encoders read the one negative",
+}  # fmt: skip
 _HEAVY = re.compile(r":[ \t]{0,20}[+-]?0*[1-9]\d{3,}(?:\.\d*)?[ \t]{0,20}\)")  # a weight of 1000 and more in a prompt
 
 
@@ -177,6 +192,8 @@ class Options(Params):
                     if given.get(twice):
                         raise BadInput(f"{twice} is given twice: set it inside the Guidance object only.")
                 given |= {name: guidance.scale, "rescale": guidance.rescale, "guidance_interval": guidance.interval}
+        for name in given.keys() & ELSEWHERE.keys() - type(self).model_fields.keys():
+            raise UnknownName(f"parameter of {self.SYSTEM}", name, type(self).model_fields, here=ELSEWHERE[name])
         super().__init__(**given)
 
     @field_validator("prompt", "negative")

@@ -25,11 +25,12 @@ from sfumato.sampling.encoding import encoding_of
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_AREA, MAX_SIDE, Options
 from sfumato.sampling.process import Source, process_of
-from sfumato.text.dialects import Composition, adapter_tags, read_composition, refuse_dialect
+from sfumato.text.dialects import Composition, adapter_tags, read_composition, refuse_dialect, warn_of_plain_words
 from sfumato.text.weights import read_weights
 from sfumato.valid import brief
 
 DEFAULT_STRENGTH = 0.8  # of image-to-image, as in diffusers
+OVERSHOOT = 8.0  # how far beyond [-1, 1] an autoencoder's pixels may lie, which nobody has clamped; bytes lie further
 
 
 class GuidanceCosts(UserWarning):
@@ -138,6 +139,7 @@ def checked(
         negatives = negatives * len(prompts)
     for text in negatives or ():
         refuse_dialect(text, "the negative prompt")
+    warn_of_plain_words([*prompts, *(negatives or ())])
     scale = model.defaults["guidance"] if options.guidance is None else options.guidance
     mixed, embedded = _guidance(model, scale, options)
     composes = bool(options.compose) or any(read_composition(text).others for text in prompts)
@@ -357,8 +359,13 @@ def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
             raise BadInput(
                 f"image is {image.shape[-1]}x{image.shape[-2]} but size is {size[0]}x{size[1]}; resize it first."
             )
+        if not image.is_floating_point():
+            raise BadInput(f"image is a tensor of {image.dtype}; it must hold floats in [-1, 1]: image / 127.5 - 1.")
         if not torch.isfinite(image).all():
             raise BadInput("image holds values that are not finite.")
+        if image.numel() and float(image.detach().abs().max()) > OVERSHOOT:
+            low, high = (float(each) for each in image.detach().aminmax())
+            raise BadInput(f"image holds values from {low:g} to {high:g}; a tensor must lie in [-1, 1].")
         return image
     pictures = [_opened(each) for each in (image if isinstance(image, list | tuple) else [image])]
     if not pictures:
@@ -383,22 +390,26 @@ def _opened(given: Any, name: str = "image") -> Image.Image:
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     what = f"{name} is an array {array.dtype} {array.shape}"
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
+    if isinstance(array, np.ma.MaskedArray):
+        raise BadInput(f"{what}, of which some values are hidden; give array.filled(value).")
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]
+    if array.ndim == 3 and 1 in array.shape[::2] and not (len(array) == 1 and array.shape[2] in (3, 4)):
+        array = array[..., 0] if array.shape[2] == 1 else array[0]
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
         raise BadInput(f"{what}; it must be (height, width), with 3 channels for colour and a fourth for transparency.")
     if array.shape[0] * array.shape[1] > files.MOST_PIXELS:
         raise BadInput(f"{what}; the most is {files.MOST_PIXELS} pixels.")
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        if not np.isfinite(array).all() or array.min() < -files.ROUNDING or array.max() > 1 + files.ROUNDING:
             raise BadInput(f"{what} from {array.min():g} to {array.max():g}; floats must lie in [0, 1].")
-        array = array * 255
-    elif array.dtype == np.uint16:
-        array = array / 257
+        array = array.clip(0, 1) * 255
     elif array.dtype == bool:
         array = array * 255
-    elif not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
-        raise BadInput(f"{what}; it must hold bytes, 16-bit numbers (uint16) or floats in [0, 1].")
+    elif not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 65535:
+        raise BadInput(f"{what}; it must hold bytes, 16-bit numbers or floats in [0, 1].")
+    elif array.dtype == np.uint16 or array.max() > 255:
+        array = array / 257
     return Image.fromarray(array.round().astype(np.uint8))
 
 

@@ -10,17 +10,27 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from sfumato.errors import BadInput, NotSupported
 from sfumato.valid import brief
 
-__all__ = ["Composition", "adapter_tags", "read_composition", "refuse_dialect"]
+__all__ = ["Composition", "PlainWords", "adapter_tags", "read_composition", "refuse_dialect", "warn_of_plain_words"]
 
 _AND = re.compile(r"\bAND\b")
 _WEIGHT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 _TAG = re.compile(r"\s{0,20}<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
+_BRACKETED = re.compile(r"\s{0,20}\(\s{0,20}(<lora:[^<>]*>)\s{0,20}(?::[\s\d.]{0,20})?\)", re.IGNORECASE)
+#: what other programs act on: prompt editing and alternatives, wildcards, ComfyUI's embeddings, regions, other scripts
+_UNREAD = re.compile(
+    r"(?<!\\)\[(?:[^\[\]:]{0,80}:){1,2}\s*\d*\.?\d+\s*\]|(?<!\\)\[[^\[\]|]{0,80}\|[^\[\]]{0,200}\]"
+    r"|\{[^{}|]{0,80}\|[^{}]{0,200}\}|(?<!\w)__[\w/*-]{1,80}?__(?!\w)|\bembedding:[\w.-]{1,80}"
+    r"|\b(?:AND_[A-Z]+|ADDBASE|ADDCOMM|ADDROW|ADDCOL)\b"
+    r"|<(?:wildcard|random|alternate|fromto|segment|object|region|preset)\b[^<>]{0,200}>"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ def adapter_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
         if not math.isfinite(scale):
             raise BadInput(f"{tag}: {brief(numbers[0])} is no scale; write a number, as in <lora:NAME:0.8>.")
         found.append((name, scale))
-    return (_TAG.sub("", prompt).strip(), tuple(found)) if found else (prompt, ())
+    plain = _TAG.sub("", _BRACKETED.sub(r"\1", prompt)) if found else prompt
+    return (plain.strip(), tuple(found)) if found else (prompt, ())
 
 
 def refuse_dialect(text: str, what: str) -> None:
@@ -98,3 +109,20 @@ def refuse_dialect(text: str, what: str) -> None:
         raise BadInput(f"{tag[0].strip()} stands in {what}, where no adapter is read; write it in the prompt.")
     if _AND.search(text):
         raise BadInput(f"AND composes prompts, and stands in {what}; write it as 'and', or join texts by commas.")
+
+
+class PlainWords(UserWarning):
+    """A prompt holds what another program acts on and what is drawn as plain words here."""
+
+
+def warn_of_plain_words(texts: Iterable[str]) -> None:
+    """Warn, once for all ``texts``, of notations that are not read."""
+    unread = list(dict.fromkeys(found[0] for text in texts for found in _UNREAD.finditer(text)))
+    if unread:
+        shown = ", ".join(brief(each) for each in unread[:5]) + (", ..." if len(unread) > 5 else "")
+        warnings.warn(
+            f"{shown}: another program's notation that is not read here, so it is drawn as plain words; write what the "
+            "picture shall show.",
+            PlainWords,
+            stacklevel=4,
+        )

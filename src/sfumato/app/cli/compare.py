@@ -30,7 +30,8 @@ def compare(
     ] = None,
     with_: options.With = None,
     n: Annotated[int | None, typer.Option("-n", help="Pictures of each prompt; prompts of each --task.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Real pictures; each side's distance to them.")] = None,
+    real: options.Real = None,
+    reference: options.RealBefore = None,
     seed: options.Seed = None,
     net: Annotated[str | None, typer.Option(help="Net of the distances. Default: toy-clip.")] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP of the scores. Default: toy-clip.")] = None,
@@ -56,7 +57,7 @@ def compare(
         source, n = write_prompts(at, prompt_set(task, n or 20, seed or 0)), None
         seed = None  # every prompt of the set has its own
     settings = flags.parsed(given)
-    measuring = {"reference": reference, "net": net, "clip": clip, "shown": shown}
+    measuring = {"reference": options.real_pictures(real, reference), "net": net, "clip": clip, "shown": shown}
     try:
         with show.bar("pairs") as bar:
             report = app.compare(

@@ -19,7 +19,8 @@ def judge(
     also: Annotated[
         list[Path] | None, typer.Option(help="A further set, with --by a system that compares sets; repeatable.")
     ] = None,
-    reference: Annotated[Path | None, typer.Option(help="A folder of real pictures to compare with.")] = None,
+    real: options.Real = None,
+    reference: options.RealBefore = None,
     prompts: Annotated[Path | None, typer.Option(help="What the pictures show: JSONL, one object per line.")] = None,
     attribute: Annotated[
         list[str] | None,
@@ -59,8 +60,9 @@ def judge(
 ) -> None:
     from sfumato import app
 
+    real = options.real_pictures(real, reference)
     if by is not None and app.judges_sets(by):
-        values = (reference, prompts, attribute, metric, net, clip, template, draws, cap, seed, batch, dtype)
+        values = (real, prompts, attribute, metric, net, clip, template, draws, cap, seed, batch, dtype)
         if any(each is not None for each in values) or oracle or ray or workers:
             raise BadInput(
                 "with such a system give the sets, --also, -o and --json alone; it has parameters of its own."
@@ -75,22 +77,22 @@ def judge(
     if also:
         raise BadInput("--also names a further set for a system that compares sets (--by); give two folders at most.")
     if fake is not None:
-        if reference is not None:
-            raise BadInput("give the reference once: as the first of two folders, or as --reference.")
-        folder, reference = fake, folder
+        if real is not None:
+            raise BadInput("give the real pictures once: as the first of two folders, or as --real.")
+        folder, real = fake, folder
     given = {"metrics": metric, "net": net, "clip": clip, "template": template, "draws": draws, "cap": cap,
              "seed": seed, "batch": batch, "dtype": dtype, "ray": ray or None, "workers": workers}  # fmt: skip
-    options = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if attribute:
         from sfumato.bench.judge import read_attributes
 
         files = [Path(each) for each in attribute if Path(each).suffix == ".txt" or Path(each).is_file()]
         named = [each for each in attribute if Path(each) not in files]
-        options["attributes"] = named + [each for path in files for each in read_attributes(path)]
-    options |= {"oracle": oracle, "captions": captions, "pairs": pairs, "device": device}
+        chosen["attributes"] = named + [each for path in files for each in read_attributes(path)]
+    chosen |= {"oracle": oracle, "captions": captions, "pairs": pairs, "device": device}
     try:
         with show.bar("pictures") as bar:
-            report = app.judge(folder, reference, prompts=prompts, out=out, by=by, on_progress=bar, **options)
+            report = app.judge(folder, real, prompts=prompts, out=out, by=by, on_progress=bar, **chosen)
     except KeyboardInterrupt:
         raise WorkInterrupted(f"interrupted; the state is in {out}, the same command goes on from it.") from None
     show.report(report, json_)
