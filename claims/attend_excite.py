@@ -91,7 +91,7 @@ def drawn(
     what = (f"{name}, {label}", seed, shift, [prompt.text for prompt in asked])
     pictures, cost = common.resumed(context, what, made)
     eye = common.judge_of(context)
-    checks = [oracle.check(r, p.wishes, ATTRIBUTES) for r, p in zip(eye.read(pictures), asked, strict=True)]
+    checks = [oracle.check(r, p.requests, ATTRIBUTES) for r, p in zip(eye.read(pictures), asked, strict=True)]
     return Arm(pictures, checks, cost)
 
 
@@ -126,7 +126,7 @@ def best_of(context: Context, arms: Sequence[Arm], texts: Sequence[str]) -> Arm:
     return Arm(pixels, [arms[k].checks[i] for i, k in enumerate(best)], sum(arm.cost for arm in arms))
 
 
-def told(interval: stats.Interval) -> str:
+def in_words(interval: stats.Interval) -> str:
     """A lift in words."""
     return f"{percent(interval)} (McNemar p {interval.p:.2g})"
 
@@ -134,10 +134,12 @@ def told(interval: stats.Interval) -> str:
 def pictured(arms: Mapping[str, Arm], asked: Sequence[Prompt], title: str) -> Image.Image:
     """The first prompts, what each arm made of it side by side, with what the judge misses."""
     rows = {
-        label: [(common.failing(arm.checks[i], asked[i].wishes), arm.pixels[i]) for i in range(min(SHOWN, len(asked)))]
+        label: [
+            (common.failing(arm.checks[i], asked[i].requests), arm.pixels[i]) for i in range(min(SHOWN, len(asked)))
+        ]
         for label, arm in arms.items()
     }
-    return common.beside(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]], title)
+    return common.side_by_side(rows, [common.asked_for(prompt.requests) for prompt in asked[:SHOWN]], title)
 
 
 def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, Any]) -> list[Row]:
@@ -171,7 +173,7 @@ def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, 
         Row(
             claim=f"{name}, three toys: all are there {100 * LIFT:.0f} points more often than in plain sampling",
             source=f"{SOURCE} (best of four methods in all its figures; the size is ours)",
-            measured=f"{percent(shares['ours'][0])}, {told(there)} more; {ours.cost:.0f} forward-equivalents",
+            measured=f"{percent(shares['ours'][0])}, {in_words(there)} more; {ours.cost:.0f} forward-equivalents",
             baseline=f"plain {percent(shares['plain'][0])}; {plain.cost:.0f} forward-equivalents",
             bars=[common.lift(there, shares["plain"][0].value, LIFT)],
             headline=True,
@@ -180,7 +182,7 @@ def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, 
         Row(
             claim=f"{name}, three toys: all are there in their own colours more often than in plain sampling",
             source=SOURCE,
-            measured=f"{percent(shares['ours'][1])}, {told(bound)} more",
+            measured=f"{percent(shares['ours'][1])}, {in_words(bound)} more",
             baseline=f"plain {percent(shares['plain'][1])}",
             bars=[common.lift(bound, shares["plain"][1].value)],
             **about,
@@ -188,8 +190,8 @@ def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, 
         Row(
             claim=f"{name}, three toys: all are there more often than after random steps of the same length",
             source="this repository",
-            measured=f"ours {both('ours')}; {told(lifts['random'][0])} more there",
-            baseline=f"random {both('random')}; over plain {told(random)} there",
+            measured=f"ours {both('ours')}; {in_words(lifts['random'][0])} more there",
+            baseline=f"random {both('random')}; over plain {in_words(random)} there",
             bars=[common.lift(lifts["random"][0], shares["random"][0].value)],
             **about,
         ),
@@ -197,7 +199,7 @@ def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, 
             claim=f"{name}, three toys: more often all there than in the best of {tries} plain pictures, which cost at "
             "least as much",
             source="this repository",
-            measured=f"ours {both('ours')}; {told(lifts['best'][0])} there, {told(lifts['best'][1])} bound",
+            measured=f"ours {both('ours')}; {in_words(lifts['best'][0])} there, {in_words(lifts['best'][1])} bound",
             baseline=f"best of {tries} by toy-clip {both('best')}; {arms['best'].cost:.0f} forward-equivalents",
             bars=[common.lift(lifts["best"][0], shares["best"][0].value)],
             **about,
@@ -205,7 +207,7 @@ def rows_of(name: str, arms: Mapping[str, Arm], tries: int, shown: Mapping[str, 
         Row(
             claim=f"{name}, three toys: what iterative refinement adds to one step at a time",
             source=f"{SOURCE} (ablation)",
-            measured=f"ours {both('ours')}; {told(lifts['once'][0])} more there",
+            measured=f"ours {both('ours')}; {in_words(lifts['once'][0])} more there",
             baseline=f"without refinement {both('once')}; {arms['once'].cost:.0f} forward-equivalents",
             **about,
         ),
@@ -244,7 +246,7 @@ def harder_row(name: str, kind: str, plain: Arm, ours: Arm, shown: Mapping[str, 
     return Row(
         claim=f"{name}, {kind}: all are there as told more often than in plain sampling",
         source="this repository (the paper names two different things)",
-        measured=f"{percent(stats.share(ours.bound))}, {told(bound)} more; shapes there {told(there)} more",
+        measured=f"{percent(stats.share(ours.bound))}, {in_words(bound)} more; shapes there {in_words(there)} more",
         baseline=f"plain {percent(before)}, shapes there {percent(stats.share(plain.there))}",
         bars=[common.lift(bound, before.value)],
         void=common.void(before, bounds=(0.1, 0.85)),
@@ -276,7 +278,8 @@ def one_row(name: str, plain: Arm, ours: Arm, shown: Mapping[str, Any]) -> Row:
         claim=f"{name}, one toy: it is there as often as in plain sampling, within {100 * margin:.0f} points (the "
         "whole 95 % interval)",
         source="this repository",
-        measured=f"{percent(stats.share(ours.there))}; difference {told(difference)}, in its colour {told(bound)}",
+        measured=f"{percent(stats.share(ours.there))}; difference {in_words(difference)}, "
+        f"in its colour {in_words(bound)}",
         baseline=f"plain {percent(stats.share(plain.there))}",
         bars=[Bar(difference, null=-margin, ideal=0.0, above=-margin, below=margin)],
         n=len(plain.checks),

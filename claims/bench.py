@@ -94,9 +94,10 @@ def _spoilt(scene: Scene, kind: str, rng: np.random.Generator) -> Scene:
 def _fulfils(scene: Scene, want, figure: str) -> bool:
     """Whether a scene shows what a caption asks for, from its own list of toys."""
     toys = [(toy.shape, toy.color) for toy in scene.toys]
-    for wish in want.wishes:
+    for request in want.requests:
         hit = next(
-            (toy for toy in toys if toy[0] == wish.shape and (figure != "all_bound" or toy[1] == wish.color)), None
+            (toy for toy in toys if toy[0] == request.shape and (figure != "all_bound" or toy[1] == request.color)),
+            None,
         )
         if hit is None:
             return False

@@ -17,7 +17,7 @@ from claims import common
 from claims.bars import Bar
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import masks
+from sfumato import mask_ops
 from sfumato.edit.blend import Blend
 from sfumato.metrics import segmentation, stats
 from sfumato.sampling import generate
@@ -49,7 +49,7 @@ class Case:
     picture: Tensor
     truth: Tensor
     mask: Tensor
-    wish: oracle.Wanted
+    request: oracle.RequestedToy
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def case(scene: Scene, other: Scene, frames: Any) -> Case:
         picture=frames.image[0],
         truth=frames.image[1],
         mask=frames.mask[0] == 0,
-        wish=oracle.Wanted(shape=toy.shape, color=toy.color),
+        request=oracle.RequestedToy(shape=toy.shape, color=toy.color),
     )
 
 
@@ -122,11 +122,11 @@ def outcomes(context: Context, asked: Sequence[Case], method: Method, seed: int,
 
 def measured(one: Case, picture: Tensor, reading: oracle.SceneReading) -> Outcome:
     """One picture held against its case."""
-    toy = oracle.find(reading, one.wish)
+    toy = oracle.find(reading, one.request)
     iou = 0.0 if toy is None else float(segmentation.iou(toy.mask[None], one.mask[None])[0])
-    wide = masks.dilate(one.mask.float(), margin_of(one.mask.shape[-1])) > 0.5
+    wide = mask_ops.dilate(one.mask.float(), margin_of(one.mask.shape[-1])) > 0.5
     error = (picture - one.picture)[:, ~wide].square().mean() / 4  # of the range -1 to 1
-    border = wide & ~(masks.dilate(one.mask.float(), -1) > 0.5)
+    border = wide & ~(mask_ops.dilate(one.mask.float(), -1) > 0.5)
     seam = (edges(picture) - edges(one.truth)).abs()[border].mean()
     return Outcome(picture, toy is not None, iou, float(-10 * error.clamp_min(1e-10).log10()), float(seam))
 
@@ -148,7 +148,7 @@ def blending(model: Any, margin: int | None = None, **params: Any) -> Method:
 
     def method(one: Case, seed: int) -> Tensor:
         grown = margin_of(one.mask.shape[-1]) if margin is None else margin
-        system = Blend(mask=masks.dilate(one.mask.float(), grown), **params)
+        system = Blend(mask=mask_ops.dilate(one.mask.float(), grown), **params)
         given = {"image": one.picture[None], "strength": 1.0, "seed": seed, **schedule(model)}
         return generate(model, one.after, interventions=system, **given).pixels
 
@@ -206,7 +206,7 @@ def pictured(asked: Sequence[Case], found: Mapping[str, Sequence[Outcome]], name
     """What was asked for, before, and the arms by their names."""
     rows = {"before": [one.picture for one in asked[:SHOWN]]}
     rows |= {says: [one.picture for one in found[arm][:SHOWN]] for arm, says in names.items()}
-    return common.beside(rows, [one.toy_after for one in asked[:SHOWN]])
+    return common.side_by_side(rows, [one.toy_after for one in asked[:SHOWN]])
 
 
 def edit_rows(

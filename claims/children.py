@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from claims.core import Context
-from sfumato.adapters.fresh import copies, learning_weights
+from sfumato.adapters.trainable import copies, substituted_weights
 from sfumato.models import load as load_model
-from sfumato.models.slot import frozen
+from sfumato.models.modes import frozen
 from sfumato.rng import sequence, stream
 from sfumato.teach.denoising import Denoising, frozen_conditions, places
 from sfumato.toybox import HOMONYMS, Scene, caption, continuous, render
@@ -54,7 +54,7 @@ def senses(n: int) -> list[tuple[Scene, str]]:
             scene = draw_scene("train", SEED + 1, i)
             out.append((scene, caption(scene, sequence("claims.senses", SEED, i), "random").text))
         else:
-            told = words[i // 2 % len(words)].told(SEED, i)
+            told = words[i // 2 % len(words)].sample(SEED, i)
             out.append((told.scene, told.caption))
     return out
 
@@ -79,7 +79,7 @@ def taught(context: Context, name: str, told: Sequence[tuple[Scene, str]]) -> An
 
     learning = nn.ParameterList(list(weights.values()))
     player = Player(loss, torch.optim.AdamW(learning, lr=RATE), learning, name="child", clip=1.0, ema=0.99)
-    with frozen(model), learning_weights(model, weights):
+    with frozen(model), substituted_weights(model, weights):
         fit(player, context.count(5 * len(told) // BATCH, 2), seed=SEED, name=f"a child of {name}")
     with torch.no_grad():
         for path, value in weights.items():

@@ -101,7 +101,7 @@ def read(context: Context, pictures: Tensor, seconds: float, asked: Sequence[com
     readings = common.judge_of(context).read(pictures)
     return Arm(
         pictures,
-        [oracle.check(r, p.wishes).all_bound for r, p in zip(readings, asked, strict=True)],
+        [oracle.check(r, p.requests).all_bound for r, p in zip(readings, asked, strict=True)],
         common.clip_scores(context, pictures, [prompt.text for prompt in asked]),
         kernel_distance(common.judge_features(context, pictures), renders(context, pictures.shape[-1])),
         seconds,
@@ -327,7 +327,7 @@ def sheet(asked: Sequence[common.Prompt], arms: Mapping[str, Arm]) -> Image.Imag
         label: [("right" if one.right[i] else "not right", one.pictures[i]) for i in range(min(SHOWN, len(asked)))]
         for label, one in arms.items()
     }
-    return common.beside(rows, [common.asked_for(prompt.wishes) for prompt in asked[:SHOWN]])
+    return common.side_by_side(rows, [common.asked_for(prompt.requests) for prompt in asked[:SHOWN]])
 
 
 def parts(name: str) -> tuple[Part, ...]:

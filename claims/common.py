@@ -1,4 +1,4 @@
-"""Prompts with known wishes, generation in batches, and sheets of pictures, for the experiments."""
+"""Prompts with known requests, generation in batches, and sheets of pictures, for the experiments."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Prompt:
     """A caption of an unseen scene and what a picture of it must show."""
 
     text: str
-    told: Caption
+    caption: Caption
     scene: Scene
-    wishes: tuple[oracle.Wanted, ...]
+    requests: tuple[oracle.RequestedToy, ...]
 
 
 def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list[Prompt]:
@@ -44,8 +44,8 @@ def prompts(split: str, seed: int, n: int, toys: int | None, style: str) -> list
     out = []
     for index in range(n):
         scene = draw_scene(split, seed, index, toys)
-        told = caption(scene, np.random.default_rng((seed, index, 9)), style)
-        out.append(Prompt(told.text, told, scene, oracle.wanted(told)))
+        parsed = caption(scene, np.random.default_rng((seed, index, 9)), style)
+        out.append(Prompt(parsed.text, parsed, scene, oracle.requested_toys(parsed)))
     return out
 
 
@@ -59,8 +59,8 @@ def several(seed: int, index: int, toys: int) -> Prompt:
     rng = np.random.default_rng((seed, index, 11))
     shapes, colors = rng.permutation(SHAPES)[:toys], rng.permutation(COLORS)[:toys]
     scene = Scene(tuple(Toy(str(s), str(c)) for s, c in zip(shapes, colors, strict=True)))
-    told = caption(scene, None, "short")
-    return Prompt(told.text, told, scene, oracle.wanted(told))
+    parsed = caption(scene, None, "short")
+    return Prompt(parsed.text, parsed, scene, oracle.requested_toys(parsed))
 
 
 def mixed_prompts(seed: int, n: int) -> list[Prompt]:
@@ -89,8 +89,8 @@ def steering(kind: str, seed: int, n: int) -> list[Prompt]:
             patterns = ["plain"] * 3
         toys = [Toy(*each) for each in zip(shapes, colors, patterns, strict=True)]
         scene = Scene(tuple(toys[:2] if kind == "patterns" else toys))
-        told = caption(scene, None, "plain" if kind == "patterns" else "short")
-        found.setdefault(told.text, Prompt(told.text, told, scene, oracle.wanted(told)))
+        parsed = caption(scene, None, "plain" if kind == "patterns" else "short")
+        found.setdefault(parsed.text, Prompt(parsed.text, parsed, scene, oracle.requested_toys(parsed)))
         index += 1
     return list(found.values())
 
@@ -295,17 +295,17 @@ def agreement(levels: np.ndarray) -> stats.Interval:
 # --- pictures with labels --------------------------------------------------------------------------------------------
 
 
-def asked_for(wishes: Sequence[oracle.Wanted]) -> str:
+def asked_for(requests: Sequence[oracle.RequestedToy]) -> str:
     """What a prompt asks for, short enough to stand above a picture."""
-    each = (" ".join(word for word in (w.color, w.pattern, w.shape) if word) for w in wishes)
+    each = (" ".join(word for word in (w.color, w.pattern, w.shape) if word) for w in requests)
     return ", ".join(each)
 
 
-def failing(check: oracle.Check, wishes: Sequence[oracle.Wanted]) -> str:
+def failing(check: oracle.Check, requests: Sequence[oracle.RequestedToy]) -> str:
     """What the judge misses in a picture, to stand above it."""
-    pairs = list(zip(wishes, check.present, check.bound, strict=True))
-    missing = ", ".join(wish.shape or "toy" for wish, there, _ in pairs if not there)
-    wrong = ", ".join(wish.shape or "toy" for wish, there, bound in pairs if there and not bound)
+    pairs = list(zip(requests, check.present, check.bound, strict=True))
+    missing = ", ".join(request.shape or "toy" for request, there, _ in pairs if not there)
+    wrong = ", ".join(request.shape or "toy" for request, there, bound in pairs if there and not bound)
     said = [f"{word} {which}" for word, which in (("no", missing), ("wrong", wrong)) if which]
     return "; ".join(said) or "all right"
 
@@ -321,7 +321,7 @@ def labelled(rows: Mapping[str, Sequence[Any]], heads: Sequence[str] = (), title
     return sheets.sheet(cells, columns, rows=list(rows), heads=heads, title=title, scale=scale)
 
 
-def beside(columns: Mapping[str, Sequence[Any]], cases: Sequence[str], title: str = "") -> Image.Image:
+def side_by_side(columns: Mapping[str, Sequence[Any]], cases: Sequence[str], title: str = "") -> Image.Image:
     """One row a case, what was made of it side by side: columns of pictures, or of (label, picture), by their name."""
     rows = zip(*columns.values(), strict=True)
     named = {f"{i + 1}. {case}": list(row) for i, (case, row) in enumerate(zip(cases, rows, strict=True))}

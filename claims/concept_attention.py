@@ -82,7 +82,7 @@ def looked_up(context: Context, split: str, seed: int, n: int, found: Sequence[A
         there = [toy.shape for toy in prompt.scene.toys]
         others = [concept for concept in CONCEPTS if concept not in there]
         for concept in dict.fromkeys(there):
-            objects = [p.object for p in prompt.told.phrases if p.object is not None and p.head.text == concept]
+            objects = [p.object for p in prompt.caption.phrases if p.object is not None and p.head.text == concept]
             mask = torch.isin(masks[i], torch.tensor(objects, dtype=masks.dtype))  # all toys of this shape
             if len(objects) < there.count(concept) or int(mask.sum()) < common.least(context, NAME):
                 continue

@@ -21,7 +21,7 @@ from sfumato.judge.sad_pad import SadPad
 from sfumato.metrics import stats
 from sfumato.models.readers import Clip, load_clip
 from sfumato.sampling import generate
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 from sfumato.toybox import COLORS, SHAPES
 
 SOURCE = "Chefer et al. 2023"

@@ -15,8 +15,8 @@ from torch import Tensor
 from claims import children, common, dreambooth, subjects
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
-from sfumato.adapters.closed_form import compressed
-from sfumato.adapters.fresh import learning_weights
+from sfumato.adapters.closed_form import low_rank
+from sfumato.adapters.trainable import substituted_weights
 from sfumato.metrics import stats
 from sfumato.teach.custom_diffusion import CustomDiffusion
 from sfumato.teach.merging import Part as Concept
@@ -73,7 +73,7 @@ def scored(
     """How often both are there and recognised, and the pictures."""
     text = f"a {names[0]} {pair[0].noun} and a {names[1]} {pair[1].noun} on the grass"
     seed = subjects.TUNE if pair[0].key in VALIDATION else subjects.REPORT
-    with placeholders(model, words), learning_weights(model, _parameters(weights)):
+    with placeholders(model, words), substituted_weights(model, _parameters(weights)):
         pictures = common.generate(context, model, [text] * n, seed, arm, **subjects.quickly(context))
     reader, both = subjects.reader_of(context, pair[0]), []
     sized = reader.sized(pictures)
@@ -118,7 +118,7 @@ def by_dreambooth(context: Context, name: str, pair: Sequence[Secret]) -> Taught
 
 def small(own: dict[str, Tensor], taught: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     """Weights whose changes were compressed to 60 % of their singular values, and their share of the bytes."""
-    found = {path: compressed(taught[path] - own[path], 0.6) for path in own}
+    found = {path: low_rank(taught[path] - own[path], 0.6) for path in own}
     numbers = sum(each.down.numel() + each.up.numel() for each in found.values())
     weights = {path: own[path] + each.up @ each.down for path, each in found.items()}
     return weights, numbers / sum(each.numel() for each in own.values())
@@ -190,7 +190,7 @@ def one_by_one(context: Context, name: str, own: dict[str, Tensor], value: tuple
         weights, size = small(own, taught.weights)
         found = []
         for arm in (taught.weights, weights):
-            with placeholders(model, taught.words), learning_weights(model, _parameters(arm)):
+            with placeholders(model, taught.words), substituted_weights(model, _parameters(arm)):
                 found.append(subjects.drawn(context, "alone", model, secret, f"<new1> {secret.noun}", n))
                 if arm is taught.weights:
                     per["drift"].append(before - dreambooth.unrelated(context, model, n))
@@ -201,7 +201,7 @@ def one_by_one(context: Context, name: str, own: dict[str, Tensor], value: tuple
         full = dreambooth.learnt(context, model, secret, "full", dreambooth.rate(context, name, "full"))
         ranks.append(dreambooth.changes(model, full))
         arm = dreambooth.drawn(context, model, secret, full, "full", n)
-        with learning_weights(model, full.weights):  # type: ignore[arg-type]
+        with substituted_weights(model, full.weights):  # type: ignore[arg-type]
             per["full drift"].append(before - dreambooth.unrelated(context, model, n))
         per["gap"].append(subjects.gap(found[0], (nearest, description), top))
         per["full gap"].append(subjects.gap(arm, (nearest, description), top))

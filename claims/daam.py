@@ -104,7 +104,7 @@ def pairs_of(traced: Sequence[Traced], least: int, truth: Any) -> Pairs:
     """Pairs for every toy of at least ``least`` pixels; ``truth(i, phrase)`` gives its mask bool (h, w), or None."""
     out = Pairs([], [], [], [], [], [], [])
     for i, one in enumerate(traced):
-        phrases = one.prompt.told.phrases
+        phrases = one.prompt.caption.phrases
         for phrase in phrases:
             mask = truth(i, phrase) if phrase.object is not None else None
             if mask is None or int(mask.sum()) < least:
@@ -133,8 +133,8 @@ def judged_pairs(context: Context, name: str, split: str, seed: int, n: int) -> 
     readings = common.judge_of(context).read(torch.stack([one.picture for one in traced]))
 
     def truth(i: int, phrase: Any) -> Tensor | None:
-        wish = oracle.Wanted.parse([word.text for word in (*phrase.modifiers, phrase.head)])
-        toy = oracle.find(readings[i], wish.only("shape", "color"))
+        request = oracle.RequestedToy.parse([word.text for word in (*phrase.modifiers, phrase.head)])
+        toy = oracle.find(readings[i], request.only("shape", "color"))
         return None if toy is None else toy.mask
 
     return pairs_of(traced, common.least(context, name), truth)
@@ -255,7 +255,7 @@ def syntax(name: str, context: Context) -> list[Row]:
     traced = generated(context, name, "test", REPORT, context.count(200, 16))
     edges: dict[str, list[tuple[int, int, int]]] = {}  # relation -> (picture, head, dependent)
     for i, one in enumerate(traced):
-        told = one.prompt.told
+        told = one.prompt.caption
         for edge in told.dependencies:
             edges.setdefault(edge.relation, []).append((i, edge.head.start, edge.dependent.start))
         for first in told.phrases:  # the floor: an adjective with the noun of another phrase
@@ -321,9 +321,9 @@ def cohyponyms(name: str, context: Context) -> list[Row]:
         asked = [cohyponym_prompt(np.random.default_rng((REPORT, int(within), i)), within) for i in range(n)]
         traced = trace(context, name, asked, REPORT, f"{name}, {arm}")
         pictures = torch.stack([one.picture for one in traced])
-        checks = [oracle.check(r, p.wishes) for r, p in zip(eye.read(pictures), asked, strict=True)]
+        checks = [oracle.check(r, p.requests) for r, p in zip(eye.read(pictures), asked, strict=True)]
         first, second = (
-            segmentation.normalise(torch.stack([one.maps[one.prompt.told.phrases[k].head.start] for one in traced]))
+            segmentation.normalise(torch.stack([one.maps[one.prompt.caption.phrases[k].head.start] for one in traced]))
             >= 0.4
             for k in (0, 1)
         )
@@ -364,7 +364,7 @@ def cohyponym_prompt(rng: np.random.Generator, within: bool) -> Prompt:
     colors = rng.permutation(len(COLORS))[:2]
     scene = Scene(tuple(Toy(shape, COLORS[color]) for shape, color in zip(shapes, colors, strict=True)))
     told = caption(scene, None, "short")
-    return Prompt(told.text, told, scene, oracle.wanted(told))
+    return Prompt(told.text, told, scene, oracle.requested_toys(told))
 
 
 def adjectives(name: str, context: Context) -> list[Row]:
@@ -428,7 +428,7 @@ def frozen_swap(name: str, context: Context) -> list[Row]:
     recolored: list[bool] = []
     shown: list[list[Tensor]] = []
     for start, chunk in context.batches(asked, 10, f"{name}, frozen"):
-        told = [prompt.wishes[0].color or "" for prompt in chunk]
+        told = [prompt.requests[0].color or "" for prompt in chunk]
         other = [COLORS[(COLORS.index(color) + 3) % len(COLORS)] for color in told]
         texts = [prompt.text for prompt in chunk]
         swapped = [text.replace(old, new) for text, old, new in zip(texts, told, other, strict=True)]
@@ -442,7 +442,7 @@ def frozen_swap(name: str, context: Context) -> list[Row]:
         pictures["free"] = made(swapped)
         readings = eye.read(pictures["base"])
         for i, reading in enumerate(readings):
-            toy = oracle.find(reading, chunk[i].wishes[0].only("shape", "color"))
+            toy = oracle.find(reading, chunk[i].requests[0].only("shape", "color"))
             if toy is None:
                 continue
             near = functional.max_pool2d(toy.mask[None].float(), 9, 1, 4)[0] > 0

@@ -17,7 +17,7 @@ from sfumato.judge.data_biases import PairBias, Projection, fit_projection, pair
 from sfumato.metrics import stats
 from sfumato.metrics.stats import Interval
 from sfumato.toybox import SetDataset
-from sfumato.toybox.sets import law
+from sfumato.toybox.sets import joint_distribution
 from sfumato.toybox.styles import styled
 from sfumato.training import Draw, Player, fit
 from sfumato.translation.examples import LabelledVectors, of_toys
@@ -96,7 +96,7 @@ def by_picture(hits: list[Tensor]) -> Interval:
     return stats.mean(torch.stack([each.float() for each in hits]).mean(0).numpy())
 
 
-def told(parts: dict[str, Interval]) -> str:
+def in_words(parts: dict[str, Interval]) -> str:
     return ", ".join(f"{name} {each.text(percent=True)}" for name, each in parts.items())
 
 
@@ -125,7 +125,7 @@ def content(context: Context) -> list[Row]:
         Row(
             claim="a picture as a set of another style has it keeps shape and place in 85 %",
             source=SOURCE,
-            measured=told(kept),
+            measured=in_words(kept),
             baseline=f"read from reconstructions of the exact counterparts (the most there is): {limits}; chance 25 %,"
             " place 33 %",
             bars=[Bar(each, 1 / 3, limit[name], at_least=0.85, what=name) for name, each in kept.items()],
@@ -137,7 +137,7 @@ def content(context: Context) -> list[Row]:
         Row(
             claim="a classifier of sets, trained on decoded pictures, takes projections for the target set in 90 %",
             source=SOURCE,
-            measured=told(belongs),
+            measured=in_words(belongs),
             baseline="the pictures before: "
             + ", ".join(f"{t} {100 * v:.0f} %" for t, v in stays.items())
             + "; decoded exact counterparts: "
@@ -255,7 +255,9 @@ def report(context: Context) -> list[Row]:
             claim="the report calls a style a style (shape, place and colour change in 15 % or less) and the biased set"
             " a new distribution of content (red among cubes up by half or more)",
             source="this repository",
-            measured="changed: " + told(moved) + f"; red among cubes, biased: {cube_change.text(percent=True)}; style"
+            measured="changed: "
+            + in_words(moved)
+            + f"; red among cubes, biased: {cube_change.text(percent=True)}; style"
             " alone: " + ", ".join(f"{t} {each.text(digits=3)}" for t, each in look.items()),
             baseline="read off codes, right in: "
             + ", ".join(f"{c} {100 * v:.0f} %" for c, v in reader(context).accuracy.items())
@@ -303,7 +305,7 @@ def given(it: PairBias, one: str, value: str, concept: str, to: str) -> float:
 
 def true_laws(names: dict[str, list[str]]) -> dict[str, Tensor]:
     """Frequencies of the biased set's rule, in the order of ``names``."""
-    joint = law("biased")
+    joint = joint_distribution("biased")
     night = 0.2 * 0.2  # a fifth of an even share of five
     skies = {sky: night if sky == "night" else (1 - night) / 4 for sky in names["sky"]}
     return {

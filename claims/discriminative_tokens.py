@@ -60,7 +60,7 @@ def seen(context: Context, model: Any, noun: str, target: str, n: int, label: st
     options = {"guidance": SETTINGS["guidance"], **subjects.quickly(context)}
     pictures = common.generate(context, model, asked, seed, label, **options)
     reads = common.judge_of(context).read(pictures)
-    hits = [oracle.find(read, oracle.Wanted.parse([target])) is not None for read in reads]
+    hits = [oracle.find(read, oracle.RequestedToy.parse([target])) is not None for read in reads]
     guide = guide_of(context)
     with torch.no_grad():
         said = guide.module(pixel_values=guide.pixels(pictures)).logits.argmax(1).tolist()

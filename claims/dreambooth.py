@@ -11,7 +11,7 @@ from claims import children, common, subjects, textual_inversion
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from claims.subjects import Arm
-from sfumato.adapters.fresh import adapting, learning_weights
+from sfumato.adapters.trainable import adapting, substituted_weights
 from sfumato.teach.dreambooth import DreamBooth
 from sfumato.teach.taught import Taught
 from sfumato.text.placeholders import placeholders
@@ -49,20 +49,20 @@ def rate(context: Context, name: str, mode: str) -> float:
 
 def drawn(context: Context, model: Any, secret: Secret, taught: Taught, arm: str, n: int) -> Arm:
     """Pictures of the identifier and its noun."""
-    with adapting(taught.lora), learning_weights(model, taught.weights):  # type: ignore[arg-type]
+    with adapting(taught.lora), substituted_weights(model, taught.weights):  # type: ignore[arg-type]
         return subjects.drawn(context, arm, model, secret, taught.facts["subjects"][0], n)
 
 
 def unrelated(context: Context, model: Any, n: int) -> float:
     """Share of other toys with the right shape and colour."""
-    wishes = [(COLORS[i % len(COLORS)], SHAPES[(i * 5 + 1) % len(SHAPES)]) for i in range(n)]
-    texts = [f"a {color} {shape}" for color, shape in wishes]
+    requests = [(COLORS[i % len(COLORS)], SHAPES[(i * 5 + 1) % len(SHAPES)]) for i in range(n)]
+    texts = [f"a {color} {shape}" for color, shape in requests]
     pictures = common.generate(
         context, model, texts, subjects.REPORT + 5000, "unrelated prompts", **subjects.quickly(context)
     )
     reads = common.judge_of(context).read(pictures)
-    hits = [oracle.find(read, oracle.Wanted.parse([color, shape])) is not None
-            for read, (color, shape) in zip(reads, wishes, strict=True)]  # fmt: skip
+    hits = [oracle.find(read, oracle.RequestedToy.parse([color, shape])) is not None
+            for read, (color, shape) in zip(reads, requests, strict=True)]  # fmt: skip
     return float(np.mean(hits))
 
 
@@ -84,7 +84,7 @@ def arms(context: Context, name: str) -> list[dict[str, Any]]:
             for arm in ARMS:
                 taught = learnt(context, model, secret, arm, rate(context, name, arm.partition(",")[0]))
                 found[arm] = drawn(context, model, secret, taught, arm, n)
-                with adapting(taught.lora), learning_weights(model, taught.weights):  # type: ignore[arg-type]
+                with adapting(taught.lora), substituted_weights(model, taught.weights):  # type: ignore[arg-type]
                     alone = subjects.drawn(context, "class alone", model, secret, secret.noun, n)
                     found[f"{arm} leak"] = alone.identity
                     found[f"{arm} drift"] = before - unrelated(context, model, n)

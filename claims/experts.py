@@ -242,7 +242,7 @@ def drawing(context: Context) -> list[Row]:
             made.append(result.pixels.clamp(-1, 1))
             cost.add(result.cost)
         readings = common.judge_of(context).read(torch.cat(made))
-        checks = [oracle.check(r, p.wishes) for r, p in zip(readings, asked, strict=True)]
+        checks = [oracle.check(r, p.requests) for r, p in zip(readings, asked, strict=True)]
         found[arm] = Arm(torch.cat(made), checks, max(cost))
     assert len({one.cost for one in found.values()}) == 1, "the arms must cost the same"
     sheet = pictured(

@@ -80,7 +80,7 @@ def estimated(context: Context) -> list[Row]:
             linear[name][c] = (linear_accuracy(z, examples.labels[c]) - chance) / (1 - chance)
     floor = floor_of(64, len(asked))
 
-    def told(name: str) -> str:
+    def in_words(name: str) -> str:
         parts = []
         for c in asked:
             sizes = [table.dimensions[c] for table in found[name]]
@@ -113,7 +113,7 @@ def estimated(context: Context) -> list[Row]:
         Row(
             claim="toy-cnn's last stage: shape gets more than 4 dimensions above the floor, colour within 2",
             source=f"{SOURCE}, section 3.3 and table 3 (classifier of ColorMNIST: digit 22, colour 11 of 64)",
-            measured=told(cnn),
+            measured=in_words(cnn),
             baseline=f"floor {floor} of 64",
             bars=[
                 Bar(mean(cnn, lambda d: d["shape"]), floor, alone["shape"], at_least=floor + 5, what="shape"),
@@ -132,7 +132,7 @@ def estimated(context: Context) -> list[Row]:
         Row(
             claim="toy-ae keeps more of ground or sky, or colour, than of shape",
             source=f"{SOURCE}, table 3 (autoencoder: digit 13, colour 17 of 64)",
-            measured=told(ae),
+            measured=in_words(ae),
             baseline=f"floor {floor} of 64",
             bars=[Bar(margin, 0.0, max(read[c] for c in other) - read["shape"], at_least=1, what="more than of shape")],
             n=PAIRS,

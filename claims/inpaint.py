@@ -20,7 +20,7 @@ from claims.bars import Bar
 from claims.blend import edges
 from claims.common import percent
 from claims.core import Context, Experiment, Part, Row
-from sfumato import masks
+from sfumato import mask_ops
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
 from sfumato.metrics import stats
@@ -36,7 +36,7 @@ STEPS = 25
 N = 200
 REPORT, TUNE = 16100, 16200  # seeds of scenes and noise: never the same for choosing and for reporting
 GUIDANCE = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
-TOLD = ("scene", "hole")
+PROMPTED = ("scene", "hole")
 MODELS = ("toy-sd-inpaint", "toy-sd")
 CLOSER, SEAM, THERE, EMPTY = 3.0, 0.75, 0.7, 0.9  # dB, of blending's error, of toys, of holes
 SEEN = (0.8, 1.0)  # what the judge must read in the true results
@@ -51,7 +51,7 @@ class Setting:
     told: str
 
     def __str__(self) -> str:
-        return f"guidance {self.guidance:g}, the prompt tells the {self.told}"
+        return f"guidance {self.guidance:g}, the prompt tells the {self.prompted}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Case:
     truth: Tensor
     hole: Tensor
     prompts: dict[str, str]
-    wish: oracle.Wanted | None
+    request: oracle.RequestedToy | None
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ def backgrounds(split: str, seed: int, n: int, side: int) -> list[Case]:
         hole = frames.mask[1] == 0
         if float(hole.float().mean()) < SMALLEST:
             continue
-        hole = masks.dilate((boxed(hole) if len(found) % 2 else hole).float(), _grown(side)) > 0.5
-        own = masks.dilate((frames.mask[0] == 0).float(), 2 * _grown(side)) > 0.5
+        hole = mask_ops.dilate((boxed(hole) if len(found) % 2 else hole).float(), _grown(side)) > 0.5
+        own = mask_ops.dilate((frames.mask[0] == 0).float(), 2 * _grown(side)) > 0.5
         if (hole & own).any() or not own.any():
             continue
-        told = {"scene": caption(scene, None, "plain").text, "hole": _told(scene.replace(toys=()))}
+        told = {"scene": caption(scene, None, "plain").text, "hole": _described(scene.replace(toys=()))}
         found.append(Case(frames.image[0], frames.image[0], hole, told, None))
     return found
 
@@ -139,17 +139,17 @@ def _cases(split: str, seed: int, n: int, side: int, change: Callable[[Scene, in
         if replaced:
             hole |= frames.mask[1] == 0
             hole = boxed(hole)
-        hole = masks.dilate(hole.float(), _grown(side)) > 0.5
+        hole = mask_ops.dilate(hole.float(), _grown(side)) > 0.5
         if float(hole.float().mean()) > LARGEST:
             continue
-        wish = oracle.Wanted(shape=kinds[0][0], color=kinds[0][1]) if replaced else None
+        request = oracle.RequestedToy(shape=kinds[0][0], color=kinds[0][1]) if replaced else None
         alone = after.replace(toys=after.toys[:1] if replaced else ())
-        told = {"scene": _told(after), "hole": _told(alone)}
-        found.append(Case(frames.image[0], frames.image[1], hole, told, wish))
+        told = {"scene": _described(after), "hole": _described(alone)}
+        found.append(Case(frames.image[0], frames.image[1], hole, told, request))
     return found
 
 
-def _told(scene: Scene) -> str:
+def _described(scene: Scene) -> str:
     return caption(scene, None, "plain").text
 
 
@@ -204,7 +204,7 @@ def round_trip(model: Any) -> Method:
 def _drawn(model: object, asked: Sequence[Case], system: object, setting: Setting, seed: int) -> Tensor:
     result = generate(
         model,  # type: ignore[arg-type]
-        [case.prompts[setting.told] for case in asked],
+        [case.prompts[setting.prompted] for case in asked],
         image=torch.stack([case.picture for case in asked]),
         strength=1.0,
         seed=list(range(seed, seed + len(asked))),
@@ -234,7 +234,7 @@ def outcomes(
 def measured(case: Case, picture: Tensor, reading: oracle.SceneReading) -> Outcome:
     """One picture held against its case."""
     error = (picture - case.truth)[:, case.hole].square().mean() / 4  # of the range -1 to 1
-    grown, shrunk = (masks.dilate(case.hole.float(), n) > 0.5 for n in (1, -1))
+    grown, shrunk = (mask_ops.dilate(case.hole.float(), n) > 0.5 for n in (1, -1))
     seam = (edges(picture) - edges(case.truth)).abs()[grown & ~shrunk].mean()
     inside = [toy for toy in reading.objects if 2 * int((toy.mask & case.hole).sum()) > int(toy.mask.sum())]
     return Outcome(
@@ -242,7 +242,7 @@ def measured(case: Case, picture: Tensor, reading: oracle.SceneReading) -> Outco
         inside=float(-10 * error.clamp_min(1e-10).log10()),
         seam=float(seam),
         kept=bool((picture[:, ~case.hole] == case.picture[:, ~case.hole]).all()),
-        there=case.wish is not None and oracle.find(reading, case.wish) is not None,
+        there=case.request is not None and oracle.find(reading, case.request) is not None,
         empty=not inside,
     )
 
@@ -268,7 +268,7 @@ def tuned(context: Context, task: str) -> dict[str, Setting]:
 
     def chosen() -> dict[str, Setting]:
         asked = MAKERS[task]("val", TUNE, common.tenth(context, 20), common.side(context, "toy-sd"))
-        grid = [Setting(scale, told) for told in TOLD for scale in GUIDANCE[:: 3 if context.quick else 1]]
+        grid = [Setting(scale, prompted) for prompted in PROMPTED for scale in GUIDANCE[:: 3 if context.quick else 1]]
         best = {}
         for arm, method in arms(context).items():
             sums = {
@@ -301,7 +301,7 @@ def compared(context: Context, task: str) -> tuple[Compared, dict[str, Setting],
     }
     rows |= {arm: [one.picture for one in found[arm][:SHOWN]] for arm in found}
     heads = [case.prompts["hole"] for case in asked[:SHOWN]]
-    return found, best, context.save(f"inpaint-{task}.png", common.beside(rows, heads))
+    return found, best, context.save(f"inpaint-{task}.png", common.side_by_side(rows, heads))
 
 
 def facts(found: Compared, best: Mapping[str, Setting]) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def facts(found: Compared, best: Mapping[str, Setting]) -> dict[str, Any]:
     }
 
 
-def told(best: Mapping[str, Setting]) -> str:
+def in_words(best: Mapping[str, Setting]) -> str:
     return "tuned: " + "; ".join(f"{arm}: {setting}" for arm, setting in best.items())
 
 
@@ -335,7 +335,7 @@ def remove_rows(found: Compared, best: Mapping[str, Setting], picture: str | Non
             measured=f"{means['inpainting'].text(digits=1)} dB in the hole, {gain.text(digits=1)} dB more; every pixel "
             f"outside exactly the picture's {percent(kept)}",
             baseline=f"blending {means['blending'].text(digits=1)} dB, the truth through the codec "
-            f"{means['truth'].text(digits=1)} dB ({told(best)})",
+            f"{means['truth'].text(digits=1)} dB ({in_words(best)})",
             bars=[
                 Bar(
                     gain,
@@ -368,7 +368,7 @@ def replace_rows(
             claim=f"another toy takes its place: shape and colour asked for are there in {100 * THERE:.0f} % or more",
             source="this repository",
             measured=f"{percent(there['inpainting'])}, {percent(more)} more than by blending",
-            baseline=f"blending {percent(there['blending'])}, the truth {percent(there['truth'])} ({told(best)})",
+            baseline=f"blending {percent(there['blending'])}, the truth {percent(there['truth'])} ({in_words(best)})",
             bars=[Bar(there["inpainting"], null=1 / 48, ideal=there["truth"].value, at_least=THERE)],
             void=common.void(there["truth"], "the judge, on the true results,", SEEN),
             n=len(found["truth"]),
@@ -393,7 +393,7 @@ def background_rows(
             source="this repository (what users of inpainting models complain of)",
             measured=f"{percent(empty['inpainting'])}; {inside['inpainting'].text(digits=1)} dB in the hole",
             baseline=f"blending {percent(empty['blending'])}, {inside['blending'].text(digits=1)} dB; the truth "
-            f"{percent(empty['truth'])} ({told(best)})",
+            f"{percent(empty['truth'])} ({in_words(best)})",
             bars=[Bar(empty["inpainting"], null=0.5, ideal=empty["truth"].value, at_least=EMPTY, above=0.5)],
             n=len(found["truth"]),
             leans_on=leans_on,

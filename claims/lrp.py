@@ -14,7 +14,7 @@ from claims import common
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sheets
-from sfumato.explain import heat
+from sfumato.explain import heat_overlays
 from sfumato.metrics import segmentation, stats
 from sfumato.metrics.perturbation import perturb, pixel_score
 from sfumato.models.readers import load_reader
@@ -182,7 +182,7 @@ def picture(context: Context, given: Asked) -> str:
     for name in (OURS, "partial_lrp", "lrp", *BASELINES):
         for i, plain in enumerate(image):
             level = F.interpolate(maps(context, given, name)[i][None, None], (128, 128), mode="bilinear")[0, 0]
-            tiles.append((name.replace("_", " "), heat.overlay(plain, segmentation.normalise(level))))
+            tiles.append((name.replace("_", " "), heat_overlays.overlay(plain, segmentation.normalise(level))))
     return context.save("lrp-segmentation.png", sheets.sheet(tiles, columns=len(image)))
 
 

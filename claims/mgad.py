@@ -39,13 +39,13 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Case:
-    """A text and a reference picture, which shows ``scene``; ``told`` describes what following both would be."""
+    """A text and a reference picture, which shows ``scene``; ``combined`` describes what following both would be."""
 
     text: str
-    wish: oracle.Wanted
+    request: oracle.RequestedToy
     scene: Scene
     reference: np.ndarray
-    told: str
+    combined: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def cases(seed: int, n: int, side: int) -> list[Case]:
         picture = to_uint8(render(scene, side).image)[0].permute(1, 2, 0).numpy()
         sky = " ".join(word for word in SKY_PHRASES[scene.sky] if word)
         told = f"{toy} on the {scene.ground} {sky}"
-        found.append(Case(toy, oracle.Wanted(shape, color), scene, picture, told))
+        found.append(Case(toy, oracle.RequestedToy(shape, color), scene, picture, told))
     return found
 
 
@@ -93,18 +93,18 @@ def guided(context: Context, name: str, asked: Sequence[Case], seeds: Sequence[i
             images = [case.reference] if how in ("image", "both") else []
             guide = texts or images
             system: Any = MGAD(texts=texts, images=images, prompted=False, **params) if guide else ()
-            prompts = [case.told if how == "prompted" else ""] * len(seeds)
+            prompts = [case.combined if how == "prompted" else ""] * len(seeds)
             given = {"seed": list(seeds), "guidance": 1.0, "steps": STEPS, "interventions": system}
             rows.append(generate(model, prompts, **given).pixels.clamp(-1, 1))
         return torch.stack(rows), (time.process_time() - start) / (len(asked) * len(seeds))
 
-    what = (f"{name}, {how}", sorted(params.items()), list(seeds), [case.told for case in asked])
+    what = (f"{name}, {how}", sorted(params.items()), list(seeds), [case.combined for case in asked])
     pictures, seconds = common.resumed(context, what, made)
     readings = common.judge_of(context).read(pictures.flatten(0, 1))
     owners = [case for case in asked for _ in seeds]
     return Arm(
         pictures,
-        [oracle.find(r, case.wish) is not None for r, case in zip(readings, owners, strict=True)],
+        [oracle.find(r, case.request) is not None for r, case in zip(readings, owners, strict=True)],
         [(r.ground, r.sky) == (case.scene.ground, case.scene.sky) for r, case in zip(readings, owners, strict=True)],
         [spread(common.judge_features(context, each)) if len(each) > 1 else 0.0 for each in pictures],
         seconds,

@@ -322,7 +322,7 @@ def exchanged(context: Context) -> list[Row]:
     worth = float(np.mean([each.prod(0).mean() for each in found.values()]))
     top = codes.ceiling(context).reconstructions
 
-    def told(each: dict[str, np.ndarray]) -> str:
+    def in_words(each: dict[str, np.ndarray]) -> str:
         return "; ".join(
             f"{word}: followed {100 * a.mean():.0f} %, rest kept {100 * b.mean():.0f} %"
             for word, (a, b) in each.items()
@@ -338,7 +338,7 @@ def exchanged(context: Context) -> list[Row]:
                 for word, (a, b) in share.items()
             )
             + f"; followed times kept, less the VAE's {better.text(percent=True)}",
-            baseline=f"a new residual: {told(fresh)}; conditional VAE: {told(vae)}",
+            baseline=f"a new residual: {in_words(fresh)}; conditional VAE: {in_words(vae)}",
             bars=[
                 *[
                     Bar(share[word][0], 1 / len(names[word]), top[word], at_least=0.85, what=f"{word} followed")

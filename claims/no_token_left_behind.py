@@ -19,7 +19,7 @@ from claims.paint_with_words import Found, per_picture, placed
 from sfumato import masks
 from sfumato.metrics import stats
 from sfumato.models.readers import load_clip
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.sampling import generate
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind, Region, diagnose, learn_prompt, optimise
 from sfumato.steer.no_token_left_behind.class_prompts import ClassPrompts, image_embeds
@@ -60,10 +60,10 @@ def accuracy(prompt: Any, images: Tensor, labels: Sequence[int]) -> float:
 
 def relevance(prompt: Any, images: Tensor, labels: Sequence[int], every: int = 20) -> float:
     """The share of relevance that the right class's name has in the prompt, over some of the pictures."""
-    lens = ClipLens(load_clip(prompt.clip))
+    explainer = ClipExplainer(load_clip(prompt.clip))
     with torch.no_grad():
-        embeds = image_embeds(lens, images[::every])
-    _, shares = ClassPrompts(lens, prompt.classes, len(prompt.context)).relevance(prompt.context, embeds)
+        embeds = image_embeds(explainer, images[::every])
+    _, shares = ClassPrompts(explainer, prompt.classes, len(prompt.context)).relevance(prompt.context, embeds)
     return float(shares.detach()[torch.arange(len(embeds)), torch.tensor(labels[::every])].mean())
 
 
@@ -128,7 +128,7 @@ def prompt_rows(
 def checks(context: Context, pixels: Tensor, asked: Sequence[common.Prompt]) -> list[oracle.Check]:
     """The judge's verdict on each picture."""
     readings = common.judge_of(context).read(pixels.clamp(-1, 1))
-    return [oracle.check(reading, prompt.wishes) for reading, prompt in zip(readings, asked, strict=True)]
+    return [oracle.check(reading, prompt.requests) for reading, prompt in zip(readings, asked, strict=True)]
 
 
 def timed(
@@ -263,7 +263,7 @@ class Layout:
         x, y = rng.uniform(0, side - width), rng.uniform(0.3, 1.0) * (side - height)  # toys stand on the ground
         self.boxes = [(float(x), float(y), float(x + width), float(y + height))]
         self.share = [each / side for each in self.boxes[0]]
-        self.wishes = (oracle.Wanted(shape=shape, color=color),)
+        self.requests = (oracle.RequestedToy(shape=shape, color=color),)
 
     @property
     def prompt(self) -> Layout:
@@ -326,7 +326,7 @@ def boxes(name: str, context: Context) -> list[Row]:
     shown = {
         "leans_on": common.trust_text(context, "shape", "color"),
         "picture": context.save(
-            f"no-token-left-behind-boxes-{name}.png", common.beside(rows, [asked[i].phrase for i in few])
+            f"no-token-left-behind-boxes-{name}.png", common.side_by_side(rows, [asked[i].phrase for i in few])
         ),
         "data": {"strengths": strengths},
     }
@@ -375,7 +375,10 @@ def latents(context: Context) -> list[Row]:
     arms = {}
     for arm, given in (("CLIP", {"explain": 0.0}), ("explained", {})):
         regions = [
-            [Region(f"a {wish.color} {wish.shape}", half) for wish, half in zip(each.wishes, halves, strict=True)]
+            [
+                Region(f"a {request.color} {request.shape}", half)
+                for request, half in zip(each.requests, halves, strict=True)
+            ]
             for each in asked
         ]
         done = optimise(
@@ -385,8 +388,9 @@ def latents(context: Context) -> list[Row]:
         arms[arm] = done.pixels.clamp(-1, 1)
     verdicts = {arm: checks(context, pixels, asked) for arm, pixels in arms.items()}
     present = {arm: stats.share([hit for one in found for hit in one.present]) for arm, found in verdicts.items()}
-    picture = common.beside(
-        {arm: list(pixels[:SHOWN]) for arm, pixels in arms.items()}, [common.asked_for(p.wishes) for p in asked[:SHOWN]]
+    picture = common.side_by_side(
+        {arm: list(pixels[:SHOWN]) for arm, pixels in arms.items()},
+        [common.asked_for(p.requests) for p in asked[:SHOWN]],
     )
     return [
         Row(

@@ -70,9 +70,9 @@ def layouts(split: str, seed: int, n: int, side: int) -> list[Layout]:
             asked = common.prompts(split, seed + start, n, toys, "short")
             frames = render([prompt.scene for prompt in asked], side)
             for i, prompt in enumerate(asked):
-                named = [phrase for phrase in prompt.told.phrases if phrase.object is not None]
+                named = [phrase for phrase in prompt.caption.phrases if phrase.object is not None]
                 seen = [float((frames.mask[i] == phrase.object).float().mean()) for phrase in named]
-                if min(seen) >= SMALLEST and len({wish.color for wish in prompt.wishes}) == len(named):
+                if min(seen) >= SMALLEST and len({request.color for request in prompt.requests}) == len(named):
                     boxes = tuple(tuple(frames.boxes[i][phrase.object].tolist()) for phrase in named)
                     kept.append(Layout(prompt, tuple(phrase.text for phrase in named), boxes))
         start += 1
@@ -107,8 +107,8 @@ def placed(context: Context, asked: Sequence[Layout], pictures: Tensor) -> list[
     size, out = (pictures.shape[-2], pictures.shape[-1]), []
     for layout, reading in zip(asked, common.judge_of(context).read(pictures), strict=True):
         out.append([])
-        for wish, box in zip(layout.prompt.wishes, layout.boxes, strict=True):
-            toy = oracle.find(reading, wish.only("shape", "color"))
+        for request, box in zip(layout.prompt.requests, layout.boxes, strict=True):
+            toy = oracle.find(reading, request.only("shape", "color"))
             if toy is None:
                 out[-1].append(Found(False, 0.0, False))
                 continue
@@ -214,7 +214,7 @@ def painting(name: str, context: Context) -> list[Row]:
     rows |= {arm: [pictures[arm][i] for i in few] for arm in ("plain", "painted")}
     rows |= {"other boxes": [drawn_boxes(other[i], pictures["plain"][i]) for i in few]}
     rows |= {"painted so": [pictures["swapped"][i] for i in few]}
-    sheet = common.beside(rows, [common.asked_for(asked[i].prompt.wishes) for i in few])
+    sheet = common.side_by_side(rows, [common.asked_for(asked[i].prompt.requests) for i in few])
     shown = {
         "leans_on": common.trust_text(context, "shape", "color"),
         "picture": context.save(f"paint-with-words-{name}.png", sheet),
@@ -277,9 +277,9 @@ def ablations(name: str, context: Context) -> list[Row]:
 def drawn_boxes(layout: Layout, like: Tensor) -> Tensor:
     """The painted boxes in the colours that their toys shall have, as a picture (3, h, w)."""
     canvas = torch.zeros_like(like)
-    for wish, box in zip(layout.prompt.wishes, layout.boxes, strict=True):
+    for request, box in zip(layout.prompt.requests, layout.boxes, strict=True):
         region = masks.box_mask(box, (like.shape[-2], like.shape[-1])) > 0.5
-        canvas = torch.where(region, torch.tensor(COLOR_RGB[wish.color])[:, None, None] * 2 - 1, canvas)
+        canvas = torch.where(region, torch.tensor(COLOR_RGB[request.color])[:, None, None] * 2 - 1, canvas)
     return canvas
 
 

@@ -47,13 +47,13 @@ FEWEST = 5  # pairs below which nothing is measured
 class Change:
     """One word of a caption changed: the new text, what its picture must show, and the scene that would be right.
 
-    ``toy``: index of the changed toy in the scene and among the wishes, None for the ground.
+    ``toy``: index of the changed toy in the scene and among the requests, None for the ground.
     """
 
     prompt: Prompt
     kind: str
     text: str
-    wishes: tuple[oracle.Wanted, ...]
+    requests: tuple[oracle.RequestedToy, ...]
     toy: int | None
     old: str
     new: str
@@ -69,7 +69,7 @@ class Change:
 
 def change(prompt: Prompt, kind: str, seed: int) -> Change | None:
     """A caption with one word changed, of the first phrase that has a word of this kind; None where no phrase has."""
-    for phrase in prompt.told.phrases:
+    for phrase in prompt.caption.phrases:
         if (phrase.object is None) != (kind == "ground"):
             continue
         word = next((w for w in (*phrase.modifiers, phrase.head) if w.text in KINDS[kind]), None)
@@ -81,11 +81,11 @@ def change(prompt: Prompt, kind: str, seed: int) -> Change | None:
             continue
         new = others[seed % len(others)]
         text = prompt.text[: word.start] + new + prompt.text[word.end :]
-        wishes = list(prompt.wishes)
+        requests = list(prompt.requests)
         if phrase.object is not None:
-            at = [p.object for p in prompt.told.phrases if p.object is not None].index(phrase.object)
-            wishes[at] = replace(wishes[at], **{kind: new})
-        return Change(prompt, kind, text, tuple(wishes), phrase.object, word.text, new)
+            at = [p.object for p in prompt.caption.phrases if p.object is not None].index(phrase.object)
+            requests[at] = replace(requests[at], **{kind: new})
+        return Change(prompt, kind, text, tuple(requests), phrase.object, word.text, new)
     return None
 
 
@@ -139,7 +139,7 @@ def judged(
     change_: Change, source: oracle.SceneReading, reading: oracle.SceneReading, before: Tensor, after: Tensor
 ) -> Any:
     """(success, IoU of the others, dB of the background) of one edit, or None where the source cannot be judged."""
-    toys = [oracle.find(source, wish.only("shape", "color")) for wish in change_.prompt.wishes]
+    toys = [oracle.find(source, request.only("shape", "color")) for request in change_.prompt.requests]
     at = _at(change_)
     if any(toy is None for toy in toys) or (change_.kind == "ground" and source.ground != change_.old):
         return None
@@ -152,7 +152,7 @@ def judged(
             changed &= ~grown(toy.mask)  # type: ignore[union-attr]
         background = psnr_where(before, after, ~changed)
     else:
-        found = oracle.find(reading, change_.wishes[at].only("shape", "color", change_.kind))
+        found = oracle.find(reading, change_.requests[at].only("shape", "color", change_.kind))
         success = found is not None
         changed = grown(toys[at].mask)  # type: ignore[union-attr]
         changed = changed | grown(found.mask) if found is not None else changed
@@ -161,14 +161,14 @@ def judged(
     for k, toy in enumerate(toys):
         if k == at:
             continue
-        same = oracle.find(reading, change_.prompt.wishes[k].only("shape", "color"))
+        same = oracle.find(reading, change_.prompt.requests[k].only("shape", "color"))
         ious.append(0.0 if same is None else iou(toy.mask, same.mask))  # type: ignore[union-attr]
     return success, float(np.mean(ious)), background
 
 
 def _at(change_: Change) -> int | None:
-    """The changed toy's place among the wishes."""
-    named = [p.object for p in change_.prompt.told.phrases if p.object is not None]
+    """The changed toy's place among the requests."""
+    named = [p.object for p in change_.prompt.caption.phrases if p.object is not None]
     return None if change_.toy is None else named.index(change_.toy)
 
 
@@ -338,16 +338,16 @@ def reweighted(name: str, context: Context) -> list[Row]:
     """A colour word turned up and down."""
     model, eye = common.load(context, name), common.judge_of(context)
     several = [p for p in common.prompts("test", REPORT + 2, context.count(200, 24), 1, "plain")]
-    asked = [p for p in several if p.wishes[0].color not in ("white", "black")][: context.count(120, 8)]
+    asked = [p for p in several if p.requests[0].color not in ("white", "black")][: context.count(120, 8)]
     correlations: list[float] = []
     shown: list[list[Tensor]] = []
     for start, chunk in context.batches(asked, 20, f"{name}, reweighting"):
         for i, prompt in enumerate(chunk):
             settings = {"seed": REPORT + start + i, "steps": STEPS}
-            word = prompt.wishes[0].color or ""
+            word = prompt.requests[0].color or ""
             recorder = recorder_for(model, cross_replace=[1.0])
             before = generate(model, prompt.text, interventions=recorder, **settings).pixels.clamp(-1, 1)
-            toy = oracle.find(eye.read(before)[0], prompt.wishes[0].only("shape", "color"))
+            toy = oracle.find(eye.read(before)[0], prompt.requests[0].only("shape", "color"))
             if toy is None:
                 continue
             row = []

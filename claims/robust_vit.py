@@ -14,7 +14,7 @@ from claims import common
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from sfumato import sheets
-from sfumato.explain import heat
+from sfumato.explain import heat_overlays
 from sfumato.metrics import segmentation, stats
 from sfumato.models.readers import load_reader
 from sfumato.relevance.lrp import lrp, on_grid
@@ -137,7 +137,7 @@ def shifted(context: Context) -> list[Row]:
         theirs = before[split] if other is None else np.mean(after[other][split], 0)
         return stats.paired_difference(ours.astype(float), theirs.astype(float))
 
-    def told(split: str, kind: str) -> str:
+    def in_words(split: str, kind: str) -> str:
         each = [float(np.mean(one)) for one in after[kind][split]]
         return f"{kind} {100 * np.mean(each):.1f} % ({', '.join(f'{100 * one:.1f}' for one in each)})"
 
@@ -174,11 +174,11 @@ def shifted(context: Context) -> list[Row]:
                 claim=f"{SPLITS[split]}: accuracy {bar}",
                 source=SOURCE,
                 measured=(
-                    f"{told(split, 'robust')}; over before {gain(split, 'robust').text(percent=True)}, over plain"
+                    f"{in_words(split, 'robust')}; over before {gain(split, 'robust').text(percent=True)}, over plain"
                     f" {gain(split, 'robust', 'plain').text(percent=True)}"
                 ),
                 baseline=f"before {own.text(percent=True)}; "
-                + "; ".join(told(split, kind) for kind in KINDS if kind != "robust"),
+                + "; ".join(in_words(split, kind) for kind in KINDS if kind != "robust"),
                 bars=bars(split),
                 headline=split == "shuffled",
                 n=400,
@@ -201,7 +201,7 @@ def shifted(context: Context) -> list[Row]:
                 f"masks by relevance over plain {free.text(percent=True)}; right masks over those of other pictures"
                 f" {bad.text(percent=True)}"
             ),
-            baseline=told("shuffled", "robust, masks of other pictures"),
+            baseline=in_words("shuffled", "robust, masks of other pictures"),
             bars=[
                 Bar(
                     free,
@@ -301,7 +301,7 @@ def picture(context: Context) -> str:
         maps = relevance_maps(model, pictures, labels)[0].detach()
         maps = F.interpolate(maps[:, None], (128, 128), mode="bilinear", align_corners=False)[:, 0]
         for image, one, word in zip(images, maps, said.tolist(), strict=True):
-            tiles.append((f"{name}: {SHAPES[word]}", heat.overlay(image, segmentation.normalise(one))))
+            tiles.append((f"{name}: {SHAPES[word]}", heat_overlays.overlay(image, segmentation.normalise(one))))
     return context.save("robust-vit.png", sheets.sheet(tiles, columns=len(images)))
 
 

@@ -56,8 +56,8 @@ def stretched(x: Tensor, centre: tuple[float, float], factors: tuple[float, floa
 
 
 def cases(split: str, seed: int, n: int, side: int) -> list[Case]:
-    """``n`` pictures of a toy that is pulled long or wide, each with another colour for it; the wish leaves the shape
-    free, which the judge has only seen as it is by nature."""
+    """``n`` pictures of a toy that is pulled long or wide, each with another colour for it; the request leaves the
+    shape free, which the judge has only seen unstretched."""
     found: list[Case] = []
     index = 0
     while len(found) < n:
@@ -77,7 +77,7 @@ def cases(split: str, seed: int, n: int, side: int) -> list[Case]:
             torch.where(mask, stretched(image, (xs, ys), factors), frames.image[2]) for image in frames.image[:2]
         )
         one = blend.case(scene, other, frames)
-        found.append(replace(one, picture=picture, truth=truth, mask=mask, wish=one.wish.only("color")))
+        found.append(replace(one, picture=picture, truth=truth, mask=mask, request=one.request.only("color")))
     return found
 
 
@@ -300,7 +300,7 @@ def from_noise(name: str, context: Context) -> list[Row]:
     rows = {"silhouette": [common.heat(one.mask.float()) for one in asked[: blend.SHOWN]]}
     for arm, says in (("plain", "plain"), ("shape-guided", "shape-guided")):
         rows[says] = [one.picture for one in found[arm][: blend.SHOWN]]
-    sheet = common.beside(rows, [one.toy_after for one in asked[: blend.SHOWN]])
+    sheet = common.side_by_side(rows, [one.toy_after for one in asked[: blend.SHOWN]])
     shown = {
         "leans_on": common.trust_text(context, "color"),
         "picture": context.save(f"shape-guided-{name}-noise.png", sheet),

@@ -77,7 +77,7 @@ def trained(context: Context) -> list[Row]:
         st.plot({**dict(list(tables.items())[:2]), "untrained": tables[f"{NETS[0]}/step_000000"]}),
     )
 
-    def told(each: dict[str, stats.Interval]) -> str:
+    def in_words(each: dict[str, stats.Interval]) -> str:
         return f"shape {each['shape'].text()}, texture {each['texture'].text()}"
 
     n = tables[NETS[0]].layers[LAST].n
@@ -90,8 +90,9 @@ def trained(context: Context) -> list[Row]:
             claim="last stage: the net trained on shapes under any texture scores 0.10 more for shape, the net trained"
             " where texture gives the label away 0.10 more for texture",
             source=f"{SOURCE}, table 1 (trained on ordinary and on stylised pictures)",
-            measured=f"toy-cnn {told(unbiased)}; toy-cnn-texture {told(biased)}; in percent of units {percents}",
-            baseline=f"untrained {told(raw)}",
+            measured=f"toy-cnn {in_words(unbiased)}; toy-cnn-texture {in_words(biased)}; "
+            f"in percent of units {percents}",
+            baseline=f"untrained {in_words(raw)}",
             bars=[Bar(gap, 0.0, 1.0, at_least=0.1, above=0.0, what=f) for f, gap in gaps.items()],
             headline=True,
             n=n,
@@ -246,7 +247,7 @@ def silencing(context: Context) -> list[Row]:
 
 
 def _without(net: Any, units: list[int], pixels: Tensor) -> np.ndarray:
-    with st.silenced(net, SILENCED, units):
+    with st.ablated(net, SILENCED, units):
         return decisions(net, pixels)
 
 
@@ -288,7 +289,7 @@ def read_outs(context: Context) -> list[Row]:
     own = {task: [row[best[task]] for row in rows] for task, rows in got[NETS[0]].items()}
     gap = stats.mean([a - b for a, b in zip(own["binary"], own["semantic"], strict=True)])
 
-    def told(name: str) -> str:
+    def in_words(name: str) -> str:
         return "; ".join(f"{task} {', '.join(f'{v:.2f}' for v in values)}" for task, values in means[name].items())
 
     return [
@@ -296,8 +297,8 @@ def read_outs(context: Context) -> list[Row]:
             claim="toy-cnn: where things are can be read from frozen maps better than what they are: the best stage's"
             " mIoU, above chance, is 0.10 higher for foreground than for shape classes",
             source=f"{SOURCE}, section 4 (encoding shape does not imply localised semantic information)",
-            measured=f"{gap.text()} higher; stages 1 to 4: {told(NETS[0])}",
-            baseline=f"untrained: {told(names[2])}. toy-cnn-texture: {told(NETS[1])}",
+            measured=f"{gap.text()} higher; stages 1 to 4: {in_words(NETS[0])}",
+            baseline=f"untrained: {in_words(names[2])}. toy-cnn-texture: {in_words(NETS[1])}",
             bars=[Bar(gap, 0.0, float(np.mean(own["binary"])), at_least=0.1, above=0.0)],
             n=draws,
             leans_on=f"exact masks of scenes of two and three toys; one-layer heads; {draws} draws of {learn} scenes;"

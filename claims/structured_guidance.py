@@ -74,8 +74,8 @@ class Contamination(Intervention):
 
 
 def turned(prompt: Prompt) -> Prompt:
-    """The same wishes with the phrases in the opposite order."""
-    *most, last = [phrase.text for phrase in prompt.told.phrases if phrase.object is not None][::-1]
+    """The same requests with the phrases in the opposite order."""
+    *most, last = [phrase.text for phrase in prompt.caption.phrases if phrase.object is not None][::-1]
     return replace(prompt, text=f"{', '.join(most)} and {last}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from claims import common
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
-from sfumato import masks
+from sfumato import mask_ops
 from sfumato.edit import text_to_segmentation as t2s
 from sfumato.metrics import segmentation, stats
 from sfumato.toybox import render
@@ -89,12 +89,12 @@ def scored(context: Context, concept: str, toys: int | None) -> Scored:
 
     maps = t2s.weak_maps(reader, test, shown, concept, p.levels, p.window, seed=REPORT)
     rough = t2s.rough_masks(maps, THRESHOLD)
-    hole = torch.stack([masks.dilate(each.float(), round(p.grow * side)) > 0.5 for each in rough])
+    hole = torch.stack([mask_ops.dilate(each.float(), round(p.grow * side)) > 0.5 for each in rough])
     removed = system.removed(remover, test, hole, concept, seed=REPORT)
     level = segmentation.normalise(maps)
     got = {
         "fixed": level >= 0.5,
-        "otsu": torch.stack([each > masks.otsu_threshold(each) for each in level]),
+        "otsu": torch.stack([each > mask_ops.otsu_threshold(each) for each in level]),
         "rough": rough,
         "refined": t2s.refined_masks(test, removed, hole),
         "final": found.segmenter.masks(test),

@@ -12,7 +12,7 @@ from claims import children, common, subjects
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from claims.subjects import Arm
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.teach.textual_inversion import TextualInversion
 from sfumato.text.placeholders import placeholders
 from sfumato.toybox import Secret
@@ -89,7 +89,7 @@ def arms(context: Context, name: str) -> list[dict[str, Arm]]:
     return context.once(f"{name} arms", made)
 
 
-def told(found: Sequence[dict[str, Arm]], value: str) -> str:
+def in_words(found: Sequence[dict[str, Arm]], value: str) -> str:
     """A figure of every arm, mean over secrets."""
     return ", ".join(
         f"{arm} {np.nanmean([getattr(each[arm], value) for each in found]):.2f}" for arm in (*ARMS, "renders")
@@ -122,11 +122,11 @@ def measured(context: Context, name: str) -> list[Row]:
             baseline=f"nearest name {np.median(plain):.1f} degrees", picture=picture, headline=True,
             bars=[Bar(error, null=1.0, ideal=0.0, at_most=1 / 3, what="error over the nearest name's")], **shared),
         Row(claim=f"{name}: toys between the words (type A): 60 % of the gap from the best prompt to renders is closed",
-            measured=gap.text(), baseline=told(a, "identity"),
+            measured=gap.text(), baseline=in_words(a, "identity"),
             bars=[Bar(gap, null=0.0, ideal=1.0, at_least=0.6, what="gap closed")], **shared),
         Row(claim=f"{name}: scenes are obeyed 0.9 times as often as with the nearest word, those with grounds that it "
             "was never taught with too", measured=f"{kept['ground'].text()}, unseen {kept['unseen'].text()}",
-            baseline=f"grounds: {told(found, 'ground')}",
+            baseline=f"grounds: {in_words(found, 'ground')}",
             bars=[Bar(each, null=0.2, ideal=1.0, at_least=0.9, what=value) for value, each in kept.items()], **shared),
         Row(claim=f"{name}: four vectors look more alike and obey less than one",
             measured=f"identity {more.text()}, obedience lost {deaf.text()}", baseline="no difference",

@@ -187,7 +187,7 @@ def choose_guidance(context: Context, name: str) -> float:
         for guidance in candidates:
             texts = [prompt.text for prompt in asked]
             pixels = common.generate(context, model, texts, TUNE, f"{name}, guidance {guidance}", guidance)
-            checks = [oracle.check(r, p.wishes) for r, p in zip(eye.read(pixels), asked, strict=True)]
+            checks = [oracle.check(r, p.requests) for r, p in zip(eye.read(pixels), asked, strict=True)]
             rights.append(sum(check.all_bound for check in checks))
             context.report(f"  {name}: guidance {guidance}: {rights[-1]} of {len(asked)} right")
         return candidates[max(range(len(candidates)), key=rights.__getitem__)]
@@ -211,10 +211,12 @@ def generator(name: str, context: Context) -> list[Row]:
         texts = [prompt.text for prompt in asked]
         pixels = common.generate(context, model, texts, seed + 7, f"{name}, {toys} toys", guidance)
         readings = eye.read(pixels)
-        wishes = [prompt.wishes for prompt in asked]
-        got = oracle.rates([oracle.check(r, w) for r, w in zip(readings, wishes, strict=True)])
-        # the same pictures against the wishes of the next prompt
-        shuffled = oracle.rates([oracle.check(r, w) for r, w in zip(readings, wishes[1:] + wishes[:1], strict=True)])
+        requests = [prompt.requests for prompt in asked]
+        got = oracle.rates([oracle.check(r, w) for r, w in zip(readings, requests, strict=True)])
+        # the same pictures against the requests of the next prompt
+        shuffled = oracle.rates(
+            [oracle.check(r, w) for r, w in zip(readings, requests[1:] + requests[:1], strict=True)]
+        )
         other = shuffled.all_bound.value
         bound = "all toys there in their colours"
         counted = Bar(got.counted, 1 / 3, 1.0, at_least=0.88, what="right number of toys")

@@ -56,12 +56,12 @@ def families(page: Path) -> str:
 
 def pipelines(page: Path) -> str:
     """Pipeline classes that are loaded as another one, and those of the known families' kin that are not served."""
-    from sfumato.models.families import UNSERVED, siblings
+    from sfumato.models.families import UNSUPPORTED, siblings
 
     rows: dict[tuple[str, str], list[str]] = {}
     for name, (base, lost) in sorted(siblings().items()):
         rows.setdefault((f"`{base}`", lost), []).append(f"`{name}`")
-    for name, reason in sorted(UNSERVED.items()):
+    for name, reason in sorted(UNSUPPORTED.items()):
         rows.setdefault(("none", reason), []).append(f"`{name}`")
     return _table(
         ("pipeline class", "loaded as", "what is not followed, or why not"),

@@ -13,14 +13,14 @@ import torch
 from PIL import Image, ImageDraw
 
 import sfumato
-from sfumato import files, masks
+from sfumato import files, mask_ops, masks
 from sfumato.adapters.formats import read_contents
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
-from sfumato.explain import heat
+from sfumato.explain import heat_overlays
 from sfumato.explain.concept_attention import ConceptAttention
 from sfumato.explain.conceptor import decompose
 from sfumato.explain.conceptor.word_cloud import word_cloud
@@ -31,7 +31,7 @@ from sfumato.explain.shape_texture import ShapeTexture, plot
 from sfumato.metrics import segmentation
 from sfumato.metrics.segmentation import normalise
 from sfumato.models.readers import load_net, load_reader
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 from sfumato.sheets import lettering, sheet
 from sfumato.steer.clip_guidance import ClipGuidance
 from sfumato.steer.mgad import MGAD
@@ -262,7 +262,7 @@ def _masked(mask: torch.Tensor) -> torch.Tensor:
 def blend() -> Image.Image:
     """A render, the region, and four pictures in which only the region was drawn anew."""
     _, image, mask = _toy()
-    region = masks.dilate(mask, 2)
+    region = mask_ops.dilate(mask, 2)
     made = sfumato.make(
         "a blue cube on the grass", image=image, strength=1.0, n=4, scheduler="ddim", with_=[Blend(mask=region)]
     )
@@ -380,7 +380,7 @@ def composition_edit() -> Image.Image:
     where = DAAM(words=["red cube"])
     made = sfumato.make(old, seed=3, with_=[where])
     found = where.maps[0].mask("red cube", 0.5).float()
-    mask = Image.fromarray((masks.dilate(found, 4) * 255).byte().numpy())
+    mask = Image.fromarray((mask_ops.dilate(found, 4) * 255).byte().numpy())
     look = DAAM(words=["green cube"])
     with tempfile.TemporaryDirectory() as folder:
         path = files.save_png(Path(folder) / "toys.png", made.images[0], made.recipe)
@@ -552,7 +552,10 @@ def robust_vit() -> Image.Image:
         for i, one, word in zip(own, maps, said, strict=True):
             wide = torch.nn.functional.interpolate(one[None, None], (160, 160), mode="bilinear")[0, 0]
             tiles.append(
-                (f"says {SHAPES[word]}", heat.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide)))
+                (
+                    f"says {SHAPES[word]}",
+                    heat_overlays.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide)),
+                )
             )
     return sheet(tiles, columns=len(own))
 

@@ -100,8 +100,8 @@ def test_the_collector_is_as_before() -> None:
 def test_a_postponed_module_runs_when_it_is_used() -> None:
     code = """
 import json, sys
-from sfumato.startup import postpone
-postpone("colorsys", "no_such_module", "xml.dom")
+from sfumato.startup import import_on_use
+import_on_use("colorsys", "no_such_module", "xml.dom")
 import colorsys, colorsys as again
 import xml.dom.minidom
 early = hasattr(type(colorsys), "__getattr__"), "ONE_THIRD" in vars(colorsys)

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.files import read_picture, read_recipe, save_png
-from sfumato.writing import free_name, output_folder, replacing, slug
+from sfumato.writing import atomic_write, free_name, output_folder, slug
 
 RECIPE = {
     "sfumato": "0.1.0",
@@ -140,7 +140,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with pytest.raises(type(error)):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(b"half")
             raise error
     assert os.listdir(tmp_path) == ["a.bin"] and path.read_bytes() == b"old"

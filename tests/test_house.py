@@ -105,7 +105,7 @@ def test_systems_do_not_change_their_own_role_or_parameters():
 
 
 #: what looks at a clock, and why: to stop after minutes, to tell, to save in between
-CLOCKS = {"app/cli/show.py", "app/lines.py", "bench/survey.py", "training/runs.py", "training/trainer.py"}
+CLOCKS = {"app/cli/show.py", "app/prompts_file.py", "bench/survey.py", "training/runs.py", "training/trainer.py"}
 
 
 def test_no_number_depends_on_the_clock():

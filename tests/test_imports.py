@@ -25,7 +25,7 @@ FLOORS = [
     {"files", "cards", "protocol", "scale"},
     {"clips", "checkpoints"},
     {"metrics"},
-    {"toybox"},
+    {"toybox", "mask_ops"},
     {"models", "masks"},
     {"attention", "text", "hspace"},
     {"relevance"},

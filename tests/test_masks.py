@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy import ndimage, optimize
 
-from sfumato import masks
+from sfumato import mask_ops, masks
 from sfumato.cards import Params
 from sfumato.errors import BadInput, NoMatch
 
@@ -191,21 +191,21 @@ def test_area_is_the_mean_over_each_cell(grid):
     n, m = np.lcm(12, grid[0]), np.lcm(20, grid[1])
     fine = mask.double().repeat_interleave(n // 12, 0).repeat_interleave(m // 20, 1)
     expected = fine.reshape(grid[0], n // grid[0], grid[1], m // grid[1]).mean((1, 3)).float()
-    torch.testing.assert_close(masks.area(mask, grid), expected)
-    torch.testing.assert_close(masks.area(mask, grid).mean(), mask.mean())
+    torch.testing.assert_close(mask_ops.area(mask, grid), expected)
+    torch.testing.assert_close(mask_ops.area(mask, grid).mean(), mask.mean())
 
 
 def test_cells_belong_from_half_their_area_on_and_thin_masks_do_not_vanish():
     mask = torch.zeros(8, 8)
     mask[:, :5] = 1
-    assert masks.on_grid(mask, (2, 2)).tolist() == [[1, 0], [1, 0]]
-    assert masks.on_grid(mask, (2, 2), level=0.25).tolist() == [[1, 1], [1, 1]]
-    assert masks.on_grid(mask, (2, 2), soft=True).tolist() == [[1, 0.25], [1, 0.25]]
+    assert mask_ops.on_grid(mask, (2, 2)).tolist() == [[1, 0], [1, 0]]
+    assert mask_ops.on_grid(mask, (2, 2), level=0.25).tolist() == [[1, 1], [1, 1]]
+    assert mask_ops.on_grid(mask, (2, 2), soft=True).tolist() == [[1, 0.25], [1, 0.25]]
     line = torch.zeros(2, 16, 16)
     line[0, :, 3] = 1
-    thin = masks.on_grid(line, (4, 4))
+    thin = mask_ops.on_grid(line, (4, 4))
     assert thin[0, :, 0].tolist() == [1, 1, 1, 1] and thin.sum() == 4
-    assert masks.on_grid(torch.ones(4, 4), (2, 2)).min() == 1
+    assert mask_ops.on_grid(torch.ones(4, 4), (2, 2)).min() == 1
 
 
 @pytest.mark.parametrize("cells", [1, 2])
@@ -213,21 +213,21 @@ def test_growing_shrinking_closing_and_filling_like_scipy(cells):
     blobs = ndimage.gaussian_filter(RNG.random((30, 40)), 1.2) > 0.5
     mask = torch.from_numpy(blobs.astype(np.float32))
     square = np.ones((2 * cells + 1,) * 2, bool)
-    assert same(masks.dilate(mask, cells), ndimage.binary_dilation(blobs, square))
-    assert same(masks.dilate(mask, -cells), ndimage.binary_erosion(blobs, square, border_value=1))
+    assert same(mask_ops.dilate(mask, cells), ndimage.binary_dilation(blobs, square))
+    assert same(mask_ops.dilate(mask, -cells), ndimage.binary_erosion(blobs, square, border_value=1))
     closed = ndimage.binary_erosion(ndimage.binary_dilation(blobs, square), square, border_value=1)
-    assert same(masks.close(mask, cells), closed)
+    assert same(mask_ops.close(mask, cells), closed)
     soft = torch.from_numpy(RNG.random((9, 11)).astype(np.float32))
     grown = ndimage.grey_dilation(soft.numpy(), size=square.shape, mode="nearest")
-    assert same(masks.dilate(soft, cells), grown) and masks.dilate(soft, 0) is soft
+    assert same(mask_ops.dilate(soft, cells), grown) and mask_ops.dilate(soft, 0) is soft
 
 
 def test_holes_are_filled():
     ring = torch.ones(7, 7)
     ring[2:5, 2:5] = 0
-    assert masks.fill_holes(ring).min() == 1
+    assert mask_ops.fill_holes(ring).min() == 1
     ring[0:3, 3] = 0  # now it is open
-    assert torch.equal(masks.fill_holes(ring), ring)
+    assert torch.equal(mask_ops.fill_holes(ring), ring)
 
 
 def test_feathers_fall_in_a_straight_line():
@@ -235,8 +235,8 @@ def test_feathers_fall_in_a_straight_line():
     on = np.argwhere(SHAPE)
     away = np.array([[np.hypot(*(on - (y, x)).T).min() for x in range(20)] for y in range(12)])
     expected = torch.from_numpy(np.clip(1 - away / 3, 0, 1).astype(np.float32))
-    torch.testing.assert_close(masks.feather(mask, 3), expected)
-    assert torch.equal(masks.feather(mask, 0), mask) and masks.feather(mask * 0, 3).max() == 0
+    torch.testing.assert_close(mask_ops.feather(mask, 3), expected)
+    assert torch.equal(mask_ops.feather(mask, 0), mask) and mask_ops.feather(mask * 0, 3).max() == 0
 
 
 # --- thresholds ------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_mixture_threshold_is_that_of_the_likeliest_mixture():
         return -np.log(sum(parts)).mean()
 
     best = optimize.minimize(unlikely, [0.5, 0.1, -3, 0.7, -2], method="Nelder-Mead", options={"maxiter": 4000})
-    found = masks.mixture_threshold(torch.from_numpy(x).reshape(10, 100))
+    found = mask_ops.mixture_threshold(torch.from_numpy(x).reshape(10, 100))
     assert found == pytest.approx((best.x[1] + best.x[3]) / 2, abs=2e-3)
 
 
@@ -265,12 +265,12 @@ def test_otsu_parts_best_of_all_thresholds():
         parts = [x[x < threshold], x[x >= threshold]]
         return sum(len(part) * part.var(unbiased=False).item() for part in parts if len(part))
 
-    found = masks.otsu_threshold(x)
+    found = mask_ops.otsu_threshold(x)
     assert within(found) <= min(within(t) for t in np.linspace(0.5, 4.5, 400)) * 1.002
     with pytest.raises(NoMatch, match="everywhere"):
-        masks.mixture_threshold(torch.full((4, 4), 2.0))
+        mask_ops.mixture_threshold(torch.full((4, 4), 2.0))
 
 
 def test_two_values_are_parted_between_them():
     x = torch.tensor([0.0] * 50 + [1.0] * 3)
-    assert 0 < masks.mixture_threshold(x) < 1
+    assert 0 < mask_ops.mixture_threshold(x) < 1

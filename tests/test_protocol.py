@@ -58,9 +58,9 @@ def test_verbs_of_systems(key, verbs):
     assert set(protocol.serves(cards.method(key))) == verbs
 
 
-@pytest.mark.parametrize("wish", ["explain", "edit", "edit mask", "segment", "teach", "judge"])
-def test_every_wish_has_one_default(wish):
-    assert [key for key, card in cards.methods().items() if wish in card.default_for] == [cards.default(wish)]
+@pytest.mark.parametrize("task", ["explain", "edit", "edit mask", "segment", "teach", "judge"])
+def test_every_task_has_one_default(task):
+    assert [key for key, card in cards.methods().items() if task in card.default_for] == [cards.default(task)]
 
 
 def test_an_unknown_task_is_refused():

@@ -33,7 +33,7 @@ def save_clip(
     path: Path | str, frames: np.ndarray, recipe: dict[str, Any], fps: float = FPS, new: bool = False
 ) -> Path:
     """Write ``frames`` (f h w 3) uint8 with their recipe to ``path``, whole or not at all; the suffix names the format,
-    ``new`` as for :func:`.writing.replacing`.
+    ``new`` as for :func:`.writing.atomic_write`.
 
     Raises BadInput for another suffix, frames of another kind, or a speed that the format does not know. OSError where
     it cannot be written.
@@ -50,7 +50,7 @@ def save_clip(
         raise BadInput(f"fps is {fps:g}; {path.suffix[1:]} takes above 0 and up to {fastest:g}.")
     encoded = io.BytesIO()
     write(encoded, frames, files.recipe_text(recipe), recipe, fps)
-    with writing.replacing(path, new) as file:
+    with writing.atomic_write(path, new) as file:
         file.write(encoded.getbuffer())
     return path
 

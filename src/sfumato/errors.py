@@ -72,7 +72,7 @@ class NotFinite(SfumatoError):
 
 
 class NotAllowed(BadInput):
-    """A stranger's recipe names files of this computer that its reader has not allowed it to open."""
+    """An untrusted recipe names files of this computer that its reader has not allowed it to open."""
 
 
 class OutOfMemory(SfumatoError, MemoryError):
@@ -90,7 +90,7 @@ _NO_MEMORY = (
 )
 
 
-def no_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, whatever library it comes from."""
     if (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -105,7 +105,7 @@ def within_memory(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, SfumatoError) or not no_memory(error):
+        if isinstance(error, SfumatoError) or not is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold the memory
         raise OutOfMemory(f"{what} does not fit into memory: {remedy}.") from None

@@ -3,7 +3,7 @@
 A picture's recipe travels in two text chunks of the PNG: ``sfumato`` (our JSON, exact) and ``parameters`` (the dialect
 of AUTOMATIC1111's web UI, which other tools read). Clips (:mod:`sfumato.clips`) have no such chunks: there our JSON
 stands in the comment of an MP4 or GIF and in the EXIF description of a WebP, and A1111's text in the WebP's EXIF
-comment. What is read back is data from a stranger: sizes are limited, nothing is executed, and every value passes the
+comment. What is read back is untrusted data: sizes are limited, nothing is executed, and every value passes the
 same checks as one typed by hand.
 """
 
@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from sfumato import valid
 from sfumato.dialects import a1111_text, parse_a1111, parse_comfy, parse_json
 from sfumato.errors import BadInput
-from sfumato.writing import VIDEOS, replacing
+from sfumato.writing import VIDEOS, atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,7 +43,7 @@ ROUNDING = 1e-3  # by which floats of a picture may leave [0, 1]: half precision
 
 
 def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any], new: bool = False) -> Path:
-    """Write ``image`` with its recipe to ``path``, whole or not at all; ``new`` as for :func:`replacing`.
+    """Write ``image`` with its recipe to ``path``, whole or not at all; ``new`` as for :func:`atomic_write`.
 
     ``recipe`` holds plain JSON values; :func:`.dialects.a1111_text` says which keys A1111's dialect has a word for.
     """
@@ -54,7 +54,7 @@ def save_png(path: Path | str, image: Image.Image, recipe: dict[str, Any], new: 
     chunks.add_itxt(A1111_CHUNK, valid.shown(a1111_text(recipe)))
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=chunks)
-    with replacing(path, new) as file:
+    with atomic_write(path, new) as file:
         file.write(encoded.getbuffer())
     return Path(path)
 
@@ -81,7 +81,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict
     """Write tensors and what is to be known about them to one safetensors file, whole or not at all. Raises OSError."""
     import safetensors.torch
 
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.torch.save({name: each.contiguous() for name, each in tensors.items()}, metadata))
     return Path(path)
 
@@ -282,7 +282,7 @@ def _texts_of_video(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def opened_video(path: Path) -> Iterator[Any]:
-    """A stranger's video, open (an ``av`` container); what is wrong about it is said in one line. Raises BadInput,
+    """An untrusted video, open (an ``av`` container); what is wrong about it is said in one line. Raises BadInput,
     OSError when it cannot be opened."""
     import av
 
@@ -297,7 +297,7 @@ def opened_video(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened_picture(path: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A stranger's picture, open, with whatever is wrong about it said in one line. Raises BadInput, OSError when it
+    """An untrusted picture, open, with whatever is wrong about it said in one line. Raises BadInput, OSError when it
     cannot be opened."""
     from PIL import Image, UnidentifiedImageError
 

@@ -59,7 +59,7 @@ class Store:
         """The array ``name``, whose rows are made when they are read."""
         return StoredRows(self, name)
 
-    def want(self, rows: np.ndarray) -> None:
+    def ensure(self, rows: np.ndarray) -> None:
         """Makes what is missing of ``rows``."""
         if self._made is None or not self.missing[rows].any():
             return
@@ -88,7 +88,7 @@ class Store:
     def fill(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Makes all that is missing, in order."""
         while self._made is not None:
-            self.want(np.flatnonzero(self.missing)[:PART])
+            self.ensure(np.flatnonzero(self.missing)[:PART])
             if on_progress:
                 on_progress(self.n - int(self.missing.sum()), self.n)
 
@@ -134,7 +134,7 @@ class StoredRows:
 
     def __getitem__(self, at: Any) -> np.ndarray:
         first = at[0] if isinstance(at, tuple) else at
-        self.store.want(np.atleast_1d(np.arange(len(self))[first]))
+        self.store.ensure(np.atleast_1d(np.arange(len(self))[first]))
         return self.store.arrays[self.name][at]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

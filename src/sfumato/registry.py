@@ -19,7 +19,7 @@ from typing import Any
 
 from sfumato import valid
 from sfumato.errors import BadInput, BadWeights, UnknownName
-from sfumato.writing import copy_tree, new_folder, only_folder
+from sfumato.writing import atomic_folder, copy_tree, only_folder
 
 _HERE = Path(__file__).parent / "zoo"
 CARD = "sfumato.json"
@@ -133,7 +133,7 @@ def export(name: str, target: Path) -> Path:
     """
     source, target = _known(name), only_folder(target, "the files of a model")
     try:
-        with new_folder(target) as beside:
+        with atomic_folder(target) as beside:
             copy_tree(source, beside)
             shared = _base(source).get("parts", {})
             for each in shared:

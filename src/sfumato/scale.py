@@ -114,7 +114,7 @@ class Workers:
         return n
 
     def _receive(self, n: int) -> Any:
-        """The answer to item n. Those before it that nobody waits for any more are passed over."""
+        """The answer to item n. Those before it that are no longer waited for are skipped."""
         import ray
 
         while True:

@@ -39,7 +39,7 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def leave_quickly() -> None:
+def skip_final_collection() -> None:
     """To be called last of all: what is left is not looked through for garbage any more when the interpreter ends."""
     gc.freeze()
 
@@ -77,7 +77,7 @@ class _Postponing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__class__ = _Postponed
 
 
-def postpone(*names: str) -> None:
+def import_on_use(*names: str) -> None:
     """From now on modules of these names run when they are first used, not when they are imported: what libraries
     import for a case that seldom comes. For programs, not for libraries."""
     sys.meta_path.insert(0, _Postponing(names))

@@ -53,7 +53,7 @@ def shown(given: Any) -> str:
 
 def wrong(value: Any, most: int = MOST, names: bool = False, _depth: int = 0) -> str:
     """What is wrong with a value from outside, in a few words; empty where nothing is. Lists and mappings are looked
-    through; objects of other kinds (pictures, arrays) are nobody's business here. ``names``: texts may be names of
+    through; objects of other kinds (pictures, arrays) are not checked here. ``names``: texts may be names of
     files, which need not be valid text."""
     if isinstance(value, str):
         return _wrong_text(value, names)

@@ -1,7 +1,7 @@
 """Files and folders that are whole or absent, by one process at a time.
 
 What is written lies beside its place under a name of its own (``.NAME.XXXXXXXX.partial``) until it is whole, and is
-locked while somebody writes it: whatever a killed process left behind is told from what is being written now by its
+locked while somebody writes it: whatever a killed process left behind is known from what is being written by its
 lock alone, and is taken away by the next one that writes there.
 """
 
@@ -28,18 +28,18 @@ __all__ = [
     "copy_tree",
     "create",
     "free_name",
-    "names_file",
-    "new_folder",
+    "is_file_name",
+    "atomic_folder",
     "numbered",
     "only_folder",
     "output",
     "output_folder",
-    "replacing",
+    "atomic_write",
     "refuse_filled",
     "rereadable",
     "reserved",
     "slug",
-    "sweep",
+    "remove_partial",
 ]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -83,7 +83,7 @@ def _made_file(path: Path) -> None:
     path.open("xb").close()
 
 
-def sweep(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
     """Takes away what killed processes have left half-written in ``folder``."""
     if not folder.is_dir():
         return
@@ -100,7 +100,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
     """A binary file written beside ``path`` and renamed onto it at the end; after any failure nothing is left.
 
     ``new``: never in the place of a file that is there, also if another process has put it there in the meantime.
@@ -135,7 +135,7 @@ def _put_new(beside: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
     """A folder filled beside ``target`` and renamed to it at the end; after any failure nothing is left. ``target`` may
     be an empty folder, or with ``replace`` any.
 
@@ -146,7 +146,7 @@ def new_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
     if not replace:
         refuse_filled(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
+    remove_partial(target.parent)
     with _beside(target, Path.mkdir) as beside:
         yield beside
         if replace:
@@ -223,7 +223,7 @@ def output_folder(path: Path | str) -> Iterator[Path]:
                 pass
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        sweep(path)
+        remove_partial(path)
         yield path
     finally:
         with contextlib.suppress(OSError):  # not empty, or never made
@@ -238,14 +238,14 @@ def output(out: Path, endings: tuple[str, ...] = (".png",)) -> Iterator[tuple[Pa
 
     Raises BadInput for the name of a file that has none of the ``endings``; otherwise as :func:`output_folder`.
     """
-    named = names_file(out)
+    named = is_file_name(out)
     if named and out.suffix.lower() not in endings:
         raise BadInput(f"-o is {out.name!r}, but what is made here ends in {' or '.join(endings)}; name such a file.")
     with output_folder(out.parent if named else out) as folder:
         yield folder, out if named else None
 
 
-def names_file(out: Path) -> bool:
+def is_file_name(out: Path) -> bool:
     """Whether a path is meant as the name of a file: it ends like a picture, a clip or another kind of file, and there
     is no such folder."""
     return out.suffix.lower() in (*PICTURES, *VIDEOS, *_OTHERS) and not out.is_dir()
@@ -253,7 +253,7 @@ def names_file(out: Path) -> bool:
 
 def only_folder(out: Path | str, what: str) -> Path:
     """``out`` where only a folder will do. Raises BadInput for the name of a file: ``what`` is written."""
-    if names_file(Path(out)):
+    if is_file_name(Path(out)):
         raise BadInput(f"-o is {Path(out).name!r}, the name of a file, but {what} fill a folder; name one.")
     return Path(out)
 
@@ -275,7 +275,7 @@ def free_name(folder: Path, stem: str, suffix: str = ".png") -> Path:
 def create(folder: Path, stem: str, suffix: str, write: Callable[[Path, bool], Path], at: Path | None = None) -> Path:
     """A file at the name that was given, ``at``, or else a new one under the first free name. ``write(path, new)``
     writes it, and raises FileExistsError where with ``new`` another process has taken that name in the meantime
-    (:func:`replacing`); the next one is tried then."""
+    (:func:`atomic_write`); the next one is tried then."""
     if at is not None:
         return write(at, False)
     while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.adapters.closed_form import Solver, compressed, independent
+from sfumato.adapters.closed_form import Solver, independent, low_rank
 from sfumato.errors import BadInput
 
 
@@ -60,10 +60,10 @@ def test_compression_keeps_the_largest_directions():
     u, v = torch.linalg.qr(torch.randn(6, 4, generator=g))[0], torch.linalg.qr(torch.randn(5, 4, generator=g))[0]
     change = u @ torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])) @ v.T  # shares 0.4, 0.7, 0.9, 1
     for share, rank in ((0.6, 1), (0.7, 2), (0.95, 3), (1.0, 4), (0.1, 1)):
-        small = compressed(change, share)
+        small = low_rank(change, share)
         assert small.down.shape == (rank, 5), share
-    torch.testing.assert_close(compressed(change, 1.0).up @ compressed(change, 1.0).down, change, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(low_rank(change, 1.0).up @ low_rank(change, 1.0).down, change, rtol=1e-4, atol=1e-5)
     with pytest.raises(BadInput):
-        compressed(change, 0.0)
+        low_rank(change, 0.0)
     with pytest.raises(BadInput, match="must be"):
         Solver(torch.zeros(3, 4), torch.zeros(2, 5))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfumato.adapters.layers import Adapted
+from sfumato.adapters.layers import AdaptedModule
 from sfumato.adapters.lora import LoRA, index_of, save_lora
 from sfumato.cards import build, from_recipe, to_recipe
 from sfumato.errors import BadInput, BadWeights, NoMatch, NotSupported, WorkInterrupted
@@ -140,7 +140,7 @@ def test_peft_layers_train_beside_the_model():
 
     model = tiny_model("sd")
     module = model.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
-    adapted = Adapted(module, Linear(module, "default", LoraConfig(r=2, lora_alpha=2), r=2, lora_alpha=2))
+    adapted = AdaptedModule(module, Linear(module, "default", LoraConfig(r=2, lora_alpha=2), r=2, lora_alpha=2))
     handle = module.register_forward_hook(lambda m, args, out: adapted.added(args[0], out, 1.0))
     module(torch.randn(3, 16)).square().sum().backward()
     handle.remove()

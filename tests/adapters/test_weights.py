@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sfumato.adapters.weight_sets import WeightSets, exchanged, like_own
+from sfumato.adapters.weight_sets import WeightSets, parameter_like, swapped_weights
 from sfumato.adapters.weights import Weights
 from sfumato.errors import BadWeights, Conflict, NoMatch
 from sfumato.sampling import generate
@@ -60,7 +60,7 @@ def test_some_parameters_and_custom_diffusions_names(tmp_path):
     value = torch.randn_like(model.denoiser.get_parameter(path))
     save_file({f"unet.{path}": value}, tmp_path / "a.safetensors")
     save_file({path.replace(".to_k.", ".processor.to_k_custom_diffusion."): value.clone()}, tmp_path / "b.safetensors")
-    with exchanged(model.modules, {"unet": {path: like_own(model.denoiser.get_parameter(path), value)}}):
+    with swapped_weights(model.modules, {"unet": {path: parameter_like(model.denoiser.get_parameter(path), value)}}):
         expected = latents(model)
     for name in ("a", "b"):
         assert torch.equal(latents(model, Weights(file=str(tmp_path / f"{name}.safetensors"))), expected)

@@ -17,7 +17,7 @@ from sfumato.cards import build
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, NotSupported, WorkInterrupted
 from sfumato.explain.daam import DAAM
-from sfumato.models.slot import pseudo_word, text_towers
+from sfumato.models.text_towers import pseudo_word, text_towers
 from sfumato.sampling import generate
 from sfumato.steer.attend_excite import AttendExcite
 from sfumato.text import Words

@@ -114,7 +114,7 @@ def test_toybox_interrupted_leaves_nothing(sfumato, monkeypatch, tmp_path):
 class _Run:
     """What the trainer hands back, without the hours."""
 
-    step, complaints, folder, exported = 40, ["checkpoint 3 was damaged"], "runs/x", "runs/x/export"
+    step, warnings, folder, exported = 40, ["checkpoint 3 was damaged"], "runs/x", "runs/x/export"
 
     def __init__(self, finished, interrupted):
         self.finished, self.interrupted = finished, interrupted

@@ -12,7 +12,7 @@ from PIL import Image
 import sfumato as package
 from docs import generate
 from sfumato import app, cards, protocol
-from sfumato.app.cli import frame
+from sfumato.app.cli import commands
 from sfumato.app.editing import EditOptions, EditResult
 from sfumato.app.explaining import Explanation
 from sfumato.bench.judge import judge_folder
@@ -79,12 +79,12 @@ def test_types_as_they_are_written(annotation, text: str) -> None:
     assert written(annotation) == text
 
 
-@pytest.mark.parametrize("name", frame.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_help_keeps_every_bracket(name: str) -> None:
     from typer.testing import CliRunner
 
-    command = frame.loaded(name)
-    shown = CliRunner().invoke(frame.app, [name, "--help"], env={"COLUMNS": "4000"}).output
+    command = commands.loaded(name)
+    shown = CliRunner().invoke(commands.app, [name, "--help"], env={"COLUMNS": "4000"}).output
     said = [command.help or "", *(getattr(each, "help", None) or "" for each in getattr(command, "params", []))]
     for bracketed in re.findall(r"\S*\\\[[^\]]*\]", " ".join(said)):
         assert bracketed.replace("\\[", "[") in shown
@@ -94,8 +94,8 @@ def test_help_keeps_every_bracket(name: str) -> None:
 def test_options_are_called_alike() -> None:
     """What several commands take has one name, one short form and may be repeated everywhere or nowhere."""
     found: dict[str, set] = {}
-    for name in frame.COMMANDS:
-        for each in getattr(frame.loaded(name), "params", []):
+    for name in commands.COMMANDS:
+        for each in getattr(commands.loaded(name), "params", []):
             for flag in each.opts if each.param_type_name == "option" else ():
                 found.setdefault(flag, set()).add((each.name, tuple(each.opts), each.multiple))
     shared = ("--with", "--by", "--seed", "--scheduler", "--device", "--dtype", "--model", "--steps", "--guidance")
@@ -139,8 +139,8 @@ PRESENT = {
 
 def test_options_are_where_they_mean_something() -> None:
     found: dict[str, set[str]] = {}
-    for name in frame.COMMANDS:
-        for each in getattr(frame.loaded(name), "params", []):
+    for name in commands.COMMANDS:
+        for each in getattr(commands.loaded(name), "params", []):
             for flag in each.opts if each.param_type_name == "option" else ():
                 found.setdefault(flag, set()).add(name)
     assert {flag: found[flag] for flag in PRESENT} == {flag: set(names.split()) for flag, names in PRESENT.items()}

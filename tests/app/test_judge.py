@@ -31,10 +31,10 @@ def test_judge_prints_and_writes_a_report_and_goes_on(sfumato, toys, monkeypatch
 
     look = survey._look
 
-    def interrupted(folder, names, tools, tally, *rest):
+    def interrupted(folder, names, evaluators, tally, *rest):
         if tally.done:
             raise KeyboardInterrupt
-        return look(folder, names, tools, tally, *rest)
+        return look(folder, names, evaluators, tally, *rest)
 
     monkeypatch.setattr(survey, "_look", interrupted)
     stopped = sfumato("judge", toys, "--metric", "presence", "--batch", 8, "-o", "again")

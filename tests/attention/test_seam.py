@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import sfumato
-from sfumato.attention import OtherMap, Tap
+from sfumato.attention import MapReplacement, Tap
 from sfumato.attention.call import FEW_KEYS, Call
 from sfumato.attention.seam import AttentionSeam
 from sfumato.attention.sites import Where, find_sites
@@ -310,7 +310,7 @@ def test_another_map_in_place_of_some_rows():
     seen = {}
 
     def swap(call):
-        return OtherMap(
+        return MapReplacement(
             slice(1, 2),
             attend=lambda own: (own.probs() * 0.5 + one * 0.5) @ own.v,
             probs=lambda own, queries: own.probs(queries) * 0.5 + one[:, :, queries] * 0.5,
@@ -348,7 +348,9 @@ def test_rows_around_another_map_keep_every_bit():
     seen = []
 
     def swap(call):
-        return OtherMap(slice(1, 2), attend=lambda own: own.attend(), probs=lambda own, queries: own.probs(queries))
+        return MapReplacement(
+            slice(1, 2), attend=lambda own: own.attend(), probs=lambda own, queries: own.probs(queries)
+        )
 
     taps = [Tap(edit_map=swap), Tap(observe=lambda c: seen.append(c.branch("b").word_probs([4])))]
     with AttentionSeam(net := Bare(), [site("")], taps) as seam:

@@ -13,7 +13,8 @@ import sfumato
 from sfumato.bench.folder import Folder
 from sfumato.bench.judge import judge_folder, read_attributes
 from sfumato.bench.report import Figure, Report, Table
-from sfumato.bench.survey import CAP, Instruments, Reservoir, Tally, survey
+from sfumato.bench.reservoir import Reservoir
+from sfumato.bench.survey import CAP, Evaluators, SurveyTotals, survey
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.metrics.stats import Interval
 from sfumato.models.readers import load_clip
@@ -59,16 +60,16 @@ def net(clip_folder):
     return load_clip(clip_folder)
 
 
-def state(tally: Tally):
+def state(tally: SurveyTotals):
     plain = {name: getattr(tally, name) for name in tally._PLAIN if name != "seconds"}
     arrays = [tally.moments.mean, tally.moments.scatter, tally.sample.rows, tally.scores.scatter]
     return plain, [array.tobytes() for array in arrays]
 
 
 def test_a_killed_pass_goes_on_to_the_very_same_state(renders, net, tmp_path):
-    tools = Instruments(net=net, clip=net)
+    evaluators = Evaluators(net=net, clip=net)
     options = {"cap": 10, "seed": 1, "batch": 4, "every": 0.0}
-    whole = survey(Folder(renders), tools, rows=tmp_path / "whole.jsonl", **options)
+    whole = survey(Folder(renders), evaluators, rows=tmp_path / "whole.jsonl", **options)
 
     def killed(done, total):
         if done >= 16:
@@ -76,19 +77,21 @@ def test_a_killed_pass_goes_on_to_the_very_same_state(renders, net, tmp_path):
 
     files = {"journal": tmp_path / "x.state", "rows": tmp_path / "x.jsonl"}
     with pytest.raises(KeyboardInterrupt):
-        survey(Folder(renders), tools, on_progress=killed, **files, **options)
+        survey(Folder(renders), evaluators, on_progress=killed, **files, **options)
     with (tmp_path / "x.jsonl").open("a") as file:  # written by the batch that the kill cut off
         file.write('{"file_name": "torn')
     passed = []
-    resumed = survey(Folder(renders), tools, on_progress=lambda done, total: passed.append(done), **files, **options)
+    resumed = survey(
+        Folder(renders), evaluators, on_progress=lambda done, total: passed.append(done), **files, **options
+    )
     assert passed[0] == 20 and passed[-1] == 40
     assert state(resumed) == state(whole)
     assert (tmp_path / "x.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 40
     passed.clear()
-    assert state(survey(Folder(renders), tools, on_progress=lambda *_: passed.append(1), **files, **options)) == state(
-        whole
-    )
+    assert state(
+        survey(Folder(renders), evaluators, on_progress=lambda *_: passed.append(1), **files, **options)
+    ) == state(whole)
     assert not passed  # finished: nothing is looked at again
 
 
@@ -96,22 +99,22 @@ def test_a_state_of_something_else_is_not_gone_on_with(renders, net, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(renders, folder)
     journal = tmp_path / "x.state"
-    survey(Folder(folder), Instruments(net=net), journal=journal)
-    first = Tally.load(journal, "other key", 10, 0)
+    survey(Folder(folder), Evaluators(net=net), journal=journal)
+    first = SurveyTotals.load(journal, "other key", 10, 0)
     assert first is None
     Image.new("RGB", (64, 64)).save(folder / "000.png")  # a picture was rewritten
     passed = []
-    survey(Folder(folder), Instruments(net=net), journal=journal, on_progress=lambda done, _: passed.append(done))
+    survey(Folder(folder), Evaluators(net=net), journal=journal, on_progress=lambda done, _: passed.append(done))
     assert passed[0] == 32
     journal.write_bytes(journal.read_bytes()[:100])  # damaged: begins anew
-    assert survey(Folder(folder), Instruments(net=net), journal=journal).done == 40
+    assert survey(Folder(folder), Evaluators(net=net), journal=journal).done == 40
 
 
 def test_features_are_those_of_all_pictures_whatever_the_batch(renders, net):
     folder = Folder(renders)
     features = net.features([folder.picture(name) for name in folder.names])
     for batch in (7, 64):
-        tally = survey(folder, Instruments(net=net), batch=batch, cap=15)
+        tally = survey(folder, Evaluators(net=net), batch=batch, cap=15)
         assert np.allclose(tally.moments.mean, features.mean(0), atol=1e-5)
         assert np.allclose(tally.moments.covariance, np.cov(features, rowvar=False), atol=1e-5)
         assert (
@@ -120,7 +123,7 @@ def test_features_are_those_of_all_pictures_whatever_the_batch(renders, net):
 
 
 def test_the_state_does_not_grow_with_the_folder(renders, net, tmp_path):
-    small = survey(Folder(renders), Instruments(net=net, clip=net), cap=10, journal=tmp_path / "a.state")
+    small = survey(Folder(renders), Evaluators(net=net, clip=net), cap=10, journal=tmp_path / "a.state")
     sizes = [(tmp_path / "a.state").stat().st_size]
     big = tmp_path / "big"
     shutil.copytree(renders, big)
@@ -129,7 +132,7 @@ def test_the_state_does_not_grow_with_the_folder(renders, net, tmp_path):
         shutil.copy(path, path.with_name(f"again-{path.name}"))
     survey(
         Folder(big, {path.name: "a cube" for path in big.glob("*.png")}),
-        Instruments(net=net, clip=net),
+        Evaluators(net=net, clip=net),
         cap=10,
         journal=tmp_path / "b.state",
     )

@@ -43,7 +43,7 @@ def test_pairs_differ_in_shape_and_colour():
     prompts = common.pair_prompts(3, 20)
     assert [p.text for p in prompts] == [p.text for p in common.pair_prompts(3, 20)]
     for prompt in prompts:
-        first, second = prompt.wishes
+        first, second = prompt.requests
         assert first.shape != second.shape and first.color != second.color
         assert prompt.text.count(f"{first.color} {first.shape}") == prompt.text.count(f"{second.color} {second.shape}")
     assert len({p.text for p in prompts}) > 15

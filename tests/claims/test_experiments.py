@@ -29,11 +29,11 @@ def test_prompts_say_what_is_wished():
     assert [p.text for p in asked] == [p.text for p in common.prompts("test", 7, 12, None, "random")]
     assert not {p.scene for p in asked} & {p.scene for p in common.prompts("test", 8, 12, None, "random")}
     for prompt in asked:
-        assert len(prompt.wishes) == len(prompt.scene.toys)
-        for wish in prompt.wishes:
-            assert f"{wish.color}" in prompt.text and f"{wish.shape}" in prompt.text
+        assert len(prompt.requests) == len(prompt.scene.toys)
+        for request in prompt.requests:
+            assert f"{request.color}" in prompt.text and f"{request.shape}" in prompt.text
             toys = [(toy.shape, toy.color) for toy in prompt.scene.toys]
-            assert (wish.shape, wish.color) in toys
+            assert (request.shape, request.color) in toys
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -41,21 +41,21 @@ def test_cohyponyms(within):
     family = {shape: number for number, members in enumerate(daam.FAMILIES) for shape in members}
     for seed in range(30):
         prompt = daam.cohyponym_prompt(np.random.default_rng(seed), within)
-        first, second = prompt.wishes
+        first, second = prompt.requests
         assert first.color != second.color and first.shape != second.shape
         assert (family[first.shape] == family[second.shape]) == within
-        assert prompt.text == judge_text(prompt.wishes)
+        assert prompt.text == judge_text(prompt.requests)
 
 
-def judge_text(wishes):
-    words = [f"{wish.color} {wish.shape}" for wish in wishes]
+def judge_text(requests):
+    words = [f"{request.color} {request.shape}" for request in requests]
     return " and ".join(f"{'an' if text[0] in 'aeiou' else 'a'} {text}" for text in words)
 
 
 def test_pairs_take_the_right_maps():
     prompt = daam.cohyponym_prompt(np.random.default_rng(1), True)
-    heads = [phrase.head.start for phrase in prompt.told.phrases]
-    colors = [phrase.modifiers[0].start for phrase in prompt.told.phrases]
+    heads = [phrase.head.start for phrase in prompt.caption.phrases]
+    colors = [phrase.modifiers[0].start for phrase in prompt.caption.phrases]
     maps = {at: torch.full((64, 64), float(at)) for at in heads + colors}
     mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[:10, :10] = True
@@ -122,4 +122,4 @@ def test_a_model_that_draws_nothing_says_nothing():
     assert row.void and row.holds is None and row.n == 2
     empty = daam.Pairs([], [], [], [], [], [], [])
     assert daam.segment(None, "m", empty, empty, "renders", "", "x.png")[0].void
-    assert oracle.Wanted.parse("red cube").color == "red"
+    assert oracle.RequestedToy.parse("red cube").color == "red"

@@ -21,16 +21,16 @@ def test_changes_change_one_word_and_the_scene_alike():
         assert differing == [(each.old, each.new)]
         if each.toy is None:
             assert each.scene.ground == each.new and each.scene.toys == each.prompt.scene.toys
-            assert each.wishes == each.prompt.wishes
+            assert each.requests == each.prompt.requests
         else:
             assert getattr(each.scene.toys[each.toy], each.kind) == each.new
-            assert getattr(each.wishes[claim._at(each)], each.kind) == each.new
-            others = [i for i in range(len(each.wishes)) if i != claim._at(each)]
-            assert all(each.wishes[i] == each.prompt.wishes[i] for i in others)
+            assert getattr(each.requests[claim._at(each)], each.kind) == each.new
+            others = [i for i in range(len(each.requests)) if i != claim._at(each)]
+            assert all(each.requests[i] == each.prompt.requests[i] for i in others)
 
 
-def toy(wish, mask):
-    return ObjectReading(wish.shape, wish.color, wish.pattern or "plain", "large", mask, (0, 0, 1, 1), 1.0)
+def toy(request, mask):
+    return ObjectReading(request.shape, request.color, request.pattern or "plain", "large", mask, (0, 0, 1, 1), 1.0)
 
 
 def test_judgement_of_an_edit():
@@ -38,8 +38,8 @@ def test_judgement_of_an_edit():
     at = claim._at(each)
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, 10:20, 10:20] = masks[1, 40:50, 40:50] = True
-    source = SceneReading(tuple(toy(w, m) for w, m in zip(each.prompt.wishes, masks, strict=True)), "grass", "day")
-    edited = SceneReading(tuple(toy(w, m) for w, m in zip(each.wishes, masks, strict=True)), "grass", "day")
+    source = SceneReading(tuple(toy(w, m) for w, m in zip(each.prompt.requests, masks, strict=True)), "grass", "day")
+    edited = SceneReading(tuple(toy(w, m) for w, m in zip(each.requests, masks, strict=True)), "grass", "day")
     before = torch.zeros(3, 64, 64)
     after = before + 0.02  # one hundredth of the range: 40 dB
     after[:, masks[at]] = 1.0  # the toy itself does not count
@@ -75,7 +75,7 @@ def test_measures():
 
 
 class Stub:
-    """A judge that reads every picture as its prompt's wishes, whatever it shows."""
+    """A judge that reads every picture as its prompt's requests, whatever it shows."""
 
     def __init__(self, asked):
         self.asked = asked
@@ -85,7 +85,7 @@ class Stub:
         masks[0, :8, :8] = masks[1, 20:28, 20:28] = True
         return [
             SceneReading(
-                tuple(toy(w, m) for w, m in zip(c.prompt.wishes, masks, strict=True)), c.prompt.scene.ground, "day"
+                tuple(toy(w, m) for w, m in zip(c.prompt.requests, masks, strict=True)), c.prompt.scene.ground, "day"
             )
             for c, _ in zip(self.asked, pictures, strict=True)
         ]

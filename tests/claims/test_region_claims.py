@@ -10,14 +10,14 @@ import torch
 from claims import blend, paint_with_words, shape_guided
 from claims.core import Context
 from sfumato.toybox import render
-from sfumato.toybox.oracle import ObjectReading, SceneReading, Wanted
+from sfumato.toybox.oracle import ObjectReading, RequestedToy, SceneReading
 from tests.tiny import tiny_model
 
 
-def toy(wish, mask):
+def toy(request, mask):
     ys, xs = torch.nonzero(mask, as_tuple=True)
     box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-    return ObjectReading(wish.shape, wish.color, "plain", "large", mask, box, 0.9)
+    return ObjectReading(request.shape, request.color, "plain", "large", mask, box, 0.9)
 
 
 class Eye:
@@ -26,7 +26,7 @@ class Eye:
     def read(self, pictures):
         mask = torch.zeros(64, 64, dtype=torch.bool)
         mask[:, :32] = True
-        seen = SceneReading((toy(Wanted("ball", "red"), mask),), "grass", "day")
+        seen = SceneReading((toy(RequestedToy("ball", "red"), mask),), "grass", "day")
         return [seen if i % 2 == 0 else SceneReading((), "grass", "day") for i in range(len(pictures))]
 
 
@@ -50,7 +50,7 @@ def test_cases_differ_in_one_colour():
     asked = blend.cases("test", 5, 3, 64)
     assert [one.before for one in asked] == [one.before for one in blend.cases("test", 5, 3, 64)]
     for one in asked:
-        assert one.toy_before in one.before and one.toy_after in one.after and one.wish.color in one.toy_after
+        assert one.toy_before in one.before and one.toy_after in one.after and one.request.color in one.toy_after
         assert one.before != one.after and one.around.split()[1] in one.before
         assert one.mask.float().mean() >= blend.SMALLEST and (one.picture - one.truth).abs()[:, one.mask].max() > 0.2
         far = torch.nn.functional.max_pool2d(one.mask[None].float(), 9, 1, 4)[0] == 0
@@ -59,7 +59,7 @@ def test_cases_differ_in_one_colour():
 
 def test_the_true_answer_scores_best():
     [one] = blend.cases("test", 5, 1, 64)
-    right = SceneReading((toy(one.wish, one.mask),), "grass", "day")
+    right = SceneReading((toy(one.request, one.mask),), "grass", "day")
     best = blend.measured(one, one.truth, right)
     assert best.there and best.iou == 1 and best.seam == 0 and best.background > 30
     worse = blend.measured(one, one.truth.roll(8, 2), SceneReading((), "grass", "day"))
@@ -72,7 +72,7 @@ def test_silhouettes_that_no_toy_has_by_nature():
             assert one.picture.shape == one.truth.shape == (3, side, side) and one.mask.shape == (side, side)
             ys, xs = torch.nonzero(one.mask, as_tuple=True)
             assert min(ys.min(), xs.min()) > 0 and max(ys.max(), xs.max()) < side - 1
-            assert (one.picture - one.truth).abs()[:, one.mask].mean() > 0.1 and one.wish.shape is None
+            assert (one.picture - one.truth).abs()[:, one.mask].mean() > 0.1 and one.request.shape is None
             assert torch.equal(one.picture[:, ~one.mask], one.truth[:, ~one.mask])
             assert shape_guided.STRETCH[i % 2]  # wide and long in turn
     mask = torch.zeros(1, 40, 40)
@@ -87,12 +87,12 @@ def test_layouts_and_where_toys_came_to_lie():
     for layout in asked:
         frames = render([layout.prompt.scene], 64)
         assert all(phrase in layout.prompt.text for phrase in layout.phrases)
-        for phrase, box in zip(layout.prompt.told.phrases, layout.boxes, strict=True):
+        for phrase, box in zip(layout.prompt.caption.phrases, layout.boxes, strict=True):
             assert list(box) == frames.boxes[0][phrase.object].tolist()
     layout = asked[0]
     frames = render([layout.prompt.scene], 64)
-    objects = [phrase.object for phrase in layout.prompt.told.phrases]
-    toys = tuple(toy(w, frames.mask[0] == i) for w, i in zip(layout.prompt.wishes, objects, strict=True))
+    objects = [phrase.object for phrase in layout.prompt.caption.phrases]
+    toys = tuple(toy(w, frames.mask[0] == i) for w, i in zip(layout.prompt.requests, objects, strict=True))
     eye = SimpleNamespace(read=lambda pictures: [SceneReading(toys, "grass", "day")])
     context = Context(quick=True)
     context.cache = {"judge": eye}

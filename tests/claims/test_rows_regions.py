@@ -154,7 +154,7 @@ def test_inpaint():
 
 def test_holes_in_which_nothing_shall_come():
     for case in inpaint.backgrounds("test", 7, 2, 64):
-        assert torch.equal(case.picture, case.truth) and case.wish is None and 0 < case.hole.float().mean() < 0.6
+        assert torch.equal(case.picture, case.truth) and case.request is None and 0 < case.hole.float().mean() < 0.6
     case = inpaint.backgrounds("test", 7, 1, 64)[0]
     box = (0.0, 0.0, 1.0, 1.0)
     within, beside = (
@@ -171,4 +171,4 @@ def test_cases_of_any_size(side):
         assert case.picture.shape == (3, side, side) and case.hole.shape == (side, side)
         changed = (case.picture - case.truth).abs().amax(0) > 0.03
         assert changed.any() and not (changed & ~case.hole).any()
-    assert replaced.wish is not None and removed.wish is None
+    assert replaced.request is not None and removed.request is None

@@ -110,20 +110,20 @@ def test_prompts_of_each_kind(kind):
     assert len({prompt.text for prompt in asked}) == 40
     assert [p.text for p in asked[:7]] == [p.text for p in common.steering(kind, 5, 7)]
     for prompt in asked:
-        shapes, colors = [w.shape for w in prompt.wishes], [w.color for w in prompt.wishes]
+        shapes, colors = [w.shape for w in prompt.requests], [w.color for w in prompt.requests]
         assert len(set(colors)) == len(colors) == (2 if kind == "patterns" else 3)
         assert len(set(shapes)) == 2 if kind != "three toys" else len(set(shapes)) == 3
-        assert all((w.pattern is not None) == (kind == "patterns") for w in prompt.wishes)
+        assert all((w.pattern is not None) == (kind == "patterns") for w in prompt.requests)
 
 
 def test_void_and_harm():
     assert common.void(stats.share(HALF)) == "" and common.void(stats.share([True] * 9)) != ""
     assert common.no_harm(stats.mcnemar(PERFECT, PERFECT), "x").met()
     assert not common.no_harm(stats.mcnemar([i % 12 > 0 for i in range(N)], PERFECT), "x").met()
-    wishes = (oracle.Wanted("ball", "red"), oracle.Wanted("cone", "blue", "striped"))
+    requests = (oracle.RequestedToy("ball", "red"), oracle.RequestedToy("cone", "blue", "striped"))
     check = oracle.Check((True, False), (False, False), (True, False), False)
-    assert common.failing(check, wishes) == "no cone; wrong ball"
-    assert common.asked_for(wishes) == "red ball, blue striped cone"
+    assert common.failing(check, requests) == "no cone; wrong ball"
+    assert common.asked_for(requests) == "red ball, blue striped cone"
 
 
 def guided(right, score, distance):
@@ -183,8 +183,8 @@ def test_mgad():
 def test_cases_of_mgad():
     for case in mgad.cases(3, 4, 32):
         assert case.reference.shape == (32, 32, 3) and not case.scene.toys
-        assert case.told.startswith(f"{case.text} on the {case.scene.ground}")
-        assert case.told.split()[-1].strip() in case.scene.sky or case.scene.sky in case.told
+        assert case.combined.startswith(f"{case.text} on the {case.scene.ground}")
+        assert case.combined.split()[-1].strip() in case.scene.sky or case.scene.sky in case.combined
 
 
 def test_no_token_left_behind():

@@ -24,7 +24,7 @@ def test_a_turned_prompt_keeps_its_wishes():
     prompt = common.pair_prompts(3, 1)[0]
     other = claim.turned(prompt)
     first, second = prompt.text.split(" and ")
-    assert other.text == f"{second} and {first}" and other.wishes == prompt.wishes
+    assert other.text == f"{second} and {first}" and other.requests == prompt.requests
     assert claim.turned(prompt).text != prompt.text
 
 

@@ -12,7 +12,7 @@ import torch
 from claims import subjects, textual_inversion
 from claims.core import Context
 from sfumato.errors import BadInput
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.toybox import (
     COLORS,
     HOMONYMS,
@@ -44,12 +44,12 @@ def test_secrets_are_between_the_words_or_beyond_them():
 
 def test_homonyms_have_their_shares_and_captions_hide_the_sense():
     jack = HOMONYMS["jack"]
-    told = [jack.told(0, i) for i in range(200)]
+    told = [jack.sample(0, i) for i in range(200)]
     assert jack.rare == "cylinder" and 0.15 < np.mean([each.sense == "cylinder" for each in told]) < 0.35
     for each in told:
         assert "jack" in each.caption and not set(each.caption.replace(",", "").split()) & set(SHAPES)
         assert [toy.shape for toy in each.scene.toys] == [each.sense]
-    assert told[3] == jack.told(0, 3)
+    assert told[3] == jack.sample(0, 3)
     assert {shape for each in HOMONYMS.values() for shape, _ in each.senses} == set(SHAPES)
     for word, senses in (("cone", (("cone", 1.0),)), ("x", (("cone", 0.5),)), ("x", (("egg", 1.0),))):
         with pytest.raises(BadInput):

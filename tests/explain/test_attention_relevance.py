@@ -26,7 +26,7 @@ def maps_and_slopes(model, inputs, target):
         y = target(model(**inputs))
     slopes = torch.autograd.grad(y.sum(), [c.probs for c in calls], allow_unused=True)
     slopes = [torch.zeros_like(c.probs) if s is None else s for c, s in zip(calls, slopes, strict=True)]
-    return {f"{c.path}:{c.turn}": (c.probs.detach(), s) for c, s in zip(calls, slopes, strict=True)}
+    return {f"{c.path}:{c.index}": (c.probs.detach(), s) for c, s in zip(calls, slopes, strict=True)}
 
 
 def fused(pair):

@@ -18,7 +18,7 @@ from sfumato.explain.conceptor.pseudo_word import mixture_vectors, read_mixture
 from sfumato.explain.conceptor.vocabulary import usual_norms
 from sfumato.explain.conceptor.word_cloud import word_cloud
 from sfumato.models import Model
-from sfumato.models.slot import pseudo_word, text_towers, token_of, tokens_of
+from sfumato.models.text_towers import pseudo_word, text_towers, token_of, tokens_of
 from sfumato.sampling import generate
 from tests.helpers import fingerprint
 from tests.tiny import WHOLE_WORDS, tiny_model, tiny_pipeline

@@ -14,7 +14,7 @@ from PIL import Image
 from sfumato.attention import Site
 from sfumato.attention.accumulate import LayerMaps
 from sfumato.errors import BadInput, NoMatch, UnknownName
-from sfumato.explain import heat
+from sfumato.explain import heat_overlays
 from sfumato.explain.heatmaps import HeatMaps
 from sfumato.models.families import TextStream
 from sfumato.text import Words
@@ -155,8 +155,8 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_small_pictures_are_shown_enlarged_by_whole_factors():
-    assert heat.enlarged_size((64, 64)) == (256, 256) and heat.enlarged_size((48, 32)) == (240, 160)
-    assert heat.enlarged_size((512, 768)) == (512, 768)
+    assert heat_overlays.enlarged_size((64, 64)) == (256, 256) and heat_overlays.enlarged_size((48, 32)) == (240, 160)
+    assert heat_overlays.enlarged_size((512, 768)) == (512, 768)
 
 
 def test_colours_follow_the_table():
@@ -164,9 +164,9 @@ def test_colours_follow_the_table():
 
     ramp = torch.linspace(0, 1, 5)[None]
     expected = (np.array(colormaps["magma"](ramp.numpy())[..., :3]) * 255).round()
-    assert np.abs(heat.colour(ramp, "magma").astype(int) - expected).max() <= 1
+    assert np.abs(heat_overlays.colour(ramp, "magma").astype(int) - expected).max() <= 1
     with pytest.raises(BadInput, match="colours='nope' is not a matplotlib colour map"):
-        heat.colour(ramp, "nope")
+        heat_overlays.colour(ramp, "nope")
 
 
 def test_an_overlay_glows_where_the_map_is_hot_and_keeps_the_shapes_of_the_picture():
@@ -174,7 +174,7 @@ def test_an_overlay_glows_where_the_map_is_hot_and_keeps_the_shapes_of_the_pictu
     image.paste((0, 40, 0), (0, 0, 16, 48))  # left half darker
     warm = torch.zeros(48, 32)
     warm[:24] = 1
-    shown = np.asarray(heat.overlay(image, warm), dtype=float)
+    shown = np.asarray(heat_overlays.overlay(image, warm), dtype=float)
     assert shown.shape == (48, 32, 3)
     for x in (5, 25):
         assert shown[5, x].sum() > 2 * shown[40, x].sum()  # hot is bright whatever lies below

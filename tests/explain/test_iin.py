@@ -9,8 +9,8 @@ import torch
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.explain.iin import (
+    IIN,
     ConceptPairs,
-    Iin,
     concept_pairs,
     dimensions,
     factor_loss,
@@ -179,13 +179,13 @@ def test_pairs_of_drawings_share_the_drawing_or_all_but_it():
 
 def test_a_net_is_explained_from_start_to_files(tmp_path):
     torch.manual_seed(0)
-    system = Iin(pictures=48, concepts=["shape", "color"], blocks=1, hidden=8, depth=1, steps=3, batch=16)
+    system = IIN(pictures=48, concepts=["shape", "color"], blocks=1, hidden=8, depth=1, steps=3, batch=16)
     found = system.explain_net(VectorAutoencoder(16, (8, 8), 10).eval(), "tiny")
     assert any(line.startswith("code: 10 dimensions, 2 each") for line in found.lines())
     names = {path.name for path in found.save(tmp_path, "tiny.iin")}
     assert names == {"tiny.iin.json", "tiny.iin", "tiny.iin.swaps.png", "tiny.iin.samples.png"}
     assert list(load_interpretation(tmp_path / "tiny.iin").sizes) == ["shape", "color", "residual"]
-    free = Iin(pictures=48, supervised=False, blocks=1, hidden=8, steps=3, batch=16)
+    free = IIN(pictures=48, supervised=False, blocks=1, hidden=8, steps=3, batch=16)
     assert free.explain_net(VectorAutoencoder(16, (8, 8), 10).eval()).interpretation.concepts == []
 
 
@@ -200,15 +200,15 @@ def test_a_net_is_explained_from_start_to_files(tmp_path):
 )
 def test_parameters_that_make_no_sense_are_refused(given, kind, told):
     with pytest.raises(kind, match=told):
-        Iin(**given)
+        IIN(**given)
 
 
 def test_concepts_and_nets_that_are_not_there_are_refused():
     ae = VectorAutoencoder(16, (8, 8), 10).eval()
     with pytest.raises(UnknownName, match="colour"):
-        Iin(concepts=["colour"]).explain_net(ae)
+        IIN(concepts=["colour"]).explain_net(ae)
     with pytest.raises(NotSupported):
-        Iin().explain_net(object())
+        IIN().explain_net(object())
 
 
 def test_linear_readers_read_what_is_linear():

@@ -155,12 +155,12 @@ def test_silenced_units_are_zero_and_come_back():
     layer = "resnet.encoder.stages.0"
     with torch.no_grad():
         whole = net(images).logits
-        with st.silenced(net, layer, [1, 3]):
+        with st.ablated(net, layer, [1, 3]):
             got, seen = net(images).logits, st.features(net, images, [layer], pool=None)[layer]
             last = net.resnet.encoder.stages[1](seen).mean((2, 3))  # what follows sees the zeros
         assert not seen[:, [1, 3]].any() and seen[:, [0, 2]].abs().sum() > 0
         torch.testing.assert_close(got, net.classifier(last[..., None, None]), rtol=1e-4, atol=1e-5)
-        with pytest.raises(BadInput, match="0 to 7, got 8"), st.silenced(net, layer, [8]):
+        with pytest.raises(BadInput, match="0 to 7, got 8"), st.ablated(net, layer, [8]):
             net(images)
         assert torch.equal(net(images).logits, whole)
     assert not net.get_submodule(layer)._forward_hooks

@@ -11,7 +11,7 @@ import pytest
 import tomllib
 
 from sfumato import registry
-from sfumato.app.cli.frame import COMMANDS, loaded
+from sfumato.app.cli.commands import COMMANDS, loaded
 from tests.front_door import advice, remedies
 from tests.front_door.remedies_elsewhere import ELSEWHERE, OUT_OF_REACH
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.errors import BadWeights, NotFinite, NotSupported
 from sfumato.models import Model, codec, load, quiet
-from sfumato.models.families import UNSERVED, siblings
+from sfumato.models.families import UNSUPPORTED, siblings
 from sfumato.models.folder import UNUSED, LoadedOtherwise, load_part, pipeline_of
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling import generate, invert
@@ -403,9 +403,9 @@ def network(parameter: inspect.Parameter) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-@pytest.mark.parametrize("name", [*UNSERVED, "DiffusersHasNoSuchPipeline"])
+@pytest.mark.parametrize("name", [*UNSUPPORTED, "DiffusersHasNoSuchPipeline"])
 def test_classes_that_no_family_serves_say_why(name: str):
-    reason = UNSERVED.get(name, "known: Amused")
+    reason = UNSUPPORTED.get(name, "known: Amused")
     with pytest.raises(NotSupported, match=f"{name}'? is not supported.*{re.escape(reason)}"):
         pipeline_of({"_class_name": name}, Path("model"))
 

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from sfumato import cards, files, masks
 from sfumato.app import JobBatch, JobOptions, like
 from sfumato.app.cli import flags
-from sfumato.app.lines import read_prompts
+from sfumato.app.prompts_file import read_prompts
 from sfumato.bench.folder import Folder
 from sfumato.dialects import a1111_text, parse_a1111, parse_comfy, parse_json
 from sfumato.errors import SfumatoError

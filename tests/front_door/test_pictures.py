@@ -13,7 +13,7 @@ from sfumato.edit.inpaint import Inpaint
 from sfumato.errors import BadInput
 from sfumato.files import read_picture
 from sfumato.sampling import generate
-from sfumato.sampling.request import as_pixels
+from sfumato.sampling.pixels import as_pixels
 from tests.tiny import tiny_model
 
 GREY = np.linspace(0, 255, 48).round().astype(np.uint8).reshape(6, 8)

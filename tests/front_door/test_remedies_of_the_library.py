@@ -22,12 +22,12 @@ from sfumato.judge.sad_pad import SadPad
 from sfumato.models import quiet
 from sfumato.models.nets.vector_ae import load_autoencoder
 from sfumato.models.readers import load_clip
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.relevance.lrp import lrp
 from sfumato.teach.denoising import Denoising
-from sfumato.teach.rows import refuse_word
 from sfumato.teach.scorers import scorer_of
 from sfumato.teach.taught import free
+from sfumato.teach.word_vectors import refuse_word
 from sfumato.toybox.oracle.prompts import prompt_set
 from sfumato.training.losses import Noise
 from sfumato.training.players import Player

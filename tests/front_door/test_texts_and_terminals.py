@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sfumato import cards, files, masks, registry, valid, writing
-from sfumato.app import BadLines, EditOptions, JobBatch, cli, explain, make, make_prompts, read_prompts, segment
+from sfumato.app import BadPrompts, EditOptions, JobBatch, cli, explain, make, make_prompts, read_prompts, segment
 from sfumato.bench.folder import Folder
 from sfumato.bench.journal import Journal
 from sfumato.bench.judge import read_attributes
@@ -79,7 +79,9 @@ def test_one_bad_line_stops_no_run(tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\n".join([good[0], *bad, good[1]]))
     made = []
-    with pytest.raises(BadLines, match="9 of 11 lines could not be followed: line 2: .* line 3: .* line 4: ") as caught:
+    with pytest.raises(
+        BadPrompts, match="9 of 11 lines could not be followed: line 2: .* line 3: .* line 4: "
+    ) as caught:
         for each in make_prompts(
             read_prompts(path, {"steps": 1}), JobBatch([]), tmp_path / "out", model=tiny_model("sd")
         ):
@@ -193,8 +195,8 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
 def test_closed_streams_are_those_of_nowhere(closed, monkeypatch):
     seen = {}
     monkeypatch.setattr(cli, "app", lambda: seen.update({name: getattr(sys, name) for name in closed}))
-    monkeypatch.setattr(cli, "postpone", lambda *_: None)
-    monkeypatch.setattr(cli, "leave_quickly", lambda: None)
+    monkeypatch.setattr(cli, "import_on_use", lambda *_: None)
+    monkeypatch.setattr(cli, "skip_final_collection", lambda: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", ""))
     for name in closed:
         monkeypatch.setattr(sys, name, None)

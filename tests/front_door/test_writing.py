@@ -86,7 +86,7 @@ def test_a_run_of_prompts_refuses_a_folder_where_another_is_at_work(tmp_path, mo
 
 
 WRITE = """
-with writing.replacing("x.png") as file, writing.new_folder("folder") as folder:
+with writing.atomic_write("x.png") as file, writing.atomic_folder("folder") as folder:
     file.write(b"half")
     (folder / "half").write_text("half")
     print("ready", flush=True)
@@ -125,10 +125,10 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
     steps = [1, 20, 40, 40, 60]
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in steps]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 8']))
-    TrainingRun.cut_log(SimpleNamespace(main=True, folder=tmp_path, trainer=SimpleNamespace(step=40)))
+    TrainingRun.truncate_log(SimpleNamespace(main=True, folder=tmp_path, trainer=SimpleNamespace(step=40)))
     kept = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert kept == [1, 20, 40, 40]  # loss and quality of step 40
-    TrainingRun.cut_log(SimpleNamespace(main=True, folder=tmp_path, trainer=SimpleNamespace(step=0)))
+    TrainingRun.truncate_log(SimpleNamespace(main=True, folder=tmp_path, trainer=SimpleNamespace(step=0)))
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
@@ -334,13 +334,13 @@ def windows(monkeypatch):
 
 def test_windows_writes_and_locks_all_the_same(windows, tmp_path):
     for text in (b"old", b"new"):
-        with writing.replacing(tmp_path / "x.png") as file:
+        with writing.atomic_write(tmp_path / "x.png") as file:
             file.write(text)
             writing.sweep(tmp_path)  # spares what is being written
-    with writing.new_folder(tmp_path / "folder") as folder:
+    with writing.atomic_folder(tmp_path / "folder") as folder:
         (folder / "a").write_text("whole")
         writing.sweep(tmp_path)
-    with pytest.raises(FileExistsError), writing.replacing(tmp_path / "x.png", new=True) as file:
+    with pytest.raises(FileExistsError), writing.atomic_write(tmp_path / "x.png", new=True) as file:
         file.write(b"other")
     with writing.reserved(tmp_path, "this"), pytest.raises(Conflict, match="another process is at work"):
         with writing.reserved(tmp_path, "that"):

@@ -43,7 +43,7 @@ def test_the_basis_is_that_of_the_full_jacobian():
     n = 20
     u, s, vt = torch.linalg.svd(jacobian(encoder, x), full_matrices=False)
     basis = local_basis(encoder, x, n, iterations=60, tolerance=1e-3)
-    assert len(basis) == n and basis.settled and basis.cost > 0
+    assert len(basis) == n and basis.converged and basis.cost > 0
     assert torch.allclose(basis.s, s[:n], rtol=0.01)
     gap = max(k for k in range(1, n + 1) if s[k - 1] > 1.02 * s[k])  # spaces are told apart where values differ
     v = basis.v.flatten(1)
@@ -59,7 +59,7 @@ def test_values_are_right_even_where_they_lie_too_close_for_the_directions_to_se
     encoder, x = encoder_of("sd3")  # an untrained transformer passes everything on: its values are all but equal
     s = torch.linalg.svdvals(jacobian(encoder, x))
     basis = local_basis(encoder, x, 3, iterations=5, tolerance=1e-4)
-    assert not basis.settled and basis.iterations == 5 and s[2] > 0.95 * s[0]
+    assert not basis.converged and basis.iterations == 5 and s[2] > 0.95 * s[0]
     assert torch.allclose(basis.s, s[:3], rtol=0.05)
 
 

@@ -122,7 +122,7 @@ def guidance(kind: str, scale: float | None) -> tuple[dict[str, float], dict[str
 def test_latents_of_the_pipeline(kind: str):
     model = tiny_model(kind)
     own, theirs = guidance(kind, 4.0)
-    visits = kind != "hidream"  # which rows are its texts cannot be told in its own loop
+    visits = kind != "hidream"  # which rows are its texts cannot be determined in its own loop
     with attached(model.pipe, DAAM(per_head=True)) if visits else nullcontext() as own_loop:  # it changes nothing
         peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
     ours = generate(

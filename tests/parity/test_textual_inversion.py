@@ -8,7 +8,7 @@ import torch
 
 from sfumato.adapters.word import Word, save_word
 from sfumato.models.quiet import quiet
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.sampling import generate
 from tests.tiny import tiny_model
 

@@ -83,7 +83,7 @@ def test_maps_are_those_the_model_itself_reports():
         model(**inputs)
     words = [c.probs for c in calls if "encoder.layer." in c.path]
     regions = [c.probs for c in calls if "r_layers" in c.path]
-    across = [c.probs for c in calls if "visual_attention" in c.path and c.turn == 0]
+    across = [c.probs for c in calls if "visual_attention" in c.path and c.index == 0]
     for ours, theirs in ((words, told.language_attentions), (regions, told.vision_attentions)):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(across, told.cross_encoder_attentions, strict=True))

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 from sfumato.errors import BadInput
 from sfumato.models.readers import Clip, Preprocessing
 from sfumato.relevance.capture import captured, gradients_of
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.relevance.rules import Relevancy, fuse_heads, normalised, self_relevance
 from tests.helpers import fingerprint
 from tests.tiny import clip_tokenizer
@@ -75,7 +75,9 @@ def reference(clip, images, texts, text_start, image_start):
 @pytest.mark.parametrize(("text_start", "image_start"), [(0, 0), (1, -1)])
 def test_clip_relevance_is_that_of_eager_attention(clip, images, text_start, image_start):
     before = fingerprint(clip.model)
-    seen = ClipLens(clip).look(images, TEXTS, text=True, image=True, text_start=text_start, image_start=image_start)
+    seen = ClipExplainer(clip).explain(
+        images, TEXTS, text=True, image=True, text_start=text_start, image_start=image_start
+    )
     assert fingerprint(clip.model) == before
     for i, (cosine, text, image, length) in enumerate(reference(clip, images, TEXTS, text_start, image_start)):
         assert seen.similarity[i].item() == pytest.approx(cosine.item(), abs=1e-6)
@@ -89,11 +91,11 @@ def test_clip_relevance_is_that_of_eager_attention(clip, images, text_start, ima
 
 @pytest.mark.parametrize("which", ["text", "image"])
 def test_relevance_as_a_loss_has_the_gradient_of_finite_differences(clip, images, which):
-    lens = ClipLens(clip)
+    explainer = ClipExplainer(clip)
     weight = torch.rand(2, 77, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def loss(pixels):
-        seen = lens.look(pixels, TEXTS, **{which: True}, image_start=0, second_order=True)
+        seen = explainer.explain(pixels, TEXTS, **{which: True}, image_start=0, second_order=True)
         row = seen.tokens() if which == "text" else seen.patches().flatten(1)
         return (row * weight[:, : row.shape[1]]).sum()
 
@@ -108,15 +110,15 @@ def test_relevance_as_a_loss_has_the_gradient_of_finite_differences(clip, images
 
 def test_first_order_leaves_no_graph(clip, images):
     with torch.no_grad():
-        seen = ClipLens(clip).look(images, TEXTS, text=True)
+        seen = ClipExplainer(clip).explain(images, TEXTS, text=True)
     assert not seen.text.requires_grad and seen.image is None
 
 
 def test_pairs_do_not_mix(clip, images):
-    lens = ClipLens(clip)
+    explainer = ClipExplainer(clip)
     both, alone = (
-        lens.look(images, TEXTS, text=True, image=True),
-        lens.look(images[1:], TEXTS[1:], text=True, image=True),
+        explainer.explain(images, TEXTS, text=True, image=True),
+        explainer.explain(images[1:], TEXTS[1:], text=True, image=True),
     )
     torch.testing.assert_close(both.image[1:], alone.image)
     n = alone.text.shape[-1]
@@ -161,10 +163,10 @@ def test_chosen_maps_make_the_output(clip):
 
 
 def test_bad_input(clip, images):
-    lens = ClipLens(clip)
+    explainer = ClipExplainer(clip)
     with pytest.raises(BadInput, match="2 pictures and 1 texts"):
-        lens.look(images, TEXTS[:1])
+        explainer.explain(images, TEXTS[:1])
     with pytest.raises(BadInput, match="squares"):
-        lens.look(images[..., :8], TEXTS)
+        explainer.explain(images[..., :8], TEXTS)
     with pytest.raises(BadInput, match="one layer"):
         self_relevance([], [])

@@ -156,7 +156,7 @@ def test_text_that_moves_everything_needs_help():
 
     pipe.transformer.forward = mixed
     mixed.__signature__ = inspect.signature(real)  # type: ignore[attr-defined]
-    with pytest.raises(NotSupported, match="cannot be told.*attached.*text='first 512'"), attached(pipe, DAAM()):
+    with pytest.raises(NotSupported, match="cannot be determined.*attached.*text='first 512'"), attached(pipe, DAAM()):
         draw(pipe)
     with attached(pipe, DAAM(words=["cube"]), text="last 77") as run:
         draw(pipe)

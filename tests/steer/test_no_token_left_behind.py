@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sfumato.errors import BadInput, NoMatch, UnknownName
 from sfumato.metrics.geometry import spherical_distance
 from sfumato.models.readers import load_clip
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.sampling import generate
 from sfumato.steer.no_token_left_behind import (
     ExplainedLoss,
@@ -36,8 +36,8 @@ PROMPT = "a red cube and a blue ball"
 
 
 @pytest.fixture(scope="module")
-def lens():
-    return ClipLens(load_clip())
+def explainer():
+    return ClipExplainer(load_clip())
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +51,20 @@ def seeds(n):
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-def wish(lens, text, words, regions=()):
-    reading = lens.read(text)
+def target(explainer, text, words, regions=()):
+    reading = explainer.read(text)
     return Target(text, tuple(reading.one(word).tokens["clip"] for word in words), tuple(regions))
 
 
-def test_words_term_is_one_less_the_mean_relative_relevance(lens, toys):
-    loss = ExplainedLoss(lens, cutouts=1, augment=0)
+def test_words_term_is_one_less_the_mean_relative_relevance(explainer, toys):
+    loss = ExplainedLoss(explainer, cutouts=1, augment=0)
     with torch.no_grad():
-        parts = loss(toys, [wish(lens, PROMPT, ["cube", "ball"])] * 2, seeds(2))
+        parts = loss(toys, [target(explainer, PROMPT, ["cube", "ball"])] * 2, seeds(2))
     for i in range(2):
-        looked = lens.look(toys[i : i + 1], [PROMPT], text=True)
+        looked = explainer.explain(toys[i : i + 1], [PROMPT], text=True)
         row = looked.tokens()[0].detach()
-        ids = lens.tokenizer(PROMPT).input_ids
-        at = [ids.index(lens.tokenizer(word, add_special_tokens=False).input_ids[0]) for word in ("cube", "ball")]
+        ids = explainer.tokenizer(PROMPT).input_ids
+        at = [ids.index(explainer.tokenizer(word, add_special_tokens=False).input_ids[0]) for word in ("cube", "ball")]
         shares = [float(row[k] / row.max()) for k in at]
         assert parts.words[i].item() == pytest.approx(1 - sum(shares) / 2, abs=2e-3)
         assert parts.relevance[i] == pytest.approx(shares, abs=2e-3)
@@ -97,10 +97,10 @@ def test_overlap_by_hand():
     )
 
 
-def test_regions_prefer_the_toy_inside(lens, toys):
+def test_regions_prefer_the_toy_inside(explainer, toys):
     left, right = torch.zeros(64, 64), torch.zeros(64, 64)
     left[:, :32], right[:, 32:] = 1, 1
-    loss = ExplainedLoss(lens, cutouts=1, augment=0, explain=0)
+    loss = ExplainedLoss(explainer, cutouts=1, augment=0, explain=0)
     here = loss(toys[:1], [Target(PROMPT, (), (Region("a red cube", left), Region("a blue ball", right)))], seeds(1))
     there = loss(toys[:1], [Target(PROMPT, (), (Region("a red cube", right), Region("a blue ball", left)))], seeds(1))
     assert here.regions.item() < there.regions.item() - 0.1
@@ -145,11 +145,11 @@ def test_the_step_goes_down_the_gradient_by_the_length_asked_for(kind, through):
     assert sorted(system.guided[0].losses) == list(range(len(moves))) and system.guided[0].words == ("cube", "ball")
 
 
-def test_the_gradient_is_that_of_finite_differences(lens, toys):
-    loss = ExplainedLoss(lens, cutouts=2, augment=0.3)
+def test_the_gradient_is_that_of_finite_differences(explainer, toys):
+    loss = ExplainedLoss(explainer, cutouts=2, augment=0.3)
     left = torch.zeros(64, 64)
     left[:, :32] = 1
-    asked = [wish(lens, PROMPT, ["cube", "ball"], [Region("a red cube", left)])]
+    asked = [target(explainer, PROMPT, ["cube", "ball"], [Region("a red cube", left)])]
     x = toys[:1].clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(loss(x, asked, seeds(1)).total.sum(), x)
     step = 0.02 * gradient / gradient.norm()
@@ -206,18 +206,18 @@ def test_a_prompt_is_learnt(tmp_path):
         LearnedPrompt.load(tmp_path / "bad")
 
 
-def test_class_name_relevance_against_one_pair_at_a_time(lens):
+def test_class_name_relevance_against_one_pair_at_a_time(explainer):
     """The batched relevance of names equals that of each image and class alone, whatever the names' lengths."""
     images, _ = tiny_task()
     classes = ["ball", "small red cone", "blue cube"]
-    slots = ClassPrompts(lens, classes, 5)
+    slots = ClassPrompts(explainer, classes, 5)
     context = 0.2 * torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        seen = image_embeds(lens, images)
+        seen = image_embeds(explainer, images)
         cosines, shares = slots.relevance(context, seen)
         torch.testing.assert_close(cosines, seen @ slots.embeds(context).T, atol=1e-5, rtol=1e-4)
         for c, name in enumerate(classes):
-            lone = ClassPrompts(lens, [name], 5)
+            lone = ClassPrompts(explainer, [name], 5)
             for i in range(3):
                 _, share = lone.relevance(context, seen[i : i + 1])
                 assert share.item() == pytest.approx(shares[i, c].item(), abs=1e-5)

@@ -366,9 +366,9 @@ def test_prompts_are_split_by_their_phrases():
         inside, rest = split(words, prompt, asked)
         assert ([piece.text for piece in inside], rest.text) == expected
         for piece in (*inside, rest):  # every character comes from where it says
-            told = zip(piece.text, piece.home, strict=True)
+            told = zip(piece.text, piece.origins, strict=True)
             assert all(place < 0 or prompt[place] == char for char, place in told)
-            assert sum(place < 0 for place in piece.home) == (5 if piece.text == "a cat and a cat" and asked else 0)
+            assert sum(place < 0 for place in piece.origins) == (5 if piece.text == "a cat and a cat" and asked else 0)
 
 
 def test_sides_of_every_encoder():

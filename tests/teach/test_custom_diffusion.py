@@ -7,12 +7,12 @@ import torch
 
 from sfumato import app
 from sfumato.adapters.convert import convert
-from sfumato.adapters.fresh import copies, learning_weights
 from sfumato.adapters.lora import LoRA
+from sfumato.adapters.trainable import copies, substituted_weights
 from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NotSupported
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.sampling import generate
 from sfumato.teach.augment import resized
 from sfumato.teach.custom_diffusion import CustomDiffusion, start_detached
@@ -52,7 +52,7 @@ def test_no_gradient_reaches_keys_and_values_through_the_start(photos):
     only[:, 1:] = 0  # the start alone would carry a gradient
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     condition.cond["embeds"] = only.detach()
-    with learning_weights(model, weights):
+    with substituted_weights(model, weights):
         with start_detached(model):
             cut = torch.autograd.grad(model.predict(x, 5, condition).square().mean(), list(weights.values()))
         bare = torch.autograd.grad(model.predict(x, 5, condition).square().mean(), list(weights.values()))

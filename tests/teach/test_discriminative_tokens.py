@@ -10,12 +10,12 @@ from sfumato import app
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers.reader import wrap
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
-from sfumato.teach.discriminative_tokens import DiscriminativeTokens, _Lesson
-from sfumato.teach.rows import WordVectors
+from sfumato.teach.discriminative_tokens import DiscriminativeTokens, _WordTraining
 from sfumato.teach.scorers import _labels, scorer_of
+from sfumato.teach.word_vectors import WordVectors
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw
 from tests.helpers import fingerprint
@@ -37,7 +37,7 @@ def vit():
 
 def lesson(model, scorer, **more):
     p = DiscriminativeTokens(**{**GIVEN, **more}).params
-    return _Lesson(model, WordVectors(text_towers(model), "<c>", "a", p.vectors, p.seed), "ball", scorer, p)
+    return _WordTraining(model, WordVectors(text_towers(model), "<c>", "a", p.vectors, p.seed), "ball", scorer, p)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3clip", "flux"])

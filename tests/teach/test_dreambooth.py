@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sfumato import app
-from sfumato.adapters.fresh import fresh_lora
 from sfumato.adapters.lora import LoRA
+from sfumato.adapters.trainable import new_lora
 from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word
 from sfumato.bench.subject import Score, diversity, drift, identity, pareto, scored
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.teach.concepts import folders_of, made_prior
@@ -139,11 +139,11 @@ def test_the_prior_is_drawn_by_the_model_as_it_was_and_kept(photos, tmp_path):
 def test_a_fresh_lora_changes_nothing_yet():
     model = tiny_model("sd")
     for more in ({}, {"dora": True}):
-        for each in fresh_lora(model, {"unet": r".*attn2\.to_k"}, rank=3, alpha=2.0, seed=1, **more).values():
+        for each in new_lora(model, {"unet": r".*attn2\.to_k"}, rank=3, alpha=2.0, seed=1, **more).values():
             assert each.delta(1.0).abs().max() < 1e-6 and each.rank == 3 and each.alpha == 2.0
             assert 0.1 < each.parameters()["down"].std() * 3 < 3
     with pytest.raises(NoMatch, match="fits no module of unet"):
-        fresh_lora(model, {"unet": "attn9"})
+        new_lora(model, {"unet": "attn9"})
 
 
 def test_identifiers_are_rare_tokens_that_no_caption_has():

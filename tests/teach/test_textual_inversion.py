@@ -20,14 +20,14 @@ from sfumato import app, writing
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, BadWeights, Conflict, NotSupported, UnknownName, WorkInterrupted
 from sfumato.models import load
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.teach import denoising
-from sfumato.teach.learning import Best
-from sfumato.teach.rows import WordVectors
+from sfumato.teach.learning import BestTensors
 from sfumato.teach.subject import Subject, bucket
-from sfumato.teach.textual_inversion import TextualInversion, _Lesson
+from sfumato.teach.textual_inversion import TextualInversion, _WordTraining
+from sfumato.teach.word_vectors import WordVectors
 from sfumato.training import Draw
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -61,7 +61,7 @@ def test_every_encoder_learns_and_the_model_is_what_it_was(photos, tmp_path, kin
 def test_the_loss_falls_along_its_gradient_in_every_encoder(photos, kind):
     model = tiny_model(kind)
     p = TextualInversion(**GIVEN).params
-    lesson = _Lesson(model, Subject(model, photos), p, text_towers(model))
+    lesson = _WordTraining(model, Subject(model, photos), p, text_towers(model))
     loss, _ = lesson.loss(Draw(0, 0))
     gradients = torch.autograd.grad(loss, list(lesson.parameters.values()))
     for parameter, gradient in zip(lesson.parameters.values(), gradients, strict=True):
@@ -105,7 +105,7 @@ def plain_gradient(model, lesson, step):
 def test_loss_and_gradient_are_those_of_a_plain_script(photos, kind):
     model = tiny_model(kind)
     p = TextualInversion(**{**GIVEN, "templates": ["a {}"], "flip": False}).params
-    lesson = _Lesson(model, Subject(model, photos), p, text_towers(model))
+    lesson = _WordTraining(model, Subject(model, photos), p, text_towers(model))
     loss, _ = lesson.loss(Draw(p.seed, 3))
     (gradient,) = torch.autograd.grad(loss, lesson.rows.parameters["text_encoder"])
     plain, wanted = plain_gradient(model, lesson, 3)
@@ -116,7 +116,7 @@ def test_loss_and_gradient_are_those_of_a_plain_script(photos, kind):
 def test_flow_models_learn_the_velocity_at_shifted_levels(photos):
     model = tiny_model("sd3clip")
     p = TextualInversion(**{**GIVEN, "templates": ["a {}"], "flip": False, "timesteps": "uniform"}).params
-    lesson = _Lesson(model, Subject(model, photos), p, text_towers(model))
+    lesson = _WordTraining(model, Subject(model, photos), p, text_towers(model))
     u = torch.tensor([0.25, 0.5])
     assert torch.allclose(lesson.denoising.level(u), 1000 * 3 * u / (1 + 2 * u))  # its scheduler's shift is 3
     rows = Draw(p.seed, 0).indices(3, 2).tolist()
@@ -226,7 +226,7 @@ def test_it_ends_on_the_plateau_and_keeps_the_best(photos):
     found = taught(tiny_model("sd3clip"), photos, steps=30, lr=1e-9, patience=2)
     assert found.step == 2 and not found.interrupted
     rows = torch.nn.Parameter(torch.zeros(2))
-    best = Best({"x": rows})
+    best = BestTensors({"x": rows})
     for step, (figure, value) in enumerate([(3.0, 0.0), (1.0, 1.0), (0.999, 2.0), (2.0, 3.0), (1.5, 4.0)]):
         with torch.no_grad():
             rows.fill_(value)
@@ -241,7 +241,7 @@ def test_sentences(photos):
     subject = Subject(model, photos)
 
     def prompts(**more):
-        lesson = _Lesson(model, subject, TextualInversion(**{**GIVEN, **more}).params, text_towers(model))
+        lesson = _WordTraining(model, subject, TextualInversion(**{**GIVEN, **more}).params, text_towers(model))
         return lesson, [lesson.prompt(i % 3, step, 0) for i in range(3) for step in range(20)]
 
     _, said = prompts()
@@ -264,13 +264,13 @@ def test_vectors_are_held_to_the_length_of_words():
     most = tower.table.norm(dim=1).max()
     with torch.no_grad():
         vectors.mul_(torch.tensor([[100.0], [1.0]]))
-    rows.guard("clamp")
+    rows.constrain("clamp")
     torch.testing.assert_close(vectors[0].norm(), most)
     assert torch.equal(vectors[1], rows.start["text_encoder"][1])
     with torch.no_grad():
         vectors[0].mul_(50)
     before = vectors.std(1)
-    rows.guard("pull")
+    rows.constrain("pull")
     torch.testing.assert_close(vectors.std(1), before * (tower.table.std() / before) ** 0.1)
 
 

@@ -13,7 +13,7 @@ from sfumato.errors import BadInput, NoMatch, NotSupported
 from sfumato.models.condition import TruncatedPrompt
 from sfumato.models.families import TextStream
 from sfumato.text.phrases import nested_phrases
-from sfumato.text.words import Reading, Words, homes, noun_phrases
+from sfumato.text.words import Reading, Words, character_origins, noun_phrases
 from sfumato.toybox import caption
 from sfumato.toybox.dataset import draw_scene
 from tests.tiny import clip_tokenizer, t5_tokenizer, tiny_model
@@ -212,9 +212,9 @@ def test_texts_that_the_pipeline_changes_before_tokenizing():
 
 
 def test_alignment_of_unchanged_and_changed_text():
-    assert list(homes("abc", "abc")) == [0, 1, 2]
-    assert homes("  Ab c ", "ab c") == [2, 3, 4, 5]
-    assert homes("a <c> b", "a <c> <c>_1 b")[6:11] == [4] * 5
+    assert list(character_origins("abc", "abc")) == [0, 1, 2]
+    assert character_origins("  Ab c ", "ab c") == [2, 3, 4, 5]
+    assert character_origins("a <c> b", "a <c> <c>_1 b")[6:11] == [4] * 5
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import BadInput, UnknownName
-from sfumato.toybox import SETS, STYLES, cue_scenes, law, render, set_scenes, styled
+from sfumato.toybox import SETS, STYLES, cue_scenes, joint_distribution, render, set_scenes, styled
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_what_has_no_style_is_refused(pictures):
 def test_sets_follow_their_law(name):
     n = 1200
     seen = Counter((scene.toys[0].shape, scene.toys[0].color) for scene in set_scenes(name, n, seed=3))
-    wanted = law(name)
+    wanted = joint_distribution(name)
     assert sum(wanted.values()) == pytest.approx(1) and set(seen) <= set(wanted)
     assert sum(abs(seen[key] / n - share) for key, share in wanted.items()) / 2 < 0.08
     nights = sum(scene.sky == "night" for scene in set_scenes(name, n, seed=3)) / n

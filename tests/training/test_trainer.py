@@ -144,7 +144,7 @@ def test_damaged_checkpoint_is_refused_and_the_previous_one_used(home: Path) -> 
     newest = result.folder / "checkpoints" / "step_00000004" / "tensors.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     again = run(write(home, steps=4), resume=True)
-    assert again.step == 4 and len(again.complaints) == 1 and "step_00000004 is damaged" in again.complaints[0]
+    assert again.step == 4 and len(again.warnings) == 1 and "step_00000004 is damaged" in again.warnings[0]
     for path in (result.folder / "checkpoints").glob("*/state.json"):
         path.write_text("{")
     with pytest.raises(BadWeights, match="no sound checkpoint"):
@@ -165,8 +165,8 @@ def test_checkpoints_are_written_beside_and_only_the_last_two_stay(
     with pytest.raises(OSError):
         checkpoint.save(tmp_path, 4, {"a": torch.zeros(2)}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
-    tensors, state, complaints = checkpoint.load_latest(tmp_path)
-    assert tensors["a"].tolist() == [3.0, 3.0] and state["step"] == 3 and complaints == []
+    tensors, state, warnings = checkpoint.load_latest(tmp_path)
+    assert tensors["a"].tolist() == [3.0, 3.0] and state["step"] == 3 and warnings == []
 
 
 def test_averaged_weights_are_in_place_only_within(home: Path) -> None:

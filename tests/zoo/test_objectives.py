@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
-from sfumato.models.readers.noised import codec_mark, noised_input
+from sfumato.models.readers.noised import codec_hash, noised_input
 from sfumato.toybox import render, sample_scene
 from sfumato.training import data
 from sfumato.training.draw import Draw
@@ -613,7 +613,7 @@ def test_noisy_clip_exports_a_plain_clip(parts, tmp_path):
     objective = build("noisy_clip", vae=parts["vae"], clip=parts["text"])
     card = objective.export(tmp_path)
     clip = load_clip(tmp_path)
-    assert clip.reads_noise and clip.codec == codec_mark(objective.vae) and card["latents_of"] == parts["vae"]
+    assert clip.reads_noise and clip.codec == codec_hash(objective.vae) and card["latents_of"] == parts["vae"]
     x0, noise = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         seen, _ = objective.image_features(x0, noise, torch.full((3,), 0.5))

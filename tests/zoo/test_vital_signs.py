@@ -58,7 +58,7 @@ def test_a_dead_block_is_found_out(kind: str) -> None:
     model.denoiser.get_submodule(layer.path).register_forward_hook(dead)
     after = signs.zeroed_blocks(model, latents(model), PROMPTS)
     assert set(after[layer.name].values()) == {0.0}
-    assert any(each.startswith(f"{layer.name} zeroed") for each in signs.complaints({"zeroed": after, "words": {}}))
+    assert any(each.startswith(f"{layer.name} zeroed") for each in signs.failed_checks({"zeroed": after, "words": {}}))
 
 
 # attention ------------------------------------------------------------------------------------------------------------
@@ -175,13 +175,13 @@ def test_complaints_name_what_is_below_its_bar() -> None:
         "words": {"mid.attn2": 1e-3},
         "swapped": {"plain": 1.0, "color": 0.6, "noun": 0.5, "end": 0.9},
     }
-    assert signs.complaints(well) == []
+    assert signs.failed_checks(well) == []
     ill = {
         "zeroed": {"mid": {"900": 0.049, "500": 0.005}, "up.0": {"900": math.nan, "500": 0.1}},
         "words": {"mid.attn2": 9e-4},
         "swapped": {"plain": 1.0, "color": 0.5, "noun": 0.5, "end": 0.0},
     }
-    found = signs.complaints(ill)
+    found = signs.failed_checks(ill)
     assert len(found) == 5 and found[0].startswith("mid zeroed at t = 900") and "mid.attn2" in found[2]
 
 
@@ -191,4 +191,4 @@ def test_shipped_generators_are_alive(name: str) -> None:
     found = registry.card(name).get("vital_signs")
     if found is None:
         pytest.skip(f"the card of {name} has no vital signs yet")
-    assert signs.complaints(found) == []
+    assert signs.failed_checks(found) == []

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from sfumato import cards
 from sfumato.adapters.formats import Contents, content_hash, find_file, read_contents
 from sfumato.adapters.metadata import check_base
-from sfumato.adapters.weight_sets import Weights, exchanged
+from sfumato.adapters.weight_sets import Weights, swapped_weights
 from sfumato.cards import Field, FilePath
 from sfumato.errors import BadInput
 from sfumato.models import Model
@@ -151,7 +151,7 @@ class Adapter(Intervention):
         """Puts the adapter into the weights of the model, until ``undo``: no cost per call, equal up to rounding."""
         check_base(self.contents.metadata, model, self.path, self.params.any_base)
         used = self.scale if scale is None else float(scale)
-        weights = exchanged(model.modules, self.weights(model, used))
+        weights = swapped_weights(model.modules, self.weights(model, used))
         return Merged(model, weights, f"{self.name} {self.hash} {used!r}")
 
     def diff(self, model: Model, scale: float | None = None) -> dict[str, float]:

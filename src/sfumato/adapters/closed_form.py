@@ -1,4 +1,4 @@
-"""Matrices that keep what they did and do what they are told: constrained least squares, in double precision.
+"""Matrices with given outputs for some inputs, changed least elsewhere: constrained least squares, in float64.
 
 Kumari et al. 2023 (arXiv 2212.04488), section 3.2. For a matrix W_0 (o d), inputs C_reg (n d) that should be mapped as
 before and inputs C (s d) whose images V (s o) are given:
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput
 
-__all__ = ["Compressed", "Merge", "Solver", "compressed"]
+__all__ = ["LowRank", "Merge", "Solver", "low_rank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +81,14 @@ def independent(rows: Tensor, tolerance: float = 1e-9) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Compressed:
+class LowRank:
     """A change of a matrix as ``up`` (o r) times ``down`` (r d): a LoRA whose alpha is its rank."""
 
     up: Tensor
     down: Tensor
 
 
-def compressed(change: Tensor, share: float = 0.6) -> Compressed:
+def low_rank(change: Tensor, share: float = 0.6) -> LowRank:
     """The largest singular directions of a change (o d): all before the one at which the sum of singular values exceeds
     ``share`` of the whole, at least one (Kumari et al. 2023, appendix; their code drops the crossing one)."""
     if not 0 < share <= 1:
@@ -98,4 +98,4 @@ def compressed(change: Tensor, share: float = 0.6) -> Compressed:
     part = s.cumsum(0) / s.sum().clamp_min(1e-30)
     over = (part > share + 1e-12).nonzero().flatten().tolist()
     rank = min(len(s), max(1, over[0] if over else len(s)))
-    return Compressed((u[:, :rank] * s[:rank]).to(change), v[:rank].to(change))
+    return LowRank((u[:, :rank] * s[:rank]).to(change), v[:rank].to(change))

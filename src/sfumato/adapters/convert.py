@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sfumato import files, writing
 from sfumato.adapters.formats import Contents, FileModule, find_file, fit, read_contents
-from sfumato.adapters.layers import algebra_of, with_core, with_rows
+from sfumato.adapters.layers import algebra_of, with_rows, with_tucker_core
 from sfumato.adapters.naming import DENOISER, Index
 from sfumato.adapters.spelling import dotted, original_names, published_path, underscored, unet_shapes
 from sfumato.adapters.whole import convert_whole, save_words_beside
@@ -51,8 +51,8 @@ DIALECTS = {
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """One adapted module at its place in a model: ``parts`` as :class:`~sfumato.adapters.layers.Adapted` names them,
-    and its alpha (None: equal to the rank)."""
+    """One adapted module at its place in a model: ``parts`` as named by
+    :class:`~sfumato.adapters.layers.AdaptedModule`, and its alpha (None: equal to the rank)."""
 
     component: str
     path: str
@@ -157,7 +157,7 @@ def _module(
     """One module; of a fused one its part, without the factors that belong to others, or None where none is left."""
     parts = {part: tensors[key] for part, key in module.keys.items() if part != "alpha"}
     if "mid" in parts:
-        parts["down"] = with_core(parts.pop("mid"), parts["down"])
+        parts["down"] = with_tucker_core(parts.pop("mid"), parts["down"])
     if rows:
         parts = with_rows(parts, rows)
     rank = module.rank
@@ -325,7 +325,7 @@ def _to_peft(modules: list[Module], target: Path) -> list[Path]:
                     tensors[f"base_model.model.{each.path}.{named.get(part, part)}"] = (
                         tensor.flatten() if part == "magnitude" else tensor
                     )
-            with writing.replacing(folder / "adapter_config.json") as file:
+            with writing.atomic_write(folder / "adapter_config.json") as file:
                 file.write(json.dumps(_peft_settings(several), indent=1).encode())
             written.append(files.save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"}))
     return written

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.errors import BadWeights, NotSupported
 from sfumato.valid import first_line
 
-__all__ = ["ALGEBRAS", "Adapted", "Scaling", "algebra_of", "held"]
+__all__ = ["ALGEBRAS", "AdaptedModule", "Scaling", "algebra_of", "adapt_module"]
 
 NAME = "default"  # of the only adapter in each peft layer
 
@@ -51,7 +51,7 @@ def algebra_of(parts: Mapping[str, Any]) -> str:
     return "DoRA" if "magnitude" in parts else "LoRA"
 
 
-class Adapted:
+class AdaptedModule:
     """A module and the peft ``layer`` beside it, whose parameters may be trained."""
 
     def __init__(self, module: nn.Module, layer: Any):
@@ -134,9 +134,9 @@ class Scaling:
     rank: int | None = None
 
 
-def held(
+def adapt_module(
     module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling, where: str, dtype: torch.dtype | None = None
-) -> Adapted:
+) -> AdaptedModule:
     """A file's tensors beside their module, on its device and in its precision, or in ``dtype``.
 
     Raises NotSupported for an algebra or a kind of module that cannot be adapted, BadWeights for tensors that do not
@@ -162,7 +162,7 @@ def held(
     return adapted
 
 
-def _check_shapes(adapted: Adapted, where: str) -> None:
+def _check_shapes(adapted: AdaptedModule, where: str) -> None:
     weight = adapted.module.weight
     assert isinstance(weight, Tensor)
     if adapted.is_lora:
@@ -183,7 +183,7 @@ def with_rows(parts: Mapping[str, Tensor], rows: Sequence[tuple[int, int]]) -> d
     return {**parts, **cut}
 
 
-def with_core(mid: Tensor, down: Tensor) -> Tensor:
+def with_tucker_core(mid: Tensor, down: Tensor) -> Tensor:
     """Tucker's core between 1x1 factors, and the way down before it: one convolution of the module's size."""
     return torch.einsum("rshw,si->rihw", mid, down.flatten(1))
 
@@ -195,13 +195,13 @@ def _config(rank: int, alpha: Any, rslora: bool) -> Any:
     return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, init_lora_weights=False)
 
 
-def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted:
+def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> AdaptedModule:
     from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
     from peft.tuners.lora.layer import Conv2d, Linear
 
     down, up = parts["down"], parts["up"]
     if "mid" in parts:
-        down = with_core(parts["mid"], down)
+        down = with_tucker_core(parts["mid"], down)
     convolves = isinstance(module, nn.Conv2d)
     if convolves and down.ndim == 2:
         down, up = down[..., None, None], up[..., None, None]
@@ -222,10 +222,10 @@ def _lora(module: Any, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted
         flat = magnitude.flatten()
         dora.weight = nn.Parameter(flat.reshape(1, -1, 1, 1) if convolves else flat, requires_grad=False)
         layer.lora_magnitude_vector[NAME] = dora
-    return Adapted(module, layer)
+    return AdaptedModule(module, layer)
 
 
-def _lycoris(algebra: str, module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling) -> Adapted:
+def _lycoris(algebra: str, module: nn.Module, parts: Mapping[str, Tensor], scaling: Scaling) -> AdaptedModule:
     from peft import LoHaConfig, LoKrConfig
     from peft.tuners.loha import layer as loha
     from peft.tuners.lokr import layer as lokr
@@ -245,4 +245,4 @@ def _lycoris(algebra: str, module: nn.Module, parts: Mapping[str, Tensor], scali
             del slots[NAME]
         if name in parts:
             slots[NAME] = nn.Parameter(parts[name].contiguous(), requires_grad=False)
-    return Adapted(module, layer)
+    return AdaptedModule(module, layer)

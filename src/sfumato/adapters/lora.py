@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.formats import fit
-from sfumato.adapters.layers import Adapted, held, with_rows
+from sfumato.adapters.layers import AdaptedModule, adapt_module, with_rows
 from sfumato.adapters.naming import Place
 from sfumato.adapters.spelling import published_path
-from sfumato.adapters.weight_sets import Weights, like_own
+from sfumato.adapters.weight_sets import Weights, parameter_like
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadWeights, NoMatch, NotSupported, nearest
 from sfumato.models import Model
@@ -81,7 +81,7 @@ class LoRA(Adapter):
     def __init__(self, **given: Any):
         super().__init__(**given)
         # layers by model: putting them together again for every batch takes a second for 700 modules
-        self._known: WeakKeyDictionary[Model, dict[str, Adapted]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Model, dict[str, AdaptedModule]] = WeakKeyDictionary()
         self._changed: dict[str, Tensor] = {}  # by module: whether its first output in this run was another
 
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
@@ -90,7 +90,7 @@ class LoRA(Adapter):
                 hook = adapted.module.register_forward_hook(self._hook(name, adapted, scale))
                 stack.callback(hook.remove)
 
-    def _hook(self, name: str, adapted: Adapted, scale: float) -> Callable[..., Tensor]:
+    def _hook(self, name: str, adapted: AdaptedModule, scale: float) -> Callable[..., Tensor]:
         def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             self.acted(name)
             out = adapted.added(args[0], output, scale)
@@ -100,7 +100,7 @@ class LoRA(Adapter):
 
         return add
 
-    def adapted(self, model: Model) -> dict[str, Adapted]:
+    def adapted(self, model: Model) -> dict[str, AdaptedModule]:
         """Every module that the file adapts, by ``component.path``.
 
         Raises NoMatch where modules of the file are missing in the model (all of them, with ``partial``) or the file
@@ -112,18 +112,18 @@ class LoRA(Adapter):
             known = self._known[model] = self._adapted(model)
         return dict(known)
 
-    def _adapted(self, model: Model) -> dict[str, Adapted]:
+    def _adapted(self, model: Model) -> dict[str, AdaptedModule]:
         found = fit(self.contents.modules, index_of(model))
         self._check(model, found)
         tensors = self._read()
-        out: dict[str, Adapted] = {}
+        out: dict[str, AdaptedModule] = {}
         for module, places in found.found:
             parts = {part: tensors[key] for part, key in module.keys.items() if part != "alpha"}
             scaling = self.contents.scaling(module, places[0].component, places[0].path, tensors)
             for place in places:
                 own = _rows(parts, place, f"{module}")
                 network = model.modules[place.component].get_submodule(place.path)
-                out[str(place)] = held(network, own, scaling, str(place))
+                out[str(place)] = adapt_module(network, own, scaling, str(place))
         if not any(_acts(each) for each in out.values()):
             raise NoMatch(f"{self.path} changes nothing: in every module one of its factors is all zeros.")
         return out
@@ -165,7 +165,7 @@ class LoRA(Adapter):
             own = adapted.module.weight
             assert isinstance(own, Tensor)
             with torch.no_grad():
-                out.setdefault(component, {})[f"{path}.weight"] = like_own(own, own + adapted.delta(scale))
+                out.setdefault(component, {})[f"{path}.weight"] = parameter_like(own, own + adapted.delta(scale))
         return dict(out)
 
     def save(self, path: str | Path) -> Path:
@@ -192,7 +192,7 @@ def _rows(parts: Mapping[str, Tensor], place: Place, name: str) -> dict[str, Ten
     return with_rows(parts, place.rows)
 
 
-def _holds(model: Model, name: str, adapted: Adapted) -> bool:
+def _holds(model: Model, name: str, adapted: AdaptedModule) -> bool:
     """Whether what was put together still stands beside the model's module, on its device and in its precision."""
     component, _, path = name.partition(".")
     weight, own = adapted.module.weight, next(iter(adapted.parameters().values()))
@@ -200,14 +200,16 @@ def _holds(model: Model, name: str, adapted: Adapted) -> bool:
     return same and own.dtype == weight.dtype and own.device == weight.device
 
 
-def _acts(adapted: Adapted) -> bool:
+def _acts(adapted: AdaptedModule) -> bool:
     parameters = adapted.parameters()
     if not adapted.is_lora:
         return bool(adapted.delta(1.0).any())
     return "magnitude" in parameters or all(bool(each.any()) for each in parameters.values())
 
 
-def save_lora(path: str | Path, adapted: Mapping[str, Adapted], metadata: Mapping[str, str] | None = None) -> Path:
+def save_lora(
+    path: str | Path, adapted: Mapping[str, AdaptedModule], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Writes adapted modules in the dialect of diffusers (``unet.<path>.lora_A.weight``), which ``load_lora_weights``,
     and this library, read. Alphas that differ from the rank are folded into the way up. Raises OSError."""
     tensors: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from sfumato.errors import BadInput
 from sfumato.models import Model
 
-__all__ = ["BASE", "about", "check_base"]
+__all__ = ["BASE", "training_metadata", "check_base"]
 
 BASE = "sfumato.base_hash"
 _ARCHITECTURES = {
@@ -25,7 +25,9 @@ _ARCHITECTURES = {
 _KOHYA = {"sd": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3", "flux": "flux1"}
 
 
-def about(model: Model, method: str, kind: str, facts: Mapping[str, Any], words: Sequence[str] = ()) -> dict[str, str]:
+def training_metadata(
+    model: Model, method: str, kind: str, facts: Mapping[str, Any], words: Sequence[str] = ()
+) -> dict[str, str]:
     """Metadata of what ``method`` taught ``model``. ``kind``: lora, textual-inversion or weights; ``facts``: plain
     values, of which ``steps``, ``lr``, ``seed``, ``pictures``, ``rank``, ``alpha``, ``class`` and ``identifier`` have
     names that others know as well."""

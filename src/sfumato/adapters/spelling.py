@@ -1,7 +1,7 @@
 """How modules are spelt in files: diffusers' dotted paths, kohya's names with underscores, names of the original code.
 
 The other direction of :mod:`sfumato.adapters.naming`. Which word of an underscored name belongs to which part of a path
-is told by the names that diffusers and transformers use (:data:`COMPOUND`); where a model's index is at hand, it is
+follows from the names that diffusers and transformers use (:data:`COMPOUND`); where a model's index is at hand, it is
 looked up instead.
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.errors import BadWeights
 from sfumato.models.weights import find_weights, read_header
 
-__all__ = ["Weights", "WeightSets", "exchanged", "like_own", "parameters_of", "read_weights"]
+__all__ = ["Weights", "WeightSets", "swapped_weights", "parameter_like", "parameters_of", "read_weights"]
 
 Weights = Mapping[str, nn.Parameter]
 """Parameters of a network by their path; those that are missing stay the network's own."""
@@ -57,7 +57,7 @@ class WeightSets:
 
 
 @contextmanager
-def exchanged(networks: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> Iterator[None]:
+def swapped_weights(networks: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> Iterator[None]:
     """While it lasts, the networks named have these parameters: component -> path -> parameter."""
     with ExitStack() as stack:
         for component, chosen in weights.items():
@@ -68,7 +68,7 @@ def exchanged(networks: Mapping[str, nn.Module], weights: Mapping[str, Weights])
 
 
 @torch.no_grad()
-def like_own(own: Tensor, value: Tensor) -> nn.Parameter:
+def parameter_like(own: Tensor, value: Tensor) -> nn.Parameter:
     """``value`` as a parameter laid out in memory as ``own``, for the same kernels, on its device, in its precision."""
     return nn.Parameter(torch.empty_like(own).copy_(value), requires_grad=False)
 
@@ -84,7 +84,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def fitting(name: str, path: str, other: Tensor | None, own: Any, of: str) -> Tensor:
+def checked_parameter(name: str, path: str, other: Tensor | None, own: Any, of: str) -> Tensor:
     """``other``, if it can stand in the place of ``own``. Raises BadWeights, in which ``name`` is whose it is."""
     if other is None or other.shape != own.shape:
         found = "lacks" if other is None else f"has {tuple(other.shape)} instead of {tuple(own.shape)} in"

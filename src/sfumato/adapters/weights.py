@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato.adapters import weight_sets
 from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.naming import parameters_of_ldm
-from sfumato.adapters.weight_sets import exchanged, fitting, like_own
+from sfumato.adapters.weight_sets import checked_parameter, parameter_like, swapped_weights
 from sfumato.cards import Card, Field, register
 from sfumato.errors import Conflict, NoMatch, nearest
 from sfumato.models import Model
@@ -65,7 +65,7 @@ class Weights(Adapter):
             for component, chosen in weights.items()
         }  # fmt: skip
         if scale:
-            stack.enter_context(exchanged(model.modules, weights))
+            stack.enter_context(swapped_weights(model.modules, weights))
 
     def weights(self, model: Model, scale: float | None = None) -> dict[str, weight_sets.Weights]:
         """Raises NoMatch where parameters of the file are missing in the model (all of them, with ``partial``) or, at a
@@ -97,11 +97,11 @@ class Weights(Adapter):
         changed = False
         for key, component, path in found:
             base: Tensor = own[component][path]
-            value = fitting(str(self.path), path, state[key], base, model.name)
+            value = checked_parameter(str(self.path), path, state[key], base, model.name)
             changed = changed or not torch.equal(value, base)
             with torch.no_grad():
                 value = value if scale == 1 else torch.lerp(base, value, scale)
-            out.setdefault(component, {})[path] = like_own(base, value)
+            out.setdefault(component, {})[path] = parameter_like(base, value)
         if scale and not changed:
             raise NoMatch(f"{self.path} changes nothing: {model.name} has these very weights.")
         return dict(out)

@@ -23,7 +23,7 @@ from sfumato.adapters.weight_sets import Weights
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, NotSupported
 from sfumato.models import Model
-from sfumato.models.slot import TextTower, text_towers
+from sfumato.models.text_towers import TextTower, text_towers
 from sfumato.sampling import Run, Step
 from sfumato.text.placeholders import placeholders
 
@@ -118,14 +118,14 @@ class Word(Adapter):
     def on_text(self, run: Run, condition: Any) -> Any:
         others = [part for part in run.parts if part.role not in ("adapter", "observer", "guider")]
         if self.scale and not self._acted and not others:  # nobody is left who could read it
-            self._complain(run)
+            self._raise_unused(run)
         return super().on_text(run, condition)
 
     def finish(self, run: Run) -> None:
         if self.scale and not self.activity.calls:
-            self._complain(run)
+            self._raise_unused(run)
 
-    def _complain(self, run: Run) -> None:
+    def _raise_unused(self, run: Run) -> None:
         close = [part.strip("<>") for part in self.words]
         near = next((w for w in re.findall(r"\w+", " ".join(run.prompts)) if w in close), None)
         hint = f" It has {near!r} without its brackets." if near else ""

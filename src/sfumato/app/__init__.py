@@ -13,7 +13,7 @@ MODULES = {
     + ("models", "offers", "suitable_model"),
     "pictures": ("fitting_size", "is_picture"),
     "batch": ("JobBatch", "RecipeDiffers", "like", "make_files", "write", "write_grid"),
-    "lines": ("ANNOTATIONS", "BadLines", "Line", "Made", "make_prompts", "read_prompts"),
+    "prompts_file": ("ANNOTATIONS", "BadPrompts", "PromptLine", "MadeFiles", "make_prompts", "read_prompts"),
     "explaining": ("ExplainJob", "Explanation", "explain", "explain_files", "open_net"),
     "editing": ("EditOptions", "EditResult", "edit", "edit_file", "edit_like"),
     "segmenting": ("segment", "segment_files"),

@@ -17,7 +17,7 @@ __all__ = ["attached"]
 def attached(
     pipe: Any, *with_: Any, text: str | None = None, prompt: str | Sequence[str] | None = None
 ) -> AbstractContextManager[AttachedSystems]:
-    """While it lasts, systems take part in every call of a pipeline that no loop of ours replaces.
+    """Systems take part in every call of a diffusers pipeline of your own, which keeps its own loop.
 
         >>> with sfumato.attached(pipe, "KEY:words=[cat|hat]") as run:
         ...     image = pipe("a cat in a hat", control_image=edges).images[0]

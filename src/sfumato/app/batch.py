@@ -68,7 +68,7 @@ class JobBatch:
 def like(picture: Path, overrides: dict[str, Any], batch: JobBatch) -> JobBatch:
     """``batch`` completed by the recipe in ``picture``; ``overrides`` and what ``batch`` says win.
 
-    The recipe is a stranger's: the models it may name are :func:`model_of`'s, its systems open no file that
+    The recipe is untrusted: the models it may name are :func:`model_of`'s, its systems open no file that
     ``batch.allow`` does not name, and every value is checked as if typed.
     """
     recipe, exact = files.read_recipe(picture)
@@ -149,7 +149,7 @@ def _penultimate(model: str) -> bool:
 
 
 def _systems_of(recipe: dict[str, Any], allow: Sequence[str | Path]) -> list[Any]:
-    """The systems in a stranger's recipe, as it describes them. Raises NotAllowed, BadInput."""
+    """The systems in an untrusted recipe, as it describes them. Raises NotAllowed, BadInput."""
     with_ = recipe.get("with") or []
     if not (isinstance(with_, list) and all(isinstance(each, str | dict) for each in with_)):
         raise BadInput("its list of systems is damaged.")
@@ -245,7 +245,7 @@ def write_grid(made: Sequence[Path]) -> Path:
         cells, columns = [files.read_picture(each) for each in made], math.ceil(math.sqrt(len(made)))
 
     def save(path: Path, new: bool) -> Path:
-        with writing.replacing(path, new=new) as file:
+        with writing.atomic_write(path, new=new) as file:
             sheets.sheet(cells, columns, gap=2).save(file, format="PNG")
         return path
 
@@ -253,7 +253,7 @@ def write_grid(made: Sequence[Path]) -> Path:
 
 
 def ending(result: Result) -> str:
-    """How the names of files end that hold the pictures or clips of a result, where nobody says."""
+    """How the names of files end that hold the pictures or clips of a result, by default."""
     return ".mp4" if result.clips else ".png"
 
 

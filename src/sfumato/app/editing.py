@@ -16,7 +16,7 @@ from sfumato.app.batch import JobBatch, RecipeDiffers, check_weights, like, mode
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load, offers, readable, suitable_model
 from sfumato.app.pictures import fitting_size
 from sfumato.cards import Field, Params
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Editor:
         return self.cls.CARD.key
 
 
-@spelt_out(EditArguments, cards.parameters_of(EditOptions), cards.parameters(cards.default("edit")))
+@with_signature(EditArguments, cards.parameters_of(EditOptions), cards.parameters(cards.default("edit")))
 def edit(
     image: str | Path | Image | Any,
     prompt: str | Sequence[str],

@@ -12,7 +12,7 @@ from sfumato import cards, files, markup, protocol, valid, writing
 from sfumato.app.batch import JobBatch, make_files
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, MakeOptions, load, make
 from sfumato.app.pictures import fitting_size, is_picture, media_for, read_media, size_of
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, NotSupported
 from sfumato.sampling.arguments import GenerateArguments
 
@@ -51,7 +51,7 @@ class Explanation:
         return markup.gallery(repr(self), shown)
 
 
-@spelt_out(GenerateArguments, cards.parameters_of(MakeOptions))
+@with_signature(GenerateArguments, cards.parameters_of(MakeOptions))
 def explain(
     what: str | Path | Image,
     prompt: str | None = None,

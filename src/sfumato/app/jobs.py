@@ -11,7 +11,7 @@ from pydantic import field_validator
 from sfumato import cards, checkpoints, writing
 from sfumato.app.pictures import fitted_to
 from sfumato.cards import Field
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput
 from sfumato.sampling.arguments import GenerateArguments
 from sfumato.sampling.options import Options
@@ -137,7 +137,7 @@ def load_found(
         return load_model(name, dtype=dtype, device=device, config=config, found=found)
 
 
-@spelt_out(GenerateArguments, cards.parameters_of(MakeOptions))
+@with_signature(GenerateArguments, cards.parameters_of(MakeOptions))
 def make(
     prompt: str | Sequence[str],
     *,
@@ -198,7 +198,7 @@ def offers(model: str | Path | Model, needs: Sequence[str]) -> bool:
 
 
 def suitable_model(needs: Sequence[str]) -> str:
-    """The built-in model to use where nobody names one: the default one, or the first that has these capabilities."""
+    """The built-in model to use by default: the package's default, or the first that has these capabilities."""
     from sfumato import registry
 
     return next((name for name in (DEFAULT_MODEL, *registry.names()) if offers(name, needs)), DEFAULT_MODEL)

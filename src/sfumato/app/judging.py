@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from sfumato import cards, protocol, valid, writing
 from sfumato.app.batch import JobBatch
 from sfumato.app.jobs import DEFAULT_MODEL, JobOptions, build_all, load
-from sfumato.app.lines import BadLines, Line, make_prompts, read_prompts
+from sfumato.app.prompts_file import BadPrompts, PromptLine, make_prompts, read_prompts
 from sfumato.bench.arguments import CompareArguments, JudgeArguments
 from sfumato.bench.options import CompareOptions, JudgeOptions
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sfumato.models import Model
 
 
-@spelt_out(JudgeArguments, cards.parameters_of(JudgeOptions))
+@with_signature(JudgeArguments, cards.parameters_of(JudgeOptions))
 def judge(
     folder: str | Path | Sequence[str | Path],
     reference: str | Path | None = None,
@@ -121,14 +121,14 @@ def _joined(one: Side, with_: Any) -> Side:
 
 def beside(out: Path, inside: str, behind: str) -> Path:
     """A place in the folder ``out`` or, where it names a picture, beside that, with its name."""
-    return out.with_name(f"{out.stem}-{behind}") if writing.names_file(out) else out / inside
+    return out.with_name(f"{out.stem}-{behind}") if writing.is_file_name(out) else out / inside
 
 
 def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-@spelt_out(CompareArguments, cards.parameters_of(CompareOptions))
+@with_signature(CompareArguments, cards.parameters_of(CompareOptions))
 def compare(
     first: str | Path | Model | dict[str, Any] | Side,
     second: str | Path | Model | dict[str, Any] | Side,
@@ -212,9 +212,11 @@ def _make_sides(
     for one, folder in zip(sides, folders, strict=True):
         overrides = {**shared, **one.options}
         if source:
-            lines: Iterable[Line] = read_prompts(source, overrides)
+            lines: Iterable[PromptLine] = read_prompts(source, overrides)
         else:
-            lines = [Line(i, JobOptions(**{"prompt": text, **overrides})) for i, text in enumerate(texts, start=1)]
+            lines = [
+                PromptLine(i, JobOptions(**{"prompt": text, **overrides})) for i, text in enumerate(texts, start=1)
+            ]
         build_all(one.with_)
         key = str(one.model)
         if key not in loaded:
@@ -222,7 +224,7 @@ def _make_sides(
             loaded[key] = load(one.model, dtype=dtype, device=device) if named else one.model
         batch = JobBatch([], str(one.model), one.with_, dtype, device)
         runs.append(make_prompts(lines, batch, folder, None, total, loaded[key]))
-    wrong: BadLines | None = None
+    wrong: BadPrompts | None = None
     for done in itertools.count():
         left = len(runs)
         for run in runs if done % 2 == 0 else runs[::-1]:
@@ -230,7 +232,7 @@ def _make_sides(
                 next(run)
             except StopIteration:
                 left -= 1
-            except BadLines as error:
+            except BadPrompts as error:
                 wrong, left = error, left - 1
         if not left:
             break

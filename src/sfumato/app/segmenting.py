@@ -10,7 +10,7 @@ from sfumato import cards, files, protocol, valid, writing
 from sfumato.app.arguments import SegmentArguments
 from sfumato.app.jobs import DEFAULT_MODEL, PICTURES, load, suitable_model
 from sfumato.app.pictures import fitting_size
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sfumato.models import Model
 
 
-@spelt_out(SegmentArguments, cards.parameters(cards.default("segment")))
+@with_signature(SegmentArguments, cards.parameters(cards.default("segment")))
 def segment(
     concept: str,
     pictures: Any = None,

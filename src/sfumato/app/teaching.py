@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato import cards, protocol, writing
 from sfumato.app.arguments import TeachArguments
 from sfumato.app.jobs import DEFAULT_MODEL, load
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, NotSupported, UnknownName, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def train(
     return run(recipe, resume=resume, minutes=minutes, out=target, device=device, on_progress=on_progress)
 
 
-@spelt_out(TeachArguments, cards.parameters(cards.default("teach")))
+@with_signature(TeachArguments, cards.parameters(cards.default("teach")))
 def teach(
     data: str | Path,
     *,

@@ -13,7 +13,7 @@ from sfumato.errors import NotSupported
 _SEEN_BACKENDS = {"native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn"}
 
 
-def refuse_what_bypasses(module: nn.Module, wanted: dict[str, nn.Module]) -> None:
+def refuse_bypassing_attention(module: nn.Module, wanted: dict[str, nn.Module]) -> None:
     """Raise NotSupported where attention at a wanted site would never reach the seam."""
     for path, target in wanted.items():
         for above, part in _ancestors(module, path):

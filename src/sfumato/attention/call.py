@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.attention.other_map import OtherMap
+from sfumato.attention.map_replacement import MapReplacement
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models.site import Site
 
@@ -62,9 +62,9 @@ class Call:
         self._records_grad = torch.is_grad_enabled()
         self._scores: Tensor | None = None  # these three: what stands in for the call's own
         self._probs: Tensor | None = None
-        self._other: OtherMap | None = None
+        self._other: MapReplacement | None = None
         self._fused: tuple[Tensor, Tensor] | None = None  # (output, log-sum-exp) of the fused kernel, whole batch
-        # the call this one shows rows of; none for a call of its own: a reference to itself would keep tensors alive
+        # the call this one shows rows of; none for a call of its own: a reference to itself would keep tensors
         # until the collector of cycles comes by
         self._whole: Call | None = None
         self._part = slice(None)
@@ -107,10 +107,10 @@ class Call:
         if other is not None and other.rows.start < part.stop and part.start < other.rows.stop:
             if other.rows != part:
                 raise NotSupported(f"rows {part} of {self.site.path} are partly those of another map, {other.rows}.")
-            view._other = OtherMap(slice(0, part.stop - part.start), other.attend, other.probs)
+            view._other = MapReplacement(slice(0, part.stop - part.start), other.attend, other.probs)
         return view
 
-    def _around(self, other: OtherMap, of: Callable[[Call], Tensor], instead: Callable[[Call], Tensor]) -> Tensor:
+    def _around(self, other: MapReplacement, of: Callable[[Call], Tensor], instead: Callable[[Call], Tensor]) -> Tensor:
         """``instead`` of the rows that have another map, ``of`` the rows before and behind them, as one tensor."""
         start, stop, b = other.rows.start, other.rows.stop, self.q.shape[0]
         parts = [of(self._view(slice(0, start), plain=True))] if start else []
@@ -136,7 +136,7 @@ class Call:
         self._check_shape("edit_probs", probs, self._map_shape)
         self._probs = probs
 
-    def replace_map(self, other: OtherMap) -> None:
+    def replace_map(self, other: MapReplacement) -> None:
         """Let another map act in some rows. Raises Conflict where one does already."""
         if self._other is not None:
             raise Conflict(f"two editors put another map in place of the one at {self.site.path}; only one can.")

@@ -3,7 +3,7 @@
 Nearly all attention of both libraries ends in ``torch.nn.functional.scaled_dot_product_attention``. Forward hooks on
 the wanted modules (*sites*) switch on a ``TorchFunctionMode`` while such a module runs; the mode sees that one call as
 ``q, k, v`` in ``b k n d`` layout (b batch, k heads, n queries, d features; keys are counted with t), shows it to
-observers and lets editors change values, scores or probabilities. Modules nobody asked for never see the mode.
+observers and lets editors change values, scores or probabilities. Modules without taps never see the mode.
 
 ::
 
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.attention.bypass import refuse_what_bypasses
+from sfumato.attention.bypass import refuse_bypassing_attention
 from sfumato.attention.call import Call
 from sfumato.attention.tap import STAGES, Tap
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
@@ -44,7 +44,7 @@ __all__ = ["AttentionSeam", "Forward", "StopForward"]
 
 
 class StopForward(BaseException):
-    """Leaves a forward pass whose remainder nobody needs. Not an Exception, so that no library code swallows it."""
+    """Leaves a forward pass whose remainder is not needed. Not an Exception, so that no library code swallows it."""
 
     def __init__(self, forward: Forward):
         super().__init__("forward pass stopped after the last wanted attention site")
@@ -138,7 +138,7 @@ class AttentionSeam:
     def __enter__(self) -> AttentionSeam:
         if self._handles:
             raise Conflict("this attention seam is already attached.")
-        refuse_what_bypasses(self.module, self._modules)
+        refuse_bypassing_attention(self.module, self._modules)
         for path, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._opener(path)))
             self._handles.append(module.register_forward_hook(self._close, always_call=True))
@@ -204,7 +204,7 @@ class AttentionSeam:
         try:
             yield forward
             self.forwards += 1
-            self._complain_if_unseen(forward)
+            self._raise_if_unseen(forward)
         except StopForward as stop:
             if stop.forward is not forward:
                 raise
@@ -252,7 +252,7 @@ class AttentionSeam:
             self._calls[tap][site.path] = self._calls[tap].get(site.path, 0) + 1
         return out
 
-    def _complain_if_unseen(self, forward: Forward) -> None:
+    def _raise_if_unseen(self, forward: Forward) -> None:
         unseen = [path for path in self._modules if path not in forward.calls]
         if not unseen:
             return

@@ -27,9 +27,9 @@ class Tap:
     ``where`` selects sites (a predicate on :class:`~sfumato.models.site.Site`; None for all). Every callback takes a
     :class:`Call`. ``observe`` returns nothing and sees the map after all edits (``raw=True``: before). Editors return
     the new tensor, in the shape of ``call.v`` / ``call.scores()`` / ``call.probs()``, or for ``edit_map`` an
-    :class:`~sfumato.attention.other_map.OtherMap`; or None to leave the call alone. Several taps on one site compose:
-    first all ``edit_values`` in the order of the taps, then all ``edit_scores``, then all ``edit_probs``, at last
-    ``edit_map``; each sees what those before it made. ``stop_after=True`` says that this tap needs nothing of the
+    :class:`~sfumato.attention.map_replacement.MapReplacement`; or None to leave the call alone. Several taps on one
+    site compose: first all ``edit_values`` in the order of the taps, then all ``edit_scores``, then all ``edit_probs``,
+    last ``edit_map``; each sees what those before it made. ``stop_after=True`` says that this tap needs nothing of the
     forward pass beyond its sites; the pass ends early once that is true of all taps.
     """
 

@@ -19,8 +19,9 @@ from sfumato.bench.arguments import CompareArguments
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import CompareOptions
 from sfumato.bench.report import Figure, Report, Table
-from sfumato.bench.survey import Instruments, Reservoir, survey
-from sfumato.cards.signatures import spelt_out
+from sfumato.bench.reservoir import Reservoir
+from sfumato.bench.survey import Evaluators, survey
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
@@ -77,7 +78,7 @@ def _is_binary(name: str) -> bool:
     return name in BINARY or name.startswith("task ")
 
 
-@spelt_out(CompareArguments, cards.parameters_of(CompareOptions))
+@with_signature(CompareArguments, cards.parameters_of(CompareOptions))
 def compare_folders(
     first: Path | str,
     second: Path | str,
@@ -149,7 +150,7 @@ def compare_folders(
     report = Report(title=f"{chosen.names[0]} and {chosen.names[1]}")
     _figures(report, pairs, chosen, eye.name)
     if net is not None and reference is not None:
-        truth = survey(Folder(reference), Instruments(net=net, captions=False), cap=chosen.cap, seed=chosen.seed)
+        truth = survey(Folder(reference), Evaluators(net=net, captions=False), cap=chosen.cap, seed=chosen.seed)
         for side, name in enumerate(chosen.names):
             assert truth.moments and truth.sample and moments[side] and samples[side]
             value = frechet(truth.moments, moments[side])  # type: ignore[arg-type]
@@ -184,7 +185,7 @@ def compare_folders(
 
 def _picture_of(out: Path | str | None, shown: int) -> Path | None:
     """The file that ``out`` names, if it names one. Raises BadInput for one that no pairs can be written to."""
-    if out is None or not writing.names_file(Path(out)):
+    if out is None or not writing.is_file_name(Path(out)):
         return None
     if Path(out).suffix.lower() != ".png" or not shown:
         raise BadInput(f"-o is {Path(out).name!r}, but pairs are written as .png, and shown must be above 0.")
@@ -224,7 +225,7 @@ def _answers(reader: Any, pictures: list[Image.Image], texts: list[str | None]) 
     readings = reader.read(as_tensor([square(picture, SIDE) for picture in pictures]))
     wants = [requested(text) if text else None for text in texts]
     return [
-        check_caption(reading, want) if want is not None and want.wishes else None
+        check_caption(reading, want) if want is not None and want.requests else None
         for reading, want in zip(readings, wants, strict=True)
     ]
 

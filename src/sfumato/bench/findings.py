@@ -9,7 +9,7 @@ import numpy as np
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import JudgeOptions
 from sfumato.bench.report import Figure, Report, Table
-from sfumato.bench.survey import EXAMPLES, Instruments, Tally
+from sfumato.bench.survey import EXAMPLES, Evaluators, SurveyTotals
 from sfumato.errors import BadInput, NoMatch
 from sfumato.metrics import stats
 from sfumato.metrics.frechet import frechet
@@ -33,61 +33,64 @@ def report_of(
     options: JudgeOptions,
     system: Any,
     fake: Folder,
-    tally: Tally,
+    totals: SurveyTotals,
     real: Folder | None,
-    truth: Tally | None,
+    truth: SurveyTotals | None,
     wanted: set[str],
     attributes: list[str],
-    tools: Instruments,
+    evaluators: Evaluators,
 ) -> Report:
     title = f"{fake.path.name or fake.path}" + (f" against {real.path.name or real.path}" if real else "")
     report = Report(title=title)
-    report.notes += _notes(fake, tally, tools, "")
+    report.notes += _notes(fake, totals, evaluators, "")
     if real is not None and truth is not None:
-        report.notes += _notes(real, truth, tools, "reference: ")
+        report.notes += _notes(real, truth, evaluators, "reference: ")
     if "presence" in wanted:
-        _presence(report, tally, bool(options.metrics))
-    if tally.scores is not None and "clip_score" in wanted:
-        spread = float(tally.scores.scatter[0, 0]) / max(tally.scores.n - 1, 1)
-        value = stats.mean_of(tally.scores.n, float(tally.scores.mean[0]), spread)
+        _presence(report, totals, bool(options.metrics))
+    if totals.scores is not None and "clip_score" in wanted:
+        spread = float(totals.scores.scatter[0, 0]) / max(totals.scores.n - 1, 1)
+        value = stats.mean_of(totals.scores.n, float(totals.scores.mean[0]), spread)
         report.figures.append(Figure(f"CLIPScore({options.clip})", value, "100 max(cos, 0) of picture and caption"))
-    if truth is not None and tally.moments is not None:
-        _distances(report, options, tally, truth, wanted, tools)
+    if truth is not None and totals.moments is not None:
+        _distances(report, options, totals, truth, wanted, evaluators)
     if "attributes" in wanted and truth is not None:
-        found = _comparison(options, system, tally, truth, attributes, tools, fake, real)
+        found = _comparison(options, system, totals, truth, attributes, evaluators, fake, real)
         report.figures += [Figure(*figure) for figure in found.figures]
         report.tables += [Table(*table) for table in found.tables]
         report.notes += found.notes
         report.plots |= found.plots
         report.data[system.CARD.key] = found.data
     if "presence" in wanted:
-        _gallery(report, fake, tally)
+        _gallery(report, fake, totals)
     report.data |= {
         "options": options.model_dump(mode="json", exclude={"ray", "workers"}),  # they change no figure
         "folder": str(fake.path),
         "reference": str(real.path) if real else None,
-        "pictures": {"seen": tally.seen, "failed": tally.failed, "named": tally.named, "no_text": tally.no_text,
-                     "no_toys": tally.no_toys, "resized": tally.resized, "others": fake.others, "drawn": fake.drawn,
+        "pictures": {"seen": totals.seen, "failed": totals.failed, "named": totals.named, "no_text": totals.no_text,
+                     "no_toys": totals.no_toys, "resized": totals.resized, "others": fake.others, "drawn": fake.drawn,
                      "subfolders": fake.subfolders},
-        "seconds": round(tally.seconds + (truth.seconds if truth else 0.0), 2),
-        "nets": {each.name: each.hash for each in (tools.net, tools.clip) if each is not None},
+        "seconds": round(totals.seconds + (truth.seconds if truth else 0.0), 2),
+        "nets": {each.name: each.hash for each in (evaluators.net, evaluators.clip) if each is not None},
     }  # fmt: skip
     return report
 
 
-def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[str]:
-    notes = [f"{side}{tally.seen} pictures of {folder.path}"]
-    if tally.failed:
-        named = "; ".join(f"{name} ({reason})" for name, reason in tally.named[:5])
-        more = f"; and {tally.failed - 5} more, see the JSON" if tally.failed > 5 else ""
-        notes.append(f"{side}{tally.failed} files could not be read and were left out: {named}{more}")
-    if tally.no_text and (tools.judge or tools.clip) and not side:
-        notes.append(f"{tally.no_text} pictures have no caption and count for distances only")
-    if tally.no_toys:
-        notes.append(f"{tally.no_toys} captions name no toy and do not count for presence")
-    if tally.resized:
-        rule = next((net.rule for net in (tools.net, tools.clip) if net is not None), "middle square, bicubic to 64x64")
-        notes.append(f"{side}{tally.resized} pictures were resized: {rule}; the judge sees the middle square at 64x64")
+def _notes(folder: Folder, totals: SurveyTotals, evaluators: Evaluators, side: str) -> list[str]:
+    notes = [f"{side}{totals.seen} pictures of {folder.path}"]
+    if totals.failed:
+        named = "; ".join(f"{name} ({reason})" for name, reason in totals.named[:5])
+        more = f"; and {totals.failed - 5} more, see the JSON" if totals.failed > 5 else ""
+        notes.append(f"{side}{totals.failed} files could not be read and were left out: {named}{more}")
+    if totals.no_text and (evaluators.judge or evaluators.clip) and not side:
+        notes.append(f"{totals.no_text} pictures have no caption and count for distances only")
+    if totals.no_toys:
+        notes.append(f"{totals.no_toys} captions name no toy and do not count for presence")
+    if totals.resized:
+        rule = next(
+            (net.rule for net in (evaluators.net, evaluators.clip) if net is not None),
+            "middle square, bicubic to 64x64",
+        )
+        notes.append(f"{side}{totals.resized} pictures were resized: {rule}; the judge sees the middle square at 64x64")
     left = [f"{folder.others} other files"] if folder.others else []
     left += [f"what cannot be looked at: {'; '.join(folder.skipped[:5])}"] if folder.skipped else []
     left += [f"{folder.drawn} pictures drawn beside others"] if folder.drawn else []
@@ -97,18 +100,18 @@ def _notes(folder: Folder, tally: Tally, tools: Instruments, side: str) -> list[
     return notes + ([f"{side}passed over: {' and '.join(left)}"] if left else [])
 
 
-def _presence(report: Report, tally: Tally, requested: bool) -> None:
-    if "present" not in tally.counts:
+def _presence(report: Report, totals: SurveyTotals, requested: bool) -> None:
+    if "present" not in totals.counts:
         missing = "presence: no caption names a toy of the toybox (ball, cube, cylinder, cone, ring, cross)"
         if requested:
             raise NoMatch(f"{missing}.")
         report.notes.append(f"{missing}; it is left out")
         return
     for name, about in RATES.items():
-        if name in tally.counts:
-            report.figures.append(Figure(name, tally.rate(name), about, percent=True))
-    if tally.tasks:
-        rows = [(task, stats.wilson(*counts)) for task, counts in sorted(tally.tasks.items())]
+        if name in totals.counts:
+            report.figures.append(Figure(name, totals.rate(name), about, percent=True))
+    if totals.tasks:
+        rows = [(task, stats.wilson(*counts)) for task, counts in sorted(totals.tasks.items())]
         for task, share in rows:
             report.figures.append(Figure(f"task {task}", share, "of its pictures, solved", percent=True))
         mean = sum(share.value for _, share in rows) / len(rows)
@@ -116,22 +119,27 @@ def _presence(report: Report, tally: Tally, requested: bool) -> None:
 
 
 def _distances(
-    report: Report, options: JudgeOptions, tally: Tally, truth: Tally, wanted: set[str], tools: Instruments
+    report: Report,
+    options: JudgeOptions,
+    totals: SurveyTotals,
+    truth: SurveyTotals,
+    wanted: set[str],
+    evaluators: Evaluators,
 ) -> None:
-    assert tools.net is not None and tally.moments and truth.moments and tally.sample and truth.sample
-    name, d = options.net, len(tally.moments.mean)
-    n, m = tally.moments.n, truth.moments.n
+    assert evaluators.net is not None and totals.moments and truth.moments and totals.sample and truth.sample
+    name, d = options.net, len(totals.moments.mean)
+    n, m = totals.moments.n, truth.moments.n
     if min(n, m) < 2 and not options.metrics:
         report.notes.append("distances need at least 2 pictures on each side; they are left out")
         return
     if "frechet" in wanted:
-        value = frechet(truth.moments, tally.moments)
+        value = frechet(truth.moments, totals.moments)
         report.figures.append(
-            Figure(tools.net.distance, value, f"Frechet distance of {n} and {m} features of {d} numbers")
+            Figure(evaluators.net.distance, value, f"Frechet distance of {n} and {m} features of {d} numbers")
         )
         if min(n, m) < 2 * d:
             report.notes.append(
-                f"{tools.net.distance} of fewer than {2 * d} pictures is biased upward; compare equally many only"
+                f"{evaluators.net.distance} of fewer than {2 * d} pictures is biased upward; compare equally many only"
             )
     sampled = max(n, m) > options.cap
     if sampled and wanted & {"kernel", "manifold"}:
@@ -141,7 +149,7 @@ def _distances(
     if "kernel" in wanted:
         if min(n, m) < 2:
             raise BadInput(f"a kernel distance needs at least 2 pictures on each side; got {n} and {m}.")
-        apart = kernel_distance(truth.sample.rows, tally.sample.rows)
+        apart = kernel_distance(truth.sample.rows, totals.sample.rows)
         report.figures.append(Figure(f"KD({name})", apart, "squared MMD, cubic kernel, unbiased"))
     if "manifold" in wanted:
         if min(n, m) <= max(options.k, options.k_density):
@@ -151,7 +159,7 @@ def _distances(
                 f"manifold figures need more than {max(options.k, options.k_density)} pictures on each side"
             )
             return
-        got = manifold(truth.sample.rows, tally.sample.rows, options.k, options.k_density)
+        got = manifold(truth.sample.rows, totals.sample.rows, options.k, options.k_density)
         for key, about in (
             ("precision", f"share of the pictures among the reference, k = {options.k}"),
             ("recall", f"share of the reference among the pictures, k = {options.k}"),
@@ -166,17 +174,17 @@ def _distances(
 def _comparison(
     options: JudgeOptions,
     system: Any,
-    tally: Tally,
-    truth: Tally,
+    totals: SurveyTotals,
+    truth: SurveyTotals,
     attributes: list[str],
-    tools: Instruments,
+    evaluators: Evaluators,
     fake: Folder,
     real: Folder | None,
 ) -> Comparison:
-    assert tally.clip_sample and truth.clip_sample and tools.clip and real
+    assert totals.clip_sample and truth.clip_sample and evaluators.clip and real
     mentions = None
-    if tally.mentions is not None and truth.mentions is not None:
-        mentioned = np.concatenate([truth.mentions.rows, tally.mentions.rows])
+    if totals.mentions is not None and truth.mentions is not None:
+        mentioned = np.concatenate([truth.mentions.rows, totals.mentions.rows])
         if not np.isnan(mentioned).all():
             absent = [name for name, hits in zip(attributes, np.nansum(mentioned, 0), strict=True) if not hits]
             if absent:
@@ -193,9 +201,9 @@ def _comparison(
                 )
             if not np.isnan(truth.mentions.rows).all():
                 mentions = truth.mentions.rows
-    if tools.wishes:
-        assert tally.shown and truth.shown
-        shown = truth.shown.rows.sum(0) + tally.shown.rows.sum(0)
+    if evaluators.requests:
+        assert totals.shown and truth.shown
+        shown = truth.shown.rows.sum(0) + totals.shown.rows.sum(0)
         never = [name for name, hits in zip(attributes, shown, strict=True) if not hits]
         if never:
             there = [name for name, hits in zip(attributes, shown, strict=True) if hits]
@@ -203,14 +211,14 @@ def _comparison(
             raise NoMatch(f"attribute {never[0]!r}: {options.reader} sees it in no picture of either folder{others}.")
         # zeros and ones have no density: a little noise gives them one, the same noise in every run
         rng = np.random.default_rng(options.seed)
-        rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, tally.shown)]
+        rows = [each.rows + 0.1 * rng.normal(size=each.rows.shape) for each in (truth.shown, totals.shown)]
         return system.compare_attributes(attributes, *rows, scored_by=f"{options.reader} (0 or 1)")
-    rows = system.scores(tools.clip, attributes, truth.clip_sample.rows, tally.clip_sample.rows)
+    rows = system.scores(evaluators.clip, attributes, truth.clip_sample.rows, totals.clip_sample.rows)
     return system.compare_attributes(attributes, *rows, mentions, scored_by=f"HCS of {options.clip}")
 
 
-def _gallery(report: Report, folder: Folder, tally: Tally) -> None:
-    for heading, names in (("Not as asked (the first of them)", tally.wrong), ("As asked (the first)", tally.right)):
+def _gallery(report: Report, folder: Folder, totals: SurveyTotals) -> None:
+    for heading, names in (("Not as asked (the first of them)", totals.wrong), ("As asked (the first)", totals.right)):
         if names:
             shown = [(folder.about(name)["text"] or name, folder.picture(name)) for name in names[:EXAMPLES]]
             report.gallery.append((heading, shown))

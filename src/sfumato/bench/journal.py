@@ -84,5 +84,5 @@ class Journal:
 
     def _take_back(self, name: str) -> None:
         """Removes the line of a picture that is another one's."""
-        with self.path.open("rb") as source, writing.replacing(self.path) as file:
+        with self.path.open("rb") as source, writing.atomic_write(self.path) as file:
             file.writelines(line for line in source if not line.strip() or valid.loads(line).get("file_name") != name)

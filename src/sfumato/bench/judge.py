@@ -13,21 +13,21 @@ from sfumato.bench.findings import report_of
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import JudgeOptions
 from sfumato.bench.report import Report
-from sfumato.bench.survey import Instruments, look, survey
-from sfumato.cards.signatures import spelt_out
+from sfumato.bench.survey import Evaluators, evaluate_batch, survey
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, NotSupported, SfumatoError
 from sfumato.models.features import feature_net
 from sfumato.models.readers import load_clip
 from sfumato.protocol import Judges
 from sfumato.scale import Workers, check
-from sfumato.toybox.oracle.presence import Wanted
+from sfumato.toybox.oracle.presence import RequestedToy
 from sfumato.toybox.oracle.toy_judge import load_judge
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@spelt_out(JudgeArguments, cards.parameters_of(JudgeOptions))
+@with_signature(JudgeArguments, cards.parameters_of(JudgeOptions))
 def judge_folder(
     folder: Path | str,
     reference: Path | str | None = None,
@@ -81,14 +81,14 @@ def judge_folder(
     captions_at = Path(prompts).resolve() if isinstance(prompts, str | Path) else prompts
 
     def make() -> Callable[[Any], Any]:  # on each worker, which opens folders and loads nets for itself
-        sides: dict[bool, tuple[Folder, Instruments]] = {}
+        sides: dict[bool, tuple[Folder, Evaluators]] = {}
 
         def work(item: tuple[bool, Any]) -> Any:
             reference, batch = item
             if reference not in sides:
                 own = Folder(places[1]) if reference and places[1] else Folder(places[0], captions_at)
                 sides[reference] = own, _instruments(chosen, wanted, attributes, reference)
-            return look(*sides[reference], chosen.cap, chosen.seed, batch)
+            return evaluate_batch(*sides[reference], chosen.cap, chosen.seed, batch)
 
         return work
 
@@ -110,11 +110,11 @@ def judge_folder(
                 **shared,
                 **over(True),
             )
-        tally = survey(
+        totals = survey(
             fake, looked, journal=_at(folder_out, "pictures.state"), rows=_at(folder_out, "pictures.jsonl"),
             on_progress=progress_after(len(real) if real else 0), **shared, **over(False),
         )  # fmt: skip
-        return report_of(chosen, system, fake, tally, real, truth, wanted, attributes, looked)
+        return report_of(chosen, system, fake, totals, real, truth, wanted, attributes, looked)
 
     def everywhere() -> Report:
         if not chosen.ray:
@@ -158,18 +158,18 @@ def _nothing_left(folder: Path) -> Iterator[None]:
 
 def _instruments(
     chosen: JudgeOptions, wanted: set[str], attributes: Sequence[str], reference: bool = False
-) -> Instruments:
+) -> Evaluators:
     """What looks at the pictures to judge, or at those of the reference."""
-    wishes = tuple(Wanted.parse(name) for name in attributes) if chosen.oracle else ()
+    requests = tuple(RequestedToy.parse(name) for name in attributes) if chosen.oracle else ()
     # nets are loaded once per process: the same name is the same object
     clip = load_clip(chosen.clip, chosen.dtype, chosen.device) if wanted & {"clip_score", "attributes"} else None
     net = feature_net(chosen.net, chosen.dtype, chosen.device) if wanted & {"frechet", "kernel", "manifold"} else None
     if not reference:
-        reader = load_judge(chosen.reader) if "presence" in wanted or wishes else None
-        return Instruments(reader, net, clip, tuple(attributes), wishes, chosen.captions)
-    reader = load_judge(chosen.reader) if wishes else None
-    return Instruments(
-        reader, net, clip if attributes else None, tuple(attributes), wishes, chosen.captions and bool(attributes)
+        reader = load_judge(chosen.reader) if "presence" in wanted or requests else None
+        return Evaluators(reader, net, clip, tuple(attributes), requests, chosen.captions)
+    reader = load_judge(chosen.reader) if requests else None
+    return Evaluators(
+        reader, net, clip if attributes else None, tuple(attributes), requests, chosen.captions and bool(attributes)
     )
 
 

@@ -148,12 +148,12 @@ class Report:
             (".json", valid.json_text(self.to_json(), indent=1, ascii_only=True) + "\n"),
             (".html", valid.shown(self.html())),
         ):
-            with writing.replacing(folder / f"{name}{suffix}") as file:
+            with writing.atomic_write(folder / f"{name}{suffix}") as file:
                 file.write(text.encode())
             self.files.append(folder / f"{name}{suffix}")
         for plot, image in self.plots.items():
             path = folder / f"{name}-{writing.slug(plot)}.png"
-            with writing.replacing(path) as file:
+            with writing.atomic_write(path) as file:
                 file.write(markup.encoded(image, None))
             self.files.append(path)
         return self.files

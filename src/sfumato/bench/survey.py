@@ -24,6 +24,7 @@ from safetensors.numpy import save as save_tensors
 from sfumato import valid, writing
 from sfumato.bench.folder import Folder
 from sfumato.bench.options import CAP
+from sfumato.bench.reservoir import Reservoir
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import clip_scores
@@ -32,7 +33,7 @@ from sfumato.models.features import FeatureNet
 from sfumato.models.readers import Clip
 from sfumato.models.readers.preprocessing import as_tensor, square
 from sfumato.toybox.oracle.caption_check import check_caption, requested
-from sfumato.toybox.oracle.presence import Wanted
+from sfumato.toybox.oracle.presence import RequestedToy
 from sfumato.toybox.oracle.toy_judge import SIDE, ToyJudge
 
 VERSION = 1  # of the state on disk
@@ -40,41 +41,11 @@ NAMED = 50  # files that could not be read are counted all, and named up to here
 EXAMPLES = 12
 
 
-class Reservoir:
-    """At most ``cap`` rows, drawn evenly from all that are added: those whose index hashes lowest with the seed.
-
-    Which rows are kept depends on the seed and the indices only, not on the order or on batches, and a larger cap keeps
-    a superset (bottom-k sampling, Cohen & Kaplan 2007).
-    """
-
-    def __init__(self, d: int, cap: int, seed: int = 0):
-        self.cap, self.seed = cap, seed
-        self.indices: np.ndarray = np.zeros(0, np.int64)
-        self.rows: np.ndarray = np.zeros((0, d), np.float32)
-
-    def add(self, indices: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
-        """Offers rows (b, d) with their indices in the folder."""
-        self.indices = np.concatenate([self.indices, np.asarray(indices, np.int64)])
-        self.rows = np.concatenate([self.rows, np.asarray(rows, np.float32)])
-        if len(self.indices) > self.cap:
-            keep = np.sort(np.argsort(_hashed(self.indices, self.seed), kind="stable")[: self.cap])
-            self.indices, self.rows = self.indices[keep], self.rows[keep]
-
-
-def _hashed(indices: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 of the indices, as pseudorandom priorities."""
-    with np.errstate(over="ignore"):
-        z = indices.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x1234567) % 2**64)
-        z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
 @dataclass
-class Instruments:
+class Evaluators:
     """What looks at each picture: any of a judge, a net for distances, a CLIP for scores, and attributes to look for.
 
-    ``attributes`` makes ``clip`` keep picture features for the attribute densities; with ``wishes`` the judge says
+    ``attributes`` makes ``clip`` keep picture features for the attribute densities; with ``requests`` the judge says
     which of them each picture shows, as ground truth in the toybox.
     """
 
@@ -82,7 +53,7 @@ class Instruments:
     net: FeatureNet | None = None
     clip: Clip | None = None
     attributes: tuple[str, ...] = ()
-    wishes: tuple[Wanted, ...] = ()
+    requests: tuple[RequestedToy, ...] = ()
     captions: bool = True
 
     def key(self) -> list[Any]:
@@ -92,11 +63,11 @@ class Instruments:
         if self.judge is not None:
             weights = self.judge.net.state_dict()
             judge = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.values())).hexdigest()[:16]
-        return [nets, judge, list(self.attributes), bool(self.wishes), self.captions]
+        return [nets, judge, list(self.attributes), bool(self.requests), self.captions]
 
 
 @dataclass
-class Tally:
+class SurveyTotals:
     """What one pass found out. Everything in it has a size that does not grow with the folder.
 
     Attributes:
@@ -135,7 +106,7 @@ class Tally:
         """The share under ``name`` with its Wilson interval."""
         return stats.wilson(*self.counts[name])
 
-    def take(self, part: Tally, of: int) -> None:
+    def take(self, part: SurveyTotals, of: int) -> None:
         """Takes in the tally of the next ``of`` pictures. Batch after batch this is what one worker alone would
         count."""
         self.done += of
@@ -175,11 +146,11 @@ class Tally:
             if sample is not None:
                 tensors |= {f"{name}.indices": sample.indices, f"{name}.rows": np.ascontiguousarray(sample.rows)}
         plain = {name: getattr(self, name) for name in self._PLAIN}
-        with writing.replacing(path) as file:
+        with writing.atomic_write(path) as file:
             file.write(save_tensors(tensors, {"key": key, "plain": json.dumps(plain)}))
 
     @classmethod
-    def load(cls, path: Path, key: str, cap: int, seed: int) -> Tally | None:
+    def load(cls, path: Path, key: str, cap: int, seed: int) -> SurveyTotals | None:
         """What :meth:`save` wrote, or None when there is nothing, or something of another folder or other settings."""
         from safetensors import safe_open
 
@@ -206,7 +177,7 @@ class Tally:
 
 def survey(
     folder: Folder,
-    tools: Instruments,
+    evaluators: Evaluators,
     *,
     cap: int = CAP,
     seed: int = 0,
@@ -216,7 +187,7 @@ def survey(
     every: float = 20.0,
     on_progress: Callable[[int, int], None] | None = None,
     over: Spread | None = None,
-) -> Tally:
+) -> SurveyTotals:
     """Looks at every picture of a folder once.
 
     Args:
@@ -231,52 +202,52 @@ def survey(
         BadInput: the first pictures are all unreadable, or the features are not finite.
     """
     key = hashlib.sha256(
-        json.dumps([VERSION, folder.fingerprint(), tools.key(), cap, seed, batch, rows is not None]).encode()
+        json.dumps([VERSION, folder.fingerprint(), evaluators.key(), cap, seed, batch, rows is not None]).encode()
     ).hexdigest()
-    tally = (Tally.load(journal, key, cap, seed) if journal else None) or Tally()
-    lines_file = _RowsFile(rows, tally.rows_end) if rows else None
-    saved, start = time.monotonic(), time.monotonic() - tally.seconds
-    starts = range(tally.done, len(folder), batch)
+    totals = (SurveyTotals.load(journal, key, cap, seed) if journal else None) or SurveyTotals()
+    lines_file = _RowsFile(rows, totals.rows_end) if rows else None
+    saved, start = time.monotonic(), time.monotonic() - totals.seconds
+    starts = range(totals.done, len(folder), batch)
     batches = ((start, folder.names[start : start + batch]) for start in starts)
     try:
-        for names, (part, lines) in (over or look_here(folder, tools, cap, seed))(batches):
-            tally.take(part, len(names))
-            tally.seconds = time.monotonic() - start
+        for names, (part, lines) in (over or evaluate_locally(folder, evaluators, cap, seed))(batches):
+            totals.take(part, len(names))
+            totals.seconds = time.monotonic() - start
             if lines_file:
-                tally.rows_end = lines_file.write(lines)
-            if journal and (time.monotonic() - saved > every or tally.done == len(folder)):
+                totals.rows_end = lines_file.write(lines)
+            if journal and (time.monotonic() - saved > every or totals.done == len(folder)):
                 if lines_file:
                     lines_file.flush()
-                tally.save(journal, key)
+                totals.save(journal, key)
                 saved = time.monotonic()
             if on_progress is not None:
-                on_progress(tally.done, len(folder))
+                on_progress(totals.done, len(folder))
     finally:
         if lines_file:
             lines_file.close()
-    if not tally.seen:
-        first = tally.named[0]
-        raise BadInput(f"none of the {tally.done} pictures in {folder.path} can be read; {first[0]}: {first[1]}")
-    return tally
+    if not totals.seen:
+        first = totals.named[0]
+        raise BadInput(f"none of the {totals.done} pictures in {folder.path} can be read; {first[0]}: {first[1]}")
+    return totals
 
 
 Batch = tuple[int, list[str]]
 """Index of the first picture, and the names."""
-Surveyed = tuple[Tally, list[dict[str, Any]]]
+Surveyed = tuple[SurveyTotals, list[dict[str, Any]]]
 """What a batch adds to the tally, and a row per picture."""
 Spread = Callable[[Iterable[Batch]], Iterator[tuple[list[str], Surveyed]]]
 
 
-def look(folder: Folder, tools: Instruments, cap: int, seed: int, batch: Batch) -> Surveyed:
+def evaluate_batch(folder: Folder, evaluators: Evaluators, cap: int, seed: int, batch: Batch) -> Surveyed:
     """Looks at one batch of a folder, whatever came before it."""
     start, names = batch
-    part = Tally(done=start)
-    return part, _look(folder, names, tools, part, cap, seed)
+    part = SurveyTotals(done=start)
+    return part, _look(folder, names, evaluators, part, cap, seed)
 
 
-def look_here(folder: Folder, tools: Instruments, cap: int, seed: int) -> Spread:
+def evaluate_locally(folder: Folder, evaluators: Evaluators, cap: int, seed: int) -> Spread:
     """Batches one after the other, in this process."""
-    return lambda batches: ((batch[1], look(folder, tools, cap, seed, batch)) for batch in batches)
+    return lambda batches: ((batch[1], evaluate_batch(folder, evaluators, cap, seed, batch)) for batch in batches)
 
 
 class _RowsFile:
@@ -301,70 +272,72 @@ class _RowsFile:
         self.file.close()
 
 
-def _opened(folder: Folder, names: Sequence[str], tally: Tally) -> Iterator[tuple[int, str, Image]]:
+def _opened(folder: Folder, names: Sequence[str], totals: SurveyTotals) -> Iterator[tuple[int, str, Image]]:
     """(index, name, picture) of those that can be read; the others are counted and named."""
     for offset, name in enumerate(names):
         try:
-            yield tally.done + offset, name, folder.picture(name)
+            yield totals.done + offset, name, folder.picture(name)
         except (SfumatoError, OSError) as error:
-            tally.failed += 1
+            totals.failed += 1
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            if len(tally.named) < NAMED:
-                tally.named.append([name, " ".join(reason.split())[:200]])
+            if len(totals.named) < NAMED:
+                totals.named.append([name, " ".join(reason.split())[:200]])
 
 
 def _look(
-    folder: Folder, names: Sequence[str], tools: Instruments, tally: Tally, cap: int, seed: int
+    folder: Folder, names: Sequence[str], evaluators: Evaluators, totals: SurveyTotals, cap: int, seed: int
 ) -> list[dict[str, Any]]:
     """One batch: adds to the tally, returns a row per picture."""
-    opened = list(_opened(folder, names, tally))
+    opened = list(_opened(folder, names, totals))
     if not opened:
         return []
     indices, readable, pictures = (list(column) for column in zip(*opened, strict=True))
-    tally.seen += len(readable)
-    sizes = {SIDE} if tools.judge else set()
-    sizes |= {net.side for net in (tools.net, tools.clip) if isinstance(net, Clip)}
-    tally.resized += sum(any(picture.size != (side, side) for side in sizes) for picture in pictures)
-    about = [folder.about(name) if tools.captions else {"text": None} for name in readable]
+    totals.seen += len(readable)
+    sizes = {SIDE} if evaluators.judge else set()
+    sizes |= {net.side for net in (evaluators.net, evaluators.clip) if isinstance(net, Clip)}
+    totals.resized += sum(any(picture.size != (side, side) for side in sizes) for picture in pictures)
+    about = [folder.about(name) if evaluators.captions else {"text": None} for name in readable]
     texts = [each["text"] for each in about]
     rows: list[dict[str, Any]] = [{"file_name": name, "text": text} for name, text in zip(readable, texts, strict=True)]
-    tally.no_text += texts.count(None)
-    clip_features = tools.clip.features(pictures) if tools.clip else None
-    if tools.net is not None:
-        shared = clip_features if tools.net is tools.clip else None
-        found = tools.net.features(pictures) if shared is None else shared
-        tally.moments = (tally.moments or Moments(found.shape[1])).add(found)
-        tally.sample = tally.sample or Reservoir(found.shape[1], cap, seed)
-        tally.sample.add(indices, found)
+    totals.no_text += texts.count(None)
+    clip_features = evaluators.clip.features(pictures) if evaluators.clip else None
+    if evaluators.net is not None:
+        shared = clip_features if evaluators.net is evaluators.clip else None
+        found = evaluators.net.features(pictures) if shared is None else shared
+        totals.moments = (totals.moments or Moments(found.shape[1])).add(found)
+        totals.sample = totals.sample or Reservoir(found.shape[1], cap, seed)
+        totals.sample.add(indices, found)
     if clip_features is not None:
-        _score(tools, tally, clip_features, texts, rows)
-        if tools.attributes:
-            tally.clip_sample = tally.clip_sample or Reservoir(clip_features.shape[1], cap, seed)
-            tally.clip_sample.add(indices, clip_features)
-            if tools.captions:
-                tally.mentions = tally.mentions or Reservoir(len(tools.attributes), cap, seed)
-                tally.mentions.add(
-                    indices, np.array([_mentioned(tools.attributes, text) for text in texts], np.float32)
+        _score(evaluators, totals, clip_features, texts, rows)
+        if evaluators.attributes:
+            totals.clip_sample = totals.clip_sample or Reservoir(clip_features.shape[1], cap, seed)
+            totals.clip_sample.add(indices, clip_features)
+            if evaluators.captions:
+                totals.mentions = totals.mentions or Reservoir(len(evaluators.attributes), cap, seed)
+                totals.mentions.add(
+                    indices, np.array([_mentioned(evaluators.attributes, text) for text in texts], np.float32)
                 )
-    if tools.judge is not None:
-        _read(tools, tally, indices, pictures, about, rows, cap, seed)
+    if evaluators.judge is not None:
+        _read(evaluators, totals, indices, pictures, about, rows, cap, seed)
     return rows
 
 
-def _score(tools: Instruments, tally: Tally, features: np.ndarray, texts: list[str | None], rows: list[Any]) -> None:
+def _score(
+    evaluators: Evaluators, totals: SurveyTotals, features: np.ndarray, texts: list[str | None], rows: list[Any]
+) -> None:
     """CLIPScore of the pictures that have a caption."""
     captioned = [i for i, text in enumerate(texts) if text is not None]
-    if not captioned or tools.clip is None:
+    if not captioned or evaluators.clip is None:
         return
-    scores = clip_scores(features[captioned], tools.clip.text_features([texts[i] for i in captioned]))  # type: ignore[misc]
-    tally.scores = (tally.scores or Moments(1)).add(scores[:, None])
+    scores = clip_scores(features[captioned], evaluators.clip.text_features([texts[i] for i in captioned]))  # type: ignore[misc]
+    totals.scores = (totals.scores or Moments(1)).add(scores[:, None])
     for i, score in zip(captioned, scores, strict=True):
         rows[i]["clip_score"] = round(float(score), 4)
 
 
 def _read(
-    tools: Instruments,
-    tally: Tally,
+    evaluators: Evaluators,
+    totals: SurveyTotals,
     indices: list[int],
     pictures: list[Image],
     about: list[dict[str, Any]],
@@ -373,15 +346,15 @@ def _read(
     seed: int,
 ) -> None:
     """The judge's readings against the captions."""
-    assert tools.judge is not None
-    readings = tools.judge.read(as_tensor([square(picture, SIDE) for picture in pictures]))
+    assert evaluators.judge is not None
+    readings = evaluators.judge.read(as_tensor([square(picture, SIDE) for picture in pictures]))
     for row, each, reading in zip(rows, about, readings, strict=True):
         row["toys"] = [f"{toy.size} {toy.color} {toy.pattern} {toy.shape}" for toy in reading.objects]
         want = requested(each["text"]) if each["text"] else None
         if want is None:
             continue
-        if not want.wishes:
-            tally.no_toys += 1
+        if not want.requests:
+            totals.no_toys += 1
             continue
         found = check_caption(reading, want)
         task = each.get("task", each.get("tag"))
@@ -396,11 +369,11 @@ def _read(
             ("related", found.related),
             ("all_right", [solved]),
         ):
-            _count(tally.counts, name, hits)
+            _count(totals.counts, name, hits)
         if isinstance(task, str):
-            _count(tally.tasks, task, [found.solved(task)])
+            _count(totals.tasks, task, [found.solved(task)])
             row["task"] = task
-        examples = tally.right if solved else tally.wrong
+        examples = totals.right if solved else totals.wrong
         if len(examples) < EXAMPLES:
             examples.append(row["file_name"])
         row |= {
@@ -410,10 +383,13 @@ def _read(
             "related": list(found.related),
             "all_right": solved,
         }
-    if tools.wishes:
-        shown = [[any(wish.fits(toy) for toy in reading.objects) for wish in tools.wishes] for reading in readings]
-        tally.shown = tally.shown or Reservoir(len(tools.wishes), cap, seed)
-        tally.shown.add(indices, np.array(shown, np.float32))
+    if evaluators.requests:
+        shown = [
+            [any(request.fits(toy) for toy in reading.objects) for request in evaluators.requests]
+            for reading in readings
+        ]
+        totals.shown = totals.shown or Reservoir(len(evaluators.requests), cap, seed)
+        totals.shown.add(indices, np.array(shown, np.float32))
 
 
 def _count(counts: dict[str, list[int]], name: str, hits: Sequence[bool]) -> None:

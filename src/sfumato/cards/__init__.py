@@ -268,7 +268,7 @@ def parameters(key: str) -> list[Parameter]:
 
 
 def default(task: str) -> str:
-    """The key of the system for a task - "explain", "edit", "edit mask", "segment" - where nobody names one.
+    """The key of the system for a task - "explain", "edit", "edit mask", "segment" - by default.
 
     Raises UnknownName for a task that no card has."""
     found = {each: key for key, card in methods().items() for each in card.default_for}

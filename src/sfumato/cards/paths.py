@@ -1,4 +1,4 @@
-"""Parameters that name files: marked in the schema, so that a stranger's recipe opens none that its reader has not
+"""Parameters that name files: marked in the schema, so that an untrusted recipe opens none that its reader has not
 allowed.
 
 A parameter that a system opens is declared as :data:`FilePath`, or :data:`ModelPath` where the name of a built-in model

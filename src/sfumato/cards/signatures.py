@@ -1,7 +1,7 @@
 """Signatures from schemas: functions that take the options of a schema as ``**options`` show each of them by name.
 
 For type checkers the options are a ``TypedDict`` (:func:`typed_dict` writes its source), for ``inspect.signature``,
-``help`` and completion they are keyword-only parameters with their defaults (:func:`spelt_out`).
+``help`` and completion they are keyword-only parameters with their defaults (:func:`with_signature`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sfumato.cards.parameters import REQUIRED, Parameter, parameters_of
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def spelt_out(arguments: type, *groups: Iterable[Parameter]) -> Callable[[Function], Function]:
+def with_signature(arguments: type, *groups: Iterable[Parameter]) -> Callable[[Function], Function]:
     """Decorator: the ``**options`` of a function are shown as the keys of ``arguments``, a ``TypedDict``, with the
     defaults that the parameters of ``groups`` have. A name that the function has itself stays as it is there."""
     defaults = {each.name: each.default for group in groups for each in group}

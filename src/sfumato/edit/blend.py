@@ -19,7 +19,7 @@ from typing import Any, Literal
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import masks, rng
+from sfumato import mask_ops, masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.edit.redraw import Redraws
 from sfumato.edit.region import RegionParams, kept_picture, region_of
@@ -116,7 +116,7 @@ class Blend(Redraws, Intervention):
         if self.params.paste is None or self.strength == 0:
             return pixels
         original = run.model.decode(self._clean) if self._pixels is None else self._pixels.to(pixels)
-        share = masks.feather(masks.decided(self._region, self.params.level), self.params.paste).to(pixels)
+        share = mask_ops.feather(mask_ops.binarised(self._region, self.params.level), self.params.paste).to(pixels)
         return share * pixels + (1 - share) * original
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ class Blend(Redraws, Intervention):
 
     def _share(self, run: Run, progress: float) -> Tensor:
         """How much of each latent cell (h w) is drawn anew, at this progress."""
-        share = masks.on_grid(self._region, run.grid, self.params.level, self.params.soft)
-        return masks.dilate(share, math.ceil(self.params.shrink * (1 - progress)))
+        share = mask_ops.on_grid(self._region, run.grid, self.params.level, self.params.soft)
+        return mask_ops.dilate(share, math.ceil(self.params.shrink * (1 - progress)))
 
     def _resample(self, step: Step) -> None:
         """RePaint's schedule (Lugmayr et al. 2022, appendix B): after every ``jump`` steps go back as many and run them

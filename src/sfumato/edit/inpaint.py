@@ -21,7 +21,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import masks, rng
+from sfumato import mask_ops, masks, rng
 from sfumato.cards import Card, Field, register
 from sfumato.edit.redraw import Redraws
 from sfumato.edit.region import RegionParams, kept_picture, region_of
@@ -85,14 +85,14 @@ class Inpaint(Redraws, Intervention):
         """Lays the region over the picture. Raises BadInput without a region or a picture."""
         self._region = region_of(run, self.name, self.params, self._read, self.params.level, self.params.each)
         coverage = self.params.coverage or trained_coverage(run.model) or self.params.level
-        self._share = masks.on_grid(self._region, run.grid, coverage)[:, None]
+        self._share = mask_ops.on_grid(self._region, run.grid, coverage)[:, None]
 
     def on_noise(self, run: Run, x: Tensor) -> Tensor:
         """Fetches the picture with its hole; at strength 1 returns pure noise."""
         self._pixels, self._clean = kept_picture(run, x, self.params, self)
         pixels = run.model.decode(self._clean) if self._pixels is None else self._pixels
         self._share = self._share.to(x)
-        erased = masks.decided(self._region, self.params.level).to(pixels)[:, None]
+        erased = mask_ops.binarised(self._region, self.params.level).to(pixels)[:, None]
         hole = hole_of(run.model, pixels, erased, self._share)
         self._hole = hole if len(hole) == len(run) else repeated(hole, len(run))
         if run.begin or self._pixels is None:
@@ -119,8 +119,8 @@ class Inpaint(Redraws, Intervention):
         if self.params.paste is None:
             return pixels
         original = run.model.decode(self._clean) if self._pixels is None else self._pixels.to(pixels)
-        erased = masks.decided(self._region, self.params.level)
-        share = torch.stack([masks.feather(each, self.params.paste) for each in erased])[:, None].to(pixels)
+        erased = mask_ops.binarised(self._region, self.params.level)
+        share = torch.stack([mask_ops.feather(each, self.params.paste) for each in erased])[:, None].to(pixels)
         return share * pixels + (1 - share) * original
 
 

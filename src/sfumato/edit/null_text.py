@@ -35,7 +35,7 @@ from sfumato.sampling import Guidance, Intervention, Step, Trajectory
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.inversion import step_coefficients
 from sfumato.sampling.loop import open_run
-from sfumato.sampling.request import checked, whole
+from sfumato.sampling.request import checked_int, checked_request
 
 __all__ = ["NullText", "null_text"]
 
@@ -122,12 +122,12 @@ def null_text(
     Costs up to 2 + 3 ``inner`` forward-equivalents per step. Raises BadInput without guidance above 1 or for several
     pictures.
     """
-    inner = whole(inner, "inner", 0)
+    inner = checked_int(inner, "inner", 0)
     if trajectory.latents.shape[1] != 1:
         raise BadInput(f"null-text inversion takes one picture; this trajectory has {trajectory.latents.shape[1]}.")
     scale = model.defaults["guidance"] if guidance is None and not model.embeds_guidance else guidance
     scales: dict[str, Any] = {"true_guidance": scale} if model.embeds_guidance else {"guidance": scale}
-    request = checked(model, trajectory.prompts, **scales, **trajectory.settings)
+    request = checked_request(model, trajectory.prompts, **scales, **trajectory.settings)
     if not request.guidance.on:
         raise BadInput("null-text inversion is for guidance above 1; without it plain inversion leads back already.")
     best, losses = [], []

@@ -32,16 +32,17 @@ from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.protocol import Picture
 from sfumato.sampling import Intervention, Result, Run, Step, generate, invert
+from sfumato.sampling.pixels import as_pixels
 from sfumato.sampling.recording import Recorder, Recording
-from sfumato.sampling.request import as_pixels, checked_size
+from sfumato.sampling.request import checked_size
 
-__all__ = ["FollowsSource", "Keep", "Original", "read_mask"]
+__all__ = ["FollowsSource", "PreserveOutside", "Original", "read_mask"]
 
 #: sites and grid (h, w) of the latents -> what to keep of the attention at a site and progress
 Wants = Callable[[Sequence[Site], tuple[int, int]], Callable[[Site, float], bool]]
 
 
-class Keep(Intervention):
+class PreserveOutside(Intervention):
     """Holds everything outside a mask to the source: its latents after every step, its pixels at the end.
 
     ``mask`` (1 1 H W) bool, True where the picture may change; ``pixels`` (1 3 H W) in [-1, 1], what is kept.
@@ -114,7 +115,7 @@ class Original:
         """The picture drawn again from its own noise with ``prompt``, followed by nothing but ``with_``."""
         parts = [*self.parts, *with_]
         if mask is not None:
-            parts.append(Keep(read_mask(mask, self.recording.size), self.recording, self.pixels))
+            parts.append(PreserveOutside(read_mask(mask, self.recording.size), self.recording, self.pixels))
         return generate(self.model, prompt, **self.settings, interventions=parts, on_step=on_step)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from sfumato import cards
 from sfumato.attention.accumulate import MapStore
 from sfumato.attention.call import Call
-from sfumato.attention.other_map import OtherMap
+from sfumato.attention.map_replacement import MapReplacement
 from sfumato.attention.sites import Site, matches_place
 from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
@@ -187,7 +187,7 @@ class ConceptAttention(Intervention):
                 picture = own.attend() if self.params.space == "output" else own.q
         self._captured[call.site.path] = part.k[:, :, image].detach(), part.v[:, :, image].detach(), picture
 
-    def _attending(self, call: Call) -> OtherMap | None:
+    def _attending(self, call: Call) -> MapReplacement | None:
         if "cond" not in call.rows:
             return None
 
@@ -213,7 +213,7 @@ class ConceptAttention(Intervention):
         def probs(own: Call, queries: slice) -> Tensor:
             raise NotSupported("the attention of concepts is not a map of the prompt.")
 
-        return OtherMap(call.rows["cond"], attend, probs)
+        return MapReplacement(call.rows["cond"], attend, probs)
 
     # -- choices -------------------------------------------------------------------------------------------------------
 

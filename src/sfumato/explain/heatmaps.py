@@ -20,7 +20,7 @@ from sfumato.arrays import to_tensor
 from sfumato.attention.accumulate import LayerMaps, upscale
 from sfumato.attention.sites import Site, matches_place
 from sfumato.errors import BadInput, NoMatch, UnknownName
-from sfumato.explain import heat
+from sfumato.explain import heat_overlays
 from sfumato.metrics.segmentation import normalise
 from sfumato.text.words import Reading, WordSpan
 
@@ -134,7 +134,7 @@ class HeatMaps:
             layers, heads, steps: see :meth:`tokens`.
 
         Raises NoMatch for a word that is not in the prompt or was not recorded, BadInput for one that occurs several
-        times and is not told apart.
+        times without a distinction.
         """
         spans = [word] if isinstance(word, WordSpan) else self._resolve(word, merge or self.reference)
         tokens = self.tokens(layers, heads, steps)
@@ -176,27 +176,27 @@ class HeatMaps:
     # -- pictures ------------------------------------------------------------------------------------------------------
 
     def overlay(
-        self, image: Image.Image, word: str | WordSpan, colours: str = heat.COLOURS, frame: int = 0
+        self, image: Image.Image, word: str | WordSpan, colours: str = heat_overlays.COLOURS, frame: int = 0
     ) -> Image.Image:
         """The picture, enlarged if it is small, with the word's map over it; of a clip, one ``frame`` of it."""
-        return heat.overlay(image, self._shown(word)[frame], colours)
+        return heat_overlays.overlay(image, self._shown(word)[frame], colours)
 
-    def overlays(self, clip: np.ndarray, word: str | WordSpan, colours: str = heat.COLOURS) -> np.ndarray:
+    def overlays(self, clip: np.ndarray, word: str | WordSpan, colours: str = heat_overlays.COLOURS) -> np.ndarray:
         """All frames (f h w 3) of a clip with the word's map over them, (f H W 3) uint8 like the clip: to be saved with
         :func:`sfumato.clips.save_clip`."""
         self._check_frames(clip)
-        return heat.overlays(clip, self._shown(word), colours)
+        return heat_overlays.overlays(clip, self._shown(word), colours)
 
     def grid(
-        self, image: Image.Image | np.ndarray, words: Sequence[str] | None = None, colours: str = heat.COLOURS
+        self, image: Image.Image | np.ndarray, words: Sequence[str] | None = None, colours: str = heat_overlays.COLOURS
     ) -> Image.Image:
         """One labelled picture: the image, then an overlay for every word (by default :attr:`words`). Of a clip (f h w
         3) uint8: a strip of its frames, and one of overlays for every word."""
         labels = list(self.words if words is None else _strings(words))
-        h, w = heat.enlarged_size(self.size)
+        h, w = heat_overlays.enlarged_size(self.size)
         if not isinstance(image, Image.Image):
             self._check_frames(image)
-            return heat.strips(image, {label: self._shown(label) for label in labels}, self.prompt, colours)
+            return heat_overlays.strips(image, {label: self._shown(label) for label in labels}, self.prompt, colours)
         cells = [("", image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC))]
         cells += [(label, self.overlay(image, label, colours)) for label in labels]
         return sheets.sheet(cells, title=self.prompt)
@@ -248,7 +248,7 @@ class HeatMaps:
 
     def _shown(self, word: str | WordSpan) -> Tensor:
         """The map (f H W) of a word in [0, 1] as it is drawn: large enough to see, a picture being one frame."""
-        found = self._unit(self.map(word, size=heat.enlarged_size(self.size)))
+        found = self._unit(self.map(word, size=heat_overlays.enlarged_size(self.size)))
         return found if found.dim() == 3 else found[None]
 
     def _check_frames(self, clip: np.ndarray) -> None:

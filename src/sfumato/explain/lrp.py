@@ -15,9 +15,9 @@ from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps
 from sfumato.relevance.lrp import Method, lrp, on_grid
-from sfumato.relevance.propagation import settled
+from sfumato.relevance.propagation import eval_with_gradients
 from sfumato.relevance.propagation_rules import Rules
-from sfumato.sampling.request import as_pixels
+from sfumato.sampling.pixels import as_pixels
 
 __all__ = ["LRP", "explain_image"]
 
@@ -80,7 +80,7 @@ def explain_image(model: Any, image: Any, prompt: str | None = None, **params: A
     answers = []
     for label in labels:
         row = lrp(module, inputs, label, p.method, rules=rules, start_layer=p.start_layer)
-        with torch.no_grad(), settled(module):
+        with torch.no_grad(), eval_with_gradients(module):
             scores = (module(inputs) if isinstance(inputs, Tensor) else module(**inputs)).logits[0].detach().float()
         name = model.labels[int(scores.argmax())] if label is None else label
         score = float(scores[model.labels.index(name)])

@@ -9,8 +9,9 @@ from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.sampling import Intervention, Step
 from sfumato.sampling.intervention import refuse_idle
+from sfumato.sampling.pixels import as_pixels_of
 from sfumato.sampling.real_images import noised_levels, open_image_run
-from sfumato.sampling.request import as_pixels_of, checked_size
+from sfumato.sampling.request import checked_size
 
 __all__ = ["observe_images"]
 

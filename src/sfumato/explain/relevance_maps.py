@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato import files, sheets
 from sfumato.errors import BadInput, UnknownName
-from sfumato.explain import heat
+from sfumato.explain import heat_overlays
 from sfumato.metrics.segmentation import normalise
 
 __all__ = ["Answer", "RelevanceMaps", "paint_regions"]
@@ -84,8 +84,8 @@ class RelevanceMaps:
 
     def overlay(self, image: Image.Image, which: str | int = 0) -> Image.Image:
         """The picture with one map over it, and the found box if there is one."""
-        size = heat.enlarged_size(self.size)
-        out = heat.overlay(image, normalise(self.map(which, size)))
+        size = heat_overlays.enlarged_size(self.size)
+        out = heat_overlays.overlay(image, normalise(self.map(which, size)))
         box = self.answer(which).box
         if box is not None:
             h, w = size
@@ -96,7 +96,7 @@ class RelevanceMaps:
 
     def grid(self, image: Image.Image | None) -> Image.Image:
         """All answers as one labelled sheet: the picture, if there is one, then per answer its map and its words."""
-        size = heat.enlarged_size(self.size)
+        size = heat_overlays.enlarged_size(self.size)
         cells: list[tuple[str, Image.Image]] = []
         if image is not None:
             cells.append(("picture", image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)))

@@ -104,13 +104,13 @@ class Jacobian:
 @dataclass(frozen=True, eq=False)
 class Basis:
     """The local basis at one x_t: ``v`` (n c h w) and ``u`` (n d) orthonormal, ``s`` (n) singular values from the
-    largest, with J v_k = s_k u_k. ``iterations`` it took; ``settled``: whether they met the tolerance."""
+    largest, with J v_k = s_k u_k. ``iterations`` it took; ``converged``: whether they met the tolerance."""
 
     v: Tensor
     u: Tensor
     s: Tensor
     iterations: int
-    settled: bool
+    converged: bool
     cost: float
 
     def __len__(self) -> int:
@@ -160,20 +160,20 @@ def local_basis(
     if begin is not None:
         v = torch.cat([begin.v.flatten(1).T.to(v), v], 1)[:, :rank]
     v = torch.linalg.qr(v).Q.T
-    settled, done = False, 0
-    while done < iterations and not settled:
+    converged, done = False, 0
+    while done < iterations and not converged:
         done += 1
         w = jacobian.vjp(jacobian.jvp(v))
         if not torch.isfinite(w).all():
             raise SfumatoError(f"the derivative of {encoder.layer.name} is not finite; use dtype float32.")
         _, _, turned = torch.linalg.svd(w, full_matrices=False)
-        settled = bool(principal_angles(turned[:n], v).max() < tolerance)
+        converged = bool(principal_angles(turned[:n], v).max() < tolerance)
         v = turned
     u, s, rotation = torch.linalg.svd(jacobian.jvp(v).T, full_matrices=False)
     v = (rotation @ v)[:n]
     sign = torch.where(v.gather(1, v.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     basis_u = u.T[:n] * sign
-    return Basis((v * sign).view(n, *x.shape[1:]), basis_u, s[:n], done, settled, encoder.cost)
+    return Basis((v * sign).view(n, *x.shape[1:]), basis_u, s[:n], done, converged, encoder.cost)
 
 
 # -- directions for many samples ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ __all__ = ["bottleneck_of", "layer_of", "tapped"]
 
 
 class _Stop(BaseException):
-    """Leaves a forward pass whose remainder nobody needs. Not an Exception, so that no library code swallows it."""
+    """Leaves a forward pass whose remainder is not needed. Not an Exception, so that no library code swallows it."""
 
 
 def bottleneck_of(model: Model, who: str) -> Layer:

@@ -300,7 +300,7 @@ def index_of(kind: str) -> dict[str, Any]:
 
 
 def config_of(kind: str, part: str) -> dict[str, Any]:
-    """The configuration of one part; of a tokenizer, what it must be told beside its files."""
+    """The configuration of one part; of a tokenizer, the settings that are not in its files."""
     _, cls, config = _KNOWN[kind][1][part]
     return copy.deepcopy({"_class_name": cls, **config} if _KNOWN[kind][1][part][0] == "diffusers" else config)
 

@@ -55,7 +55,7 @@ def encode(
 
 def decode_frames(vae: Any, latents: Tensor) -> Tensor:
     """Clips (b 3 f H W) from latents (b c f h w) of an autoencoder that states mean and spread of its channels (Wan's
-    and its kin), in the pipelines' order of operations."""
+    and others), in the pipelines' order of operations."""
     latents = latents.to(vae.dtype)
     mean, inverse = _frame_statistics(vae, latents)
     return vae.decode(latents / inverse + mean, return_dict=False)[0]

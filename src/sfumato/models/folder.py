@@ -207,7 +207,7 @@ def _refuse_quantized(folder: Path) -> None:
     try:
         said = read_json(folder / "config.json").get("quantization_config")
     except (OSError, BadInput):
-        return  # what is missing or broken is told where the folder is read
+        return  # what is missing or broken is reported where the folder is read
     if said:
         method = said.get("quant_method", "by an unnamed method") if isinstance(said, dict) else said
         raise NotSupported(

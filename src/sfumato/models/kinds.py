@@ -1,4 +1,4 @@
-"""What a single ``.safetensors`` file is, told by the names and shapes in its header alone; no tensor is read."""
+"""What a single ``.safetensors`` file is, from the names and shapes in its header alone; no tensor is read."""
 
 from __future__ import annotations
 

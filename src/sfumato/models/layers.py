@@ -62,7 +62,7 @@ def _maps_in(output: Any) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def watched(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def layer_outputs(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Within: a dict that holds what each layer put out last. Afterwards no hook is left.
 
     Raises UnknownName for a layer that the net has not.
@@ -85,7 +85,7 @@ def watched(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def silenced(net: nn.Module, layer: str, units: Sequence[int]) -> Iterator[None]:
+def ablated(net: nn.Module, layer: str, units: Sequence[int]) -> Iterator[None]:
     """Within: these units of a layer put out 0. Units are channels of maps (b c h w), features of tokens (b n d).
 
     Raises UnknownName for the layer, BadInput for units that it has not (when it runs).
@@ -153,7 +153,7 @@ def features(
     mode = net.training
     net.eval()
     try:
-        with torch.no_grad(), watched(net, layers) as outputs:
+        with torch.no_grad(), layer_outputs(net, layers) as outputs:
             for chunk in images.split(batch):
                 (forward or net)(chunk)
                 for name in layers:

@@ -1,4 +1,4 @@
-"""What a picture costs in memory at the least, told from configurations, before weights are read."""
+"""Lower bounds of the memory that a picture takes, from configurations, before weights are read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from sfumato import registry, valid
 from sfumato.errors import OutOfMemory
 
-__all__ = ["decoding", "free", "refuse_unaffordable", "refuse_unaffordable_at"]
+__all__ = ["decoder_bytes", "free_bytes", "refuse_unaffordable", "refuse_unaffordable_at"]
 
 _GIB = 2**30
 
 
-def decoding(config: Mapping[str, Any], width: int, height: int, itemsize: int = 4) -> int:
+def decoder_bytes(config: Mapping[str, Any], width: int, height: int, itemsize: int = 4) -> int:
     """Bytes that the autoencoder (diffusers' ``AutoencoderKL``, ``VQModel``) holds at the least while it decodes one
     picture: what goes into and what comes out of the convolution behind its last upsampling, in full size. 0 where the
     configuration does not tell."""
@@ -24,8 +24,8 @@ def decoding(config: Mapping[str, Any], width: int, height: int, itemsize: int =
     return 2 * int(channels[1]) * width * height * itemsize
 
 
-def free(device: Any = "cpu") -> int | None:
-    """Bytes that are free on a device; None where nobody says."""
+def free_bytes(device: Any = "cpu") -> int | None:
+    """Bytes that are free on a device; None where it is unknown."""
     if str(device).startswith("cuda"):
         import torch
 
@@ -41,11 +41,11 @@ def refuse_unaffordable(
     config: Mapping[str, Any], size: tuple[int, int], rows: int, itemsize: int, device: Any, who: str
 ) -> None:
     """Raises OutOfMemory where ``rows`` pictures of ``size`` (width, height) surely do not fit into what is free."""
-    need, left = rows * decoding(config, *size, itemsize), free(device)
+    need, left = rows * decoder_bytes(config, *size, itemsize), free_bytes(device)
     if left is None or need <= left:
         return
     side = 64
-    while side < 4096 and rows * decoding(config, 2 * side, 2 * side, itemsize) <= left / 4:
+    while side < 4096 and rows * decoder_bytes(config, 2 * side, 2 * side, itemsize) <= left / 4:
         side *= 2
     fewer = "draw fewer at once, or " if rows > 1 else ""
     raise OutOfMemory(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: what stands in a text of Qwen2-VL for a picture
-PLACE = "<|image_pad|>"
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 class Processor:
@@ -53,6 +53,6 @@ class Processor:
         counts = iter([int(grid.prod()) // self.image_processor.merge_size**2 for grid in grids])
         texts = []
         for each in text:
-            first, *rest = each.split(PLACE)
-            texts.append(first + "".join(PLACE * next(counts) + part for part in rest))
+            first, *rest = each.split(IMAGE_TOKEN)
+            texts.append(first + "".join(IMAGE_TOKEN * next(counts) + part for part in rest))
         return BatchFeature({**self.tokenizer(texts, **options), **found})

@@ -83,7 +83,7 @@ def make_scheduler(own: Any, wanted: Any = None) -> Any:
     """A fresh scheduler for a model whose pipeline carries ``own``.
 
     ``wanted`` is ``None`` (one like ``own``), a short name, or a diffusers scheduler of which a fresh copy is made.
-    Raises `UnknownName` for a name nobody knows and `NotSupported` for one whose path does not fit the model.
+    Raises `UnknownName` for an unknown name and `NotSupported` for one whose path does not fit the model.
     """
     import diffusers
 

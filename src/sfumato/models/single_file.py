@@ -1,4 +1,4 @@
-"""Single-file checkpoints: told by their header, described by a given folder or by the architectures that ship."""
+"""Single-file checkpoints: recognised by their header, described by a given folder or by the shipped architectures."""
 
 from __future__ import annotations
 

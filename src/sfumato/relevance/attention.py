@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.modes import evaluation, with_gradients
 from sfumato.models.site import Site
-from sfumato.relevance.capture import Attended, captured, gradients_of, refuse_no_attention, refuse_windows
+from sfumato.relevance.capture import CapturedAttention, captured, gradients_of, refuse_no_attention, refuse_windows
 from sfumato.relevance.layouts import Layout, Move, layout
 from sfumato.relevance.lrp import map_relevances
 from sfumato.relevance.readout import read_weights, weighted_rows
 from sfumato.relevance.rules import Relevancy, fuse_heads, resampling, with_residual
 
-__all__ = ["METHODS", "Method", "Relevances", "attention_relevance"]
+__all__ = ["METHODS", "Method", "RelevanceMatrices", "attention_relevance"]
 
 Method = Literal[
     "relevance",
@@ -53,7 +53,7 @@ Target = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Relevances:
+class RelevanceMatrices:
     """Matrices (b n m) between token sets: ``matrices["text", "image"]`` says how much each image token led to each
     text token. ``scores`` (b) are the target's values, ``layout`` what the sets are, ``weights`` (b n) from which
     tokens of a set the target is read."""
@@ -106,7 +106,7 @@ def attention_relevance(
     sites: Sequence[Site] | None = None,
     read: Sequence[str] = (),
     second_order: bool = False,
-) -> Relevances:
+) -> RelevanceMatrices:
     """Relevance of all tokens of any model whose attention is a softmax.
 
     Args:
@@ -152,7 +152,7 @@ def attention_relevance(
     maps = [c.probs if second_order else c.probs.detach() for c in calls]
     weights = {name: read_weights(gradients.pop(), type(module).__name__) for name in reversed(blocks)}
     matrices = _combine(method, plan, maps, gradients, relevances, start_layer, normalise, mix, add, tokens)
-    return Relevances(matrices, scores.detach().float(), plan, method, weights)
+    return RelevanceMatrices(matrices, scores.detach().float(), plan, method, weights)
 
 
 # -- what gradients are taken of ---------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _batch(run: Mapping[str, Any] | Callable[[], Any], scores: Any) -> int:
     return len(scores) if isinstance(scores, Tensor) and scores.dim() else 1
 
 
-def _check_target(scores: Any, calls: Sequence[Attended]) -> None:
+def _check_target(scores: Any, calls: Sequence[CapturedAttention]) -> None:
     batch = calls[0].probs.shape[0]
     if not isinstance(scores, Tensor) or scores.shape != (batch,):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -175,7 +175,7 @@ def _check_target(scores: Any, calls: Sequence[Attended]) -> None:
 
 
 def _map_relevances(
-    module: nn.Module, call: Callable[[], Any], target: Target, calls: Sequence[Attended]
+    module: nn.Module, call: Callable[[], Any], target: Target, calls: Sequence[CapturedAttention]
 ) -> list[Tensor]:
     """The relevance (b k n t) of every attention map by layer-wise propagation."""
     found = [each.detach() for each in map_relevances(module, call, target)]
@@ -185,7 +185,7 @@ def _map_relevances(
     return found
 
 
-def _last_block(plan: Layout, calls: Sequence[Attended], name: str) -> Tensor:
+def _last_block(plan: Layout, calls: Sequence[CapturedAttention], name: str) -> Tensor:
     """The hidden states (b n d) of a set after its last attention layer."""
     if name not in plan.sizes:
         raise UnknownName("token set", name, plan.sizes)
@@ -197,7 +197,7 @@ def _last_block(plan: Layout, calls: Sequence[Attended], name: str) -> Tensor:
     raise NotSupported(f"the layers of {name} return no hidden tokens, so it is unknown from which the score is read.")
 
 
-def _tokens_of(plan: Layout, calls: Sequence[Attended]) -> dict[str, Tensor]:
+def _tokens_of(plan: Layout, calls: Sequence[CapturedAttention]) -> dict[str, Tensor]:
     """The hidden states with which each set first enters attention; parts of a joint set apart."""
     found: dict[str, Tensor] = {}
     for move in plan.moves:

@@ -34,20 +34,27 @@ from sfumato.errors import BadInput, NotSupported
 from sfumato.models.hooks import Running, running
 from sfumato.models.site import Site
 
-__all__ = ["Attended", "captured", "gradients_of", "refuse_no_attention", "refuse_what_hides", "refuse_windows"]
+__all__ = [
+    "CapturedAttention",
+    "captured",
+    "gradients_of",
+    "refuse_no_attention",
+    "refuse_hidden_attention",
+    "refuse_windows",
+]
 
 
 @dataclass(eq=False)
-class Attended:
+class CapturedAttention:
     """One attention call: ``probs`` (b k n t) float32 (or float64), on the gradient's way to the output.
 
     ``path`` is the module that computed it; a module that attends several times (LXMERT's co-attention) counts its
-    ``turn`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order, and ``block``
+    ``index`` from 0. ``inputs`` are the hidden states (b n d) the module was called with, in their order, and ``block``
     the hidden states (b n d) that its layer - the outermost numbered part it belongs to - returned.
     """
 
     path: str
-    turn: int
+    index: int
     module: nn.Module
     probs: Tensor
     inputs: tuple[Tensor, ...] = field(repr=False, default=())
@@ -63,15 +70,15 @@ class Attended:
 
 
 @contextlib.contextmanager
-def captured(module: nn.Module, where: Callable[[str], bool] | None = None) -> Iterator[list[Attended]]:
+def captured(module: nn.Module, where: Callable[[str], bool] | None = None) -> Iterator[list[CapturedAttention]]:
     """Within: forward passes of ``module`` append their attention calls to the list that is handed out.
 
     ``where`` chooses modules by path; the attention of others is left alone. Gradients are on within, whatever they
     were outside; weights need not require them. On leaving every hook is gone, also after an exception. NotSupported
     where attention would hide: compiled modules, gradient checkpointing, inference mode.
     """
-    refuse_what_hides(module)
-    calls: list[Attended] = []
+    refuse_hidden_attention(module)
+    calls: list[CapturedAttention] = []
 
     def after(done: Running, output: Any) -> None:
         """Remembers what a layer returned beside the attention calls inside it."""
@@ -121,7 +128,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def refuse_no_attention(module: nn.Module, calls: list[Attended]) -> None:
+def refuse_no_attention(module: nn.Module, calls: list[CapturedAttention]) -> None:
     """Raises NotSupported, by name, where there is no attention map, or only some of the mixing goes through one."""
     name = type(module).__name__
     linear = [path for path, part in module.named_modules() if _is_linear(part)]
@@ -149,7 +156,7 @@ def refuse_windows(shapes: Sequence[tuple[str, torch.Size]], batch: int) -> None
 
 
 class _Capture(TorchFunctionMode):
-    def __init__(self, stack: list[Running], calls: list[Attended], where: Callable[[str], bool] | None):
+    def __init__(self, stack: list[Running], calls: list[CapturedAttention], where: Callable[[str], bool] | None):
         super().__init__()
         self.stack, self.calls, self.where = stack, calls, where
 
@@ -180,7 +187,7 @@ class _Capture(TorchFunctionMode):
         if not probs.requires_grad:  # frozen weights: the map itself is where gradients begin
             probs = probs.detach().requires_grad_()
         turn = sum(call.path == now.path for call in self.calls)
-        self.calls.append(Attended(now.path, turn, now.module, probs, _hidden(now.args, now.kwargs)))
+        self.calls.append(CapturedAttention(now.path, turn, now.module, probs, _hidden(now.args, now.kwargs)))
         return probs
 
 
@@ -204,7 +211,7 @@ def _is_linear(part: nn.Module) -> bool:
     return any("linear" in name and "att" in name for name in names)
 
 
-def refuse_what_hides(module: nn.Module) -> None:
+def refuse_hidden_attention(module: nn.Module) -> None:
     """Raises NotSupported where a module's attention cannot be seen or has no gradients."""
     if torch.is_inference_mode_enabled():
         raise NotSupported(

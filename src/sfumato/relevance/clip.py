@@ -23,11 +23,11 @@ from sfumato.relevance.capture import captured, gradients_of
 from sfumato.relevance.rules import self_relevance
 from sfumato.text.words import Reading, Words
 
-__all__ = ["ClipLens", "Looked"]
+__all__ = ["ClipExplainer", "ClipExplanation"]
 
 
 @dataclass(eq=False)
-class Looked:
+class ClipExplanation:
     """What a CLIP made of pictures and texts, pair by pair.
 
     ``similarity`` (b) cosines; ``text`` (b t t) and ``image`` (b n n) relevance among the tokens of each tower (None
@@ -59,7 +59,7 @@ class Looked:
         return self.image[:, 0, 1:].unflatten(-1, self.grid)
 
 
-class ClipLens:
+class ClipExplainer:
     """Looks at pairs of pictures and texts with a frozen CLIP."""
 
     def __init__(self, clip: Clip):
@@ -88,7 +88,7 @@ class ClipLens:
         images = images.to(self.model.device, self.model.dtype)
         return self.clip.preprocessing.tensor(images)
 
-    def look(
+    def explain(
         self,
         images: Tensor,
         texts: Sequence[str] | dict[str, Tensor],
@@ -98,7 +98,7 @@ class ClipLens:
         text_start: int = 0,
         image_start: int = -1,
         second_order: bool = False,
-    ) -> Looked:
+    ) -> ClipExplanation:
         """Look at pictures (b 3 H W) in [-1, 1] and as many texts (or their :meth:`tokens`), each with its own.
 
         ``text`` and ``image``: whose relevance is wanted, from the layers ``text_start`` and ``image_start`` on (-1:
@@ -132,13 +132,13 @@ class ClipLens:
             if not recording:
                 found = [None if each is None else each.detach() for each in found]
         end = tokens["attention_mask"].sum(-1) - 1
-        return Looked(similarity, found[0], found[1], end, self.grid, image_embeds, text_embeds)
+        return ClipExplanation(similarity, found[0], found[1], end, self.grid, image_embeds, text_embeds)
 
     def explain_text(
         self, tokens: dict[str, Tensor], image_embeds: Tensor, second_order: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Cosines (b) of texts (ids and mask) with unit picture embeddings (b d) that exist already, and the relevance
-        (b t t) among the tokens of each text; as :meth:`look` with respect to gradients."""
+        (b t t) among the tokens of each text; as :meth:`explain` with respect to gradients."""
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             written, maps = self._run(

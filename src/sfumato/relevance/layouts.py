@@ -29,7 +29,7 @@ from torch import nn
 
 from sfumato.errors import NotSupported
 from sfumato.models.site import Site
-from sfumato.relevance.capture import Attended, refuse_windows
+from sfumato.relevance.capture import CapturedAttention, refuse_windows
 
 __all__ = ["Layout", "Move", "layout"]
 
@@ -72,7 +72,7 @@ class Layout:
         return None
 
 
-def layout(module: nn.Module, calls: Sequence[Attended], sites: Sequence[Site] | None = None) -> Layout:
+def layout(module: nn.Module, calls: Sequence[CapturedAttention], sites: Sequence[Site] | None = None) -> Layout:
     """How the captured ``calls`` of ``module`` hang together; ``sites`` are a diffusion denoiser's.
 
     NotSupported where attention runs over windows or time, whose tokens are not those of the picture.
@@ -83,7 +83,7 @@ def layout(module: nn.Module, calls: Sequence[Attended], sites: Sequence[Site] |
 # -- transformers, by the names of their modules ---------------------------------------------------------------------
 
 
-def _of_names(module: nn.Module, calls: Sequence[Attended]) -> Layout:
+def _of_names(module: nn.Module, calls: Sequence[CapturedAttention]) -> Layout:
     refuse_windows([(call.path, call.probs.shape) for call in calls], min(call.probs.shape[0] for call in calls))
     reads_pictures = getattr(module, "main_input_name", "") == "pixel_values"
     stacks = {_stack(call.path): None for call in calls}
@@ -150,7 +150,7 @@ def _stack(path: str) -> str:
 # -- diffusion denoisers, by their sites -----------------------------------------------------------------------------
 
 
-def _of_sites(calls: Sequence[Attended], sites: Sequence[Site]) -> Layout:
+def _of_sites(calls: Sequence[CapturedAttention], sites: Sequence[Site]) -> Layout:
     at: dict[str, Any] = {site.path: site for site in sites}
     sizes: dict[str, int] = {}
     grids: dict[str, tuple[int, int]] = {}
@@ -159,7 +159,7 @@ def _of_sites(calls: Sequence[Attended], sites: Sequence[Site]) -> Layout:
     joint = any(site.kind == "joint" for site in sites)
     for i, call in enumerate(calls):
         site = at.get(call.path)
-        if site is None or call.turn:
+        if site is None or call.index:
             raise NotSupported(f"attention at {call.path} is none of the {len(at)} sites known of this denoiser.")
         if site.kind == "temporal":
             raise NotSupported(f"attention at {call.path} runs over time; relevance of clips is not supported.")

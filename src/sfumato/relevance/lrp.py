@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.relevance.capture import captured, gradients_of, refuse_no_attention, refuse_windows
-from sfumato.relevance.propagation import Propagation, prepared, settled
-from sfumato.relevance.propagation_rules import Record, Rules
+from sfumato.relevance.propagation import Propagation, eval_with_gradients, prepared
+from sfumato.relevance.propagation_rules import RelevanceRecord, Rules
 from sfumato.relevance.readout import read_weights, weighted_rows
 from sfumato.relevance.rules import fuse_heads, rollout
 
 __all__ = [
     "METHODS",
     "Method",
-    "Traced",
+    "LRPTrace",
     "conservation",
     "lrp",
     "map_relevances",
@@ -48,7 +48,7 @@ Target: TypeAlias = int | str | Sequence[int | str] | Tensor | Callable[[Any], T
 
 
 @dataclass(eq=False)
-class Traced:
+class LRPTrace:
     """One explained batch. ``scores`` (b,) of the targets, ``targets`` their labels (b,) or None for a function;
     per attention layer in the order of execution ``maps``, ``gradients`` and ``relevances`` (b k n t);
     ``inputs`` is the relevance of the model's input (picture (b c h w), or token embeddings (b t d)) where asked for;
@@ -62,7 +62,7 @@ class Traced:
     gradients: list[Tensor] = field(default_factory=list)
     relevances: list[Tensor] = field(default_factory=list)
     inputs: Tensor | None = None
-    records: list[Record] = field(default_factory=list)
+    records: list[RelevanceRecord] = field(default_factory=list)
     hidden: Tensor | None = None
 
 
@@ -115,7 +115,7 @@ def lrp(
     return out.float().masked_fill((weights > 0) & alone, 0)
 
 
-def _weights(found: Traced, token: int | Tensor | None, name: str) -> Tensor:
+def _weights(found: LRPTrace, token: int | Tensor | None, name: str) -> Tensor:
     """(b n): in which proportion the rows of the tokens count."""
     if token is None:
         return read_weights(found.hidden, name)
@@ -133,7 +133,7 @@ def traced(
     gradients: bool = True,
     to_inputs: bool = False,
     attention: bool = True,
-) -> Traced:
+) -> LRPTrace:
     """Runs the model once for relevance and, with ``gradients``, once for gradients. Arguments as :func:`lrp`.
 
     ``to_inputs`` propagates on to the input; ``attention=False`` allows models without attention.
@@ -148,11 +148,11 @@ def traced(
             refuse_windows([(path, each.shape) for path, each in zip(mode.paths, maps, strict=True)], len(scores))
         wanted = [*maps, *([source() if callable(source) else source] if to_inputs else [])]
         parts = torch.autograd.grad(scores, wanted, torch.ones_like(scores))
-    found = Traced(scores.detach(), targets, [m.detach() for m in maps], records=mode.records)
+    found = LRPTrace(scores.detach(), targets, [m.detach() for m in maps], records=mode.records)
     found.relevances = [part.detach() for part in parts[: len(maps)]]
     found.inputs = parts[-1].detach() if to_inputs else None
     if gradients:
-        with settled(model), captured(model) as calls:
+        with eval_with_gradients(model), captured(model) as calls:
             again, _ = target_scores(model, _run(model, named), targets if targets is not None else target)
             block = [call.block for call in calls[-1:] if call.block is not None]
             found.gradients = gradients_of(again, [*(call.probs for call in calls), *block])
@@ -266,7 +266,7 @@ def _watched(mode: Propagation, named: dict[str, Any]) -> Any:
     return found
 
 
-def _by_token(model: nn.Module, found: Traced) -> Tensor:
+def _by_token(model: nn.Module, found: LRPTrace) -> Tensor:
     """Relevance of the input gathered by token (b, t): pixels by patch, behind a 0 for the class token."""
     assert found.inputs is not None
     if found.inputs.ndim == 3:

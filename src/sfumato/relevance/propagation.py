@@ -30,20 +30,20 @@ from torch.overrides import TorchFunctionMode
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.hooks import Running, running
 from sfumato.models.modes import evaluation, with_gradients
-from sfumato.relevance.capture import refuse_what_hides
+from sfumato.relevance.capture import refuse_hidden_attention
 from sfumato.relevance.propagation_rules import (
-    Bounded,
-    Product,
-    Record,
+    AlphaBetaRule,
+    IdentityRule,
+    ProductRule,
+    ProportionalRule,
+    RelevanceRecord,
     Rules,
-    Shares,
-    Sum,
-    Unchanged,
-    Weighted,
+    SumRule,
+    ZBetaRule,
     totals,
 )
 
-__all__ = ["Propagation", "prepared", "settled"]
+__all__ = ["Propagation", "prepared", "eval_with_gradients"]
 
 
 #: functions that move values without changing them, or by constants only: autograd is their rule
@@ -75,7 +75,7 @@ class Propagation(TorchFunctionMode):
         self.rules = rules or Rules()
         self.maps: list[Tensor] = []
         self.embedded: list[tuple[Tensor, Tensor]] = []  # (indices, what they were looked up as)
-        self.records: list[Record] = []
+        self.records: list[RelevanceRecord] = []
         self.paths: list[str] = []  # of the modules that computed the maps
         self.stack: list[Running] = []
         self.name = ""
@@ -126,7 +126,7 @@ class Propagation(TorchFunctionMode):
                 raise NotSupported(self._refusal(f"{name} of two activations"))
             return self._unchanged(func, name, args, kwargs)
         if name in _SHARES:
-            return Shares.apply(args[0], lambda x: func(x, *args[1:], **kwargs), self._note(name))
+            return ProportionalRule.apply(args[0], lambda x: func(x, *args[1:], **kwargs), self._note(name))
         if name in _MOVES:
             out = func(*args, **kwargs)
             if name == "embedding":
@@ -148,11 +148,11 @@ class Propagation(TorchFunctionMode):
         plain = [each.detach() if isinstance(each, Tensor) else each for each in args[1:]]
         names = {key: value.detach() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
         name = name.rstrip("_") if name == "relu_" else name
-        return Unchanged.apply(given, lambda x: func(x, *plain, **names), self._note(name))
+        return IdentityRule.apply(given, lambda x: func(x, *plain, **names), self._note(name))
 
     def _weighted(self, name: str, x: Tensor, w: Tensor, b: Tensor | None, op: Callable, back: Callable) -> Tensor:
         b = None if b is None else b.detach()
-        return Weighted.apply(x, w.detach(), b, op, back, self.rules, self._note(name))
+        return AlphaBetaRule.apply(x, w.detach(), b, op, back, self.rules, self._note(name))
 
     def _convolution(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -168,7 +168,7 @@ class Propagation(TorchFunctionMode):
             return torch.nn.grad.conv2d_input(x.shape, w, s, **fixed)
 
         if self.rules.bounds is not None and id(x) in self._sources:
-            return Bounded.apply(
+            return ZBetaRule.apply(
                 x, w.detach(), None if b is None else b.detach(), op, back, self.rules, self._note("conv2d")
             )
         return self._weighted("conv2d", x, w, b, op, back)
@@ -179,21 +179,21 @@ class Propagation(TorchFunctionMode):
             raise NotSupported(self._refusal(f"{name} of {len(factors)} operands"))
         first, second = factors
         if _carries(first) and _carries(second):
-            return Product.apply(first, second, lambda u, v: func(*head, u, v, **kwargs), self._note(name))
+            return ProductRule.apply(first, second, lambda u, v: func(*head, u, v, **kwargs), self._note(name))
         if name in ("matmul", "__matmul__", "bmm") and isinstance(second, Tensor) and _carries(first):
             return self._weighted(name, first, second.mT, None, lambda x, w, b=None: x @ w.mT, lambda s, w: s @ w)
         if name in ("einsum", "matmul", "__matmul__", "bmm"):
             raise NotSupported(self._refusal(f"{name} with weights first"))
         given, factor = (first, second) if _carries(first) else (second, first)
         factor = factor.detach() if isinstance(factor, Tensor) else factor
-        return Unchanged.apply(given, lambda x: x * factor, self._note(name))
+        return IdentityRule.apply(given, lambda x: x * factor, self._note(name))
 
     def _sum(self, first: Any, second: Any) -> Tensor:
         both = isinstance(first, Tensor) and isinstance(second, Tensor) and first.requires_grad and second.requires_grad
         if both and first.shape != () and second.shape != ():
-            return Sum.apply(first, second, self.rules, self._note("add"))
+            return SumRule.apply(first, second, self.rules, self._note("add"))
         given, other = (first, second) if isinstance(first, Tensor) and first.requires_grad else (second, first)
-        return Unchanged.apply(given, lambda x: x + other, self._note("add of a constant"))
+        return IdentityRule.apply(given, lambda x: x + other, self._note("add of a constant"))
 
     # -- attention -----------------------------------------------------------------------------------------------------
     def _attention(
@@ -238,13 +238,13 @@ class Propagation(TorchFunctionMode):
             negative = float(parts.clamp_max(0).abs().sum() / total) if total > 0 else 0.0
             handed = torch.stack([totals(part, len(given)) for part in passed]).sum(0)
             peak = float(parts.abs().max()) if parts.numel() else 0.0
-            self.records.append(Record(path, op, totals(given, len(given)), handed, peak, negative))
+            self.records.append(RelevanceRecord(path, op, totals(given, len(given)), handed, peak, negative))
 
         return note
 
 
 @contextlib.contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
+def eval_with_gradients(model: nn.Module) -> Iterator[None]:
     """Within: ``model`` in eval mode, gradients recorded in full precision, also those of every parameter, so that the
     relevance of position embeddings and class tokens is followed whatever was frozen. Afterwards all is as before.
 
@@ -256,14 +256,14 @@ def settled(model: nn.Module) -> Iterator[None]:
             raise BadInput(f"relevance underflows in half precision ({name} is {kind}); use model.float().")
     kind = next((p.device.type for p in model.parameters() if p.is_floating_point()), "cpu")
     with evaluation(model), with_gradients(model), torch.enable_grad(), torch.autocast(kind, enabled=False):
-        refuse_what_hides(model)
+        refuse_hidden_attention(model)
         yield
 
 
 @contextlib.contextmanager
 def prepared(model: nn.Module, mode: Propagation) -> Iterator[Propagation]:
-    """Within: ``model`` is :func:`settled`, ``mode`` is on and knows which module runs."""
-    with settled(model), running(model) as stack:
+    """Within: ``model`` is :func:`eval_with_gradients`, ``mode`` is on and knows which module runs."""
+    with eval_with_gradients(model), running(model) as stack:
         mode.stack, mode.name = stack, type(model).__name__
         with mode:
             yield mode

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from sfumato.errors import BadInput
 
-__all__ = ["Bounded", "Product", "Record", "Rules", "Shares", "Sum", "Unchanged", "Weighted", "totals"]
+__all__ = [
+    "ZBetaRule",
+    "ProductRule",
+    "RelevanceRecord",
+    "Rules",
+    "ProportionalRule",
+    "SumRule",
+    "IdentityRule",
+    "AlphaBetaRule",
+    "totals",
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Record:
+class RelevanceRecord:
     """What one function did with relevance: per sample, how much came (``given``) and how much it handed on
     (``passed``); ``peak`` the largest single value, ``negative`` the share of negative relevance."""
 
@@ -62,7 +72,7 @@ class Record:
         return float(((self.passed - self.given).abs() / scale).max())
 
 
-class Unchanged(torch.autograd.Function):
+class IdentityRule(torch.autograd.Function):
     """Relevance goes through as it is."""
 
     @staticmethod
@@ -78,7 +88,7 @@ class Unchanged(torch.autograd.Function):
         return back, None, None
 
 
-class Weighted(torch.autograd.Function):
+class AlphaBetaRule(torch.autograd.Function):
     """alpha-beta: what contributes positively takes ``alpha`` of the relevance, in proportion, what contributes
     negatively 1 - ``alpha``. The bias takes part in nothing. Epsilon: all in proportion to signed contributions."""
 
@@ -109,7 +119,7 @@ def _share(x: Tensor, r: Tensor, first: Tensor, second: Tensor, op: Callable, ba
     return up * back(s, first) + down * back(s, second)
 
 
-class Bounded(torch.autograd.Function):
+class ZBetaRule(torch.autograd.Function):
     """z-beta (deep Taylor for inputs between bounds): contributions are counted from the bounds."""
 
     @staticmethod
@@ -132,7 +142,7 @@ class Bounded(torch.autograd.Function):
         return share, None, None, None, None, None, None
 
 
-class Product(torch.autograd.Function):
+class ProductRule(torch.autograd.Function):
     """Each factor in proportion; each would get everything, so each gets half."""
 
     @staticmethod
@@ -152,7 +162,7 @@ class Product(torch.autograd.Function):
         return (*shares, None, None)
 
 
-class Sum(torch.autograd.Function):
+class SumRule(torch.autograd.Function):
     """In proportion; normalised, each summand keeps its sign pattern and gets of the total what its own total is of
     both (their absolute values), so that terms that cancel do not blow relevance up."""
 
@@ -180,7 +190,7 @@ class Sum(torch.autograd.Function):
         return _reduced(shares[0], u.shape), _reduced(shares[1], v.shape), None, None
 
 
-class Shares(torch.autograd.Function):
+class ProportionalRule(torch.autograd.Function):
     """A function of one tensor that only picks or averages: in proportion."""
 
     @staticmethod

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from sfumato.sampling.guidance import Guidance
     from sfumato.sampling.intervention import ROLES, Coverage, Intervention, Stack
     from sfumato.sampling.inversion import Trajectory, invert
-    from sfumato.sampling.loop import Result, generate
+    from sfumato.sampling.loop import generate
     from sfumato.sampling.noise import Path
     from sfumato.sampling.options import Options
     from sfumato.sampling.recipe import recipe_args
+    from sfumato.sampling.result import Result
     from sfumato.sampling.run import Prediction, Run, Step
 
 _HOME = {
@@ -25,7 +26,7 @@ _HOME = {
     "Stack": "intervention",
     "Trajectory": "inversion",
     "invert": "inversion",
-    "Result": "loop",
+    "Result": "result",
     "generate": "loop",
     "Path": "noise",
     "Options": "options",

@@ -43,11 +43,11 @@ class GenerateArguments(TypedDict, total=False):
     clip_skip: int | None
     """How many of the text encoder's last layers to leave out (A1111's Clip skip - 1) (>= 0)"""
     original_size: tuple[int, int] | None
-    """SDXL: width and height before resizing, as it is told (unit: pixel)"""
+    """SDXL: width and height before resizing, of its size conditioning (unit: pixel)"""
     crops_coords_top_left: tuple[int, int] | None
-    """SDXL: top and left of the crop, as it is told (unit: pixel)"""
+    """SDXL: top and left of the crop, of its size conditioning (unit: pixel)"""
     target_size: tuple[int, int] | None
-    """SDXL: width and height to be made, as it is told (unit: pixel)"""
+    """SDXL: width and height to be made, of its size conditioning (unit: pixel)"""
     negative_original_size: tuple[int, int] | None
     """SDXL: original_size of the unconditional branch (unit: pixel)"""
     negative_crops_coords_top_left: tuple[int, int] | None

@@ -1,4 +1,4 @@
-"""What a request says about the encoding of its texts: layers left out, and the sizes that SDXL is told."""
+"""What a request says about the encoding of its texts: layers left out, and SDXL's size conditioning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _micro(model: Any, options: Options, size: tuple[int, int]) -> tuple[tuple[i
     if not named:
         return None
     if not model.family.micro_conditions:
-        raise BadInput(f"{named[0]} means nothing to {model.name}: only SDXL is told the sizes of its picture.")
+        raise BadInput(f"{named[0]} means nothing to {model.name}: only SDXL is conditioned on sizes.")
     cond = _six(given, _POSITIVE, (size, (0, 0), size))
     if not any(name in _NEGATIVE for name in named):
         return cond, cond

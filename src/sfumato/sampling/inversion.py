@@ -21,8 +21,9 @@ from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, refuse_idle
 from sfumato.sampling.loop import open_run, walk
+from sfumato.sampling.pixels import as_pixels_of
 from sfumato.sampling.process import process_of
-from sfumato.sampling.request import as_pixels_of, checked, whole
+from sfumato.sampling.request import checked_int, checked_request
 from sfumato.sampling.run import Run, Step
 
 
@@ -79,7 +80,7 @@ def invert(
     if model.deterministic_scheduler == "edm_euler":
         raise NotSupported(f"invert needs latents that carry no scale of the noise; {model.name} draws in EDM's.")
     parts = arrange(interventions)
-    refine = whole(refine, "refine", 0)
+    refine = checked_int(refine, "refine", 0)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     latents = source
     if not (
@@ -91,7 +92,7 @@ def invert(
             latents = model.encode_image(as_pixels_of(model, source, size))
     distilled = {"true_guidance": guidance, "guidance": None} if model.embeds_guidance else {"guidance": guidance}
     name = model.deterministic_scheduler
-    request = checked(
+    request = checked_request(
         model,
         list(prompts) * len(latents) if len(prompts) == 1 else prompts,
         negative=negative, steps=steps, latents=latents, scheduler=name, size=size, **distilled,

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from sfumato import cards, markup, rng
+from sfumato import cards, rng
 from sfumato.cards import parameters_of
-from sfumato.cards.signatures import spelt_out
+from sfumato.cards.signatures import with_signature
 from sfumato.errors import BadInput, Conflict, NotFinite, SfumatoError, WorkInterrupted, within_memory
 from sfumato.models import Model
 from sfumato.models.memory import refuse_unaffordable
@@ -38,8 +34,8 @@ from sfumato.sampling.intervention import (
 )
 from sfumato.sampling.options import Options
 from sfumato.sampling.process import process_of
-from sfumato.sampling.recipe import recipe_of
-from sfumato.sampling.request import Request, as_clips, as_pictures, checked
+from sfumato.sampling.request import Request, checked_request
+from sfumato.sampling.result import Result
 from sfumato.sampling.run import Run, Step
 from sfumato.text.dialects import adapter_tags
 from sfumato.text.weights import encode_weighted, read_weights
@@ -48,70 +44,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@dataclass(eq=False)
-class Result:
-    """Finished samples, in the order of the request.
-
-    ``latents``: the final states, clean latents (b c h w) or token ids (b n), (b h w); ``pixels`` (b 3 H W), of
-    clips (b 3 f H W), about [-1, 1] and not clamped, None with ``decode=False``.
-    ``coverage``: what each intervention did, by name. ``cost``: forward-equivalents per sample.
-    """
-
-    model: Model
-    request: Request
-    latents: Tensor
-    pixels: Tensor | None
-    coverage: dict[str, dict[str, Any]] = field(default_factory=dict)
-    cost: float = 0.0
-    parts: tuple[Intervention, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __repr__(self) -> str:
-        width, height = self.request.size
-        texts = [repr(text if len(text) <= 60 else text[:57] + "...") for text in dict.fromkeys(self.prompts)]
-        more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-        return f"Result({len(self)} of {width}x{height} by {self.model.name}: {', '.join(texts[:3])}{more})"
-
-    def _repr_html_(self) -> str:
-        shown = zip(self.prompts, self.seeds, self.images, strict=False)
-        return markup.gallery(repr(self), [(f"{prompt} (seed {seed})", image) for prompt, seed, image in shown])
-
-    @property
-    def prompts(self) -> list[str]:
-        return self.request.prompts[: len(self)]
-
-    @property
-    def seeds(self) -> list[int]:
-        return self.request.seeds[: len(self)]
-
-    @cached_property
-    def images(self) -> list[Image]:
-        """The pictures as PIL images, of clips their first frames; empty with ``decode=False``."""
-        if self.pixels is None:
-            return []
-        return as_pictures(self.pixels if self.pixels.dim() == 4 else self.pixels[:, :, 0])
-
-    @cached_property
-    def clips(self) -> list[np.ndarray]:
-        """The clips as bytes (f h w 3), ready for :func:`sfumato.clips.save_clip`; empty where pictures were made, and
-        with ``decode=False``."""
-        return [] if self.pixels is None or self.pixels.dim() != 5 else as_clips(self.pixels)
-
-    @cached_property
-    def recipes(self) -> list[dict[str, Any]]:
-        """Per sample, everything needed to make it again, as plain JSON values; see
-        :func:`sfumato.sampling.recipe_args`."""
-        return [recipe_of(self.model, self.request, self.parts, i) for i in range(len(self))]
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe of the first sample."""
-        return self.recipes[0]
-
-
-@spelt_out(GenerateArguments, parameters_of(Options))
+@with_signature(GenerateArguments, parameters_of(Options))
 def generate(
     model: Model,
     prompt: str | Sequence[str],
@@ -152,7 +85,7 @@ def generate(
     """
     prompt, adapters = _adapters(prompt)
     parts = arrange([adapters, interventions])
-    request = checked(model, prompt, latents=latents, image=image, reference=reference, **options)
+    request = checked_request(model, prompt, latents=latents, image=image, reference=reference, **options)
     batches = request.batches(model)
     if decode and hasattr(model.pipe, "vae") and not getattr(model.pipe.vae, "use_tiling", False):
         rows, itemsize = max(map(len, batches)), model.dtype.itemsize
@@ -318,7 +251,7 @@ def walk(run: Run, x: Tensor, on_step: Callable[[Step], None] | None = None, unt
             run.process.refuse(step.x, part.name)
         step.actor = None
         x = step.x
-        own: Tensor | bool = True  # what the denoiser says by itself is told in the first step only: see _way_out
+        own: Tensor | bool = True  # the denoiser's own output is checked in the first step only: see _way_out
         if i == run.begin:
             own = torch.stack([torch.isfinite(out).all() for out in step.outputs.values()]).all()
         finite.append((i, torch.isfinite(x).all(), own))

@@ -172,7 +172,7 @@ class Path:
 
 
 def _scales_input(scheduler: Any) -> bool:
-    """Whether latents are carried in Karras scaling: told from what ``scale_model_input`` does, not from a class
+    """Whether latents are carried in Karras scaling: determined by what ``scale_model_input`` does, not from a class
     name."""
     if not hasattr(scheduler, "scale_model_input"):
         return False

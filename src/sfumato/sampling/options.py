@@ -130,13 +130,17 @@ class Options(Params):
         description="how many of the text encoder's last layers to leave out (A1111's Clip skip - 1)",
     )
     original_size: tuple[Whole, Whole] | None = Field(
-        default=None, description="SDXL: width and height before resizing, as it is told", json_schema_extra=PIXELS
+        default=None,
+        description="SDXL: width and height before resizing, of its size conditioning",
+        json_schema_extra=PIXELS,
     )
     crops_coords_top_left: tuple[Whole, Whole] | None = Field(
-        default=None, description="SDXL: top and left of the crop, as it is told", json_schema_extra=PIXELS
+        default=None, description="SDXL: top and left of the crop, of its size conditioning", json_schema_extra=PIXELS
     )
     target_size: tuple[Whole, Whole] | None = Field(
-        default=None, description="SDXL: width and height to be made, as it is told", json_schema_extra=PIXELS
+        default=None,
+        description="SDXL: width and height to be made, of its size conditioning",
+        json_schema_extra=PIXELS,
     )
     negative_original_size: tuple[Whole, Whole] | None = Field(
         default=None, description="SDXL: original_size of the unconditional branch", json_schema_extra=PIXELS

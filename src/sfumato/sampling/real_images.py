@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.models import Model
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.loop import open_run
-from sfumato.sampling.request import checked
+from sfumato.sampling.request import checked_request
 from sfumato.sampling.run import Run
 
 __all__ = ["noised_levels", "open_image_run"]
@@ -36,7 +36,9 @@ def open_image_run(
         clean = torch.cat([model.encode_image(picture) for picture in images.split(1)])
     schedule = scheduler or model.deterministic_scheduler
     guidance: dict[str, Any] = {} if model.embeds_guidance else {"guidance": 1.0}
-    request = checked(model, list(prompts), steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance)
+    request = checked_request(
+        model, list(prompts), steps=steps, seed=seed, latents=clean, scheduler=schedule, **guidance
+    )
     with open_run(model, request, range(len(request)), tuple(interventions)) as run:
         yield run, clean
 

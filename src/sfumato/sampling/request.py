@@ -11,26 +11,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import files
-from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.models import Encoding
 from sfumato.models.families import families_with
 from sfumato.sampling.encoding import encoding_of
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.options import MAX_AREA, MAX_SIDE, Options
+from sfumato.sampling.pixels import as_pictures, as_pixels, as_pixels_of, upright_picture
 from sfumato.sampling.process import Source, process_of
 from sfumato.text.dialects import Composition, adapter_tags, read_composition, refuse_dialect, warn_of_plain_words
 from sfumato.text.weights import read_weights
-from sfumato.valid import brief
 
 DEFAULT_STRENGTH = 0.8  # of image-to-image, as in diffusers
-OVERSHOOT = 8.0  # how far beyond [-1, 1] an autoencoder's pixels may lie, which nobody has clamped; bytes lie further
 
 
 class GuidanceCosts(UserWarning):
@@ -106,7 +102,7 @@ class Request:
             return model.chunks_for([read_weights(text).text for text in texts])
 
 
-def checked(
+def checked_request(
     model: Any,
     prompt: str | Sequence[str],
     *,
@@ -198,7 +194,7 @@ def _source(
         raise BadInput("image and latents are both given; the walk can begin with one of them only.")
     if strength is not None and image is None:
         raise BadInput("strength says how much to change an image, but no image is given.")
-    start = whole(options.start, "start", 0, steps - 1)
+    start = checked_int(options.start, "start", 0, steps - 1)
     if start and latents is None:
         raise BadInput(f"start is {start}, but no latents are given to start from.")
     after = options.denoising_start
@@ -245,7 +241,7 @@ def _references(model: Any, given: Any) -> tuple[Image.Image, ...]:
     pictures = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
     allowed = model.family.references
     if len(pictures) in allowed:
-        return tuple(_opened(picture, "reference") for picture in pictures)
+        return tuple(upright_picture(picture, "reference") for picture in pictures)
     if len(allowed) == 1 and 0 in allowed:
         raise BadInput(
             f"reference is given, but {model.name} ({model.family.name}) looks at no pictures beside its prompt; "
@@ -273,7 +269,7 @@ def _check_rows(name: str, given: int, total: int) -> None:
         raise BadInput(f"{name} has {given} rows for {total} samples; give one for all, or one per sample.")
 
 
-def whole(value: Any, name: str, low: int, high: int | None = None) -> int:
+def checked_int(value: Any, name: str, low: int, high: int | None = None) -> int:
     """``value`` as an integer in [low, high], or BadInput."""
     try:
         number = operator.index(value)
@@ -301,7 +297,7 @@ def _seeds(seed: int | list[int] | None, total: int) -> list[int]:
         if len(seed) != total:
             raise BadInput(f"seed has {len(seed)} entries for {total} samples; give one number, or one per sample.")
         return seed
-    whole(seed, "seed", 0, 2**63 - total)
+    checked_int(seed, "seed", 0, 2**63 - total)
     return list(range(seed, seed + total))
 
 
@@ -309,7 +305,7 @@ def checked_size(model: Any, size: Any, what: str = "size") -> tuple[int, int]:
     """(width, height) in pixels that the model can make, or BadInput naming the nearest ones that it can."""
     if not (isinstance(size, list | tuple) and len(size) == 2):
         raise BadInput(f"size is {size!r}; it must be (width, height) in pixels, such as (512, 768).")
-    width, height = (whole(side, "size", 1, MAX_SIDE) for side in size)
+    width, height = (checked_int(side, "size", 1, MAX_SIDE) for side in size)
     if width * height > MAX_AREA:
         raise BadInput(f"{what} is {width}x{height}; the most is {MAX_AREA} pixels, such as 4096x4096.")
     step = model.size_multiple
@@ -323,107 +319,3 @@ def checked_size(model: Any, size: Any, what: str = "size") -> tuple[int, int]:
 
 def _round(side: int, step: int, up: bool) -> int:
     return max(math.ceil(side / step) if up else side // step, 1) * step
-
-
-def as_pixels_of(model: Any, image: Any, size: tuple[int, int] | None) -> Tensor:
-    """What a model begins with or looks at: pictures (b 3 H W) as :func:`as_pixels` reads them or, of a model of clips,
-    clips (b 3 f H W): frames as bytes (f h w 3) or as a list of pictures, several of the former, or such a tensor."""
-    if not model.clips:
-        return as_pixels(image, size)
-    if isinstance(image, Tensor):
-        if image.dim() != 5 or image.shape[1] != 3:
-            raise BadInput(f"the clip has shape {tuple(image.shape)}; a tensor must be (b, 3, f, H, W) in [-1, 1].")
-        frames = as_pixels(image.transpose(1, 2).flatten(0, 1), size)
-        return frames.unflatten(0, (len(image), -1)).transpose(1, 2)
-    if not isinstance(image, list | tuple) and getattr(image, "ndim", 0) != 4:
-        raise BadInput(f"image is no clip, but {model.name} draws clips: give frames (f h w 3) or a list of pictures.")
-    given = list(image) if isinstance(image, list | tuple) else [image]
-    clips = given if all(getattr(each, "ndim", 0) == 4 for each in given) else [given]
-    read = [as_pixels(list(clip), size).transpose(0, 1) for clip in clips]
-    if len({each.shape for each in read}) > 1:
-        raise BadInput("the clips have different numbers of frames or sizes; give clips that are alike.")
-    return torch.stack(read)
-
-
-def as_pixels(image: Any, size: tuple[int, int] | None) -> Tensor:
-    """Pictures as a tensor (b 3 H W) in [-1, 1], resized to ``size`` = (width, height) when given.
-
-    ``image``: a PIL picture, an array (H W), (H W 3) or (H W 4) of bytes, 16-bit numbers or floats in [0, 1], a list of
-    these, or such a tensor already. Pictures and arrays are read as a file of the same content is: upright, transparent
-    parts on white, deep greys in full range.
-    """
-    if isinstance(image, Tensor):
-        if image.dim() != 4 or image.shape[1] != 3:
-            raise BadInput(f"image has shape {tuple(image.shape)}; a tensor must be (b, 3, height, width) in [-1, 1].")
-        if size is not None and tuple(image.shape[-2:]) != (size[1], size[0]):
-            raise BadInput(
-                f"image is {image.shape[-1]}x{image.shape[-2]} but size is {size[0]}x{size[1]}; resize it first."
-            )
-        if not image.is_floating_point():
-            raise BadInput(f"image is a tensor of {image.dtype}; it must hold floats in [-1, 1]: image / 127.5 - 1.")
-        if not torch.isfinite(image).all():
-            raise BadInput("image holds values that are not finite.")
-        if image.numel() and float(image.detach().abs().max()) > OVERSHOOT:
-            low, high = (float(each) for each in image.detach().aminmax())
-            raise BadInput(f"image holds values from {low:g} to {high:g}; a tensor must lie in [-1, 1].")
-        return image
-    pictures = [_opened(each) for each in (image if isinstance(image, list | tuple) else [image])]
-    if not pictures:
-        raise BadInput("image is an empty list; give a picture or several.")
-    size = size or pictures[0].size
-    resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
-    return to_pixels(resized)
-
-
-def _opened(given: Any, name: str = "image") -> Image.Image:
-    """A picture or an array as an upright RGB picture; ``name``: of the argument."""
-    if isinstance(given, np.ndarray):
-        given = _from_array(given, name)
-    if not isinstance(given, Image.Image):
-        raise BadInput(
-            f"{name} is {brief(given)}; it must be a PIL picture, an array, a list of these, or a tensor (b, 3, H, W)."
-        )
-    if given.width * given.height > files.MOST_PIXELS:
-        raise BadInput(f"{name} is {given.width}x{given.height}; the most is {files.MOST_PIXELS} pixels.")
-    return files.as_rgb(given)
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    what = f"{name} is an array {array.dtype} {array.shape}"
-    if isinstance(array, np.ma.MaskedArray):
-        raise BadInput(f"{what}, of which some values are hidden; give array.filled(value).")
-    if array.ndim == 4 and len(array) == 1:
-        array = array[0]
-    if array.ndim == 3 and 1 in array.shape[::2] and not (len(array) == 1 and array.shape[2] in (3, 4)):
-        array = array[..., 0] if array.shape[2] == 1 else array[0]
-    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise BadInput(f"{what}; it must be (height, width), with 3 channels for colour and a fourth for transparency.")
-    if array.shape[0] * array.shape[1] > files.MOST_PIXELS:
-        raise BadInput(f"{what}; the most is {files.MOST_PIXELS} pixels.")
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min() < -files.ROUNDING or array.max() > 1 + files.ROUNDING:
-            raise BadInput(f"{what} from {array.min():g} to {array.max():g}; floats must lie in [0, 1].")
-        array = array.clip(0, 1) * 255
-    elif array.dtype == bool:
-        array = array * 255
-    elif not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 65535:
-        raise BadInput(f"{what}; it must hold bytes, 16-bit numbers or floats in [0, 1].")
-    elif array.dtype == np.uint16 or array.max() > 255:
-        array = array / 257
-    return Image.fromarray(array.round().astype(np.uint8))
-
-
-def as_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (b 3 H W) in [-1, 1] as PIL pictures, rounded as diffusers rounds them."""
-    return [Image.fromarray(picture) for picture in _bytes(pixels)]
-
-
-def as_clips(pixels: Tensor) -> list[np.ndarray]:
-    """Pixels (b 3 f H W) in [-1, 1] as clips of bytes (f H W 3), rounded likewise."""
-    return [_bytes(clip) for clip in pixels.transpose(1, 2)]
-
-
-def _bytes(pixels: Tensor) -> np.ndarray:
-    """(b 3 H W) in [-1, 1] as bytes (b H W 3)."""
-    array = (pixels.detach() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
-    return (array * 255).round().astype("uint8")

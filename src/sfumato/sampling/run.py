@@ -435,7 +435,7 @@ class Step:
                 self.outputs[name] = extra["cond"]
 
     def release(self) -> None:
-        """Let go of the gradient graph that ``keeps_graph`` asked for, once nobody can use it any more."""
+        """Let go of the gradient graph that ``keeps_graph`` asked for, once it can no longer be used."""
         if self._predicted_at.requires_grad and not self.run.grad:
             self._output = None if self._output is None else self._output.detach()
             self.outputs = {name: out.detach() for name, out in self.outputs.items()}

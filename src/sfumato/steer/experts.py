@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sfumato import cards, registry, valid
-from sfumato.adapters.weight_sets import Weights, WeightSets, fitting, like_own, read_weights
+from sfumato.adapters.weight_sets import Weights, WeightSets, checked_parameter, parameter_like, read_weights
 from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
 from sfumato.sampling import Intervention, Run, Step
@@ -142,8 +142,8 @@ class Experts(Intervention):
             found = {name: folder for name, folder in known.items() if _card(folder).get("of") == model}
             if not found:
                 recipes = [name for name in registry.recipes() if name.startswith(f"{model}-expert")]
-                told = f"sfumato train {recipes[0]}" if recipes else "init_from and loss.interval in a recipe"
-                raise NoMatch(f"no expert was trained from {model} yet; train some ({told}) or name folders in models.")
+                how = f"sfumato train {recipes[0]}" if recipes else "init_from and loss.interval in a recipe"
+                raise NoMatch(f"no expert was trained from {model} yet; train some ({how}) or name folders in models.")
             return found
         found = {}
         for name in self.params.models:
@@ -163,10 +163,10 @@ class Experts(Intervention):
             raise BadInput(f"expert {name} has no {component}, so it is no expert of {run.model.name}.")
         state, weights = read_weights(folder / component), {}
         for path, base in denoiser.named_parameters(remove_duplicate=False):
-            value = fitting(f"expert {name}", path, state.get(path), base, run.model.name)
+            value = checked_parameter(f"expert {name}", path, state.get(path), base, run.model.name)
             if self.strength < 1:
                 value = torch.lerp(base.detach(), value, self.strength)
-            weights[path] = like_own(base, value)
+            weights[path] = parameter_like(base, value)
         for path, buffer in denoiser.named_buffers():
             if path in state and not torch.allclose(state[path].to(buffer), buffer, atol=1e-3):
                 raise BadWeights(f"expert {name} has another {path}: it is no child of {run.model.name}.")
@@ -176,10 +176,10 @@ class Experts(Intervention):
 def _card(folder: Path) -> dict[str, Any]:
     """What a model's card says of it as an expert; nothing where it is none."""
     try:
-        told = valid.loads((folder / "sfumato.json").read_text(encoding="utf-8")).get("expert")
+        entry = valid.loads((folder / "sfumato.json").read_text(encoding="utf-8")).get("expert")
     except (OSError, ValueError, AttributeError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def _interval(name: str, folder: Path) -> tuple[float, float]:

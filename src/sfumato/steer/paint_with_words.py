@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from sfumato import cards, masks, rng
+from sfumato import cards, mask_ops, masks, rng
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, FilePath, register
@@ -147,7 +147,7 @@ class PaintWithWords(Intervention):
             raise BadInput("seeds of paint_with_words set the noise a run begins from; this one begins from a picture.")
         for seed, region in zip(self.params.seeds, self._regions, strict=True):
             noise = randn_tensor(tuple(x.shape[1:]), generator=rng.stream("sample", seed), dtype=x.dtype)
-            inside = masks.on_grid(region, run.grid).to(x)
+            inside = mask_ops.on_grid(region, run.grid).to(x)
             x = torch.where(inside > 0, run.model.prepare(noise.to(x), run.scheduler), x)
         return x
 
@@ -188,7 +188,7 @@ class PaintWithWords(Intervention):
         key = (site.grid, length)
         if key not in self._painted:
             assert site.grid is not None
-            cover = masks.area(self._regions, site.grid).flatten(1)
+            cover = mask_ops.area(self._regions, site.grid).flatten(1)
             painted = torch.zeros(len(self._positions), cover.shape[1], length)
             weights = self.params.weights or [1.0] * len(cover)
             phrases: dict[tuple[str, float], list[int]] = {}

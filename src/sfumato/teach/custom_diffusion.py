@@ -26,14 +26,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.closed_form import compressed
-from sfumato.adapters.fresh import CROSS, copies, learning_weights, matching
-from sfumato.adapters.layers import Scaling, held
+from sfumato.adapters.closed_form import low_rank
+from sfumato.adapters.layers import Scaling, adapt_module
+from sfumato.adapters.trainable import CROSS, copies, matching, substituted_weights
 from sfumato.cards import Card, Field, FilePath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
-from sfumato.models.slot import frozen, text_towers
+from sfumato.models.modes import frozen
+from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.teach.augment import resized
 from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
@@ -42,9 +43,9 @@ from sfumato.teach.identifier import meant, pick
 from sfumato.teach.learning import learn, recomputed
 from sfumato.teach.merging import merge_files
 from sfumato.teach.parameters import PictureParams
-from sfumato.teach.rows import WordVectors, refuse_word
 from sfumato.teach.subject import Latents, Subject
 from sfumato.teach.taught import Taught
+from sfumato.teach.word_vectors import WordVectors, refuse_word
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Player
 
@@ -154,7 +155,7 @@ class CustomDiffusion:
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
             stack.enter_context(recomputed(model, p.checkpointing))
-            stack.enter_context(learning_weights(model, weights))
+            stack.enter_context(substituted_weights(model, weights))
             stack.enter_context(start_detached(model))
             done = learn(
                 player, p.steps, name=self.CARD.key, work=work, settings=settings, accumulate=p.accumulate, seed=p.seed,
@@ -188,10 +189,10 @@ class CustomDiffusion:
             if not path.endswith(".weight") or weight.ndim != 2:
                 raise BadInput("compress keeps changes of matrices; leave attention out.")
             module = model.modules[component].get_submodule(path.removesuffix(".weight"))
-            small = compressed(weight - module.weight, share)
+            small = low_rank(weight - module.weight, share)
             where = name.removesuffix(".weight")
             parts = {"down": small.down, "up": small.up}
-            found.lora[where] = held(module, parts, Scaling(), where, dtype=torch.float32)
+            found.lora[where] = adapt_module(module, parts, Scaling(), where, dtype=torch.float32)
         found.weights = {}
         found.facts |= {"compress": share}
         return found

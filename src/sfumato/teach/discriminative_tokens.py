@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from sfumato.cards import Card, Field, Template, register
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import Model
-from sfumato.models.slot import frozen, text_towers
+from sfumato.models.modes import frozen
+from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.sampling.loop import open_run, walk
-from sfumato.sampling.request import checked
-from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.sampling.request import checked_request
+from sfumato.teach.learning import BestTensors, learn, recomputed
 from sfumato.teach.parameters import TeachParams
-from sfumato.teach.rows import WordVectors, is_word
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
+from sfumato.teach.word_vectors import WordVectors, is_word
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
 from sfumato.training.processes import processes
@@ -129,9 +130,9 @@ class DiscriminativeTokens:
                 break
         return found
 
-    def _learn(self, model: Model, towers: Any, name: str, target: str, scorer: Scorer, work: Work) -> _Lesson:
+    def _learn(self, model: Model, towers: Any, name: str, target: str, scorer: Scorer, work: Work) -> _WordTraining:
         p = self.params
-        lesson = _Lesson(
+        lesson = _WordTraining(
             model, WordVectors(towers, name, p.begin, p.vectors, p.seed), p.class_noun or target, scorer, p
         )
         optimizer = torch.optim.AdamW(list(lesson.best.learning), lr=p.lr, weight_decay=0.0)
@@ -149,7 +150,7 @@ class DiscriminativeTokens:
         return lesson
 
 
-class _Past(nn.Module):
+class _History(nn.Module):
     """Loss and share of hits of every update so far: what decides when to stop, and belongs to a checkpoint."""
 
     def __init__(self, steps: int):
@@ -158,7 +159,7 @@ class _Past(nn.Module):
         self.register_buffer("hits", torch.full((steps,), float("nan")))
 
 
-class _Lesson:
+class _WordTraining:
     """The word of one class."""
 
     log: list[dict[str, float]]
@@ -167,7 +168,7 @@ class _Lesson:
 
     def __init__(self, model: Model, rows: WordVectors, noun: str, scorer: Scorer, p: DiscriminativeTokens.Params):
         self.model, self.rows, self.noun, self.scorer, self.p = model, rows, noun, scorer, p
-        self.best, self.past = Best(rows.parameters), _Past(p.steps)
+        self.best, self.past = BestTensors(rows.parameters), _History(p.steps)
         self._sums = [0.0, 0.0]
         self._before: dict[str, Tensor] = {}
 
@@ -185,7 +186,7 @@ class _Lesson:
             first = p.draw_steps - p.through
             latents = None
             if first:
-                request = checked(model, [prompt], latents=None, image=None, **options)
+                request = checked_request(model, [prompt], latents=None, image=None, **options)
                 with torch.no_grad(), open_run(model, request, range(1), ()) as run:
                     latents = walk(run, run.process.initial(slice(0, 1)), until=first)
             made = generate(model, prompt, latents=latents, start=first, grad=True, **options)

@@ -23,24 +23,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from sfumato.adapters.fresh import ATTENTION, CROSS, TEXT, adapting, copies, fresh_lora, learning_weights
+from sfumato.adapters.trainable import ATTENTION, CROSS, TEXT, adapting, copies, new_lora, substituted_weights
 from sfumato.bench.subject import Score
 from sfumato.cards import Card, Field, ModelPath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
+from sfumato.models.modes import frozen
 from sfumato.models.readers import PLAIN
-from sfumato.models.slot import TextTower, frozen, text_towers
+from sfumato.models.text_towers import TextTower, text_towers
 from sfumato.protocol import Work
 from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.learning import BestTensors, learn, recomputed
 from sfumato.teach.parameters import PictureParams
-from sfumato.teach.rows import WordVectors, is_word
 from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
+from sfumato.teach.word_vectors import WordVectors, is_word
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Player
 
@@ -118,7 +119,7 @@ class DreamBooth:
         learner = Learner(model, towers, concepts, p)
         if p.prior:
             draw_priors(model, concepts, p.prior, p.seed, work)
-        best = Best(learner.parameters) if p.score_every else None
+        best = BestTensors(learner.parameters) if p.score_every else None
         learning = best or nn.ParameterList(list(learner.parameters.values()))
         player = Player(
             learner.loss, torch.optim.AdamW(learner.groups()), learning, name="subject", clip=p.clip
@@ -190,7 +191,7 @@ class Learner:
         self.rows: list[WordVectors] = []
         if p.mode in ("lora", "pivotal"):
             targets = {denoiser: p.targets or ATTENTION, **{tower.name: TEXT for tower in clips}}
-            self.lora = fresh_lora(
+            self.lora = new_lora(
                 model, targets, p.rank, p.alpha or None, dora=p.dora, rslora=p.rslora, seed=p.seed
             )  # fmt: skip
         else:
@@ -224,7 +225,7 @@ class Learner:
     def attach(self, stack: ExitStack) -> None:
         """For the rest of ``stack``'s life the model works with what is learnt."""
         stack.enter_context(adapting(self.lora))
-        stack.enter_context(learning_weights(self.model, self.weights))
+        stack.enter_context(substituted_weights(self.model, self.weights))
 
     def words(self) -> dict[str, Any]:
         """The new words with their vectors now, for drawing."""

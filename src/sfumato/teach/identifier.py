@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from sfumato.errors import NoMatch
-from sfumato.models.slot import TextTower
+from sfumato.models.text_towers import TextTower
 from sfumato.rng import sequence
 
 __all__ = ["candidates", "meant", "pick"]

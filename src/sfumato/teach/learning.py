@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from sfumato import valid, writing
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.protocol import Work
-from sfumato.training import Fitted, Player, Progress, fit
+from sfumato.training import FitResult, Player, Progress, fit
 from sfumato.training.processes import processes
 
-__all__ = ["Best", "learn", "recomputed", "several_processes"]
+__all__ = ["BestTensors", "learn", "recomputed", "several_processes"]
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
         if work.resume:
             _same(record, now_settings)
         else:
-            with writing.replacing(record) as file:
+            with writing.atomic_write(record) as file:
                 file.write(valid.json_text(now_settings, indent=1).encode())
         try:
             yield work.folder / "checkpoints"
@@ -89,7 +89,7 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
         denoiser.disable_gradient_checkpointing()
 
 
-class Best(nn.Module):
+class BestTensors(nn.Module):
     """The tensors that learn, and copies of them where a figure was best: what a player's checkpoint holds. Where no
     figure is taken a plain ``nn.ParameterList`` does.
 
@@ -131,11 +131,11 @@ class Best(nn.Module):
 
 
 @dataclass
-class Learned:
+class LearnResult:
     """What :func:`learn` did. ``log``: figures of every step; ``measured``: what was measured, by step; ``enough``: it
     ended, on its last step or because there was no more progress, rather than being stopped."""
 
-    fitted: Fitted
+    fitted: FitResult
     log: list[dict[str, float]]
     measured: list[dict[str, float]]
     enough: bool
@@ -157,7 +157,7 @@ def learn(
     name: str,
     work: Work,
     settings: Mapping[str, Any],
-    best: Best | None = None,
+    best: BestTensors | None = None,
     measure: Callable[[int], dict[str, float]] | None = None,
     every: int = 50,
     patience: int = 0,
@@ -166,7 +166,7 @@ def learn(
     after: Callable[[int], dict[str, float]] | None = None,
     stop: Callable[[int], bool] | None = None,
     checkpoint_every: int = 100,
-) -> Learned:
+) -> LearnResult:
     """Lets ``player`` learn for ``steps`` steps, with the folder and the limits of ``work``.
 
     Args:
@@ -184,7 +184,7 @@ def learn(
     main = accelerator is None or accelerator.is_main_process
     over, begun, enough = False, False, False
 
-    def look(best: Best, step: int) -> float:
+    def look(best: BestTensors, step: int) -> float:
         """Measures, keeps the tensors if they are the best, and returns the figure."""
         assert measure is not None
         found = measure(step)
@@ -223,4 +223,4 @@ def learn(
         )  # fmt: skip
     if best is not None:
         best.take()
-    return Learned(fitted, state["log"], state["measured"], fitted.finished or enough)
+    return LearnResult(fitted, state["log"], state["measured"], fitted.finished or enough)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
+from sfumato.models.modes import frozen_parameters
 from sfumato.models.readers import load_clip, load_reader
-from sfumato.models.slot import frozen_weights
 
 __all__ = ["Scorer", "scorer_of"]
 
@@ -29,7 +29,7 @@ class Scorer:
 
     def frozen(self) -> AbstractContextManager[None]:
         """Within: its weights get no gradients."""
-        return frozen_weights([] if self.module is None else [self.module])
+        return frozen_parameters([] if self.module is None else [self.module])
 
 
 def scorer_of(data: Any, target: str, shares: Sequence[str], rivals: Sequence[str]) -> Scorer:

@@ -13,7 +13,7 @@ from sfumato.bench.subject import Score, identity, pareto, scored
 from sfumato.models import Model
 from sfumato.models.readers import load_clip
 from sfumato.sampling import generate
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 from sfumato.teach.concepts import Concept
 from sfumato.text.placeholders import placeholders
 

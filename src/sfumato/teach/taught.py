@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sfumato import files, writing
 from sfumato.adapters.lora import save_lora
-from sfumato.adapters.metadata import about
+from sfumato.adapters.metadata import training_metadata
 from sfumato.adapters.word import save_word
 from sfumato.errors import BadInput
 from sfumato.models import Model
-from sfumato.models.slot import text_towers
+from sfumato.models.text_towers import text_towers
 
 __all__ = ["Taught"]
 
@@ -44,9 +44,11 @@ class Taught:
     files: list[Path] = field(default_factory=list)
 
     def metadata(self, words: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """The strings that every file carries; see :func:`sfumato.adapters.metadata.about`."""
+        """The strings that every file carries; see :func:`sfumato.adapters.metadata.training_metadata`."""
         kind = "lora" if self.lora else "textual-inversion" if self.words and not self.weights else "weights"
-        return about(self.model, self.method, kind, {**self.facts, "steps": self.step}, words=list(words or self.words))
+        return training_metadata(
+            self.model, self.method, kind, {**self.facts, "steps": self.step}, words=list(words or self.words)
+        )
 
     def save(self, path: str | Path) -> list[Path]:
         """Writes ``path``, a .safetensors file; words beside weights or a LoRA as ``NAME-word.safetensors``, pictures
@@ -68,7 +70,7 @@ class Taught:
             written.append(save_word(free(named), word, vectors, t5=t5, metadata=self.metadata({word: vectors})))
         for name, picture in self.pictures.items():
             named = path.with_name(f"{path.stem}-{name}.png")
-            with writing.replacing(named) as file:
+            with writing.atomic_write(named) as file:
                 picture.save(file, format="PNG")
             written.append(named)
         return written

@@ -27,16 +27,16 @@ from sfumato.cards import Card, Field, Template, register
 from sfumato.errors import BadInput
 from sfumato.models import Model
 from sfumato.models.condition import Condition
-from sfumato.models.slot import frozen
+from sfumato.models.modes import frozen
 from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
-from sfumato.teach.learning import Best, learn, recomputed
+from sfumato.teach.learning import BestTensors, learn, recomputed
 from sfumato.teach.parameters import PictureParams
-from sfumato.teach.rows import WordVectors, refuse_word, towers_of
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.teach.templates import DUAL, OBJECT, STYLE
+from sfumato.teach.word_vectors import WordVectors, refuse_word, towers_of
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
 
@@ -108,8 +108,8 @@ class TextualInversion:
         towers = towers_of(model, p.encoders)
         refuse_word(towers, p.name)
         subject = Subject(model, data, (p.size, p.size) if p.size else None, p.keep_aspect)
-        lesson = _Lesson(model, subject, p, towers)
-        best = Best(lesson.parameters)
+        lesson = _WordTraining(model, subject, p, towers)
+        best = BestTensors(lesson.parameters)
         optimizer = torch.optim.AdamW(list(best.learning), lr=p.lr, weight_decay=0.0)
         player = Player(lesson.loss, optimizer, best, name="word")
         settings = {"method": self.CARD.key, "params": p.model_dump(mode="json"), "pictures": subject.hash}
@@ -132,7 +132,7 @@ class TextualInversion:
         )  # fmt: skip
 
 
-class _Lesson:
+class _WordTraining:
     """The loss of a step, and the words in it."""
 
     def __init__(self, model: Model, subject: Subject, p: TextualInversion.Params, towers: list[Any]):
@@ -185,13 +185,13 @@ class _Lesson:
         prompts = [self.prompt(i, draw.step, place) for i, place in zip(rows, where, strict=True)]
         condition = self.encoded(prompts, self.length(draw.step))
         errors = self.denoising.errors(latents, condition, draw.step, where)
-        far = self.rows.far() if p.regularise else errors.new_zeros(())
-        return errors.mean() + p.regularise * far, {}
+        distance_from_start = self.rows.distance_from_start() if p.regularise else errors.new_zeros(())
+        return errors.mean() + p.regularise * distance_from_start, {}
 
     def after(self, step: int) -> dict[str, float]:
-        self.rows.guard(self.p.length)
+        self.rows.constrain(self.p.length)
         for each in self.own:
-            each.guard(self.p.length)
+            each.constrain(self.p.length)
         return self.rows.figures()
 
     def probed(self, step: int) -> dict[str, float]:

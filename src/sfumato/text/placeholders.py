@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.chunks import instead
-from sfumato.models.slot import TextTower, text_towers
+from sfumato.models.text_towers import TextTower, text_towers
 
 __all__ = ["placeholders"]
 

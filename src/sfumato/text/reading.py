@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.models.chunks import chunks_of, ends, spaced
 
-__all__ = ["SPECIAL", "StreamReading", "homes", "read_stream", "token_ids"]
+__all__ = ["SPECIAL", "StreamReading", "character_origins", "read_stream", "token_ids"]
 
 #: Names of tokens that stand for no word: where the text starts, where it ends, and what fills the rest of the axis.
 SPECIAL = ("<start>", "<end>", "<pad>")
@@ -63,7 +63,7 @@ def read_stream(stream: Any, prompt: str) -> StreamReading:
     text = stream.prepare(spaced(prompt))
     full = _one_window(stream, text)
     lead, stop = ends(full)
-    spans = _at_home(full.offset_mapping[lead:stop], text, homes(prompt, text))
+    spans = _at_origins(full.offset_mapping[lead:stop], text, character_origins(prompt, text))
     cut = len(stream.tokenizer(text, verbose=False).input_ids) > stream.length
     base, size = stream.offset, len(full.input_ids)
     padding = range(base + size, base + (stream.length if stream.padded else size))
@@ -82,7 +82,7 @@ def read_stream(stream: Any, prompt: str) -> StreamReading:
 def _read_chunks(stream: Any, prompt: str) -> StreamReading:
     """A prompt in several chunks, empty ones behind its end; each has special tokens of its own."""
     text = stream.prepare(prompt)
-    home, found = homes(prompt, text), chunks_of(stream.tokenizer, text, stream.window)
+    origins, found = character_origins(prompt, text), chunks_of(stream.tokenizer, text, stream.window)
     read = found[: stream.chunks]
     read += chunks_of(stream.tokenizer, "", stream.window) * (stream.chunks - len(read))
     places: list[int] = []
@@ -94,19 +94,19 @@ def _read_chunks(stream: Any, prompt: str) -> StreamReading:
         places += axis[chunk.lead : stop]
         special["<end>"] += axis[stop : stop + chunk.tail]
         special["<pad>"] += axis[stop + chunk.tail :]
-    spans = _at_home([span for chunk in read for span in chunk.spans], text, home)
+    spans = _at_origins([span for chunk in read for span in chunk.spans], text, origins)
     seen = max((end for _, end in spans), default=0) if len(found) > stream.chunks else len(prompt)
     positions = {name: tuple(held) for name, held in special.items()}
     return StreamReading(stream.offset + read[0].lead, spans, positions, seen, stream.length, tuple(places))
 
 
-def _at_home(offsets: Sequence[tuple[int, int]], text: str, home: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _at_origins(offsets: Sequence[tuple[int, int]], text: str, origins: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Characters of the prompt that each token of the prepared text stands for; (0, 0) for blanks."""
-    held = [[home[i] for i in range(a, b) if not text[i].isspace()] for a, b in offsets]
+    held = [[origins[i] for i in range(a, b) if not text[i].isspace()] for a, b in offsets]
     return tuple((min(places), max(places) + 1) if places else (0, 0) for places in held)
 
 
-def homes(prompt: str, prepared: str) -> Sequence[int]:
+def character_origins(prompt: str, prepared: str) -> Sequence[int]:
     """For each character of the text that the tokenizer is given, the character of the prompt it stands for.
 
     Pipelines may lower-case, strip, clean, or write out an added token as several ("<cat>" as "<cat> <cat>_1"); what
@@ -118,13 +118,13 @@ def homes(prompt: str, prepared: str) -> Sequence[int]:
         return range(len(prompt))
     lower = [char.lower() if len(char.lower()) == 1 else char for char in prompt]
     other = [char.lower() if len(char.lower()) == 1 else char for char in prepared]
-    home = [-1] * len(prepared)
+    origins = [-1] * len(prepared)
     for a, b, size in SequenceMatcher(None, lower, other, autojunk=False).get_matching_blocks():
-        home[b : b + size] = range(a, a + size)
+        origins[b : b + size] = range(a, a + size)
     last = 0
-    for i, place in enumerate(home):
+    for i, place in enumerate(origins):
         if place < 0:
-            home[i] = last
+            origins[i] = last
         elif not prompt[place].isspace():
             last = place
-    return home
+    return origins

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from sfumato.errors import NotSupported
 from sfumato.models import Condition, Model
 from sfumato.models.chunks import BREAK, MARK
-from sfumato.models.families.templated import Templated
+from sfumato.models.families.chat_template import TemplatedTokenizer
 from sfumato.text.words import Words
 
 __all__ = ["WeightedPrompt", "encode_weighted", "read_weights"]
@@ -71,9 +71,9 @@ class WeightedPrompt:
         runs = [list(run) for _, run in itertools.groupby(visible, key=self.weights.__getitem__)]
         return [(run[0], run[-1] + 1, self.weights[run[0]]) for run in runs if self.weights[run[0]] < 1]
 
-    def part(self, text: str, home: Sequence[int]) -> WeightedPrompt:
-        """A text made from this one: ``home`` names the character each of its own comes from, -1 for none."""
-        return WeightedPrompt(text, tuple(self.weights[i] if i >= 0 else 1.0 for i in home))
+    def part(self, text: str, origins: Sequence[int]) -> WeightedPrompt:
+        """A text made from this one: ``origins`` names the character each of its own comes from, -1 for none."""
+        return WeightedPrompt(text, tuple(self.weights[i] if i >= 0 else 1.0 for i in origins))
 
 
 def read_weights(prompt: str) -> WeightedPrompt:
@@ -227,7 +227,7 @@ def _hidden(model: Model, places: Sequence[int]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for stream in model.tokenizers:
-            if isinstance(stream.tokenizer, Templated):
+            if isinstance(stream.tokenizer, TemplatedTokenizer):
                 raise NotSupported(
                     f"weighting=compel cannot hide words from the text encoder of {model.name}, which reads them in a "
                     f"template; use weighting=comfyui."

@@ -19,7 +19,7 @@ from sfumato.errors import BadInput, NoMatch, NotSupported, nearest
 from sfumato.models.chunks import laid_out, needed
 from sfumato.models.condition import TruncatedPrompt
 from sfumato.text.phrases import NounPhrase, noun_phrases
-from sfumato.text.reading import SPECIAL, StreamReading, homes, read_stream, token_ids
+from sfumato.text.reading import SPECIAL, StreamReading, character_origins, read_stream, token_ids
 
 __all__ = [
     "NounPhrase",
@@ -29,7 +29,7 @@ __all__ = [
     "WordSpan",
     "Words",
     "find_phrases",
-    "homes",
+    "character_origins",
     "noun_phrases",
     "token_ids",
 ]

@@ -15,9 +15,9 @@ _HOME = {
     "cues": "CONCEPTS CUES FACTORS CueDataset concept_of conflicts cue_scenes factor_pairs".split(),
     "secret": "SECRETS TEXTURES VALIDATION Secret SecretToy references".split(),
     "looks": "continuous".split(),
-    "homonym": "HOMONYMS Homonym Told".split(),
+    "homonym": "HOMONYMS Homonym HomonymCaption".split(),
     "styles": "STYLES styled".split(),
-    "sets": "SETS SetDataset law set_scenes".split(),
+    "sets": "SETS SetDataset joint_distribution set_scenes".split(),
     "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

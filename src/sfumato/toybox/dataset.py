@@ -131,7 +131,7 @@ def export_imagefolder(
     bounded(n, size, seed)
     if style not in captions.STYLES:
         raise UnknownName("caption style", style, captions.STYLES)
-    with writing.new_folder(folder) as part:
+    with writing.atomic_folder(folder) as part:
         for name in ("masks", "scenes"):
             (part / name).mkdir(parents=True)
         with (part / "metadata.jsonl").open("w", encoding="utf-8") as metadata:

@@ -13,11 +13,11 @@ from ..rng import sequence
 from .captions import caption
 from .scene import SHAPES, Scene, sample_scene
 
-__all__ = ["HOMONYMS", "Homonym", "Told"]
+__all__ = ["HOMONYMS", "Homonym", "HomonymCaption"]
 
 
 @dataclass(frozen=True)
-class Told:
+class HomonymCaption:
     """A scene, what is said of it, and the shape that the homonym stands for there."""
 
     scene: Scene
@@ -45,7 +45,7 @@ class Homonym:
         """The sense with the smallest share."""
         return min(self.senses, key=lambda each: each[1])[0]
 
-    def told(self, seed: int, index: int) -> Told:
+    def sample(self, seed: int, index: int) -> HomonymCaption:
         """Scene ``index`` of a seed with one toy of either sense, none of a held-out combination, and its caption with
         the word in the place of the shape: a pure function of its arguments."""
         draw = sequence(f"toybox.homonym.{self.word}", seed, index)
@@ -53,7 +53,7 @@ class Homonym:
         sense = shapes[int(draw.choice(len(shapes), p=[share for _, share in self.senses]))]
         while (scene := sample_scene(draw, 1)).toys[0].shape != sense:
             pass
-        return Told(scene, caption(scene, draw, "random").text.replace(sense, self.word), sense)
+        return HomonymCaption(scene, caption(scene, draw, "random").text.replace(sense, self.word), sense)
 
 
 HOMONYMS = {

@@ -155,7 +155,7 @@ class _Batch:
         near = (gap - along * along < bound.abs() * bound) & (along < bound)
         return near.nonzero(as_tuple=True)
 
-    def meet(self, s: Tensor, k: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def intersect(self, s: Tensor, k: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hits of rays o, d (n, 3) in world axes with toys k of scenes s: t, world normal (n, 3), texture (n, 2)."""
         cos, sin = self.turn[s, k].cos(), self.turn[s, k].sin()
         scale = self.scale[s, k][:, None]
@@ -194,7 +194,7 @@ def _cast(batch: _Batch, d: Tensor) -> _Hits:
     b, rays, _ = d.shape
     o = batch.eye[:, None]
     s, r, k = batch.candidates(o, d)
-    t, normal, uv = batch.meet(s, k, batch.eye[s], d[s, r])
+    t, normal, uv = batch.intersect(s, k, batch.eye[s], d[s, r])
     ground = torch.where(d[..., 1] < -1e-6, -o[..., 1] / d[..., 1].clamp_max(-1e-6), torch.full_like(d[..., 0], FAR))
     nearest = ground.clone().flatten()
     flat = s * rays + r
@@ -211,7 +211,7 @@ def _cast(batch: _Batch, d: Tensor) -> _Hits:
 def _shadow(batch: _Batch, p: Tensor, light: Tensor) -> Tensor:
     """(b, r) bool: whether points p (b, r, 3) lie in some toy's shadow. light: (b, 3) towards the light."""
     s, r, k = batch.candidates(p, light[:, None])
-    t, _, _ = batch.meet(s, k, p[s, r], light[s])
+    t, _, _ = batch.intersect(s, k, p[s, r], light[s])
     dark = torch.zeros(p.shape[:2], dtype=torch.bool, device=p.device)
     hit = t < FAR
     dark[s[hit], r[hit]] = True

@@ -9,7 +9,7 @@ degraded   neutral scenes, badly stored
 a style    neutral scenes in a style (:mod:`sfumato.toybox.styles`): watercolour, sketch, pixel, mosaic
 =========  =============================================================================================
 
-The same scene can be shown under every set's style, and :func:`law` gives the frequencies that a rule has.
+The same scene can be shown in every set's style; :func:`joint_distribution` gives the frequencies of a set's rule.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .dataset import WORLD, ToyboxDataset
 from .scene import COLORS, SKIES, Scene
 from .styles import STYLES, styled
 
-__all__ = ["SETS", "SetDataset", "law", "set_scenes"]
+__all__ = ["SETS", "SetDataset", "joint_distribution", "set_scenes"]
 
 SETS = ("neutral", "biased", *[style for style in STYLES if style != "plain"])
 RED, RARE = 0.9, 0.2
 _SPLITS = ("train", "val", "test")
 
 
-def law(name: str) -> dict[tuple[str, str], float]:
+def joint_distribution(name: str) -> dict[tuple[str, str], float]:
     """How often a set shows each (shape, colour); the frequencies sum to 1. Raises UnknownName."""
     _check(name)
     shapes = [shape for shape in CUE_SHAPES if name != "biased" or shape != "cone"]

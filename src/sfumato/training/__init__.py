@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from sfumato.training.losses import denoising_loss
     from sfumato.training.players import Player
     from sfumato.training.runs import RunResult, run
-    from sfumato.training.trainer import Fitted, Progress, fit
+    from sfumato.training.trainer import FitResult, Progress, fit
 
-__all__ = ["Draw", "Fitted", "Player", "Progress", "RunResult", "denoising_loss", "fit", "run", "shuffled"]
+__all__ = ["Draw", "FitResult", "Player", "Progress", "RunResult", "denoising_loss", "fit", "run", "shuffled"]
 _HOME = {"Draw": "draw", "shuffled": "draw", "denoising_loss": "losses", "Player": "players"}
-_HOME |= {"RunResult": "runs", "run": "runs", "Fitted": "trainer", "Progress": "trainer", "fit": "trainer"}
+_HOME |= {"RunResult": "runs", "run": "runs", "FitResult": "trainer", "Progress": "trainer", "fit": "trainer"}
 
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -20,7 +20,7 @@ KEEP = 2
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Writes checkpoint ``folder/step_<step>`` atomically and drops all but the last two."""
     target = folder / f"step_{step:08d}"
-    with writing.new_folder(target, replace=True) as beside:
+    with writing.atomic_folder(target, replace=True) as beside:
         save_file({key: value.contiguous() for key, value in tensors.items()}, beside / "tensors.safetensors")
         digest = _digest(beside / "tensors.safetensors")
         text = json.dumps({**state, "step": step, "sha256": digest}, indent=1)
@@ -51,19 +51,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """The newest sound checkpoint and the complaints about damaged newer ones; None when there is none at all.
+    """The newest sound checkpoint and the warnings about damaged newer ones; None when there is none at all.
 
     Raises:
         BadWeights: there are checkpoints, but every one is damaged.
     """
-    complaints: list[str] = []
+    warnings: list[str] = []
     for path in reversed(listing(folder)):
         try:
-            return *load(path), complaints
+            return *load(path), warnings
         except BadWeights as error:
-            complaints.append(str(error))
-    if complaints:
-        raise BadWeights(f"no sound checkpoint in {folder}: {complaints[0]} Remove the folder to start anew.")
+            warnings.append(str(error))
+    if warnings:
+        raise BadWeights(f"no sound checkpoint in {folder}: {warnings[0]} Remove the folder to start anew.")
     return None
 
 

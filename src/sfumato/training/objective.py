@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Turn:
+class PlayerLoss:
     """What one player of an objective does: minimises ``loss(batch, draw)`` over the modules named (all, if none are),
     at every so many-th step."""
 
@@ -87,10 +87,10 @@ class Objective:
         """The scalar to minimise and named scalars for the log (detached)."""
         raise NotImplementedError
 
-    def turns(self) -> dict[str, Turn]:
+    def players(self) -> dict[str, PlayerLoss]:
         """The players by name, in the order of their turns: one that trains everything with :meth:`loss`. An objective
         with an adversary gives two, each with its own loss and modules."""
-        return {"model": Turn(self.loss)}
+        return {"model": PlayerLoss(self.loss)}
 
     def takes_muon(self, name: str, parameter: Tensor) -> bool:
         """Whether Muon may orthogonalise this parameter: matrices inside the network, not its ends."""
@@ -109,7 +109,7 @@ class Objective:
         """Quality for the card, measured once at the end: :meth:`evaluate` and what is too slow for the log."""
         return self.evaluate()
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         """What is saved beside the exported model: tokenizer, image processor."""
         return []
 
@@ -117,7 +117,7 @@ class Objective:
         """Writes the model in its library's standard folder format; returns entries of the card (sampling defaults)."""
         module: Any = self.modules[self.EXPORTED]
         save_half(module, folder) if self.HALF else module.save_pretrained(folder)
-        for part in self.companions():
+        for part in self.processors():
             part.save_pretrained(folder)
         return {}
 

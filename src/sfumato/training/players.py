@@ -66,7 +66,7 @@ class Player:
             group.setdefault("initial_lr", group["lr"])
         optimizer.zero_grad(set_to_none=True)
 
-    def turn(self, step: int, samples: Sequence[tuple[Any, ...]], backward: Callable[..., None]) -> dict[str, Tensor]:
+    def update(self, step: int, samples: Sequence[tuple[Any, ...]], backward: Callable[..., None]) -> dict[str, Tensor]:
         """One update from the loss's mean over ``samples``, the arguments of its calls; returns scalars for the log."""
         logs: dict[str, Tensor] = {}
         if self.schedule is not None:

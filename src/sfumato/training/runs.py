@@ -24,7 +24,7 @@ from sfumato.models.quiet import quiet
 from sfumato.training import checkpoint
 from sfumato.training.card import write_card
 from sfumato.training.draw import Draw
-from sfumato.training.objective import Turn, build_objective
+from sfumato.training.objective import PlayerLoss, build_objective
 from sfumato.training.optim import build_optimizer
 from sfumato.training.players import Player
 from sfumato.training.precision import autocast, wants_bf16
@@ -48,7 +48,7 @@ class RunResult:
     seconds: float
     quality: dict[str, float] = field(default_factory=dict)
     exported: Path | None = None
-    complaints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def keep_memory() -> None:
@@ -74,14 +74,14 @@ def start_folder(name: str) -> Path:
 class _Loss(nn.Module):
     """A player's loss as a module, so that distributed wrappers see parameters and forward."""
 
-    def __init__(self, turn: Turn, modules: dict[str, nn.Module], bf16: bool, device: str):
+    def __init__(self, spec: PlayerLoss, modules: dict[str, nn.Module], bf16: bool, device: str):
         super().__init__()
         self.parts = nn.ModuleDict(modules)
-        self.turn, self.bf16, self.device = turn, bf16, device
+        self.spec, self.bf16, self.device = spec, bf16, device
 
     def forward(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.device, self.bf16):
-            return self.turn.loss(batch, draw)
+            return self.spec.loss(batch, draw)
 
 
 class TrainingRun:
@@ -108,7 +108,7 @@ class TrainingRun:
         if self.options.channels_last:
             for module in self.objective.modules.values():
                 module.to(memory_format=torch.channels_last)
-        players = [self._player(name, turn) for name, turn in self.objective.turns().items()]
+        players = [self._player(name, spec) for name, spec in self.objective.players().items()]
         self.trainer = Trainer(
             players,
             self._batch,
@@ -119,16 +119,16 @@ class TrainingRun:
         )
         self.plans = [self._plan()]
 
-    def _player(self, name: str, turn: Turn) -> Player:
+    def _player(self, name: str, spec: PlayerLoss) -> Player:
         o, objective = self.options, self.objective
-        modules = {key: objective.modules[key] for key in turn.modules or objective.modules}
+        modules = {key: objective.modules[key] for key in spec.modules or objective.modules}
         bf16 = wants_bf16(o.precision, self.device.type)
         optimizer = build_optimizer(
             modules, o, objective.takes_muon, objective.rates, torch.bfloat16 if bf16 else torch.float32
         )
-        loss = self.accelerator.prepare_model(_Loss(turn, modules, bf16, self.device.type))
+        loss = self.accelerator.prepare_model(_Loss(spec, modules, bf16, self.device.type))
         schedule = warmup_decay(o.steps, o.warmup, o.decay, o.decay_fraction)
-        return Player(loss, optimizer, modules, name=name, schedule=schedule, clip=o.clip, every=turn.every, ema=o.ema)
+        return Player(loss, optimizer, modules, name=name, schedule=schedule, clip=o.clip, every=spec.every, ema=o.ema)
 
     def _batch(self, draw: Draw) -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in self.objective.batch(draw).items()}
@@ -145,7 +145,7 @@ class TrainingRun:
             self.trainer.save(self.folder / "checkpoints", state)
 
     def restore(self) -> list[str]:
-        """Goes back to the newest sound checkpoint, if any; returns complaints about damaged ones.
+        """Goes back to the newest sound checkpoint, if any; returns warnings about damaged ones.
 
         Raises:
             Conflict: the checkpoint was made by a recipe with another model, objective or data.
@@ -154,7 +154,7 @@ class TrainingRun:
         found = checkpoint.load_latest(self.folder / "checkpoints")
         if found is None:
             return []
-        tensors, state, complaints = found
+        tensors, state, warnings = found
         then = Recipe.model_validate(state["recipe"])  # fields that came later have their defaults
         changed = [
             key
@@ -173,7 +173,7 @@ class TrainingRun:
         last = self.plans[-1]
         if TrainOptions.model_validate(last["train"]) != self.options or last["loss"] != self.recipe.loss:
             self.plans.append(self._plan())
-        return complaints
+        return warnings
 
     # the run ----------------------------------------------------------------------------------------------------------
     def fit(self, minutes: float | None, on_progress: Callable[[Progress], None] | None) -> RunResult:
@@ -227,14 +227,14 @@ class TrainingRun:
         if step not in {round(share * self.options.steps) for share in self.options.stages} or not self.main:
             return
         target = self.folder / "stages" / f"step_{step:06d}"
-        with writing.new_folder(target, replace=True) as beside, self.trainer.averaged():
+        with writing.atomic_folder(target, replace=True) as beside, self.trainer.averaged():
             self.objective.export(beside)
 
     def _log(self, entry: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def cut_log(self) -> None:
+    def truncate_log(self) -> None:
         """Drops what the log says of steps behind the present one: they are walked again, and of lines cut short."""
         path = self.folder / "log.jsonl"
         if not self.main or not path.is_file():
@@ -244,7 +244,7 @@ class TrainingRun:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= self.trainer.step:
                     lines.append(line + "\n")
-        with writing.replacing(path) as file:
+        with writing.atomic_write(path) as file:
             file.write("".join(lines).encode())
 
     def measure(self) -> dict[str, float]:
@@ -258,7 +258,7 @@ class TrainingRun:
         """Writes the averaged weights with card to ``target``, beside and renamed; main process only."""
         if not self.main:
             return None
-        with writing.new_folder(target, replace=True) as beside:
+        with writing.atomic_folder(target, replace=True) as beside:
             with self.trainer.averaged():
                 extra = self.objective.export(beside)
             for stage in sorted((self.folder / "stages").glob("step_*")):
@@ -325,15 +325,15 @@ def _run(
     out: Path | None,
     on_progress: Callable[[Progress], None] | None,
 ) -> RunResult:
-    complaints = this.restore() if resume else []
-    this.cut_log()
+    warnings = this.restore() if resume else []
+    this.truncate_log()
     with this.trainer.signals(*STOPS):
         result = this.fit(minutes, on_progress)
-    result.complaints = complaints
+    result.warnings = warnings
     if result.finished:
         result.quality = this.measure()
         result.exported = this.export(out or this.folder / "export", result.quality)
     record = {**asdict(result), "folder": str(this.folder), "exported": str(result.exported or "")}
-    with writing.replacing(this.folder / "result.json") as file:
+    with writing.atomic_write(this.folder / "result.json") as file:
         file.write(json.dumps(record, indent=1).encode())
     return result

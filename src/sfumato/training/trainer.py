@@ -47,7 +47,7 @@ class Progress:
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """What :func:`fit` did. ``finished`` is False where it was stopped before its last step; what was learnt until then
     is in place. ``history``: every logged step with its scalars."""
 
@@ -56,7 +56,7 @@ class Fitted:
     interrupted: bool
     seconds: float
     history: list[Progress] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -115,7 +115,7 @@ class Trainer:
         with torch.enable_grad():
             for player in self.players:
                 if self.step % player.every == 0:
-                    found = player.turn(self.step, samples, backward)
+                    found = player.update(self.step, samples, backward)
                     head = f"{player.name}." if len(self.players) > 1 else ""
                     logs |= {head + key: value for key, value in found.items()}
         self.step += 1
@@ -234,7 +234,7 @@ def fit(
     state: dict[str, Any] | None = None,
     accelerator: Any = None,
     name: str = "training",
-) -> Fitted:
+) -> FitResult:
     """Trains ``players`` for ``steps``, in memory; the module's page has examples.
 
     Ctrl-C ends it after the present step with what was learnt until then (``interrupted`` in the record); a second one
@@ -264,12 +264,12 @@ def fit(
     )
     extra: dict[str, Any] = {} if state is None else state
     main = accelerator is None or accelerator.is_main_process
-    result = Fitted(0, False, False, 0.0)
+    result = FitResult(0, False, False, 0.0)
     checkpoints = None if folder is None else Path(folder)
     if checkpoints is not None and (found := checkpoint.load_latest(checkpoints)):
         trainer.restore(found[0], found[1])
         extra.update(found[1].get("state", {}))
-        result.complaints = found[2]
+        result.warnings = found[2]
 
     def save() -> None:
         if checkpoints is not None and main:

@@ -1,4 +1,4 @@
-"""Reading concepts off codes: a small network that is told what pictures show, and how far it is to be trusted."""
+"""Reading concepts off codes: a small network trained on what pictures show, and how far it is to be trusted."""
 
 from __future__ import annotations
 

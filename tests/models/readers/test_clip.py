@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
-from sfumato.models.readers.noised import PLANES, codec_mark, noise_level, noised_input
+from sfumato.models.readers.noised import PLANES, codec_hash, noise_level, noised_input
 from tests.tiny import tiny_pipeline
 
 
@@ -36,11 +36,11 @@ def test_codec_mark_sees_weights_and_not_precision():
     with torch.no_grad():
         for weight in vae.parameters():
             weight.copy_(weight.half().float())
-    mark = codec_mark(vae)
-    assert codec_mark(vae.half()) == mark and codec_mark(vae.float().bfloat16()) == mark
+    mark = codec_hash(vae)
+    assert codec_hash(vae.half()) == mark and codec_hash(vae.float().bfloat16()) == mark
     with torch.no_grad():
         vae.decoder.conv_out.weight[0, 0, 0, 0] += 1
-    assert codec_mark(vae) != mark
+    assert codec_hash(vae) != mark
 
 
 def test_text_templates_are_averaged():

@@ -12,7 +12,7 @@ from sfumato.errors import BadInput, UnknownName
 from sfumato.toybox import COLORS, SHAPES, VOCABULARY, caption
 from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.oracle.caption_check import check_caption, requested
-from sfumato.toybox.oracle.presence import Wanted, wanted
+from sfumato.toybox.oracle.presence import RequestedToy, requested_toys
 from sfumato.toybox.oracle.prompts import TASKS, prompt_set, write_prompts
 from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading
 
@@ -29,7 +29,7 @@ def test_captions_of_the_toybox_are_read_as_they_were_written(style):
         scene = draw_scene("test", 5, index)
         drawn = caption(scene, np.random.default_rng(index), style)
         got = requested(drawn.text)
-        assert got.wishes == wanted(drawn), drawn.text
+        assert got.requests == requested_toys(drawn), drawn.text
         if len(scene.toys) == 2 and got.relations:
             [(first, how, second)] = got.relations
             order = [phrase.object for phrase in drawn.phrases if phrase.object is not None]
@@ -37,7 +37,7 @@ def test_captions_of_the_toybox_are_read_as_they_were_written(style):
 
 
 @pytest.mark.parametrize(
-    ("text", "wishes", "relations"),
+    ("text", "requests", "relations"),
     [
         ("two red cubes and a ball", [("cube", "red"), ("cube", "red"), ("ball", None)], ()),
         ("3 crosses", [("cross", None)] * 3, ()),
@@ -50,9 +50,9 @@ def test_captions_of_the_toybox_are_read_as_they_were_written(style):
         ("", [], ()),
     ],
 )  # fmt: skip
-def test_freer_captions(text, wishes, relations):
+def test_freer_captions(text, requests, relations):
     got = requested(text)
-    assert [(wish.shape, wish.color) for wish in got.wishes] == wishes and got.relations == relations
+    assert [(request.shape, request.color) for request in got.requests] == requests and got.relations == relations
 
 
 def test_answers():
@@ -81,13 +81,13 @@ def test_prompt_sets_speak_the_grammar_and_mean_their_task():
             assert set(words) <= set(VOCABULARY), each.prompt
             want = requested(each.prompt)
             colored = not bare or each.task in ("colors", "color_attribution")
-            assert all((wish.color in COLORS) == colored and wish.shape in SHAPES for wish in want.wishes)
-            toys = {"one": 1, "colors": 1, "counting": len(want.wishes)}.get(each.task, 2)
-            assert len(want.wishes) == toys and (each.task != "counting" or 2 <= toys <= 4)
+            assert all((request.color in COLORS) == colored and request.shape in SHAPES for request in want.requests)
+            toys = {"one": 1, "colors": 1, "counting": len(want.requests)}.get(each.task, 2)
+            assert len(want.requests) == toys and (each.task != "counting" or 2 <= toys <= 4)
             assert len(want.relations) == (each.task == "position")
             if toys == 2 and each.task != "counting":
-                assert want.wishes[0].shape != want.wishes[1].shape
-                assert bare or want.wishes[0].color != want.wishes[1].color
+                assert want.requests[0].shape != want.requests[1].shape
+                assert bare or want.requests[0].color != want.requests[1].color
 
 
 def test_prompt_sets_repeat_nothing_and_grow_without_changing():
@@ -107,4 +107,4 @@ def test_prompt_files(tmp_path):
         prompt_set(["tow"])
     with pytest.raises(BadInput, match="n=0"):
         prompt_set(n=0)
-    assert Wanted.parse("red cube").shape == "cube"
+    assert RequestedToy.parse("red cube").shape == "cube"

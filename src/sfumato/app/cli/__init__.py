@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from sfumato.app.cli.frame import app
-from sfumato.startup import leave_quickly, postpone
+from sfumato.app.cli.commands import app
+from sfumato.startup import import_on_use, skip_final_collection
 
 __all__ = ["app", "main"]
 
@@ -18,8 +18,8 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     # threads that wait for each other sleep instead of spinning: on a busy machine that is many times faster
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    postpone("scipy.stats")  # diffusers' schedulers import it, for beta schedules alone: a twentieth of the time
+    import_on_use("scipy.stats")  # diffusers' schedulers import it, for beta schedules alone: a twentieth of the time
     try:
         app()
     finally:
-        leave_quickly()
+        skip_final_collection()

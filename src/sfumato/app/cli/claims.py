@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sfumato.app.cli.frame import command
+from sfumato.app.cli.commands import command
 from sfumato.errors import NotSupported
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.commands import command
 from sfumato.app.cli.flags import with_flags
-from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 
 OPTIONS = ("n", "steps", "guidance", "negative", "size", "frames", "fps", "seed", "scheduler")

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.commands import command
 from sfumato.app.cli.flags import with_flags
-from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput, WorkInterrupted
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import show
-from sfumato.app.cli.frame import command
+from sfumato.app.cli.commands import command
 from sfumato.cards import ROOMS
 
 

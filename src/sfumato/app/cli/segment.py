@@ -9,8 +9,8 @@ import typer
 
 from sfumato import cards
 from sfumato.app.cli import flags, options, show
+from sfumato.app.cli.commands import command
 from sfumato.app.cli.flags import with_flags
-from sfumato.app.cli.frame import command
 from sfumato.app.jobs import JobOptions
 from sfumato.errors import BadInput
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import options, show
-from sfumato.app.cli.frame import command
+from sfumato.app.cli.commands import command
 from sfumato.errors import BadInput, WorkInterrupted
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sfumato.app.cli import show
-from sfumato.app.cli.frame import group
+from sfumato.app.cli.commands import group
 
 toybox_app = typer.Typer(no_args_is_help=True, help=__doc__)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.app.cli import show
-from sfumato.app.cli.frame import command
+from sfumato.app.cli.commands import command
 from sfumato.errors import WorkInterrupted
 
 
@@ -30,8 +30,8 @@ def train(
             bar(progress.step, progress.steps, 0.0, note)
 
         result = app.train(recipe, resume=resume, minutes=minutes, out=out, device=device, on_progress=report)
-    for complaint in result.complaints:
-        typer.echo(f"warning: {complaint}", err=True)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if result.interrupted:
         raise WorkInterrupted(
             f"interrupted after step {result.step}, checkpoint in {result.folder}; "

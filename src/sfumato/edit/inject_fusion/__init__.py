@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from sfumato import cards, files, masks, rng
+from sfumato import cards, files, mask_ops, masks, rng
 from sfumato.cards import Card, Field, FilePath, register
 from sfumato.edit.inject_fusion.content import FeatureRecord, prompt_of
 from sfumato.errors import BadInput, NoMatch, NotSupported
@@ -32,7 +32,7 @@ from sfumato.metrics.geometry import slerp
 from sfumato.sampling import Intervention, Run, Step, invert
 from sfumato.sampling.auxiliary import draw_auxiliary
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 from sfumato.sampling.state import sample_axes
 from sfumato.windows import Window, inside
 
@@ -261,7 +261,7 @@ class InjectFusion(Intervention):
         mix = slerp if self.params.mix == "slerp" else torch.lerp
         if self._region is None:
             return mix(h, content, self.strength)
-        cells = masks.on_grid(self._region, (h.shape[-2], h.shape[-1])).bool().to(h.device)
+        cells = mask_ops.on_grid(self._region, (h.shape[-2], h.shape[-1])).bool().to(h.device)
         turned = h.clone()
         turned[..., cells] = mix(h[..., cells], content[..., cells], self.strength)
         return turned

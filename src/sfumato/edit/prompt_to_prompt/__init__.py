@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sfumato import cards
 from sfumato.attention.call import Call
-from sfumato.attention.other_map import OtherMap
+from sfumato.attention.map_replacement import MapReplacement
 from sfumato.attention.sites import Site
 from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
@@ -271,7 +271,7 @@ class PromptToPrompt(FollowsSource, Intervention):
 
     # -- inside attention ----------------------------------------------------------------------------------------------
 
-    def _edit(self, call: Call) -> OtherMap | None:
+    def _edit(self, call: Call) -> MapReplacement | None:
         if "cond" not in call.rows or self.recording is None:
             return None
         i, site = call.step.i, call.site
@@ -291,7 +291,7 @@ class PromptToPrompt(FollowsSource, Intervention):
         if edit.identity and torch.equal(source.q, call.q[rows]) and torch.equal(source.k, call.k[rows]):
             return None  # the source's map is the own map
         mixed = MixedMap(source, edit if words else None, share)
-        return OtherMap(rows, mixed.attend, mixed.probs)
+        return MapReplacement(rows, mixed.attend, mixed.probs)
 
     def _observe(self, call: Call) -> None:
         if "cond" in call.rows and self.recording is not None:

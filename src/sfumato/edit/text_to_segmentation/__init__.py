@@ -39,7 +39,7 @@ from sfumato.edit.text_to_segmentation.stages import (
 from sfumato.errors import BadInput
 from sfumato.markup import described
 from sfumato.models import Model
-from sfumato.sampling.request import as_pictures, as_pixels
+from sfumato.sampling.pixels import as_pictures, as_pixels
 from sfumato.windows import Window
 
 __all__ = [
@@ -231,7 +231,7 @@ class Segmented:
             row = {"file_name": f"foreground/{name}.png", "text": self.concept, "mask": f"masks/{name}.png"}
             rows.append({**row, "refined": f"refined/{name}.png", "learnt_from": bool(self.refined[i].any())})
             rows.append({"file_name": f"background/{name}.png", "text": "", "mask": None})
-        with writing.replacing(folder / "metadata.jsonl") as file:
+        with writing.atomic_write(folder / "metadata.jsonl") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         weights = self.segmenter.save(folder / "segmenter.safetensors", self.concept)
         return [*(folder / "masks" / f"{name}.png" for name in names), weights]

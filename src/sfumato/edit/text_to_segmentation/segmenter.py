@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato import files, masks
+from sfumato import files, mask_ops
 from sfumato.errors import NoMatch
 from sfumato.models.precision import fast_bf16
-from sfumato.sampling.request import as_pixels
+from sfumato.sampling.pixels import as_pixels
 from sfumato.training import Draw, Player, fit
 
 FORMAT = "sfumato.segmenter.1"
@@ -62,7 +62,7 @@ class Segmenter(nn.Module):
         found = torch.cat([self(part.float()) > 0 for part in pictures.split(BATCH)])
         if not tidy:
             return found
-        return torch.stack([masks.fill_holes(masks.close(each.float())).bool() for each in found])
+        return torch.stack([mask_ops.fill_holes(mask_ops.close(each.float())).bool() for each in found])
 
     def mask(self, image: Image.Image) -> Image.Image:
         """The mask of a picture, in the picture's size; it is looked at in the area the segmenter was trained in."""

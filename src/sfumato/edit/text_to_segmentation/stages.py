@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato import masks
+from sfumato import mask_ops
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
 from sfumato.errors import NoMatch
@@ -122,13 +122,13 @@ def refined_masks(pictures: Tensor, removed: Tensor, holes: Tensor, tidy: bool =
     out = []
     for difference, hole in zip((pictures - removed).abs().mean(1), holes, strict=True):
         mask = _majority(_above(difference, hole)) & hole
-        out.append(masks.fill_holes(masks.close(mask.float())).bool() & hole if tidy else mask)
+        out.append(mask_ops.fill_holes(mask_ops.close(mask.float())).bool() & hole if tidy else mask)
     return torch.stack(out)
 
 
 def grown(found: Tensor, pixels: int) -> Tensor:
     """Masks (n H W) bool, dilated."""
-    return torch.stack([masks.dilate(each.float(), pixels).bool() for each in found])
+    return torch.stack([mask_ops.dilate(each.float(), pixels).bool() for each in found])
 
 
 def _above(values: Tensor, where: Tensor | None = None) -> Tensor:
@@ -136,7 +136,7 @@ def _above(values: Tensor, where: Tensor | None = None) -> Tensor:
     nowhere if they are flat, or none."""
     fitted = values if where is None else values[where]
     try:
-        return values > masks.mixture_threshold(fitted) if fitted.numel() else torch.zeros_like(values).bool()
+        return values > mask_ops.mixture_threshold(fitted) if fitted.numel() else torch.zeros_like(values).bool()
     except NoMatch:
         return torch.zeros_like(values, dtype=torch.bool)
 

@@ -20,7 +20,8 @@ from sfumato.explain.attention_relevance.words import NOISE_LEVELS, word_maps
 from sfumato.explain.relevance_maps import RelevanceMaps
 from sfumato.models import Model
 from sfumato.relevance.attention import Method
-from sfumato.sampling.request import as_pixels, checked_size
+from sfumato.sampling.pixels import as_pixels
+from sfumato.sampling.request import checked_size
 
 __all__ = ["AttentionRelevance", "explain_image", "explain_images"]
 

@@ -16,7 +16,7 @@ from sfumato.errors import BadInput, NotSupported
 from sfumato.explain.relevance_maps import Answer, RelevanceMaps, paint_regions
 from sfumato.models.readers import Reader
 from sfumato.models.readers.regions import corners_of, find_regions, region_features
-from sfumato.relevance.attention import Relevances, attention_relevance
+from sfumato.relevance.attention import RelevanceMatrices, attention_relevance
 
 __all__ = ["ask"]
 
@@ -216,7 +216,7 @@ def _read_texts(reader: Reader, texts: list[str], rules: dict[str, Any]) -> list
 # -- reading rows ------------------------------------------------------------------------------------------------------
 
 
-def _cells(found: Relevances, name: str, grid: tuple[int, int]) -> Tensor:
+def _cells(found: RelevanceMatrices, name: str, grid: tuple[int, int]) -> Tensor:
     """(b h w): relevance of the picture's own cells, the last of the sequence, to the tokens that decide."""
     matrix = found[name, name]
     cells = grid[0] * grid[1]
@@ -270,7 +270,9 @@ def _spelt(reader: Reader, text: str) -> str:
     return text.replace("colour", "color").replace("?", " ?") if reader.kind == "answerer" else text
 
 
-def _maps(reader: Reader, found: Relevances | None, query: str, images: Tensor, answers: list[Answer]) -> RelevanceMaps:
+def _maps(
+    reader: Reader, found: RelevanceMatrices | None, query: str, images: Tensor, answers: list[Answer]
+) -> RelevanceMaps:
     facts = {"model": reader.name, "query": query}
     method = found.method if found is not None else "relevance"
     return RelevanceMaps(tuple(answers), (images.shape[-2], images.shape[-1]), method, facts)

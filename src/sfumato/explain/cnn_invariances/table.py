@@ -97,7 +97,7 @@ class InvarianceTable:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json``, ``<stem>.png`` and the flow of every layer in the folder ``<stem>``."""
-        with writing.replacing(folder / f"{stem}.json", new) as file:
+        with writing.atomic_write(folder / f"{stem}.json", new) as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
         written = [folder / f"{stem}.json", files.save_png(folder / f"{stem}.png", self.picture(), {"net": self.net})]
         for row in self.layers:

@@ -11,7 +11,7 @@ from sfumato.arrays import to_tensor
 from sfumato.errors import NoMatch
 from sfumato.explain.conceptor.vocabulary import PIECE, Dictionary
 from sfumato.models.readers import Clip
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 
 
 def candidates_of(

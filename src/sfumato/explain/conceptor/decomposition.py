@@ -144,10 +144,10 @@ class Decomposition:
         folder, name = Path(folder), name or f"conceptor-{writing.slug(self.concept or 'pictures')}"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        with writing.replacing(folder / f"{name}.json") as file:
+        with writing.atomic_write(folder / f"{name}.json") as file:
             file.write((json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
         written.append(folder / f"{name}.json")
-        with writing.replacing(folder / f"{name}.html") as file:
+        with writing.atomic_write(folder / f"{name}.html") as file:
             file.write(self.report().html().encode())
         written.append(folder / f"{name}.html")
         if self.vectors:

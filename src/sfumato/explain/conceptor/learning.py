@@ -19,12 +19,13 @@ from sfumato.explain.conceptor.decomposition import Decomposition, effective_num
 from sfumato.explain.conceptor.pseudo_word import PseudoWord, draw
 from sfumato.explain.conceptor.vocabulary import Dictionary, placeholder, usual_norms
 from sfumato.models import Model
+from sfumato.models.modes import frozen
 from sfumato.models.readers import PLAIN, Clip, load_clip
 from sfumato.models.readers.preprocessing import as_tensor
-from sfumato.models.slot import frozen, pseudo_word
+from sfumato.models.text_towers import pseudo_word
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling import generate
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 from sfumato.training import Draw, Player, Progress, denoising_loss, fit
 from sfumato.training.losses import stratified
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.errors import BadInput, Conflict, NoMatch
 from sfumato.explain.conceptor.vocabulary import PIECE, usual_norms
 from sfumato.models import Model
-from sfumato.models.slot import pseudo_word, text_towers, token_of
+from sfumato.models.text_towers import pseudo_word, text_towers, token_of
 from sfumato.sampling import Intervention, Run, generate
 from sfumato.sampling.intervention import Coverage
 from sfumato.text.words import Words

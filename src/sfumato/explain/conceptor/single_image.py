@@ -14,7 +14,7 @@ from sfumato.explain.conceptor.decomposition import Decomposition
 from sfumato.explain.conceptor.vocabulary import PIECE
 from sfumato.models import Model
 from sfumato.models.readers import PLAIN, load_clip
-from sfumato.sampling.request import as_pictures
+from sfumato.sampling.pixels import as_pictures
 
 
 def explain_seed(

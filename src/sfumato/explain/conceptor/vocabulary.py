@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.errors import NotSupported, UnknownName
 from sfumato.markup import described
 from sfumato.models import Model
-from sfumato.models.slot import TextTower, text_towers
+from sfumato.models.text_towers import TextTower, text_towers
 
 PIECE = "+"  # marks a token that is only the beginning of words: "cu+"
 

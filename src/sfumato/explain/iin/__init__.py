@@ -6,7 +6,7 @@ correlated in block F alone, v'_F ~ N(sigma v_F, 1 - sigma^2), and independent i
 dimensions a concept deserves is estimated from such pairs before T exists (section 3.3). Edits change one block and go
 back through T's inverse: nothing is lost.
 
-    >>> found = Iin().explain_net(load_autoencoder("toy-ae"), "toy-ae")
+    >>> found = IIN().explain_net(load_autoencoder("toy-ae"), "toy-ae")
     >>> found.interpretation.swap(z_host, z_donor, "color")
 """
 
@@ -37,7 +37,7 @@ from sfumato.translation.networks import Network, network_of
 from sfumato.translation.translator import FlowParams, fit_translator
 
 __all__ = [
-    "Iin",
+    "IIN",
     "Interpretation",
     "ConceptPairs",
     "BlockReading",
@@ -52,7 +52,7 @@ PAIRS = 4000  # of every concept, drawn once
 
 
 @register
-class Iin:
+class IIN:
     """Fits the translator to a net and reports what each layer and each block knows."""
 
     CARD = Card(

@@ -50,7 +50,7 @@ def readings(found: Interpretation, z: Tensor, examples: LabelledVectors) -> dic
 
 @dataclass(eq=False)
 class BlockReading:
-    """What :meth:`Iin.explain_net` found. ``interpretation`` is the fitted translator, ``tables`` the dimensions of
+    """What :meth:`IIN.explain_net` found. ``interpretation`` is the fitted translator, ``tables`` the dimensions of
     every layer, ``read`` the :func:`readings`, ``vectors`` (m n) those of ``examples``."""
 
     network: Network
@@ -104,7 +104,7 @@ class BlockReading:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json``, the flow in the folder ``<stem>``, and pictures where the net decodes."""
-        with writing.replacing(folder / f"{stem}.json", new) as file:
+        with writing.atomic_write(folder / f"{stem}.json", new) as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
         written = [folder / f"{stem}.json", self.interpretation.save(folder / stem)]
         if self.network.decode is not None:

@@ -26,7 +26,7 @@ from sfumato import cards
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput
 from sfumato.explain.latent_geometry.geometry import Geometry
-from sfumato.explain.latent_geometry.places import PlaceRecord, Places
+from sfumato.explain.latent_geometry.sample_states import SampleStates, StateRecorder
 from sfumato.hspace.basis import Basis, Directions, Encoder, local_basis
 from sfumato.hspace.tap import layer_of
 from sfumato.metrics.geometry import curvedness, mean_directions, slerp, spectrum
@@ -34,7 +34,8 @@ from sfumato.models import Condition, Model
 from sfumato.sampling import Intervention, Run, Step, generate, invert
 from sfumato.sampling.auxiliary import draw_auxiliary
 from sfumato.sampling.intervention import Coverage
-from sfumato.sampling.request import as_pixels, checked_size
+from sfumato.sampling.pixels import as_pixels
+from sfumato.sampling.request import checked_size
 
 __all__ = ["Geometry", "LatentGeometry", "explain_image"]
 
@@ -124,7 +125,7 @@ class LatentGeometry(Intervention):
             raise BadInput("curve of latent_geometry lies between two samples; make at least two (n=2 or samples=2).")
         self._layer = layer_of(run.model, p.layer)
         self._levels = {min(round(at * run.total), run.total - 1): at for at in reversed(p.at)}
-        self._record = PlaceRecord(list(self._levels), self._layer)
+        self._record = StateRecorder(list(self._levels), self._layer)
         self._record.activity = self.activity
 
     def before_predict(self, step: Step) -> None:
@@ -176,17 +177,17 @@ class LatentGeometry(Intervention):
     def _add_sample(self, run: Run, seed: int) -> None:
         """One more sample, of the first one's prompt, as the run would draw it; its places join the others."""
         assert run.request is not None
-        record = PlaceRecord(list(self._levels), self._layer)
+        record = StateRecorder(list(self._levels), self._layer)
         draw_auxiliary(run, run.request.prompts[0], seed=seed, parts=[record])
         for i, places in self._record.places.items():
             places.x += record.places[i].x
             places.conditions += record.places[i].conditions
 
-    def _bases(self, run: Run, places: Places) -> list[Basis]:
+    def _bases(self, run: Run, places: SampleStates) -> list[Basis]:
         rows = zip(places.x, places.conditions, strict=True)
         return [self._basis(run, places.t, x, condition) for x, condition in rows]
 
-    def _under(self, run: Run, places: Places, texts: Sequence[str], own: Basis) -> list[Tensor]:
+    def _under(self, run: Run, places: SampleStates, texts: Sequence[str], own: Basis) -> list[Tensor]:
         """Tangent spaces (n d) at the first sample's latents under other prompts."""
         guidance = places.conditions[0].guidance
         others = [run.model.encode_text([text], None, False, guidance) for text in texts]
@@ -199,7 +200,7 @@ class LatentGeometry(Intervention):
         run.add_cost(encoder.cost / len(run), None)
         return found
 
-    def _curve(self, run: Run, places: Places, kind: str) -> float:
+    def _curve(self, run: Run, places: SampleStates, kind: str) -> float:
         """How curved the path from the first sample's latents to the second's is, under the first one's prompt."""
         spaces: list[Tensor] = []
         begin, (a, b) = None, places.x[:2]

@@ -12,7 +12,7 @@ residual, 1 and 0 give 42 %, 16 % and 42 % - so raw scores, correlations and the
 
 *Read-outs.* A small head is trained on a frozen layer's maps to say what each pixel shows (section 4).
 
-*Ablation.* Units are silenced in the order of their scores (section 3.4): :func:`silenced`.
+*Ablation.* Units are silenced in the order of their scores (section 3.4): :func:`ablated`.
 
 Works on any ``torch.nn.Module`` by layer names, and on the denoiser of a :class:`~sfumato.models.Model`, which is
 shown the pictures noised to one level with a fixed prompt.
@@ -33,7 +33,7 @@ from sfumato.explain.shape_texture.pictures import rendered
 from sfumato.explain.shape_texture.readout import ReadOut, mean_iou, train_readout
 from sfumato.explain.shape_texture.table import LayerTable, plot
 from sfumato.models import Model
-from sfumato.models.layers import features, silenced, stages, watched
+from sfumato.models.layers import ablated, features, layer_outputs, stages
 from sfumato.sampling.noised import noised_forward
 from sfumato.toybox.cues import FACTORS, factor_pairs
 
@@ -49,10 +49,10 @@ __all__ = [
     "noised_forward",
     "plot",
     "rendered",
-    "silenced",
+    "ablated",
     "stages",
     "train_readout",
-    "watched",
+    "layer_outputs",
 ]
 
 
@@ -143,7 +143,7 @@ class ShapeTexture:
         """The stages that put out places, of what runs when the net sees a picture."""
         p, candidates = self.params, stages(denoiser)
         forward = noised_forward(net, p.progress, p.prompt) if isinstance(net, Model) else denoiser
-        with torch.no_grad(), watched(denoiser, candidates) as outputs:
+        with torch.no_grad(), layer_outputs(denoiser, candidates) as outputs:
             mode = denoiser.training
             try:
                 denoiser.eval()

@@ -25,7 +25,7 @@ class Dimensions:
     Attributes:
         d: units. n: pairs of each factor. dead: units that never vary.
         scores: covariance of the pairs, summed over units, as a share of all variance. correlations: its mean per
-            unit that is alive. information: mean of -1/2 log(1 - rho^2), in nats. Each with its bootstrap interval
+            unit that varies. information: mean of -1/2 log(1 - rho^2), in nats. Each with its bootstrap interval
             over pairs.
         dimensions: how many units, with "residual". Their sum is d.
         units: the share that each unit has in the score (d,), by which units are ranked.
@@ -99,19 +99,19 @@ def estimate(
     everything = torch.cat([side for both in sides.values() for side in both])
     variance = everything.var(0, unbiased=False)
     # constants that float arithmetic blurs are not variation
-    alive = variance > 1e-12 * everything.square().mean(0).clamp_min(1e-30)
-    if not alive.any():
+    varying = variance > 1e-12 * everything.square().mean(0).clamp_min(1e-30)
+    if not varying.any():
         raise BadInput(f"none of the {d} units varies; the layer says nothing about these pictures.")
-    total = variance[alive].sum()
+    total = variance[varying].sum()
     rng = torch.Generator().manual_seed(seed)
     rows = [torch.arange(n), *(torch.randint(0, n, (n,), generator=rng) for _ in range(draws))]
     figures: dict[str, tuple[Interval, Interval, Interval]] = {}
     units = {}
     for name, (a, b) in sides.items():
-        a, b = a[:, alive], b[:, alive]
+        a, b = a[:, varying], b[:, varying]
         drawn = [_figures(a[row], b[row], total) for row in rows]
         shares = torch.zeros(d, dtype=torch.float64)
-        shares[alive] = drawn[0][3]
+        shares[varying] = drawn[0][3]
         units[name] = shares.float()
         figures[name] = tuple(_interval([each[k] for each in drawn], n) for k in range(3))  # type: ignore[assignment]
     scores, correlations, information = ({name: each[k] for name, each in figures.items()} for k in range(3))
@@ -119,7 +119,7 @@ def estimate(
     if chosen is None:
         raise UnknownName("score", score, ("covariance", "correlation"))
     found = dimensions_of(d, {name: value.value for name, value in chosen.items()})
-    return Dimensions(d, n, int((~alive).sum()), scores, correlations, information, found, units)
+    return Dimensions(d, n, int((~varying).sum()), scores, correlations, information, found, units)
 
 
 def _figures(a: Tensor, b: Tensor, total: Tensor) -> tuple[float, float, float, Tensor]:

@@ -162,7 +162,7 @@ class BiasReport:
     def save(self, folder: Path) -> list[Path]:
         """Writes ``data_biases.json``, ``data_biases.png`` and the flow in the folder ``flow``."""
         folder.mkdir(parents=True, exist_ok=True)
-        with writing.replacing(folder / "data_biases.json") as file:
+        with writing.atomic_write(folder / "data_biases.json") as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
         about = {"sets": self.projection.sets}
         picture = files.save_png(folder / "data_biases.png", self.picture(), about)

@@ -11,10 +11,10 @@ from typing import Any
 
 from sfumato.errors import NotSupported
 from sfumato.models.families.base import Family, TextStream
-from sfumato.models.families.unserved import UNSERVED
+from sfumato.models.families.unsupported import UNSUPPORTED
 
 __all__ = [
-    "UNSERVED",
+    "UNSUPPORTED",
     "Family",
     "TextStream",
     "families",
@@ -59,7 +59,7 @@ def family_of(pipeline_class: str, settings: Mapping[str, Any] | None = None) ->
             "its folder."
         )
     if pipeline_class not in known:
-        if reason := UNSERVED.get(pipeline_class):
+        if reason := UNSUPPORTED.get(pipeline_class):
             raise NotSupported(f"{pipeline_class} is not supported: {reason}.")
         raise NotSupported(f"model family {pipeline_class!r} is not supported; known: {', '.join(sorted(known))}.")
     return known[pipeline_class]

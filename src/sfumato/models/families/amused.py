@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import Family, TextStream, kin
+from sfumato.models.families.base import Family, TextStream, sibling_classes
 from sfumato.models.site import Layer, Site, SiteList
 
 #: of the pipeline's ``__call__``: micro-conditions besides the size
@@ -25,7 +25,7 @@ class Amused(Family):
     name = "amused"
     capabilities = frozenset({"pictures", "text_attention"})
     pipeline_classes = ("AmusedPipeline",)
-    siblings = kin("AmusedPipeline", "Amused{}Pipeline", "Img2Img Inpaint")
+    siblings = sibling_classes("AmusedPipeline", "Amused{}Pipeline", "Img2Img Inpaint")
     further_channels = 0  # the state is token ids
     denoiser_name = "transformer"
     components = ("vqvae", "scheduler", "tokenizer")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_CONTROL, NO_PAG, kin
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, sibling_classes
 from sfumato.models.families.unet import StableDiffusion
 from sfumato.models.site import Layer, is_attention
 
@@ -28,9 +28,9 @@ class AnimateDiff(StableDiffusion):
     name = "animatediff"
     pipeline_classes = ("AnimateDiffPipeline",)
     siblings = {
-        **kin("AnimateDiffPipeline", "AnimateDiff{}Pipeline", "VideoToVideo"),
-        **kin("AnimateDiffPipeline", "AnimateDiff{}Pipeline", "PAG", NO_PAG),
-        **kin(
+        **sibling_classes("AnimateDiffPipeline", "AnimateDiff{}Pipeline", "VideoToVideo"),
+        **sibling_classes("AnimateDiffPipeline", "AnimateDiff{}Pipeline", "PAG", NO_PAG),
+        **sibling_classes(
             "AnimateDiffPipeline",
             "AnimateDiff{}Pipeline",
             "ControlNet SparseControlNet VideoToVideoControlNet",

@@ -61,7 +61,7 @@ def accepted_by(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def kin(pipeline: str, form: str, kinds: str, lost: str = "") -> dict[str, tuple[str, str]]:
+def sibling_classes(pipeline: str, form: str, kinds: str, lost: str = "") -> dict[str, tuple[str, str]]:
     """Entries of :attr:`Family.siblings`: pipeline classes named as ``form`` with each of ``kinds``, made of the parts
     of ``pipeline``. ``lost``: what is not followed."""
     return {form.format(kind): (pipeline, lost) for kind in kinds.split()}
@@ -123,7 +123,7 @@ class Family:
     finishes: ClassVar[bool] = False
     #: how many reference pictures may be given beside a prompt; from 1 on where it cannot draw without
     references: ClassVar[range] = range(1)
-    #: whether the denoiser is told the picture's original size, crop and target size
+    #: whether the denoiser is conditioned on the picture's original size, crop and target size
     micro_conditions: ClassVar[bool] = False
     #: whether its CLIPs' last layer but one is read where ``clip_skip`` is not given
     penultimate_clip_layer: ClassVar[bool] = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TextStream, kin
+from sfumato.models.families.base import TextStream, sibling_classes
 from sfumato.models.families.flux import Flux
 from sfumato.models.site import Layer
 
@@ -20,7 +20,7 @@ class Chroma(Flux):
 
     name = "chroma"
     pipeline_classes = ("ChromaPipeline",)
-    siblings = kin("ChromaPipeline", "Chroma{}Pipeline", "Img2Img Inpaint")
+    siblings = sibling_classes("ChromaPipeline", "Chroma{}Pipeline", "Img2Img Inpaint")
 
     def __init__(self, pipe: Any, max_sequence_length: int | None = None):
         super().__init__(pipe, max_sequence_length)

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import TextStream, kin
-from sfumato.models.families.clip import ClipTransformer
+from sfumato.models.families.base import TextStream, sibling_classes
+from sfumato.models.families.video import VideoTransformer
 from sfumato.models.site import Site
 
 
-class CogVideoX(ClipTransformer):
+class CogVideoX(VideoTransformer):
     """Yang et al. 2024, arXiv 2408.06072. Attention sees the T5 tokens first, then the clip; padding is not masked.
     The pipeline's latents have their frames before their channels, and so is its noise drawn."""
 
     name = "cogvideox"
     pipeline_classes = ("CogVideoXPipeline",)
-    siblings = kin("CogVideoXPipeline", "CogVideoX{}Pipeline", "VideoToVideo ImageToVideo FunControl")
+    siblings = sibling_classes("CogVideoXPipeline", "CogVideoX{}Pipeline", "VideoToVideo ImageToVideo FunControl")
     max_sequence_length = 226
     casts_state = True
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import NotSupported
 from sfumato.models.condition import COND, UNCOND, Rows
-from sfumato.models.families.base import NO_CONTROL, TEXT_TO_IMAGE, Family, TextStream, kin
+from sfumato.models.families.base import NO_CONTROL, TEXT_TO_IMAGE, Family, TextStream, sibling_classes
 from sfumato.models.site import Layer, Site, SiteList
 
 
@@ -22,8 +22,8 @@ class Flux(Family):
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
     siblings = {
-        **kin("FluxPipeline", "Flux{}Pipeline", "Img2Img Inpaint Control ControlImg2Img ControlInpaint"),
-        **kin("FluxPipeline", "FluxControlNet{}Pipeline", "Img2Img Inpaint", NO_CONTROL),
+        **sibling_classes("FluxPipeline", "Flux{}Pipeline", "Img2Img Inpaint Control ControlImg2Img ControlInpaint"),
+        **sibling_classes("FluxPipeline", "FluxControlNet{}Pipeline", "Img2Img Inpaint", NO_CONTROL),
         "FluxControlNetPipeline": ("FluxPipeline", NO_CONTROL),
     }
     shifts_latents = True

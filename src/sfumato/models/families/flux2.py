@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TextStream
+from sfumato.models.families.chat_template import TemplatedTokenizer
 from sfumato.models.families.flux import Flux
-from sfumato.models.families.templated import Templated
 from sfumato.models.site import Layer, Site
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ class Flux2(Flux):
             return str(reader.apply_chat_template(messages, add_generation_prompt=False, tokenize=False))
 
         # the template writes its special tokens itself; a processor holds the tokenizer beside what reads pictures
-        templated = Templated(getattr(reader, "tokenizer", reader), template, add_special_tokens=False)
+        templated = TemplatedTokenizer(getattr(reader, "tokenizer", reader), template, add_special_tokens=False)
         return [self._templated("mistral", templated)]
 
-    def _templated(self, name: str, tokenizer: Templated) -> TextStream:
+    def _templated(self, name: str, tokenizer: TemplatedTokenizer) -> TextStream:
         left = tokenizer.padding_side == "left"
         return TextStream(tokenizer, name, 0, self.max_sequence_length or 0, lambda text: text, left=left)
 

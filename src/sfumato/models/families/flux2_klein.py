@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sfumato.models.families.base import TextStream
+from sfumato.models.families.chat_template import TemplatedTokenizer, chat_template
 from sfumato.models.families.flux2 import Flux2
-from sfumato.models.families.templated import Templated, chat
 
 
 class Flux2Klein(Flux2):
@@ -36,4 +36,4 @@ class Flux2Klein(Flux2):
         tokenizer = self.pipe.tokenizer
         if tokenizer is None:
             return []
-        return [self._templated("qwen", Templated(tokenizer, chat(tokenizer, thinking=False)))]
+        return [self._templated("qwen", TemplatedTokenizer(tokenizer, chat_template(tokenizer, thinking=False)))]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sfumato.models.condition import COND, UNCOND, Rows
 from sfumato.models.families.base import TextStream
-from sfumato.models.families.clip import ClipTransformer
-from sfumato.models.families.templated import Templated
+from sfumato.models.families.chat_template import TemplatedTokenizer
+from sfumato.models.families.video import VideoTransformer
 from sfumato.models.site import Site
 
 
-class HunyuanVideo(ClipTransformer):
+class HunyuanVideo(VideoTransformer):
     """Kong et al. 2024, arXiv 2412.03603. Attention sees the clip first, then the text behind the template's head, its
     padding masked; CLIP contributes its pooled vector only. Attention among the text alone, in the refiner of its
     tokens, is part of its encoding and no site. A denoiser call sees one guidance branch."""
@@ -52,7 +52,7 @@ class HunyuanVideo(ClipTransformer):
         if self.pipe.tokenizer is None:
             return []
         head = int(template["crop_start"])
-        tokenizer = Templated(self.pipe.tokenizer, template["template"].format)
+        tokenizer = TemplatedTokenizer(self.pipe.tokenizer, template["template"].format)
         return [TextStream(tokenizer, "llama", -head, head + (self.max_sequence_length or 0), lambda text: text)]
 
     @property

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_PICTURE, TextStream, kin
-from sfumato.models.families.clip import ClipTransformer
+from sfumato.models.families.base import NO_PICTURE, TextStream, sibling_classes
+from sfumato.models.families.video import VideoTransformer
 from sfumato.models.site import Site
 
 
-class LTX(ClipTransformer):
-    """HaCohen et al. 2024, arXiv 2501.00103. The speed that the denoiser is told is that of the pipeline, 25 frames a
+class LTX(VideoTransformer):
+    """HaCohen et al. 2024, arXiv 2501.00103. The denoiser is given the pipeline's default frame rate, 25 frames a
     second, whatever the clip is shown at."""
 
     name = "ltx"
     pipeline_classes = ("LTXPipeline",)
-    siblings = kin("LTXPipeline", "LTX{}Pipeline", "ImageToVideo Condition I2VLongMultiPrompt", NO_PICTURE)
+    siblings = sibling_classes("LTXPipeline", "LTX{}Pipeline", "ImageToVideo Condition I2VLongMultiPrompt", NO_PICTURE)
     defaults = {"steps": 50, "guidance": 3.0, "frames": 161, "fps": 25.0}
     max_sequence_length = 128
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.models.condition import COND, UNCOND, Rows
 from sfumato.models.families.base import TEXT_TO_IMAGE, Family, TextStream
-from sfumato.models.families.templated import Templated
+from sfumato.models.families.chat_template import TemplatedTokenizer
 from sfumato.models.site import Site, SiteList
 
 
@@ -49,7 +49,9 @@ class Lumina2(Family):
         if tokenizer is None:
             return []
         length = self.max_sequence_length or 0
-        return [TextStream(Templated(tokenizer, template), "gemma", 0, length, lambda text: text, padded=False)]
+        return [
+            TextStream(TemplatedTokenizer(tokenizer, template), "gemma", 0, length, lambda text: text, padded=False)
+        ]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         embeds, mask, negative, negative_mask = self.pipe.encode_prompt(

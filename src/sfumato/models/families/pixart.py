@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_PAG, TEXT_TO_IMAGE, kin
-from sfumato.models.families.captioned import Captioned
+from sfumato.models.families.base import NO_PAG, TEXT_TO_IMAGE, sibling_classes
+from sfumato.models.families.cross_attention import CrossAttentionTransformer
 from sfumato.models.site import Site, SiteList
 
 
-class PixArtSigma(Captioned):
+class PixArtSigma(CrossAttentionTransformer):
     """Chen et al. 2024, arXiv 2403.04692. The denoiser also predicts a variance, which the sampler does not use."""
 
     name = "pixart"
     pipeline_classes = ("PixArtSigmaPipeline",)
-    siblings = kin("PixArtSigmaPipeline", "PixArtSigma{}Pipeline", "PAG", NO_PAG)
+    siblings = sibling_classes("PixArtSigmaPipeline", "PixArtSigma{}Pipeline", "PAG", NO_PAG)
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE
     defaults = {"steps": 20, "guidance": 4.5}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sfumato.models import codec
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_CONTROL, TextStream, kin
+from sfumato.models.families.base import NO_CONTROL, TextStream, sibling_classes
+from sfumato.models.families.chat_template import TemplatedTokenizer
 from sfumato.models.families.flux import Flux
-from sfumato.models.families.templated import Templated
 
 
 class QwenImage(Flux):
@@ -24,8 +24,8 @@ class QwenImage(Flux):
     name = "qwenimage"
     pipeline_classes = ("QwenImagePipeline",)
     siblings = {
-        **kin("QwenImagePipeline", "QwenImage{}Pipeline", "Img2Img Inpaint"),
-        **kin("QwenImagePipeline", "QwenImage{}Pipeline", "ControlNet ControlNetInpaint", NO_CONTROL),
+        **sibling_classes("QwenImagePipeline", "QwenImage{}Pipeline", "Img2Img Inpaint"),
+        **sibling_classes("QwenImagePipeline", "QwenImage{}Pipeline", "ControlNet ControlNetInpaint", NO_CONTROL),
     }
     blocks = (("joint", "transformer_blocks"),)
 
@@ -43,7 +43,7 @@ class QwenImage(Flux):
             return []
         head = int(self.pipe.prompt_template_encode_start_idx)
         length = head + (self.max_sequence_length or 0)
-        tokenizer = Templated(self.pipe.tokenizer, self.pipe.prompt_template_encode.format)
+        tokenizer = TemplatedTokenizer(self.pipe.tokenizer, self.pipe.prompt_template_encode.format)
         return [TextStream(tokenizer, "qwen", -head, length, lambda text: text, padded=False)]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: Qwen-Image that is told by a text what to change in a picture, which both its language model and its
+"""Qwen-Image-Edit: Qwen-Image that edits a picture by a text, which both its language model and its
 transformer look at."""
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from sfumato.errors import BadInput
 from sfumato.models import codec
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import TextStream
+from sfumato.models.families.chat_template import TemplatedTokenizer
 from sfumato.models.families.qwenimage import QwenImage
-from sfumato.models.families.templated import Templated
-from sfumato.models.processors import PLACE
+from sfumato.models.processors import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,12 +42,12 @@ class QwenImageEdit(QwenImage):
         counts = [self.pipe.processor.places(picture) for picture in self._shown()] or [1]
         head = int(self.pipe.prompt_template_encode_start_idx)
         length = head + (self.max_sequence_length or 0) + sum(counts)
-        tokenizer = Templated(self.pipe.tokenizer, lambda text: self._template(text, counts))
+        tokenizer = TemplatedTokenizer(self.pipe.tokenizer, lambda text: self._template(text, counts))
         return [TextStream(tokenizer, "qwen", -head, length, lambda text: text, padded=False)]
 
     def _template(self, text: str, counts: Sequence[int]) -> str:
         """What the language model reads where pictures are so many tokens each."""
-        return self.pipe.prompt_template_encode.replace(PLACE, PLACE * counts[0]).format(text)
+        return self.pipe.prompt_template_encode.replace(IMAGE_TOKEN, IMAGE_TOKEN * counts[0]).format(text)
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
         shown = self._shown()

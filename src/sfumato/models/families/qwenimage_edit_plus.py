@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sfumato.models.families.qwenimage_edit import QwenImageEdit
-from sfumato.models.processors import PLACE
+from sfumato.models.processors import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ class QwenImageEditPlus(QwenImageEdit):
     references = range(1, 11)
 
     def _template(self, text: str, counts: Sequence[int]) -> str:
-        pictures = "".join(PICTURE.format(i, PLACE * count) for i, count in enumerate(counts, 1))
+        pictures = "".join(PICTURE.format(i, IMAGE_TOKEN * count) for i, count in enumerate(counts, 1))
         return str(self.pipe.prompt_template_encode.format(pictures + text))
 
     def _shown(self) -> list[Image]:

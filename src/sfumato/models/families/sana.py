@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, kin
-from sfumato.models.families.captioned import Captioned
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, sibling_classes
+from sfumato.models.families.cross_attention import CrossAttentionTransformer
 from sfumato.models.site import Site, SiteList
 
 
-class Sana(Captioned):
+class Sana(CrossAttentionTransformer):
     """Xie et al. 2024, arXiv 2410.10629. Sites are the cross-attentions alone: the linear self-attention has no
     probabilities that could be read or edited.
 
@@ -25,8 +25,8 @@ class Sana(Captioned):
     name = "sana"
     pipeline_classes = ("SanaPipeline",)
     siblings = {
-        **kin("SanaPipeline", "Sana{}Pipeline", "PAG", NO_PAG),
-        **kin("SanaPipeline", "Sana{}Pipeline", "ControlNet", NO_CONTROL),
+        **sibling_classes("SanaPipeline", "Sana{}Pipeline", "PAG", NO_PAG),
+        **sibling_classes("SanaPipeline", "Sana{}Pipeline", "ControlNet", NO_CONTROL),
     }
     denoiser_name = "transformer"
     capabilities = TEXT_TO_IMAGE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, kin
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, sibling_classes
 from sfumato.models.families.unet import fewest_layers
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
@@ -21,9 +21,11 @@ class StableDiffusion3(Family):
     penultimate_clip_layer = True
     pipeline_classes = ("StableDiffusion3Pipeline",)
     siblings = {
-        **kin("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "Img2Img Inpaint"),
-        **kin("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "ControlNet ControlNetInpainting", NO_CONTROL),
-        **kin("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "PAG PAGImg2Img", NO_PAG),
+        **sibling_classes("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "Img2Img Inpaint"),
+        **sibling_classes(
+            "StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "ControlNet ControlNetInpainting", NO_CONTROL
+        ),
+        **sibling_classes("StableDiffusion3Pipeline", "StableDiffusion3{}Pipeline", "PAG PAGImg2Img", NO_PAG),
     }
     shifts_latents = True
     denoiser_name = "transformer"

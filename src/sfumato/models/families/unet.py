@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.models.condition import Rows
-from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, kin
+from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, Family, TextStream, sibling_classes
 from sfumato.models.families.inpainting import Inpainting
 from sfumato.models.site import Layer, Site, SiteList, is_attention
 
@@ -40,14 +40,14 @@ class StableDiffusion(Family):
     name = "sd"
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     siblings: ClassVar[dict[str, tuple[str, str]]] = {
-        **kin("StableDiffusionPipeline", "StableDiffusion{}Pipeline", "Img2Img"),
-        **kin(
+        **sibling_classes("StableDiffusionPipeline", "StableDiffusion{}Pipeline", "Img2Img"),
+        **sibling_classes(
             "StableDiffusionPipeline",
             "StableDiffusion{}Pipeline",
             "ControlNet ControlNetImg2Img ControlNetPAG Adapter",
             NO_CONTROL,
         ),
-        **kin("StableDiffusionPipeline", "StableDiffusion{}Pipeline", "PAG PAGImg2Img", NO_PAG),
+        **sibling_classes("StableDiffusionPipeline", "StableDiffusion{}Pipeline", "PAG PAGImg2Img", NO_PAG),
         "LatentConsistencyModelImg2ImgPipeline": ("LatentConsistencyModelPipeline", ""),
     }
     denoiser_name = "unet"
@@ -167,9 +167,11 @@ class StableDiffusionInpaint(Inpainting, StableDiffusion):
     capabilities = StableDiffusion.capabilities | {"mask_input"}
     pipeline_classes = ("StableDiffusionInpaintPipeline",)
     siblings = {
-        **kin("StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "ControlNetInpaint", NO_CONTROL),
-        **kin("StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "PAGInpaint", NO_PAG),
-        **kin(
+        **sibling_classes(
+            "StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "ControlNetInpaint", NO_CONTROL
+        ),
+        **sibling_classes("StableDiffusionInpaintPipeline", "StableDiffusion{}Pipeline", "PAGInpaint", NO_PAG),
+        **sibling_classes(
             "StableDiffusionInpaintPipeline",
             "StableDiffusion{}Pipeline",
             "ControlNetPAGInpaint",
@@ -184,15 +186,19 @@ class StableDiffusionXL(StableDiffusion):
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
     siblings = {
-        **kin("StableDiffusionXLPipeline", "StableDiffusionXL{}Pipeline", "Img2Img Inpaint InstructPix2Pix"),
-        **kin(
+        **sibling_classes(
+            "StableDiffusionXLPipeline", "StableDiffusionXL{}Pipeline", "Img2Img Inpaint InstructPix2Pix"
+        ),
+        **sibling_classes(
             "StableDiffusionXLPipeline",
             "StableDiffusionXL{}Pipeline",
             "ControlNet ControlNetImg2Img ControlNetInpaint ControlNetUnion ControlNetUnionImg2Img"
             " ControlNetUnionInpaint ControlNetPAG ControlNetPAGImg2Img Adapter",
             NO_CONTROL,
         ),
-        **kin("StableDiffusionXLPipeline", "StableDiffusionXL{}Pipeline", "PAG PAGImg2Img PAGInpaint", NO_PAG),
+        **sibling_classes(
+            "StableDiffusionXLPipeline", "StableDiffusionXL{}Pipeline", "PAG PAGImg2Img PAGInpaint", NO_PAG
+        ),
     }
     defaults = {"steps": 50, "guidance": 5.0}
     upcasts_vae = True

@@ -12,12 +12,12 @@ from torch import Tensor
 from sfumato.errors import NotSupported
 from sfumato.models import codec
 from sfumato.models.condition import COND, UNCOND, Rows
-from sfumato.models.families.base import NO_PICTURE, TextStream, kin
-from sfumato.models.families.clip import ClipTransformer
+from sfumato.models.families.base import NO_PICTURE, TextStream, sibling_classes
+from sfumato.models.families.video import VideoTransformer
 from sfumato.models.site import Site
 
 
-class Wan(ClipTransformer):
+class Wan(VideoTransformer):
     """Wan Team 2025, arXiv 2503.20314. Padding is zeros and takes part in attention. A denoiser call sees one guidance
     branch. Checkpoints of two denoisers, one for the noisy half of the levels (Wan 2.2 A14B), are refused: sites,
     adapters and gradients belong to one."""
@@ -25,8 +25,8 @@ class Wan(ClipTransformer):
     name = "wan"
     pipeline_classes = ("WanPipeline",)
     siblings = {
-        **kin("WanPipeline", "Wan{}Pipeline", "VideoToVideo"),
-        **kin("WanPipeline", "Wan{}Pipeline", "ImageToVideo", NO_PICTURE),
+        **sibling_classes("WanPipeline", "Wan{}Pipeline", "VideoToVideo"),
+        **sibling_classes("WanPipeline", "Wan{}Pipeline", "ImageToVideo", NO_PICTURE),
     }
     defaults = {"steps": 50, "guidance": 5.0, "frames": 81, "fps": 16.0}
     max_sequence_length = 512

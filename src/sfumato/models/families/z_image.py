@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sfumato.models.condition import COND, UNCOND, Rows
-from sfumato.models.families.base import NO_CONTROL, TEXT_TO_IMAGE, Family, TextStream, kin
-from sfumato.models.families.templated import Templated, chat
+from sfumato.models.families.base import NO_CONTROL, TEXT_TO_IMAGE, Family, TextStream, sibling_classes
+from sfumato.models.families.chat_template import TemplatedTokenizer, chat_template
 from sfumato.models.site import Site, SiteList
 
 #: image and text are padded to multiples of this
@@ -27,8 +27,8 @@ class ZImage(Family):
     name = "z_image"
     pipeline_classes = ("ZImagePipeline",)
     siblings = {
-        **kin("ZImagePipeline", "ZImage{}Pipeline", "Img2Img Inpaint"),
-        **kin("ZImagePipeline", "ZImage{}Pipeline", "ControlNet ControlNetInpaint", NO_CONTROL),
+        **sibling_classes("ZImagePipeline", "ZImage{}Pipeline", "Img2Img Inpaint"),
+        **sibling_classes("ZImagePipeline", "ZImage{}Pipeline", "ControlNet ControlNetInpaint", NO_CONTROL),
     }
     shifts_latents = True
     denoiser_name = "transformer"
@@ -57,7 +57,7 @@ class ZImage(Family):
         if tokenizer is None:
             return []
         length = self.max_sequence_length or 0
-        templated = Templated(tokenizer, chat(tokenizer, thinking=True))
+        templated = TemplatedTokenizer(tokenizer, chat_template(tokenizer, thinking=True))
         return [TextStream(templated, "qwen", 0, length, lambda text: text, padded=False)]
 
     def encode(self, prompts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:

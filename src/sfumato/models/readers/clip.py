@@ -17,7 +17,7 @@ from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models import Model, TruncatedPrompt, quiet
 from sfumato.models.readers.loading import load_module, net_folder
-from sfumato.models.readers.noised import codec_mark, noise_level, noised_input
+from sfumato.models.readers.noised import codec_hash, noise_level, noised_input
 from sfumato.models.readers.preprocessing import Preprocessing
 from sfumato.models.weights import find_weights, hash_files
 from sfumato.valid import first_line
@@ -43,7 +43,7 @@ class Clip:
     but not normalised.
 
     ``hash``: SHA-256 of its weights. ``codec`` names the autoencoder whose noised latents it reads
-    (:func:`~sfumato.models.readers.noised.codec_mark`), or is empty: then it reads pictures.
+    (:func:`~sfumato.models.readers.noised.codec_hash`), or is empty: then it reads pictures.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Clip:
 
     def fits(self, model: Model) -> bool:
         """Whether it reads pictures, or noised latents of this model's autoencoder."""
-        return not self.reads_noise or codec_mark(model.pipe.vae) == self.codec
+        return not self.reads_noise or codec_hash(model.pipe.vae) == self.codec
 
     # -- to measure ----------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def noised_input(x: Tensor, level: Tensor) -> Tensor:
     return torch.cat([x, planes.to(x.dtype)[:, :, None, None].expand(len(x), -1, *x.shape[2:])], 1)
 
 
-def codec_mark(vae: Any) -> str:
+def codec_hash(vae: Any) -> str:
     """Tells autoencoders apart, whatever precision they are held in: 16 hex digits over the rounded weights and the
     scaling of the latents."""
     digest = hashlib.sha256(repr([vae.config.get("scaling_factor"), vae.config.get("shift_factor")]).encode())

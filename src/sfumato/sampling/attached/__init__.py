@@ -6,7 +6,7 @@
 
 The pipeline does what it does; systems see two places of it, the denoiser's forward and the scheduler's step, and
 at attention through the same seam as in our own loop. Prompts are read from the call, the rows of a denoiser call that
-belong to them from the embeddings that the pipeline made: nothing is guessed, and what cannot be told is refused.
+belong to them from the embeddings that the pipeline made: nothing is guessed, and what cannot be determined is refused.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def attached(
     Args:
         pipe: a diffusers pipeline, of a known class or not.
         interventions: observers, editors of attention and adapters; lists nest.
-        text: for pipelines of an unknown class with joint attention whose text axis cannot be told: where the text lies
-            among the keys, as ``"first 512"``, ``"last 77"`` or ``"64:141"``.
+        text: for pipelines of an unknown class with joint attention whose text axis cannot be determined: where the
+            text lies among the keys, as ``"first 512"``, ``"last 77"`` or ``"64:141"``.
         prompt: what the pictures show, for calls that are given embeddings in place of a prompt.
 
     Raises:
         NotSupported: systems that need our own loop; networks whose attention cannot be seen, such as compiled ones;
-            texts or pictures whose place cannot be told. Conflict: systems are attached already. NoMatch, on leaving:
-            the pipeline was not called, or a system did nothing.
+            texts or pictures whose place cannot be determined. Conflict: systems are attached already. NoMatch, on
+            leaving: the pipeline was not called, or a system did nothing.
     """
     host = getattr(pipe, "pipe", pipe)
     model_of(host)

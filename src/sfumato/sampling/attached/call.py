@@ -169,7 +169,7 @@ class PipelineCall:
         if step is None:
             raise NotSupported(
                 f"{type(self.model.pipe).__name__} steps without a call of its {self.model.family.denoiser_name}, so "
-                f"what belongs to a step cannot be told."
+                f"what belongs to a step cannot be determined."
             )
         t = torch.as_tensor(arguments["timestep"])
         if t.dim() == 0 and float(t) != float(step.t):
@@ -225,7 +225,7 @@ class PipelineCall:
         elif embeds.shape[1] != model.text_length and all(stream.padded for stream in model.tokenizers):
             raise NotSupported(
                 f"{type(model.denoiser).__name__} sees {embeds.shape[1]} text positions, but the text encoders of "
-                f"{model.name} read {model.text_length}, so which word lies where cannot be told."
+                f"{model.name} read {model.text_length}, so which word lies where cannot be determined."
             )
         frames, h, w = model.family.grid_of_call(arguments)
         run.grid, run.size = (h, w), (w * model.family.scale, h * model.family.scale)
@@ -270,7 +270,7 @@ class PipelineCall:
         if not isinstance(x, Tensor) or not isinstance(embeds, Tensor) or embeds.dim() != 3:
             raise NotSupported(
                 f"{type(self.model.denoiser).__name__} is not called with encoder_hidden_states (b t d) as others of "
-                f"diffusers are, so where the prompt is read cannot be told."
+                f"diffusers are, so where the prompt is read cannot be determined."
             )
         return x, embeds
 

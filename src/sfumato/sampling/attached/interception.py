@@ -33,7 +33,7 @@ def model_of(pipe: Any, max_sequence_length: int | None = None) -> Model:
     if not (callable(pipe) and isinstance(getattr(pipe, "components", None), dict)):
         raise BadInput(f"attached takes a diffusers pipeline; {type(pipe).__name__} is none.")
     if getattr(pipe, "scheduler", None) is None:
-        raise NotSupported(f"{type(pipe).__name__} has no scheduler, so its steps cannot be told.")
+        raise NotSupported(f"{type(pipe).__name__} has no scheduler, so its steps cannot be determined.")
     card = {"sampling": {"max_sequence_length": max_sequence_length}}
     if (family := family_like(pipe)) is not None:
         try:

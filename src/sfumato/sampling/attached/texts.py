@@ -92,8 +92,8 @@ class Texts:
             self.uncond = self.uncond.expand(len(self), -1, -1)
 
     def require(self, model: Model, embeds: Tensor) -> None:
-        """Raise NotSupported unless it is known how the prompts were encoded: the pipeline's ``encode_prompt`` told so,
-        or its text encoders read the very tokens of the prompts and gave rows of ``embeds`` (b t d)."""
+        """Raise NotSupported unless it is known how the prompts were encoded: the pipeline's ``encode_prompt`` showed
+        it, or its text encoders read the very tokens of the prompts and gave rows of ``embeds`` (b t d)."""
         if self.cond is None:
             self.cond = self._read_by_encoders(model, embeds, self.prompts)
             self.uncond = self._read_by_encoders(model, embeds, self.negatives or [""] * len(self))
@@ -101,8 +101,8 @@ class Texts:
             self.cond = embeds  # whatever the pipeline has made of them, there was nothing else
         if self.cond is None:
             raise NotSupported(
-                f"how {type(model.pipe).__name__} encodes prompts cannot be told: it has no encode_prompt, and what "
-                f"its text encoders gave is not what its denoiser got."
+                f"how {type(model.pipe).__name__} encodes prompts cannot be determined: it has no encode_prompt, and "
+                f"what its text encoders gave is not what its denoiser got."
             )
 
     def _only_prompts_read(self, model: Model) -> bool:
@@ -133,7 +133,7 @@ class Texts:
             if not any(reads(stream.tokenizer, text, row) for ids in passes for row in ids):
                 raise NotSupported(
                     f"{type(pipe).__name__} puts {text[:40]!r} into a text of its own before it is encoded, so "
-                    f"where its words lie cannot be told."
+                    f"where its words lie cannot be determined."
                 )
 
     def rows(self, embeds: Tensor, b: int) -> dict[str, slice]:
@@ -153,7 +153,7 @@ class Texts:
                 found[name or f"other {k}"] = slice(k * n, (k + 1) * n)
         if "cond" not in found and "uncond" not in found:
             raise NotSupported(
-                "which rows of the denoiser's input read the prompt cannot be told: its texts are not what the "
+                "which rows of the denoiser's input read the prompt cannot be determined: its texts are not what the "
                 "pipeline's encode_prompt made."
             )
         return found

@@ -30,7 +30,7 @@ HELP = "say where the text lies among the keys: attached(..., text='first 512') 
 
 
 class UnknownFamily(Family):
-    """A pipeline of no known family. Sites and tokenizers are told to it once they are found."""
+    """A pipeline of no known family. Sites and tokenizers are set once they are found."""
 
     name = "unknown"
     pipeline_classes = ()
@@ -74,8 +74,8 @@ class UnknownFamily(Family):
             return (x.shape[2] if x.dim() == 5 else 1), x.shape[-2], x.shape[-1]
         if not (call.get("height") and call.get("width")):
             raise NotSupported(
-                f"how the {x.shape[1]} tokens of {type(self.pipe).__name__} lie in the picture cannot be told; give "
-                f"its call height and width."
+                f"how the {x.shape[1]} tokens of {type(self.pipe).__name__} lie in the picture cannot be determined; "
+                f"give its call height and width."
             )
         return 1, int(call["height"]) // self.scale, int(call["width"]) // self.scale
 
@@ -96,7 +96,7 @@ def locate_text(
     axis: TextAxis | None,
 ) -> None:
     """Tell ``family`` where text and picture lie. ``real``: its denoiser, about to be called with ``arguments``;
-    ``call``: the pipeline's own. Raises NotSupported for what cannot be told."""
+    ``call``: the pipeline's own. Raises NotSupported for what cannot be determined."""
     family.text_streams = [stream_of(family.pipe, texts.passes, embeds.shape[1])]
     texts.check_tokens(family.pipe, family.text_streams[0])
     frames, h, w = family.latents(arguments, call)
@@ -141,7 +141,7 @@ def find_text(
 ) -> list[Site]:  # fmt: skip
     """The sites of a denoiser. ``run(embeds)`` calls it; ``grid(n)`` lays n tokens of the picture out as (h, w);
     ``axis``: where the text lies in joint attention, if somebody says so. Raises NoMatch for networks without attention
-    that can be seen, NotSupported where no site's text and picture can be told apart."""
+    that can be seen, NotSupported where no site's text and picture can be distinguished."""
     moved = embeds + embeds.abs().mean().clamp_min(1e-3)
     first = torch.cat([moved[:, :1], embeds[:, 1:]], 1)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def find_text(
                 raise BadInput(f"text says keys {given[0]}:{given[1]} are text; at {path} keys {columns} move with it.")
             columns, queries = given, _rest(n, given) if n == t else (0, n)
         elif columns is None and bool(text.any()) or queries is None:
-            continue  # cannot be told, or text among itself
+            continue  # cannot be determined, or text among itself
         located = located or columns is not None
         cells = queries[1] - queries[0]
         shape = grid(cells) or (grid(cells // frames) if cells % frames == 0 else None)
@@ -180,8 +180,8 @@ def find_text(
         found.append(Site(path, kind, shape, columns, queries, captured.q.shape[1], place, len(found), frames))
     if not located or not any(site.text for site in found):
         raise NotSupported(
-            f"where the text lies in the attention of {type(denoiser).__name__}, and where the picture, cannot be told "
-            f"from what moves with the prompt; {HELP}."
+            f"where the text lies in the attention of {type(denoiser).__name__}, and where the picture, cannot be "
+            f"determined from what moves with the prompt; {HELP}."
         )
     return found
 
@@ -228,8 +228,8 @@ def stream_of(pipe: Any, passes: Sequence[tuple[str, Tensor, list[Tensor]]], len
     if len(names) != 1:
         lengths = ", ".join(f"{name} {ids.shape[1]}" for name, ids, _ in passes) or "none was heard"
         raise NotSupported(
-            f"which token of {type(pipe).__name__} lies where cannot be told: attention sees {length} text positions, "
-            f"its text encoders read {lengths}."
+            f"which token of {type(pipe).__name__} lies where cannot be determined: attention sees {length} text "
+            f"positions, its text encoders read {lengths}."
         )
     tokenizer = getattr(pipe, names[0].replace("text_encoder", "tokenizer"), None)
     if tokenizer is None:

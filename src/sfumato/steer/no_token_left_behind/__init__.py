@@ -28,7 +28,7 @@ from sfumato import cards, masks, rng
 from sfumato.cards import Card, Field, ModelPath, Template, register
 from sfumato.errors import BadInput
 from sfumato.models.readers import PLAIN, load_clip
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.intervention import Coverage
 from sfumato.sampling.state import sample_axes
@@ -138,8 +138,8 @@ class NoTokenLeftBehind(Intervention):
         p = self.params
         if run.samples.start == 0:
             self.guided = []
-        lens = ClipLens(load_clip(p.clip, device=str(run.model.device)))
-        readings = [lens.read(prompt) for prompt in run.prompts]
+        explainer = ClipExplainer(load_clip(p.clip, device=str(run.model.device)))
+        readings = [explainer.read(prompt) for prompt in run.prompts]
         spans = subjects(readings, p.words) if p.words or not p.phrases else [[] for _ in readings]
         layers = masks.regions(self._read, p.box, run.size)
         regions = tuple(
@@ -153,7 +153,7 @@ class NoTokenLeftBehind(Intervention):
         self.guided += self._guided
         self.activity.tokens.update({label: 1 for one in self._guided for label in (*one.words, *p.phrases)})
         self._loss = ExplainedLoss(
-            lens,
+            explainer,
             similarity=p.similarity,
             explain=p.explain,
             spatial=p.spatial,

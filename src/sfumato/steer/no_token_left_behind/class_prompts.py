@@ -10,31 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import BadInput
-from sfumato.models.slot import in_place
-from sfumato.relevance.clip import ClipLens
+from sfumato.models.text_towers import in_place
+from sfumato.relevance.clip import ClipExplainer
 
 
-def logit_scale(lens: ClipLens) -> float:
-    return float(lens.model.logit_scale.detach().exp())
+def logit_scale(explainer: ClipExplainer) -> float:
+    return float(explainer.model.logit_scale.detach().exp())
 
 
-def image_embeds(lens: ClipLens, images: Tensor) -> Tensor:
+def image_embeds(explainer: ClipExplainer, images: Tensor) -> Tensor:
     """Unit embeddings (b d) of pictures (b 3 H W)."""
-    pooled = lens.model.vision_model(pixel_values=lens.prepare(images)).pooler_output
-    return F.normalize(lens.model.visual_projection(pooled).float(), dim=-1)
+    pooled = explainer.model.vision_model(pixel_values=explainer.prepare(images)).pooler_output
+    return F.normalize(explainer.model.visual_projection(pooled).float(), dim=-1)
 
 
 class ClassPrompts:
     """Prompts of ``count`` slots with a class name in the middle, for all classes."""
 
-    def __init__(self, lens: ClipLens, classes: Sequence[str], count: int):
-        tokenizer, self.lens = lens.tokenizer, lens
+    def __init__(self, explainer: ClipExplainer, classes: Sequence[str], count: int):
+        tokenizer, self.explainer = explainer.tokenizer, explainer
         half = count // 2
         names = [tokenizer(name, add_special_tokens=False).input_ids for name in classes]
         longest = max(map(len, names)) + count + 2
-        if longest > lens.length:
+        if longest > explainer.length:
             raise BadInput(
-                f"learn_prompt: {count} vectors and a class name take {longest} tokens; the CLIP reads {lens.length}."
+                f"learn_prompt: {count} vectors and a class name take {longest} tokens; "
+                f"the CLIP reads {explainer.length}."
             )
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         rows = [
@@ -58,15 +59,17 @@ class ClassPrompts:
         """Unit embeddings (classes d) of all prompts."""
         rows = torch.arange(len(self.ids))
         with self._filled(context, rows):
-            written = self.lens.model.text_model(**self.tokens(rows)).pooler_output
-        return F.normalize(self.lens.model.text_projection(written).float(), dim=-1)
+            written = self.explainer.model.text_model(**self.tokens(rows)).pooler_output
+        return F.normalize(self.explainer.model.text_projection(written).float(), dim=-1)
 
     def relevance(self, context: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines (b classes) with picture embeddings (b d), and the share of relevance of the most relevant token of
         each class's name (b classes); the end token's own entry does not count, the start token's does."""
         rows = torch.arange(len(self.ids)).repeat(len(pictures))
         with self._filled(context, rows):
-            cosines, relevance = self.lens.explain_text(self.tokens(rows), pictures.repeat_interleave(len(self.ids), 0))
+            cosines, relevance = self.explainer.explain_text(
+                self.tokens(rows), pictures.repeat_interleave(len(self.ids), 0)
+            )
         end = self.end[rows]
         row = relevance[torch.arange(len(rows)), end]
         row = row * (torch.arange(row.shape[1]) != end[:, None])
@@ -82,4 +85,4 @@ class ClassPrompts:
             filled[slot] = context.to(embeds).repeat(len(slot), 1)  # every prompt has all slots, in their order
             return filled
 
-        return in_place(self.lens.model.text_model, fill)
+        return in_place(self.explainer.model.text_model, fill)

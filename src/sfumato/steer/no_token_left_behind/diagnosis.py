@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sfumato.errors import NoMatch
 from sfumato.models.readers import PLAIN, load_clip
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.steer.no_token_left_behind.views import cut_outs
 from sfumato.text.phrases import noun_phrases
 from sfumato.text.words import Reading, WordSpan, find_phrases
@@ -18,12 +18,12 @@ from sfumato.text.words import Reading, WordSpan, find_phrases
 def diagnose(images: Tensor, texts: Sequence[str], words: Sequence[str] = (), clip: str = PLAIN) -> list[dict]:
     """Per picture (b 3 H W) with its text, how much CLIP's score rests on each of ``words`` (none: the nouns): the most
     relevant word of the text has 1. Low ones are neglected; compare with pictures that do show everything."""
-    lens = ClipLens(load_clip(clip))
-    readings = [lens.read(text) for text in texts]
+    explainer = ClipExplainer(load_clip(clip))
+    readings = [explainer.read(text) for text in texts]
     spans = subjects(readings, words)
     with torch.no_grad():
-        views = [cut_outs(image, None, 1, lens.clip.side, 0.0, torch.Generator())[0] for image in images]
-        row = lens.look(torch.cat(views), list(texts), text=True).tokens()
+        views = [cut_outs(image, None, 1, explainer.clip.side, 0.0, torch.Generator())[0] for image in images]
+        row = explainer.explain(torch.cat(views), list(texts), text=True).tokens()
     row = row / row.amax(-1, keepdim=True).clamp_min(1e-12)
     return [
         {span.label: float(each[list(span.tokens["clip"])].max()) for span in found}

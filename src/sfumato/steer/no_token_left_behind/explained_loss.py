@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.metrics.geometry import spherical_distance
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.steer.no_token_left_behind.views import cut_outs
 
 SHARPNESS, LEVEL = 20.0, 0.1  # relevance, its maximum 1, becomes a mask by sigmoid(20 (r - 0.1)) (the authors' code)
@@ -61,7 +61,7 @@ class ExplainedLoss:
 
     def __init__(
         self,
-        lens: ClipLens,
+        explainer: ClipExplainer,
         *,
         similarity: float = 1.0,
         explain: float = 1.0,
@@ -71,7 +71,7 @@ class ExplainedLoss:
         image_start: int = -1,
         second_order: bool = True,
     ):
-        self.lens, self.cutouts, self.augment = lens, cutouts, augment
+        self.explainer, self.cutouts, self.augment = explainer, cutouts, augment
         self.similarity, self.explain, self.spatial = similarity, explain, spatial
         self.image_start, self.second_order = image_start, second_order
 
@@ -80,7 +80,7 @@ class ExplainedLoss:
         views, placed = [], []
         for image, target, generator in zip(images, targets, generators, strict=True):
             covers = torch.stack([region.mask for region in target.regions]).to(image) if target.regions else None
-            view, cover = cut_outs(image, covers, self.cutouts, self.lens.clip.side, self.augment, generator)
+            view, cover = cut_outs(image, covers, self.cutouts, self.explainer.clip.side, self.augment, generator)
             views.append(view)
             placed.append(cover)
         stacked = torch.stack(views)  # (b c 3 s s)
@@ -94,7 +94,7 @@ class ExplainedLoss:
         b, c = views.shape[:2]
         texts = [target.text for target in targets for _ in range(c)]
         wanted = self.explain > 0 and any(target.words for target in targets)
-        explained = self.lens.look(views.flatten(0, 1), texts, text=wanted, second_order=self.second_order)
+        explained = self.explainer.explain(views.flatten(0, 1), texts, text=wanted, second_order=self.second_order)
         near = spherical_distance(explained.image_embeds, explained.text_embeds).unflatten(0, (b, c)).mean(1)
         if not wanted:
             return near, torch.zeros_like(near), [[] for _ in targets]
@@ -121,10 +121,10 @@ class ExplainedLoss:
         texts = [targets[i].regions[k].text for i, k in rows for _ in range(c)]
         whole = torch.cat([views[i] for i, _ in rows])
         mask = torch.cat([placed[i][:, k] for i, k in rows])  # type: ignore[index]
-        explained = self.lens.look(
+        explained = self.explainer.explain(
             whole, texts, image=self.spatial > 0, image_start=self.image_start, second_order=self.second_order
         )
-        inside = self.lens.look(whole * mask[:, None], texts)
+        inside = self.explainer.explain(whole * mask[:, None], texts)
         near = (
             spherical_distance(explained.image_embeds, explained.text_embeds)
             + spherical_distance(inside.image_embeds, inside.text_embeds)

@@ -16,7 +16,7 @@ from sfumato import files
 from sfumato.errors import BadInput
 from sfumato.markup import described
 from sfumato.models.readers import PLAIN, load_clip
-from sfumato.relevance.clip import ClipLens
+from sfumato.relevance.clip import ClipExplainer
 from sfumato.steer.no_token_left_behind.class_prompts import ClassPrompts, image_embeds, logit_scale
 from sfumato.training import Draw, Player, Progress, fit
 
@@ -40,12 +40,12 @@ class LearnedPrompt:
 
     def logits(self, images: Tensor) -> Tensor:
         """(b classes) of pictures (b 3 H W) in [-1, 1]."""
-        lens = ClipLens(load_clip(self.clip))
+        explainer = ClipExplainer(load_clip(self.clip))
         with torch.no_grad():
             return (
-                logit_scale(lens)
-                * image_embeds(lens, images)
-                @ ClassPrompts(lens, self.classes, len(self.context)).embeds(self.context).T
+                logit_scale(explainer)
+                * image_embeds(explainer, images)
+                @ ClassPrompts(explainer, self.classes, len(self.context)).embeds(self.context).T
             )
 
     def classify(self, images: Tensor) -> list[str]:
@@ -105,10 +105,10 @@ def learn_prompt(
         raise BadInput(
             f"learn_prompt: labels run from {min(labels)} to {max(labels)}; the {len(classes)} classes from 0."
         )
-    lens = ClipLens(load_clip(clip))
-    prompts = ClassPrompts(lens, classes, context)
+    explainer = ClipExplainer(load_clip(clip))
+    prompts = ClassPrompts(explainer, classes, context)
     generator = torch.Generator().manual_seed(seed)
-    width = int(lens.model.config.text_config.hidden_size)
+    width = int(explainer.model.config.text_config.hidden_size)
     vectors = (0.02 * torch.randn(context, width, generator=generator)).requires_grad_(True)
     batches: list[tuple[int, Tensor, Tensor]] = []  # epoch, rows, which are mirrored
     for epoch in range(epochs):
@@ -121,15 +121,15 @@ def learn_prompt(
         _, rows, mirrored = batches[draw.step]
         views = torch.where(mirrored.view(-1, 1, 1, 1), images[rows].flip(-1), images[rows])
         with torch.no_grad():
-            pictures = image_embeds(lens, views)
+            pictures = image_embeds(explainer, views)
         if not explain:
             cosines = pictures @ prompts.embeds(vectors).T
-            return F.cross_entropy(logit_scale(lens) * cosines, truth[rows]), {}
+            return F.cross_entropy(logit_scale(explainer) * cosines, truth[rows]), {}
         cosines, relevance = prompts.relevance(vectors, pictures)
         right = F.one_hot(truth[rows], len(classes)).to(relevance)
         own, rest = (relevance * right).sum(1).mean(), (relevance * (1 - right)).mean()
         extra = explain * (rest * others - own)
-        return F.cross_entropy(logit_scale(lens) * cosines, truth[rows]) + extra, {"share": own.detach()}
+        return F.cross_entropy(logit_scale(explainer) * cosines, truth[rows]) + extra, {"share": own.detach()}
 
     def schedule(step: int) -> float:
         epoch = batches[step][0]

@@ -16,10 +16,10 @@ from sfumato import rng
 from sfumato.errors import BadInput
 from sfumato.markup import described
 from sfumato.models import Model
+from sfumato.models.modes import frozen
 from sfumato.models.readers import PLAIN, load_clip
-from sfumato.models.slot import frozen
-from sfumato.relevance.clip import ClipLens
-from sfumato.sampling.request import as_pictures
+from sfumato.relevance.clip import ClipExplainer
+from sfumato.sampling.pixels import as_pictures
 from sfumato.steer.no_token_left_behind.diagnosis import subjects
 from sfumato.steer.no_token_left_behind.explained_loss import ExplainedLoss, Region, Target
 from sfumato.training import Draw, Player, Progress, fit
@@ -73,8 +73,8 @@ def optimise(
     Raises NoMatch for words, BadInput for unequal numbers.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    lens = ClipLens(load_clip(clip, device=str(model.device)))
-    found = subjects([lens.read(text) for text in texts], words)
+    explainer = ClipExplainer(load_clip(clip, device=str(model.device)))
+    found = subjects([explainer.read(text) for text in texts], words)
     placed = list(regions) or [()] * len(texts)
     if len(placed) != len(texts) or (image is not None and len(image) != len(texts)):
         raise BadInput(f"optimise: {len(texts)} prompts need as many pictures and lists of regions.")
@@ -82,7 +82,7 @@ def optimise(
         Target(text, tuple(span.tokens["clip"] for span in spans), tuple(each))
         for text, spans, each in zip(texts, found, placed, strict=True)
     ]
-    explained = ExplainedLoss(lens, **options)
+    explained = ExplainedLoss(explainer, **options)
     losses: list[Tensor] = []
     with frozen(model):
         with torch.no_grad():

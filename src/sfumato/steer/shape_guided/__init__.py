@@ -28,7 +28,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato import cards, masks, rng
+from sfumato import cards, mask_ops, masks, rng
 from sfumato.attention.tap import Tap
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadInput, Conflict, NotSupported
@@ -157,7 +157,7 @@ class ShapeGuided(InsideOutside):
             self.before = [[*p.source, p.source_outside or outside.text] for outside in around]
         self.activity.tokens.update({text: 1 for texts in self.texts for text in texts})
         self.weighted = [
-            [whole.part(piece.text, piece.home) if piece.home else plain(piece.text) for piece in each]
+            [whole.part(piece.text, piece.origins) if piece.origins else plain(piece.text) for piece in each]
             for whole, each in zip(run.weighted, pieces, strict=True)
         ]
         if self.strength:
@@ -189,7 +189,7 @@ class ShapeGuided(InsideOutside):
         if not torch.equal(back.timesteps, run.timesteps):
             raise BadInput("shape_guided inverts along the family's own schedule, which this run's scheduler leaves.")
         self._trajectory = back.latents.expand(-1, len(run), -1, -1, -1)
-        self._inside = masks.on_grid(self.regions, run.grid, self.params.level, bool(self.params.soft)).amax(0).to(x)
+        self._inside = mask_ops.on_grid(self.regions, run.grid, self.params.level, bool(self.params.soft)).amax(0).to(x)
         x = self._trajectory[run.begin]
         if self.params.fresh:
             generators = rng.generators("shape_guided.fresh", run.seeds)
@@ -217,7 +217,7 @@ class ShapeGuided(InsideOutside):
         found, cost = [], 0.0
         for source in self.params.source:
             region, spent = infer_region(run.model, self._pixels, source)
-            found.append(masks.area(region, run.size[::-1]))
+            found.append(mask_ops.area(region, run.size[::-1]))
             cost += spent
         self._add_cost(run, cost / len(run))
         return torch.stack(found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato import masks
+from sfumato import mask_ops
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
 from sfumato.models import Condition, Site
@@ -162,7 +162,7 @@ class InsideOutside(Intervention):
         assert site.grid is not None
         soft = site.kind == "joint" if self.options.soft is None else self.options.soft
         if (site.grid, soft) not in self._at:
-            inside = masks.on_grid(self.regions, site.grid, self.options.level, soft)
+            inside = mask_ops.on_grid(self.regions, site.grid, self.options.level, soft)
             sides = torch.cat([inside, 1 - inside.amax(0, keepdim=True)])
             self._at[site.grid, soft] = sides.flatten(1).to(self.own.device)
         return self._at[site.grid, soft]

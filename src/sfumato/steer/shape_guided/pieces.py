@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from sfumato.errors import BadInput
 from sfumato.text.weights import WeightedPrompt
-from sfumato.text.words import Words, homes, noun_phrases
+from sfumato.text.words import Words, character_origins, noun_phrases
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text in the place of a part of the prompt. ``home``: where in the prompt each of its characters comes from, -1
+    """A text in the place of a part of the prompt. ``origins``: the place in the prompt of each of its characters, -1
     for those that do not; empty: none does."""
 
     text: str
-    home: tuple[int, ...] = ()
+    origins: tuple[int, ...] = ()
 
 
 def split(words: Words, prompt: str, wanted: Sequence[str]) -> tuple[list[Piece], Piece]:
@@ -45,14 +45,14 @@ def split(words: Words, prompt: str, wanted: Sequence[str]) -> tuple[list[Piece]
     text = re.sub(
         r"^(?:(?:and|or|with|of)\b[\s,]*)+|[\s,]*\b(?:and|or|with|of|to|on|in|at|by|next)$", "", text.strip(" ,.;")
     ).strip(" ,.;")
-    return inside, Piece(text, tuple(homes(left, text)))
+    return inside, Piece(text, tuple(character_origins(left, text)))
 
 
 def refuse_overlaps(prompt: str, wanted: Sequence[str], phrases: Sequence[Piece]) -> None:
     """Raise BadInput where two regions would show the same words."""
     for i, one in enumerate(phrases):
         for j in range(i):
-            if {place for place in one.home if place >= 0} & set(phrases[j].home):
+            if {place for place in one.origins if place >= 0} & set(phrases[j].origins):
                 raise BadInput(
                     f"words of shape_guided overlap: {wanted[j]!r} and {wanted[i]!r} both stand in {one.text!r} of "
                     f"{prompt!r}; give each region words of its own."
@@ -66,7 +66,7 @@ def plain(text: str) -> WeightedPrompt:
 def joined(pieces: Sequence[Piece]) -> Piece:
     """Several texts as one."""
     between = (" and ", (-1,) * 5)
-    text, home = pieces[0].text, pieces[0].home
+    text, origins = pieces[0].text, pieces[0].origins
     for piece in pieces[1:]:
-        text, home = text + between[0] + piece.text, home + between[1] + piece.home
-    return Piece(text, home)
+        text, origins = text + between[0] + piece.text, origins + between[1] + piece.origins
+    return Piece(text, origins)

@@ -55,7 +55,7 @@ class Sides:
             for group, piece in enumerate(pieces):
                 part, spans = self.part(name, group), self.words.read(piece.text).streams[name].spans
                 for position, (a, b) in zip(range(part.start, part.stop), spans, strict=False):
-                    places = [place for place in piece.home[a:b] if place >= 0]
+                    places = [place for place in piece.origins[a:b] if place >= 0]
                     if places:
                         tokens.append(((min(places), max(places) + 1), position))
                 end, *padding = [*range(part.start + len(spans), part.stop)] or [part.stop - 1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato import masks
+from sfumato import mask_ops
 from sfumato.attention.accumulate import MapStore, upscale
 from sfumato.attention.call import Call
 from sfumato.attention.tap import Tap
@@ -24,8 +24,8 @@ def infer_region(model: Model, pixels: Tensor, source: str, steps: int = 10) -> 
     without constraint, parted in two, closed and filled. Returns the region (h w) and the forwards spent."""
     looker = _WordMap(source)
     back = invert(model, pixels, source, steps=steps, interventions=[looker])
-    found = masks.close((looker.map > masks.mixture_threshold(looker.map)).float())
-    return masks.fill_holes(found), back.cost
+    found = mask_ops.close((looker.map > mask_ops.mixture_threshold(looker.map)).float())
+    return mask_ops.fill_holes(found), back.cost
 
 
 class _WordMap(Intervention):

@@ -128,7 +128,7 @@ class TaughtClassifier:
         Raises BadInput if the folder is not empty.
         """
         target = writing.only_folder(folder, "the files of a model")
-        with writing.new_folder(target) as beside:
+        with writing.atomic_folder(target) as beside:
             self.model.save_pretrained(beside)  # type: ignore[operator]
             text = json.dumps({**self.facts, "epoch": self.epoch, "log": self.log}, indent=1)
             (beside / "robust_vit.json").write_text(text, encoding="utf-8")

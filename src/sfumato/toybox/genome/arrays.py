@@ -208,10 +208,10 @@ def save_arrays(path: Path | str, arrays: dict[str, np.ndarray], names: Vocabula
     """Writes arrays and their vocabulary to one safetensors file. Raises OSError."""
     from safetensors.numpy import save
 
-    from ...writing import replacing
+    from ...writing import atomic_write
 
     metadata = {"format": FORM, "vocabulary": json.dumps(asdict(names))}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(save({name: np.ascontiguousarray(each) for name, each in arrays.items()}, metadata))
     return Path(path)
 

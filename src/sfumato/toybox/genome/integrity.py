@@ -119,8 +119,8 @@ def check(path: Path | str) -> Iterator[Finding]:
             yield from _of_image(asked.file, image_id, images)
             for each in questions:
                 if each.region_id is not None and regions and each.region_id not in regions:
-                    told = f"question {each.id} is about region {each.region_id}, which is not there"
-                    yield Finding("qa_to_region_mapping.json", image_id, told)
+                    fault = f"question {each.id} is about region {each.region_id}, which is not there"
+                    yield Finding("qa_to_region_mapping.json", image_id, fault)
                 for one in (*each.question_objects, *each.answer_objects):
                     if known is not None and one.id not in known.get(image_id, ()):
                         yield Finding(asked.file, image_id, f"question {each.id} names object {one.id}, not there")
@@ -139,8 +139,8 @@ def _links(
             yield from _of_image(name, image_id, images)
             yield from _defined(name, image_id, (s for each in found for s in each.synsets), defined)
             if known is not None:
-                for told in dangling(found, set(known.get(image_id, np.empty(0)).tolist())):
-                    yield Finding(name, image_id, told)
+                for fault in dangling(found, set(known.get(image_id, np.empty(0)).tolist())):
+                    yield Finding(name, image_id, fault)
         yield from numbers.twice()
     name = "attributes.json"
     if genome.has(name):
@@ -164,8 +164,8 @@ def _graph(name: str, image_id: int, at: fields.Fields, known: set[int] | None) 
     objects = [fields.thing(each) for each in at.inner("objects", "object", "object_id", "id")]
     links = [fields.relationship(each) for each in at.inner("relationships", "relationship", "relationship_id", "id")]
     where = "" if name == "scene_graphs.json" else f"{at.place.rpartition(', ')[2]}: "
-    for told in dangling(links, {each.id for each in objects}):
-        yield Finding(name, image_id, f"{where}{told}")
+    for fault in dangling(links, {each.id for each in objects}):
+        yield Finding(name, image_id, f"{where}{fault}")
     for each in objects:
         if known is not None and each.id not in known:
             yield Finding(name, image_id, f"{where}object {each.id} is not in objects.json")
@@ -194,8 +194,8 @@ def _region(file: str, it: GenomeRegion, image: GenomeImage | None) -> Iterator[
     for each in it.mentions:
         said = it.phrase[each.start : each.end]
         if said.lower() != each.text.lower():
-            told = f"region {it.id}: characters {each.start} to {each.end} are {said!r}, not {each.text!r}"
-            yield Finding(file, it.image_id, told)
+            fault = f"region {it.id}: characters {each.start} to {each.end} are {said!r}, not {each.text!r}"
+            yield Finding(file, it.image_id, fault)
 
 
 def _defined(file: str, image_id: int, names: Iterable[str], defined: set[str] | None) -> Iterator[Finding]:

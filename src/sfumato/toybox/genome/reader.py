@@ -124,17 +124,17 @@ class VisualGenome:
 
     def table(self, name: str) -> dict[str, Any]:
         """A file that is one JSON object, as a whole: qa_to_region_mapping.json, object_synsets.json and the like."""
-        with self.source.open(name) as (file, told):
-            with streaming.readable(told):
+        with self.source.open(name) as (file, label):
+            with streaming.readable(label):
                 raw = file.read(LARGEST_TABLE + 1)
         if len(raw) > LARGEST_TABLE:
-            raise BadInput(f"{told} is larger than {LARGEST_TABLE >> 20} MB, the most that is read as a whole.")
+            raise BadInput(f"{label} is larger than {LARGEST_TABLE >> 20} MB, the most that is read as a whole.")
         try:
             value = valid.loads(raw)
         except ValueError as error:
-            raise BadInput(f"{told} is no JSON: {str(error)[:120]}.") from None
+            raise BadInput(f"{label} is no JSON: {str(error)[:120]}.") from None
         if not isinstance(value, dict):
-            raise BadInput(f"{told} is {valid.brief(value)}; it must be a JSON object.")
+            raise BadInput(f"{label} is {valid.brief(value)}; it must be a JSON object.")
         return value
 
     # -- all of an image ------------------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ class VisualGenome:
         for image in self.images():
             graph = next(graphs, None)
             if graph is None or graph.image_id != image.id:
-                told = "ends there" if graph is None else f"has image {graph.image_id}"
-                raise BadInput(f"image_data.json goes on with image {image.id}, but the graphs' file {told}.")
+                label = "ends there" if graph is None else f"has image {graph.image_id}"
+                raise BadInput(f"image_data.json goes on with image {image.id}, but the graphs' file {label}.")
             whole = GenomeGraph(image.id, tuple(self._inside(o, image) for o in graph.objects), graph.relationships)
             known = {each.id: each for each in whole.objects}
             yield GenomeRecord(
@@ -184,16 +184,16 @@ class VisualGenome:
             return ()
         found = next(stream, None)
         if found is None or found[0] != image_id:
-            told = "ends there" if found is None else f"has image {found[0]}"
-            raise BadInput(f"the files do not tell of the same images: at image {image_id}, {name} {told}.")
+            label = "ends there" if found is None else f"has image {found[0]}"
+            raise BadInput(f"the files do not tell of the same images: at image {image_id}, {name} {label}.")
         return found[1]
 
     # -- what all files share -------------------------------------------------------------------------------------
     def entries(self, name: str) -> Iterator[Fields]:
         """The entries of a file, one after the other."""
-        with self.source.open(name) as (file, told):
-            for index, raw in enumerate(streaming.items(file, told)):
-                yield Fields(raw, f"{told}, entry {index + 1}")
+        with self.source.open(name) as (file, label):
+            for index, raw in enumerate(streaming.items(file, label)):
+                yield Fields(raw, f"{label}, entry {index + 1}")
 
     def per_image(self, name: str) -> Iterator[tuple[Fields, int]]:
         """(entry, image id) of a file with one entry an image. Raises BadInput for an image that comes twice, and for

@@ -174,13 +174,13 @@ class JsonFiles:
         with self._archive(zipped) as archive:
             members = _members(archive, name)
             if len(members) != 1:
-                told = f"{len(members)} files of this name" if members else f"no {name}"
-                raise BadInput(f"{zipped} holds {told}; it has {_listed(archive.namelist())}.")
-            told = f"{name} in {zipped}"
-            with readable(told):
+                label = f"{len(members)} files of this name" if members else f"no {name}"
+                raise BadInput(f"{zipped} holds {label}; it has {_listed(archive.namelist())}.")
+            label = f"{name} in {zipped}"
+            with readable(label):
                 member = archive.open(members[0])
             with member:
-                yield member, told
+                yield member, label
 
 
 def _members(archive: zipfile.ZipFile, name: str) -> list[str]:

@@ -121,7 +121,7 @@ class GenomeWriter:
     """Writes records into a folder, one :meth:`add` after the other; use it in a ``with`` statement.
 
     Args:
-        folder: an existing folder, such as :func:`sfumato.writing.new_folder` gives.
+        folder: an existing folder, such as :func:`sfumato.writing.atomic_folder` gives.
         synsets: name -> definition.
         tables: surface names -> synset, by kind ("object", "attribute", "relationship").
         aliases: groups of names of one thing, the first of which is the one to use, for relationship_alias.txt.
@@ -210,7 +210,7 @@ def export_genome(
         "relationship": [w for w, (name, _) in SYNSETS.items() if ".r." in name],
     }
     tables = {kind: {word: SYNSETS[word][0] for word in each} for kind, each in words.items()}
-    with writing.new_folder(folder) as part:
+    with writing.atomic_folder(folder) as part:
         for name in ("VG_100K", "png"):
             (part / name).mkdir()
         ids = Counter()
@@ -262,7 +262,7 @@ def read_scenes(folder: Path | str) -> dict[int, Scene]:
 
 
 def _write_arrays(folder: Path) -> None:
-    """The arrays of both dialects, from the files just written: what a stranger would do with them."""
+    """The arrays of both dialects, from the files just written: as a user would make them."""
     names = vocabulary(VisualGenome(folder).records())
     (folder / "arrays").mkdir()
     for name, made in (("sgg", sgg_arrays), ("sg2im", sg2im_arrays)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfumato.toybox.oracle.accuracy import Accuracy, measure
-from sfumato.toybox.oracle.presence import Check, Rates, Wanted, check, find, rates, related, wanted
+from sfumato.toybox.oracle.presence import Check, Rates, RequestedToy, check, find, rates, related, requested_toys
 from sfumato.toybox.oracle.toy_judge import ObjectReading, SceneReading, ToyJudge, load_judge, read
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Rates",
     "SceneReading",
     "ToyJudge",
-    "Wanted",
+    "RequestedToy",
     "check",
     "find",
     "load_judge",
@@ -21,5 +21,5 @@ __all__ = [
     "rates",
     "read",
     "related",
-    "wanted",
+    "requested_toys",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, SIZES
-from sfumato.toybox.oracle.presence import Check, Wanted, check, related
+from sfumato.toybox.oracle.presence import Check, RequestedToy, check, related
 from sfumato.toybox.oracle.toy_judge import SceneReading
 
 _KINDS = {word: kind for kind, words in (("color", COLORS), ("pattern", PATTERNS), ("size", SIZES)) for word in words}
@@ -26,13 +26,13 @@ _BREAKS = frozenset("a an the and or with on by at in under to of next is are be
 class Requested:
     """The toys a caption names, in its order, and its relations (first toy, relation, second toy) by index."""
 
-    wishes: tuple[Wanted, ...]
+    requests: tuple[RequestedToy, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
 
 
 def requested(text: str) -> Requested:
     """What ``text`` asks for; relations other than left of, right of, in front of and behind are not judged."""
-    wishes: list[Wanted] = []
+    requests: list[RequestedToy] = []
     relations: list[tuple[int, str, int]] = []
     given: dict[str, str] = {}
     count, behind = 1, 0  # how many are announced; where the last toy's noun ended
@@ -41,10 +41,10 @@ def requested(text: str) -> Requested:
         shape = word if word in SHAPES else _PLURALS.get(word)
         if shape:
             many = count if word not in SHAPES or count == 1 else 1
-            between = _RELATIONS.findall(text.lower()[behind : match.start()]) if wishes else []
+            between = _RELATIONS.findall(text.lower()[behind : match.start()]) if requests else []
             if between:
-                relations.append((len(wishes) - 1, between[-1], len(wishes)))
-            wishes += [Wanted(shape, **given)] * many
+                relations.append((len(requests) - 1, between[-1], len(requests)))
+            requests += [RequestedToy(shape, **given)] * many
             given, count, behind = {}, 1, match.end()
         elif word in _KINDS:
             given[_KINDS[word]] = word
@@ -52,7 +52,7 @@ def requested(text: str) -> Requested:
             given, count = {}, _NUMBERS[word]
         elif word in _BREAKS:
             given, count = {}, 1
-    return Requested(tuple(wishes), tuple(relations))
+    return Requested(tuple(requests), tuple(relations))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CaptionCheck:
     toys: Check
     related: tuple[bool, ...]
     exact: bool
-    """Whether as many toys of the first wish's shape and colour were read as are asked for."""
+    """Whether as many toys of the first request's shape and colour were read as are asked for."""
 
     def solved(self, task: str | None) -> bool:
         """Whether the picture does what the ``task`` (:mod:`.prompts`) is about; None: everything requested."""
@@ -81,10 +81,10 @@ def check_caption(
     reading: SceneReading, want: Requested, attributes: Sequence[str] = ("shape", "color")
 ) -> CaptionCheck:
     """Compares a reading with what a caption asks for. Raises BadInput when it asks for nothing."""
-    found = check(reading, want.wishes, attributes)
-    requests = [wish.only(*attributes) for wish in want.wishes]
-    first = want.wishes[0].only("shape", "color")
-    meant = sum(wish.only("shape", "color") == first for wish in want.wishes)
+    found = check(reading, want.requests, attributes)
+    requests = [request.only(*attributes) for request in want.requests]
+    first = want.requests[0].only("shape", "color")
+    meant = sum(request.only("shape", "color") == first for request in want.requests)
     return CaptionCheck(
         found,
         tuple(related(reading, requests[i], how, requests[j]) for i, how, j in want.relations),

@@ -19,7 +19,7 @@ _KINDS = {"shape": SHAPES, "color": COLORS, "pattern": PATTERNS, "size": SIZES}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedToy:
     """A toy the prompt asks for; None leaves an attribute free."""
 
     shape: str | None = None
@@ -28,7 +28,7 @@ class Wanted:
     size: str | None = None
 
     @classmethod
-    def parse(cls, words: str | Iterable[str]) -> Wanted:
+    def parse(cls, words: str | Iterable[str]) -> RequestedToy:
         """From words such as ``"a small red striped cube"``; words that name no attribute are skipped."""
         found: dict[str, str] = {}
         for word in words.lower().split() if isinstance(words, str) else words:
@@ -39,31 +39,31 @@ class Wanted:
             raise BadInput(f"no toy is described by {words!r}; use words such as 'red cube'.")
         return cls(**found)
 
-    def only(self, *names: str) -> Wanted:
-        """The same wish with every attribute but ``names`` left free."""
-        return Wanted(**{field.name: getattr(self, field.name) for field in fields(self) if field.name in names})
+    def only(self, *names: str) -> RequestedToy:
+        """The same request with every attribute but ``names`` left free."""
+        return RequestedToy(**{field.name: getattr(self, field.name) for field in fields(self) if field.name in names})
 
     def fits(self, toy: ObjectReading) -> bool:
         """Whether a toy that was read is what is wanted."""
         return toy.has(shape=self.shape, color=self.color, pattern=self.pattern, size=self.size)
 
 
-def wanted(source: Scene | Caption) -> tuple[Wanted, ...]:
-    """What a scene shows, or what a caption names (in the order of its phrases), as wishes."""
+def requested_toys(source: Scene | Caption) -> tuple[RequestedToy, ...]:
+    """What a scene shows, or what a caption names (in the order of its phrases), as requests."""
     if isinstance(source, Scene):
-        return tuple(Wanted(toy.shape, toy.color, toy.pattern, toy.size) for toy in source.toys)
+        return tuple(RequestedToy(toy.shape, toy.color, toy.pattern, toy.size) for toy in source.toys)
     named = [phrase for phrase in source.phrases if phrase.object is not None]
-    return tuple(Wanted.parse([word.text for word in (*phrase.modifiers, phrase.head)]) for phrase in named)
+    return tuple(RequestedToy.parse([word.text for word in (*phrase.modifiers, phrase.head)]) for phrase in named)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One picture against its wishes.
+    """One picture against its requests.
 
     Attributes:
-        present: per wish, whether its shape is there (each toy read serves one wish).
-        bound: per wish, whether a toy with all its wanted attributes is there.
-        leaked: per wish, whether it is not bound and a toy of its shape wears the colour of another wish.
+        present: per request, whether its shape is there (each toy read serves one request).
+        bound: per request, whether a toy with all its wanted attributes is there.
+        leaked: per request, whether it is not bound and a toy of its shape has the colour of another request.
         counted: whether as many toys were read as wanted.
     """
 
@@ -79,23 +79,25 @@ class Check:
 
     @property
     def all_bound(self) -> bool:
-        """Every wish is there with all its attributes."""
+        """Every request is there with all its attributes."""
         return all(self.bound)
 
 
-def check(reading: SceneReading, wishes: Sequence[Wanted], attributes: Sequence[str] = ("shape", "color")) -> Check:
-    """Compares a reading with wishes on ``attributes`` (those a wish leaves free never count against it)."""
-    if not wishes:
-        raise BadInput("check: wishes is empty.")
+def check(
+    reading: SceneReading, requests: Sequence[RequestedToy], attributes: Sequence[str] = ("shape", "color")
+) -> Check:
+    """Compares a reading with requests on ``attributes`` (those a request leaves free never count against it)."""
+    if not requests:
+        raise BadInput("check: requests is empty.")
     toys = reading.objects
-    strict = [wish.only(*attributes) for wish in wishes]
-    shapes = [wish.only("shape") for wish in wishes]
+    strict = [request.only(*attributes) for request in requests]
+    shapes = [request.only("shape") for request in requests]
     bound = _matched(strict, toys)
     leaked = []
-    for i, wish in enumerate(wishes):
-        others = {other.color for j, other in enumerate(wishes) if j != i} - {wish.color, None}
+    for i, request in enumerate(requests):
+        others = {other.color for j, other in enumerate(requests) if j != i} - {request.color, None}
         leaked.append(not bound[i] and any(shapes[i].fits(toy) and toy.color in others for toy in toys))
-    return Check(_matched(shapes, toys), bound, tuple(leaked), len(toys) == len(wishes))
+    return Check(_matched(shapes, toys), bound, tuple(leaked), len(toys) == len(requests))
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Rates:
 
 
 def rates(checks: Sequence[Check]) -> Rates:
-    """Shares of ``present``, ``bound``, ``leaked`` per wish, of the others per picture."""
+    """Shares of ``present``, ``bound``, ``leaked`` per request, of the others per picture."""
     return Rates(
         present=stats.share([hit for one in checks for hit in one.present]),
         all_present=stats.share([one.all_present for one in checks]),
@@ -126,9 +128,9 @@ def rates(checks: Sequence[Check]) -> Rates:
     )
 
 
-def find(reading: SceneReading, wish: Wanted) -> ObjectReading | None:
-    """The most confident toy that fits a wish, or None."""
-    return next((toy for toy in reading.objects if wish.fits(toy)), None)
+def find(reading: SceneReading, request: RequestedToy) -> ObjectReading | None:
+    """The most confident toy that fits a request, or None."""
+    return next((toy for toy in reading.objects if request.fits(toy)), None)
 
 
 RELATIONS: dict[str, Callable[[ObjectReading, ObjectReading], bool]] = {
@@ -140,7 +142,7 @@ RELATIONS: dict[str, Callable[[ObjectReading, ObjectReading], bool]] = {
 }
 
 
-def related(reading: SceneReading, first: Wanted, relation: str, second: Wanted) -> bool:
+def related(reading: SceneReading, first: RequestedToy, relation: str, second: RequestedToy) -> bool:
     """Whether two different toys that fit ``first`` and ``second`` stand in ``relation`` in the picture."""
     if relation not in RELATIONS:
         raise BadInput(f"related: relation={relation!r}; allowed: {', '.join(RELATIONS)}.")
@@ -149,12 +151,12 @@ def related(reading: SceneReading, first: Wanted, relation: str, second: Wanted)
     return any(a is not b and first.fits(a) and second.fits(b) and holds(a, b) for a in toys for b in toys)
 
 
-def _matched(wishes: Sequence[Wanted], toys: Sequence[ObjectReading]) -> tuple[bool, ...]:
-    """Whose wish is served in a maximum matching of wishes and toys; earlier wishes are served first."""
+def _matched(requests: Sequence[RequestedToy], toys: Sequence[ObjectReading]) -> tuple[bool, ...]:
+    """Which request is served in a maximum matching of requests and toys; earlier requests are served first."""
     from scipy.optimize import linear_sum_assignment
 
-    # a wish that comes earlier is worth more, so the heaviest matching is the largest one that prefers it
-    worth = np.array([[(len(wishes) - i) * wish.fits(toy) for toy in toys] for i, wish in enumerate(wishes)])
-    worth = worth.reshape(len(wishes), len(toys))
+    # a request that comes earlier is worth more, so the heaviest matching is the largest one that prefers it
+    worth = np.array([[(len(requests) - i) * request.fits(toy) for toy in toys] for i, request in enumerate(requests)])
+    worth = worth.reshape(len(requests), len(toys))
     served = {int(i) for i, j in zip(*linear_sum_assignment(worth, maximize=True), strict=True) if worth[i, j]}
-    return tuple(i in served for i in range(len(wishes)))
+    return tuple(i in served for i in range(len(requests)))

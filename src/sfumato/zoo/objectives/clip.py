@@ -338,7 +338,7 @@ class CLIPObjective(Objective):
             right["beats_colour_swap"] += (scores.diagonal()[pairs] > rival).tolist()
         return {name: float(np.mean(values)) for name, values in right.items()}
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         size = self.recipe.data.size
         half = [0.5, 0.5, 0.5]
         processor = CLIPImageProcessorPil(

@@ -122,7 +122,7 @@ class CNNObjective(Objective):
         rows = [to_tensor(np.flatnonzero(self.train_data.labels == k)[:8]) for k in range(len(CUES))]
         return sheets.sheet(torch.cat([data.pictures(self.train_data, row) for row in rows]), 8, scale=2, gap=0)
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         size, half = self.recipe.data.size, [0.5, 0.5, 0.5]
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=half, image_std=half

@@ -232,7 +232,7 @@ class DetrObjective(Objective):
                 draw.rectangle((x0 + k * size, y0, max(x0, x1 - 1) + k * size, max(y0, y1 - 1)), outline=(255, 0, 0))
         return sheet
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         size = self.recipe.data.size
         mean = [0.5, 0.5, 0.5]
         return [

@@ -19,11 +19,11 @@ from PIL.Image import Image
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
-from sfumato import masks, registry, sheets
+from sfumato import mask_ops, registry, sheets
 from sfumato.arrays import to_tensor
 from sfumato.toybox import COLORS, Scene, ToyboxDataset
 from sfumato.toybox import caption as describe
-from sfumato.toybox.oracle.presence import Wanted, find, wanted
+from sfumato.toybox.oracle.presence import RequestedToy, find, requested_toys
 from sfumato.toybox.oracle.toy_judge import load_judge
 from sfumato.training import data
 from sfumato.training.draw import Draw
@@ -84,7 +84,7 @@ class InpaintObjective(DiffusionObjective):
         (b, 3, H, W), the pictures with the hole in grey."""
         batch = super().draw_latents(source, latents, indices, draw)
         hole = self.holes(source, indices, draw)
-        grid = masks.on_grid(hole, batch["x0"].shape[-2:], self.loss_options.coverage)[:, None]
+        grid = mask_ops.on_grid(hole, batch["x0"].shape[-2:], self.loss_options.coverage)[:, None]
         weight = batch["weight"] * (1 + (self.loss_options.hole_weight - 1) * grid)
         erased = data.pictures(source, indices) * (1 - hole[:, None])
         return {**batch, "weight": weight / weight.mean(), "hole": grid, "erased": erased}
@@ -223,7 +223,7 @@ def toy_hole(toys: np.ndarray, grow: int, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.5:
         rows, columns = hole.amax(1).nonzero()[:, 0], hole.amax(0).nonzero()[:, 0]
         hole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 1
-    return masks.dilate(hole, int(rng.integers(1, grow + 1)) if grow else 0)
+    return mask_ops.dilate(hole, int(rng.integers(1, grow + 1)) if grow else 0)
 
 
 def inside(scene: Scene, toys: np.ndarray, hole: np.ndarray) -> Scene:
@@ -237,10 +237,10 @@ def inside(scene: Scene, toys: np.ndarray, hole: np.ndarray) -> Scene:
     return scene.replace(toys=tuple(toys_inside))
 
 
-def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, Wanted]]:
+def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, RequestedToy]]:
     """Up to ``n`` times: a picture's index, the box (H, W) of its first toy, the caption with another colour for that
     toy, and what the judge should find."""
-    found: list[tuple[int, Tensor, str, Wanted]] = []
+    found: list[tuple[int, Tensor, str, RequestedToy]] = []
     for i, scene in enumerate(source.scenes):
         if len(found) == n:
             break
@@ -254,6 +254,6 @@ def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, 
         rows, columns = np.nonzero(source.masks[i] == 0)
         hole = torch.zeros(source.masks[i].shape)
         hole[max(rows.min() - 2, 0) : rows.max() + 3, max(columns.min() - 2, 0) : columns.max() + 3] = 1
-        wish = next(w for w in wanted(caption) if (w.shape, w.color) == (other.toys[0].shape, color))
-        found.append((i, hole, caption.text, wish))
+        request = next(w for w in requested_toys(caption) if (w.shape, w.color) == (other.toys[0].shape, color))
+        found.append((i, hole, caption.text, request))
     return found

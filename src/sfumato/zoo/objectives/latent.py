@@ -24,7 +24,7 @@ from sfumato.models import Model
 from sfumato.ondemand import Spec, Store
 from sfumato.toybox import ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
-from sfumato.toybox.oracle.presence import check, wanted
+from sfumato.toybox.oracle.presence import check, requested_toys
 from sfumato.toybox.oracle.toy_judge import load_judge
 from sfumato.training import data
 from sfumato.training.draw import Draw
@@ -256,7 +256,7 @@ class LatentObjective(Objective):
             for start in range(0, n, 40):
                 part = captions[start : start + 40]
                 pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
-                checks = [check(r, wanted(one)) for r, one in zip(judge.read(pixels), part, strict=True)]
+                checks = [check(r, requested_toys(one)) for r, one in zip(judge.read(pixels), part, strict=True)]
                 hits += [one.all_bound for one in checks]
                 counted += [one.counted for one in checks]
             quality[name] = float(np.mean(hits))

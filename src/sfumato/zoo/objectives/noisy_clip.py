@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sfumato.arrays import to_tensor
-from sfumato.models.readers.noised import PLANES, alpha_sigma, codec_mark, noised_input
+from sfumato.models.readers.noised import PLANES, alpha_sigma, codec_hash, noised_input
 from sfumato.toybox import caption as describe
 from sfumato.training import data
 from sfumato.training.draw import Draw
@@ -88,7 +88,7 @@ class NoisyCLIPObjective(LatentObjective):
     def setup(self, device: torch.device) -> None:
         super().setup(device)
         self.teacher.to(device)
-        self.clip.config.noised = {"planes": PLANES, "codec": codec_mark(self.vae)}
+        self.clip.config.noised = {"planes": PLANES, "codec": codec_hash(self.vae)}
         if not self.recipe.init_from:
             self.fit_patches(min(1000, len(self.train_data)))
 
@@ -203,7 +203,7 @@ class NoisyCLIPObjective(LatentObjective):
     def grid(self) -> None:
         return None
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         return [self.tokenizer]
 
     def export(self, folder: Path) -> dict[str, Any]:

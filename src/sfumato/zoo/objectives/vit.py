@@ -189,7 +189,7 @@ class VitObjective(Objective):
                 figures[f"{split}_{name}s_of_several"] = float(right[~single].float().mean())
         return figures
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         side, half = self.recipe.data.size, [0.5, 0.5, 0.5]
         return [ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)]
 

@@ -1,8 +1,8 @@
-"""Vital signs of a text-to-image model: is every level of the denoiser alive, and does every word act where it stands?
+"""Vital signs of a text-to-image model: does every level of the denoiser matter, does every word act where it is?
 
 A denoiser can draw well and still be dead inside: a middle block that changes nothing, attention that looks at the
 start token alone, nouns that carry what their adjectives say. Whatever is then measured on its features, its attention
-or its words says nothing about models that are not so. Three signs, in plain numbers with a bar (:func:`complaints`):
+or its words says nothing about models that are not so. Three signs, with a bar each (:func:`failed_checks`):
 
 - ``zeroed``: by how much the predicted clean latents change when the output of a block is set to zero,
 - ``words``: how much attention the best-seen word gets at each site that reads the text,
@@ -28,7 +28,7 @@ from sfumato.sampling import Intervention, Path, generate
 from sfumato.sampling.run import Run
 from sfumato.text.words import Words
 from sfumato.toybox import COLORS, GROUNDS, SHAPES, Toy, caption, is_held_out, render, sample_scene
-from sfumato.toybox.oracle.presence import Wanted, find
+from sfumato.toybox.oracle.presence import RequestedToy, find
 from sfumato.toybox.oracle.toy_judge import ToyJudge
 
 LEVELS = (900, 500)  # timesteps, out of 1000, at which blocks are silenced and attention is looked at
@@ -63,8 +63,8 @@ def vital_signs(
     return signs
 
 
-def complaints(signs: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a model, by its signs; empty when it lives.
+def failed_checks(signs: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a model, by its signs; empty when all hold.
 
     Bars: every block changes the clean latents by ``LEAST_CHANGE`` of their energy; at every site some word gets
     ``LEAST_ATTENTION``; a colour exchanged at its own token shows in ``LEAST_SWAPPED`` of the pictures and in more than
@@ -220,7 +220,7 @@ def swapped_colors(model: Model, judge: ToyJudge, n: int = 24, steps: int | None
         drawn = generate(model, [case[0] for case in cases], steps=steps, seed=0, batch_size=12, interventions=acting)
         assert drawn.pixels is not None  # they are decoded
         readings = judge.read(drawn.pixels.float().clamp(-1, 1).cpu())
-        wanted = [Wanted(prompt.split()[2], old if place is None else new) for prompt, _, old, new in cases]
+        wanted = [RequestedToy(prompt.split()[2], old if place is None else new) for prompt, _, old, new in cases]
         return float(np.mean([find(r, w) is not None for r, w in zip(readings, wanted, strict=True)]))
 
     return {"plain": share(None), **{place: share(place) for place in PLACES}}

@@ -223,7 +223,7 @@ class VQAObjective(Objective):
         out = {f"right_{kind}": float(np.mean(values)) for kind, values in right.items() if values}
         return {"right": float(np.mean([value for values in right.values() for value in values])), **out}
 
-    def companions(self) -> list[Any]:
+    def processors(self) -> list[Any]:
         return [self.tokenizer]
 
     def export(self, folder: Path) -> dict[str, Any]:

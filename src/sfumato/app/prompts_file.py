@@ -33,7 +33,7 @@ LONGEST_LINE = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
-class Line:
+class PromptLine:
     """One line of a prompts file: its number, what to make, and what else it says; or what is wrong with it."""
 
     number: int
@@ -42,7 +42,7 @@ class Line:
     wrong: str = ""
 
 
-def read_prompts(path: Path, overrides: dict[str, Any]) -> Iterator[Line]:
+def read_prompts(path: Path, overrides: dict[str, Any]) -> Iterator[PromptLine]:
     """The lines of a JSONL file or pipe (``-``: standard input), one by one: a JSON object each with the keys of
     :class:`JobOptions` (and :data:`ANNOTATIONS`); ``overrides`` win.
 
@@ -72,26 +72,26 @@ def _raw_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _line(number: int, text: bytes, overrides: dict[str, Any]) -> Line:
+def _line(number: int, text: bytes, overrides: dict[str, Any]) -> PromptLine:
     if len(text) > LONGEST_LINE:
-        return Line(number, None, wrong=f"it is longer than {LONGEST_LINE} bytes.")
+        return PromptLine(number, None, wrong=f"it is longer than {LONGEST_LINE} bytes.")
     try:
         given = valid.parsed_json(text)
     except ValueError as error:
         why = f": {error}" if isinstance(error, valid.BadJson) else ""
         example = '{"prompt": "a red cube", "seed": 1}'
-        return Line(number, None, wrong=f"not a JSON object{why}; write lines such as {example}.")
+        return PromptLine(number, None, wrong=f"not a JSON object{why}; write lines such as {example}.")
     if not isinstance(given, dict):
-        return Line(number, None, wrong=f"not a JSON object but {valid.brief(given)}.")
+        return PromptLine(number, None, wrong=f"not a JSON object but {valid.brief(given)}.")
     about = {name: given.pop(name) for name in ANNOTATIONS if name in given}
     try:
-        return Line(number, JobOptions(**{**given, **overrides}), about)
+        return PromptLine(number, JobOptions(**{**given, **overrides}), about)
     except SfumatoError as error:
-        return Line(number, None, wrong=str(error))
+        return PromptLine(number, None, wrong=str(error))
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeFiles:
     """A picture of a long list: its files, and whether it was there already. ``seconds`` and ``cost`` when made now."""
 
     paths: list[Path]
@@ -100,12 +100,12 @@ class Made:
     cost: float = 0.0
 
 
-class BadLines(BadInput):
+class BadPrompts(BadInput):
     """Some lines of a prompts file could not be followed; all others were."""
 
 
 def make_prompts(
-    lines: Iterable[Line],
+    lines: Iterable[PromptLine],
     batch: JobBatch,
     out: Path,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -113,7 +113,7 @@ def make_prompts(
     model: Model | None = None,
     ray: bool = False,
     workers: int | None = None,
-) -> Iterator[Made]:
+) -> Iterator[MadeFiles]:
     """Make the pictures of a prompts file one by one in folder ``out``, which keeps ``metadata.jsonl`` of them.
 
     What that file says is done is not made again; so the same call goes on after a kill. Lines that cannot be followed
@@ -121,14 +121,14 @@ def make_prompts(
     (:mod:`sfumato.scale`); files, their order and their content are the same.
 
     Raises:
-        BadLines: some could not be followed. Everything that :func:`make_files` raises that concerns all lines.
+        BadPrompts: some could not be followed. Everything that :func:`make_files` raises that concerns all lines.
     """
     batch.systems()
     inputs = batch.inputs()
     wrong: list[str] = []
     tally = {"lines": 0, "done": 0}
 
-    def jobs() -> Iterator[tuple[int, Line, JobOptions]]:
+    def jobs() -> Iterator[tuple[int, PromptLine, JobOptions]]:
         """(index, line, one picture of it), for every line that can be followed."""
         for index, line in enumerate(lines):
             tally["lines"] += 1
@@ -160,14 +160,14 @@ def make_prompts(
     if wrong:
         named = " ".join(wrong[:3]) + (f" And {len(wrong) - 3} more." if len(wrong) > 3 else "")
         finished = f" The {done} pictures of the others are in {out}." if done else ""
-        raise BadLines(f"{len(wrong)} of {count} lines could not be followed: {named}{finished}")
+        raise BadPrompts(f"{len(wrong)} of {count} lines could not be followed: {named}{finished}")
 
 
-Answer = tuple[int, Line, Any]
+Answer = tuple[int, PromptLine, Any]
 
 
 def _make_lines(
-    jobs: Iterator[tuple[int, Line, JobOptions]],
+    jobs: Iterator[tuple[int, PromptLine, JobOptions]],
     batch: JobBatch,
     inputs: InputPictures,
     out: Path,
@@ -195,7 +195,7 @@ def _make_lines(
             key = _job_key(options, batch, inputs, model.weight_hash, str(model.dtype))
             there = journal.take(key)
             if there is not None:
-                yield index, line, Made([there], there=True)
+                yield index, line, MadeFiles([there], there=True)
                 continue
             result, seconds = _timed(model, options, batch, inputs, on_progress)
             row = _row(options, line.about, seconds, result.cost)
@@ -204,7 +204,7 @@ def _make_lines(
                 return write(result, out, batch.maps, at, new=True)
 
             paths = journal.put(key, _stem(options), row, ending(result), save)
-            made = Made(paths, False, seconds, result.cost)
+            made = MadeFiles(paths, False, seconds, result.cost)
         except SfumatoError as error:
             if isinstance(error, WorkInterrupted):
                 raise
@@ -215,7 +215,7 @@ def _make_lines(
 
 
 def _spread_lines(
-    jobs: Iterator[tuple[int, Line, JobOptions]],
+    jobs: Iterator[tuple[int, PromptLine, JobOptions]],
     batch: JobBatch,
     inputs: InputPictures,
     out: Path,
@@ -241,21 +241,23 @@ def _spread_lines(
 
     for (index, line, options, key, there), answer in pool.map(items()):
         if there is not None or isinstance(answer, str):
-            yield index, line, Made([there], there=True) if there is not None else answer
+            yield index, line, MadeFiles([there], there=True) if there is not None else answer
             continue
 
-        def put(options: JobOptions = options, line: Line = line, key: str = key, answer: Any = answer) -> Made:
+        def put(
+            options: JobOptions = options, line: PromptLine = line, key: str = key, answer: Any = answer
+        ) -> MadeFiles:
             parts, seconds, cost = answer
 
             def save(path: Path) -> list[Path]:
                 written = [path.with_name(path.stem + suffix) for suffix, _ in parts]
                 for at, (_, content) in zip(written, parts, strict=True):  # what is drawn beside it carries its name
-                    with writing.replacing(at, new=at == path) as file:
+                    with writing.atomic_write(at, new=at == path) as file:
                         file.write(content)
                 return written
 
             row = _row(options, line.about, seconds, cost)
-            return Made(journal.put(key, _stem(options), row, parts[0][0], save), False, seconds, cost)
+            return MadeFiles(journal.put(key, _stem(options), row, parts[0][0], save), False, seconds, cost)
 
         yield index, line, put
 

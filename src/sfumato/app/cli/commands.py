@@ -19,7 +19,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from sfumato.app.cli import options
-from sfumato.errors import BadInput, SfumatoError, UnknownName, no_memory
+from sfumato.errors import BadInput, SfumatoError, UnknownName, is_out_of_memory
 
 HERE = Path(__file__).parent
 #: the commands in the order in which help lists them; each is the module of this name, read when it is called
@@ -117,7 +117,7 @@ def _report(error: BaseException) -> int:
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         message, code = "interrupted; nothing half-written is left.", 130
-    elif no_memory(error):
+    elif is_out_of_memory(error):
         message, code = (
             "it does not fit into memory; make less at once (-n, --batch), smaller, or in --dtype bfloat16.",
             2,

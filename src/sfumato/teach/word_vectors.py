@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, UnknownName
 from sfumato.models import Model
-from sfumato.models.slot import TextTower, text_towers
+from sfumato.models.text_towers import TextTower, text_towers
 
 __all__ = ["WordVectors", "towers_of"]
 
@@ -63,13 +63,13 @@ class WordVectors:
         """Copies of them as they are now, without gradients."""
         return {name: rows.detach().clone() for name, rows in self.parameters.items()}
 
-    def far(self) -> Tensor:
+    def distance_from_start(self) -> Tensor:
         """Mean squared distance () from where they began, the regulariser of the original code."""
         parts = [(rows - self.start[name]).square().sum(1).mean() for name, rows in self.parameters.items()]
         return torch.stack(parts).mean()
 
     @torch.no_grad()
-    def guard(self, how: str) -> None:
+    def constrain(self, how: str) -> None:
         """After an optimizer's step. "clamp": no vector is longer than the longest of the table; "pull": the deviation
         of its numbers is drawn towards the table's by the power 0.1 of their ratio."""
         for tower in self.towers:

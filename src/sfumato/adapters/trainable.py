@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.layers import Adapted, Scaling, held
-from sfumato.adapters.weight_sets import exchanged
+from sfumato.adapters.layers import AdaptedModule, Scaling, adapt_module
+from sfumato.adapters.weight_sets import swapped_weights
 from sfumato.errors import BadInput, NoMatch, nearest
 from sfumato.models import Model
 from sfumato.rng import stream
 
-__all__ = ["CROSS", "ATTENTION", "TEXT", "adapting", "copies", "fresh_lora", "learning_weights", "matching"]
+__all__ = ["CROSS", "ATTENTION", "TEXT", "adapting", "copies", "new_lora", "substituted_weights", "matching"]
 
 ATTENTION = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 """The projections of every attention, as diffusers' training scripts choose."""
@@ -37,7 +37,7 @@ def matching(model: Model, component: str, pattern: str) -> list[str]:
     return found
 
 
-def fresh_lora(
+def new_lora(
     model: Model,
     targets: Mapping[str, str],
     rank: int = 4,
@@ -46,7 +46,7 @@ def fresh_lora(
     dora: bool = False,
     rslora: bool = False,
     seed: int = 0,
-) -> dict[str, Adapted]:
+) -> dict[str, AdaptedModule]:
     """A LoRA that changes nothing yet: ways down are drawn (normal, deviation 1 / rank, as diffusers' scripts have it),
     ways up are zero, in full precision whatever the model's; a DoRA's lengths are those of the weights' rows.
 
@@ -56,7 +56,7 @@ def fresh_lora(
 
     Raises NoMatch where an expression fits nothing.
     """
-    out: dict[str, Adapted] = {}
+    out: dict[str, AdaptedModule] = {}
     for component, pattern in targets.items():
         for path in matching(model, component, pattern):
             module = model.modules[component].get_submodule(path)
@@ -69,7 +69,7 @@ def fresh_lora(
             }
             if dora:
                 parts["magnitude"] = weight.detach().float().flatten(1).norm(dim=1)
-            out[f"{component}.{path}"] = held(
+            out[f"{component}.{path}"] = adapt_module(
                 module, parts, Scaling(alpha, rslora), f"{component}.{path}", dtype=torch.float32
             )
     for each in out.values():
@@ -79,11 +79,11 @@ def fresh_lora(
 
 
 @contextmanager
-def adapting(adapted: Mapping[str, Adapted]) -> Iterator[None]:
+def adapting(adapted: Mapping[str, AdaptedModule]) -> Iterator[None]:
     """While it lasts, the model works with these adapters, and gradients reach them."""
     handles = []
 
-    def hook(each: Adapted):  # noqa: ANN202
+    def hook(each: AdaptedModule):  # noqa: ANN202
         return lambda _, args, output: each.added(args[0], output, 1.0)
 
     try:
@@ -117,11 +117,11 @@ def copies(model: Model, targets: Mapping[str, str]) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def learning_weights(model: Model, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def substituted_weights(model: Model, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """While it lasts, these parameters stand in the place of the model's own."""
     by_component: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in weights.items():
         component, _, path = name.partition(".")
         by_component.setdefault(component, {})[path] = parameter
-    with exchanged(model.modules, by_component):
+    with swapped_weights(model.modules, by_component):
         yield

@@ -9,7 +9,7 @@ from typing import Any
 _MARK = "\ue000"
 
 
-def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
+def chat_template(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
     """The template of a chat in which the text is all that the user says, by a tokenizer that has one."""
 
     def template(text: str) -> str:
@@ -21,7 +21,7 @@ def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
     return template
 
 
-class Templated:
+class TemplatedTokenizer:
     """A tokenizer that puts the text into a template first. Tokens of the template count as special ones, added by
     the tokenizer; offsets are those of the text. ``template`` maps a text to what is tokenized, the text in it once;
     ``always``: options of every call."""

@@ -9,7 +9,7 @@ from sfumato.models.families.base import Family, TextStream
 from sfumato.models.site import Layer
 
 
-class Captioned(Family):
+class CrossAttentionTransformer(Family):
     """The base of such families; ``encoder``: the name of their text stream."""
 
     encoder: ClassVar[str] = "t5"

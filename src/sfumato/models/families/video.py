@@ -12,7 +12,7 @@ from sfumato.models.families.base import Family
 from sfumato.models.site import Site, SiteList
 
 
-class ClipTransformer(Family):
+class VideoTransformer(Family):
     """The base of such families. Nothing is folded: a sequence holds the places of all frames, (f h w)."""
 
     denoiser_name = "transformer"

@@ -1,4 +1,4 @@
-"""A slot in a prompt: vectors in place of the embeddings of some of its tokens, in every text encoder of a model.
+"""The text encoders of a pipeline, and vectors in place of the embeddings of some tokens of a prompt.
 
 Nothing is added to tokenizers and no weight changes: a hook on the table of token embeddings answers otherwise while
 the context lasts, and gradients flow to the vectors.
@@ -9,8 +9,8 @@ the context lasts, and gradients flow to the vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
 
-__all__ = ["TextTower", "frozen", "frozen_weights", "in_place", "pseudo_word", "text_towers", "token_of", "tokens_of"]
+__all__ = ["TextTower", "in_place", "pseudo_word", "text_towers", "token_of", "tokens_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def tokens_of(tower: TextTower, word: str) -> tuple[int, ...]:
     found = [each[0] for each in (inside, alone) if len(each) == 1 and each[0] != tower.tokenizer.unk_token_id]
     if not found:
         count = max(len(inside), len(alone))
-        raise BadInput(f"{word!r} is {count} tokens in {tower.name}; only a word of one token can be a slot.")
+        raise BadInput(f"{word!r} is {count} tokens in {tower.name}; only a word of one token can stand for a vector.")
     return tuple(dict.fromkeys(map(int, found)))
 
 
@@ -129,21 +129,3 @@ def _putting(
         return torch.where(mine[..., None], vector.to(embeds), embeds)
 
     return change
-
-
-def frozen(model: Any) -> AbstractContextManager[None]:
-    """While it lasts, no weight of the model receives gradients; vectors and latents may."""
-    return frozen_weights(model.modules.values())
-
-
-@contextmanager
-def frozen_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it lasts, no weight of these modules receives gradients."""
-    weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)

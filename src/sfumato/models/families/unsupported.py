@@ -1,4 +1,4 @@
-"""Pipeline classes of diffusers that no family here serves although their kin are served, and why."""
+"""Pipeline classes of diffusers that no family here serves although their siblings are, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KOLORS = (
 _CLIP_BY_PICTURE = f"its text encoder reads the first picture too (LLaVA); {_GUEST}, or load HunyuanVideoPipeline"
 
 #: class -> why, and what to use
-UNSERVED = {
+UNSUPPORTED = {
     **dict.fromkeys(("KolorsPipeline", "KolorsImg2ImgPipeline", "KolorsPAGPipeline"), _KOLORS),
     **dict.fromkeys(
         (

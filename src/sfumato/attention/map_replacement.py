@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class OtherMap:
+class MapReplacement:
     """A map in place of a call's own, in some ``rows`` of its batch, without materialising it.
 
     ``attend(own)`` gives the output (b k n d) of those rows, ``probs(own, queries)`` their map (b k n t) for some
