@@ -77,6 +77,30 @@ def _t2i(kind: str) -> Any:
     )
 
 
+def _latent_upscaler() -> Any:
+    """Of Katherine Crowson's blocks, told the noise and the pooled text."""
+    unet = diffusers.UNet2DConditionModel(
+        in_channels=8,
+        out_channels=5,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None,
+        block_out_channels=(32, 64, 64),
+        act_fn="gelu",
+        norm_num_groups=None,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        timestep_post_act="gelu",
+        time_cond_proj_dim=128 + 16,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(prediction_type="sample")
+    return _of("sd", diffusers.StableDiffusionLatentUpscalePipeline, unet=unet, scheduler=scheduler)
+
+
 def _ip_adapter(pipe: Any) -> Any:
     """With an image prompt of four tokens of its own beside the text, in every cross-attention."""
     width, seen = pipe.unet.config.cross_attention_dim, 12
@@ -109,6 +133,7 @@ BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         ),
         {"image": picture()},
     ),
+    "sd latent upscale": (_latent_upscaler, {"image": picture()}),
     "sd pix2pix": (
         lambda: _of("sd", diffusers.StableDiffusionInstructPix2PixPipeline, unet=_unet("sd", in_channels=8)),
         {"image": picture(), "image_guidance_scale": 1.5},

@@ -24,6 +24,8 @@ KINDS = {
     "amused": "amused",
 }
 """Tiny model -> the family it belongs to."""
+YOUNGER = {"sana": "sana", "klein": "flux2-klein", "hidream": "hidream"}
+"""More of them, which systems meet in turn: see :func:`younger`."""
 BY_NAME = {family.name: family for family in families().values()}
 
 SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
@@ -56,9 +58,25 @@ def cover(check: str) -> list[tuple[str, str]]:
                 chosen = kind in TWO or only(key) or len(keys) < len(COVERED) or (k + i) % len(COVERED) == turn
             if chosen:
                 found.append((key, kind))
+    return found + younger(check)
+
+
+def younger(check: str) -> list[tuple[str, str]]:
+    """Those of the models of :data:`YOUNGER`: each system meets one of them that has what it needs, in one check. What
+    is made for a model (adapters, experts) is tried on these by tests of its own."""
+    return [pair for i, pair in enumerate(MET) if i % len(COVERED) == COVERED.index(check)]
+
+
+def _met() -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, card in SYSTEMS.items():
+        fitting = [kind for kind, name in YOUNGER.items() if BY_NAME[name].capabilities.issuperset(card.needs)]
+        if fitting and method(key).role != "adapter" and "models" not in method(key).Params.model_fields:
+            found.append((key, fitting[len(found) % len(fitting)]))
     return found
 
 
+MET = _met()
 TWO = ("sd", "sd3")
 COVERED = ("identity", "detaches", "batch_independent", "wide_pictures")
 

@@ -15,13 +15,16 @@ from tests.contract.systems import (
     COVERED,
     ELSEWHERE,
     KINDS,
+    MET,
     ONCE,
     PAIRS,
     SYSTEMS,
+    YOUNGER,
     cover,
     maker,
     once,
     weakener,
+    younger,
 )
 from tests.tiny import tiny_model
 
@@ -105,7 +108,7 @@ def test_other_families_are_refused(key, kind):
 @pytest.mark.parametrize("check", COVERED)
 def test_checks_that_take_turns_meet_every_model_and_every_system(check):
     checked = cover(check)
-    assert {kind for _, kind in checked} == {kind for _, kind in PAIRS}
+    assert {kind for _, kind in checked} == {kind for _, kind in PAIRS} | {kind for _, kind in younger(check)}
     assert {key for key, _ in checked} == set(SYSTEMS)
 
 
@@ -113,6 +116,11 @@ def test_checks_that_run_once_meet_every_system_and_both_kinds_of_attention():
     for check in ONCE:
         assert [key for key, _ in once(check)] == [*SYSTEMS]
         assert {"sd", "sd3", "flux"} <= {kind for _, kind in once(check)}
+
+
+def test_younger_models_meet_systems_in_every_check():
+    assert {kind for _, kind in MET} == set(YOUNGER) and len(MET) == len({key for key, _ in MET}) > 10
+    assert sorted(pair for check in COVERED for pair in younger(check)) == sorted(MET)
 
 
 def test_every_family_is_covered():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from sfumato.explain.daam import DAAM
 from sfumato.models import Model, Site, load, quiet
 from sfumato.models.hooks import running
-from sfumato.sampling import generate
+from sfumato.sampling import Intervention, Step, generate
 from sfumato.sampling.attached import attached
 from sfumato.text import Words
 from tests import tiny
@@ -118,23 +118,34 @@ def guidance(kind: str, scale: float | None) -> tuple[dict[str, float], dict[str
     return {"true_guidance" if kind == "hunyuan" else "guidance": scale}, {name: scale}
 
 
+class Outputs(Intervention):
+    """Notes what the denoiser says to the prompts."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def after_predict(self, step: Step) -> None:
+        self.found.append(step.outputs["cond"].clone())
+        self.mark(step)
+
+
 @pytest.mark.parametrize("kind", CALLS)
 def test_latents_of_the_pipeline(kind: str):
     model = tiny_model(kind)
     own, theirs = guidance(kind, 4.0)
-    visits = kind != "hidream"  # which rows are its texts cannot be determined in its own loop
-    with attached(model.pipe, DAAM(per_head=True)) if visits else nullcontext() as own_loop:  # it changes nothing
+    theirs_seen, ours_seen = Outputs(), Outputs()
+    with attached(model.pipe, [DAAM(per_head=True), theirs_seen]) as own_loop:  # it changes nothing
         peer = pipeline_latents(model, kind, size_of(kind), [7, 3], negative_prompt=list(NEGATIVES), **theirs)
     ours = generate(
         model, PROMPTS, steps=2, seed=[7, 3], size=size_of(kind), decode=False, negative=NEGATIVES,
-        interventions=(daam := DAAM(per_head=True)), **own,
+        interventions=[daam := DAAM(per_head=True), ours_seen], **own,
     )  # fmt: skip
     assert torch.equal(as_given_out(model, kind, ours.latents), peer)
     assert peer.abs().sum() > 0
     assert ours.cost == 4
-    if visits:  # and sees what it sees in our loop
-        assert_same_maps(daam.maps, own_loop.maps)
-        assert ours.coverage == own_loop.coverage
+    assert_same_maps(daam.maps, own_loop.maps)  # it sees what it sees in our loop
+    assert ours.coverage == own_loop.coverage
+    assert all(map(torch.equal, ours_seen.found, theirs_seen.found)) and len(ours_seen.found) == 2
 
 
 @pytest.mark.parametrize("kind", CALLS)

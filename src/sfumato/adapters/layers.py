@@ -139,8 +139,8 @@ def adapt_module(
 ) -> AdaptedModule:
     """A file's tensors beside their module, on its device and in its precision, or in ``dtype``.
 
-    Raises NotSupported for an algebra or a kind of module that cannot be adapted, BadWeights for tensors that do not
-    fit; ``where`` names the module in messages.
+    Raises NotSupported for an algebra or a kind of module that cannot be adapted, quantized ones too, BadWeights for
+    tensors that do not fit; ``where`` names the module in messages.
     """
     algebra = algebra_of(parts)
     if algebra not in ALGEBRAS:
@@ -148,6 +148,11 @@ def adapt_module(
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise NotSupported(f"{where} is a {type(module).__name__}; only Linear and Conv2d modules can be adapted.")
     weight = module.weight
+    if not weight.is_floating_point():  # the codes of a quantizer
+        raise NotSupported(
+            f"{where} is quantized ({type(module).__name__}, {weight.dtype}); adapters take whole weights: load the "
+            "model in bf16, fp16 or fp32."
+        )
     cast = {part: tensor.to(device=weight.device, dtype=dtype or weight.dtype) for part, tensor in parts.items()}
     try:
         if algebra in ("LoHa", "LoKr"):

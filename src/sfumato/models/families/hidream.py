@@ -31,6 +31,7 @@ class HiDream(Family):
     defaults = {"steps": 50, "guidance": 5.0}
     max_sequence_length = 128
     half = torch.bfloat16
+    negates = True
 
     @property
     def size_multiple(self) -> int:
@@ -69,34 +70,47 @@ class HiDream(Family):
             negative_prompt=negatives,
             max_sequence_length=self.max_sequence_length,
         )
-        cond = self._rows(t5, llama, pooled)
-        return cond, self._rows(no_t5, no_llama, no_pooled) if guidance else None
+        cond = {"embeds": self._embeds(t5, llama), "pooled": pooled}
+        return cond, {"embeds": self._embeds(no_t5, no_llama), "pooled": no_pooled} if guidance else None
 
-    def _rows(self, t5: Tensor, llama: Tensor, pooled: Tensor) -> Rows:
+    def _embeds(self, t5: Tensor, llama: Tensor) -> Tensor:
+        """Of T5's features (b t d) and those of the Llama (L b t d) in all its layers."""
         layers = llama[self._layers].permute(1, 2, 0, 3).flatten(2)  # b t (L d)
         width = max(layers.shape[-1], t5.shape[-1])
         parts = [torch.nn.functional.pad(each, (0, width - each.shape[-1])) for each in (t5, layers, layers)]
-        return {"embeds": torch.cat(parts, 1), "pooled": pooled}
+        return torch.cat(parts, 1)
 
-    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
-        (first, second), layers, embeds = self._lengths, self._layers, rows["embeds"]
+    def _apart(self, embeds: Tensor) -> dict[str, Any]:
+        """The same as the denoiser is given them; of the Llama only the layers that blocks read."""
+        (first, second), layers = self._lengths, self._layers
         wide, deep = self.config.caption_channels
         held = embeds[:, first + second :, : deep * len(layers)].unflatten(-1, (len(layers), deep))
+        return {
+            "encoder_hidden_states_t5": embeds[:, :first, :wide].contiguous(),
+            "encoder_hidden_states_llama3": {k: held[:, :, i].contiguous() for i, k in enumerate(layers)},
+        }
+
+    def predict(self, x: Tensor, t: Tensor, rows: Rows, guidance: float | None, extra: dict[str, Any]) -> Tensor:
         out = self.denoiser(
             hidden_states=x,
             timesteps=t.expand(len(x)),
-            encoder_hidden_states_t5=embeds[:, :first, :wide].contiguous(),
-            encoder_hidden_states_llama3={k: held[:, :, i].contiguous() for i, k in enumerate(layers)},
             pooled_embeds=rows["pooled"],
             return_dict=False,
+            **self._apart(rows["embeds"]),
             **extra,
         )[0]
         return -out
 
     def rows_of_call(self, arguments: dict[str, Any]) -> Rows:
-        return self._rows(
-            arguments["encoder_hidden_states_t5"], arguments["encoder_hidden_states_llama3"], arguments["pooled_embeds"]
-        )
+        t5, llama = arguments["encoder_hidden_states_t5"], arguments["encoder_hidden_states_llama3"]
+        return {"embeds": self._embeds(t5, llama), "pooled": arguments["pooled_embeds"]}
+
+    def call_with(self, arguments: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
+        return {**arguments, **self._apart(embeds)}
+
+    def texts_of_encoding(self, result: Any) -> list[Tensor]:
+        t5, no_t5, llama, no_llama, *_ = result
+        return [self._embeds(*pair) for pair in ((t5, llama), (no_t5, no_llama)) if pair[0] is not None]
 
     def set_timesteps(
         self, scheduler: Any, steps: int, h: int, w: int, device: torch.device, frames: int = 1, **given: list[float]

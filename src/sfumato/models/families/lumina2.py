@@ -31,6 +31,7 @@ class Lumina2(Family):
     joint_branches = False
     branch_order = (COND, UNCOND)
     half = torch.bfloat16
+    negates = True
 
     @property
     def size_multiple(self) -> int:

@@ -97,7 +97,7 @@ class PipelineCall:
         if self.started:
             return
         if name == "encode_prompt":
-            self.texts.encoded(arguments, self.model.family.texts_of_encoding(result))
+            self.texts.encoded(self.model, arguments, self.model.family.texts_of_encoding(result))
         elif name == "prepare_latents":
             first = result[0] if isinstance(result, tuple) else result
             self._x = first if isinstance(first, Tensor) else None
@@ -162,6 +162,7 @@ class PipelineCall:
 
     def _by_branch(self, out: Any, rows: dict[str, slice]) -> dict[str, Tensor]:
         prediction = self._unpacked(out if isinstance(out, Tensor) else out[0])
+        prediction = -prediction if self.model.family.negates else prediction
         return {name: prediction[part] for name, part in rows.items()}
 
     def _stepping(self, real: Callable[..., Any], arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
@@ -227,6 +228,7 @@ class PipelineCall:
                 f"{type(model.denoiser).__name__} sees {embeds.shape[1]} text positions, but the text encoders of "
                 f"{model.name} read {model.text_length}, so which word lies where cannot be determined."
             )
+        run.prompts = texts.prompts
         frames, h, w = model.family.grid_of_call(arguments)
         run.grid, run.size = (h, w), (w * model.family.scale, h * model.family.scale)
         self.process.options.frames = frames if frames > 1 or model.clips else None

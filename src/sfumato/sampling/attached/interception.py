@@ -73,9 +73,12 @@ def intercepted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterat
     def intercept_method(name: str, real: Any) -> Any:
         @functools.wraps(real)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = real(self, *args, **kwargs)
-            if self is pipe and calls:
-                calls[0].on_method(name, _bound(real, self, args, kwargs), result)
+            listens = self is pipe and bool(calls)
+            given = _bound(real, self, args, kwargs) if listens else {}
+            given = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
+            result = real(self, *args, **kwargs)  # some write their template into the list of prompts
+            if listens:
+                calls[0].on_method(name, given, result)
             return result
 
         return method

@@ -78,18 +78,25 @@ class Texts:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def encoded(self, arguments: dict[str, Any], found: Sequence[Tensor]) -> None:
+    def encoded(self, model: Model, arguments: dict[str, Any], found: Sequence[Tensor]) -> None:
         """The pipeline's ``encode_prompt`` was called so and gave these texts (b t d)."""
         if not found:
             return
         texts = _texts(arguments.get("prompt"))
         if self.cond is None:
+            self._read(_texts(_prompt_argument(model, arguments, "")))
             self.cond, *others = found
             self.uncond = next((x for x in others if x.shape[1:] == found[0].shape[1:]), None)
         elif self.uncond is None and texts is not None and set(texts) <= {*(self.negatives or ()), ""}:
             self.uncond = found[0]
         if self.uncond is not None and len(self.uncond) == 1:  # one text against all prompts
             self.uncond = self.uncond.expand(len(self), -1, -1)
+
+    def _read(self, texts: list[str] | None) -> None:
+        """Some pipelines put other texts in place of the prompts (rewritten by a language model, or none at all): these
+        are what attention sees."""
+        if texts and len(self) % len(texts) == 0 and set(texts) != set(self.prompts):
+            self.prompts = [text for text in texts for _ in range(len(self) // len(texts))]
 
     def require(self, model: Model, embeds: Tensor) -> None:
         """Raise NotSupported unless it is known how the prompts were encoded: the pipeline's ``encode_prompt`` showed
