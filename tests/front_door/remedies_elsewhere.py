@@ -20,6 +20,7 @@ ELSEWHERE = {
     "one is a folder and one a model; compare two of a kind": "tests/app/test_judge.py::test_compare_refuses",
     "give --prompts or --real": "tests/app/test_judge.py::test_judge_refuses",
     "--reference is the earlier name of --real; give --real alone": "tests/app/test_judge.py::test_judge_refuses",
+    "so its run cannot be resumed; remove": "tests/front_door/test_writing.py::test_a_damaged_record_of_a_run",
     "of which some values are hidden; give array.filled": "tests/front_door/test_pictures.py::test_a_masked_array_is_filled_first",
     "prompts is empty; give at least one": "tests/app/test_judge.py::test_the_python_face",
     "attributes are empty; name some: --attribute": "tests/app/test_judge_input.py::test_refused_in_one_line",

@@ -75,7 +75,7 @@ PROGRAMS = {"training/__main__.py"}
 #: docstrings that show several commands in a row
 DOCTESTS = {"edit/net2net/__init__.py"}
 #: commands of other programs
-FOREIGN = re.compile(r"hf download .*|hf auth login|git lfs pull|ulimit -n 1024")
+FOREIGN = re.compile(r"hf download .*|hf auth login|git lfs pull|ulimit -n 1024|accelerate launch --cpu")
 #: settings of diffusers' schedulers, and words of examples
 SETTINGS = {"rescale_betas_zero_snr", "word", "red", "ball", "cone", "snow", "class", "weights_only"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from PIL import Image
 from sfumato import app, files, locks, writing
 from sfumato.app import JobBatch, make, make_prompts, read_prompts
 from sfumato.errors import BadInput, Conflict
+from sfumato.protocol import Work
+from sfumato.teach.learning import opened
 from sfumato.training import checkpoint
 from sfumato.training.runs import TrainingRun
 from tests.tiny import tiny_model
@@ -246,6 +249,19 @@ def test_o_makes_no_folder_called_like_a_file(tmp_path, name):
     for folder in (tmp_path / name, tmp_path / "out.v2"):
         with writing.output(folder) as (where, named):
             assert (where, named) == (folder, None)
+
+
+def test_a_damaged_record_of_a_run(tmp_path):
+    run, settings = tmp_path / "run", {"lr": 1}
+    with opened(Work(run), settings) as checkpoints:
+        checkpoints.mkdir()
+    (run / "run.json").write_text("{")
+    with pytest.raises(Conflict, match="so its run cannot be resumed; remove .*run to begin anew"):
+        with opened(Work(run, resume=True), settings):
+            pass
+    shutil.rmtree(run)
+    with opened(Work(run), settings) as checkpoints:
+        assert checkpoints == run / "checkpoints" and (run / "run.json").is_file()
 
 
 def test_compare_writes_pairs(sfumato):
