@@ -66,7 +66,7 @@ def scheduler_of(sampler: str, schedule: str, column: int) -> tuple[str | None, 
     return None, [f"sampler {sampler[:40]!r}"]
 
 
-def _rows(sampler: str) -> list[tuple[str, ...]]:
+def _rows(sampler: str) -> list[tuple[str, str, str, str, str]]:
     """The rows of the table with a sampler of any program."""
     sampler = sampler.removeprefix("k_").removesuffix("_gpu")  # where the noise is drawn
     sampler = _OTHER_NAMES.get(sampler, sampler)
