@@ -113,12 +113,13 @@ def _fields(text: str) -> tuple[dict[str, str], str]:
     """The ``Name: value`` fields at the beginning of a text, quotes taken off, and what stands behind them."""
     facts: dict[str, str] = {}
     at = 0
-    while (whole := _structure(text, at)) or (found := _FIELD.match(text, at)):
-        if whole:
+    while True:
+        if whole := _structure(text, at):
             facts.setdefault(whole[0], whole[1])
             at = whole[2]
             continue
-        if at and text[at : found.start(1)].count("\n"):  # another line begins: no field of the settings
+        found = _FIELD.match(text, at)
+        if found is None or (at and "\n" in text[at : found.start(1)]):  # another line begins: no field of the settings
             break
         value = found[2].strip()
         if value.startswith('"'):
