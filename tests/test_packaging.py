@@ -21,8 +21,8 @@ def _imported(*folders: str) -> set[str]:
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         found |= set(re.findall(r'(?:import_module|importorskip)\("(\w+)', text))
-        if set(re.findall(r"\b(?:import|from) +(\w+)", text)) <= found:
-            continue  # nothing new, whether it is code or not
+        if set(re.findall(r"^ *(?:import|from) +(\w+)", text, re.M)) <= found:
+            continue  # nothing new
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}

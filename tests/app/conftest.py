@@ -53,12 +53,13 @@ def loaded_once(monkeypatch, tmp_path_factory):
     models = importlib.import_module("sfumato.models")  # the package: sfumato.models itself is the list of them
     load = models.load
 
-    def once(name, device="cpu", found=None, **given):
+    def once(name, device="cpu", found=None, dtype=None, **given):
         if not stays(name) or device != "cpu" or any(given.values()):
-            return load(name, device=device, found=found, **given)
-        if str(name) not in _loaded:
-            _loaded[str(name)] = load(name)
-        return _loaded[str(name)]
+            return load(name, device=device, found=found, dtype=dtype, **given)
+        key = str(name) if dtype is None else f"{name} in {dtype}"
+        if key not in _loaded:
+            _loaded[key] = load(name, dtype=dtype)
+        return _loaded[key]
 
     monkeypatch.setattr(models, "load", once)
     return _loaded

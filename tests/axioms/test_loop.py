@@ -23,7 +23,8 @@ def make(kind: str, prompts: Any, seeds: Any, **given: Any) -> torch.Tensor:
     return generate(tiny_model(kind), prompts, seed=seeds, **given).latents
 
 
-@pytest.mark.parametrize(("kind", "scheduler"), [("sd", name) for name in NOISY] + [(kind, None) for kind in FAMILIES])
+# with every scheduler there is: tests/sampling/test_schedulers.py
+@pytest.mark.parametrize(("kind", "scheduler"), [("sd", "euler_a")] + [(kind, None) for kind in FAMILIES])
 def test_a_sample_does_not_depend_on_its_neighbours(kind: str, scheduler: str | None):
     together = make(kind, PROMPTS, [5, 6, 7], scheduler=scheduler)
     alone = make(kind, PROMPTS[1], 6, scheduler=scheduler)
@@ -46,8 +47,8 @@ def test_noise_is_exactly_that_of_the_seed(scheduler: str):
 
     def noise(seeds: list[int], **given: Any) -> torch.Tensor:
         return generate(
-            tiny_model("sd"), ["a"] * len(seeds), seed=seeds, steps=4, scheduler=scheduler, decode=False,
-            eta=0.7 if scheduler == "ddim" else 0.0, interventions=Silence(), **given,
+            tiny_model("sd"), ["a"] * len(seeds), seed=seeds, steps=3, scheduler=scheduler, decode=False,
+            guidance=1.0, eta=0.7 if scheduler == "ddim" else 0.0, interventions=Silence(), **given,
         ).latents  # fmt: skip
 
     together = noise([3, 8, 5])
@@ -119,7 +120,7 @@ def test_every_deterministic_scheduler_solves_what_can_be_solved_by_hand(kind: s
     """A network that always says the same: noise (or velocity) is constant, so every scheduler must end at the picture
     that the very first prediction implies. It ties the schedulers' scaling to the noise path."""
     seen: list[Step] = []
-    given: dict[str, Any] = {"steps": 12, "scheduler": scheduler, "decode": False, "guidance": 1.0}
+    given: dict[str, Any] = {"steps": 6, "scheduler": scheduler, "decode": False, "guidance": 1.0}
     result = generate(tiny_model(kind), "", interventions=Constant(), on_step=seen.append, **given)
     scale = float(seen[0].x0.abs().max())
     # two of them stop at the lowest noise level of training instead of at none

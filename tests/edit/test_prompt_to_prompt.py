@@ -200,9 +200,11 @@ def plain(kind, prompt):
 
 
 TWO = ("replace", "reweight after refine")
-CHECKED = [(case, kind) for kind in ("sd", "sd3") for case in CASES]
-CHECKED += [(case, "flux") for case in (*TWO, "refine", "windows")]
-CHECKED += [(case, kind) for kind in ("sd2", "sdxl", "sd35") for case in TWO]  # the same code as a sibling's
+CHECKED = [(case, "sd") for case in CASES]
+CHECKED += [(case, "sd3") for case in (*TWO, "refine", "windows", "self alone")]
+CHECKED += [(case, "flux") for case in ("reweight after refine", "windows")]
+# the same code as a sibling's
+CHECKED += [("replace", "sd2"), ("reweight after refine", "sdxl"), ("replace", "sd35")]
 
 
 @pytest.mark.parametrize(("case", "kind"), CHECKED)
