@@ -74,7 +74,7 @@ def recipe_exif(text: str, recipe: dict[str, Any]) -> Any:
     return exif
 
 
-_EXIF_DESCRIPTION, _EXIF_IFD, _EXIF_COMMENT = 0x010E, 0x8769, 0x9286
+_EXIF_DESCRIPTION, _EXIF_ORIENTATION, _EXIF_IFD, _EXIF_COMMENT = 0x010E, 0x0112, 0x8769, 0x9286
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -121,6 +121,13 @@ def regular(path: Path | str) -> Path:
     return Path(path)
 
 
+def inside(name: str) -> bool:
+    """Whether a name in a list of files stays in the folder of the list, as it is written; where links lead is their
+    owner's matter."""
+    parts = name.replace("\\", "/").split("/")
+    return not (os.path.isabs(name) or name.startswith(("/", "\\")) or ".." in parts)
+
+
 def read_text(path: Path | str) -> str:
     """The text of a UTF-8 file, without the mark that some programs write at its beginning. Raises BadInput for another
     encoding, OSError."""
@@ -159,10 +166,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """A picture upright and in RGB, whatever it was: the rules of :func:`read_picture` for one that is open already.
     Raises BadInput for deep greys out of range or not finite."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
-
+    image = upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow itself would cut these off at 255
         grey = np.asarray(image).astype(np.float64)
         full = full_scale(image.mode, grey)
@@ -190,15 +196,35 @@ def full_scale(mode: str, grey: Any) -> float:
 
 def read_upright(path: Path | str | IO[bytes]) -> Image.Image:
     """A picture from a file, upright, in its own mode (masks and label maps); errors as for :func:`read_picture`."""
-    from PIL import ImageOps
-
     path = Path(path) if isinstance(path, str) else path
     with opened_picture(path) as image:
         if image.width * image.height > MOST_PIXELS:
             name = path if isinstance(path, Path) else path.name
             raise BadInput(f"{name} has {image.width}x{image.height} pixels; the most is {MOST_PIXELS} in all.")
         image.load()
-        return ImageOps.exif_transpose(image)
+        return upright(image)
+
+
+def orientation(image: Image.Image) -> int:
+    """How a picture lies, 1 to 8 as EXIF counts; 1 where it does not say or its EXIF data are damaged."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # Pillow's readers of EXIF raise whatever a damaged byte leads to, SyntaxError among it
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy of a picture turned as its EXIF data say, without them: a second look shall not turn it again."""
+    from PIL import Image
+
+    turn = Image.Transpose
+    turns = (turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_270,
+             turn.TRANSVERSE, turn.ROTATE_90)  # fmt: skip
+    said = orientation(image)
+    found = image.transpose(turns[said - 2]) if 2 <= said <= 8 else image.copy()
+    for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        found.info.pop(name, None)
+    return found
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:

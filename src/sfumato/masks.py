@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
@@ -125,10 +125,12 @@ def _opened(given: str | Path, what: str) -> Image.Image:
         if not given.startswith(EMBEDDED):
             raise BadInput(f"{what} is not understood; embedded pictures begin with {EMBEDDED!r}.")
         try:
-            with Image.open(io.BytesIO(base64.b64decode(given[len(EMBEDDED) :], validate=True))) as image:
-                return _upright(image, MOST_EMBEDDED)
-        except (UnidentifiedImageError, binascii.Error):
+            stream = io.BytesIO(base64.b64decode(given[len(EMBEDDED) :], validate=True))
+        except binascii.Error:
             raise BadInput(f"{what} cannot be read as a picture: it is damaged.") from None
+        stream.name = what
+        with files.opened_picture(stream) as image:
+            return _upright(image, MOST_EMBEDDED)
     if "\0" in str(given) or not Path(given).exists() or Path(given).is_dir():
         raise BadInput(f"{what} is no file; give the path of a picture.")
     return files.read_upright(given)
@@ -138,7 +140,7 @@ def _upright(image: Image.Image, most: int | None = None) -> Image.Image:
     most = files.MOST_PIXELS if most is None else most
     if image.width * image.height > most:
         raise BadInput(f"a mask of {image.width}x{image.height} pixels is too large; the most is {most} in all.")
-    return ImageOps.exif_transpose(image)
+    return files.upright(image)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sfumato import masks
+from sfumato import files, masks
+from sfumato.app.pictures import size_of
 from sfumato.edit.blend import Blend
 from sfumato.edit.inpaint import Inpaint
 from sfumato.errors import BadInput
@@ -210,3 +216,36 @@ def test_a_mask_means_the_same_to_every_system(kind, system):
     line[160:163] = 255  # a third of a pixel high
     changed = (np.asarray(draw(line).images[0]) != np.asarray(PHOTO)).any((1, 2))
     assert changed.any() and set(np.flatnonzero(changed)) <= {15, 16, 17}
+
+
+# --- damaged ones -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_damaged_pictures_are_refused_or_read(kind, tmp_path):
+    """Any byte may be another one, of the picture or of what it says about itself; no error is that of a library."""
+    noise = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a cube"
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cube\nSteps: 2".encode("utf-16-be")
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+    random_ = random.Random(0)
+    path, read = tmp_path / "x", 0
+    for _ in range(80):
+        content = bytearray(whole.getvalue())
+        for _ in range(random_.choice((1, 2, 20))):
+            content[random_.randrange(min(len(content), random_.choice((60, 200, 10_000))))] = random_.randrange(256)
+        path.write_bytes(content[: random_.choice((len(content), random_.randrange(len(content))))])
+        embedded = masks.EMBEDDED + base64.b64encode(path.read_bytes()).decode()
+        for look in (files.read_picture, files.read_recipe, lambda _: masks.read_mask(embedded)):  # noqa: B023
+            with contextlib.suppress(BadInput):
+                look(path)
+                read += 1
+    assert 0 < read < 240
+
+
+def test_damaged_exif_does_not_keep_a_picture_from_being_read(tmp_path):
+    image = Image.new("RGB", (6, 4), "red")
+    image.info["exif"] = b"Exif\0\0MN\0*\0\0\0\x08"
+    assert files.as_rgb(image).size == size_of(image) == (6, 4) and files.orientation(image) == 1

@@ -240,10 +240,13 @@ def test_a_caption_may_hold_any_end_of_a_line(tmp_path):
         ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "field larger"),
         ("metadata.csv", "file_name,text\na.png,a\0cube", "zero byte"),
         ("metadata.csv", "file_name,text\na\0.png,a cube", "not there"),
+        ("metadata.csv", "file_name,text\n../a.png,a cube", "outside the folder"),
+        ("metadata.jsonl", '{"file_name": "/etc/passwd"}', "outside the folder"),
+        ("metadata.jsonl", '{"file_name": "a.png", "mask": "in/../../b.png"}', "outside the folder"),
         ("a.txt", "a\0cube", "zero byte"),
         ("a.txt", "x" * 200_000, "200000 characters"),
     ],
-    ids=["long field", "zero", "zero in a name", "zero in a file", "long file"],
+    ids=["long field", "zero", "zero in a name", "above", "absolute", "mask", "zero in a file", "long file"],
 )
 def test_captions_that_no_encoder_takes(tmp_path, name, text, says):
     with pytest.raises(BadInput, match=says) as caught:

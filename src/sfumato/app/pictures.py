@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sfumato.models import Model
 
 
-ORIENTATION = 0x0112  # of EXIF
 NARROWEST = 8  # times as long as wide
 
 
@@ -71,7 +70,7 @@ def size_of(shown: Any) -> tuple[int, int] | None:
     if isinstance(shown, list | tuple):
         return size_of(shown[0]) if shown else None
     if hasattr(shown, "getexif"):
-        turned = shown.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = files.orientation(shown) in (5, 6, 7, 8)
         return shown.size[::-1] if turned else shown.size
     if not hasattr(shown, "__array_interface__") or not 2 <= shown.ndim <= 4 or 0 in shown.shape:
         return None

@@ -102,7 +102,7 @@ class Folder:
                 raise BadInput(f"{path}, line {number}: {name[:60]!r} is no name of a file.") from None
             if name in self._rows and self._rows[name][0] == path:
                 raise BadInput(f"{path}, line {number}: {name!r} is named twice; each picture has one line.")
-            if not Path(os.path.realpath(self.path / name)).is_relative_to(os.path.realpath(self.path)):
+            if not files.inside(name):
                 raise BadInput(f"{path}, line {number}: {name!r} lies outside the folder.")
             self._rows[name] = (path, start)
             names.append(name)

@@ -150,13 +150,20 @@ class Params(BaseModel):
 
     def __init__(self, /, **given: Any):
         for name, value in given.items():
-            if wrong := valid.wrong(value, self.MOST) or self._too_large(name, value):
-                of = f" of {self.SYSTEM}" if self.SYSTEM else ""
-                raise BadInput(f"{name.rstrip('_')}{of} is {brief(value)}: {wrong}.")
+            if wrong := valid.wrong(value, self.MOST):
+                raise self._refusal(name, value, wrong)
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise _one_line(self.SYSTEM, type(self), error) from None
+        for name in given:
+            if wrong := self._too_large(name, value := getattr(self, name, None)):
+                raise self._refusal(name, value, wrong)
+
+    @classmethod
+    def _refusal(cls, name: str, value: Any, wrong: str) -> BadInput:
+        of = f" of {cls.SYSTEM}" if cls.SYSTEM else ""
+        return BadInput(f"{name.rstrip('_')}{of} is {brief(value)}: {wrong}.")
 
     @classmethod
     def _too_large(cls, name: str, value: Any) -> str:

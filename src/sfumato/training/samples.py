@@ -331,6 +331,8 @@ def _of_row(folder: Path, table: str, number: int, row: dict[str, Any]) -> Entry
         if name is None:
             return None
         path = folder / str(name)
+        if not files.inside(str(name)):
+            raise BadInput(f"line {number} of {folder / table} names {name}, which lies outside the folder.")
         if not path.exists():
             raise BadInput(f"line {number} of {folder / table} names {name}, which is not there.")
         return FilePart(path, str(path))
