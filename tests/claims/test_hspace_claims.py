@@ -38,7 +38,7 @@ def context(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "card", {"sampling": {"size": [32, 32]}})
     made.cache = {"judge": Eye(), "model tiny": model, "trust": SimpleNamespace(single=single)}
     for module in (inject_fusion, pullback):
-        monkeypatch.setattr(module, "STEPS", 3)
+        monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setattr(inject_fusion, "STRENGTHS", (1.0,))
     monkeypatch.setattr(inject_fusion, "LAYERS", ("up.0",))
     monkeypatch.setattr(inject_fusion, "RATIOS", (0.5,))

@@ -1,4 +1,5 @@
-"""The parts of the steering claims run from end to end: on the shipped models, one or two samples, two steps."""
+"""The parts of the steering claims run from end to end: on the shipped models, one or two samples, one step, one
+copy of each model."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from claims import (
     sad_pad,
     structured_guidance,
 )
+from claims.common import load
 from claims.core import Context
 from sfumato.sampling import generate
 
@@ -53,20 +55,21 @@ def context(tmp_path, monkeypatch, loaded):
     made.pictures, made.cache = tmp_path, loaded
     # distances between sets, and the densities of SaD, need more than one
     made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
-    monkeypatch.setattr(inpaint, "STEPS", 2)
-    monkeypatch.setattr(clip_guidance, "STEPS", 2)
+    monkeypatch.setattr(inpaint, "STEPS", 1)
+    monkeypatch.setattr(clip_guidance, "STEPS", 1)
     monkeypatch.setattr(clip_guidance, "TUNED", clip_guidance.N)
-    monkeypatch.setattr(mgad, "STEPS", 2)
+    monkeypatch.setattr(mgad, "STEPS", 1)
     monkeypatch.setattr(mgad, "CUTOUTS", 2)
-    monkeypatch.setattr(no_token_left_behind, "STEPS", 2)
+    monkeypatch.setattr(no_token_left_behind, "STEPS", 1)
     monkeypatch.setattr(no_token_left_behind, "STRENGTHS", (0.2,))
     monkeypatch.setattr(no_token_left_behind, "GUIDE", {"cutouts": 1, "window": (0.0, 0.6)})
-    monkeypatch.setattr(no_token_left_behind.timed, "__defaults__", (2,))
+    monkeypatch.setattr(no_token_left_behind.timed, "__defaults__", (1,))
     monkeypatch.setattr(attend_excite, "STEPS", ({"strength": 20.0, "tries": 1},))
     monkeypatch.setattr(attend_excite, "ENOUGH", (0.8,))
-    monkeypatch.setattr(attend_excite, "generate", functools.partial(generate, steps=2))
+    monkeypatch.setattr(attend_excite, "generate", functools.partial(generate, steps=1))
     base = made.folder("toy-sd")
     monkeypatch.setattr(experts, "children", lambda _: {name: base for name in (*experts.TREE, experts.CONTROL)})
+    monkeypatch.setattr(experts, "child", lambda context, _: load(context, "toy-sd"))
     return made
 
 

@@ -24,8 +24,8 @@ class Eye:
     """Sees a red ball in the left half of every other picture."""
 
     def read(self, pictures):
-        mask = torch.zeros(64, 64, dtype=torch.bool)
-        mask[:, :32] = True
+        mask = torch.zeros(pictures[0].shape[-2:], dtype=torch.bool)
+        mask[:, : mask.shape[1] // 2] = True
         seen = SceneReading((toy(RequestedToy("ball", "red"), mask),), "grass", "day")
         return [seen if i % 2 == 0 else SceneReading((), "grass", "day") for i in range(len(pictures))]
 
@@ -40,9 +40,9 @@ def context(tmp_path, monkeypatch):
     monkeypatch.setattr(blend, "STEPS", 2)
     monkeypatch.setattr(blend, "STRENGTHS", (0.5, 1.0))
     monkeypatch.setattr(shape_guided, "SETTINGS", ({}, {"boost": 1.0}))
-    monkeypatch.setattr(paint_with_words, "STEPS", 2)
+    monkeypatch.setattr(paint_with_words, "STEPS", 1)
     monkeypatch.setattr(paint_with_words, "STRENGTHS", (0.1, 0.4))
-    monkeypatch.setattr(made.cache["model tiny"], "card", {"sampling": {"size": [64, 64]}})
+    monkeypatch.setattr(made.cache["model tiny"], "card", {"sampling": {"size": [48, 48]}})
     return made
 
 
