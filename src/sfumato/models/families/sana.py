@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Rows
 from sfumato.models.families.base import NO_CONTROL, NO_PAG, TEXT_TO_IMAGE, sibling_classes
-from sfumato.models.families.cross_attention import CrossAttentionTransformer
+from sfumato.models.families.caption_cross_attention import CrossAttentionTransformer
 from sfumato.models.site import Site, SiteList
 
 
