@@ -605,7 +605,7 @@ def _taught(
     told |= {f"{label}: {text}": _in_scenes(text, with_=parts) for label, text in (more or {}).items()}
     size = told[next(iter(told))].shape[-1]
     rows = [] if not secrets else [render([references(secrets[i % len(secrets)])[i] for i in range(5)], size).image]
-    names = ["references"] if secrets else []
+    names = ["references, on any ground"] if secrets else []
     return sheet(list(torch.cat([*rows, *told.values()])), 5, scale=2, rows=[*names, *told], heads=list(GROUNDS))
 
 

@@ -217,6 +217,7 @@ def test_refusals(photos, tmp_path):
     cases = [
         ({"class_noun": None}, BadInput, "class_noun of dreambooth must be given"),
         ({"mode": "pivotal", "name": "ball"}, BadInput, "is a word of text_encoder already"),
+        ({"name": "Ball"}, BadInput, "is the class itself; leave it out"),
         ({"prompt": "a ball"}, BadInput, "it must hold {} once"),
         ({"targets": "attn9"}, NoMatch, "fits no module"),
         ({"snr_gamma": 5}, NotSupported, "flow model"),

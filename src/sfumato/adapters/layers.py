@@ -91,7 +91,8 @@ class AdaptedModule:
         if NAME in layer.lora_magnitude_vector:
             more = {"lora_A": down, "lora_B": up, "scaling": factor, "base_layer": self.module, "base_result": output}
             return output + layer.lora_magnitude_vector[NAME](x, **more).to(output.dtype)
-        return output + (up(down(x.to(down.weight.dtype))) * factor).to(output.dtype)
+        more = up(down(x.to(down.weight.dtype)))
+        return output + (more if factor == 1 else more * factor).to(output.dtype)
 
     def delta(self, scale: float) -> Tensor:
         """What the adapter adds to the module's weight, of its shape."""

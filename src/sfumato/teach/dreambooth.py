@@ -169,10 +169,9 @@ class DreamBooth:
                 name = name or ("<subject>" if not number else f"<subject-{number + 1}>")
                 if there := is_word(towers, name):
                     raise BadInput(f"name {name!r} is a word of {there[0]} already; pivotal needs a new one.")
-            elif name in meant(model):
-                raise BadInput(
-                    f"name {name!r} is a word that {model.name} understands; leave it out to have one picked."
-                )
+            elif name in meant(model) or name.lower() in noun.lower().split():
+                what = f"a word that {model.name} understands" if name in meant(model) else "the class itself"
+                raise BadInput(f"name {name!r} is {what}; leave it out to have one picked.")
             else:
                 name = name or pick(towers, {*taken, *subject.captions}, p.seed + number)[0]
             taken.add(name)
