@@ -53,7 +53,7 @@ ELSEWHERE = {
     "compress keeps changes of matrices; leave attention out": "tests/teach/test_custom_diffusion.py::test_refusals",
     "merge fewer, or give a shorter prompt": "tests/teach/test_custom_diffusion.py::test_refusals",
     "Teach the concepts together instead": "tests/teach/test_custom_diffusion.py::test_refusals",
-    "whatever number it is given: use torchrun --nproc_per_node 2": "tests/teach/test_textual_inversion.py::test_launched_as_a_command",
+    "whatever number it is given: use torchrun --nproc_per_node 2": "tests/teach/test_textual_inversion.py::test_a_launch_of_one_process_in_place_of_several_is_refused",
     "run it in one process": "tests/teach/test_discriminative_tokens.py::test_refusals",
     "and this model has none: leave it out": "tests/teach/test_dreambooth.py::test_refusals",
     "pivotal needs a new one": "tests/teach/test_dreambooth.py::test_refusals",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +16,6 @@ from PIL import Image
 from sfumato import app, writing
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, BadWeights, Conflict, NotSupported, UnknownName, WorkInterrupted
-from sfumato.models import load
 from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
@@ -29,6 +25,7 @@ from sfumato.teach.subject import Subject, bucket
 from sfumato.teach.textual_inversion import TextualInversion, _WordTraining
 from sfumato.teach.word_vectors import WordVectors
 from sfumato.training import Draw
+from sfumato.training.processes import processes
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 
@@ -191,29 +188,17 @@ def test_two_processes_have_the_losses_of_one(photos, tmp_path):
         torch.testing.assert_close(rows[name], each, rtol=1e-4, atol=1e-5)
 
 
-def test_launched_as_a_command(photos, tmp_path, monkeypatch):
-    """What the documentation tells users to type, on two processors; accelerate's way to start one alone is refused."""
-    tiny_model("sd").pipe.save_pretrained(tmp_path / "model")
-    told = "textual_inversion:batch=2,probe_every=1,lr=0.05,length=free"
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-        patch.setenv("MASTER_PORT", "29500")
-        with pytest.raises(BadInput, match="torchrun --nproc_per_node 2 -m sfumato"):
-            app.teach(photos, by=told, name="<rex>", class_noun="ball", model="nowhere", out=tmp_path / "x.safetensors")
-    words = ["--by", told, "--name", "<rex>", "--class", "ball", "--model", str(tmp_path / "model"), "--steps", "2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    done = subprocess.run(
-        [*command, "-m", "sfumato", "teach", str(photos), *words, "-o", str(tmp_path / "two.safetensors")],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "two.safetensors")], done.stderr
-    model = load(str(tmp_path / "model"))
-    one = taught(model, photos)
-    both = Word(file=str(tmp_path / "two.safetensors"))
-    facts = json.loads(both.contents.metadata["sfumato.facts"])
-    assert facts["probe_best"] == pytest.approx(one.facts["probe_best"], rel=1e-5)
-    for name, rows in both.vectors(model)["<rex>"].items():
-        torch.testing.assert_close(rows, one.words["<rex>"][name], rtol=1e-4, atol=1e-5)
+def test_a_launch_of_one_process_in_place_of_several_is_refused(photos, tmp_path, monkeypatch):
+    """``accelerate launch --cpu --num_processes 2`` sets an address for several processes and starts one."""
+    given = {"by": "textual_inversion", "model": tiny_model("sd3clip"), "out": tmp_path / "rex.safetensors", **GIVEN}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    app.teach(photos, **{**given, "steps": 1})  # one process that was asked for
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(BadInput, match="use torchrun --nproc_per_node 2 -m sfumato"):
+        app.teach(photos, **{**given, "out": tmp_path / "more.safetensors"})
+    assert {path.name for path in tmp_path.iterdir()} == {"rex.safetensors"}
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun says it
+    assert processes() == 2
 
 
 def test_parts_of_a_batch_add_up(photos):
