@@ -14,7 +14,7 @@ from sfumato.teach import concepts
 from tests.tiny import tiny_model
 
 PARTS = {
-    "textual_inversion": (textual_inversion, 6),
+    "textual_inversion": (textual_inversion, 4),
     "dreambooth": (dreambooth, 5),
     "custom_diffusion": (custom_diffusion, 5),
     "discriminative_tokens": (discriminative_tokens, 5),

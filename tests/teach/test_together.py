@@ -12,6 +12,7 @@ from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch
 from sfumato.explain.conceptor.pseudo_word import mixture_vectors
 from sfumato.explain.daam import DAAM
+from sfumato.models.slot import text_towers, token_of
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.steer.attend_excite import AttendExcite
@@ -81,6 +82,17 @@ def test_a_mixture_of_words_is_a_word_too(things, tmp_path):
     file = save_word(tmp_path / "mixed.safetensors", "<mixed>", vectors)
     made = drawn([Word(file=str(file)), Word(file=things["rex"][0])], "a <rex> and a <mixed>")
     assert made.coverage["word"]["tokens"] or made.coverage
+    model, word = tiny_model("sd"), Word(file=things["rex"][0])
+    rex = word.vectors(model)["<rex>"]["text_encoder"][0]
+    with word.attach(model):  # a taught word may be mixed, and mixed into
+        for mixture, wanted in (({"<rex>": 2.0}, rex), ({"<rex>": 1.0, "ball": -0.5}, rex - 0.5 * ball_row(model))):
+            mixed = mixture_vectors(model, mixture)["text_encoder"]
+            torch.testing.assert_close(mixed / mixed.norm(), wanted / wanted.norm())
+
+
+def ball_row(model):
+    (tower,) = text_towers(model)
+    return tower.row(token_of(tower, "ball"))
 
 
 def test_what_cannot_go_together_says_why(things):

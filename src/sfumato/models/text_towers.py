@@ -41,6 +41,15 @@ class TextTower:
         rows = rows.to(self.table)
         return rows if scale is None else rows * scale.to(rows)
 
+    def row(self, token: int) -> Tensor:
+        """A token's embedding (d), as the table has it; that of a placeholder, which is beyond its end, as it is read
+        now."""
+        if token < len(self.table):
+            return self.table.detach()[token]
+        read = self.holders[0](torch.tensor([[token]], device=self.table.device))[0, 0].detach()
+        scale = getattr(self.encoder.get_input_embeddings(), "embed_scale", None)  # type: ignore[operator]
+        return read if scale is None else read / scale.to(read)
+
     @property
     def holders(self) -> list[nn.Module]:
         """The modules that look embeddings up."""

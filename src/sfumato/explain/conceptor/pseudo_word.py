@@ -49,7 +49,7 @@ def mixture_vectors(model: Model, mixture: Mapping[str, float]) -> dict[str, Ten
                     raise BadInput(f"mixture: {tower.name} has no token {word!r}.")
             else:
                 token = token_of(tower, word)
-            mixed = mixed + weight * tower.table.detach()[token].float()
+            mixed = mixed + weight * tower.row(token).float()
         out[tower.name] = mixed * norms[tower.name] / mixed.norm().clamp_min(1e-12)
     return out
 
@@ -89,7 +89,7 @@ class PseudoWord(Intervention):
         vectors = dict(self.vectors or mixture_vectors(run.model, self.mixture))
         if self.strength < 1:
             for tower in text_towers(run.model):
-                own = tower.table.detach()[token_of(tower, word)].float()
+                own = tower.row(token_of(tower, word)).float()
                 vectors[tower.name] = torch.lerp(own, vectors[tower.name].to(own), self.strength)
 
         def used() -> None:
