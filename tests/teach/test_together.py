@@ -12,7 +12,7 @@ from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch
 from sfumato.explain.conceptor.pseudo_word import mixture_vectors
 from sfumato.explain.daam import DAAM
-from sfumato.models.slot import text_towers, token_of
+from sfumato.models.text_towers import text_towers, token_of
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.steer.attend_excite import AttendExcite
