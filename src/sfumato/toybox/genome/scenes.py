@@ -16,17 +16,7 @@ import numpy as np
 from ..captions import SKY_PHRASES
 from ..questions import questions_about
 from ..scene import Scene
-from .records import (
-    GenomeGraph,
-    GenomeImage,
-    GenomeObject,
-    GenomeQuestion,
-    GenomeRecord,
-    GenomeRegion,
-    GenomeRelationship,
-    Mention,
-    RegionGraph,
-)
+from . import records as vg
 
 #: word -> (synset, what it means here). Names in WordNet's form, as Visual Genome has them; senses chosen by hand.
 SYNSETS = {
@@ -97,7 +87,7 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
 
-def record_of(scene: Scene, mask: np.ndarray, depth: np.ndarray, image_id: int, ids: Counter) -> GenomeRecord:
+def record_of(scene: Scene, mask: np.ndarray, depth: np.ndarray, image_id: int, ids: Counter) -> vg.GenomeRecord:
     """All records of one picture.
 
     Args:
@@ -107,7 +97,7 @@ def record_of(scene: Scene, mask: np.ndarray, depth: np.ndarray, image_id: int, 
         ids: the next free ids, which move on.
     """
     height, width = mask.shape
-    things: dict[str | int, GenomeObject] = {}
+    things: dict[str | int, vg.GenomeObject] = {}
     for i, toy in enumerate(scene.toys):
         if (box := box_of(mask == i)) is not None:
             words = (toy.color, toy.surface, toy.size)
@@ -117,19 +107,21 @@ def record_of(scene: Scene, mask: np.ndarray, depth: np.ndarray, image_id: int, 
         if (box := box_of(shown)) is not None:
             things[name] = _thing(ids, box, name, (scene.sky,) if name == "sky" else ())
     links = [_link(ids, *each) for each in _related(scene, things)]
-    graph = GenomeGraph(image_id, tuple(things.values()), tuple(links))
+    graph = vg.GenomeGraph(image_id, tuple(things.values()), tuple(links))
     linked = list(_regions(scene, things, links, image_id, ids))
     regions = {key: each.region.id for key, each in zip(things, linked, strict=False)}  # one for each thing, in order
-    image = GenomeImage(image_id, width, height, f"https://toybox.invalid/rak248/VG_100K/{image_id}.jpg")
+    image = vg.GenomeImage(image_id, width, height, f"https://toybox.invalid/rak248/VG_100K/{image_id}.jpg")
     asked = tuple(_questions(scene, things, links, image_id, ids, regions))
-    return GenomeRecord(image, graph, tuple(each.region for each in linked), tuple(linked), asked)
+    return vg.GenomeRecord(image, graph, tuple(each.region for each in linked), tuple(linked), asked)
 
 
-def _thing(ids: Counter, box: tuple[int, int, int, int], name: str, attributes: Sequence[str]) -> GenomeObject:
-    return GenomeObject(ids.take("object"), *box, (name,), (SYNSETS[name][0],), tuple(attributes))
+def _thing(ids: Counter, box: tuple[int, int, int, int], name: str, attributes: Sequence[str]) -> vg.GenomeObject:
+    return vg.GenomeObject(ids.take("object"), *box, (name,), (SYNSETS[name][0],), tuple(attributes))
 
 
-def _related(scene: Scene, things: dict[str | int, GenomeObject]) -> Iterator[tuple[GenomeObject, str, GenomeObject]]:
+def _related(
+    scene: Scene, things: dict[str | int, vg.GenomeObject]
+) -> Iterator[tuple[vg.GenomeObject, str, vg.GenomeObject]]:
     toys = [i for i in range(len(scene.toys)) if i in things]
     for i in toys:
         for j in toys:
@@ -141,8 +133,8 @@ def _related(scene: Scene, things: dict[str | int, GenomeObject]) -> Iterator[tu
         yield things[scene.ground], "under", things["sky"]
 
 
-def _link(ids: Counter, subject: GenomeObject, predicate: str, object: GenomeObject) -> GenomeRelationship:
-    return GenomeRelationship(ids.take("relationship"), predicate, subject.id, object.id, (SYNSETS[predicate][0],))
+def _link(ids: Counter, subject: vg.GenomeObject, predicate: str, object: vg.GenomeObject) -> vg.GenomeRelationship:
+    return vg.GenomeRelationship(ids.take("relationship"), predicate, subject.id, object.id, (SYNSETS[predicate][0],))
 
 
 class _Phrase:
@@ -150,17 +142,17 @@ class _Phrase:
 
     def __init__(self) -> None:
         self.text = ""
-        self.mentions: list[Mention] = []
+        self.mentions: list[vg.Mention] = []
 
     def say(self, words: str, meant: bool = False) -> _Phrase:
         self.text += " " if self.text else ""
         start = len(self.text)
         self.text += words
         if meant:
-            self.mentions.append(Mention(words, start, len(self.text), SYNSETS[words][0]))
+            self.mentions.append(vg.Mention(words, start, len(self.text), SYNSETS[words][0]))
         return self
 
-    def thing(self, it: GenomeObject, article: str = "a") -> _Phrase:
+    def thing(self, it: vg.GenomeObject, article: str = "a") -> _Phrase:
         """ "a large red striped ball"; what is plain is not said."""
         said = [word for word in reversed(it.attributes) if word != "plain"]
         order = [*said[:1], *said[:0:-1]] if len(said) > 2 else said  # size, colour, pattern
@@ -170,7 +162,7 @@ class _Phrase:
             self.say(word, True)
         return self.say(it.name, True)
 
-    def scenery(self, it: GenomeObject) -> _Phrase:
+    def scenery(self, it: vg.GenomeObject) -> _Phrase:
         """ "the grass", "the sky at night"."""
         self.say("the").say(it.name, True)
         for word in it.attributes:
@@ -179,25 +171,25 @@ class _Phrase:
         return self
 
 
-def _union(*things: GenomeObject) -> tuple[int, int, int, int]:
+def _union(*things: vg.GenomeObject) -> tuple[int, int, int, int]:
     x, y = min(int(t.x) for t in things), min(int(t.y) for t in things)
     return x, y, max(int(t.x + t.w) for t in things) - x, max(int(t.y + t.h) for t in things) - y
 
 
 def _regions(
-    scene: Scene, things: dict[str | int, GenomeObject], links: list[GenomeRelationship], image_id: int,
+    scene: Scene, things: dict[str | int, vg.GenomeObject], links: list[vg.GenomeRelationship], image_id: int,
     ids: Counter,
-) -> Iterator[RegionGraph]:  # fmt: skip
+) -> Iterator[vg.RegionGraph]:  # fmt: skip
     """One region for each thing, in order, and one for each relationship of a toy, each with its graph."""
     by_id = {each.id: each for each in things.values()}
 
-    def region(phrase: _Phrase, *named: GenomeObject) -> GenomeRegion:
+    def region(phrase: _Phrase, *named: vg.GenomeObject) -> vg.GenomeRegion:
         box = _union(*named)
-        return GenomeRegion(ids.take("region"), image_id, *box, phrase.text, tuple(phrase.mentions))
+        return vg.GenomeRegion(ids.take("region"), image_id, *box, phrase.text, tuple(phrase.mentions))
 
     for key, it in things.items():
         phrase = _Phrase().scenery(it) if isinstance(key, str) else _Phrase().thing(it)
-        yield RegionGraph(region(phrase, it), (it,))
+        yield vg.RegionGraph(region(phrase, it), (it,))
     toys = {things[i].id for i in range(len(scene.toys)) if i in things}
     for link in links:
         subject, object = by_id[link.subject_id], by_id[link.object_id]
@@ -211,13 +203,13 @@ def _regions(
             phrase.thing(object)
         else:
             phrase.scenery(object)
-        yield RegionGraph(region(phrase, subject, object), (subject, object), (link,))
+        yield vg.RegionGraph(region(phrase, subject, object), (subject, object), (link,))
 
 
 def _questions(
-    scene: Scene, things: dict[str | int, GenomeObject], links: list[GenomeRelationship], image_id: int, ids: Counter,
-    regions: dict[str | int, int],
-) -> Iterator[GenomeQuestion]:  # fmt: skip
+    scene: Scene, things: dict[str | int, vg.GenomeObject], links: list[vg.GenomeRelationship], image_id: int,
+    ids: Counter, regions: dict[str | int, int],
+) -> Iterator[vg.GenomeQuestion]:  # fmt: skip
     """What, where and how many; only of toys that are seen, or, in counts, if all of them are."""
     seen = all(i in things for i in range(len(scene.toys)))
     for each in questions_about(scene, ("color", "shape", "pattern", "count", "half")):
@@ -227,7 +219,7 @@ def _questions(
         text, answer = each.text.removesuffix(" ?"), each.answer
         if each.kind == "half":
             text, answer = f"where is {text.removeprefix('on which side is ')}", f"on the {answer}"
-        yield GenomeQuestion(
+        yield vg.GenomeQuestion(
             ids.take("question"), image_id, f"{text[0].upper()}{text[1:]}?", answer, named,
             region_id=None if each.kind == "count" else regions[each.objects[0]],
         )  # fmt: skip
@@ -239,7 +231,7 @@ def _questions(
             if len(found) == 1:
                 told = next(each for each in things.values() if each.id == found[0].subject_id)
                 where = f"to the {predicate}" if predicate.endswith(" of") and "front" not in predicate else predicate
-                yield GenomeQuestion(
+                yield vg.GenomeQuestion(
                     ids.take("question"), image_id, f"What is {where} the {it.name}?",
                     f"{told.attributes[0]} {told.name}", (it,), (told,),
                 )  # fmt: skip
