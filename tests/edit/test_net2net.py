@@ -124,6 +124,8 @@ def test_what_cannot_be_translated_is_refused(translation, tmp_path):
         expert("label:form", ["x"]).of(shown)
     with pytest.raises(BadInput, match="must give vectors"):
         fit_translation(CODES, expert("pixels:16"), shown, FLOW)
+    with pytest.raises(BadInput, match="deaf says the same of all 40 pictures; give captions"):
+        fit_translation(NetExpert("deaf", "picture", lambda x: torch.ones(len(x), 3)), CODES, shown, FLOW)
     blind = fit_translation(
         CODES, NetExpert("blind", "picture", colours_of), world(64, 3), FlowParams(steps=1, blocks=1)
     )

@@ -97,6 +97,8 @@ def fit_translation(
     if z.ndim != 2:
         raise BadInput(f"{second.name} gives maps; the second expert of net2net must give vectors (toy-ae).")
     c = first.encode(first.of(examples))
+    if not (c != c[:1]).any():
+        raise BadInput(f"{first.name} says the same of all {len(c)} pictures; give captions or labels that differ.")
     record = fit_translator(
         z, c, params=params, spread=second.spread(given), embedding=32, on_progress=on_progress, name="net2net"
     )
