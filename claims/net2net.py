@@ -409,8 +409,8 @@ def exchanged(context: Context) -> list[Row]:
                 for word, (a, b) in share.items()
             )
             + f"; followed times kept, less the VAE's {better.text(percent=True)}",
-            baseline=f"a new residual: {in_words(fresh)}; three conditional VAEs: {in_words(vae)}; the scene rendered with the"
-            f" other word (the most there is): {in_words(exact)}",
+            baseline=f"a new residual: {in_words(fresh)}; three conditional VAEs: {in_words(vae)}; the scene"
+            f" rendered with the other word (the most there is): {in_words(exact)}",
             bars=[
                 *[
                     Bar(share[word][0], 0.0, float(exact[word][0].mean()), at_least=0.85, what=f"{word} followed")
