@@ -218,7 +218,7 @@ def test_the_truth_has_recall_one_and_shuffled_predicates_have_not(folder):
 
 
 def test_refusals_leave_nothing(tmp_path):
-    with pytest.raises(BadInput, match="n must"):
+    with pytest.raises(BadInput, match="n is 0; it must be from 1"):
         export_genome(tmp_path / "a", n=0)
     with pytest.raises(UnknownName, match="train"):
         export_genome(tmp_path / "a", split="trian")
