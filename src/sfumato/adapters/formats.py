@@ -263,8 +263,8 @@ def read_contents(path: Path) -> Contents:
         )  # fmt: skip
         return Contents(kind="word", dialects=(dialect,), words=words, **about)
     if ldm and rest and all(key.startswith(LDM) and ".attn2." in key for key in rest):
-        dialects = ("Custom Diffusion (LDM)",)
-        return Contents(kind="weights", dialects=dialects, rest=rest, words=_modifiers(added, metadata), **about)
+        words = _modifiers(added, metadata)
+        return Contents(kind="weights", dialects=("Custom Diffusion (LDM)",), rest=rest, words=words, **about)
     if any(key.startswith((LDM, "first_stage_model.")) for key in entries):
         return Contents(kind="checkpoint", dialects=("LDM",), rest=rest, **about)
     if all(_PARAMETER.search(key) for key in rest) and any(_NETWORK.match(key) for key in rest):

@@ -367,7 +367,7 @@ def _of_shards(shards: list[Path], moving: bool) -> list[Entry]:
         try:
             with tarfile.open(shard, "r:") as tar:  # the headers alone are read
                 for member in tar:
-                    tar.members.clear()  # which would keep every header
+                    tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header
                     folder, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
                     if member.isfile() and key:
