@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,10 @@ def _weightless() -> Iterator[None]:
         yield
 
 
-def described(name_or_path: str | Path) -> dict[str, Any]:
+def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, int | None]] | None = None) -> dict[str, Any]:
     """Facts of a model as plain JSON values: family, size, tokens, capabilities, attention by kind and grid, and of
-    every system whether it runs or what the model lacks.
+    every system whether it runs or what the model lacks. ``adds``: says how many bytes systems add to drawing
+    (:func:`sfumato.sampling.footprint.adds`), told in MiB then, None where that cannot be told.
 
     Of each kind of attention the explicit map is the memory that a system adds which edits scores or probabilities
     there, one call of one picture in float32; the fused kernel keeps none.
@@ -99,7 +100,7 @@ def described(name_or_path: str | Path) -> dict[str, Any]:
     counts: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         counts.setdefault((site.kind, site.frames, site.grid, site.heads), []).append(site)
-    return {
+    facts: dict[str, Any] = {
         "model": model.name,
         "family": model.family.name,
         "parameters": {key: sum(p.numel() for p in part.parameters()) for key, part in model.modules.items()},
@@ -112,6 +113,12 @@ def described(name_or_path: str | Path) -> dict[str, Any]:
         "sites": [_row(held) for held in counts.values()],
         "systems": [{"system": key, "runs": _lacking(model, card) or "+"} for key, card in cards.methods().items()],
     }
+    if adds is not None:
+        known = adds(model)  # last: it changes the model
+        for row in facts["systems"]:
+            count = known.get(row["system"])
+            row["adds"] = None if count is None else round(count / 2**20, 1 if count < 2**24 else None)
+    return facts
 
 
 def _row(held: list[Site]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sfumato.errors import BadInput
 #: parts of what --inspect tells that are tables, with their titles
 _TABLES = {
     "sites": ("attention", "calls", "frames", "grid", "heads", "queries", "keys", "explicit map (MiB)"),
-    "systems": ("system", "runs"),
+    "systems": ("system", "runs", "adds (MiB)"),
 }
 
 
@@ -36,15 +36,16 @@ def models(
         if name is None or export is not None:
             raise BadInput("--inspect needs the name or folder of a model, and nothing besides.")
         from sfumato.models.outline import described
+        from sfumato.sampling.footprint import adds
 
-        facts = described(name)
+        facts = described(name, adds)
         if json_:
             show.json_text(facts)
         else:
             show.table(("what", ""), [(key, str(value)) for key, value in facts.items() if key not in _TABLES])
             for key, titles in _TABLES.items():
                 typer.echo()
-                show.table(titles, [tuple(map(str, row.values())) for row in facts[key]])
+                show.table(titles, [tuple("" if x is None else str(x) for x in row.values()) for row in facts[key]])
     elif export is not None:
         if name is None:
             raise BadInput("--export needs the name of a model, such as sfumato models toy-sd --export toy-sd.")
