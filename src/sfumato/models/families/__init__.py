@@ -66,9 +66,9 @@ def family_of(pipeline_class: str, settings: Mapping[str, Any] | None = None) ->
 
 
 def offering(needs: Iterable[str]) -> list[str]:
-    """Names of the families of this folder that offer all of the capabilities ``needs``."""
-    shipped = dict.fromkeys(family for family in families().values() if family.__module__.startswith(__name__))
-    return [family.name for family in shipped if family.capabilities.issuperset(needs)]
+    """Names, in alphabetical order, of the families of this folder that offer all of the capabilities ``needs``."""
+    shipped = {family for family in families().values() if family.__module__.startswith(__name__)}
+    return sorted(family.name for family in shipped if family.capabilities.issuperset(needs))
 
 
 def families_with(*needs: str) -> str:
