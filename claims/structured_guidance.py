@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from claims import common
-from claims.attend_excite import ATTRIBUTES, Arm, N, drawn, pictured, told
+from claims.attend_excite import ATTRIBUTES, Arm, N, drawn, in_words, pictured
 from claims.bars import Bar
 from claims.common import Prompt, percent
 from claims.core import Context, Experiment, Part, Row
@@ -126,7 +126,7 @@ def rows_of(name: str, kind: str, arms: Mapping[str, Arm], shown: Mapping[str, A
         Row(
             claim=f"{name}, {kind}: all are there in their own colours more often than in plain sampling",
             source=f"{SOURCE} (5 to 8 points in the users' preference; asked here: the direction)",
-            measured=f"{percent(bound['ours'])}, {told(more['ours'])} more",
+            measured=f"{percent(bound['ours'])}, {in_words(more['ours'])} more",
             baseline=listed(bound),
             bars=[common.lift(more["ours"], bound["plain"].value)],
             void=void,
@@ -147,7 +147,7 @@ def rows_of(name: str, kind: str, arms: Mapping[str, Arm], shown: Mapping[str, A
             claim=f"{name}, {kind}: all shapes are there no less often than in plain sampling, within "
             f"{100 * common.MARGIN:.0f} points",
             source=SOURCE,
-            measured=f"{percent(stats.share(ours.there))}, {told(present)} more",
+            measured=f"{percent(stats.share(ours.there))}, {in_words(present)} more",
             baseline=f"plain {percent(stats.share(plain.there))}",
             bars=[common.no_harm(present, "all there")],
             **about,
@@ -159,7 +159,7 @@ def rows_of(name: str, kind: str, arms: Mapping[str, Arm], shown: Mapping[str, A
                 claim=f"{name}, {kind}: all are right more often than with other stretches of the prompt in the "
                 "phrases' places, and than with the prompt turned around",
                 source="this repository",
-                measured="; ".join(f"over {label} {told(each)}" for label, each in over.items()),
+                measured="; ".join(f"over {label} {in_words(each)}" for label, each in over.items()),
                 baseline=listed(bound),
                 bars=[common.lift(each, bound[label].value, what=f"over {label}") for label, each in over.items()],
                 void=void,
@@ -171,8 +171,9 @@ def rows_of(name: str, kind: str, arms: Mapping[str, Arm], shown: Mapping[str, A
             Row(
                 claim=f"{name}, {kind}: the mode for conjunctions",
                 source=f"{SOURCE}, many keys and one value",
-                measured=f"leaks {told(less['conjunction'])}, all right {told(more['conjunction'])} more than plain",
-                baseline=f"values: leaks {told(less['ours'])}, all right {told(more['ours'])} more than plain",
+                measured=f"leaks {in_words(less['conjunction'])}, all right {in_words(more['conjunction'])} more than "
+                "plain",
+                baseline=f"values: leaks {in_words(less['ours'])}, all right {in_words(more['ours'])} more than plain",
                 **about,
             )
         )
