@@ -48,7 +48,7 @@ class Setting:
     """What is chosen for each arm on other scenes: the guidance, and what the prompt tells."""
 
     guidance: float
-    told: str
+    prompted: str
 
     def __str__(self) -> str:
         return f"guidance {self.guidance:g}, the prompt tells the {self.prompted}"
