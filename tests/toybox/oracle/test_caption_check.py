@@ -105,6 +105,6 @@ def test_prompt_files(tmp_path):
     assert [row["seed"] for row in rows] == [7, 8] and set(rows[0]) == {"prompt", "task", "seed"}
     with pytest.raises(UnknownName, match="unknown task 'tow'"):
         prompt_set(["tow"])
-    with pytest.raises(BadInput, match="n=0"):
+    with pytest.raises(BadInput, match="n is 0"):
         prompt_set(n=0)
     assert RequestedToy.parse("red cube").shape == "cube"
