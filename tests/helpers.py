@@ -37,20 +37,21 @@ def fingerprint(*owners: Any) -> dict[str, Any]:
 def _module(root: nn.Module) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for path, module in root.named_modules():
-        processor = getattr(module, "processor", None)
+        own = vars(module)
+        processor = own.get("processor", module._modules.get("processor"))
         facts[path] = (
             id(module),
             type(module).__name__,
             module.training,
-            tuple(len(getattr(module, hooks)) for hooks in _HOOK_DICTS),
+            tuple(len(own[hooks]) for hooks in _HOOK_DICTS),
             (id(processor), type(processor).__name__),
-            sorted(key for key in vars(module) if key in ("forward", "__call__", "_diffusers_hook")),
-            tuple(_tensor(name, value) for name, value in module.named_parameters(recurse=False)),
-            tuple(_tensor(name, value) for name, value in module.named_buffers(recurse=False)),
+            sorted(key for key in ("forward", "__call__", "_diffusers_hook") if key in own),
+            tuple(_tensor(name, value) for name, value in module._parameters.items() if value is not None),
+            tuple(_tensor(name, value) for name, value in module._buffers.items() if value is not None),
         )
     return facts
 
 
 def _tensor(name: str, value: torch.Tensor) -> tuple[Any, ...]:
-    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return name, value.data_ptr(), value.requires_grad, value.grad is None, hashlib.sha256(data).hexdigest()
+    data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return name, value.data_ptr(), value.requires_grad, value.grad is None, hash(data.tobytes())

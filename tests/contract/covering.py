@@ -49,22 +49,12 @@ def parties(items: Sequence[str], together: Callable[[str, str], bool]) -> list[
 
 def leaving_out(groups: Sequence[Sequence[str]]) -> list[list[int]]:
     """For each group the members (their places) to leave out, one at a time, such that for every two that are together
-    in some group each is left out beside the other at least once.
-
-    Greedy: the next is whoever is beside most that it was not yet left out beside.
-    """
+    in some group each is left out beside the other at least once, in the first group that has both."""
     left = {(one, other) for group in groups for one in group for other in group if one != other}
-    found: list[list[int]] = [[] for _ in groups]
-    places = [(g, k) for g, group in enumerate(groups) for k in range(len(group))]
-
-    def gain(place: tuple[int, int]) -> int:
-        g, k = place
-        return sum((groups[g][k], other) in left for other in groups[g])
-
-    while left:
-        g, k = max(places, key=gain)
-        found[g].append(k)
-        left -= {(groups[g][k], other) for other in groups[g]}
+    found: list[list[int]] = []
+    for group in groups:
+        found.append([k for k, one in enumerate(group) if any((one, other) in left for other in group)])
+        left -= {(group[k], other) for k in found[-1] for other in group}
     return found
 
 
