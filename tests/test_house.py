@@ -20,10 +20,10 @@ OF_SYSTEMS = {
 }
 #: private names of the libraries that ours has no public way around; families own those of their pipelines
 LIBRARIES = {
-    "_AttentionBackendRegistry", "_C", "_are_functorch_transforms_active", "_attention_backend", "_base",
+    "_AttentionBackendRegistry", "_C", "_are_functorch_transforms_active", "_attention_backend", "_base", "_cdata",
     "_foreach_lerp_", "_fused_sdp_choice", "_get_signature_types", "_is_amx_tile_supported",
-    "_is_avx512_bf16_supported", "_is_mkldnn_bf16_supported", "_parameters",
-    "_scaled_dot_product_flash_attention_for_cpu",
+    "_is_avx512_bf16_supported", "_is_mkldnn_bf16_supported", "_local_scalar_dense", "_parameters",
+    "_scaled_dot_product_flash_attention_for_cpu", "_schema",
 }  # fmt: skip
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

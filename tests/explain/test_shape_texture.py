@@ -169,7 +169,7 @@ def test_silenced_units_are_zero_and_come_back():
 def test_the_picture_half_of_a_joint_block_is_the_one_read():
     model = tiny_model("sd3")
     forward = st.noised_forward(model, 0.5)
-    with torch.no_grad(), st.watched(model.denoiser, ["transformer_blocks.0"]) as seen:
+    with torch.no_grad(), st.layer_outputs(model.denoiser, ["transformer_blocks.0"]) as seen:
         forward(torch.zeros(1, 3, 32, 32))
     patch = model.denoiser.config.patch_size
     assert seen["transformer_blocks.0"].shape[1] == (model.latent_shape(32, 32)[1] // patch) ** 2

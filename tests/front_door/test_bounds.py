@@ -311,7 +311,7 @@ def test_what_is_large_and_right_is_taken():
 
 @pytest.mark.parametrize("command", [("make", "a cube"), ("explain", "a cube")])
 def test_sizes_that_do_not_fit_are_told_before_anything_is_loaded(sfumato, monkeypatch, command):
-    monkeypatch.setattr(memory, "free", lambda device: 2**30)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
     done = sfumato(*command, "--size", "4096x4096")
     assert done.code == 2 and done.err.count("\n") == 1
     assert "at least 4.0 GiB in the autoencoder of toy-sd, and 1.0 GiB are free" in done.err
@@ -321,19 +321,19 @@ def test_sizes_that_do_not_fit_are_told_before_anything_is_loaded(sfumato, monke
 
 def test_sizes_that_do_not_fit_into_memory_with_a_loaded_model(monkeypatch):
     model = tiny_model("sd")
-    monkeypatch.setattr(memory, "free", lambda device: 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
     with pytest.raises(OutOfMemory, match="4 of 64x64 at once .* draw fewer at once, or make it smaller"):
         generate(model, "a cube", n=4, size=(64, 64), steps=1)
-    monkeypatch.setattr(memory, "free", lambda device: None)  # nobody says
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)  # nobody says
     generate(model, "a cube", size=(64, 64), steps=1, decode=False)
-    assert memory.decoding({"block_out_channels": [8]}, 64, 64) == 0
+    assert memory.decoder_bytes({"block_out_channels": [8]}, 64, 64) == 0
 
 
 def test_free_memory_is_that_of_the_machine_or_of_its_group(tmp_path, monkeypatch):
-    assert 0 < memory.free("cpu") < 2**44 and memory.free("mps") is None
+    assert 0 < memory.free_bytes("cpu") < 2**44 and memory.free_bytes("mps") is None
     for name, number in (("max", 10**6), ("current", 4 * 10**5)):
         (tmp_path / name).write_text(str(number))
     monkeypatch.setattr(memory, "_GROUPS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
-    assert memory.free() == 600_000
+    assert memory.free_bytes() == 600_000
     (tmp_path / "max").write_text("max")
-    assert memory.free() > 600_000
+    assert memory.free_bytes() > 600_000

@@ -315,8 +315,11 @@ def test_schedulers_in_edm_scaling(case: str, tmp_path: Path):
     )
     torch.testing.assert_close(heard[-1][0], heard[-1][1])  # the last step ends where its x0 is
     assert set(model.schedulers) == {"edm_euler", "edm_dpm++"}
-    with pytest.raises(NotSupported, match="'euler' does not fit a model in EDM's scaling; use one of: edm_euler"):
-        generate(model, PROMPT, scheduler="euler")
+    with pytest.raises(NotSupported, match="'ddim' does not fit a model in EDM's scaling; use one of: edm_euler"):
+        generate(model, PROMPT, scheduler="ddim")
+    same = {"steps": 2, "seed": 3, "decode": False, "size": (32, 32)}
+    by_name = [generate(model, PROMPT, scheduler=name, **same).latents for name in ("euler", "edm_euler")]
+    assert torch.equal(*by_name)  # as other programs call it
     with pytest.raises(NotSupported, match="EDM's"):
         invert(model, picture(), PROMPT)
 

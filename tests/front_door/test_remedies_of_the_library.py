@@ -28,7 +28,6 @@ from sfumato.teach.denoising import Denoising
 from sfumato.teach.scorers import scorer_of
 from sfumato.teach.taught import free
 from sfumato.teach.word_vectors import refuse_word
-from sfumato.toybox.oracle.prompts import prompt_set
 from sfumato.training.losses import Noise
 from sfumato.training.players import Player
 from sfumato.training.trainer import Trainer
@@ -125,9 +124,6 @@ TABLE = {
     "give a list with --attributes": (
         lambda at: SadPad().find_attributes(["xyzzy"]),
         lambda said, at: [(at / "list.txt").write_text("red\nblue"), read_attributes(at / "list.txt")],
-    ),
-    "give at least one of each": (
-        lambda at: prompt_set(["one"], 0), lambda said, at: prompt_set(["one"], 1),
     ),
     "; name a new file": (
         lambda at: free(_touched(at / "x.safetensors")), lambda said, at: free(at / "new.safetensors"),

@@ -352,10 +352,10 @@ def test_windows_writes_and_locks_all_the_same(windows, tmp_path):
     for text in (b"old", b"new"):
         with writing.atomic_write(tmp_path / "x.png") as file:
             file.write(text)
-            writing.sweep(tmp_path)  # spares what is being written
+            writing.remove_partial(tmp_path)  # spares what is being written
     with writing.atomic_folder(tmp_path / "folder") as folder:
         (folder / "a").write_text("whole")
-        writing.sweep(tmp_path)
+        writing.remove_partial(tmp_path)
     with pytest.raises(FileExistsError), writing.atomic_write(tmp_path / "x.png", new=True) as file:
         file.write(b"other")
     with writing.reserved(tmp_path, "this"), pytest.raises(Conflict, match="another process is at work"):
@@ -363,6 +363,6 @@ def test_windows_writes_and_locks_all_the_same(windows, tmp_path):
             raise AssertionError("both are in")
     (tmp_path / ".y.png.0123abcd.partial").write_text("left by a kill")
     with writing.reserved(tmp_path, "this"):
-        writing.sweep(tmp_path)
+        writing.remove_partial(tmp_path)
     assert (tmp_path / "x.png").read_bytes() == b"new" and (tmp_path / "folder" / "a").read_text() == "whole"
     assert sorted(os.listdir(tmp_path)) == ["folder", "x.png"]

@@ -17,7 +17,7 @@ from tests.tiny import tiny_model, tiny_pipeline
 
 CASES = {
     "sd": ["daam", "attend_excite", "paint_with_words", "prompt_to_prompt"],
-    "sd3": ["attend_excite", "prompt_to_prompt"],
+    "sd3": ["attend_excite"],
     "flux": ["attend_excite"],
 }
 SIZE = (64, 64)
