@@ -111,6 +111,11 @@ def test_networks_that_cannot_be_read_are_refused():
         network_of(Net(), "stag").vectors(pixels)
     with pytest.raises(NotSupported, match="decodes no vectors"):
         Network("net", "stage", 16, lambda x: (x, None)).pictures(torch.rand(2, 3))
+    with pytest.raises(BadInput, match="net decodes 2 of 3 vectors to pictures that are not numbers"):
+        decode = lambda z: (z * z - z * z)[..., None, None]  # noqa: E731  inf - inf where it overflows
+        Network("net", "code", 1, lambda x: (x, None), decode).pictures(
+            torch.tensor([[1e30] * 3, [1.0] * 3, [1e30] * 3])
+        )
     with pytest.raises(UnknownName):
         network_of(VectorAutoencoder(16, (8, 8), 6), "stage")
 

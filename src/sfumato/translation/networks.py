@@ -65,11 +65,15 @@ class Network:
         return found, torch.cat([each.float().cpu() for each in spreads]) if spreads else None
 
     def pictures(self, z: Tensor) -> Tensor:
-        """Pictures (b 3 h w) of vectors (b n). Raises NotSupported for networks that do not decode."""
+        """Pictures (b 3 h w) of vectors (b n). Raises NotSupported for networks that do not decode, BadInput for
+        vectors whose pictures are not numbers."""
         if self.decode is None:
             raise NotSupported(f"{self.name} ({self.layer}) decodes no vectors; use an autoencoder (toy-ae).")
         with torch.no_grad():
-            return torch.cat([self.decode(chunk).float().clamp(-1, 1) for chunk in z.split(BATCH)])
+            found = torch.cat([self.decode(chunk).float().clamp(-1, 1) for chunk in z.split(BATCH)])
+        if wrong := int(found.isnan().flatten(1).any(1).sum()):
+            raise BadInput(f"{self.name} decodes {wrong} of {len(z)} vectors to pictures that are not numbers.")
+        return found
 
 
 def side_of(net: nn.Module | Model) -> int:

@@ -146,6 +146,7 @@ def _links(
     if genome.has(name):
         for image_id, things in genome.attributes():
             yield from _of_image(name, image_id, images)
+            yield from _boxes(name, images.get(image_id), things)
             there = set(known.get(image_id, np.empty(0)).tolist()) if known is not None else None
             for each in things:
                 if there is not None and each.id not in there:
@@ -158,10 +159,15 @@ def _links(
             there = set(known.get(image_id, np.empty(0)).tolist()) if known is not None else None
             for part in [at] if name == "scene_graphs.json" else at.inner("regions", "region", "region_id", "id"):
                 yield from _graph(name, image_id, part, there)
+                yield from _boxes(name, images.get(image_id), _things(part))
+
+
+def _things(at: fields.Fields) -> list[GenomeObject]:
+    return [fields.thing(each) for each in at.inner("objects", "object", "object_id", "id")]
 
 
 def _graph(name: str, image_id: int, at: fields.Fields, known: set[int] | None) -> Iterator[Finding]:
-    objects = [fields.thing(each) for each in at.inner("objects", "object", "object_id", "id")]
+    objects = _things(at)
     links = [fields.relationship(each) for each in at.inner("relationships", "relationship", "relationship_id", "id")]
     where = "" if name == "scene_graphs.json" else f"{at.place.rpartition(', ')[2]}: "
     for fault in dangling(links, {each.id for each in objects}):
