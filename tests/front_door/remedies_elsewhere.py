@@ -9,6 +9,7 @@ ELSEWHERE = {
     "give it one as reference": "tests/parity/test_references.py::test_what_cannot_be_looked_at_is_refused",
     "reads texts beside a picture only; give one as reference": "tests/parity/test_references.py::test_what_cannot_be_looked_at_is_refused",
     "use 'ddim'": "tests/models/test_schedulers.py::test_names_that_do_not_fit",
+    "give captions or labels that differ": "tests/edit/test_net2net.py::test_what_cannot_be_translated_is_refused",
     "give scheduler ": "tests/models/test_schedulers.py::test_names_that_do_not_fit",
     "are the same, so they tell the flow nothing; leave them out": "tests/translation/test_translator.py::test_conditions_that_never_vary_are_refused_and_dead_ones_stay_in_their_unit",
     "give timesteps=[first|last] for each": "tests/steer/test_experts.py::test_refusals",
