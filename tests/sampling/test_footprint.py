@@ -16,7 +16,7 @@ from sfumato.sampling.footprint import Footprint, adds, drawn
 from tests.tiny import tiny_model, tiny_pipeline
 
 CASES = {
-    "sd": ["daam", "attend_excite", "paint_with_words", "prompt_to_prompt"],
+    "sd": ["daam", "prompt_to_prompt"],
     "sd3": ["attend_excite"],
     "flux": ["attend_excite"],
 }
