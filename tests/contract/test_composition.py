@@ -11,8 +11,8 @@ from tests.contract.systems import PAIRS, SYSTEMS, maker, weakener
 from tests.tiny import tiny_model
 
 TRIED = ("sd3", "sd", "inpaint")
-"""Pairs are tried on joint attention, which costs least, and on a U-Net; on the inpainting model those that run together
-there only."""
+"""Pairs are tried on joint attention, which costs least, and on a U-Net; on the inpainting model those that run
+together there only."""
 RUNNING = {kind: [key for key in SYSTEMS if (key, kind) in PAIRS] for kind in TRIED}
 
 
