@@ -44,11 +44,6 @@ class StableDiffusion3(Family):
         return self.size_multiple * int(self.config.pos_embed_max_size)
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.config.sample_size * self.scale
-        return side, side
-
-    @property
     def streams(self) -> list[TextStream]:
         clip = int(self.pipe.tokenizer_max_length)
         streams = self._stream("tokenizer", "clip", 0, clip, chunked=True)
