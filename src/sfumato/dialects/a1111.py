@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from sfumato.dialects.samplers import sampler_of, scheduler_of
-from sfumato.dialects.settings import NO_EFFECT, settings
+from sfumato.dialects.settings import settings, take_distilled, with_dropped
 
 _FIELD = re.compile(r'\s*([A-Za-z][\w \-/+.]{0,60}):[ \t]*("(?:\\.|[^\\"])*"|[^,\n]*)(?:,|(?=\n)|$)')
 _NAME = re.compile(r"\s*([A-Za-z][\w \-/+.]{0,60}):[ \t]*(?=[\[{])")
@@ -92,17 +92,13 @@ def parse_a1111(text: str) -> dict[str, Any]:
         recipe["clip_skip"] = int(known["clip skip"]) - 1  # theirs counts the last layer as 1
     unread = {name for name, key in _NUMBERS.items() if name in known and key not in recipe}
     dropped = [written for name, written in names.items() if name in unread or name not in _READ | _NO_MATTER] + dropped
-    distilled = known.get("distilled cfg scale", "")
-    if distilled and recipe.get("guidance", 1.0) <= 1:  # Forge: of models distilled from guidance, which take no other
-        recipe |= settings({"cfg scale": distilled})
-        dropped += [NO_EFFECT] if recipe.pop("negative", None) else []
-    elif distilled:
-        dropped.append(names["distilled cfg scale"])
+    if distilled := known.get("distilled cfg scale"):  # Forge
+        dropped += take_distilled(recipe, settings({"cfg scale": distilled}), names["distilled cfg scale"])
     if "sampler" in known:
         scheduler, lost = scheduler_of(known["sampler"], known.get("schedule type", ""), 1)
         recipe |= {"scheduler": scheduler} if scheduler else {}
         dropped = lost + dropped
-    return recipe | ({"dropped": list(dict.fromkeys(dropped))} if dropped else {})
+    return with_dropped(recipe, dropped)
 
 
 _NEGATIVE = "negative prompt:"

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any
 
 from sfumato.dialects.samplers import scheduler_of
-from sfumato.dialects.settings import NO_EFFECT, short
+from sfumato.dialects.settings import short, take_distilled, with_dropped
 
 _MOST_NODES = 2000
 _MOST_SAMPLERS = 20  # that are looked at
@@ -81,12 +81,9 @@ def parse_comfy(text: str) -> dict[str, Any] | None:
             dropped.append(f"LoRA {node['inputs']['lora_name'][:80]!r}")
         if "ControlNet" in kind_of_node:
             dropped.append(kind_of_node[:40])
-    if distilled and recipe.get("guidance", 1.0) <= 1:
-        recipe["guidance"] = distilled[0]
-        dropped += [NO_EFFECT] if recipe.pop("negative", None) else []
-    elif distilled:
-        dropped.append(f"guidance {distilled[0]:g} beside CFG")
-    return recipe | ({"dropped": list(dict.fromkeys(dropped))} if dropped else {})
+    if distilled:
+        dropped += take_distilled(recipe, {"guidance": distilled[0]}, f"guidance {distilled[0]:g} beside CFG")
+    return with_dropped(recipe, dropped)
 
 
 def _link(graph: dict[str, Any], value: Any) -> str | None:

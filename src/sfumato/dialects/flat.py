@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sfumato.dialects.samplers import scheduler_of
-from sfumato.dialects.settings import settings, short
+from sfumato.dialects.settings import settings, short, with_dropped
 
 _MOST_KEYS = 2000
 #: A1111's name in lower case -> names in the JSON of Fooocus, SwarmUI and InvokeAI
@@ -53,4 +53,4 @@ def parse_json(text: str) -> dict[str, Any] | None:
         scheduler, lost = scheduler_of(sampler, known.get("schedule type", ""), 3)
         recipe |= {"scheduler": scheduler} if scheduler else {}
         dropped = lost + dropped
-    return recipe | ({"dropped": list(dict.fromkeys(dropped))} if dropped else {})
+    return with_dropped(recipe, dropped)

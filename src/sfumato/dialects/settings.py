@@ -22,6 +22,20 @@ def settings(known: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def take_distilled(recipe: dict[str, Any], found: dict[str, Any], name: str) -> list[str]:
+    """Takes over the guidance ``found`` of a model that is distilled from it, unless there is CFG beside it. Returns
+    what is dropped: the setting of this ``name``, or a negative prompt, for such models take none."""
+    if recipe.get("guidance", 1.0) > 1:
+        return [name]
+    recipe |= found
+    return [NO_EFFECT] if recipe.pop("negative", None) else []
+
+
+def with_dropped(recipe: dict[str, Any], dropped: list[str]) -> dict[str, Any]:
+    """A recipe that lists what has no counterpart in it, if there is any."""
+    return recipe | ({"dropped": list(dict.fromkeys(dropped))} if dropped else {})
+
+
 def short(value: str | float) -> bool:
     """Whether a number has no more digits than Python writes out."""
     return isinstance(value, str) or abs(value) < 1e300

@@ -115,10 +115,7 @@ class PipelineCall:
         again = bool(set(rows) & set(step.outputs))
         taps = step.active_taps(editors=again)
         again_with = _copied(arguments)
-        if taps:
-            with self._seen_by(taps, step, rows, arguments):
-                out = real(*args, **kwargs)
-        else:
+        with self._seen_by(taps, step, rows, arguments):
             out = real(*args, **kwargs)
         if not again:
             step.outputs.update(self._by_branch(out, rows))
@@ -145,9 +142,7 @@ class PipelineCall:
         embeds[cond] = texts.to(embeds).repeat_interleave((cond.stop - cond.start) // b, 0)
         named = self.model.family.call_with(_copied(arguments), embeds)
         extra = named.pop("kwargs", {})
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            if taps:
-                stack.enter_context(self._seen_by(taps, step, rows, arguments))
+        with torch.no_grad(), self._seen_by(taps, step, rows, arguments):
             out = real(**named, **extra)
         self.run.add_cost(b * len(rows) / self.count, step)
         return self._by_branch(out, rows)
@@ -155,7 +150,10 @@ class PipelineCall:
     def _seen_by(
         self, taps: Sequence[Tap], step: PipelineStep, rows: dict[str, slice], arguments: dict[str, Any]
     ) -> AbstractContextManager[Any]:
-        """The seam around one denoiser call; texts of its rows may be of other lengths than those of others."""
+        """The seam around one denoiser call, if there are taps; texts of its rows may be of other lengths than those of
+        others."""
+        if not taps:
+            return contextlib.nullcontext()
         texts, family = self.model.family.rows_of_call(arguments), self.model.family
         order = functools.partial(family.places, texts)
         return self.run.seam(tuple(taps)).forward(step, rows, self.run.sites_with(texts), order)
