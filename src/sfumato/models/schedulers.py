@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from sfumato.errors import NotSupported, UnknownName
@@ -66,11 +67,15 @@ def deterministic(own: Any) -> str:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler walks the straight path of flow matching, x = (1 - s) x0 + s eps."""
-    config = scheduler.config
+    return is_flow_config(scheduler.config, type(scheduler).__name__)
+
+
+def is_flow_config(config: Mapping[str, Any], class_name: str) -> bool:
+    """The same of the configuration of a scheduler of this class."""
     return (
         bool(config.get("use_flow_sigmas"))
         or config.get("prediction_type") == "flow_prediction"
-        or type(scheduler).__name__.startswith("FlowMatch")
+        or class_name.startswith("FlowMatch")
     )
 
 

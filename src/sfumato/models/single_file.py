@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from sfumato.models.kinds import FileKind, kind_of_file
 from sfumato.models.markers import Markers, beside, marked, read_markers, refuse_contradiction
 from sfumato.models.model import Model
 from sfumato.models.quiet import quiet
+from sfumato.models.schedulers import is_flow_config
 from sfumato.models.weights import read_header, read_json, read_metadata
 from sfumato.valid import first_line
 
@@ -77,12 +77,6 @@ def _folder(config: str | Path | None) -> Path | None:
     raise BadInput(
         f"config={str(config)!r} is not the folder of a diffusers model: neither model_index.json nor tokenizer/ there."
     )
-
-
-def _is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler of this configuration walks the path of flow models, of which no marker says anything."""
-    plain = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(plain) or str(config.get("_class_name")).startswith("FlowMatch")
 
 
 def _tokenizer_class(entry: list[Any]) -> str:
@@ -224,9 +218,10 @@ class _Source:
             own, source = {"_class_name": entry[1], **read_json(config)}, str(self.given)
         else:
             own, source = architectures.config_of(self.shipped, "scheduler"), ""
-            if not _is_flow(own):
-                refuse_contradiction(self.markers, self.path)
-        follow = own if self.markers.contradiction or _is_flow(own) else marked(own, self.markers)
+        flow = is_flow_config(own, str(own.get("_class_name")))  # of which no marker says anything
+        if not source and not flow:
+            refuse_contradiction(self.markers, self.path)
+        follow = own if flow or self.markers.contradiction else marked(own, self.markers)
         with tempfile.TemporaryDirectory(prefix="sfumato-") as made:
             folder = Path(made)
             (folder / "scheduler_config.json").write_text(json.dumps(follow), encoding="utf-8")
