@@ -6,11 +6,13 @@ import ast
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers import (
@@ -799,6 +801,55 @@ def test_cached_blocks_are_refused_until_the_cache_is_off():
         net.disable_cache()
         with AttentionSeam(net, sites, [Tap(observe=lambda c: None)]) as seam, seam.forward():
             assert torch.equal(run(), plain)
+
+
+class _Stale(ModelHook):
+    """Answers every call but the first with what it answered then, as caches do."""
+
+    kept: Any = None
+
+    def new_forward(self, module, *args, **kwargs):
+        self.kept = self.fn_ref.original_forward(*args, **kwargs) if self.kept is None else self.kept
+        return self.kept
+
+
+@pytest.mark.parametrize("path", ["", "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.norm"])
+def test_a_cache_anywhere_is_refused(path):
+    """Above an attention, below it, where it is computed in vain, and beside it."""
+    net, run = flux()
+    sites = find_sites(net, run)
+    registry = HookRegistry.check_if_exists_or_initialize(net.get_submodule(path))
+    registry.register_hook(_Stale(), "stale")
+    run()
+    with pytest.raises(NotSupported, match=f"'stale' on {path or 'FluxTransf'}.*may skip attention.*disable_cache"):
+        AttentionSeam(net, sites[:1], [Tap(observe=print)]).__enter__()
+    registry.remove_hook("stale")
+    assert torch.equal(attach(net, run), run())
+
+
+@pytest.mark.parametrize("how", ["forward", "module"])
+def test_a_block_that_answers_from_memory_is_named(how):
+    """As DeepCache does it: another forward of a block, or another block around it."""
+    net, run = flux()
+    sites = find_sites(net, run)
+    block, kept = net.transformer_blocks[0], []
+
+    def cached(*args, **kwargs):
+        kept.append(kept[0] if kept else own(*args, **kwargs))
+        return kept[-1]
+
+    own = block.forward
+    if how == "forward":
+        block.forward = cached
+    else:
+        net.transformer_blocks[0] = Net()
+        net.transformer_blocks[0].add_module("attn", block.attn)
+        net.transformer_blocks[0].forward = cached
+    with AttentionSeam(net, sites, [Tap(observe=lambda c: None)]) as seam:
+        with seam.forward():
+            run()
+        with pytest.raises(NoMatch, match="transformer_blocks.0.attn did not run.*cache or a wrapper"), seam.forward():
+            run()
 
 
 def test_eager_transformers_attention_is_refused():

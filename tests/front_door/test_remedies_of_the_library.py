@@ -177,7 +177,7 @@ TABLE = {
     "that is known, leave it out": (
         lambda at: _guest(DAAM(), text="first 77"), lambda said, at: _guest(DAAM()),
     ),
-    "say what they mean: attached(..., prompt='...')": (
+    "say what it says: attached(..., prompt='...')": (
         lambda at: _guest(DAAM(), embeds=True), lambda said, at: _guest(DAAM(), embeds=True, prompt=PROMPT),
     ),
     "give all of them to one attached(...)": (

@@ -20,9 +20,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sfumato.errors import BadInput, BadWeights, NotSupported, SfumatoError, UnknownName
-from sfumato.models import load
+from sfumato.models import Model, load
 from sfumato.models.quiet import quiet
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 Saved = Callable[[str], Path]
@@ -269,6 +269,20 @@ def test_text_encoders_of_another_width(broken: Path) -> None:
     transformers.CLIPTextModel(config).save_pretrained(broken / "text_encoder")
     with pytest.raises(BadInput, match=r"vectors of 24 numbers, its denoiser reads 16 \(cross_attention_dim\); load"):
         load(broken).encode_text("a cube")
+
+
+def test_text_encoders_that_cannot_read_their_prompts(broken: Path) -> None:
+    """Fewer tokens or positions than the tokenizer gives, and a first encoder of another width."""
+    for less in ({"vocab_size": 20}, {"max_position_embeddings": 16}):
+        config = transformers.CLIPTextConfig.from_pretrained(broken / "text_encoder", **less)
+        transformers.CLIPTextModel(config).save_pretrained(broken / "text_encoder")
+        with pytest.raises(BadInput, match="cannot read what its tokenizers make of a prompt.*load it with"):
+            load(broken).encode_text("a cube")
+    pipe = tiny_pipeline("flux", fresh=True)
+    config = type(pipe.text_encoder.config)(**{**pipe.text_encoder.config.to_dict(), "hidden_size": 24})
+    pipe.register_modules(text_encoder=transformers.CLIPTextModel(config))
+    with pytest.raises(BadInput, match=r"vectors of 24 numbers, its denoiser reads \d+ \(pooled_projection_dim\)"):
+        Model(pipe).encode_text("a cube")
 
 
 def test_missing_part(broken: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import diffusers
@@ -18,6 +19,7 @@ from sfumato.cards import build
 from sfumato.edit.prompt_to_prompt import PromptToPrompt
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported, SfumatoError, UnknownName
 from sfumato.explain.daam import DAAM
+from sfumato.models import Model
 from sfumato.models.hooks import running
 from sfumato.sampling import Intervention, generate
 from sfumato.sampling.attached import attached
@@ -173,6 +175,79 @@ def test_classes_that_derive_from_known_ones():
     with attached(tiny_pipeline("sd"), DAAM()) as own:
         draw(tiny_pipeline("sd"))
     assert torch.equal(run.maps[0].map("cube"), own.maps[0].map("cube"))
+
+
+class Around(torch.nn.Module):
+    """A user's own module around a denoiser."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_modules_around_a_denoiser_are_looked_through():
+    plain, pipe, own = tiny_pipeline("sd3"), tiny_pipeline("sd3", fresh=True), mine()
+    pipe.transformer, own.transformer = Around(pipe.transformer), Around(own.transformer)
+    maps = []
+    for each in (plain, pipe):
+        with attached(each, DAAM(words=["cube"])) as run:
+            draw(each)
+        maps.append(run.maps)
+    assert_same_maps(*maps)
+    with attached(own, DAAM(words=["cube"])) as run:  # of a class of the user's, found by the experiment
+        draw(own)
+    assert run.maps[0].layers[0].site.path.startswith("inner.transformer_blocks")
+
+
+class Twofold(diffusers.StableDiffusionPipeline):
+    """Draws with the mean of two denoisers."""
+
+    second: Any
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, **how: Any) -> Any:
+        own = self.unet.forward
+
+        def both(*args: Any, **given: Any) -> Any:
+            return ((own(*args, **given)[0] + self.second(*args, **given)[0]) / 2,)
+
+        self.unet.forward = both
+        try:
+            return super().__call__(prompt, **how)
+        finally:
+            self.unet.forward = own
+
+
+class Spoken(diffusers.StableDiffusionPipeline):
+    """Calls the prompt by another name."""
+
+    def __call__(self, speech: str, prompt: None = None, **how: Any) -> Any:
+        return super().__call__(speech, **how)
+
+
+def test_pipelines_made_at_home():
+    parts = {**tiny_pipeline("sd").components, "requires_safety_checker": False}
+    two, spoken = Twofold(**parts), Spoken(**parts)
+    vars(two)["second"] = tiny_pipeline("sd", fresh=True).unet
+    with pytest.raises(NotSupported, match="Twofold draws with second beside its unet"), attached(two, DAAM()):
+        draw(two)
+    two.register_modules(second=two.second)
+    with pytest.raises(NotSupported, match="components that its __init__ does not take"), attached(two, DAAM()):
+        pass
+    with pytest.raises(NotSupported, match="text under another name.*prompt='...'"), attached(spoken, DAAM()):
+        draw(spoken, prompt=None, speech=PROMPT)
+    with attached(spoken, DAAM(words=["cube"]), prompt="a cube") as run:
+        draw(spoken, prompt=None, speech=PROMPT)
+    assert run.maps[0].prompt == PROMPT  # what was really encoded
 
 
 # --- equal to our own loop --------------------------------------------------------------------------------------------
@@ -435,6 +510,27 @@ def test_attached_and_our_loop():
     assert torch.equal(found[0], run.maps[0].map("cube"))
 
 
+def test_two_threads():
+    """One call after the other: the denoiser of the one would be taken for that of the other."""
+    pipe, raised = tiny_pipeline("sd"), []
+
+    def other() -> None:
+        try:
+            draw(pipe)
+        except Conflict as error:
+            raised.append(str(error))
+
+    def on_step(_: Any, __: int, ___: Any, kept: Any) -> Any:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return kept
+
+    with attached(pipe, DAAM()) as run:
+        draw(pipe, callback_on_step_end=on_step)
+    assert len(run.maps) == 1 and "called by another thread" in raised[0]
+
+
 # --- networks and calls that cannot be seen through -------------------------------------------------------------------
 
 
@@ -444,6 +540,11 @@ def _compiled(pipe: Any) -> None:
 
 def _compiled_in_place(pipe: Any) -> None:
     pipe.transformer.compile(backend="eager")
+
+
+def _compiled_forward(pipe: Any) -> None:
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.forward = torch.compile(attention.forward, backend="eager")
 
 
 def _cached(**how: Any) -> Any:
@@ -457,6 +558,8 @@ CACHES = [
     _cached(FasterCache={"current_timestep_callback": int}),
     _cached(TaylorSeerCache={}),
     _cached(MagCache={"mag_ratios": [1.0, 1.0], "num_inference_steps": 2}),
+    _cached(SeaCache={"raw_vision_callback": print}),
+    _cached(TextKVCache={}),
 ]
 
 
@@ -473,6 +576,7 @@ def _flash(pipe: Any) -> None:
     [
         (_compiled, "compiled by torch.compile"),
         (_compiled_in_place, "compiled by torch.compile"),
+        (_compiled_forward, "compiled by torch.compile"),
         *((cached, r"disable_cache\(\)") for cached in CACHES),
         (_flash, r"set_attention_backend\('native'\)"),
     ],
@@ -522,6 +626,63 @@ def test_quantized_networks(examples):
     ):
         draw(coded)
     assert fingerprint(coded) == before
+
+
+class Int8(Tensor):
+    """Codes and a scale in a tensor's place, as torchao's: it says float, and knows linear maps alone."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], _: None, size: Any, stride: Any) -> Any:
+        return Int8(**parts)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.codes * weight.scale, *bias)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"Int8 knows no {func}")
+
+
+def test_networks_quantized_by_tensors_of_their_own(examples):
+    """Read, and adapted by LoRA, which adds to outputs; what would need the weights themselves is refused by name."""
+    coded, whole = (tiny_pipeline("sd", fresh=True) for _ in range(2))
+    for path, layer in list(whole.unet.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            scale = layer.weight.abs().amax() / 127
+            codes = (layer.weight / scale).round().to(torch.int8)
+            coded.unet.get_submodule(path).weight = torch.nn.Parameter(Int8(codes, scale), requires_grad=False)
+            layer.weight.data = codes * scale
+    for systems in (lambda: DAAM(words=["cube"]), lambda: LoRA(file="example-lora", partial=True)):
+        found = []
+        for pipe in (coded, whole):
+            with attached(pipe, systems()):
+                found.append(draw(pipe))
+        assert torch.equal(*found)
+    for change in (
+        lambda: build("weights:file=example-weights,partial=true").weights(Model(coded)),
+        lambda: LoRA(file="example-lora", partial=True).merge(Model(coded)),
+    ):
+        with pytest.raises(NotSupported, match="is quantized .Int8, torch.float32.*neither exchanged nor merged"):
+            change()
+    before = Model(coded).weight_hash
+    coded.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.codes[0] += 1
+    assert Model(coded).weight_hash != before
 
 
 def test_a_pipeline_that_reads_other_texts():

@@ -8,17 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from sfumato.adapters.lora import save_lora
+from sfumato.adapters.trainable import ATTENTION, CROSS, matching, new_lora
+from sfumato.adapters.weight_sets import read_weights
+from sfumato.adapters.word import save_word
 from sfumato.cards import method, methods, parse_with
 from sfumato.models import Model, quiet
 from sfumato.models.outline import outline
+from sfumato.models.text_towers import text_towers
 from sfumato.sampling.footprint import Footprint, adds, drawn
+from tests.experts import write_expert
 from tests.tiny import tiny_model, tiny_pipeline
 
 CASES = {
     "sd": ["daam", "prompt_to_prompt"],
-    "sd3": ["attend_excite"],
-    "flux": ["attend_excite"],
+    "sd3": ["attend_excite", "prompt_to_prompt"],
+    "flux": ["attend_excite", "prompt_to_prompt"],
 }
 SIZE = (64, 64)
 
@@ -46,6 +53,49 @@ def test_foreseen_is_measured(kind: str, tmp_path: Path, monkeypatch: Any):
         plain, own = (drawn(model, systems, steps, latents=noise) for systems in ((), method(name)(**given)))
         measured = own.peak - plain.peak
         assert measured > 0 and foreseen[key] == pytest.approx(measured, rel=0.2), key
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_adapters_are_foreseen_at_their_usual_size(kind: str, tmp_path: Path, monkeypatch: Any):
+    """What is foreseen is what adapters of that size hold that were read from files."""
+    monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
+    model = tiny_model(kind)
+    denoiser = model.family.denoiser_name
+    save_lora(tmp_path / "lora.safetensors", _acting(new_lora(model, {denoiser: ATTENTION})))
+    whole = {f"{path}.weight": torch.randn_like(model.denoiser.get_submodule(path).weight)
+             for path in matching(model, denoiser, CROSS)}  # fmt: skip
+    save_file(whole, tmp_path / "weights.safetensors")
+    save_word(tmp_path / "word.safetensors", "<x>", {t.name: t.row(5)[None] for t in text_towers(model)})
+    lora = method("lora")(file=str(tmp_path / "lora.safetensors")).adapted(model)
+    weights = method("weights")(file=str(tmp_path / "weights.safetensors")).weights(model)[denoiser]
+    words = method("word")(file=str(tmp_path / "word.safetensors")).vectors(model)
+    held = {
+        "lora": [p for each in lora.values() for p in each.parameters().values()],
+        "weights": weights.values(),
+        "word": [x for each in words.values() for x in each.values()],
+        "experts": 2 * list(read_weights(write_expert(tmp_path, kind, "e", (0, 500)) / denoiser).values()),
+    }
+    foreseen = adds(without_weights(kind, tmp_path / "model"), held)
+    assert foreseen == {key: sum(x.numel() * x.element_size() for x in each) for key, each in held.items()}
+
+
+def _acting(adapted: Any) -> Any:
+    for each in adapted.values():
+        each.parameters()["up"].data.fill_(0.1)
+    return adapted
+
+
+def test_equal_if_made_equally():
+    """Keys of a cross-attention, which follow from the text alone, are the same in every step; queries are not."""
+    x, text, noise = (torch.ones(2, 4, 4, device="meta") for _ in range(3))
+    with Footprint([x, text, noise]):
+        first, again = ((text @ x).transpose(0, 1)[:, 1] for _ in range(2))
+        assert torch.equal(first.clone(), again) and torch.equal(again, first.contiguous().clone())
+        for other in (text @ x + 1, text @ noise, (text @ x).transpose(0, 1)[:, 0], torch.rand_like(first)):
+            assert not torch.equal(first, other)
+        again.add_(1)
+        assert not torch.equal(first, again)
+        assert not torch.equal(torch.rand_like(first), torch.rand_like(first))
 
 
 def test_bytes_that_are_alive():

@@ -28,7 +28,8 @@ from sfumato.adapters.formats import fit
 from sfumato.adapters.layers import AdaptedModule, adapt_module, with_rows
 from sfumato.adapters.naming import Place
 from sfumato.adapters.spelling import published_path
-from sfumato.adapters.weight_sets import Weights, parameter_like
+from sfumato.adapters.trainable import ATTENTION, matching
+from sfumato.adapters.weight_sets import Weights, parameter_like, refuse_codes
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadWeights, NoMatch, NotSupported, nearest
 from sfumato.models import Model
@@ -42,13 +43,18 @@ def index_of(model: Model) -> dict[str, dict[str, tuple[int, ...]]]:
     family = model.family.denoiser_name
     return {
         component: {
-            path: tuple(module.weight.shape)
+            path: _shape(module)
             for path, module in network.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
         }
         for component, network in model.modules.items()
         if component == family or component.startswith("text_encoder")
     }
+
+
+def _shape(module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Of the weight, which quantizers of linear maps pack."""
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)
 
 
 @register
@@ -83,6 +89,14 @@ class LoRA(Adapter):
         # layers by model: putting them together again for every batch takes a second for 700 modules
         self._known: WeakKeyDictionary[Model, dict[str, AdaptedModule]] = WeakKeyDictionary()
         self._changed: dict[str, Tensor] = {}  # by module: whether its first output in this run was another
+
+    @classmethod
+    def usual_bytes(cls, model: Model) -> int:
+        """Of rank 4 at the projections of every attention, as training scripts make them."""
+        denoiser = model.family.denoiser_name
+        shapes = index_of(model)[denoiser]
+        held = sum(4 * (shapes[path][0] + math.prod(shapes[path][1:])) for path in matching(model, denoiser, ATTENTION))
+        return held * model.dtype.itemsize
 
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
         for name, adapted in self.adapted(model).items():
@@ -164,6 +178,7 @@ class LoRA(Adapter):
             component, _, path = name.partition(".")
             own = adapted.module.weight
             assert isinstance(own, Tensor)
+            refuse_codes(name, own)
             with torch.no_grad():
                 out.setdefault(component, {})[f"{path}.weight"] = parameter_like(own, own + adapted.delta(scale))
         return dict(out)

@@ -13,11 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sfumato.errors import BadWeights
+from sfumato.errors import BadWeights, NotSupported
 from sfumato.models.weights import find_weights, read_header
 
-__all__ = ["Weights", "WeightSets", "swapped_weights", "parameter_like", "parameters_of", "read_weights"]
+__all__ = [
+    "Weights",
+    "WeightSets",
+    "checked_parameter",
+    "parameter_like",
+    "parameters_of",
+    "read_weights",
+    "refuse_codes",
+    "swapped_weights",
+]
 
 Weights = Mapping[str, nn.Parameter]
 """Parameters of a network by their path; those that are missing stay the network's own."""
@@ -84,8 +94,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+def refuse_codes(path: str, own: Tensor) -> None:
+    """Raise NotSupported for a parameter in the codes of a quantizer (bitsandbytes, GGUF, torchao), to which nothing
+    can be added and in whose place no whole weight can stand."""
+    if is_traceable_wrapper_subclass(own) or not own.is_floating_point():
+        raise NotSupported(
+            f"{path} is quantized ({type(own).__name__}, {own.dtype}); its weights can be neither exchanged nor "
+            f"merged: load the model in bf16, fp16 or fp32."
+        )
+
+
 def checked_parameter(name: str, path: str, other: Tensor | None, own: Any, of: str) -> Tensor:
-    """``other``, if it can stand in the place of ``own``. Raises BadWeights, in which ``name`` is whose it is."""
+    """``other``, if it can stand in the place of ``own``. Raises BadWeights, in which ``name`` is whose it is, and
+    NotSupported for codes."""
+    refuse_codes(path, own)
     if other is None or other.shape != own.shape:
         found = "lacks" if other is None else f"has {tuple(other.shape)} instead of {tuple(own.shape)} in"
         raise BadWeights(f"{name} {found} {path}: it is no child of {of}.")

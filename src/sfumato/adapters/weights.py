@@ -11,7 +11,7 @@ fine-tune learned, scales below 0 take the opposite way; merging by differences 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from sfumato.adapters import weight_sets
 from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.naming import parameters_of_ldm
+from sfumato.adapters.trainable import CROSS, matching
 from sfumato.adapters.weight_sets import checked_parameter, parameter_like, swapped_weights
 from sfumato.cards import Card, Field, register
 from sfumato.errors import Conflict, NoMatch, nearest
@@ -57,6 +58,13 @@ class Weights(Adapter):
 
     kind = "weights"
     params: Params
+
+    @classmethod
+    def usual_bytes(cls, model: Model) -> int:
+        """The keys and values of the text alone, as Custom Diffusion teaches them."""
+        paths = matching(model, model.family.denoiser_name, CROSS)
+        weights = [cast(Tensor, model.denoiser.get_submodule(path).weight) for path in paths]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
 
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
         weights = self.weights(model, scale)

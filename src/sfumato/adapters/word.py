@@ -97,6 +97,11 @@ class Word(Adapter):
             out[word] = found
         return out
 
+    @classmethod
+    def usual_bytes(cls, model: Model) -> int:
+        """One vector in every text encoder."""
+        return sum(tower.table.shape[1] * tower.table.element_size() for tower in text_towers(model))
+
     def _attach(self, model: Model, scale: float, stack: ExitStack) -> None:
         vectors = self.vectors(model)
         if scale:

@@ -265,7 +265,10 @@ class AttentionSeam:
                 f"attention site {ran[0]}{how} ran without calling scaled_dot_product_attention, so nothing of it can "
                 f"be seen; {_way_back(self._modules[ran[0]])}. Sites seen: {observed}."
             )
-        raise NoMatch(f"attention site {unseen[0]} did not run in this forward pass. Sites seen: {observed}.")
+        raise NoMatch(
+            f"attention site {unseen[0]} did not run in this forward pass; if a cache or a wrapper skips its block, "
+            f"take that off or load the model again. Sites seen: {observed}."
+        )
 
 
 def _way_back(module: nn.Module) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import BadInput
 from sfumato.models.condition import Rows, require_width
+from sfumato.valid import first_line
 
 if TYPE_CHECKING:
     from sfumato.models.families import Family, TextStream
@@ -145,18 +146,28 @@ def encode(
     read."""
     if fits_plainly(family.streams, chunks):
         plain = None if negatives is None else list(map(spaced, negatives))
-        cond, uncond = family.encode(list(map(spaced, texts)), plain, guidance)
-        require_width(cond, family.config, type(family.pipe).__name__)
-        return cond, uncond
+        return _read(family, list(map(spaced, texts)), plain, guidance)
     conds, unconds = [], []
     for index in range(chunks):
         with _only(family, index):
-            cond, uncond = family.encode(texts, negatives, guidance)
-        require_width(cond, family.config, type(family.pipe).__name__)
+            cond, uncond = _read(family, texts, negatives, guidance)
         conds.append(cond)
         unconds.append(uncond)
     held = [rows for rows in unconds if rows is not None]
     return family.joined(conds), family.joined(held) if held else None
+
+
+def _read(family: Family, texts: list[str], negatives: list[str] | None, guidance: bool) -> tuple[Rows, Rows | None]:
+    name = type(family.pipe).__name__
+    try:
+        cond, uncond = family.encode(texts, negatives, guidance)
+    except (IndexError, ValueError) as error:  # tokens or positions that an encoder's tables do not have
+        raise BadInput(
+            f"the text encoders of this {name} cannot read what its tokenizers make of a prompt ({first_line(error)}); "
+            f"load it with the text encoders and tokenizers that it was trained with."
+        ) from error
+    require_width(cond, family.config, name)
+    return cond, uncond
 
 
 @contextmanager

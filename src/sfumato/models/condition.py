@@ -135,11 +135,11 @@ _WIDTHS = (
 
 def require_width(rows: Rows, config: Any, name: str) -> None:
     """Raise BadInput where the text encoders give vectors that the denoiser with this ``config`` cannot read."""
-    given = rows["embeds"].shape[-1]
     known = dict(config) if isinstance(config, Mapping) else vars(config)  # of diffusers, of transformers
-    key = next((key for key in _WIDTHS if known.get(key) is not None), None)
-    if key is not None and isinstance(known[key], int) and known[key] != given:
-        raise BadInput(
-            f"the text encoders of this {name} give vectors of {given} numbers, its denoiser reads {known[key]} "
-            f"({key}); load it with the text encoders that it was trained with."
-        )
+    for held, keys in (("embeds", _WIDTHS), ("pooled", ("pooled_projection_dim",))):
+        key = next((key for key in keys if known.get(key) is not None), "")
+        if held in rows and isinstance(width := known.get(key), int) and width != (given := rows[held].shape[-1]):
+            raise BadInput(
+                f"the text encoders of this {name} give vectors of {given} numbers, its denoiser reads {width} "
+                f"({key}); load it with the text encoders that it was trained with."
+            )

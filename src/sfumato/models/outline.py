@@ -85,7 +85,7 @@ def _weightless() -> Iterator[None]:
         yield
 
 
-def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, int | None]] | None = None) -> dict[str, Any]:
+def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, Any]] | None = None) -> dict[str, Any]:
     """Facts of a model as plain JSON values: family, size, tokens, capabilities, attention by kind and grid, and of
     every system whether it runs or what the model lacks. ``adds``: says how many bytes systems add to drawing
     (:func:`sfumato.sampling.footprint.adds`), told in MiB then, None where that cannot be told.
@@ -117,7 +117,7 @@ def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, int | 
         known = adds(model)  # last: it changes the model
         for row in facts["systems"]:
             count = known.get(row["system"])
-            row["adds"] = None if count is None else round(count / 2**20, 1 if count < 2**24 else None)
+            row["adds"] = round(count / 2**20, 1 if count < 2**24 else None) if isinstance(count, int) else count
     return facts
 
 

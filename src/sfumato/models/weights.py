@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfumato import valid
 from sfumato.errors import BadInput, BadWeights
@@ -156,6 +157,11 @@ def find_weights(folder: Path) -> list[Path]:
             f"{folder} holds its weights only as pickles ({', '.join(pickles[:3])}), which sfumato never opens;"
             " get the .safetensors files of this model."
         )
+    if coded := sorted(path.name for path in folder.glob("*.gguf")):
+        names = ", ".join(coded[:3])
+        raise BadWeights(
+            f"{folder} holds its weights only as GGUF ({names}); get the .safetensors files of this model."
+        )
     raise BadWeights(f"{folder} holds no weights: {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors is missing.")
 
 
@@ -216,10 +222,19 @@ def hash_modules(modules: Mapping[str, nn.Module]) -> str:
     for component in sorted(modules):
         state = modules[component].state_dict()
         for name in sorted(state):
-            tensor = state[name]
-            _head(digest, component, name, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for path, tensor in _plain(name, state[name]):
+                _head(digest, component, path, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor, or those that it is made of, as codes and scales of a quantized one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{part}", getattr(tensor, part))
 
 
 def _head(digest: Any, component: str, name: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -2,13 +2,17 @@
 
 Tensors of such networks have shapes and no numbers. While :class:`Footprint` lasts, whatever meets one of them gives
 another one, what is asked of its numbers is answered by a small one, and the bytes of all tensors that are alive are
-counted, the weights aside. Fused attention keeps what its kernels keep: queries, keys, values, output and one number
+counted, the weights aside. Two of them are equal if the same operations made them of the same tensors, as the keys of a
+cross-attention in every step. Fused attention keeps what its kernels keep: queries, keys, values, output and one number
 per query.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sfumato import cards
+from sfumato.errors import BadInput
 from sfumato.models import Model, quiet
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.loop import generate
@@ -31,6 +36,7 @@ __all__ = ["Footprint", "Use", "adds", "drawn"]
 STEPS = 5
 PROMPT = "a red cube and a blue ball"  # with which the examples of all systems work
 _aten = torch.ops.aten
+_TO_COPY = getattr(_aten, "_to_copy").default  # noqa: B009
 
 
 class Footprint(TorchDispatchMode):
@@ -41,6 +47,11 @@ class Footprint(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._seen: dict[int, Any] = {}
+        self._counts: dict[int, int] = {}
+        self._made: dict[int, Any] = {}  # of each storage what made it, as a hash
+        self._copied: dict[int, tuple[Any, ...]] = {}  # of each storage that is a copy the content of the original
+        self._fresh = itertools.count()
+        self._outputs: dict[Any, Any] = {}  # of operations without numbers: shape, strides and dtype of what they give
         for x in known:
             self._note(x.untyped_storage(), 0)
 
@@ -48,33 +59,84 @@ class Footprint(TorchDispatchMode):
         key = storage._cdata
 
         def gone(_: Any) -> None:
-            self.live -= count
+            self.live -= self._counts.pop(key)
             del self._seen[key]
+            self._made.pop(key, None)
+            self._copied.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key], self._counts[key] = weakref.ref(storage, gone), count
         self.live += count
         self.peak = max(self.peak, self.live)
 
+    def _moved(self, storage: Any, count: int) -> None:
+        """What goes to the device of the network would be there from the start, were there one device for all."""
+        count = min(count, self._counts.get(storage._cdata, 0))
+        if count:
+            self._counts[storage._cdata] -= count
+            self.live -= count
+
+    def _content(self, x: Tensor) -> tuple[Any, ...]:
+        """Equal for tensors that hold the same numbers, as far as that follows from how they were made."""
+        key = x.untyped_storage()._cdata
+        if key in self._copied and x.is_contiguous() and x.numel() == math.prod(self._copied[key][2]):
+            return self._copied[key]
+        if key not in self._made:
+            self._made[key] = next(self._fresh)
+        return self._made[key], x.storage_offset(), x.shape, x.stride()
+
+    def _shaped(self, func: Any, args: Any, kwargs: Any, told: Any) -> Any:
+        """What an operation gives without numbers. Working out its shape is slow, and blocks are alike."""
+        if not _gives_new(func):
+            return func(*args, **kwargs)
+        key = func, told, tuple((x.shape, x.stride(), x.dtype) for x in _tensors((args, list(kwargs.values()))))
+        known = self._outputs.get(key)
+        if known is None:
+            out = func(*args, **kwargs)
+            found = list(_tensors((out,)))
+            new = all(x.untyped_storage()._cdata not in self._seen for x in found)  # _unsafe_view says so, and is not
+            if new and len(found) == (len(out) if isinstance(out, tuple) else 1):
+                self._outputs[key] = type(out), [(x.shape, x.stride(), x.dtype) for x in found]
+            return out
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known[1]]
+        return tuple(made) if known[0] is tuple else made[0]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, made, told = kwargs or {}, None, None
         given = [*_tensors(args), *_tensors(kwargs.values())]
         if any(x.is_meta for x in given):
             if func is _aten._local_scalar_dense.default:
                 return _like(given[0]).item()
             if func is _aten.equal.default:
-                return True
+                return self._content(args[0]) == self._content(args[1])
+            chance = next(self._fresh) if torch.Tag.nondeterministic_seeded in func.tags else None
+            told = _told((args, kwargs))
+            made = hash((func, chance, *map(self._content, given), told))
             if torch.device(kwargs.get("device") or "meta").type != "meta":
                 kwargs = {**kwargs, "device": torch.device("meta")}
             if not all(x.is_meta for x in given):
                 if func._schema.is_mutable and not args[0].is_meta:
                     return args[0]  # numbers that nobody will read
                 args, kwargs = tree_map_only(Tensor, lambda x: x if x.is_meta else x.to("meta"), (args, kwargs))
-        out = func(*args, **kwargs)
-        for x in _tensors((out,)):
+        out = func(*args, **kwargs) if made is None else self._shaped(func, args, kwargs, told)
+        for i, x in enumerate(_tensors((out,))):
             storage = x.untyped_storage()
-            if storage._cdata not in self._seen:
+            new = storage._cdata not in self._seen
+            if new:
+                if func is _TO_COPY and x.is_meta and not args[0].is_meta:
+                    self._moved(args[0].untyped_storage(), storage.nbytes())
                 self._note(storage, storage.nbytes())
+            if made is not None and (new or func._schema.is_mutable):
+                self._made[storage._cdata] = hash((made, i))
+                self._copied.pop(storage._cdata, None)
+                if func is _aten.clone.default and x.is_contiguous():
+                    self._copied[storage._cdata] = self._content(given[0])
         return out
+
+
+@functools.cache
+def _gives_new(func: Any) -> bool:
+    """Whether an operation gives tensors of their own, and nothing else."""
+    return not func._schema.is_mutable and all(each.alias_info is None for each in func._schema.returns)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -83,6 +145,15 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _told(values: Any) -> Any:
+    """The arguments that are no tensors, to be hashed."""
+    if isinstance(values, list | tuple):
+        return tuple(map(_told, values))
+    if isinstance(values, dict):
+        return tuple((key, _told(value)) for key, value in values.items())
+    return None if isinstance(values, Tensor) else (type(values), values)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -94,6 +165,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        for x in (k, v):
+            out += x.as_strided((), ())  # it follows from them
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
@@ -135,34 +208,45 @@ def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Us
     return Use(counted.peak, kept)
 
 
-def adds(model: Model, keys: Iterable[str] | None = None) -> dict[str, int | None]:
+def adds(model: Model, keys: Iterable[str] | None = None) -> dict[str, int | str | None]:
     """How many bytes each system that takes part in drawing, or each of these ``keys``, adds to it, for one picture or
-    clip of the model's own size, steps and dtype; None where that depends on numbers, or on a file. ``model``: of
-    :func:`.outline`; it is changed. Systems that keep more with every step are walked for five steps, others for one.
+    clip of the model's own size, steps and dtype; "refused" where it would refuse to draw so, as with a recording that
+    grows too large; None where that depends on numbers. ``model``: of :func:`.outline`; it is changed. What a file
+    holds is taken to be of usual size (:meth:`.Intervention.usual_bytes`). Systems that keep more with every step are
+    walked for five and ten steps, others for one or two.
     """
     _compute_elsewhere(model)
     height, width = model.default_size
     noise = torch.empty(1, *model.latent_shape(height, width, model.frames()), device="meta", dtype=model.state_dtype)
     plain = functools.cache(lambda steps: drawn(model, steps=steps, latents=noise))
-    found: dict[str, int | None] = {}
+    total = int(model.defaults["steps"])
 
     def more(make: Callable[[], Any]) -> int:
-        use = drawn(model, make(), latents=noise)
-        added, kept = use.peak - plain(1).peak, use.kept[-1] - plain(1).kept[-1]
-        if kept > plain(1).peak // 50:
-            later = drawn(model, make(), STEPS, latents=noise).kept[-1] - plain(STEPS).kept[-1]
-            if later > 1.5 * kept:
-                added += later * int(model.defaults["steps"]) // STEPS - kept
-        return max(0, added)
+        def walked(steps: int) -> tuple[int, int]:
+            use, without = drawn(model, make(), steps, latents=noise), plain(steps)
+            return use.peak - without.peak, use.kept[-1] - without.kept[-1]
 
+        added, kept = walked(1)
+        if total == 1 or kept <= plain(1).peak // 50 or walked(2)[1] <= kept + kept // 20:
+            return max(0, added)
+        added, later = walked(min(STEPS, total))
+        if total <= STEPS:
+            return max(0, added)
+        added, last = walked(min(2 * STEPS, total))  # what is kept in a share of the steps grows by that share
+        return max(0, added + (last - later) * max(0, total - 2 * STEPS) // STEPS)
+
+    found: dict[str, int | str | None] = {}
     for key, card in cards.methods().items():
         if keys is not None and key not in keys:
             continue
         if all(map(model.family.has, card.needs)) and issubclass(cards.method(key), Intervention):
-            try:
-                found[key] = more(functools.partial(cards.build, card.example or key))
-            except Exception:  # code stumbles over numbers that are not there in whatever way
-                found[key] = None
+            found[key] = None
+            with contextlib.suppress(Exception):  # code stumbles over numbers that are not there in whatever way
+                usual = cards.method(key).usual_bytes(model)
+                try:
+                    found[key] = more(functools.partial(cards.build, card.example or key)) if usual is None else usual
+                except BadInput:
+                    found[key] = "refused"
     return found
 
 

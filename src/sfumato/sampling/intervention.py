@@ -24,6 +24,7 @@ from sfumato.models.families import families_with
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.models import Model
     from sfumato.sampling.run import Run, Step
 
 ROLES = ("adapter", "path", "conditioner", "editor", "steerer", "guider", "observer")
@@ -78,6 +79,12 @@ class Intervention:
     def strength(self) -> float:
         """0 promises that nothing changes, bit for bit; such an intervention may end without having acted."""
         return getattr(getattr(self, "params", None), "strength", 1.0)
+
+    @classmethod
+    def usual_bytes(cls, model: Model) -> int | None:
+        """What it holds beside ``model`` (of any weights, or none) that comes from a file, at the size that files of
+        its kind usually have; None: nothing does."""
+        return None
 
     def start(self, run: Run) -> None:
         """A batch begins; prompts, size, steps and sites are known. Validate words and sites here (raise NoMatch).

@@ -27,6 +27,7 @@ from sfumato import cards, registry, valid
 from sfumato.adapters.weight_sets import Weights, WeightSets, checked_parameter, parameter_like, read_weights
 from sfumato.cards import Card, Field, ModelPath, register
 from sfumato.errors import BadInput, BadWeights, Conflict, NoMatch, UnknownName
+from sfumato.models import Model
 from sfumato.sampling import Intervention, Run, Step
 
 __all__ = ["Expert", "Experts"]
@@ -96,6 +97,11 @@ class Experts(Intervention):
     def resolved(self) -> Params:
         """The parameters with the models that were found where none was named: a recipe names them."""
         return self.params.model_copy(update={"models": [expert.name for expert in self.experts] or self.params.models})
+
+    @classmethod
+    def usual_bytes(cls, model: Model) -> int:
+        """Two, as of the first halving of the noise levels."""
+        return 2 * sum(p.numel() * p.element_size() for p in model.denoiser.parameters())
 
     def start(self, run: Run) -> None:
         """Reads the experts and attaches them. Raises NoMatch where there are none, UnknownName, BadInput and

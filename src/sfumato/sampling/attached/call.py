@@ -19,7 +19,7 @@ from sfumato.models import Condition, Model
 from sfumato.sampling.attached.process import PipelineProcess, PipelineStep, require_unchanged
 from sfumato.sampling.attached.systems import AttachedSystems
 from sfumato.sampling.attached.texts import TextAxis, Texts, recording_encoders
-from sfumato.sampling.attached.unknown_family import UnknownFamily, locate_text
+from sfumato.sampling.attached.unknown_family import UnknownFamily, further_denoisers, locate_text
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Intervention, overridden
 from sfumato.sampling.run import Run
@@ -76,6 +76,8 @@ class PipelineCall:
             self.run.enter(recording_encoders(self.model.pipe, self.texts.passes))
             self._wrap(self.model.denoiser, "forward", self._predicting)
             self._wrap(self.model.pipe.scheduler, "step", self._stepping)
+            for name, other in further_denoisers(self.model.pipe, self.model.denoiser).items():
+                self._wrap(other, "forward", functools.partial(self._refuse, name))
         except BaseException:
             self.run.__exit__(None, None, None)
             raise
@@ -141,9 +143,8 @@ class PipelineCall:
         embeds = embeds.clone()
         embeds[cond] = texts.to(embeds).repeat_interleave((cond.stop - cond.start) // b, 0)
         named = self.model.family.call_with(_copied(arguments), embeds)
-        extra = named.pop("kwargs", {})
         with torch.no_grad(), self._seen_by(taps, step, rows, arguments):
-            out = real(**named, **extra)
+            out = real(**named)
         self.run.add_cost(b * len(rows) / self.count, step)
         return self._by_branch(out, rows)
 
@@ -192,6 +193,12 @@ class PipelineCall:
         self.steps += 1
         self.step = None
         return out
+
+    def _refuse(self, name: str, *_: Any) -> None:
+        raise NotSupported(
+            f"{type(self.model.pipe).__name__} draws with {name} beside its {self.model.family.denoiser_name}; systems "
+            f"see one denoiser, so they would tell and change half of what is drawn."
+        )
 
     def _step(self) -> PipelineStep:
         """The step under way: all denoiser calls between two steps of the scheduler belong to one."""
@@ -281,10 +288,13 @@ class PipelineCall:
         """Until the call ends, ``owner.name`` is ``around(real, arguments by name, args, kwargs)``."""
         real = getattr(owner, name)
         signature = inspect.signature(real)
+        further = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
         @functools.wraps(real)
         def instead(*args: Any, **kwargs: Any) -> Any:
-            return around(real, signature.bind(*args, **kwargs).arguments, args, kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            more = given.pop(further, {})
+            return around(real, {**given, **more}, args, kwargs)
 
         held = vars(owner)
         before = {name: held[name]} if name in held else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,14 @@ def has_attached(pipe: Any) -> bool:
 def model_of(pipe: Any, max_sequence_length: int | None = None) -> Model:
     """The pipeline under the face that systems know. Raises BadInput for what is no pipeline, NotSupported for one
     without a denoiser or a scheduler."""
-    if not (callable(pipe) and isinstance(getattr(pipe, "components", None), dict)):
+    try:
+        components = getattr(pipe, "components", None)
+    except ValueError as error:  # diffusers compares them with what the class takes
+        raise NotSupported(
+            f"{type(pipe).__name__} holds components that its __init__ does not take, so diffusers cannot list them; "
+            f"take all of them there."
+        ) from error
+    if not (callable(pipe) and isinstance(components, dict)):
         raise BadInput(f"attached takes a diffusers pipeline; {type(pipe).__name__} is none.")
     if getattr(pipe, "scheduler", None) is None:
         raise NotSupported(f"{type(pipe).__name__} has no scheduler, so its steps cannot be determined.")
@@ -56,17 +64,25 @@ def intercepted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterat
     if has_attached(pipe):
         raise Conflict(f"{own.__name__} has systems attached already; give all of them to one attached(...).")
     calls: list[Any] = []
+    threads: list[int] = []
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is pipe and calls and threads != [threading.get_ident()]:
+            raise Conflict(
+                f"{own.__name__} is being called by another thread while systems are attached to it; make one call "
+                f"after the other."
+            )
         if self is not pipe or calls:  # a copy, or a pipeline that calls itself
             return own.__call__(self, *args, **kwargs)
 
         def proceed(now: Any) -> Any:
             calls.append(now)
+            threads.append(threading.get_ident())
             try:
                 return own.__call__(self, *args, **kwargs)
             finally:
                 calls.clear()
+                threads.clear()
 
         return call(proceed, _bound(own.__call__, self, args, kwargs))
 

@@ -64,7 +64,7 @@ class Texts:
         if prompts is None:
             raise NotSupported(
                 f"this call of {model.name} has no prompt, so no word of it can be found; if it was given embeddings, "
-                f"say what they mean: attached(..., prompt='...')."
+                f"or the text under another name, say what it says: attached(..., prompt='...')."
             )
         n = next(
             (arguments[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if arguments.get(name)), 1

@@ -7,6 +7,7 @@ stay are picture, at every site and in whatever order the network puts them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from sfumato.models.hooks import running
 from sfumato.models.site import Site
 from sfumato.sampling.attached.texts import TextAxis, Texts
 
-__all__ = ["UnknownFamily", "locate_text", "find_text"]
+__all__ = ["UnknownFamily", "find_text", "further_denoisers", "locate_text"]
 
 HELP = "say where the text lies among the keys: attached(..., text='first 512') or 'last 77'"
 
@@ -103,8 +104,7 @@ def locate_text(
     family.shape = frames, h, w
 
     def run(text: Tensor) -> Any:
-        named = {name: value for name, value in arguments.items() if name != "kwargs"}
-        return real(**{**named, **arguments.get("kwargs", {}), "encoder_hidden_states": text})
+        return real(**{**arguments, "encoder_hidden_states": text})
 
     family.found = find_text(family.denoiser, run, embeds, laid_out(h, w), frames, axis)
 
@@ -220,6 +220,25 @@ def laid_out(h: int, w: int) -> Callable[[int], tuple[int, int] | None]:
         return None
 
     return grid
+
+
+def further_denoisers(pipe: Any, denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Name -> network of a pipeline, or of one that it holds, which says what noise there is as ``denoiser`` does."""
+    held = {**vars(pipe), **pipe.components}
+    for name, part in list(held.items()):
+        inner = getattr(part, "components", None)
+        held |= {f"{name}.{key}": each for key, each in inner.items()} if isinstance(inner, dict) else {}
+    own = set(denoiser.modules())
+    return {
+        name: part
+        for name, part in held.items()
+        if isinstance(part, nn.Module) and part not in own and denoiser not in set(part.modules()) and _denoises(part)
+    }
+
+
+def _denoises(network: nn.Module) -> bool:
+    takes = inspect.signature(network.forward).parameters.keys()
+    return {"timestep", "encoder_hidden_states"} <= takes and "controlnet_cond" not in takes
 
 
 def stream_of(pipe: Any, passes: Sequence[tuple[str, Tensor, list[Tensor]]], length: int) -> TextStream:
