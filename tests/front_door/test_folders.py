@@ -20,10 +20,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sfumato import cards
 from sfumato.errors import BadWeights, NotFinite, NotSupported
 from sfumato.models import Model, codec, load, quiet
 from sfumato.models.families import UNSUPPORTED, siblings
 from sfumato.models.folder import UNUSED, LoadedOtherwise, load_part, pipeline_of
+from sfumato.models.weights import hash_modules
 from sfumato.sampling import Path as NoisePath
 from sfumato.sampling import generate, invert
 from sfumato.sampling.noise import LEAST_DATA
@@ -186,7 +188,7 @@ def picture() -> Image.Image:
     return Image.linear_gradient("L").convert("RGB").resize((32, 32))
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_tiny_autoencoder(kind: str):
     pipe = with_vae(kind, tiny_autoencoder())
     model = Model(pipe, name="tiny")
@@ -480,3 +482,54 @@ def test_offloaded_weights_rest_elsewhere():
     model = Model(pipe, name="tiny")
     assert model.device == torch.device("cpu")
     assert torch.equal(ours(model, image=picture(), strength=0.7, steps=3), expected)
+
+
+def offloaded(*names: str) -> Model:
+    from accelerate import cpu_offload
+
+    pipe = tiny_pipeline("sd", fresh=True)
+    for name in names:
+        cpu_offload(getattr(pipe, name), torch.device("cpu"))
+    return Model(pipe, name="tiny")
+
+
+TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+FACTORS = {f"{TO_Q}.lora_A.weight": torch.ones(2, 32), f"{TO_Q}.lora_B.weight": torch.full((32, 2), 0.1)}
+
+
+def adapter(path: Path, **more: torch.Tensor) -> Any:
+    save_file({**FACTORS, **{f"{TO_Q}.{name}": each for name, each in more.items()}}, path / "x.safetensors")
+    return cards.method("lora")(file=str(path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("key", ["none", "daam", "attend_excite", "lora"])
+def test_systems_on_offloaded_weights(key: str, tmp_path: Path):
+    made = []
+    for model in (offloaded("unet", "vae", "text_encoder"), offloaded()):
+        given = {"attend_excite": {"words": ["cube"], "thresholds": []}}.get(key, {})
+        system = () if key == "none" else adapter(tmp_path) if key == "lora" else cards.method(key)(**given)
+        made.append(generate(model, PROMPT, steps=2, seed=3, size=(32, 32), interventions=system))
+    there, here = made
+    assert torch.equal(there.pixels, here.pixels) and there.recipe == here.recipe  # with the hash of the weights
+    assert next(there.model.pipe.unet.parameters()).is_meta
+
+
+def test_what_needs_offloaded_weights_at_hand_says_so(tmp_path: Path):
+    model = offloaded("unet")
+    with pytest.raises(NotSupported, match="is offloaded, so no other weights can take its place"):
+        adapter(tmp_path).merge(model)
+    with pytest.raises(NotSupported, match="is offloaded, and DoRA needs its weights"):
+        generate(model, PROMPT, steps=1, interventions=adapter(tmp_path, lora_magnitude_vector=torch.ones(32)))
+    assert adapter(tmp_path).merge(offloaded()).undo() is None  # without offloading
+    with pytest.raises(BadWeights, match="on the meta device"), torch.device("meta"):
+        hash_modules({"unet": torch.nn.Linear(2, 2)})
+
+
+def test_edm_begins_from_a_picture():
+    """As the pipeline of diffusers for that does; its array of the picture may lie otherwise in memory."""
+    parts = {**tiny_pipeline("sdxl").components, "scheduler": diffusers.EDMDPMSolverMultistepScheduler()}
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    peer = theirs(pipe, image=picture(), strength=0.5, guidance_scale=2.0, num_inference_steps=4)
+    model = Model(diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False), name="tiny")
+    again = ours(model, image=picture(), strength=0.5, guidance=2.0, steps=4)
+    torch.testing.assert_close(again, peer, rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
+from sfumato.markup import described
 
 __all__ = ["LowRank", "Merge", "Solver", "low_rank"]
 
@@ -33,6 +34,8 @@ class Merge:
     residual: float
     change: float
     drift: float
+
+    __repr__ = described
 
 
 class Solver:
@@ -86,6 +89,8 @@ class LowRank:
 
     up: Tensor
     down: Tensor
+
+    __repr__ = described
 
 
 def low_rank(change: Tensor, share: float = 0.6) -> LowRank:

@@ -39,6 +39,7 @@ from sfumato.adapters.spelling import dotted, original_names, published_path, un
 from sfumato.adapters.whole import convert_whole, save_words_beside
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
+from sfumato.markup import described
 
 __all__ = ["DIALECTS", "Module", "convert", "modules_of"]
 
@@ -59,6 +60,8 @@ class Module:
     parts: dict[str, Tensor]
     alpha: float | None = None
     rslora: bool = False
+
+    __repr__ = described
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import BadWeights, NotSupported
+from sfumato.models.offloading import execution_device
 from sfumato.valid import first_line
 
 __all__ = ["ALGEBRAS", "AdaptedModule", "Scaling", "algebra_of", "adapt_module"]
@@ -154,7 +155,9 @@ def adapt_module(
             f"{where} is quantized ({type(module).__name__}, {weight.dtype}); adapters take whole weights: load the "
             "model in bf16, fp16 or fp32."
         )
-    cast = {part: tensor.to(device=weight.device, dtype=dtype or weight.dtype) for part, tensor in parts.items()}
+    if weight.is_meta and algebra == "DoRA":
+        raise NotSupported(f"{where} is offloaded, and DoRA needs its weights at hand; attach it without offloading.")
+    cast = {part: tensor.to(device=device_of(module), dtype=dtype or weight.dtype) for part, tensor in parts.items()}
     try:
         if algebra in ("LoHa", "LoKr"):
             adapted = _lycoris(algebra, module, cast, scaling)
@@ -166,6 +169,12 @@ def adapt_module(
         reason = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise BadWeights(f"the {algebra} of {where} does not fit its weight {tuple(weight.shape)}: {reason}.") from None
     return adapted
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a Linear or Conv2d computes; its weights may rest elsewhere meanwhile."""
+    own = module.weight.device
+    return own if own.type != "meta" else execution_device([module]) or own
 
 
 def _check_shapes(adapted: AdaptedModule, where: str) -> None:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
 from sfumato.adapters.formats import fit
-from sfumato.adapters.layers import AdaptedModule, adapt_module, with_rows
+from sfumato.adapters.layers import AdaptedModule, adapt_module, device_of, with_rows
 from sfumato.adapters.naming import Place
 from sfumato.adapters.spelling import published_path
 from sfumato.adapters.trainable import ATTENTION, matching
-from sfumato.adapters.weight_sets import Weights, parameter_like, refuse_codes
+from sfumato.adapters.weight_sets import Weights, at_hand, parameter_like, refuse_codes
 from sfumato.cards import Card, Field, register
 from sfumato.errors import BadWeights, NoMatch, NotSupported, nearest
 from sfumato.models import Model
@@ -179,6 +179,7 @@ class LoRA(Adapter):
             own = adapted.module.weight
             assert isinstance(own, Tensor)
             refuse_codes(name, own)
+            at_hand(name, own)
             with torch.no_grad():
                 out.setdefault(component, {})[f"{path}.weight"] = parameter_like(own, own + adapted.delta(scale))
         return dict(out)
@@ -212,7 +213,7 @@ def _holds(model: Model, name: str, adapted: AdaptedModule) -> bool:
     component, _, path = name.partition(".")
     weight, own = adapted.module.weight, next(iter(adapted.parameters().values()))
     same = model.modules[component].get_submodule(path) is adapted.module
-    return same and own.dtype == weight.dtype and own.device == weight.device
+    return same and own.dtype == weight.dtype and own.device == device_of(adapted.module)
 
 
 def _acts(adapted: AdaptedModule) -> bool:

@@ -54,6 +54,8 @@ class WeightSets:
         self.sets = sets
         self._slots = parameters_of(network)
         self._own = {path: module._parameters[name] for path, (module, name) in self._slots.items()}
+        for path in {path for each in sets.values() for path in each}:
+            at_hand(path, self._own.get(path))
         self.current: Hashable | None = None
 
     def use(self, key: Hashable | None) -> None:
@@ -75,6 +77,12 @@ def swapped_weights(networks: Mapping[str, nn.Module], weights: Mapping[str, Wei
             stack.callback(sets.use, None)
             sets.use(True)
         yield
+
+
+def at_hand(path: str, own: Tensor | None) -> None:
+    """Raises NotSupported for a parameter that rests elsewhere: nothing can be added to it or stand in its place."""
+    if own is not None and own.is_meta:
+        raise NotSupported(f"{path} is offloaded, so no other weights can take its place; do it without offloading.")
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.errors import NotFinite
 
@@ -106,28 +106,67 @@ def upcast(vae: Any, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def in_float32(vae: Any) -> Iterator[None]:
-    """The autoencoder in float32 for a while; afterwards it has the very tensors that it had."""
-    held = [(tensor, tensor.data) for tensor in (*vae.parameters(), *vae.buffers()) if tensor.is_floating_point()]
+    """The autoencoder in float32 for a while; afterwards it has the very tensors that it had.
+
+    Its tensors are replaced, not changed: what is differentiated later still finds those it was computed with, and
+    hooks that bring weights from elsewhere bring them in float32.
+    """
+    held = [
+        (module, name, tensor)
+        for module in vae.modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if tensor.is_floating_point() and tensor.element_size() < 4
+    ]
+    lifted: dict[int, Tensor] = {}
     try:
-        for tensor, data in held:
-            tensor.data = data.float()
+        for module, name, tensor in held:
+            if id(tensor) not in lifted:  # parts that share a tensor go on sharing it
+                data = tensor.detach().float()
+                own = isinstance(tensor, nn.Parameter)
+                lifted[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if own else data
+            setattr(module, name, lifted[id(tensor)])
         yield
     finally:
-        for tensor, data in held:
-            tensor.data = data
+        for module, name, tensor in held:
+            setattr(module, name, tensor)
 
 
-def finite(vae: Any, run: Callable[[], Tensor], done: str, who: str) -> Tensor:
-    """What ``run`` makes with an autoencoder, made once more in float32 where half precision overflows.
+Which: TypeAlias = "slice | list[int]"
 
-    Warns `Overflow`; raises `NotFinite`. In float32 nothing is looked at here.
+
+def same_draws(
+    generators: Sequence[torch.Generator] | None, total: int
+) -> Callable[[Which], Sequence[torch.Generator] | None]:
+    """The generators of some of ``total`` samples, set back to where they were when this was called: a second try draws
+    the same."""
+    states = [generator.get_state() for generator in generators or ()]
+
+    def some(which: Which) -> Sequence[torch.Generator] | None:
+        if generators is None:
+            return None
+        numbers = range(total)[which] if isinstance(which, slice) else which
+        for i in numbers:
+            generators[i].set_state(states[i])
+        return [generators[i] for i in numbers]
+
+    return some
+
+
+def finite(vae: Any, run: Callable[[Which], Tensor], done: str, who: str) -> Tensor:
+    """What ``run(which)`` makes with an autoencoder of these samples; those in which half precision overflows are
+    made once more in float32. The others stay as they are: a sample does not depend on its neighbours.
+
+    Warns `Overflow`; raises `NotFinite`, in float32 too.
     """
-    out = run()
-    half = None if vae is None else vae.dtype  # what draws pixels at once has none
-    if half not in (torch.float16, torch.bfloat16) or not out.is_floating_point() or bool(out.isfinite().all()):
+    out = run(slice(None))
+    if not out.is_floating_point() or bool((fine := out.isfinite().flatten(1).all(1)).all()):
         return out
+    half = None if vae is None else vae.dtype  # what draws pixels at once has none
+    if half not in (torch.float16, torch.bfloat16):
+        raise NotFinite(f"what {'the autoencoder of ' if vae is not None else ''}{who} {done} is not finite.")
+    bad, good = ([i for i, each in enumerate(fine.tolist()) if each is wanted] for wanted in (False, True))
     with in_float32(vae):
-        again = run()
+        again = run(bad).to(out.dtype)
     if not again.isfinite().all():
         raise NotFinite(f"what the autoencoder of {who} {done} is not finite, in float32 neither.")
     warnings.warn(
@@ -136,7 +175,12 @@ def finite(vae: Any, run: Callable[[], Tensor], done: str, who: str) -> Tensor:
         Overflow,
         stacklevel=4,
     )
-    return again.to(out.dtype)
+    if out.requires_grad:  # or else what overflowed would be differentiated too
+        out = run(good) if good else out.detach()[:0]
+    else:
+        out = out[good]
+    order = torch.tensor([*good, *bad], device=out.device).argsort()
+    return torch.cat([out, again])[order]
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:

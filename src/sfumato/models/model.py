@@ -412,10 +412,13 @@ class Model:
         """Pictures (b 3 H W) or clips (b 3 f H W), about [-1, 1] and not clamped, from final states (b ...) such as
         latents (b c h w), as the pipeline decodes them.
 
-        An autoencoder that overflows in half precision runs once more in float32, and warns `codec.Overflow`. Raises
-        `NotFinite` where that does not help.
+        Samples in which an autoencoder overflows in half precision are made once more in float32, which warns
+        `codec.Overflow`. Raises `NotFinite` where that does not help, and in float32; states that are not finite
+        themselves are decoded as they are.
         """
-        return codec.finite(self._autoencoder, lambda: self.family.decode(state), "decoded", self.name)
+        if state.is_floating_point() and not state.isfinite().all():  # whoever made it has more to say about it
+            return self.family.decode(state)
+        return codec.finite(self._autoencoder, lambda rows: self.family.decode(state[rows]), "decoded", self.name)
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """States (b ...) such as latents (b c h w) of pictures (b 3 H W), or of clips (b 3 f H W), in [-1, 1].
@@ -429,12 +432,10 @@ class Model:
         self.latent_shape(images.shape[-2], images.shape[-1], images.shape[2] if self.clips else None)
         if generators is not None and len(generators) != len(images):
             raise BadInput(f"generators has {len(generators)} entries for {len(images)} images; give one for each.")
-        states = None if generators is None else [generator.get_state() for generator in generators]
+        own = codec.same_draws(generators, len(images))
 
-        def encode() -> Tensor:
-            for generator, state in zip(generators or (), states or (), strict=True):
-                generator.set_state(state)  # a second try draws the same
-            return self.family.encode_image(images.to(self.device), generators)
+        def encode(rows: codec.Which) -> Tensor:
+            return self.family.encode_image(images[rows].to(self.device), own(rows))
 
         encoded = codec.finite(self._autoencoder, encode, "encoded", self.name)
         return encoded.to(self.state_dtype) if encoded.is_floating_point() else encoded

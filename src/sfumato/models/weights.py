@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sfumato import valid
 from sfumato.errors import BadInput, BadWeights
+from sfumato.models.offloading import fetched
 from sfumato.valid import first_line
 
 #: a header longer than this is refused by every safetensors reader
@@ -217,14 +219,16 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def hash_modules(modules: Mapping[str, nn.Module]) -> str:
-    """The same over tensors in memory."""
+    """The same over tensors in memory, or where offloaded ones rest."""
     digest = hashlib.sha256()
     for component in sorted(modules):
         state = modules[component].state_dict()
         for name in sorted(state):
-            for path, tensor in _plain(name, state[name]):
-                _head(digest, component, path, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            with fetched(modules[component], name) if state[name].is_meta else nullcontext(state[name]) as own:
+                for path, tensor in _plain(name, own):
+                    shape = tuple(tensor.shape)
+                    _head(digest, component, path, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), shape)
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -98,7 +98,11 @@ class Amused(Family):
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         vqvae = self.pipe.vqvae
         with codec.upcast(vqvae, True):
-            features = vqvae.encode((images.to(self.device, vqvae.dtype) + 1) / 2).latents
+
+            def read(which: codec.Which) -> Tensor:
+                return vqvae.encode((images[which].to(self.device, vqvae.dtype) + 1) / 2).latents
+
+            features = codec.finite(vqvae, read, "encoded", self.name)  # tokens would not show it
             return vqvae.quantize(features)[2][2].reshape(len(features), *features.shape[-2:])
 
     def sites(self, h: int, w: int, text: int, frames: int = 1) -> list[Site]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models import codec
 from sfumato.models.condition import COND, UNCOND, Encoding, Rows
+from sfumato.models.offloading import execution_device
 from sfumato.models.site import Layer, Site
 
 if TYPE_CHECKING:
@@ -152,10 +153,8 @@ class Family:
         first = next(self.denoiser.parameters()).device
         if first.type == "cpu" and not torch.accelerator.is_available():
             return first  # nowhere else to go: no need to look through all modules
-        hooks = (getattr(module, "_hf_hook", None) for module in self.denoiser.modules())
-        offloaded = next((hook for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
-        if offloaded is not None:
-            return torch.device(offloaded.execution_device)
+        if (place := execution_device(self.denoiser.modules())) is not None:
+            return place
         # weights at rest may belong elsewhere: diffusers looks through all modules
         return self.denoiser.device if first.type == "cpu" else first
 

@@ -78,6 +78,6 @@ class Inpainting(Family):
             size = (x.shape[-2] * self.scale, x.shape[-1] * self.scale)
             with torch.no_grad():
                 grey = torch.zeros(1, 3, *size, device=self.device, dtype=vae.dtype)
-                latents = codec.finite(vae, lambda: self.encode_image(grey, None), "encoded", self.name)
+                latents = codec.finite(vae, lambda rows: self.encode_image(grey[rows], None), "encoded", self.name)
             self._empty[key] = self.hole(latents, torch.ones_like(grey[:, :1]), torch.ones_like(latents[:, :1])).to(x)
         return self._empty[key]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, UnknownName
+from sfumato.markup import described
 from sfumato.models.quiet import quiet
 from sfumato.models.weights import check_numbers, find_weights, read_header, read_json
 from sfumato.valid import first_line
@@ -42,6 +43,8 @@ class Decoded:
     """``sample``: pictures (b 3 h w), not clamped."""
 
     sample: Tensor
+
+    __repr__ = described
 
 
 class _Block(nn.Module):
