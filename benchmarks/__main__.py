@@ -8,7 +8,8 @@ import sys
 import time
 
 from benchmarks import core
-from sfumato.errors import BadInput, SfumatoError, UnknownName
+from sfumato.errors import BadInput, SfumatoError, UnknownName, WorkInterrupted
+from sfumato.interrupts import stopped_by_signals
 
 # key -> (module, title); imported only when asked for
 BENCHMARKS = {
@@ -65,9 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; finished benchmarks are kept", file=sys.stderr)
-        return 130
+        return WorkInterrupted.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with stopped_by_signals():
+        raise SystemExit(main())

@@ -15,6 +15,7 @@ from typing import Any
 
 from sfumato.errors import SfumatoError
 from sfumato.metrics import stats
+from sfumato.writing import atomic_write
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -160,6 +161,5 @@ def _met(met: bool | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with atomic_write(path) as file:
+        file.write(text.encode())

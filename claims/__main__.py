@@ -11,7 +11,8 @@ from pathlib import Path
 
 from claims import core, table
 from sfumato import cards
-from sfumato.errors import SfumatoError
+from sfumato.errors import SfumatoError, WorkInterrupted
+from sfumato.interrupts import stopped_by_signals
 
 PAGES = core.HERE.parent / "docs" / "systems"
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         report("interrupted; finished parts are kept, run the same command to go on")
-        return 130
+        return WorkInterrupted.exit_code
     return 0
 
 
@@ -94,4 +95,5 @@ def write_table(context: core.Context) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with stopped_by_signals():
+        raise SystemExit(main())

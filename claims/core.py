@@ -22,6 +22,7 @@ from claims import sources
 from claims.bars import Bar
 from sfumato import registry
 from sfumato.errors import BadInput, UnknownName
+from sfumato.writing import atomic_write
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -242,9 +243,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def write(path: Path, text: str) -> None:
     """Writes beside and renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def has(context: Context, name: str) -> bool:

@@ -104,8 +104,9 @@ def test_systems_do_not_change_their_own_role_or_parameters():
     assert {name: found for name, tree in trees().items() if (found := _changes_itself(tree))} == {}
 
 
-#: what looks at a clock, and why: to stop after minutes, to tell, to save in between
+#: what looks at a clock, and why: to stop after minutes, to tell, to save in between, to know what is abandoned
 CLOCKS = {"app/cli/show.py", "app/prompts_file.py", "bench/survey.py", "training/runs.py", "training/trainer.py"}
+CLOCKS |= {"writing.py"}
 
 
 def test_no_number_depends_on_the_clock():

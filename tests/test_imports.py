@@ -19,7 +19,7 @@ from claims import sources
 SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
-    {"errors", "locks", "startup"},
+    {"errors", "interrupts", "locks", "startup"},
     {"arrays", "sheets", "markup", "rng", "windows", "dialects", "ondemand", "valid", "writing"},
     {"registry"},
     {"files", "cards", "protocol", "scale"},

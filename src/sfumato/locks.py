@@ -25,10 +25,12 @@ _TEMPORARY = getattr(os, "O_TEMPORARY", 0)
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock that this process holds; ``beside`` is the file that stands for it, where there is one."""
+    """A lock that this process holds; ``beside`` is the file that stands for it, where there is one. ``sure`` is False
+    on file systems without locks: another process may believe that it holds the same."""
 
     handle: int
     beside: Path | None = None
+    sure: bool = True
 
     def release(self) -> None:
         os.close(self.handle)
@@ -60,5 +62,5 @@ def lock(path: Path, inside: bool = False) -> Lock | None:
         os.close(handle)
         return None
     except OSError:  # a file system without locks
-        pass
+        return Lock(handle, sure=False)
     return Lock(handle)

@@ -8,12 +8,14 @@ lock alone, and is taken away by the next one that writes there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +52,7 @@ _OTHERS = (
     ".toml", ".yaml", ".zip", ".tar", ".npy", ".npz", ".safetensors", ".ckpt", ".pt", ".pth", ".bin",
 )  # fmt: skip
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")
+LONGEST_WRITE = 24 * 3600  # seconds; where nothing can be locked, what is older is nobody's any more
 
 
 @contextlib.contextmanager
@@ -94,9 +97,16 @@ def remove_partial(folder: Path) -> None:
                 continue
             if held := lock(path):  # or else somebody is writing it
                 try:
-                    _remove(path)
+                    if held.sure or time.time() - path.lstat().st_mtime > LONGEST_WRITE:
+                        _remove(path)
                 finally:
                     held.release()
+
+
+@functools.cache
+def _swept(folder: Path) -> None:
+    """:func:`remove_partial`, once in the life of this process: a folder may hold very many files."""
+    remove_partial(folder)
 
 
 @contextlib.contextmanager
@@ -110,6 +120,7 @@ def atomic_write(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
         ``path`` is untouched.
     """
     path = Path(path)
+    _swept(path.absolute().parent)
     try:
         with _beside(path, _made_file) as beside:
             with beside.open("r+b") as file:
@@ -149,13 +160,26 @@ def atomic_folder(target: Path | str, replace: bool = False) -> Iterator[Path]:
     remove_partial(target.parent)
     with _beside(target, Path.mkdir) as beside:
         yield beside
-        if replace:
-            shutil.rmtree(target, ignore_errors=True)
-        else:
+        if not replace:
             refuse_filled(target)
             with contextlib.suppress(FileNotFoundError):
                 target.rmdir()
-        beside.rename(target)
+        with _set_aside(target) if os.path.lexists(target) else contextlib.nullcontext():
+            beside.rename(target)
+
+
+@contextlib.contextmanager
+def _set_aside(target: Path) -> Iterator[None]:
+    """Within: nothing is at ``target``. What was there is back if that fails or is interrupted, and removed else."""
+    old = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.partial")
+    try:
+        target.rename(old)
+        yield
+    except BaseException:
+        if old.exists() and not os.path.lexists(target):
+            old.rename(target)
+        raise
+    _remove(old)
 
 
 def copy_tree(source: Path, target: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,8 +24,9 @@ from sfumato.app import JobBatch, make, make_prompts, read_prompts
 from sfumato.errors import BadInput, Conflict
 from sfumato.protocol import Work
 from sfumato.teach.learning import opened
+from sfumato.toybox.oracle.prompts import write_prompts
 from sfumato.training import checkpoint
-from sfumato.training.runs import TrainingRun
+from sfumato.training.runs import RunResult, TrainingRun
 from tests.tiny import tiny_model
 
 
@@ -113,6 +116,58 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
     alive.wait()
 
 
+WAYS = {
+    "a file": lambda at: files.save_tensors(at / "rex.safetensors", {}),
+    "a picture": lambda at: files.save_png(at / "x.png", Image.new("RGB", (2, 2)), {}),
+    "a new picture": lambda at: files.save_png(at / "y.png", Image.new("RGB", (2, 2)), {}, new=True),
+    "a record": lambda at: write_prompts(at / "prompts.jsonl", []),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_writes_a_file_sweeps_its_folder(tmp_path, way):
+    (tmp_path / ".rex.safetensors.0123abcd.partial").write_text("left by a kill")
+    (tmp_path / ".step_1.89abcdef.partial").mkdir()
+    WAYS[way](tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_where_nothing_can_be_locked_only_what_is_old_is_swept(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(locks, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=1, LOCK_NB=2))
+    young, old = tmp_path / ".a.0123abcd.partial", tmp_path / ".b.0123abcd.partial"
+    for path in (young, old):
+        path.write_text("half")
+    os.utime(old, (1, 1))
+    with writing.atomic_write(tmp_path / "x") as file:  # its own is spared as well
+        writing.remove_partial(tmp_path)
+        file.write(b"whole")
+    assert sorted(os.listdir(tmp_path)) == [".a.0123abcd.partial", "x"]
+
+
+@pytest.mark.parametrize("when", [0, 1], ids=["before the old one is away", "before the new one is there"])
+def test_a_folder_that_is_replaced_is_the_old_or_the_new_one(tmp_path, monkeypatch, when):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a").write_text("old")
+    rename, calls = Path.rename, []
+
+    def stopped(path, to):
+        calls.append(path)
+        if len(calls) == when + 1:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), writing.atomic_folder(tmp_path / "model", replace=True) as folder:
+        (folder / "a").write_text("new")
+    assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model/a").read_text() == "old"
+    with writing.atomic_folder(tmp_path / "model", replace=True) as folder:
+        (folder / "a").write_text("new")
+    assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model/a").read_text() == "new"
+
+
 def test_checkpoints_are_whole_and_swept(tmp_path):
     import torch
 
@@ -150,6 +205,12 @@ COMMANDS = {
     "train": (["toy-vae"], "sfumato.app.teaching.train"),
     "teach": (["toybox", "-o", "x.safetensors"], "sfumato.app.teaching.teach"),
     "toybox": (["sample"], "sfumato.toybox.export_imagefolder"),
+    "toybox genome": ([], "sfumato.toybox.genome.export_genome"),
+    "toybox prompts": ([], "sfumato.toybox.oracle.prompts.prompt_set"),
+    "adapters convert": (["x", "y", "--to", "kohya"], "sfumato.app.convert"),
+    "models toy-vae": (["--export", "x"], "sfumato.registry.export"),
+    "make --prompts": (["p.jsonl"], "sfumato.app.read_prompts"),
+    "claims": ([], "claims.core.choose"),
 }
 
 
@@ -167,8 +228,8 @@ def test_every_command_stops_by_signals(sfumato, monkeypatch, command, which):
     monkeypatch.setattr(importlib.import_module(module), name, killed)
     before = signal.signal(which, signal.SIG_DFL)  # whatever the tests themselves were started under
     try:
-        outcome = sfumato(command, *args)
-        assert outcome.code == 130 and outcome.err.startswith("error: interrupted") and outcome.err.count("\n") == 1
+        outcome = sfumato(*command.split(), *args)
+        assert outcome.code == 130 and "interrupted" in outcome.err and outcome.err.count("\n") == 1
         assert signal.getsignal(which) is signal.SIG_DFL
     finally:
         signal.signal(which, before)
@@ -183,6 +244,45 @@ def test_a_command_under_nohup_goes_on(sfumato, monkeypatch):
         assert sfumato("models").code == 0
     finally:
         signal.signal(signal.SIGHUP, old)
+
+
+PROGRAMS = {
+    "sfumato.training": (["toy-vae"], "sfumato.training.run"),
+    "claims": (["--stale"], "claims.core.choose"),
+    "benchmarks": (["imports"], "benchmarks.imports.run"),
+}
+
+
+@pytest.mark.parametrize("which", [signal.SIGHUP, signal.SIGTERM], ids=lambda which: which.name)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_of_their_own_stop_by_signals(monkeypatch, capsys, program, which):
+    arguments, place = PROGRAMS[program]
+    module, _, name = place.rpartition(".")
+
+    def killed(*_, **__):
+        os.kill(os.getpid(), which)
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(importlib.import_module(module), name, killed)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    before = signal.signal(which, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module(program, run_name="__main__")
+        assert left.value.code == 130 and "interrupted" in capsys.readouterr().err
+        assert signal.getsignal(which) is signal.SIG_DFL
+    finally:
+        signal.signal(which, before)
+
+
+def test_a_training_that_was_stopped_leaves_with_130(monkeypatch, tmp_path):
+    result = RunResult("toy-vae", tmp_path, 3, False, True, 1.0)
+    monkeypatch.setattr("sfumato.training.run", lambda *_, **__: result)
+    monkeypatch.setattr(sys, "argv", ["training", "toy-vae"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("sfumato.training", run_name="__main__")
+    assert left.value.code == 130
 
 
 # --- what -o means ---------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_ended_early_it_keeps_what_was_learnt_and_a_folder_goes_on_bit_for_bit(t
     first = fit(player(parts, ema=0.9), 8, folder=tmp_path, on_progress=interrupt, **ends)
     assert signal.getsignal(signal.SIGINT) == handler
     assert not first.finished and first.interrupted == (way == "interrupt")
-    assert first.step == (0 if way == "minutes" else 3) == len(first.history)
+    assert first.step == (1 if way == "minutes" else 3) == len(first.history)
     fresh = network(seed=5, dropout=0.3)  # another start: all comes from the folder
     second = fit(player(fresh, ema=0.9), 8, folder=tmp_path)
     assert second.finished and same(whole, fresh)

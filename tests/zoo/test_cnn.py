@@ -46,7 +46,7 @@ def exported(tmp_path_factory) -> Path:
     (home / "tiny.toml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFUMATO_CACHE", str(home))
-        stopped = run(home / "tiny.toml", on_progress=None, minutes=1e-9)  # stops before its first step
+        stopped = run(home / "tiny.toml", on_progress=None, minutes=1e-9)  # stops after its first step
         assert not stopped.finished
         return run(home / "tiny.toml", resume=True).exported
 

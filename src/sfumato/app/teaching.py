@@ -36,10 +36,10 @@ def train(
 
     Args:
         resume: go on from the newest sound checkpoint; the losses are those of an uninterrupted run.
-        minutes: stop after so much time with a resumable checkpoint.
+        minutes: stop after so much time, preparation included, with a resumable checkpoint.
         out: folder of the exported model.
         device: "cpu" or "cuda"; None: a CUDA device if there is one.
-        on_progress: called with step, steps, logs and seconds after every logged step.
+        on_progress: called with step, steps, logs, seconds and what is being done, from the first second on.
 
     Raises:
         UnknownName, BadInput: the recipe is not known or not valid. Conflict: its folder holds a run already.

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sfumato.errors import SfumatoError
+from sfumato.errors import SfumatoError, WorkInterrupted
+from sfumato.interrupts import stopped_by_signals
 
 
 def main() -> int:
@@ -31,16 +32,21 @@ def main() -> int:
 
     def show(progress: Progress) -> None:
         logs = "  ".join(f"{key} {value:.4g}" for key, value in progress.logs.items())
-        print(f"{progress.step}/{progress.steps}  {progress.seconds:.0f} s  {logs}", flush=True)
+        said = progress.doing or logs
+        print(f"{progress.step}/{progress.steps}  {progress.seconds:.0f} s  {said}", flush=True)
 
     try:
         result = run(options.recipe, options.resume, options.minutes, options.out, show, options.snapshots)
     except SfumatoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; go on with --resume", file=sys.stderr)
+        return WorkInterrupted.exit_code
     print(result, flush=True)
-    return 0
+    return WorkInterrupted.exit_code if result.interrupted else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with stopped_by_signals():
+        raise SystemExit(main())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import NotSupported, UnknownName
+from sfumato.markup import described
 
 
 class NoisePath(Protocol):
@@ -72,6 +73,8 @@ class Denoised:
 
     loss: Tensor
     errors: Tensor
+
+    __repr__ = described
 
 
 def denoising_loss(

@@ -181,8 +181,12 @@ class TrainingRun:
         trainer, options = self.trainer, self.options
         snapshot = time.monotonic()
         self._keep_stage()
-        if self.main and on_progress:
-            on_progress(Progress(trainer.step, options.steps, {}, trainer.seconds))
+
+        def doing(what: str) -> None:
+            if self.main and on_progress:
+                on_progress(Progress(trainer.step, options.steps, {}, trainer.seconds, what))
+
+        doing("")
 
         def after(logs: dict[str, Tensor]) -> None:
             nonlocal snapshot
@@ -196,6 +200,7 @@ class TrainingRun:
                     if on_progress:
                         on_progress(Progress(step, options.steps, values, trainer.seconds))
             if self.main and (last or step % options.evaluate_every == 0):
+                doing("evaluating")
                 with trainer.averaged():
                     self._log({"step": step, "quality": self.objective.evaluate()})
             if self.main and (last or step % options.grid_every == 0):
@@ -280,9 +285,10 @@ def run(
 
     Args:
         resume: go on from the newest sound checkpoint of this recipe; the losses are those of an uninterrupted run.
-        minutes: stop after so much time with a resumable checkpoint.
+        minutes: stop after so much time, preparation included, with a resumable checkpoint; at least one step is done.
         out: folder of the exported model; default ``<cache>/runs/<recipe>/export``.
-        on_progress: called with a :class:`Progress` at the start, after the first step and after every logged one.
+        on_progress: called with a :class:`Progress` before anything is prepared, at the start, after the first step,
+            after every logged one, and before whatever else takes its time.
         snapshots: a folder that is replaced by an export of the averaged weights every ``train.snapshot_minutes``.
         device: "cpu" or "cuda"; None: a CUDA device if there is one.
 
@@ -300,6 +306,7 @@ def run(
     if out is not None:
         writing.only_folder(out, "the files of a model")
     processes()  # refuses a launch that is none
+    alone = os.environ.get("RANK", "0") == "0"  # the other processes of one run share its folder
     loaded = load_recipe(recipe)
     folder = registry.cache_folder() / "runs" / loaded.name
     if not resume and checkpoint.listing(folder / "checkpoints"):
@@ -307,13 +314,15 @@ def run(
             f"{folder} already holds a run of {loaded.name!r}: resume it, or remove the folder to start anew."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    if on_progress and alone:
+        on_progress(Progress(0, loaded.train.steps, {}, 0.0, "preparing"))
     random_state = torch.random.get_rng_state()
     keep_memory()
     try:
-        alone = os.environ.get("RANK", "0") == "0"  # the other processes of one run share its folder
         # quiet: what the libraries below say while they load and save is not the user's to act on
         with quiet(), writing.reserved(folder, "this training") if alone else contextlib.nullcontext():
-            return _run(TrainingRun(loaded, folder, snapshots, device), resume, minutes, out, on_progress)
+            return _run(TrainingRun(loaded, folder, snapshots, device), resume, begun, minutes, out, on_progress)
     finally:
         torch.random.set_rng_state(random_state)
 
@@ -321,6 +330,7 @@ def run(
 def _run(
     this: TrainingRun,
     resume: bool,
+    begun: float,
     minutes: float | None,
     out: Path | None,
     on_progress: Callable[[Progress], None] | None,
@@ -328,9 +338,11 @@ def _run(
     warnings = this.restore() if resume else []
     this.truncate_log()
     with this.trainer.signals(*STOPS):
-        result = this.fit(minutes, on_progress)
+        result = this.fit(None if minutes is None else minutes - (time.monotonic() - begun) / 60, on_progress)
     result.warnings = warnings
     if result.finished:
+        if this.main and on_progress:
+            on_progress(Progress(result.step, this.options.steps, {}, result.seconds, "measuring"))
         result.quality = this.measure()
         result.exported = this.export(out or this.folder / "export", result.quality)
     record = {**asdict(result), "folder": str(this.folder), "exported": str(result.exported or "")}

@@ -39,6 +39,7 @@ from torch import Tensor
 from sfumato import clips, files, valid
 from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.training.draw import Draw
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -58,6 +59,8 @@ class Sample:
     mask: Tensor | None = None
     target: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
 
 class SampleSource(Protocol):
@@ -79,6 +82,8 @@ class Batch:
     masks: Tensor | None
     targets: Tensor | None
     names: list[str]
+
+    __repr__ = described
 
 
 def draw_batch(source: SampleSource, draw: Draw, n: int, flip: bool = False) -> Batch:

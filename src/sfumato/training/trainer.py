@@ -38,12 +38,14 @@ from sfumato.training.players import Player
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is after a logged step, and what its losses are."""
+    """Where a training is after a logged step, and what its losses are. ``doing``: what it does now besides steps, such
+    as "preparing"."""
 
     step: int
     steps: int
     logs: dict[str, float]
     seconds: float
+    doing: str = ""
 
 
 @dataclass
@@ -141,10 +143,10 @@ class Trainer:
 
     # many steps -------------------------------------------------------------------------------------------------------
     def walk(self, steps: int, after: Callable[[dict[str, Tensor]], None], minutes: float | None = None) -> bool:
-        """Steps until ``steps`` are done, ``minutes`` are over or :meth:`stop` was called; ``after`` sees the log of
-        each. Returns whether all are done."""
-        start, before = time.monotonic(), self.seconds
-        while self.step < steps and not self._over(start, minutes):
+        """Steps until ``steps`` are done, ``minutes`` are over (not before one is done: a run that is resumed comes
+        on) or :meth:`stop` was called; ``after`` sees the log of each. Returns whether all are done."""
+        start, before, first = time.monotonic(), self.seconds, self.step
+        while self.step < steps and not self._over(start, None if self.step == first else minutes):
             logs = self.train_step()
             self.seconds = before + time.monotonic() - start
             after(logs)

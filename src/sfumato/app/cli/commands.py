@@ -6,11 +6,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +17,8 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from sfumato.app.cli import options
-from sfumato.errors import BadInput, SfumatoError, UnknownName, is_out_of_memory
+from sfumato.errors import BadInput, SfumatoError, UnknownName, WorkInterrupted, is_out_of_memory
+from sfumato.interrupts import stopped_by_signals
 
 HERE = Path(__file__).parent
 #: the commands in the order in which help lists them; each is the module of this name, read when it is called
@@ -96,11 +95,11 @@ class _LazyGroup(TyperGroup):
         try:
             if any("\0" in arg for arg in args):
                 raise BadInput("an argument holds a zero byte, which no text and no name of a file can.")
-            with warnings.catch_warnings(), _stopped_by_signals():
+            with warnings.catch_warnings(), stopped_by_signals():
                 warnings.simplefilter("always")
                 warnings.showwarning = _warn_once()
                 code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
-            if code == 130:  # some versions of typer turn Ctrl-C into this
+            if code == WorkInterrupted.exit_code:  # some versions of typer turn Ctrl-C into this
                 code = _report(KeyboardInterrupt())
         except (Exception, KeyboardInterrupt) as error:
             if debug:
@@ -116,7 +115,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SfumatoError):
         message, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted; nothing half-written is left.", 130
+        message, code = "interrupted; nothing half-written is left.", WorkInterrupted.exit_code
     elif is_out_of_memory(error):
         message, code = (
             "it does not fit into memory; make less at once (-n, --batch), smaller, or in --dtype bfloat16.",
@@ -130,33 +129,13 @@ def _report(error: BaseException) -> int:
             return 2
         message, code = f"{text.rstrip('.')}. Try --help.", 2
     elif type(error).__name__ == "Abort":
-        message, code = "interrupted; nothing half-written is left.", 130
+        message, code = "interrupted; nothing half-written is left.", WorkInterrupted.exit_code
     else:
         message = f"unexpected {type(error).__name__}: {error}. Please report it with what --debug shows."
         code = 1
     with contextlib.suppress(OSError):  # the terminal may be gone
         typer.echo("error: " + " ".join(message.split()), err=True)
     return code
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Within: SIGTERM and, unless ignored as under nohup, SIGHUP interrupt as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    which = [each for name in names if signal.getsignal(each := getattr(signal, name)) is not signal.SIG_IGN]
-    old = {each: signal.signal(each, stop) for each in which}
-    try:
-        yield
-    finally:
-        for each, handler in old.items():
-            signal.signal(each, handler)
 
 
 def _os_error(error: OSError) -> str:

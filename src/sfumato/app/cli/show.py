@@ -15,8 +15,8 @@ from sfumato.errors import WorkInterrupted
 
 
 @contextlib.contextmanager
-def bar(unit: str) -> Iterator[Any]:
-    """A progress bar for work of more than two seconds, on a terminal only.
+def bar(unit: str, after: float = 2.0) -> Iterator[Any]:
+    """A progress bar for work of more than ``after`` seconds, on a terminal only.
 
     Yields ``show(done, total, share, note="")``: ``done`` of ``total`` units are finished, and ``share`` of the next.
     """
@@ -24,16 +24,17 @@ def bar(unit: str) -> Iterator[Any]:
 
     def show(done: int, total: int, share: float = 0.0, note: str = "") -> None:
         nonlocal drawn, task
-        if drawn is None and sys.stderr.isatty() and time.monotonic() - start > 2:
+        said = note or f"{done}/{total} {unit}"
+        if drawn is None and sys.stderr.isatty() and time.monotonic() - start >= after:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-            drawn = Progress(*columns, console=Console(stderr=True), transient=True)
+            columns = (BarColumn(), TextColumn("{task.fields[said]}", markup=False), TimeRemainingColumn())
+            drawn = Progress(*columns, console=Console(file=sys.stderr), transient=True)
             drawn.start()
-            task = drawn.add_task("", total=total, text="")
+            task = drawn.add_task("", total=total, completed=done + share, said=said)
         if drawn is not None:
-            drawn.update(task, total=total, completed=done + share, text=note or f"{done}/{total} {unit}")
+            drawn.update(task, total=total, completed=done + share, said=said)
 
     try:
         yield show

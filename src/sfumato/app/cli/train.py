@@ -16,18 +16,23 @@ from sfumato.errors import WorkInterrupted
 def train(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so much time with a resumable checkpoint.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after so much time, all in all, with a resumable checkpoint.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the exported model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
 ) -> None:
     from sfumato import app
 
-    with show.bar("steps") as bar:
+    with show.bar("steps", after=0) as bar:
+        loss = ""
 
         def report(progress: Any) -> None:
-            loss = progress.logs.get("loss")
-            note = f"{progress.step}/{progress.steps} steps" + (f", loss {loss:.4g}" if loss is not None else "")
-            bar(progress.step, progress.steps, 0.0, note)
+            nonlocal loss
+            found = progress.logs.get("loss")
+            loss = loss if found is None else f", loss {found:.4g}"
+            doing = progress.doing and f", {progress.doing}"
+            bar(progress.step, progress.steps, 0.0, f"{progress.step}/{progress.steps} steps{loss}{doing}")
 
         result = app.train(recipe, resume=resume, minutes=minutes, out=out, device=device, on_progress=report)
     for warning in result.warnings:

@@ -1,0 +1,32 @@
+"""Programs that stop as Ctrl-C stops them, whoever asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["stopped_by_signals"]
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Within: SIGTERM and, unless ignored as under nohup, SIGHUP interrupt as Ctrl-C does. For programs, in their main
+    thread; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    which = [each for name in names if signal.getsignal(each := getattr(signal, name)) is not signal.SIG_IGN]
+    old = {each: signal.signal(each, stop) for each in which}
+    try:
+        yield
+    finally:
+        for each, handler in old.items():
+            signal.signal(each, handler)
