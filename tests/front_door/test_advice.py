@@ -15,7 +15,7 @@ from sfumato.app.cli.commands import COMMANDS, loaded
 from tests.front_door import advice, remedies
 from tests.front_door.remedies_elsewhere import ELSEWHERE, OUT_OF_REACH
 
-TABLES = ("", "_of_systems", "_of_commands", "_of_the_library")
+TABLES = ("", "_of_systems", "_of_commands", "_of_the_library", "_of_files")
 
 
 def tried() -> set[str]:

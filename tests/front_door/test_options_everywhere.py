@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,33 @@ def test_edit_takes_a_scheduler_where_a_region_is_drawn_anew(sfumato, tiny_sd):
     assert found["ddim"][1] != found["euler"][1]
     alone = sfumato("edit", "photo.png", "a ball", "--from", "a cube", "--model", tiny_sd, "--scheduler", "euler")
     assert alone.code == 2 and "scheduler cannot be given to prompt_to_prompt" in alone.err
+
+
+def test_strength_is_how_much_is_drawn_anew(sfumato, tiny_sd):
+    """One meaning for make and edit; what a system calls strength itself is said within it."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save("photo.png")
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save("mask.png")
+    given = ("--model", tiny_sd, "--steps", 4, "--size", "32x32")
+    for share in (0.5, 1.0):
+        edited = sfumato("edit", "photo.png", "a ball", "--by", "blend", "--mask", "mask.png", *given,
+                         "--strength", share, "-o", "edited.png")  # fmt: skip
+        made = sfumato("make", "a ball", "--image", "photo.png", "--with", "blend:mask=mask.png", *given,
+                       "--strength", share, "-o", "made.png")  # fmt: skip
+        assert edited.code == made.code == 0, (edited.err, made.err)
+        assert Image.open("edited.png").tobytes() == Image.open("made.png").tobytes()
+    kept = sfumato("edit", "photo.png", "--like", "edited.png", "--mask", "mask.png", "--model", tiny_sd, "-o", "b.png")
+    assert kept.code == 0 and Image.open("b.png").tobytes() == Image.open("edited.png").tobytes(), kept.err
+    plain = sfumato("edit", "photo.png", "a ball", "--by", "blend", "--mask", "mask.png", *given, "-o", "plain.png")
+    assert Image.open("plain.png").tobytes() == Image.open("made.png").tobytes(), plain.err  # 1 if nothing is said
+    words = ("edit", "photo.png", "a ball", "--from", "a cube", "--model", tiny_sd, "--steps", 2, "--inner", 0)
+    refused = sfumato(*words, "--strength", 0.5)
+    assert refused.code == 2 and "strength cannot be given to prompt_to_prompt" in refused.err
+    remedy = re.search(r"for its own strength write (\S+)=", refused.err)[1]
+    done = sfumato(*words, "--by", f"{remedy}=0.5", "-o", "c.png")
+    assert done.code == 0, done.err
+    recipe = files.read_recipe("c.png")[0]
+    assert recipe["edit"]["with"][0]["params"]["strength"] == 0.5 and "strength" not in recipe["edit"]["options"]
 
 
 def test_devices_of_training(sfumato):

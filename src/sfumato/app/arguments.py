@@ -25,6 +25,8 @@ class EditArguments(TypedDict, total=False):
     """Regions drawn anew: where the noise comes from, 0 (>= 0)"""
     scheduler: str | None
     """Regions drawn anew: who steps, such as ddim"""
+    strength: float | None
+    """Regions drawn anew: how much of the schedule, as in make; 1 if not said (>= 0, <= 1)"""
     mode: Literal["auto", "replace", "refine"]
     """Replace: word for word; refine: words added or removed; auto: replace where both prompts have equally many
     words"""
@@ -57,8 +59,6 @@ class EditArguments(TypedDict, total=False):
     blend_cells: int | None
     """Grid whose layers blend reads; none: nearest to 16 times fewer cells than the latents, at least 64 (unit:
     cell, >= 1)"""
-    strength: float
-    """Share of the source's attention in place of the picture's own (>= 0, <= 1)"""
 
 
 class SegmentArguments(TypedDict, total=False):

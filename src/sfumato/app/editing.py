@@ -51,6 +51,9 @@ class EditOptions(Params):
         default=None, ge=0, lt=2**62, description="regions drawn anew: where the noise comes from, 0"
     )
     scheduler: str | None = Field(default=None, description="regions drawn anew: who steps, such as ddim")
+    strength: float | None = Field(
+        default=None, ge=0, le=1, description="regions drawn anew: how much of the schedule, as in make; 1 if not said"
+    )
 
     @field_validator("prompt", "from_")
     @classmethod
@@ -59,7 +62,7 @@ class EditOptions(Params):
 
     def opening(self) -> dict[str, Any]:
         """How to open the picture, as far as it was said."""
-        names = ("steps", "guidance", "size", "inner", "refine", "seed", "scheduler")
+        names = ("steps", "guidance", "size", "inner", "refine", "seed", "scheduler", "strength")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -130,7 +133,8 @@ def edit(
             system, that one edits alone.
         allow: files, or folders of files, that systems in a picture's recipe may open (:func:`.cards.refuse_files`).
         options: parameters of the editing system (``sfumato methods KEY``), and those of :class:`EditOptions` that it
-            takes: ``steps``, ``guidance``, ``size``, ``seed``, ``scheduler``, ``inner``, ``refine``, ``invert``.
+            takes: ``steps``, ``guidance``, ``size``, ``seed``, ``scheduler``, ``strength``, ``inner``, ``refine``,
+            ``invert``. What a system calls strength itself is said within it: ``prompt_to_prompt:strength=0.5``.
 
     Raises:
         BadInput: no recipe and no ``from_``, or an option is out of its range. NoMatch: a word is in neither prompt.
@@ -202,7 +206,11 @@ def _refuse_foreign(editor: Editor, options: EditOptions) -> None:
     for name in EditOptions.model_fields:
         if name != "prompt" and getattr(options, name) not in (None, False) and name not in editor.cls.OPENING:
             takes = ", ".join(each.rstrip("_") for each in editor.cls.OPENING)
-            raise BadInput(f"{name.rstrip('_')} cannot be given to {editor.key}; it takes {takes} and its parameters.")
+            own = name in editor.cls.Params.model_fields
+            said = f"; for its own {name} write {editor.key}:{name}=..." if own else ""
+            raise BadInput(
+                f"{name.rstrip('_')} cannot be given to {editor.key}; it takes {takes} and its parameters{said}."
+            )
 
 
 def _open(

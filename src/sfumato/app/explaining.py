@@ -100,6 +100,7 @@ def explain(
         return Explanation(found.pictures, [found])
     if isinstance(system, protocol.ExplainsReading) and _reads(model):
         return _explain_reading(what, prompt, model, system, given)
+    _refuse_reader(system, model)
     if isinstance(what, str) and prompt is None and not is_picture(what):
         if not isinstance(system, protocol.TakesPart):
             raise NotSupported(f"{key} explains pictures that exist; give one, and the prompt beside it.")
@@ -110,7 +111,8 @@ def explain(
         ways = protocol.serves(system)
         other = "; ".join(ways.get("explain", ()))
         raise NotSupported(
-            f"{key} explains {other}; {model if isinstance(model, str | Path) else model.name} draws."
+            f"{key} explains {other}, and {model if isinstance(model, str | Path) else model.name} draws: say a model "
+            "that reads, such as --model toy-vit."
             if other
             else f"{key} explains pictures while they are made only; give a prompt instead of a picture."
         )
@@ -156,6 +158,13 @@ def _reads(model: Any) -> bool:
     from sfumato.models.readers import is_reader
 
     return is_reader(model)
+
+
+def _refuse_reader(system: Any, model: Any) -> None:
+    """Raises NotSupported for a model that reads where a system looks at one that draws."""
+    if not isinstance(system, protocol.ExplainsReading) and _reads(model):
+        name = model if isinstance(model, str | Path) else model.name
+        raise NotSupported(f"{type(system).CARD.key} looks at models that draw, and {name} reads: say --by lrp.")
 
 
 def _explain_reading(
@@ -265,6 +274,7 @@ def explain_files(
         batch.jobs = [JobOptions(prompt=what, **options)]
         yield from make_files(batch, out, on_step)
     else:
+        _refuse_reader(system, model)
         allowed = (
             "prompt",
             "words",

@@ -24,8 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def with_signature(arguments: type, *groups: Iterable[Parameter]) -> Callable[[Function], Function]:
     """Decorator: the ``**options`` of a function are shown as the keys of ``arguments``, a ``TypedDict``, with the
-    defaults that the parameters of ``groups`` have. A name that the function has itself stays as it is there."""
-    defaults = {each.name: each.default for group in groups for each in group}
+    defaults that the first of ``groups`` with it has. A name that the function has itself stays as it is there."""
+    defaults = {each.name: each.default for group in reversed(groups) for each in group}
 
     def add(function: Function) -> Function:
         signature = inspect.signature(function)

@@ -44,15 +44,13 @@ class Redrawn:
             mask = files.fitted(mask, self.original.size, smooth=False)
         region = {} if mask is None else {"mask": mask}
         parts = [self.system(**params, **region), *with_]
-        return generate(
-            self.model, prompt, image=self.original, strength=1.0, interventions=parts, on_step=on_step, **self.settings
-        )
+        return generate(self.model, prompt, image=self.original, interventions=parts, on_step=on_step, **self.settings)
 
 
 class Redraws:
     """Makes a system that keeps a picture around a region one that edits."""
 
-    OPENING = ("steps", "guidance", "size", "seed", "scheduler")
+    OPENING = ("steps", "guidance", "size", "seed", "scheduler", "strength")
 
     def open(
         self,
@@ -62,9 +60,10 @@ class Redraws:
         *,
         size: tuple[int, int],
         seed: int = 0,
+        strength: float = 1.0,
         **settings: Any,
     ) -> Redrawn:
-        """The picture, cut to ``size`` (width, height); ``settings`` are ``steps``, ``guidance`` and
-        ``scheduler``."""
+        """The picture, cut to ``size`` (width, height). ``strength``: how much of the schedule draws the region, 1 from
+        pure noise; ``settings`` are ``steps``, ``guidance`` and ``scheduler``."""
         fitted = files.fitted(picture.image.convert("RGB"), size)
-        return Redrawn(model, fitted, type(self), {"seed": seed, **settings})  # type: ignore[arg-type]
+        return Redrawn(model, fitted, type(self), {"seed": seed, "strength": strength, **settings})  # type: ignore[arg-type]
