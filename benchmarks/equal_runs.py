@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.core import Figure, in_process
 
 OFFSETS = tuple(range(0, 64, 4))
-STARTS = 300  # of the small step, in one process
-PROCESSES = 10
+STARTS = 150  # of the small step, in one process
+PROCESSES = 20
 
 Operation = tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]
 OPERATIONS: dict[str, Operation] = {
@@ -170,20 +170,26 @@ def run() -> list[Figure]:
         aligned, anywhere = starts(STARTS, (0,), False), starts(STARTS, OFFSETS, True)
     finally:
         torch.set_num_threads(threads)
+    return figures(counts, aligned, anywhere, [in_process(FIRST_STEPS, threads=1) for _ in range(PROCESSES)])
+
+
+def figures(
+    counts: dict[str, int], aligned: Counter[str], anywhere: Counter[str], fresh: list[dict[str, str]]
+) -> list[Figure]:
+    """From counts of results of operations and of the small step, and what fresh processes say."""
     moved = [name for name, count in counts.items() if count > 1]
-    fresh = [in_process(FIRST_STEPS, threads=1) for _ in range(PROCESSES)]
-    figures = [
+    found = [
         Figure("operations with other bits elsewhere in memory", f"{len(moved)} of {len(counts)}", "for comparison",
                None, ", ".join(moved) or "none", {"results": counts}),
         Figure("results of a training step, heap perturbed, inputs aligned", f"{len(aligned)}", "1", len(aligned) == 1,
-               f"{STARTS} steps"),
+               f"{aligned.total()} steps"),
         Figure("the same, inputs and weights at any multiple of 4 bytes", f"{len(anywhere)}", "for comparison", None,
-               f"{STARTS} steps"),
+               f"{anywhere.total()} steps"),
     ]  # fmt: skip
     for name in ("toy-sd", "segmenter"):
-        found = Counter(each[name] for each in fresh)
-        figures.append(
-            Figure(f"first two steps of {name}, fresh processes", f"{len(found)}", "1", len(found) == 1,
-                   f"{PROCESSES} starts", {"results": list(found.values())})
+        results_of = Counter(each[name] for each in fresh)
+        found.append(
+            Figure(f"first two steps of {name}, fresh processes", f"{len(results_of)}", "1", len(results_of) == 1,
+                   f"{len(fresh)} starts", {"results": list(results_of.values())})
         )  # fmt: skip
-    return figures
+    return found

@@ -79,21 +79,22 @@ def toybox_truth() -> Image.Image:
     mask = colors[frames.mask.long() + 1].permute(0, 3, 1, 2) * 2 - 1
     near = (1 / frames.depth.clamp_max(60))[:, None]
     depth = (near / near.max() * 2 - 1).expand_as(mask)
-    return sheet(torch.cat((frames.image, mask, depth, frames.normal)), 4)
+    tiles = torch.cat((frames.image, mask, depth, frames.normal))
+    return sheet(tiles, 4, heads=["picture", "mask of each toy", "depth", "normals"])
 
 
 def toybox_edits() -> Image.Image:
     """One scene and five counterfactuals: the same scene with one thing changed."""
     scene = Scene((Toy("ball", "red", "striped", x=-0.7), Toy("cube", "green", size="small", x=0.7, yaw=25)), "tiles")
-    edits = [
-        scene,
-        scene.replace(object="red ball", color="blue"),
-        scene.replace(object="cube", shape="ring", pattern="dotted"),
-        scene.remove("cube"),
-        scene.add(Toy("cone", "yellow", size="small", x=0.05, z=0.9)),
-        scene.replace(ground="snow", sky="sunset"),
-    ]
-    return sheet(render(edits, size=144, supersample=3).image, 6)
+    edits = {
+        "the scene": scene,
+        "ball blue": scene.replace(object="red ball", color="blue"),
+        "cube a dotted ring": scene.replace(object="cube", shape="ring", pattern="dotted"),
+        "without the cube": scene.remove("cube"),
+        "and a cone": scene.add(Toy("cone", "yellow", size="small", x=0.05, z=0.9)),
+        "snow at sunset": scene.replace(ground="snow", sky="sunset"),
+    }
+    return sheet(render(list(edits.values()), size=144, supersample=3).image, 6, heads=list(edits))
 
 
 def genome() -> Image.Image:
@@ -141,18 +142,12 @@ def _held_out(n: int) -> list[str]:
 def zoo() -> Image.Image:
     """toy-sd above, toy-sd3 below: the same 10 captions of scenes that neither has seen, first try, nothing chosen."""
     rows = [sfumato.make(_held_out(10), model=name, seed=0).pixels for name in ("toy-sd", "toy-sd3")]
-    return sheet(torch.cat([row.detach() for row in rows]), 10, scale=2)
+    return sheet(torch.cat([row.detach() for row in rows]), 10, scale=2, rows=["toy-sd", "toy-sd3"])
 
 
 def _heat(what: Any, prompt: str | None, words: list[str], model: str, **options: Any) -> Image.Image:
     found = sfumato.explain(what, prompt, words=words, model=model, **options)
     return found.maps[0].grid(found.images[0])
-
-
-def daam_sd3() -> Image.Image:
-    return _heat(
-        "a yellow cone and a red ring on the snow", None, ["yellow cone", "red ring", "snow"], "toy-sd3", seed=1
-    )
 
 
 def daam_existing() -> Image.Image:
@@ -427,7 +422,14 @@ def pullback() -> Image.Image:
             rows.append(
                 sfumato.make(prompts, **given, with_=[{"method": "pullback", "params": params}]).pixels.detach()
             )
-    return sheet(torch.cat(rows), 6, scale=2)
+    names = ["plain", "along the first", "against it", "along the second", "against it"]
+    return sheet(
+        torch.cat(rows),
+        6,
+        scale=2,
+        rows=names,
+        heads=[" ".join(prompt.split()[1:3]) for prompt in prompts for _ in range(2)],
+    )
 
 
 def latent_geometry() -> Image.Image:
@@ -479,7 +481,8 @@ def toybox_cues() -> Image.Image:
     """Cue conflicts; below four pairs that share the texture and nothing else."""
     scenes, _, _ = conflicts(16, 4)
     pairs = [scene for pair in factor_pairs("texture", 4, 2) for scene in pair]
-    return sheet(render([*scenes, *pairs], size=112, supersample=3).image, 8)
+    names = ["cues in conflict", "", "same texture, pairs"]
+    return sheet(render([*scenes, *pairs], size=112, supersample=3).image, 8, rows=names)
 
 
 def shape_texture() -> Image.Image:
@@ -515,7 +518,7 @@ def conceptor() -> Image.Image:
     )
     cloud = word_cloud(found.shares(), (8 * 68 - 4, 220))
     tiles = [torch.from_numpy(np.array(image)) for image in (*found.pictures, *found.drawn)]
-    below = sheet(torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1, 8)
+    below = sheet(torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1, 8, rows=["cone", "its words"])
     out = Image.new("RGB", (below.width, cloud.height + below.height), "white")
     out.paste(cloud, (0, 0))
     out.paste(below, (0, cloud.height))
@@ -650,7 +653,6 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "genome": genome,
     "demo": demo,
     "zoo": zoo,
-    "daam-sd3": daam_sd3,
     "daam-existing": daam_existing,
     "concept-attention": concept_attention,
     "attention-relevance": attention_relevance,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sfumato.errors import BadInput
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,6 +23,16 @@ def to_tensor(array: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(array).clone()
+
+
+def nothing_hidden(array: np.ndarray, name: str) -> None:
+    """Raises BadInput for a masked array that was given as ``name``: what shall stand for its hidden values, nobody
+    knows."""
+    import numpy as np
+
+    if isinstance(array, np.ma.MaskedArray):
+        what = f"{name} is an array {array.dtype} {array.shape}"
+        raise BadInput(f"{what}, of which some values are hidden; give array.filled(value).")
 
 
 def to_pixels(pictures: Sequence[Image]) -> Tensor:

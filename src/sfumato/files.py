@@ -178,8 +178,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
                 f"finite and in [0, {full:g}]."
             )
         image = Image.fromarray((grey / full * 255).round().astype(np.uint8))
-    if image.mode == "La":  # Pillow turns it into this one alone
-        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -214,7 +212,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A copy of a picture turned as its EXIF data say, without them: a second look shall not turn it again."""
+    """A copy of a picture turned as its EXIF data say, without them: a second look shall not turn it again.
+    Premultiplied grey (La) becomes LA, all that Pillow can turn it into."""
     from PIL import Image
 
     turn = Image.Transpose
@@ -224,7 +223,7 @@ def upright(image: Image.Image) -> Image.Image:
     found = image.transpose(turns[said - 2]) if 2 <= said <= 8 else image.copy()
     for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
         found.info.pop(name, None)
-    return found
+    return found.convert("LA") if found.mode == "La" else found
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], bool]:

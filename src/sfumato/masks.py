@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from sfumato import files
-from sfumato.arrays import to_tensor
+from sfumato.arrays import nothing_hidden, to_tensor
 from sfumato.cards.paths import EMBEDDED, FilePath
 from sfumato.errors import BadInput, NoMatch
 from sfumato.mask_ops import area
@@ -88,6 +88,7 @@ def read_labels(given: Any, what: str = "map") -> Tensor:
         if isinstance(given, Tensor):
             given = given.detach().cpu().numpy()
         if isinstance(given, np.ndarray):
+            nothing_hidden(given, what)
             if (
                 given.dtype != np.uint8
                 or given.ndim not in (2, 3)
@@ -163,8 +164,6 @@ def _from_picture(image: Image.Image, what: str) -> Tensor:
         if image.mode == "F":
             levels = levels / files.full_scale(image.mode, levels)
         return _from_array(levels, what, deep=image.mode != "I")
-    if image.mode == "La":  # Pillow turns it into this one alone
-        image = image.convert("LA")
     if image.has_transparency_data:
         layers = np.array(image.convert("RGBA"))
         alpha, colors = layers[..., 3], layers[..., :3]
@@ -181,8 +180,7 @@ def _from_picture(image: Image.Image, what: str) -> Tensor:
 
 
 def _from_array(array: np.ndarray, what: str, deep: bool = False) -> Tensor:
-    if isinstance(array, np.ma.MaskedArray):
-        raise BadInput(f"{what} is a masked array, of which some values are hidden; give array.filled(value).")
+    nothing_hidden(array, what)
     if array.dtype.kind not in "buif":
         raise BadInput(f"{what} is an array of {array.dtype}; it must hold finite numbers, or yes and no.")
     while array.ndim > 2 and array.shape[0] == 1:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from sfumato.markup import described
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -227,6 +229,8 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     plots: dict[str, Image] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
 
 @runtime_checkable

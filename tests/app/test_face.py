@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 
@@ -173,6 +174,23 @@ def test_a_gallery_is_bounded() -> None:
 def test_records_say_shapes_instead_of_numbers() -> None:
     text = described(Examples(torch.zeros(4, 3, 8, 8), torch.zeros(4, 8, 8), ("x", "y")))
     assert text == "Examples(pictures=Tensor(4 3 8 8), masks=Tensor(4 8 8), labels=('x', 'y'))"
+
+
+def test_records_of_arrays_print_short() -> None:
+    """Every public dataclass that holds arrays or pictures says their shapes, never their numbers."""
+    long = []
+    for path in sorted((generate.ROOT / "src" / "sfumato").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            record = any(ast.unparse(each).startswith("dataclass") for each in node.decorator_list)
+            fields = [ast.unparse(each) for each in node.body if record and isinstance(each, ast.AnnAssign)]
+            own = {ast.unparse(each.targets[0]) for each in node.body if isinstance(each, ast.Assign)}
+            own |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+            shown = [each for each in fields if "repr=False" not in each and "Callable" not in each]
+            if "__repr__" not in own and any(re.search(r"\b(Tensor|ndarray)\b", each) for each in shown):
+                long.append(f"{path.name}: {node.name}")
+    assert not long
 
 
 def test_every_verb_is_in_the_protocol() -> None:

@@ -186,9 +186,15 @@ def test_a_mask_in_every_form(given, tmp_path):
         torch.testing.assert_close(masks.read_mask(path), expected, atol=1e-6, rtol=0)
 
 
+def test_premultiplied_grey_is_read_by_every_reader():
+    grey = Image.merge("LA", [Image.new("L", (4, 4), 200), Image.new("L", (4, 4), 255)]).convert("La")
+    read = (masks.read_labels(grey), masks.read_mask(grey) * 255, (as_pixels(grey, None)[0, 0] + 1) * 127.5)
+    assert all(int(each.float().mean().round()) == 200 for each in read)
+
+
 def test_a_masked_array_is_filled_first():
     hidden = np.ma.masked_array(GREY, GREY > 99)
-    for reader in (masks.read_mask, lambda given: as_pixels(given, None)):
+    for reader in (masks.read_mask, masks.read_labels, lambda given: as_pixels(given, None)):
         with pytest.raises(BadInput, match="some values are hidden; give array.filled"):
             reader(hidden)
         assert torch.equal(reader(hidden.filled(0)), reader(np.where(GREY > 99, 0, GREY).astype(np.uint8)))

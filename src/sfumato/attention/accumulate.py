@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import BadInput, NoMatch
+from sfumato.markup import described
 from sfumato.models.site import Site
 
 __all__ = ["LayerMaps", "MapStore", "upscale"]
@@ -30,6 +31,8 @@ class LayerMaps:
     heads: int
     calls: tuple[int, ...]
     steps: tuple[int, ...] = ()
+
+    __repr__ = described
 
     def mean(self, steps: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
         """(k c [f] h w): mean over the calls of all or some steps, for all or some of the kept heads.

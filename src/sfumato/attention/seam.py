@@ -38,6 +38,7 @@ from sfumato.attention.bypass import refuse_bypassing_attention
 from sfumato.attention.call import Call
 from sfumato.attention.tap import STAGES, Tap
 from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
+from sfumato.markup import described
 from sfumato.models.site import Site
 
 __all__ = ["AttentionSeam", "Forward", "StopForward"]
@@ -70,6 +71,8 @@ class Forward:
     entered: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     _placed: dict[tuple[str, tuple[int, int]], Tensor | None] = field(default_factory=dict)
+
+    __repr__ = described
 
     def places_at(self, site: Site) -> Tensor | None:
         """What ``places`` says of a site, asked once for all sites of one kind and image range."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato import files, sheets
 from sfumato.errors import BadInput, UnknownName
 from sfumato.explain import heat_overlays
+from sfumato.markup import described
 from sfumato.metrics.segmentation import normalise
 
 __all__ = ["Answer", "RelevanceMaps", "paint_regions"]
@@ -40,6 +41,8 @@ class Answer:
     regions: Tensor | None = None
     region_values: Tensor | None = None
     box: tuple[float, float, float, float] | None = None
+
+    __repr__ = described
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sfumato import files
 from sfumato.errors import BadInput, SfumatoError
 from sfumato.hspace.tap import tapped
+from sfumato.markup import described
 from sfumato.metrics.geometry import principal_angles
 from sfumato.models import Condition, Layer, Model
 
@@ -113,6 +114,8 @@ class Basis:
     converged: bool
     cost: float
 
+    __repr__ = described
+
     def __len__(self) -> int:
         return len(self.s)
 
@@ -186,6 +189,8 @@ class Directions:
     u: Tensor
     layer: str
     facts: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
     def save(self, path: Path | str) -> Path:
         """Write one safetensors file, whole or not at all."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, UnknownName
+from sfumato.markup import described
 from sfumato.metrics import stats
 
 FRACTIONS = tuple(round(0.1 * k, 1) for k in range(1, 10))
@@ -37,6 +38,8 @@ class Curve:
     order: str
     fractions: tuple[float, ...]
     scores: Tensor
+
+    __repr__ = described
 
     @property
     def areas(self) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.metrics import stats
 from sfumato.metrics.clip_score import unit
 from sfumato.metrics.frechet import finite
@@ -162,6 +163,8 @@ class Divergences:
     real: int
     fake: int
     grids: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # name -> (HCS, real density, fake density)
+
+    __repr__ = described
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the densities, as plain values."""

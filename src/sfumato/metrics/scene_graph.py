@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sfumato.markup import described
+
 from ..errors import BadInput
 from .stats import Interval, mean
 
@@ -30,6 +32,8 @@ class TrueGraph:
     pairs: np.ndarray
     predicates: np.ndarray
 
+    __repr__ = described
+
 
 @dataclass(frozen=True)
 class PredictedGraph:
@@ -41,6 +45,8 @@ class PredictedGraph:
     pairs: np.ndarray
     scores: np.ndarray
     label_scores: np.ndarray | None = None
+
+    __repr__ = described
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
+from sfumato.markup import described
 from sfumato.models.modes import evaluation, with_gradients
 from sfumato.models.site import Site
 from sfumato.relevance.capture import CapturedAttention, captured, gradients_of, refuse_no_attention, refuse_windows
@@ -63,6 +64,8 @@ class RelevanceMatrices:
     layout: Layout
     method: str
     weights: dict[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = described
 
     def __getitem__(self, pair: tuple[str, str]) -> Tensor:
         if pair not in self.matrices:

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfumato.attention.call import Call
 from sfumato.errors import BadInput, NotSupported
+from sfumato.markup import described
 from sfumato.models.hooks import Running, running
 from sfumato.models.site import Site
 
@@ -59,6 +60,8 @@ class CapturedAttention:
     probs: Tensor
     inputs: tuple[Tensor, ...] = field(repr=False, default=())
     block: Tensor | None = field(repr=False, default=None)
+
+    __repr__ = described
 
     @property
     def queries(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sfumato.attention.sites import Site, find_sites
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.models.families import TextStream
 from sfumato.models.readers import Clip
 from sfumato.relevance.capture import captured, gradients_of
@@ -42,6 +43,8 @@ class ClipExplanation:
     grid: tuple[int, int]
     image_embeds: Tensor
     text_embeds: Tensor
+
+    __repr__ = described
 
     def tokens(self) -> Tensor:
         """(b t): relevance of each token to the end token, as shares of what all tokens between start and end have;

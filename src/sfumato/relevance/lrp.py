@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported, UnknownName
+from sfumato.markup import described
 from sfumato.relevance.capture import captured, gradients_of, refuse_no_attention, refuse_windows
 from sfumato.relevance.propagation import Propagation, eval_with_gradients, prepared
 from sfumato.relevance.propagation_rules import RelevanceRecord, Rules
@@ -64,6 +65,8 @@ class LRPTrace:
     inputs: Tensor | None = None
     records: list[RelevanceRecord] = field(default_factory=list)
     hidden: Tensor | None = None
+
+    __repr__ = described
 
 
 def lrp(

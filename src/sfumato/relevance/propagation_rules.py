@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import BadInput
+from sfumato.markup import described
 
 __all__ = [
     "ZBetaRule",
@@ -64,6 +65,8 @@ class RelevanceRecord:
     passed: Tensor
     peak: float
     negative: float
+
+    __repr__ = described
 
     @property
     def error(self) -> float:

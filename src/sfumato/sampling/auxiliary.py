@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from sfumato.markup import described
 from sfumato.models import Condition
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.loop import open_run, walk
@@ -22,6 +23,8 @@ class AuxiliarySamples:
     x: Tensor
     condition: Condition
     cost: float
+
+    __repr__ = described
 
 
 def draw_auxiliary(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import NotSupported
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.sampling.guidance import Guidance
 from sfumato.sampling.intervention import Coverage, Intervention, arrange, distinct_names, refuse_idle
@@ -40,6 +41,8 @@ class Trajectory:
     prompts: list[str]
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict)
     cost: float = 0.0
+
+    __repr__ = described
 
     @property
     def noise(self) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import files
-from sfumato.arrays import to_pixels
+from sfumato.arrays import nothing_hidden, to_pixels
 from sfumato.errors import BadInput
 from sfumato.valid import brief
 
@@ -82,8 +82,7 @@ def upright_picture(given: Any, name: str = "image") -> Image.Image:
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     what = f"{name} is an array {array.dtype} {array.shape}"
-    if isinstance(array, np.ma.MaskedArray):
-        raise BadInput(f"{what}, of which some values are hidden; give array.filled(value).")
+    nothing_hidden(array, name)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim == 3 and 1 in array.shape[::2] and not (len(array) == 1 and array.shape[2] in (3, 4)):

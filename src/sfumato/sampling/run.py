@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, Conflict
+from sfumato.markup import described
 from sfumato.models import Condition, Model, Site
 from sfumato.models.condition import Rows
 from sfumato.sampling.guidance import Guidance, rescaled
@@ -37,6 +38,8 @@ class Prediction:
     x: Tensor
     t: Tensor
     outputs: dict[str, Tensor]
+
+    __repr__ = described
 
     def output(self, branch: str = "cond") -> Tensor:
         """The output of one branch, or with ``"guided"`` what guidance makes of them."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.models.condition import Condition
 from sfumato.models.weights import read_metadata
@@ -39,6 +40,8 @@ class Concept:
     prompt: str = "a {}"
     prior: Sequence[Tensor] = ()
     prior_prompts: list[str] = field(default_factory=list)
+
+    __repr__ = described
 
     def sentence(self, i: int) -> str:
         """Of picture ``i``: its caption if that has the name in it."""

@@ -16,6 +16,7 @@ from sfumato.adapters.metadata import check_base
 from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NotSupported
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.teach.taught import Taught
 from sfumato.text.placeholders import placeholders
@@ -31,6 +32,8 @@ class Part:
     class_noun: str
     vectors: dict[str, Tensor]
     weights: dict[str, Tensor]
+
+    __repr__ = described
 
 
 def merged(

@@ -15,6 +15,7 @@ from sfumato.adapters.lora import save_lora
 from sfumato.adapters.metadata import training_metadata
 from sfumato.adapters.word import save_word
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.models.text_towers import text_towers
 
@@ -42,6 +43,8 @@ class Taught:
     interrupted: bool = False
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+
+    __repr__ = described
 
     def metadata(self, words: Mapping[str, Any] | None = None) -> dict[str, str]:
         """The strings that every file carries; see :func:`sfumato.adapters.metadata.training_metadata`."""

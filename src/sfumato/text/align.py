@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput
+from sfumato.markup import described
 from sfumato.text.words import Reading, StreamReading, Words, token_ids
 
 __all__ = ["Alignment", "align", "best_mode", "equaliser", "gate", "global_alignment"]
@@ -37,6 +38,8 @@ class Alignment:
 
     matrix: Tensor
     taken: Tensor
+
+    __repr__ = described
 
     @property
     def identity(self) -> bool:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.markup import described
+
 from ..errors import BadInput
 from .scene import DISTANCE, GROUNDS, LOOK_HEIGHT, PATTERNS, SHAPES, SKIES, VIEW_WIDTH, Scene
 from .secret import TEXTURES
@@ -73,6 +75,8 @@ class Frames:
     normal: Tensor
     boxes: list[Tensor]
     scenes: list[Scene]
+
+    __repr__ = described
 
     def __len__(self) -> int:
         return len(self.scenes)

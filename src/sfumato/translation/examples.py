@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, UnknownName
+from sfumato.markup import described
 from sfumato.toybox import ToyboxDataset
 from sfumato.toybox.cues import CONCEPTS, CueDataset, concept_of
 from sfumato.training.data import pictures
@@ -31,6 +32,8 @@ class LabelledVectors:
     names: dict[str, list[str]]
     scenes: list[Any] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+
+    __repr__ = described
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -26,6 +26,7 @@ from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.edit.net2net.experts import NetExpert, autoencoder_expert, expert
 from sfumato.edit.net2net.translation import Translation, fit_translation, load_translation
 from sfumato.errors import BadInput, NotSupported
+from sfumato.markup import described
 from sfumato.models.nets.vector_ae import VectorAutoencoder, load_autoencoder
 from sfumato.models.weights import hash_modules
 from sfumato.protocol import Picture
@@ -159,6 +160,8 @@ class OpenedPicture:
     pixels: Tensor
     shown: str
     facts: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
     @property
     def rebuilt(self) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.attention.call import Call
+from sfumato.markup import described
 from sfumato.text.align import Alignment
 
 
@@ -30,6 +31,8 @@ class StepEdit:
     uses_own: bool
     sums_to_one: bool
     identity: bool
+
+    __repr__ = described
 
     @classmethod
     def of(

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato import files, sheets, writing
 from sfumato.explain.cnn_invariances.explorer import InvarianceExplorer
 from sfumato.explain.iin import Interpretation
+from sfumato.markup import described
 from sfumato.translation.translator import FitRecord
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class InvarianceTable:
     pixels: Tensor
     temperature: float = 1.0
     seed: int = 0
+
+    __repr__ = described
 
     def lines(self) -> list[str]:
         """For each layer first what can be trusted, then what it is invariant to."""
@@ -118,6 +121,8 @@ class LayerSamples:
     rebuilt: Tensor
     rows: Sequence[tuple[str, Tensor]]
     attacked: bool = False
+
+    __repr__ = described
 
     def grid(self, image: Any = None) -> Image:
         """A sheet: the picture, what the autoencoder keeps of it, then the samples; a row for each layer."""

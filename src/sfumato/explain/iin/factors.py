@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.errors import BadInput, BadWeights, UnknownName
 from sfumato.explain.shape_texture.dimensions import RESIDUAL
+from sfumato.markup import described
 from sfumato.training import Draw
 from sfumato.translation.translator import FitRecord, FlowParams, Translator, fit_translator, load_translator
 
@@ -25,6 +26,8 @@ class ConceptPairs:
 
     rows: Tensor
     shared: Tensor
+
+    __repr__ = described
 
     @staticmethod
     def joined(parts: Sequence[ConceptPairs]) -> ConceptPairs:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato import files, sheets, writing
 from sfumato.explain.iin.factors import Interpretation
 from sfumato.explain.shape_texture.dimensions import Dimensions, dimensions_of
+from sfumato.markup import described
 from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.networks import Network
 
@@ -59,6 +60,8 @@ class BlockReading:
     examples: LabelledVectors
     vectors: Tensor
     read: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    __repr__ = described
 
     def lines(self) -> list[str]:
         """Layer by layer the dimensions beside their floor, then the blocks, then the fit."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sfumato.markup import described
 from sfumato.models import Condition, Layer
 from sfumato.sampling import Intervention, Step
 from sfumato.sampling.intervention import Coverage
@@ -19,6 +20,8 @@ class SampleStates:
     t: Tensor
     x: list[Tensor]
     conditions: list[Condition]
+
+    __repr__ = described
 
 
 class StateRecorder(Intervention):

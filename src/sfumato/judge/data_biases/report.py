@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato import files, sheets, writing
 from sfumato.judge.data_biases.projection import Projection
+from sfumato.markup import described
 from sfumato.translation.examples import LabelledVectors
 from sfumato.translation.reading import CodeReader
 
@@ -127,6 +128,8 @@ class BiasReport:
     codes: dict[str, Tensor]
     reader: CodeReader | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = described
 
     def lines(self) -> list[str]:
         """What :class:`PairBias` says of each pair, then how far to trust it."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
+from sfumato.markup import described
 from sfumato.models import Model, TextStream
 
 __all__ = ["TextAxis", "Texts", "recording_encoders"]
@@ -56,6 +57,8 @@ class Texts:
     uncond: Tensor | None = None
     #: (ids (b t), every tensor (b t d) that came out) of each pass of a text encoder
     passes: list[tuple[str, Tensor, list[Tensor]]] = field(default_factory=list)
+
+    __repr__ = described
 
     @classmethod
     def of_call(cls, model: Model, arguments: dict[str, Any], prompt: str | Sequence[str] | None) -> Texts:

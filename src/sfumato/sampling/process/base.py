@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, NotSupported
+from sfumato.markup import described
 from sfumato.models import Model
 from sfumato.models.families import families_with
 from sfumato.sampling.noise import Path
@@ -39,6 +40,8 @@ class Source:
     after: float | None = None
     pixels: Tensor | None = None
     strength: float | None = None
+
+    __repr__ = described
 
 
 class Process:

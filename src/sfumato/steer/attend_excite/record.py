@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato import sheets
 from sfumato.attention.accumulate import upscale
+from sfumato.markup import described
 
 
 @dataclass(eq=False)
@@ -26,6 +27,8 @@ class WordAttention:
     before: Tensor | None = None
     after: Tensor | None = None
     losses: dict[int, list[float]] = field(default_factory=dict)
+
+    __repr__ = described
 
 
 def sheet(frames: Sequence[Any], one: WordAttention) -> Image.Image:

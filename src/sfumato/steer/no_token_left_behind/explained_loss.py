@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.markup import described
 from sfumato.metrics.geometry import spherical_distance
 from sfumato.relevance.clip import ClipExplainer
 from sfumato.steer.no_token_left_behind.views import cut_outs
@@ -23,6 +24,8 @@ class Region:
 
     text: str
     mask: Tensor
+
+    __repr__ = described
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,8 @@ class LossParts:
     words: Tensor
     regions: Tensor
     relevance: list[list[float]] = field(default_factory=list)
+
+    __repr__ = described
 
 
 class ExplainedLoss:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from sfumato import valid
 from sfumato.errors import BadInput, BadWeights, NotSupported
+from sfumato.markup import described
 from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES
 
 SIDE = 64
@@ -45,6 +46,8 @@ class ObjectReading:
     mask: Tensor
     box: tuple[float, float, float, float]
     confidence: float
+
+    __repr__ = described
 
     def has(self, **attributes: str | None) -> bool:
         """Whether every named attribute that is not None reads as given: ``toy.has(shape="cube", color="red")``."""
@@ -99,6 +102,8 @@ class Dense:
     images: Tensor
     scenery: dict[str, Tensor]
     context: Tensor
+
+    __repr__ = described
 
 
 class _Block(nn.Module):

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from sfumato import registry
 from sfumato.arrays import to_tensor
+from sfumato.markup import described
 from sfumato.toybox import Scene, ToyboxDataset
 from sfumato.toybox.oracle.accuracy import measure
 from sfumato.toybox.oracle.toy_judge import ATTRIBUTES, SCENERY, Dense, JudgeConfig, JudgeNet, ToyJudge
@@ -63,6 +64,8 @@ class Targets:
     valid: Tensor  # (b, k) bool, large enough to count
     offset: Tensor  # (b, 2, h, w)
     centre: Tensor  # (b, h/2, w/2) in [0, 1], 1 at centres
+
+    __repr__ = described
 
 
 def targets_of(masks: Tensor, min_pixels: int) -> Targets:
