@@ -71,7 +71,7 @@ ELSEWHERE = {
 
 #: fragment -> why no test follows it
 OUT_OF_REACH = {
-    "load it with the text encoders that it was trained with": "another model from where this one is from",
+    "load it with the text encoders ": "another model from where this one is from",
     "is damaged or cut off": "another file from where this one is from",
     "leave checkpointing out": "no supported denoiser lacks it",
     "convert it on a machine you can lose": "a pickle would have to be opened",

@@ -171,6 +171,19 @@ def test_devices(refuses, sfumato, monkeypatch):
     assert asked == ["cpu", None]
 
 
+@follows("and there are none: give --real, or leave net out")
+def test_a_net_without_anything_to_measure_to(refuses, sfumato, clip_folder, renders, others):
+    refuses("judge", others, "--net", clip_folder, "--metric", "presence")
+    assert sfumato("judge", others, "--net", clip_folder, "--real", renders, "--metric", "frechet").code == 0
+    assert sfumato("judge", others, "--metric", "presence").code == 0
+    refuses("compare", others, renders, "--net", clip_folder)
+
+
+def test_readers_that_are_known_read(refuses):
+    said = refuses("teach", "toybox", "--by", "robust_vit", "--model", "nobody/nothing", "-o", "taught")
+    assert "toy-vit" in said and "toy-sd" not in said and "toy-vae" not in said
+
+
 @follows("say --by lrp", "such as --model toy-vit")
 def test_who_explains_what(refuses, sfumato):
     PICTURE.resize((64, 64)).save("photo.png")

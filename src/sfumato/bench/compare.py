@@ -17,7 +17,7 @@ from PIL import Image
 from sfumato import cards, files, sheets, writing
 from sfumato.bench.arguments import CompareArguments
 from sfumato.bench.folder import Folder
-from sfumato.bench.options import CompareOptions
+from sfumato.bench.options import CompareOptions, refuse_idle_net
 from sfumato.bench.report import Figure, Report, Table
 from sfumato.bench.reservoir import Reservoir
 from sfumato.bench.survey import Evaluators, survey
@@ -107,6 +107,7 @@ def compare_folders(
     """
     given: dict[str, Any] = {"seed": seed, **options}
     chosen = CompareOptions(**given)
+    refuse_idle_net(chosen, reference)
     named = _picture_of(out, chosen.shown)
     one, two = Folder(first, prompts), Folder(second, prompts)
     if one.path.resolve() == two.path.resolve():

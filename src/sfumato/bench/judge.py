@@ -11,7 +11,7 @@ from sfumato import cards, files, protocol, writing
 from sfumato.bench.arguments import JudgeArguments
 from sfumato.bench.findings import report_of
 from sfumato.bench.folder import Folder
-from sfumato.bench.options import JudgeOptions
+from sfumato.bench.options import JudgeOptions, refuse_idle_net
 from sfumato.bench.report import Report
 from sfumato.bench.survey import Evaluators, evaluate_batch, survey
 from sfumato.cards.signatures import with_signature
@@ -62,6 +62,7 @@ def judge_folder(
         check(chosen.workers)
     elif chosen.workers is not None:
         raise BadInput("workers are Ray's: give --ray too.")
+    refuse_idle_net(chosen, reference)
     system = _system(by, chosen)
     fake = Folder(folder, prompts)
     real = None if reference is None else Folder(reference)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import field_validator
 
 from sfumato import cards
 from sfumato.cards import Field, ModelPath
-from sfumato.errors import UnknownName
+from sfumato.errors import BadInput, UnknownName
 
 CAP = 10_000  # pictures a side where pairs of them count
 SHOWN = 40  # pairs on the page
 CLIP = "toy-clip"
 METRICS = ("presence", "clip_score", "frechet", "kernel", "manifold", "attributes")
+
+
+def refuse_idle_net(chosen: cards.Params, real: Any) -> None:
+    """Raises BadInput for a ``net`` that was given although there is nothing to measure a distance to."""
+    if real is None and "net" in chosen.model_fields_set:
+        raise BadInput("net measures distances to real pictures, and there are none: give --real, or leave net out.")
 
 
 class JudgeOptions(cards.Params):

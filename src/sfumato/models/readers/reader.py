@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sfumato import registry
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.load import _device, _dtype
-from sfumato.models.readers.loading import load_module
+from sfumato.models.readers.loading import is_reader, load_module
 from sfumato.models.readers.preprocessing import Preprocessing
 from sfumato.models.weights import hash_modules, read_json
 
@@ -120,7 +120,9 @@ def load_reader(
     name = str(name_or_path)
     folder = registry.find(name) or Path(name)
     if not (folder / "config.json").is_file():
-        raise UnknownName("reading model (a built-in name or a transformers folder)", name, registry.names())
+        raise UnknownName(
+            "reading model (a built-in name or a transformers folder)", name, list(filter(is_reader, registry.names()))
+        )
     module = load_module(folder, _dtype(dtype) or torch.float32, _device(device))
     return wrap(module, name, folder)
 
