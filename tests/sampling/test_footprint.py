@@ -85,6 +85,27 @@ def _acting(adapted: Any) -> Any:
     return adapted
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"), [("qwenimage", "attend_excite"), ("z_image", "paint_with_words"), ("hidream", "daam")]
+)
+def test_texts_of_any_length_and_mixtures_of_experts_are_walked(kind: str, key: str, tmp_path: Path):
+    """What they ask of numbers: how long a text is, and which expert a token goes to."""
+    added = adds(without_weights(kind, tmp_path), [key])[key]
+    assert isinstance(added, int) and added > 0
+
+
+def test_numbers_that_are_known():
+    """Masks and lengths that no number of the network enters keep theirs, on the way to its device too."""
+    x = torch.ones(2, 3, device="meta")
+    with Footprint([x]) as counted:
+        mask = torch.tensor([[True, False, True], [True, True, True]]).to("meta")
+        lengths = mask[:, 1:].sum(1) + torch.ones(2, dtype=torch.long, device="meta")
+        assert [int(n) for n in lengths] == [2, 3] and int((lengths * x[:, 0]).max().long()) == 1
+        assert x[mask].shape == (5,) and x[x > 0].shape == (6,)
+        lengths += x[:, 0].long()
+        assert counted.numbers(lengths).tolist() == [1, 1]
+
+
 def test_equal_if_made_equally():
     """Keys of a cross-attention, which follow from the text alone, are the same in every step; queries are not."""
     x, text, noise = (torch.ones(2, 4, 4, device="meta") for _ in range(3))

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sfumato import cards
-from sfumato.errors import BadInput
 from sfumato.models import Model, quiet
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.loop import generate
+from sfumato.sampling.recording import RecordingTooLarge
 
 __all__ = ["Footprint", "Use", "adds", "drawn"]
 
@@ -51,6 +51,8 @@ class Footprint(TorchDispatchMode):
         self._made: dict[int, Any] = {}  # of each storage what made it, as a hash
         self._copied: dict[int, tuple[Any, ...]] = {}  # of each storage that is a copy the content of the original
         self._fresh = itertools.count()
+        # of storages of small tensors of integers that follow from none without numbers: place in it -> numbers
+        self._numbers: dict[int, dict[Any, Tensor]] = {}
         self._outputs: dict[Any, Any] = {}  # of operations without numbers: shape, strides and dtype of what they give
         for x in known:
             self._note(x.untyped_storage(), 0)
@@ -63,6 +65,7 @@ class Footprint(TorchDispatchMode):
             del self._seen[key]
             self._made.pop(key, None)
             self._copied.pop(key, None)
+            self._numbers.pop(key, None)
 
         self._seen[key], self._counts[key] = weakref.ref(storage, gone), count
         self.live += count
@@ -84,6 +87,41 @@ class Footprint(TorchDispatchMode):
             self._made[key] = next(self._fresh)
         return self._made[key], x.storage_offset(), x.shape, x.stride()
 
+    def numbers(self, x: Tensor) -> Tensor:
+        """Those of ``x`` where they are known, as of masks and lengths of texts; else some: True, 1, or what no
+        threshold asks to go on from."""
+        known = self._known(x)
+        return torch.full(x.shape, 0.01 if x.is_floating_point() else 1, dtype=x.dtype) if known is None else known
+
+    def _remember(self, out: Any, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> None:
+        """Works ``out`` out on the CPU as well if it is small and of integers, and all that it was made of is known."""
+        made = list(_tensors((out,)))
+        if not made or not all(x.is_meta and not x.is_floating_point() and x.numel() <= 2**16 for x in made):
+            return
+        if torch.Tag.nondeterministic_seeded in func.tags or any(self._known(x) is None for x in given):
+            for x in made:
+                self._numbers.pop(x.untyped_storage()._cdata, None)  # written over in place
+            return
+        args, kwargs = tree_map_only(Tensor, self.numbers, (args, kwargs))
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        for x, known in zip(made, _tensors((func(*args, **kwargs),)), strict=True):
+            held = self._numbers.setdefault(x.untyped_storage()._cdata, {})
+            held[x.storage_offset(), x.shape, x.stride()] = known
+
+    def _places(self, indices: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+        """Indices with the places where masks are true instead of the masks."""
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                yield from self.numbers(index).nonzero().unbind(1)
+            else:
+                yield index
+
+    def _known(self, x: Tensor) -> Tensor | None:
+        if not x.is_meta:
+            return x
+        return self._numbers.get(x.untyped_storage()._cdata, {}).get((x.storage_offset(), x.shape, x.stride()))
+
     def _shaped(self, func: Any, args: Any, kwargs: Any, told: Any) -> Any:
         """What an operation gives without numbers. Working out its shape is slow, and blocks are alike."""
         if not _gives_new(func):
@@ -102,12 +140,20 @@ class Footprint(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, made, told = kwargs or {}, None, None
+        asked = args, kwargs
         given = [*_tensors(args), *_tensors(kwargs.values())]
         if any(x.is_meta for x in given):
             if func is _aten._local_scalar_dense.default:
-                return _like(given[0]).item()
+                return self.numbers(given[0]).item()
             if func is _aten.equal.default:
                 return self._content(args[0]) == self._content(args[1])
+            if func is _aten.nonzero.default:
+                return self.numbers(given[0]).nonzero().to("meta")
+            if func is _aten.bincount.default:  # how many tokens each expert gets: all go to one
+                return self.numbers(given[0]).bincount()
+            if func is _aten.index.Tensor:
+                args = args[0], list(self._places(args[1]))
+            asked = args, kwargs
             chance = next(self._fresh) if torch.Tag.nondeterministic_seeded in func.tags else None
             told = _told((args, kwargs))
             made = hash((func, chance, *map(self._content, given), told))
@@ -118,6 +164,7 @@ class Footprint(TorchDispatchMode):
                     return args[0]  # numbers that nobody will read
                 args, kwargs = tree_map_only(Tensor, lambda x: x if x.is_meta else x.to("meta"), (args, kwargs))
         out = func(*args, **kwargs) if made is None else self._shaped(func, args, kwargs, told)
+        self._remember(out, func, given, *asked)
         for i, x in enumerate(_tensors((out,))):
             storage = x.untyped_storage()
             new = storage._cdata not in self._seen
@@ -156,11 +203,6 @@ def _told(values: Any) -> Any:
     return None if isinstance(values, Tensor) else (type(values), values)
 
 
-def _like(x: Tensor) -> Tensor:
-    """What is answered for the numbers of ``x``: True, 1, or what no threshold asks to go on from."""
-    return torch.full(x.shape, 0.01 if x.is_floating_point() else 1, dtype=x.dtype)
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -177,6 +219,10 @@ class _Fused(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
+    def __init__(self, footprint: Footprint):
+        super().__init__()
+        self.footprint = footprint
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
@@ -184,8 +230,12 @@ class _FusedAttention(TorchFunctionMode):
             q, k, v = named["query"], named["key"], named["value"]
             if any(x.is_meta for x in (q, k, v)):
                 return _Fused.apply(q, k, v)
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            kwargs = {**kwargs, "device": "cpu"}  # numbers that are said, such as sizes, stay known
+        if func is Tensor.__getitem__ and isinstance(args[1], list):
+            args = args[0], torch.tensor(args[1])
         if func in (Tensor.tolist, Tensor.numpy) and args[0].is_meta:
-            return func(_like(args[0]))
+            return func(self.footprint.numbers(args[0]))
         return func(*args, **kwargs)
 
 
@@ -202,7 +252,7 @@ def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Us
     Raises what drawing raises."""
     weights = [x for part in model.modules.values() for x in (*part.parameters(), *part.buffers())]
     kept: list[int] = []
-    with quiet(), Footprint(weights) as counted, _FusedAttention():
+    with quiet(), Footprint(weights) as counted, _FusedAttention(counted):
         given = {"steps": steps, "seed": 0, "decode": False, **options}
         generate(model, PROMPT, interventions=systems, on_step=lambda step: kept.append(counted.live), **given)
     return Use(counted.peak, kept)
@@ -210,10 +260,10 @@ def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Us
 
 def adds(model: Model, keys: Iterable[str] | None = None) -> dict[str, int | str | None]:
     """How many bytes each system that takes part in drawing, or each of these ``keys``, adds to it, for one picture or
-    clip of the model's own size, steps and dtype; "refused" where it would refuse to draw so, as with a recording that
-    grows too large; None where that depends on numbers. ``model``: of :func:`.outline`; it is changed. What a file
-    holds is taken to be of usual size (:meth:`.Intervention.usual_bytes`). Systems that keep more with every step are
-    walked for five and ten steps, others for one or two.
+    clip of the model's own size, steps and dtype; "refused" where a recording would grow too large; None where that
+    depends on numbers. ``model``: of :func:`.outline`; it is changed. What a file holds is taken to be of usual size
+    (:meth:`.Intervention.usual_bytes`). Systems that keep more with every step are walked for five and ten steps,
+    others for one or two.
     """
     _compute_elsewhere(model)
     height, width = model.default_size
@@ -245,7 +295,7 @@ def adds(model: Model, keys: Iterable[str] | None = None) -> dict[str, int | str
                 usual = cards.method(key).usual_bytes(model)
                 try:
                     found[key] = more(functools.partial(cards.build, card.example or key)) if usual is None else usual
-                except BadInput:
+                except RecordingTooLarge:
                     found[key] = "refused"
     return found
 

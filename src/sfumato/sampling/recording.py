@@ -31,10 +31,14 @@ from sfumato.sampling.loop import walk
 from sfumato.sampling.run import Run, Step
 from sfumato.text.weights import encode_weighted, read_weights
 
-__all__ = ["Recorder", "Recording", "record_auxiliary"]
+__all__ = ["Recorder", "Recording", "RecordingTooLarge", "record_auxiliary"]
 
 FORMAT = "sfumato-recording-1"
 LIMIT = 8.0  # GiB; the queries of Stable Diffusion 1, 50 steps at 512 pixels in float32, come to about 2
+
+
+class RecordingTooLarge(BadInput):
+    """A recording would outgrow its limit."""
 
 
 @dataclass(eq=False)
@@ -225,7 +229,7 @@ class Recorder(Intervention):
         recorded = sum(name.endswith("|q") for name in self._tensors)
         expected = held * calls / recorded / 2**30
         if recorded == sum(i in steps for steps in self._wanted.values()) and expected > self.limit:
-            raise BadInput(
+            raise RecordingTooLarge(
                 f"recording this run would take about {expected:.1f} GiB, more than the limit of {self.limit:g}; "
                 f"record fewer sites or a shorter window, make a smaller picture, or raise the limit."
             )
