@@ -106,7 +106,7 @@ def test_systems_do_not_change_their_own_role_or_parameters():
 
 #: what looks at a clock, and why: to stop after minutes, to tell, to save in between, to know what is abandoned
 CLOCKS = {"app/cli/show.py", "app/prompts_file.py", "bench/survey.py", "training/runs.py", "training/trainer.py"}
-CLOCKS |= {"writing.py"}
+CLOCKS |= {"teach/discriminative_tokens.py", "writing.py"}
 
 
 def test_no_number_depends_on_the_clock():

@@ -8,6 +8,7 @@ system removes when that process ends, however it ends.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ class Lock:
 def lock(path: Path, inside: bool = False) -> Lock | None:
     """Locks ``path``, a file or folder that is there, for this process; None where another one holds it.
 
-    ``inside``: a file that stands for the lock lies in the folder, not beside it. Raises OSError where there is
-    nothing, or nothing can be written.
+    ``inside``: a file that stands for the lock lies in the folder, not beside it. Raises FileNotFoundError where there
+    is nothing, or it was taken away at this moment, OSError where nothing can be written.
     """
     if fcntl is None:
         beside = path / ".sfumato.lock" if inside else path.with_name(f"{path.name}.lock")
@@ -63,4 +64,8 @@ def lock(path: Path, inside: bool = False) -> Lock | None:
         return None
     except OSError:  # a file system without locks
         return Lock(handle, sure=False)
-    return Lock(handle)
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), os.stat(path)):
+            return Lock(handle)
+    os.close(handle)  # whoever held it has taken it away, and perhaps another one is there by now
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

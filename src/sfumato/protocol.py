@@ -15,13 +15,15 @@ Whatever a method cannot take (a model, a picture, an option) it refuses with an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from sfumato import writing
 from sfumato.markup import described
 
 if TYPE_CHECKING:
@@ -185,11 +187,28 @@ class Work:
     resume: bool = False
     minutes: float | None = None
     on_progress: Callable[[int, int, dict[str, float]], None] | None = None
+    _held: bool = field(default=False, init=False, repr=False)
 
     @property
     def first(self) -> bool:
         """Whether this process is the first of those that were launched together, which writes."""
         return os.environ.get("RANK", "0") == "0"
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within: the folder is there, and this run's alone; of several processes the first one asks for it. It nests.
+        Afterwards the folder is gone if nothing is in it. Raises Conflict where another run is at work in it."""
+        if self.folder is None or self._held or not self.first:
+            yield
+            return
+        try:
+            with writing.reserved(self.folder, "teaching", make=True):
+                self._held = True
+                yield
+        finally:
+            self._held = False
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def remove(self) -> None:
         """Drops the folder, when the result is written."""

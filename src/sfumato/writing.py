@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from sfumato.errors import BadInput, Conflict
-from sfumato.locks import lock
+from sfumato.locks import Lock, lock
 
 __all__ = [
     "PICTURES",
@@ -211,13 +211,14 @@ def refuse_filled(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def reserved(folder: Path | str, doing: str) -> Iterator[None]:
-    """Within, no other process that asks may work in ``folder``; a kill frees it.
+def reserved(folder: Path | str, doing: str, make: bool = False) -> Iterator[None]:
+    """Within, no other process that asks may work in ``folder``; a kill frees it. ``make``: it is made if it is
+    missing, also where whoever was at work in it takes it away at this moment.
 
     Raises:
         Conflict: another one does; ``doing`` says what this one wanted.
     """
-    held = lock(Path(folder), inside=True)
+    held = _held(Path(folder), make)
     if held is None:
         raise Conflict(
             f"another process is at work in {str(folder)!r}, so {doing} there would mix with it; "
@@ -227,6 +228,14 @@ def reserved(folder: Path | str, doing: str) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def _held(folder: Path, make: bool) -> Lock | None:
+    while make:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return lock(folder, inside=True)
+    return lock(folder, inside=True)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from sfumato.adapters.convert import convert
 from sfumato.adapters.layers import AdaptedModule
 from sfumato.adapters.lora import LoRA, index_of, save_lora
+from sfumato.adapters.word import Word
 from sfumato.cards import build, from_recipe, to_recipe
 from sfumato.errors import BadInput, BadWeights, NoMatch, NotSupported, WorkInterrupted
 from sfumato.models import Model
@@ -237,11 +240,95 @@ def test_names_are_found_in_the_cache(tmp_path, monkeypatch, file):
 
 
 @pytest.mark.parametrize(
-    ("part", "name"), [("oft_blocks", "OFT"), ("diff", "full differences"), ("a1.weight", "GLoRA")]
-)
+    ("part", "name"),
+    [
+        ("oft_blocks", "OFT"), ("oft_diag", "OFT"), ("diff", "full differences"), ("diff_b", "of biases"),
+        ("a1.weight", "GLoRA"), ("on_input", "(IA)^3"), ("lora_B.bias", "LoRA with biases"),
+    ],
+)  # fmt: skip
 def test_other_algebra_is_named(tmp_path, part, name):
     save_file({f"lora_unet_mid_block_attentions_0_proj_in.{part}": torch.ones(32, 32)}, tmp_path / "x.safetensors")
     refused(NotSupported, [name, "not supported", "LoKr"], tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("key", ["lora_unet_conv_in.scalar", "lora_unet_conv_norm_out.w_norm", "bundle_emb.rex.notes"])
+def test_tensors_that_are_no_part_of_it_are_not_dropped_silently(tmp_path, file, key):
+    save_file({**load_file(file), key: torch.ones(4)}, tmp_path / "more.safetensors")
+    refused(NoMatch, ["1 tensors that are no part", key, "partial=true"], tmp_path / "more.safetensors")
+    LoRA(file=str(tmp_path / "more.safetensors"), partial=True).adapted(tiny_model("sd"))
+    with pytest.raises(NoMatch, match="no part of a low-rank adapter"):
+        convert(tmp_path / "more.safetensors", tmp_path / "k.safetensors", "kohya")
+
+
+def test_words_that_a1111_packs_into_the_file_are_words(tmp_path, file):
+    rows = torch.randn(2, 16)
+    held = {"bundle_emb.rex.string_to_param.*": rows, "bundle_emb.max.clip_l": rows[:1].clone()}
+    save_file({**load_file(file), **held}, tmp_path / "both.safetensors")
+    model, both = tiny_model("sd"), str(tmp_path / "both.safetensors")
+    assert LoRA(file=both).adapted(model).keys() == LoRA(file=file).adapted(model).keys()
+    found = Word(file=both).vectors(model)
+    assert torch.equal(found["rex"]["text_encoder"], rows) and torch.equal(found["max"]["text_encoder"], rows[:1])
+
+
+def test_each_module_has_its_own_rank_and_alpha(tmp_path):
+    given = factors(tiny_model("sd"), text=False)
+    for i, parts in enumerate(given.values()):
+        rank = 1 + i % 3
+        parts |= {"down": parts["down"][:rank].clone(), "up": parts["up"][:, :rank].clone()}
+        if i % 2:
+            parts["alpha"] = torch.tensor([0.5 * i])  # some trainers write (1), some ()
+    found = LoRA(file=str(write_kohya(tmp_path / "x.safetensors", given))).adapted(tiny_model("sd"))
+    for name, parts in given.items():
+        factor = float(parts["alpha"]) / len(parts["down"]) if "alpha" in parts else 1.0
+        torch.testing.assert_close(found[name].delta(1.0), factor * parts["up"] @ parts["down"])
+
+
+def test_convolutions_with_tuckers_core(tmp_path):
+    model, stem = tiny_model("sd"), "lora_unet_down_blocks_0_resnets_0_conv1"
+    conv = model.denoiser.down_blocks[0].resnets[0].conv1
+    down, mid = torch.randn(2, conv.in_channels, 1, 1), torch.randn(2, 2, 3, 3)
+    up = torch.randn(conv.out_channels, 2, 1, 1)
+    parts = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    save_file({f"{stem}.{key}": value for key, value in parts.items()}, tmp_path / "x.safetensors")
+    (found,) = LoRA(file=str(tmp_path / "x.safetensors")).adapted(model).values()
+    x = torch.randn(1, conv.in_channels, 5, 5)
+    layers = F.conv2d(F.conv2d(F.conv2d(x, down), mid, padding=1), up)  # as LyCORIS applies it
+    torch.testing.assert_close(F.conv2d(x, found.delta(1.0), padding=1), layers / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_of_columns_are_not_taken_for_those_of_rows(tmp_path):
+    given = {"unet.mid_block.attentions.0.proj_in": {"down": torch.ones(2, 32), "up": torch.ones(32, 2)}}
+    write_kohya(tmp_path / "x.safetensors", given)
+    lengths = {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(1, 32)}
+    save_file({**load_file(tmp_path / "x.safetensors"), **lengths}, tmp_path / "x.safetensors")
+    refused(NotSupported, ["DoRA over columns", "wd_on_out"], tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "said", ["{", "[1]", '{"unet.lora_alpha": "four"}', '{"unet.r": [4]}', '{"unet.alpha_pattern": {"to_k": "x"}}',
+             '{"unet.alpha_pattern": {"(": 2}}', '{"unet.alpha_pattern": 3}', "3"],
+)  # fmt: skip
+def test_settings_of_a_wrong_type(tmp_path, file, said):
+    save_file(load_file(file), tmp_path / "y.safetensors", {"lora_adapter_metadata": said})
+    refused(BadWeights, ["y.safetensors: its metadata lora_adapter_metadata"], tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [{"ss_steps": 3}, ["x"], {"format": None}, "pt"])
+def test_metadata_of_a_wrong_type(tmp_path, file, metadata):
+    content = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8 : 8 + length]), "__metadata__": metadata}).encode()
+    (tmp_path / "y.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    refused(BadWeights, ["y.safetensors", "corrupt"], tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("to", ["lora_te2_", "lora_te3_"])
+def test_text_encoders_that_the_model_lacks_are_told(tmp_path, to):
+    given = load_file(write_kohya(tmp_path / "x.safetensors", factors(tiny_model("sd")), one_text=False))
+    assert any(key.startswith("lora_te1_") for key in given)
+    LoRA(file=str(tmp_path / "x.safetensors")).adapted(tiny_model("sd"))  # SD 1 has only the first
+    save_file({key.replace("lora_te1_", to): value for key, value in given.items()}, tmp_path / "x.safetensors")
+    refused(NoMatch, ["it has none for", "encoder_layers"], tmp_path / "x.safetensors")
 
 
 def test_the_index_of_a_model_is_its_linear_maps_and_convolutions():

@@ -34,6 +34,7 @@ from torch import Tensor
 from sfumato import files, writing
 from sfumato.adapters.formats import Contents, FileModule, find_file, fit, read_contents
 from sfumato.adapters.layers import algebra_of, with_rows, with_tucker_core
+from sfumato.adapters.lora import refuse_lost
 from sfumato.adapters.naming import DENOISER, Index
 from sfumato.adapters.spelling import dotted, original_names, published_path, underscored, unet_shapes
 from sfumato.adapters.whole import convert_whole, save_words_beside
@@ -121,6 +122,7 @@ def modules_of(held: Contents, index: Index | None = None) -> list[Module]:
     """The modules of a low-rank file at their places: by the model's index, or by their names alone. Raises NoMatch."""
     from safetensors.torch import load_file
 
+    refuse_lost(held, way=" A file without them can be converted.")
     tensors = load_file(held.path)
     if index is not None:
         found = fit(held.modules, index)

@@ -18,7 +18,7 @@ from sfumato import files, registry, valid
 from sfumato.adapters.naming import DENOISER, LDM, FileKey, Index, Place, places, read_key
 from sfumato.errors import BadInput, BadWeights, nearest
 from sfumato.models.weights import TensorEntry, read_header, read_json, read_metadata
-from sfumato.valid import brief
+from sfumato.valid import brief, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ _IN_FOLDERS = (
 )  # fmt: skip
 A1111 = "string_to_param."  # of its .pt and those of the original code, once their tensors are taken out
 MODIFIER = "modifier_token."  # of Custom Diffusion's delta.bin, likewise
+BUNDLE = "bundle_emb."  # of words that A1111 packs into the file of a LoRA: bundle_emb.WORD.clip_l, or A1111's key
 EMBED = "embed"  # of its delta in the names of LDM: a vector a row, without the words
 WORDS = "sfumato.words"  # ... which stand here: word -> rows, as JSON
 _ENCODER_KEYS = {
@@ -246,7 +247,10 @@ def read_contents(path: Path) -> Contents:
         if set(parts) != {"alpha"}
     )
     ldm = [key for key in entries if key.startswith(LDM)]
-    added = {key: entry for key, entry in entries.items() if key.startswith(MODIFIER) or (ldm and key == EMBED)}
+    added = {
+        key: entry for key, entry in entries.items()
+        if key.startswith(MODIFIER) or _bundled(key) or (ldm and key == EMBED)
+    }  # fmt: skip
     rest = tuple(key for key, each in read.items() if each is None and key not in added)
     about: dict[str, Any] = {"path": path, "entries": entries, "metadata": metadata}
     if modules:
@@ -296,19 +300,42 @@ def picture_word(path: Path) -> tuple[str, list[list[float]]]:
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings of each network, by component ("": of all), from the metadata or the folder's config."""
+    """peft's settings of each network, by component ("": of all), from the metadata or the folder's config. Raises
+    BadWeights where they are damaged: an adapter without its alpha is another one."""
     beside = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and beside.is_file():
-        return {"": read_json(beside)}
+        return {"": _checked(read_json(beside), beside)}
+    where = f"{path}: its metadata {ADAPTER_METADATA}"
     try:
         flat = valid.loads(metadata.get(ADAPTER_METADATA, "{}"))
-    except ValueError:
-        return {}
+    except ValueError as error:
+        raise BadWeights(f"{where} cannot be read ({first_line(error)}).") from None
     out: dict[str, Any] = {}
-    for key, value in flat.items() if isinstance(flat, dict) else ():
+    for key, value in _table(flat, where).items():
         component, _, name = key.partition(".")
         out.setdefault(component, {})[name] = value
-    return out
+    return {component: _checked(settings, where) for component, settings in out.items()}
+
+
+def _table(found: Any, where: object) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise BadWeights(f"{where} holds {brief(found)}, where a table is expected; the file is damaged.")
+    return found
+
+
+def _checked(given: Any, where: object) -> dict[str, Any]:
+    """Settings whose numbers are numbers."""
+    settings = _table(given, where)
+    patterns = _table(settings.get("alpha_pattern") or {}, where)
+    for name, value in {**patterns, **{each: settings.get(each) for each in ("lora_alpha", "alpha", "r")}}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BadWeights(f"{where} says {brief(value)} of {name}, which is no number; the file is damaged.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BadWeights(f"{where} has {brief(pattern)}, which is no regular expression ({error}).") from None
+    return settings
 
 
 def _words(
@@ -339,11 +366,15 @@ def _words(
 def _modifiers(
     added: Mapping[str, TensorEntry], metadata: Mapping[str, str]
 ) -> dict[str, dict[str, tuple[str, int, int]]]:
-    """The words that lie beside weights in a file of Custom Diffusion's own code. Those of ``embed`` have a row each
-    and are called <new1>, <new2> ..., as there, where the file does not say."""
+    """The words that lie beside weights: in a file of Custom Diffusion's own code, or in A1111's bundles. Those of
+    ``embed`` have a row each and are called <new1>, <new2> ..., as there, where the file does not say."""
     out: dict[str, dict[str, tuple[str, int, int]]] = {}
     for key, entry in added.items():
         k, d = (1, *entry.shape) if len(entry.shape) == 1 else entry.shape[:2]
+        if bundled := _bundled(key):
+            word, component = bundled
+            out.setdefault(word, {})[component] = (key, k, d)
+            continue
         try:
             rows = {str(word): int(n) for word, n in valid.loads(metadata.get(WORDS, "{}")).items()}
         except (ValueError, TypeError, AttributeError):
@@ -354,6 +385,14 @@ def _modifiers(
             rows = {f"<new{i + 1}>": 1 for i in range(k)}
         out |= {word: {"": (key, n, d)} for word, n in rows.items()}
     return out
+
+
+def _bundled(key: str) -> tuple[str, str] | None:
+    """Word and component ("" where it does not say) of a key of A1111's bundles; None for another key."""
+    word, _, held = key.removeprefix(BUNDLE).partition(".")
+    if not key.startswith(BUNDLE) or not (held.startswith(A1111) or held in _ENCODER_KEYS):
+        return None
+    return word, _ENCODER_KEYS.get(held, "")
 
 
 # --- what fits ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sfumato import files
 from sfumato.adapters.base import Adapter, AdapterParams
-from sfumato.adapters.formats import fit
+from sfumato.adapters.formats import Contents, fit
 from sfumato.adapters.layers import AdaptedModule, adapt_module, device_of, with_rows
 from sfumato.adapters.naming import Place
 from sfumato.adapters.spelling import published_path
@@ -161,6 +161,7 @@ class LoRA(Adapter):
                 f"{self.path} fits {len(found.found)} of {found.total} modules of {model.name}; it has none for "
                 f"{first.name}. The nearest: {candidates}.{made}{way}"
             )
+        refuse_lost(self.contents, self.params.partial)
 
     def _read(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -197,6 +198,21 @@ class LoRA(Adapter):
                 f"{self.path} changed the output of none of its {len(changed)} modules: at scale {self.scale:g} it is "
                 f"too small for {str(run.model.dtype).removeprefix('torch.')}."
             )
+
+
+def refuse_lost(held: Contents, partial: bool = False, way: str = " Give partial=true to leave them out.") -> None:
+    """Raises NoMatch where a low-rank file holds tensors that are no part of one, unless with ``partial``, and
+    NotSupported for lengths of columns (LyCORIS' wd_on_out=false), which peft's DoRA does not have: without them the
+    file would be another adapter."""
+    for module in held.modules:
+        lengths = module.shapes.get("magnitude", ())
+        if module.keys.get("magnitude", "").endswith(".dora_scale") and len(lengths) > 1 and lengths[0] < lengths[1]:
+            raise NotSupported(f"{module} is a DoRA over columns (wd_on_out=false); only DoRA over rows is supported.")
+    if held.rest and not partial:
+        raise NoMatch(
+            f"{held.path} also holds {len(held.rest)} tensors that are no part of a low-rank adapter, such as "
+            f"{held.rest[0]}: without them it is another one.{way}"
+        )
 
 
 def _rows(parts: Mapping[str, Tensor], place: Place, name: str) -> dict[str, Tensor]:

@@ -120,6 +120,8 @@ def teach(
 
     processes()  # refuses a launch that is none before anything is loaded
     folder = None if target is None else target.with_name(f"{target.name}.training")
+    if resume and folder is not None and not folder.is_dir():
+        raise BadInput(f"there is nothing to resume: there is no {folder}.")
     work = protocol.Work(folder, resume, minutes, on_progress)
     if not isinstance(model, str | Path) and (dtype is not None or device != "cpu" or config is not None):
         raise BadInput("dtype, device and config are for a model that is loaded here; this one was loaded before.")
@@ -130,15 +132,18 @@ def teach(
     from sfumato.sampling.intervention import refuse_unfit
 
     refuse_unfit([system], loaded)
-    learnt: Any = system.teach(loaded, data, work=work)
-    if learnt.interrupted:
-        where = f"; {folder} holds the checkpoint, go on with --resume" if folder else ""
-        error = WorkInterrupted(f"stopped after step {learnt.step}{where}.")
-        error.result = learnt
-        raise error
-    if target is not None and work.first:
-        learnt.files = learnt.save(target)
-        work.remove()
+    with work.alone():
+        if target is not None and work.first:
+            fresh(target)  # once more: another run of that name may have ended in the meantime
+        learnt: Any = system.teach(loaded, data, work=work)
+        if learnt.interrupted:
+            where = f"; {folder} holds the checkpoint, go on with --resume" if folder else ""
+            error = WorkInterrupted(f"stopped after step {learnt.step}{where}.")
+            error.result = learnt
+            raise error
+        if target is not None and work.first:
+            learnt.files = learnt.save(target)
+            work.remove()
     return learnt
 
 
@@ -146,8 +151,9 @@ def fresh(target: Path) -> Path:
     """A path for a file that is not there yet, in a folder that can be written to. Raises BadInput."""
     if target.suffix != ".safetensors":
         raise BadInput(f"-o {str(target)!r} must end in .safetensors: that is what every program reads.")
-    if target.exists():
-        raise BadInput(f"{target} exists; name a new file.")
+    beside = target.with_stem(f"{target.stem}-word")  # what a word is called that is learnt with weights
+    if there := next((path for path in (target, beside) if path.exists()), None):
+        raise BadInput(f"{there} exists; name a new file.")
     if not target.absolute().parent.is_dir():
         raise BadInput(f"-o {str(target)!r}: there is no folder {target.absolute().parent}; make it first.")
     return target

@@ -40,7 +40,7 @@ from sfumato.teach.augment import resized
 from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
 from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import learn, recomputed
+from sfumato.teach.learning import learn, recomputed, refuse_other_run
 from sfumato.teach.merging import merge_files
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.subject import Latents, Subject
@@ -111,7 +111,7 @@ class CustomDiffusion:
         p, work = self.params, work or Work()
         if p.merge:
             return self._compressed(model, merge_files(model, p.merge, data, p.prompt, p.ridge, self.CARD.key))
-        if not p.class_noun:
+        if not p.class_noun.strip():
             raise BadInput("class_noun of custom_diffusion must be given: what the pictures show, such as ball.")
         towers = text_towers(model)
         concepts, rows = [], []
@@ -124,11 +124,6 @@ class CustomDiffusion:
         denoiser = model.family.denoiser_name
         pattern = r"(.*\.)?attn2\..*" if p.attention and _cross(model) else rf"{CROSS}\.weight"
         weights = copies(model, {denoiser: pattern})
-        if p.regular:
-            for each in concepts:
-                self._keep_given(model, each)
-        elif p.prior:
-            draw_priors(model, concepts, p.prior, p.seed, work)
 
         def encode(prompts: Sequence[str]) -> Condition:
             with placeholders(model, {each.word: each.shown() for each in rows}):
@@ -141,6 +136,16 @@ class CustomDiffusion:
             Denoising(model, p.batch, p.seed, p.timesteps), concepts, encode, p.batch, p.prior_weight, p.flip, p.seed,
             resized if p.augment else None,
         )  # fmt: skip
+        settings = {
+            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
+            "pictures": [each.subject.hash for each in concepts],
+        }  # fmt: skip
+        refuse_other_run(work, settings)
+        if p.regular:
+            for each in concepts:
+                self._keep_given(model, each)
+        elif p.prior:
+            draw_priors(model, concepts, p.prior, p.seed, work)
         tensors = nn.ParameterList(list(learning.values()))
         matrices, vectors = list(tensors)[: len(weights)], list(tensors)[len(weights) :]
         groups = [
@@ -148,10 +153,6 @@ class CustomDiffusion:
             {"params": vectors, "lr": p.word_lr or p.lr, "weight_decay": 0.0},
         ]
         player = Player(loss, torch.optim.AdamW(groups), tensors, name="concepts")
-        settings = {
-            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
-            "pictures": [each.subject.hash for each in concepts],
-        }  # fmt: skip
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
             stack.enter_context(recomputed(model, p.checkpointing))

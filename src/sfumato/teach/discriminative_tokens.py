@@ -16,6 +16,7 @@ run, and shares of several classes for one word.
 
 from __future__ import annotations
 
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ from sfumato.teach.learning import BestTensors, learn, recomputed
 from sfumato.teach.parameters import TeachParams
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
-from sfumato.teach.word_vectors import WordVectors, is_word
+from sfumato.teach.word_vectors import WordVectors, refuse_word
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Draw, Player
 from sfumato.training.processes import processes
@@ -63,10 +64,10 @@ class DiscriminativeTokens:
     RESUMES: ClassVar[bool] = True
 
     class Params(TeachParams):
-        target: list[str] = Field(description="the scorer's class; several: a word for each")
+        target: list[str] = Field(min_length=1, description="the scorer's class; several: a word for each")
         class_noun: str = Field(default="", description="what the prompt says beside the word; none: the target")
         name: str = Field(default="<c>", description="the new word; of several classes <c-1>, <c-2> ...")
-        shares: list[str] = Field(default=[], description="one word for several classes: shares, as cone=0.5")
+        shares: list[str] = Field(default=[], description="one word for several classes, in such parts: cone=0.5")
         rivals: list[str] = Field(
             default=[], description="CLIP: texts that it is not to be; none: the class noun alone"
         )
@@ -98,7 +99,8 @@ class DiscriminativeTokens:
         loaded reader, or a function from pictures (b 3 H W) in [-1, 1] to scores (b) that are to rise. ``model`` is
         afterwards as it was.
 
-        Raises BadInput, UnknownName for a class that the scorer lacks, NotSupported for one that is none.
+        Raises BadInput, also for a scorer whose score is not finite or does not follow the picture, UnknownName for a
+        class that it lacks, NotSupported for one that is none.
         """
         if processes() > 1:
             raise NotSupported(f"{self.CARD.key} decides by single updates when to stop; run it in one process.")
@@ -111,12 +113,18 @@ class DiscriminativeTokens:
         names = [p.name] if len(p.target) == 1 else [
             f"{p.name.removesuffix('>')}-{i + 1}{'>' if p.name.endswith('>') else ''}" for i in range(len(p.target))
         ]  # fmt: skip
-        if taken := [name for name in names if is_word(towers, name)]:
-            raise BadInput(f"name {taken[0]!r} is a word already; take one that is none, such as <{taken[0]}>.")
-        scorers = [scorer_of(data, target, p.shares, p.rivals or [p.class_noun or target]) for target in p.target]
+        for name in names:
+            refuse_word(towers, name)
+        if twice := next((name for i, name in enumerate(p.target) if name in p.target[:i]), None):
+            raise BadInput(f"target names {twice!r} twice.")
+        scorers = [scorer_of(data, target, p.shares, p.rivals, p.class_noun or target, p.noises) for target in p.target]
+        if work.resume and work.folder is not None and not any(work.folder.glob("**/run.json")):
+            raise BadInput(f"there is nothing to resume: {work.folder} holds no run.")
         found = Taught(model, self.CARD.key, facts={"class": p.class_noun or p.target[0], "lr": p.lr, "seed": p.seed})
+        begun = time.monotonic()
         for i, (name, target, scorer) in enumerate(zip(names, p.target, scorers, strict=True)):
-            part = Work(work.folder, work.resume, work.minutes, work.on_progress)
+            left = None if work.minutes is None else max(1e-9, work.minutes - (time.monotonic() - begun) / 60)
+            part = Work(work.folder, work.resume, left, work.on_progress) if len(names) > 1 else work
             if work.folder is not None and len(names) > 1:
                 part.folder = work.folder / str(i)
                 part.resume = work.resume and (part.folder / "run.json").is_file()

@@ -36,12 +36,12 @@ from sfumato.protocol import Work
 from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import BestTensors, learn, recomputed
+from sfumato.teach.learning import BestTensors, learn, recomputed, refuse_other_run
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
-from sfumato.teach.word_vectors import WordVectors, is_word
+from sfumato.teach.word_vectors import WordVectors, refuse_word
 from sfumato.text.placeholders import placeholders
 from sfumato.training import Player
 
@@ -117,6 +117,11 @@ class DreamBooth:
         towers = text_towers(model)
         concepts = self._concepts(model, data, towers)
         learner = Learner(model, towers, concepts, p)
+        settings = {
+            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
+            "pictures": [each.subject.hash for each in concepts],
+        }  # fmt: skip
+        refuse_other_run(work, settings)
         if p.prior:
             draw_priors(model, concepts, p.prior, p.seed, work)
         best = BestTensors(learner.parameters) if p.score_every else None
@@ -124,10 +129,6 @@ class DreamBooth:
         player = Player(
             learner.loss, torch.optim.AdamW(learner.groups()), learning, name="subject", clip=p.clip
         )  # fmt: skip
-        settings = {
-            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
-            "pictures": [each.subject.hash for each in concepts],
-        }  # fmt: skip
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
             stack.enter_context(recomputed(model, p.checkpointing))
@@ -162,15 +163,16 @@ class DreamBooth:
 
     def _concepts(self, model: Model, data: Any, towers: list[TextTower]) -> list[Concept]:
         p = self.params
+        if not p.class_noun.strip():
+            raise BadInput("class_noun of dreambooth must be given: what the pictures show, such as ball.")
         found, taken = [], set(meant(model))
         for number, (folder, name, noun) in enumerate(folders_of(data, p.name, p.class_noun)):
             subject = Subject(model, folder, (p.size, p.size) if p.size else None, p.keep_aspect)
             if p.mode == "pivotal":
                 name = name or ("<subject>" if not number else f"<subject-{number + 1}>")
-                if there := is_word(towers, name):
-                    raise BadInput(f"name {name!r} is a word of {there[0]} already; pivotal needs a new one.")
-            elif name in meant(model) or name.lower() in noun.lower().split():
-                what = f"a word that {model.name} understands" if name in meant(model) else "the class itself"
+                refuse_word(towers, name)
+            elif name.lower() in meant(model) or name.lower() in noun.lower().split():
+                what = f"a word that {model.name} understands" if name.lower() in meant(model) else "the class itself"
                 raise BadInput(f"name {name!r} is {what}; leave it out to have one picked.")
             else:
                 name = name or pick(towers, {*taken, *subject.captions}, p.seed + number)[0]

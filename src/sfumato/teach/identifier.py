@@ -9,6 +9,7 @@ from typing import Any
 from sfumato.errors import NoMatch
 from sfumato.models.text_towers import TextTower
 from sfumato.rng import sequence
+from sfumato.teach.word_vectors import bare
 
 __all__ = ["candidates", "meant", "pick"]
 
@@ -25,7 +26,7 @@ def candidates(towers: Sequence[TextTower], avoid: Collection[str] = ()) -> list
     vocabulary = clips[0].tokenizer.get_vocab()
     found = []
     for token, _ in sorted(vocabulary.items(), key=lambda item: -item[1]):
-        word = token.removesuffix("</w>").removeprefix("▁").removeprefix("Ġ")
+        word = bare(token)
         if token == word and not token.isalpha():
             continue
         whole = token.endswith("</w>") or token.startswith(("▁", "Ġ"))
@@ -52,7 +53,7 @@ def pick(towers: Sequence[TextTower], avoid: Collection[str] = (), seed: int = 0
     if len(few) < number:
         raise NoMatch(
             f"{towers[0].name} has {len(known)} short words that no caption has, and {number} are needed: give "
-            "identifier, a word that means nothing."
+            "name, a word that means nothing."
         )
     order = sequence("teach.identifier", seed).permutation(len(few))
     return [few[i] for i in order[:number]]

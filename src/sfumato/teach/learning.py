@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from sfumato import valid, writing
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.protocol import Work
-from sfumato.training import FitResult, Player, Progress, fit
+from sfumato.training import FitResult, Player, Progress, checkpoint, fit
 from sfumato.training.processes import processes
 
-__all__ = ["BestTensors", "learn", "recomputed", "several_processes"]
+__all__ = ["BestTensors", "learn", "recomputed", "refuse_other_run", "several_processes"]
 
 
 @contextlib.contextmanager
@@ -31,25 +32,32 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
     if work.folder is None or not work.first:  # of several processes the first one looks
         yield None if work.folder is None else work.folder / "checkpoints"
         return
-    there, record = work.folder.exists(), work.folder / "run.json"
+    record, checkpoints = work.folder / "run.json", work.folder / "checkpoints"
+    with work.alone():
+        refuse_other_run(work, settings)
+        if not work.resume:
+            with writing.atomic_write(record) as file:
+                file.write(valid.json_text(dict(settings), indent=1).encode())
+        try:
+            yield checkpoints
+        except BaseException:
+            if not checkpoint.listing(checkpoints):  # nothing is kept: the next one may begin with other settings
+                shutil.rmtree(checkpoints, ignore_errors=True)
+                record.unlink(missing_ok=True)
+            raise
+
+
+def refuse_other_run(work: Work, settings: Mapping[str, Any]) -> None:
+    """Raises what :func:`opened` does for what is in the folder, before anything slow is done for it."""
+    if work.folder is None or not work.first:
+        return
+    record = work.folder / "run.json"
     if work.resume and not record.is_file():
         raise BadInput(f"there is nothing to resume: {work.folder} holds no run.")
-    work.folder.mkdir(parents=True, exist_ok=True)
-    with writing.reserved(work.folder, "teaching"):
-        if record.is_file() and not work.resume:
-            raise Conflict(f"{work.folder} holds a run that was not finished: give --resume, or remove the folder.")
-        now_settings = json.loads(json.dumps(dict(settings)))
-        if work.resume:
-            _same(record, now_settings)
-        else:
-            with writing.atomic_write(record) as file:
-                file.write(valid.json_text(now_settings, indent=1).encode())
-        try:
-            yield work.folder / "checkpoints"
-        except BaseException:
-            if not there and not (work.folder / "checkpoints").is_dir():
-                work.remove()
-            raise
+    if record.is_file() and not work.resume:
+        raise Conflict(f"{work.folder} holds a run that was not finished: give --resume, or remove the folder.")
+    if work.resume:
+        _same(record, json.loads(json.dumps(dict(settings))))
 
 
 def _same(record: Path, now_settings: dict[str, Any]) -> None:
@@ -182,7 +190,7 @@ def learn(
     state: dict[str, Any] = {"log": [], "figures": [], "measured": []}
     accelerator = several_processes(next(iter(player.parameters.values())).device)
     main = accelerator is None or accelerator.is_main_process
-    over, begun, enough = False, False, False
+    over, begun = False, False
 
     def look(best: BestTensors, step: int) -> float:
         """Measures, keeps the tensors if they are the best, and returns the figure."""
@@ -193,11 +201,16 @@ def learn(
         state["measured"].append({"step": step, **found})
         return found["probe"]
 
-    def progressed(progress: Progress) -> None:
-        nonlocal over, begun
-        if best is not None and not begun:  # those of the checkpoint, if there was one
+    def begin() -> None:
+        """Takes the figures of the checkpoint, if there was one."""
+        nonlocal begun
+        if best is not None and not begun:
             best.figures = [(int(step), float(value)) for step, value in state["figures"]]
         begun = True
+
+    def progressed(progress: Progress) -> None:
+        nonlocal over
+        begin()
         entry = {"step": float(progress.step), **progress.logs}
         if after is not None:
             entry |= after(progress.step)
@@ -210,17 +223,17 @@ def learn(
             work.on_progress(progress.step, steps, {**entry})
 
     def ended(progress: Progress) -> bool:
-        nonlocal enough
-        enough = over or (stop is not None and stop(progress.step))
-        return enough
+        return over or (stop is not None and stop(progress.step))
 
     with opened(work, settings) as folder:
         if best is not None:
             look(best, 0)
         fitted = fit(
             player, steps, seed=seed, accumulate=accumulate, minutes=work.minutes, on_progress=progressed, stop=ended,
-            folder=folder, checkpoint_every=checkpoint_every, state=state, accelerator=accelerator, name=name,
+            stays=True, folder=folder, checkpoint_every=checkpoint_every, state=state, accelerator=accelerator,
+            name=name,
         )  # fmt: skip
+    begin()  # where all was learnt already
     if best is not None:
         best.take()
-    return LearnResult(fitted, state["log"], state["measured"], fitted.finished or enough)
+    return LearnResult(fitted, state["log"], state["measured"], fitted.finished or fitted.ended)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, NotSupported
-from sfumato.models.modes import frozen_parameters
+from sfumato.models.modes import evaluation, frozen_parameters
 from sfumato.models.readers import load_clip, load_reader
 
 __all__ = ["Scorer", "scorer_of"]
@@ -25,29 +26,48 @@ class Scorer:
         self.name, self.module, self._score = name, module, score
 
     def __call__(self, pixels: Tensor, number: int) -> tuple[Tensor, bool]:
-        return self._score(pixels, number)
+        """Raises BadInput for a score that is not finite or that nothing can be learnt from."""
+        loss, hit = self._score(pixels, number)
+        if not bool(loss.detach().isfinite()):
+            raise BadInput(f"{self.name} gives the picture of noise {number} a score that is not finite.")
+        if pixels.requires_grad and not loss.requires_grad:
+            raise BadInput(f"{self.name} gives a score without a gradient to the picture; work with torch alone in it.")
+        return loss, hit
 
-    def frozen(self) -> AbstractContextManager[None]:
-        """Within: its weights get no gradients."""
-        return frozen_parameters([] if self.module is None else [self.module])
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within: its weights get no gradients, and it is in evaluation mode."""
+        with ExitStack() as stack:
+            if self.module is not None:
+                stack.enter_context(frozen_parameters([self.module]))
+                stack.enter_context(evaluation(self.module))
+            yield
 
 
-def scorer_of(data: Any, target: str, shares: Sequence[str], rivals: Sequence[str]) -> Scorer:
+def scorer_of(
+    data: Any, target: str, shares: Sequence[str] = (), rivals: Sequence[str] = (), noun: str = "", noises: int = 20
+) -> Scorer:
     """The scorer of a class.
 
     ``data``: a classifier (cross entropy of its class), a CLIP (cross entropy of the text ``target`` against
-    ``rivals``), a detector (minus the logarithm of the class's highest probability), or a function whose value is to
-    rise. ``shares``: of several classes, as cone=0.5: each noise belongs to one of them, in these shares. Raises
-    UnknownName, BadInput, NotSupported for a model that scores no pictures.
+    ``rivals``, or ``noun`` if there are none), a detector (minus the logarithm of the class's highest probability), or
+    a function whose value is to rise. ``shares``: of several classes, as cone=0.5: each of the ``noises`` belongs to
+    one of them, in these parts. Raises UnknownName, BadInput, NotSupported for a model that scores no pictures.
     """
     if callable(data) and not isinstance(data, str | Path) and not hasattr(data, "kind"):
-        return Scorer(getattr(data, "__name__", "a function"), None, lambda x, _: (-data(x).mean(), False))
+        if shares or rivals:
+            raise BadInput(f"{'shares' if shares else 'rivals'} need a model that knows classes; data is a function.")
+        return _function(data)
     reader = load_reader(data) if isinstance(data, str | Path) else data
+    if reader.kind not in ("classifier", "matcher", "detector"):
+        raise NotSupported(f"{reader.name} scores no pictures; a classifier, a CLIP or a detector does.")
     if reader.kind == "matcher":
         if shares:
             raise BadInput("shares need a classifier; a CLIP has a target and rivals.")
-        return _clip(data, target, rivals)
-    wanted = _labels(reader, target, shares)
+        return _clip(data, target, rivals or [noun or target])
+    if rivals:
+        raise BadInput(f"rivals are texts for a CLIP; {reader.name} is a {reader.kind} and has classes: leave it out.")
+    wanted = _labels(reader, target, shares, noises)
     if reader.kind == "classifier":
 
         def classified(pixels: Tensor, number: int) -> tuple[Tensor, bool]:
@@ -56,35 +76,53 @@ def scorer_of(data: Any, target: str, shares: Sequence[str], rivals: Sequence[st
             return F.cross_entropy(logits, torch.tensor([label], device=logits.device)), int(logits.argmax()) == label
 
         return Scorer(reader.name, reader.module, classified)
-    if reader.kind == "detector":
 
-        def detected(pixels: Tensor, number: int) -> tuple[Tensor, bool]:
-            label = wanted[number % len(wanted)]
-            found = reader.module(pixel_values=reader.pixels(pixels)).logits.float().softmax(-1)[..., label].max()
-            return -found.clamp_min(1e-12).log(), float(found.detach()) > 0.5
+    def detected(pixels: Tensor, number: int) -> tuple[Tensor, bool]:
+        label = wanted[number % len(wanted)]
+        found = reader.module(pixel_values=reader.pixels(pixels)).logits.float().softmax(-1)[..., label].max()
+        return -found.clamp_min(1e-12).log(), float(found.detach()) > 0.5
 
-        return Scorer(reader.name, reader.module, detected)
-    raise NotSupported(f"{reader.name} scores no pictures; a classifier, a CLIP or a detector does.")
+    return Scorer(reader.name, reader.module, detected)
 
 
-def _labels(reader: Any, target: str, shares: Sequence[str], most: int = 20) -> list[int]:
-    """Labels in the order of noises: of ``shares``, as evenly spread as can be."""
+def _function(score: Callable[[Tensor], Any]) -> Scorer:
+    name = getattr(score, "__name__", "a function")
+
+    def scored(pixels: Tensor, _: int) -> tuple[Tensor, bool]:
+        found = score(pixels)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape not in ((), pixels.shape[:1]):
+            kind = type(found).__name__
+            what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind
+            raise BadInput(f"{name} must give a tensor of floats with a score for each picture, and gave {what}.")
+        return -found.mean(), False
+
+    return Scorer(name, score if isinstance(score, nn.Module) else None, scored)
+
+
+def _labels(reader: Any, target: str, shares: Sequence[str], noises: int) -> list[int]:
+    """Labels of the noises: of ``shares``, whatever they add up to, as evenly spread as can be."""
     if not shares:
         return [reader.label(target)]
     parts: dict[int, float] = {}
     for text in shares:
-        label, sign, number = text.rpartition("=")
+        name, _, number = text.rpartition("=")
         try:
-            parts[reader.label(label.strip())] = float(number)
+            share = float(number)
         except ValueError:
-            sign = ""
-        if not sign or not parts[reader.label(label.strip())] > 0:
+            share = 0.0
+        if not name or not 0 < share < math.inf:
             raise BadInput(f"shares holds {text!r}; write class=share, such as cone=0.5.")
+        label = reader.label(name.strip())
+        if label in parts:
+            raise BadInput(f"shares names {name.strip()!r} twice.")
+        parts[label] = share
     total, given, out = sum(parts.values()), dict.fromkeys(parts, 0), []
-    for i in range(1, most + 1):
+    for i in range(1, noises + 1):
         due = max(parts, key=lambda label: parts[label] / total * i - given[label])
         given[due] += 1
         out.append(due)
+    if left := [reader.labels[label] for label, times in given.items() if not times]:
+        raise BadInput(f"none of {noises} noises is for {left[0]!r} by its share: raise noises, or leave it out.")
     return out
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +56,41 @@ class Taught:
 
     def save(self, path: str | Path) -> list[Path]:
         """Writes ``path``, a .safetensors file; words beside weights or a LoRA as ``NAME-word.safetensors``, pictures
-        as ``NAME-KIND.png``. Returns the files. Raises BadInput for another ending and for files that exist."""
+        as ``NAME-KIND.png``: all of them or, where one cannot be written, none. Returns the files. Raises BadInput for
+        another ending and for files that exist."""
         path = Path(path)
         if path.suffix != ".safetensors":
             raise BadInput(f"-o {str(path)!r} must end in .safetensors: that is what every program reads.")
+        writers = {free(each): write for each, write in self._writers(path).items()}
         written: list[Path] = []
+        try:
+            for each, write in writers.items():
+                write(each)
+                written.append(each)
+        except BaseException:
+            for each in written:
+                each.unlink(missing_ok=True)
+            raise
+        return written
+
+    def _writers(self, path: Path) -> dict[Path, Callable[[Path], object]]:
+        """Every file, in order, and what writes it."""
+        out: dict[Path, Callable[[Path], object]] = {}
         metadata = self.metadata()
         if self.lora:
-            written.append(save_lora(free(path), self.lora, metadata))
+            out[path] = lambda at: save_lora(at, self.lora, metadata)
         elif self.weights:
-            written.append(files.save_tensors(free(path), self.weights, metadata))
+            out[path] = lambda at: files.save_tensors(at, self.weights, metadata)
         t5 = [
             tower.name for tower in text_towers(self.model) if getattr(tower.encoder.config, "model_type", "") == "t5"
         ]
         for i, (word, vectors) in enumerate(self.words.items()):
-            named = path if not written else path.with_stem(f"{path.stem}-word{i + 1 if i else ''}")
-            written.append(save_word(free(named), word, vectors, t5=t5, metadata=self.metadata({word: vectors})))
+            named = path if not out else path.with_stem(f"{path.stem}-word{i + 1 if i else ''}")
+            told = self.metadata({word: vectors})
+            out[named] = partial(save_word, word=word, vectors=vectors, t5=t5, metadata=told)
         for name, picture in self.pictures.items():
-            named = path.with_name(f"{path.stem}-{name}.png")
-            with writing.atomic_write(named) as file:
-                picture.save(file, format="PNG")
-            written.append(named)
-        return written
+            out[path.with_name(f"{path.stem}-{name}.png")] = partial(_save_picture, picture)
+        return out
 
 
 def free(path: Path) -> Path:
@@ -84,3 +98,8 @@ def free(path: Path) -> Path:
     if path.exists():
         raise BadInput(f"{path} exists; name a new file.")
     return path
+
+
+def _save_picture(picture: Image.Image, at: Path) -> None:
+    with writing.atomic_write(at) as file:
+        picture.save(file, format="PNG")

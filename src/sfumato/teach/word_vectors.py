@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sfumato.errors import BadInput, UnknownName
 from sfumato.models import Model
 from sfumato.models.text_towers import TextTower, text_towers
+from sfumato.text.placeholders import refuse_unwritable
 
-__all__ = ["WordVectors", "towers_of"]
+__all__ = ["WordVectors", "bare", "refuse_word", "towers_of"]
 
 
 def towers_of(model: Model, encoders: Sequence[str] = ()) -> list[TextTower]:
@@ -120,17 +121,19 @@ def random_row(tower: TextTower, seed: int) -> Tensor:
     return drawn.to(table) * table.std()
 
 
-def is_word(towers: Sequence[TextTower], name: str) -> list[str]:
-    """The text encoders in which ``name`` is a token already."""
-    return [tower.name for tower in towers if name in tower.tokenizer.get_vocab() or f"{name}</w>" in
-            tower.tokenizer.get_vocab()]  # fmt: skip
-
-
 def refuse_word(towers: Sequence[TextTower], name: str) -> None:
-    """Raises BadInput where the name of a new word is a token already."""
-    if taken := is_word(towers, name):
-        raise BadInput(f"name {name!r} is a word of {taken[0]} already; take one that is none, such as <{name}>.")
+    """Raises BadInput where a new word cannot be written in a prompt, or is a token of an encoder already, in any case:
+    it is read in any case too."""
+    refuse_unwritable(name)
+    for tower in towers:
+        if name.lower() in {bare(token).lower() for token in tower.tokenizer.get_vocab()}:
+            raise BadInput(f"name {name!r} is a word of {tower.name} already; take one that is none, such as <{name}>.")
+
+
+def bare(token: str) -> str:
+    """A token without the marks of where a word begins or ends."""
+    return token.removesuffix("</w>").removeprefix("▁").removeprefix("Ġ")
 
 
 def _written(tokenizer: Any, token: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(token)).replace("</w>", "").replace("▁", "").replace("Ġ", "")
+    return bare(str(tokenizer.convert_ids_to_tokens(token)))

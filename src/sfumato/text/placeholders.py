@@ -25,7 +25,7 @@ from sfumato.errors import BadInput, NotSupported
 from sfumato.models.chunks import instead
 from sfumato.models.text_towers import TextTower, text_towers
 
-__all__ = ["placeholders"]
+__all__ = ["placeholders", "refuse_unwritable"]
 
 #: brackets and colons belong to the weights of prompts
 _FORBIDDEN = re.compile(r"[\s()\[\]\\]")
@@ -44,8 +44,7 @@ def placeholders(
     """
     towers = {tower.name: tower for tower in text_towers(model)}
     for word, vectors in words.items():
-        if not word or _FORBIDDEN.search(word):
-            raise BadInput(f"{word!r} cannot be a word of a prompt: blanks, brackets and backslashes have a meaning.")
+        refuse_unwritable(word)
         for name, rows in vectors.items():
             if name not in towers:
                 raise BadInput(f"{model.name} has no {name} to read {word}; it has {', '.join(towers)}.")
@@ -63,6 +62,12 @@ def placeholders(
                 for word, rows in known.items():
                     stack.enter_context(_reading(tower, ids[word], rows, word, used))
         yield
+
+
+def refuse_unwritable(word: str) -> None:
+    """Raises BadInput for what cannot be written as a word of a prompt."""
+    if not word or _FORBIDDEN.search(word):
+        raise BadInput(f"{word!r} cannot be a word of a prompt: blanks, brackets and backslashes have a meaning.")
 
 
 # copies by tokenizer: a vocabulary of 49,000 takes 0.4 seconds to copy, and a run of several batches needs it in each

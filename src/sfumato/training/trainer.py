@@ -51,12 +51,14 @@ class Progress:
 @dataclass
 class FitResult:
     """What :func:`fit` did. ``finished`` is False where it was stopped before its last step; what was learnt until then
-    is in place. ``history``: every logged step with its scalars."""
+    is in place. ``ended``: because ``stop`` said so, also before a checkpoint that it went on from. ``history``: every
+    logged step with its scalars."""
 
     step: int
     finished: bool
     interrupted: bool
     seconds: float
+    ended: bool = False
     history: list[Progress] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -231,6 +233,7 @@ def fit(
     log_every: int = 1,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Callable[[Progress], bool] | None = None,
+    stays: bool = False,
     folder: Path | str | None = None,
     checkpoint_every: int = 500,
     state: dict[str, Any] | None = None,
@@ -248,6 +251,7 @@ def fit(
         minutes: ends after so much time.
         log_every: steps between entries of the history, of which ``on_progress`` and ``stop`` are called with each.
         stop: says whether to end here.
+        stays: where ``stop`` ended it, it also ends when that checkpoint is read again, instead of going on.
         folder: keeps checkpoints every ``checkpoint_every`` steps, and goes on from the newest one that is there; for
             players whose losses depend on their draws alone the result is that of an uninterrupted run.
         state: plain values (JSON) of the caller's that belong to a checkpoint: written with each, put back into this
@@ -271,11 +275,12 @@ def fit(
     if checkpoints is not None and (found := checkpoint.load_latest(checkpoints)):
         trainer.restore(found[0], found[1])
         extra.update(found[1].get("state", {}))
+        result.ended = stays and bool(found[1].get("ended"))
         result.warnings = found[2]
 
     def save() -> None:
         if checkpoints is not None and main:
-            trainer.save(checkpoints, {"state": extra})
+            trainer.save(checkpoints, {"state": extra, "ended": result.ended})
 
     def after(logs: dict[str, Tensor]) -> None:
         last = trainer.step == steps
@@ -285,19 +290,19 @@ def fit(
             if on_progress:
                 on_progress(progress)
             if stop is not None and stop(progress):
-                ended.append(progress.step)
+                result.ended = True
                 trainer.stop()
         if last or trainer.step % checkpoint_every == 0:
             save()
 
-    ended: list[int] = []
     cuda = {p.device for player in trainer.players for p in player.parameters.values() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cuda, key=str)), trainer.signals():
-        result.finished = trainer.walk(steps, after, minutes)
-        if not result.finished:
-            save()
+        if not result.ended:
+            result.finished = trainer.walk(steps, after, minutes)
+            if not result.finished:
+                save()
         for player in trainer.players:
             player.take_average()
     result.step, result.seconds = trainer.step, trainer.seconds
-    result.interrupted = trainer.stopped and not ended
+    result.interrupted = trainer.stopped and not result.ended
     return result
