@@ -228,13 +228,13 @@ def curve_row(what: str, n: int, found: dict[str, dict[str, Curve]], against: Se
         bars.append(
             Bar(gaps[m, "negative"], 0.0, 1 - areas["negative"], above=0.0, what=f"least relevant first, over {m}")
         )
-    told = [f"{m} {c['positive'].auc.value:.3f} / {c['negative'].auc.value:.3f}" for m, c in found.items()]
+    areas = [f"{m} {c['positive'].auc.value:.3f} / {c['negative'].auc.value:.3f}" for m, c in found.items()]
     return Row(
         claim=f"{what}: removing the most relevant first ends the answer sooner, the least relevant first later, than "
         f"with {', '.join(against[:-1])} or {against[-1]}",
         source=source,
         measured=f"area {ours['positive'].auc.text()} / {ours['negative'].auc.text()} (positive / negative)",
-        baseline="; ".join(told[1:]),
+        baseline="; ".join(areas[1:]),
         bars=bars,
         n=n,
         leans_on="the model's own answers",
@@ -298,7 +298,7 @@ def drawn(name: str, context: Context) -> list[Row]:
     aps = {m: common.by_cluster(segmentation.average_precision(each, own).tolist(), where) for m, each in maps.items()}
     mean = {m: float(np.mean(values)) for m, values in aps.items()}
     more = {m: stats.paired_difference(aps["relevance"], aps[m]) for m in maps if m != "relevance"}
-    told = {m: f"{mean[m]:.3f}, pointing {percent(points[m])}" for m in maps}
+    summary = {m: f"{mean[m]:.3f}, pointing {percent(points[m])}" for m in maps}
     gaps = ", ".join(f"above {m} {each.text()}" for m, each in more.items())
     shown = [pictures[-1]] + [heat_picture(maps[m][-1], pictures[-1]) for m in maps]
     return [
@@ -306,8 +306,8 @@ def drawn(name: str, context: Context) -> list[Row]:
             claim=f"{name}: a noun's relevance in a picture that exists finds its toy's pixels better than DAAM, the "
             "mean over layers, and than rollout, raw attention and Grad-CAM, of the last layer that reads text",
             source="ours: the paper explains no diffusion models",
-            measured=f"average precision {told['relevance']}; {gaps}",
-            baseline="; ".join(f"{m} {each}" for m, each in told.items() if m != "relevance"),
+            measured=f"average precision {summary['relevance']}; {gaps}",
+            baseline="; ".join(f"{m} {each}" for m, each in summary.items() if m != "relevance"),
             bars=[Bar(each, 0.0, 1 - mean[m], above=0.0, what=f"over {m}") for m, each in more.items()],
             n=n,
             leans_on="exact masks",

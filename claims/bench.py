@@ -161,7 +161,7 @@ def ordering(context: Context) -> list[Row]:
     """Distances grow with the strength of a corruption."""
     first, second, features = halves(context)
     n = len(first)
-    told, base, zero = [], [], None
+    lines, base, zero = [], [], None
     rising: list[bool] = []
     weakest: list[float] = []
     for name, corrupt in CORRUPTIONS.items():
@@ -176,7 +176,7 @@ def ordering(context: Context) -> list[Row]:
         zero = zero or kds[0]
         rising += [b > a for each in (fds, [k.value for k in kds]) for a, b in zip(each, each[1:], strict=False)]
         weakest.append(kds[1].value)
-        told.append(f"{name}: FD {', '.join(f'{v:.2f}' for v in fds)}; KD {', '.join(f'{k.value:.3f}' for k in kds)}")
+        lines.append(f"{name}: FD {', '.join(f'{v:.2f}' for v in fds)}; KD {', '.join(f'{k.value:.3f}' for k in kds)}")
         base.append(f"{name} {', '.join(f'{v:.2f}' for v in naive)}")
     assert zero is not None
     return [
@@ -184,7 +184,7 @@ def ordering(context: Context) -> list[Row]:
             claim="FD(toy-clip) and KD(toy-clip) rise with every step of noise, blur and loss of colour (strengths"
             " 0, 0.25, 0.5, 1), and KD of two sets of the same world is below half of the weakest corruption's",
             source="Heusel et al. 2017, figure 3; Binkowski et al. 2018",
-            measured=f"{'; '.join(told)}; equal sets KD {zero.text()}",
+            measured=f"{'; '.join(lines)}; equal sets KD {zero.text()}",
             baseline=f"FD on 8 x 8 mean colours: {'; '.join(base)}",
             bars=[
                 Bar(

@@ -92,11 +92,11 @@ def cases(split: str, seed: int, n: int, side: int) -> list[Case]:
 
 def case(scene: Scene, other: Scene, frames: Any) -> Case:
     """The case of two scenes that differ in the colour of their one toy."""
-    told, wanted = (caption(each, None, "plain") for each in (scene, other))
-    named = [next(phrase.text for phrase in each.phrases if phrase.object == 0) for each in (told, wanted)]
+    before, wanted = (caption(each, None, "plain") for each in (scene, other))
+    named = [next(phrase.text for phrase in each.phrases if phrase.object == 0) for each in (before, wanted)]
     toy = other.toys[0]
     return Case(
-        before=told.text,
+        before=before.text,
         after=wanted.text,
         toy_before=named[0],
         toy_after=named[1],

@@ -54,33 +54,33 @@ def senses(n: int) -> list[tuple[Scene, str]]:
             scene = draw_scene("train", SEED + 1, i)
             out.append((scene, caption(scene, sequence("claims.senses", SEED, i), "random").text))
         else:
-            told = words[i // 2 % len(words)].sample(SEED, i)
-            out.append((told.scene, told.caption))
+            sample = words[i // 2 % len(words)].sample(SEED, i)
+            out.append((sample.scene, sample.caption))
     return out
 
 
-def taught(context: Context, name: str, told: Sequence[tuple[Scene, str]]) -> Any:
+def taught(context: Context, name: str, examples: Sequence[tuple[Scene, str]]) -> Any:
     """The model after it has learnt these scenes and captions, for about five looks at each."""
     model = load_model(str(context.folder(name)))
-    context.report(f"  {name}: learning {len(told)} scenes")
+    context.report(f"  {name}: learning {len(examples)} scenes")
     latents = []
-    for start in range(0, len(told), 32):
-        pictures = render([scene for scene, _ in told[start : start + 32]], model.default_size[0]).image
+    for start in range(0, len(examples), 32):
+        pictures = render([scene for scene, _ in examples[start : start + 32]], model.default_size[0]).image
         with torch.no_grad():
             latents += list(model.encode_image(pictures).float())
     denoising, encode = Denoising(model, BATCH, SEED), frozen_conditions(model)
     weights = copies(model, {model.family.denoiser_name: ".*"})
 
     def loss(draw: Draw) -> Any:
-        rows, where = draw.indices(len(told), BATCH).tolist(), places(draw, BATCH)
+        rows, where = draw.indices(len(examples), BATCH).tolist(), places(draw, BATCH)
         bare = torch.rand(len(rows), generator=stream("claims.empty", SEED, draw.step)) < EMPTY
-        texts = ["" if empty else told[i][1] for i, empty in zip(rows, bare.tolist(), strict=True)]
+        texts = ["" if empty else examples[i][1] for i, empty in zip(rows, bare.tolist(), strict=True)]
         return denoising.errors([latents[i] for i in rows], encode(texts), draw.step, where).mean()
 
     learning = nn.ParameterList(list(weights.values()))
     player = Player(loss, torch.optim.AdamW(learning, lr=RATE), learning, name="child", clip=1.0, ema=0.99)
     with frozen(model), substituted_weights(model, weights):
-        fit(player, context.count(5 * len(told) // BATCH, 2), seed=SEED, name=f"a child of {name}")
+        fit(player, context.count(5 * len(examples) // BATCH, 2), seed=SEED, name=f"a child of {name}")
     with torch.no_grad():
         for path, value in weights.items():
             component, _, parameter = path.partition(".")

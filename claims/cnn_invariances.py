@@ -134,7 +134,7 @@ def fidelity(context: Context) -> list[Row]:
     inverted = inversion(context, SHAPE)
     cosines = {key: share_of(v.cosine, v.rebuilt) for key, v in late.items()}
     decisions = {key: share_of(v.decision, v.decision_rebuilt) for key, v in late.items()}
-    told = "; ".join(
+    summary = "; ".join(
         f"{key}: cosine {v.cosine.mean():.2f} (reconstructions {v.rebuilt.mean():.2f}, others {v.others.mean():.2f}),"
         f" same decision {100 * v.decision.mean():.0f} % (reconstructions {100 * v.decision_rebuilt.mean():.0f} %)"
         for key, v in found.items()
@@ -150,7 +150,7 @@ def fidelity(context: Context) -> list[Row]:
             " 0.9 of the decisions that reconstructions keep",
             source=f"{SOURCE}, section 4.1 and the authors' demo; a cosine of 0.9 itself is above what toy-ae allows"
             f" (reconstructions: {highest}), so the bar is set relative to that",
-            measured=f"{shares}. {told}",
+            measured=f"{shares}. {summary}",
             baseline=f"feed-forward inversion of toy-cnn's logits: cosine {inverted['cosine']:.2f}, same decision"
             f" {100 * inverted['decision']:.0f} %, and one picture for each output; nearest neighbour in the logits:"
             f" cosine {inverted['neighbour']:.2f}, another picture of the data",
@@ -224,7 +224,7 @@ def invariances(context: Context) -> list[Row]:
         f"{layer.rpartition('.')[2]}: " + ", ".join(f"{c} {v.mean():.2f}" for c, v in each.items())
         for layer, each in depth.items()
     )
-    told = "; ".join(
+    summary = "; ".join(
         f"{name}: " + ", ".join(f"{c} {v.text(digits=2)}" for c, v in each.items()) for name, each in logits.items()
     )
     leans = codes.ceiling(context).text(*READ)
@@ -241,7 +241,7 @@ def invariances(context: Context) -> list[Row]:
             claim="at its logits the shape net holds shape (ratio 0.1 or less) and is invariant to colour (0.7 or"
             " more); the texture net holds texture (0.1) and is invariant to shape (0.7)",
             source=f"{SOURCE}, section 4.2 (digit and colour on ColorMNIST)",
-            measured=f"{len(codes.SEEDS)} seeds: {told}",
+            measured=f"{len(codes.SEEDS)} seeds: {summary}",
             baseline=f"the output of the first stage: {', '.join(f'{c} {v:.2f}' for c, v in first.items())};"
             f" toy-vit, which names shape and colour: {', '.join(f'{c} {v:.2f}' for c, v in vit.items())}",
             bars=bars,

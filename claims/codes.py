@@ -112,8 +112,8 @@ def trained_probe(context: Context, styles: Sequence[str] = ()) -> Probe:
             kind = torch.randint(len(shown), (len(rows),), generator=draw.generator("kind"))
             x = torch.stack([shown[k][i] for k, i in zip(kind.tolist(), rows.tolist(), strict=True)])
             x = (x + 0.03 * torch.randn(x.shape, generator=draw.generator("noise"))).clamp(-1, 1)
-            told = net(x)
-            return torch.stack([F.cross_entropy(told[name], examples.labels[name][rows]) for name in READ]).sum()
+            logits = net(x)
+            return torch.stack([F.cross_entropy(logits[name], examples.labels[name][rows]) for name in READ]).sum()
 
         steps = context.count(STEPS, 3)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, weight_decay=0.01, fused=True)
@@ -145,8 +145,8 @@ class Ceiling:
     reconstructions: dict[str, float]
 
     def text(self, *names: str) -> str:
-        told = [f"{name} {100 * self.reconstructions[name]:.0f} %" for name in names or self.renders]
-        return f"a probe; on reconstructions of unseen scenes it reads {', '.join(told)}"
+        parts = [f"{name} {100 * self.reconstructions[name]:.0f} %" for name in names or self.renders]
+        return f"a probe; on reconstructions of unseen scenes it reads {', '.join(parts)}"
 
 
 def ceiling(context: Context, styles: Sequence[str] = ()) -> Ceiling:

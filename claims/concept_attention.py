@@ -54,15 +54,15 @@ def scenes(context: Context, split: str, seed: int, n: int) -> tuple[list[common
 
 
 def heat_maps(
-    context: Context, split: str, seed: int, n: int, how: str, layers: Sequence[str], told: bool
+    context: Context, split: str, seed: int, n: int, how: str, layers: Sequence[str], named: bool
 ) -> list[Any]:
-    """Maps of pictures whose prompt names their toys (``told``) or not. ``how``: the space that is compared, or
+    """Maps of pictures whose prompt names their toys (``named``) or not. ``how``: the space that is compared, or
     "daam"."""
     asked, pictures, _ = scenes(context, split, seed, n)
     model = common.load(context, NAME)
     found: list[Any] = []
-    for start, chunk in context.batches(asked, 25, f"{split}, {how}, {'named' if told else 'not named'}"):
-        texts = [prompt.text if told else NOTHING for prompt in chunk]
+    for start, chunk in context.batches(asked, 25, f"{split}, {how}, {'named' if named else 'not named'}"):
+        texts = [prompt.text if named else NOTHING for prompt in chunk]
         given = {"steps": STEPS, "window": WINDOW, "seed": list(range(seed + start, seed + start + len(chunk)))}
         shown = pictures[start : start + len(chunk)]
         if how == "daam":
@@ -112,7 +112,7 @@ def best_layer(context: Context, how: str) -> tuple[str, float]:
     return context.once(f"layer {how}", chosen)
 
 
-def scored(context: Context, how: str, told: bool) -> tuple[Found, segmentation.Score, segmentation.Score, str]:
+def scored(context: Context, how: str, named: bool) -> tuple[Found, segmentation.Score, segmentation.Score, str]:
     """Test scenes at the layer and threshold of validation scenes: of the toys' own concepts, and of absent ones."""
 
     def made() -> tuple[Found, segmentation.Score, segmentation.Score, str]:
@@ -123,11 +123,11 @@ def scored(context: Context, how: str, told: bool) -> tuple[Found, segmentation.
             layer, tau = None, segmentation.fit_threshold(fitted.maps, fitted.truths)[0]
         else:
             layer, tau = best_layer(context, how)
-        found = looked_up(context, *test, heat_maps(context, *test, how, [layer or ""], told))
+        found = looked_up(context, *test, heat_maps(context, *test, how, [layer or ""], named))
         ours, others = (segmentation.score(maps, found.truths, tau) for maps in (found.maps, found.absent))
         return found, ours, others, f"layer {layer or 'all'}, tau {tau:g}"
 
-    return context.once(f"scored {how} {told}", made)
+    return context.once(f"scored {how} {named}", made)
 
 
 def by_picture(found: Found, score: segmentation.Score) -> list[float]:

@@ -99,7 +99,7 @@ def planted(context: Context) -> list[Row]:
     near = [hits(nearest(context, each.pictures, 5), each.recipe) for each in found]
     total = len(dictionary(common.load(context, MODEL)).names) - 1
     more = stats.paired_difference(ours, near)
-    told = "; ".join(
+    summary = "; ".join(
         f"{' + '.join(each.recipe)}: {', '.join(f'{name} {share:.2f}' for name, share in each.found.shares(5))}"
         for each in found
     )
@@ -117,7 +117,7 @@ def planted(context: Context) -> list[Row]:
             ],
             headline=True,
             n=len(found),
-            data={"ours": ours, "nearest": near, "words": told},
+            data={"ours": ours, "nearest": near, "words": summary},
         )
     ]
 
@@ -248,7 +248,7 @@ def bias(context: Context) -> list[Row]:
         changed, factor, tried = found.changed(red=0.0), 0.0, []
     report = range(HELD_OUT + 7000, HELD_OUT + 7000 + n)
     before, after = (each.draw(model, list(report), **DRAWING).clamp(-1, 1) for each in (found, changed))
-    told = [red_share(context, each) for each in (before, after)]
+    shares = [red_share(context, each) for each in (before, after)]
     names = ["red", "blue", "cube", "ball", "grass", "sand"]
     system = SadPad(template="a {}", pairs=True, draws=context.count(100, 10))
     seen = [clip_of(context).features(as_pictures(each)) for each in (before, after)]
@@ -256,7 +256,7 @@ def bias(context: Context) -> list[Row]:
     moved = system.compare(names, *scores)
     first = [each.name for each in moved.attributes[:2]]
     ahead = found.rank("blue") - found.rank("red")
-    (was, cubes), (now, kept) = told
+    (was, cubes), (now, kept) = shares
     off = stats.Interval(abs(now.value - 0.5), 0.0, max(now.high - 0.5, 0.5 - now.low), now.n)
     rarer = stats.mcnemar(kept, cubes)
     return [
@@ -279,7 +279,7 @@ def bias(context: Context) -> list[Row]:
             picture=context.save(
                 "conceptor-bias.png", common.sheet([list(before[:10]), list(after[:10])], names=("before", "after"))
             ),
-            data={"tried": tried, "moved": moved.to_json(), "told": [red.to_json() for red, _ in told]},
+            data={"tried": tried, "moved": moved.to_json(), "told": [red.to_json() for red, _ in shares]},
         )
     ]
 

@@ -142,10 +142,10 @@ class Context:
 
     def batches(self, items: Sequence[T], size: int, label: str) -> Iterator[tuple[int, Sequence[T]]]:
         """(start, chunk) of ``items``, telling :attr:`report` how far it is every few seconds."""
-        told = time.monotonic()
+        reported = time.monotonic()
         for start in range(0, len(items), size):
-            if time.monotonic() - told > 5:
-                told = time.monotonic()
+            if time.monotonic() - reported > 5:
+                reported = time.monotonic()
                 self.report(f"  {label}: {start} of {len(items)}")
             yield start, items[start : start + size]
 

@@ -255,11 +255,11 @@ def syntax(name: str, context: Context) -> list[Row]:
     traced = generated(context, name, "test", REPORT, context.count(200, 16))
     edges: dict[str, list[tuple[int, int, int]]] = {}  # relation -> (picture, head, dependent)
     for i, one in enumerate(traced):
-        told = one.prompt.caption
-        for edge in told.dependencies:
+        described = one.prompt.caption
+        for edge in described.dependencies:
             edges.setdefault(edge.relation, []).append((i, edge.head.start, edge.dependent.start))
-        for first in told.phrases:  # the floor: an adjective with the noun of another phrase
-            for second in told.phrases:
+        for first in described.phrases:  # the floor: an adjective with the noun of another phrase
+            for second in described.phrases:
                 if first is not second:
                     edges.setdefault("unrelated", []).extend((i, second.head.start, m.start) for m in first.modifiers)
     levels = [{at: segmentation.normalise(level[None])[0] for at, level in one.maps.items()} for one in traced]
@@ -363,8 +363,8 @@ def cohyponym_prompt(rng: np.random.Generator, within: bool) -> Prompt:
     rng.shuffle(shapes)
     colors = rng.permutation(len(COLORS))[:2]
     scene = Scene(tuple(Toy(shape, COLORS[color]) for shape, color in zip(shapes, colors, strict=True)))
-    told = caption(scene, None, "short")
-    return Prompt(told.text, told, scene, oracle.requested_toys(told))
+    described = caption(scene, None, "short")
+    return Prompt(described.text, described, scene, oracle.requested_toys(described))
 
 
 def adjectives(name: str, context: Context) -> list[Row]:
@@ -428,10 +428,10 @@ def frozen_swap(name: str, context: Context) -> list[Row]:
     recolored: list[bool] = []
     shown: list[list[Tensor]] = []
     for start, chunk in context.batches(asked, 10, f"{name}, frozen"):
-        told = [prompt.requests[0].color or "" for prompt in chunk]
-        other = [COLORS[(COLORS.index(color) + 3) % len(COLORS)] for color in told]
+        colors = [prompt.requests[0].color or "" for prompt in chunk]
+        other = [COLORS[(COLORS.index(color) + 3) % len(COLORS)] for color in colors]
         texts = [prompt.text for prompt in chunk]
-        swapped = [text.replace(old, new) for text, old, new in zip(texts, told, other, strict=True)]
+        swapped = [text.replace(old, new) for text, old, new in zip(texts, colors, other, strict=True)]
         seeds = list(range(REPORT + start, REPORT + start + len(chunk)))
 
         def made(words: list[str], *frozen: Frozen, seeds: list[int] = seeds) -> Tensor:

@@ -301,7 +301,7 @@ def swaps(context: Context) -> list[Row]:
     best = max(rest, key=lambda name: rest[name].mean())
     more = stats.mean(product - rest[best])
     means = [each.means() for each in found]
-    told = "; ".join(
+    summary = "; ".join(
         f"{c}: follows {100 * np.mean([f[c] for f, _ in means]):.0f} %, others kept"
         f" {100 * np.mean([k[c] for _, k in means]):.0f} %"
         for c in CONCEPTS
@@ -319,7 +319,8 @@ def swaps(context: Context) -> list[Row]:
         Row(
             claim="a swapped block makes its concept the donor's in 85 % and keeps the others in 85 %, on average",
             source=f"{SOURCE}, section 4.2 and figure 6 (shown, not counted)",
-            measured=f"{follow.text(percent=True)} and {keep.text(percent=True)} over {len(codes.SEEDS)} seeds; {told}",
+            measured=f"{follow.text(percent=True)} and {keep.text(percent=True)} over {len(codes.SEEDS)} seeds; "
+            f"{summary}",
             baseline=f"{base}; everything exchanged: others kept by chance {100 * chance:.0f} %; the scene rendered"
             f" with the donor's concept (the most there is): {100 * top_follow:.0f} % and {100 * top_keep:.0f} %,"
             f" product {top:.2f}",

@@ -250,7 +250,7 @@ def rows_of(
     rate = {arm: stats.share(each) for arm, each in hits.items()}
     shape = {arm: stats.share([one.shape for one in each]) for arm, each in found.items()}
     look = {arm: stats.bootstrap(looks(each)) for arm, each in found.items()}
-    told = "; ".join(f"{arm} {percent(rate[arm])}" for arm in BASELINES)
+    rates = "; ".join(f"{arm} {percent(rate[arm])}" for arm in BASELINES)
     about: dict[str, Any] = {
         "n": len(found["none"]),
         **shown,
@@ -269,7 +269,8 @@ def rows_of(
             source=f"{source} (shown there by pictures and FID; the size is ours)",
             measured=f"{percent(rate[arm])} of pairs (shape {percent(shape[arm])}, look {percent(look[arm])}); more "
             f"than " + ", ".join(f"{other} {percent(each)}" for other, each in against.items()),
-            baseline=f"{told} (tuned: slerp of x_T by {best['noise']['ratio']:g}, skips by {best['skips']['ratio']:g})",
+            baseline=f"{rates} (tuned: slerp of x_T by {best['noise']['ratio']:g}, skips by "
+            f"{best['skips']['ratio']:g})",
             bars=[common.lift(each, rate[other].value, MORE, f"over {other}") for other, each in against.items()],
             **about,
             **more,
@@ -375,15 +376,15 @@ def _moved(name: str, context: Context) -> dict[str, stats.Interval]:
         if step.i not in (STEPS // 8, STEPS // 2):
             return
         with torch.no_grad():
-            x, t, told = seen.pop(), step.t, step.condition
-            own, others = (model.predict(x.roll(k, 0), t, told.rows(order(k)), "cond") for k in (0, 1))
+            x, t, condition = seen.pop(), step.t, step.condition
+            own, others = (model.predict(x.roll(k, 0), t, condition.rows(order(k)), "cond") for k in (0, 1))
             whole = (others - own).square().sum((1, 2, 3))
             for layer in shares:
                 kept: list[Tensor] = []
                 with tapped(model, layer_of(model, layer), kept.append):
-                    model.predict(x, t, told, "cond")
+                    model.predict(x, t, condition, "cond")
                 with tapped(model, layer_of(model, layer), lambda h, kept=kept: kept[0].roll(1, 0)):
-                    swapped = model.predict(x, t, told, "cond")
+                    swapped = model.predict(x, t, condition, "cond")
                 shares[layer] += ((swapped - own).square().sum((1, 2, 3)) / whole).tolist()
 
     def order(k: int) -> list[int]:

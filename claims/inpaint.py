@@ -116,8 +116,8 @@ def backgrounds(split: str, seed: int, n: int, side: int) -> list[Case]:
         own = mask_ops.dilate((frames.mask[0] == 0).float(), 2 * _grown(side)) > 0.5
         if (hole & own).any() or not own.any():
             continue
-        told = {"scene": caption(scene, None, "plain").text, "hole": _described(scene.replace(toys=()))}
-        found.append(Case(frames.image[0], frames.image[0], hole, told, None))
+        prompts = {"scene": caption(scene, None, "plain").text, "hole": _described(scene.replace(toys=()))}
+        found.append(Case(frames.image[0], frames.image[0], hole, prompts, None))
     return found
 
 
@@ -144,8 +144,8 @@ def _cases(split: str, seed: int, n: int, side: int, change: Callable[[Scene, in
             continue
         request = oracle.RequestedToy(shape=kinds[0][0], color=kinds[0][1]) if replaced else None
         alone = after.replace(toys=after.toys[:1] if replaced else ())
-        told = {"scene": _described(after), "hole": _described(alone)}
-        found.append(Case(frames.image[0], frames.image[1], hole, told, request))
+        prompts = {"scene": _described(after), "hole": _described(alone)}
+        found.append(Case(frames.image[0], frames.image[1], hole, prompts, request))
     return found
 
 

@@ -78,8 +78,8 @@ def cases(seed: int, n: int, side: int) -> list[Case]:
         toy = f"{'an' if color == 'orange' else 'a'} {color} {shape}"
         picture = to_uint8(render(scene, side).image)[0].permute(1, 2, 0).numpy()
         sky = " ".join(word for word in SKY_PHRASES[scene.sky] if word)
-        told = f"{toy} on the {scene.ground} {sky}"
-        found.append(Case(toy, oracle.RequestedToy(shape, color), scene, picture, told))
+        text = f"{toy} on the {scene.ground} {sky}"
+        found.append(Case(toy, oracle.RequestedToy(shape, color), scene, picture, text))
     return found
 
 
@@ -164,16 +164,16 @@ def rows_of(name: str, found: Mapping[str, Arm], strength: float, shown: Mapping
         }
         | {"strength": strength},
     }
-    told = {how: {what: percent(each) for what, each in level[how].items()} for how in found}
+    rates = {how: {what: percent(each) for what, each in level[how].items()} for how in found}
     return [
         Row(
             claim=f"{name}: guided by both, pictures have the reference's ground and sky more often than by the text "
             "alone, and the text's toy more often than by the reference alone",
             source=f"{SOURCE} (shown there by pictures)",
-            measured=f"look {told['both']['look']}, {percent(look)} more; toy {told['both']['content']}, "
+            measured=f"look {rates['both']['look']}, {percent(look)} more; toy {rates['both']['content']}, "
             f"{percent(content)} more; strength {strength:g} (tuned)",
-            baseline=f"text alone: look {told['text']['look']}, toy {told['text']['content']}; reference alone: look "
-            f"{told['image']['look']}, toy {told['image']['content']}",
+            baseline=f"text alone: look {rates['text']['look']}, toy {rates['text']['content']}; reference alone: look "
+            f"{rates['image']['look']}, toy {rates['image']['content']}",
             bars=[
                 common.lift(look, level["text"]["look"].value, what="look"),
                 common.lift(content, level["image"]["content"].value, what="toy"),
@@ -184,11 +184,11 @@ def rows_of(name: str, found: Mapping[str, Arm], strength: float, shown: Mapping
         Row(
             claim=f"{name}: toy and surroundings both as asked for more often than with either target alone",
             source=f"{SOURCE} (shown there by pictures)",
-            measured=f"{told['both']['both']}, {percent(more('both', alone))} more; {both.seconds:.2f} CPU seconds a "
+            measured=f"{rates['both']['both']}, {percent(more('both', alone))} more; {both.seconds:.2f} CPU seconds a "
             "picture",
-            baseline=f"{alone} alone {told[alone]['both']}; nothing {told['plain']['both']}; the model told so in "
+            baseline=f"{alone} alone {rates[alone]['both']}; nothing {rates['plain']['both']}; the model told so in "
             f"words "
-            f"{told['prompted']['both']} in {found['prompted'].seconds:.2f} seconds",
+            f"{rates['prompted']['both']} in {found['prompted'].seconds:.2f} seconds",
             bars=[common.lift(more("both", alone), level[alone]["both"].value)],
             **about,
         ),
@@ -206,7 +206,7 @@ def rows_of(name: str, found: Mapping[str, Arm], strength: float, shown: Mapping
             claim=f"{name}: {CUTOUTS} random crops a step are right more often than one look at the whole picture",
             source=f"{SOURCE}, section 3",
             measured=f"{percent(more('both', 'whole view'))} more; {both.seconds:.2f} CPU seconds a picture",
-            baseline=f"whole view {told['whole view']['both']}, {whole.seconds:.2f} seconds",
+            baseline=f"whole view {rates['whole view']['both']}, {whole.seconds:.2f} seconds",
             bars=[common.lift(more("both", "whole view"), level["whole view"]["both"].value)],
             **about,
         ),

@@ -335,8 +335,8 @@ def follows(context: Context) -> list[Row]:
 
 
 def _spread(name: str, each: Sampled) -> str:
-    told = ", ".join(f"{c} {each.laws[c]:.2f}" for c in UNSAID)
-    return f"{name}: {told}, different grounds {each.grounds:.1f}"
+    summary = ", ".join(f"{c} {each.laws[c]:.2f}" for c in UNSAID)
+    return f"{name}: {summary}, different grounds {each.grounds:.1f}"
 
 
 def exchanged(context: Context) -> list[Row]:
@@ -441,8 +441,8 @@ def exchanged(context: Context) -> list[Row]:
 def text_sheet(context: Context, n: int = 7) -> Any:
     """Samples for four captions, and pictures whose colour and shape are changed by a word."""
     tau = translation(context, "toy-clip", 0)
-    told = [("ball", "red"), ("cube", "blue"), ("cone", "yellow"), ("ring", "purple")]
-    rows = [(caption(*each), list(tau.translate([caption(*each)], n, seed=11)[0])) for each in told]
+    asked = [("ball", "red"), ("cube", "blue"), ("cone", "yellow"), ("ring", "purple")]
+    rows = [(caption(*each), list(tau.translate([caption(*each)], n, seed=11)[0])) for each in asked]
     test = codes.test_set(context)
     pixels, toys = test.pixels[:n], [scene.toys[0] for scene in test.scenes[:n]]
     shown = [caption(toy.shape, toy.color) for toy in toys]

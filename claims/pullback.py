@@ -57,11 +57,11 @@ def exact(name: str, context: Context) -> list[Row]:
     model = common.load(context, name)
     side = model.size_multiple * 2
     n = context.count(6, 1)
-    told = model.encode_text(["a red cube"], None, False)
+    condition = model.encode_text(["a red cube"], None, False)
     values, angles = [], []
     for i in range(n):
         x = torch.randn(1, *model.latent_shape(side, side), generator=torch.Generator().manual_seed(REPORT + i))
-        encoder = Encoder(model, layer_of(model, None), torch.tensor(100.0 + 150 * i), told, chunk=64)
+        encoder = Encoder(model, layer_of(model, None), torch.tensor(100.0 + 150 * i), condition, chunk=64)
         with torch.no_grad():
             jacobian = Jacobian(encoder, x, encoder.chunk)
             full = jacobian.vjp(torch.eye(jacobian.width))
@@ -262,7 +262,7 @@ def trained(context: Context, base: Any, kind: str, start: int) -> Model:
     generator = torch.Generator().manual_seed(REPORT + start)
     optimizer = torch.optim.AdamW(model.denoiser.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    told = nothing.rows([0] * 16)
+    condition = nothing.rows([0] * 16)
     model.denoiser.train()
     for _ in range(steps):
         x0 = clean[torch.randint(pictures, (16,), generator=generator)]
@@ -271,7 +271,7 @@ def trained(context: Context, base: Any, kind: str, start: int) -> Model:
         alpha, sigma = path.alpha_sigma(t)
         target = eps if path.kind == "epsilon" else alpha * eps - sigma * x0
         with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
-            loss = (model.predict(alpha * x0 + sigma * eps, t, told, "cond").float() - target).square().mean()
+            loss = (model.predict(alpha * x0 + sigma * eps, t, condition, "cond").float() - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.denoiser.parameters(), 1.0)

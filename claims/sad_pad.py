@@ -161,13 +161,13 @@ def imbalance_rows(pools: Sequence[Sequence[Divergences]], picture: str | None =
     right = stats.share([first.name == "red" and first.shifted and first.gap.low > 0 for first in firsts])
     rises = float(np.mean([spearmanr(REDS, row).statistic for row in sads]))
     loud = float(np.mean([found[0].sad / max(found[0].sad_null, 1e-9) for found in pools]))
-    told = ", ".join(f"P(red) {red:.2f}: {sad:.1f}" for red, sad in zip(REDS, sads.mean(0), strict=True))
+    summary = ", ".join(f"P(red) {red:.2f}: {sad:.1f}" for red, sad in zip(REDS, sads.mean(0), strict=True))
     return [
         Row(
             claim="SaD grows with the share of red, red is ranked first and called too much whenever it is, and equal"
             " sets stay below the 95 % point of chance",
             source=SOURCE,
-            measured=f"SaD at {told}; rank correlation {rises:.2f}; red first {common.percent(right)}; equal sets at"
+            measured=f"SaD at {summary}; rank correlation {rises:.2f}; red first {common.percent(right)}; equal sets at"
             f" {loud:.2f} of that point",
             baseline=f"equal sets {sads[:, 0].mean():.1f}, chance below"
             f" {np.mean([found[0].sad_null for found in pools]):.1f}",

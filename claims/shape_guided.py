@@ -169,7 +169,7 @@ def picture_rows(name: str, found: Mapping[str, list[Outcome]], strength: float,
     there = shares(found)
     data = {"more": {arm: each.to_json() for arm, each in more.items()}, **shown["data"]}
     common_to_all = about(found, {**shown, "data": data})
-    told = {arm: stats.bootstrap(values(found[arm], "background")) for arm in ("shape-guided", "image to image")}
+    levels = {arm: stats.bootstrap(values(found[arm], "background")) for arm in ("shape-guided", "image to image")}
     return [
         Row(
             claim=f"{name}: an edited toy covers its silhouette better than by blending with the same mask, by an IoU "
@@ -214,8 +214,8 @@ def picture_rows(name: str, found: Mapping[str, list[Outcome]], strength: float,
         Row(
             claim=f"{name}: even without copying it, the background is kept better than by image-to-image",
             source=SOURCE,
-            measured=f"{kept.text(digits=1)} dB more; with copying {told['shape-guided'].text(digits=1)} dB",
-            baseline=f"image-to-image at strength {strength} (tuned) {told['image to image'].text(digits=1)} dB",
+            measured=f"{kept.text(digits=1)} dB more; with copying {levels['shape-guided'].text(digits=1)} dB",
+            baseline=f"image-to-image at strength {strength} (tuned) {levels['image to image'].text(digits=1)} dB",
             bars=[
                 Bar(
                     kept,

@@ -124,7 +124,7 @@ def trained(context: Context) -> list[Row]:
 def factor_table(context: Context) -> list[Row]:
     """Five factors instead of two: what "shape" pairs of restyled pictures lump together stands apart here."""
     tables = {name: table_of(context, name, FACTORS) for name in NETS}
-    told = {
+    summary = {
         name: "; ".join(f"{f} " + ", ".join(f"{table.layers[s].scores[f].value:.2f}" for s in STAGES) for f in FACTORS)
         for name, table in tables.items()
     }
@@ -132,8 +132,8 @@ def factor_table(context: Context) -> list[Row]:
         Row(
             claim="scores of five factors, stage 1 to 4 (pose: place, turn and camera; scenery: ground, sky and light)",
             source="this repository",
-            measured=f"toy-cnn {told['toy-cnn']}",
-            baseline=f"toy-cnn-texture {told['toy-cnn-texture']}",
+            measured=f"toy-cnn {summary['toy-cnn']}",
+            baseline=f"toy-cnn-texture {summary['toy-cnn-texture']}",
             n=tables[NETS[0]].layers[LAST].n,
             picture=context.save("shape-texture-factors.png", st.plot(tables)),
             data={
@@ -157,12 +157,14 @@ def over_training(context: Context) -> list[Row]:
         _way(units, rows) for rows in (torch.randint(0, n, (n,), generator=rng) for _ in range(context.count(200, 5)))
     ]
     way = stats.Interval(_way(units, torch.arange(n)), *(float(v) for v in np.quantile(ways, [0.025, 0.975])), n, 0.95)
-    told = "; ".join(f"step {step}: shape {s['shape'].text()}, texture {s['texture'].value:.3f}" for step, s in found)
+    summary = "; ".join(
+        f"step {step}: shape {s['shape'].text()}, texture {s['texture'].value:.3f}" for step, s in found
+    )
     return [
         Row(
             claim="toy-cnn: a fifth of the training brings the last stage 80 % of the way to its final score for shape",
             source=f"{SOURCE}, section 3.4 (most shape is learned in the first epochs)",
-            measured=f"{way.text(percent=True)} of the way; {told}",
+            measured=f"{way.text(percent=True)} of the way; {summary}",
             baseline="proportional to the steps: 20 % of the way",
             bars=[Bar(way, 0.2, 1.0, at_least=0.8)],
             n=n,
@@ -324,14 +326,14 @@ def unet(context: Context) -> list[Row]:
     bars = [] if middle is None else [
         Bar(stats.newcombe(middle.scores["shape"], base), 0.0, 1 - base.value, above=0.0, what="middle over first")
     ]  # fmt: skip
-    told = "; ".join(
+    summary = "; ".join(
         f"{name}: " + ", ".join(f"{f} {each.scores[f].value:.2f}" for f in each.scores) for name, each in clean.items()
     )
     return [
         Row(
             claim="toy-sd's U-Net: the middle block scores higher for shape than the first",
             source="this repository",
-            measured=f"80 % denoised, empty prompt, independent noise: {told}",
+            measured=f"80 % denoised, empty prompt, independent noise: {summary}",
             baseline="50 % denoised: "
             + "; ".join(
                 f"{name} shape {each.scores['shape'].value:.2f}"

@@ -231,8 +231,8 @@ def chosen(context: Context, label: str, settings: Sequence[T], score: Callable[
 
     def made() -> T:
         scores = [score(each) for each in settings]
-        told = ", ".join(f"{each}: {value:.2f}" for each, value in zip(settings, scores, strict=True))
-        context.report(f"  {label}: {told}")
+        summary = ", ".join(f"{each}: {value:.2f}" for each, value in zip(settings, scores, strict=True))
+        context.report(f"  {label}: {summary}")
         return settings[int(np.argmax(scores))]
 
     return context.once(f"chosen {label}", made)

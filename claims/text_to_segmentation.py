@@ -109,11 +109,11 @@ def scored(context: Context, concept: str, toys: int | None) -> Scored:
 
 
 def report(context: Context, concept: str) -> t2s.Report:
-    def told(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if done == total:
             context.report(f"  {concept}: {total} {stage}")
 
-    return told
+    return on_progress
 
 
 def _white(mask: Tensor) -> Tensor:

@@ -80,10 +80,10 @@ def judge_row(
     # answering with the most frequent word every time
     guesses = []
     for name, known in words.items():
-        told = [
+        answers = [
             getattr(t, name) for s in dataset.scenes[:n] for t in (s.toys if name not in ("ground", "sky") else (s,))
         ]
-        guesses.append((max(told.count(word) for word in known), len(told)))
+        guesses.append((max(answers.count(word) for word in known), len(answers)))
     chance = sum(hits for hits, _ in guesses) / sum(total for _, total in guesses)
     single = ", ".join(f"{name} {100 * interval.value:.1f}" for name, interval in got.single.items())
     return Row(
