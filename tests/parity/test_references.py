@@ -277,3 +277,8 @@ def test_what_cannot_be_looked_at_is_refused(kind: str, given: Any, message: str
     with pytest.raises(BadInput, match=message) as refused:
         drawn(tiny_model(kind), kind, given)
     assert "\n" not in str(refused.value)
+
+
+def test_texts_of_an_editor_are_read_beside_a_picture():
+    with pytest.raises(BadInput, match="^qwenimage-edit reads texts beside a picture only; give one as reference"):
+        tiny_model("qwenimage_edit").encode_text(["a dog"], guidance=False)

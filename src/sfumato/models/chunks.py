@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import BadInput
+from sfumato.errors import BadInput, SfumatoError
 from sfumato.models.condition import Rows, require_width
 from sfumato.valid import first_line
 
@@ -161,6 +161,8 @@ def _read(family: Family, texts: list[str], negatives: list[str] | None, guidanc
     name = type(family.pipe).__name__
     try:
         cond, uncond = family.encode(texts, negatives, guidance)
+    except SfumatoError:
+        raise
     except (IndexError, ValueError) as error:  # tokens or positions that an encoder's tables do not have
         raise BadInput(
             f"the text encoders of this {name} cannot read what its tokenizers make of a prompt ({first_line(error)}); "
