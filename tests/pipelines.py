@@ -55,6 +55,10 @@ def _of(kind: str, cls: Any, **parts: Any) -> Any:
     return pipe
 
 
+def _pndm() -> Any:
+    return diffusers.PNDMScheduler.from_config(tiny_pipeline("sd").scheduler.config, skip_prk_steps=True)
+
+
 def _unet(kind: str, **changes: Any) -> Any:
     config = {**tiny_pipeline(kind).unet.config, **changes}
     return diffusers.UNet2DConditionModel.from_config(config)
@@ -122,7 +126,10 @@ BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         lambda: _of("sd", diffusers.StableDiffusionControlNetPipeline, controlnet=_controlnet("sd")),
         {"image": picture()},
     ),
-    "sd img2img": (lambda: _of("sd", diffusers.StableDiffusionImg2ImgPipeline), {"image": picture(), "strength": 0.7}),
+    "sd img2img": (  # with the scheduler of the first Stable Diffusion, which says its second timestep twice
+        lambda: _of("sd", diffusers.StableDiffusionImg2ImgPipeline, scheduler=_pndm()),
+        {"image": picture(), "strength": 0.7},
+    ),
     "sd t2i": (lambda: _of("sd", diffusers.StableDiffusionAdapterPipeline, adapter=_t2i("sd")), {"image": picture()}),
     "sd upscale": (
         lambda: _of(

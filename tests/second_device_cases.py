@@ -28,9 +28,9 @@ from tests.tiny import tiny_model, tiny_pipeline
 #: a U-Net, joint attention, a clip, masked tokens
 KINDS = ("sd", "flux", "animatediff", "amused")
 #: on the others the systems whose work hardly depends on the network do the same again, and cost what they cost there
-EVERYWHERE = ("daam", "prompt_to_prompt")
+EVERYWHERE = {"daam": KINDS, "prompt_to_prompt": ("sd",)}
 TRIED = [(key, next(kind for kind in ("flux", "sd", "inpaint") if (key, kind) in PAIRS)) for key in SYSTEMS] + [
-    (key, kind) for key, kind in PAIRS if key in EVERYWHERE and kind in KINDS and kind != "flux"
+    (key, kind) for key, kind in PAIRS if kind in EVERYWHERE.get(key, ()) and kind != "flux"
 ]
 """Every system on the cheapest network that offers what it needs, some on a network of each kind."""
 

@@ -7,7 +7,7 @@ treat them as read-only, or take your own with ``fresh=True``.
 ==============  =====================================================================================================
 kind            what it is (pixels per latent: 2; pictures are 32x32 unless a size is given)
 ==============  =====================================================================================================
-sd              Stable Diffusion 1: epsilon, PNDM; 3 levels, cross attention at 16x16 and 8x8 and in the middle
+sd              Stable Diffusion 1: epsilon, DDIM; 3 levels, cross attention at 16x16 and 8x8 and in the middle
 sd2             Stable Diffusion 2: v-prediction, DDIM, linear projections, "!" as padding
 sdxl            two text encoders, pooled text and size conditions, Euler; cross attention at 8x8 only
 refiner         the SDXL refiner: the second text encoder alone, an aesthetic score (not in KINDS: it draws no picture)
@@ -21,7 +21,7 @@ inpaint         Stable Diffusion's inpainting pipeline: as sd, mask and masked l
 pixart_alpha    PixArt-Alpha with resolution and aspect-ratio conditions
 amused          aMUSEd: masked tokens of a VQ-GAN, U-ViT; cross attention at 16x16 around blocks at 16x16 (not in KINDS:
                 its state is token ids)
-animatediff     clips: as sd with DDIM, and a motion module behind every layer; 4 frames unless told
+animatediff     clips: as sd with DDIM, and a motion module behind every layer; 2 frames unless told
 (further)       see `tests.tiny_families`
 ==============  =====================================================================================================
 """
@@ -51,7 +51,6 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
-    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -78,7 +77,7 @@ from sfumato.models import Model, quiet
 KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "schnell", "pixart", "pixart_alpha", "inpaint")
 
 #: of those that make clips, as their cards say: frames, and (height, width)
-FRAMES = {"animatediff": 4, "wan": 5, "ltx": 9, "cogvideox": 9, "hunyuan": 9}
+FRAMES = {"animatediff": 2, "wan": 5, "ltx": 9, "cogvideox": 9, "hunyuan": 9}
 SIZES = {"wan": (32, 48), "ltx": (32, 64), "cogvideox": (48, 80), "hunyuan": (48, 80)}
 
 # One token each in both tokenizers; every other word falls into several pieces ("green" -> g, re, e, n).
@@ -226,7 +225,7 @@ def _stable_diffusion(version: int, inpaint: bool = False) -> StableDiffusionPip
         norm_num_groups=8,
     )
     if version == 1:
-        scheduler = PNDMScheduler(**_SD_BETAS, skip_prk_steps=True)
+        scheduler = DDIMScheduler(**_SD_BETAS, clip_sample=False)
     else:
         scheduler = DDIMScheduler(
             **_SD_BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False

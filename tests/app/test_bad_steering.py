@@ -228,9 +228,9 @@ def test_a_family_without_the_sites_that_are_needed(refused, make, tiny_sd3):
     [
         (
             "attend_excite:words=[cube],strength=1e38",
-            ["stopped being finite at step 1 of 3", "lower the strength of attend_excite"],
+            ["stopped being finite at step 1 of 2", "lower the strength of attend_excite"],
         ),
-        (f"shape_guided:words=[cube],{BOX},boost=1e38", ["stopped being finite at step 1 of 3"]),
+        (f"shape_guided:words=[cube],{BOX},boost=1e38", ["stopped being finite at step 1 of 2"]),
         (f"{SOURCE},reweight=[ball=nan]", ["'ball=nan' is not word=factor"]),
         (f"{SOURCE},reweight=[ball=1e30]", ["'ball=1e30' is not word=factor"]),
         ("attend_excite:strength=nan", ["strength", "finite"]),

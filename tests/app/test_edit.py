@@ -15,7 +15,7 @@ from sfumato.models import load
 from sfumato.sampling import generate
 
 SOURCE, TARGET = "a red cube on a dog", "a blue ball on a dog"
-FAST = ("--steps", 3)
+FAST = ("--steps", 2)
 
 
 def pixels(path) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_a_picture_of_ours_is_drawn_again_and_edited(sfumato, tiny_sd, made):
     ours, same = done.lines
     assert (pixels(same) == pixels(made)).all()  # the same prompt: the same picture, bit for bit
     system = package.build(f"prompt_to_prompt:source={SOURCE}")
-    expected = generate(load(tiny_sd), TARGET, steps=3, seed=7, interventions=system)
+    expected = generate(load(tiny_sd), TARGET, steps=2, seed=7, interventions=system)
     assert (pixels(ours) == np.asarray(expected.images[0])).all()
     recipe, exact = files.read_recipe(ours)
     assert exact and recipe["prompt"] == TARGET and recipe["edit"]["picture"] == Path(made).name
@@ -136,7 +136,7 @@ def test_python_gives_further_edits_at_their_own_cost(tiny_sd, made):
     model = load(tiny_sd)
     first = package.edit(made, TARGET, model=model, reweight={"ball": 1.5})
     more = package.edit(first.original, [TARGET, "a red cone on a dog"])
-    assert more.results[0].cost == 8.0 and len(more.images) == 2  # 3 steps and one repeated, of two branches
+    assert more.results[0].cost == 4.0 and len(more.images) == 2  # two steps of two branches
     single = package.edit(Image.open(made).convert("RGB"), TARGET, from_=SOURCE, model=model, steps=2, inner=1)
     assert single.original.facts["inverted"] and single.original.fidelity > 0
     with pytest.raises(BadInput, match="as it was opened"):

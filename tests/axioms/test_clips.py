@@ -19,7 +19,7 @@ from tests.helpers import fingerprint
 from tests.tiny import tiny_model
 
 PROMPTS = ["a red cube", "a photo of a big blue dog"]
-FAST: dict[str, Any] = {"steps": 3, "guidance": 3.0, "frames": 3, "decode": False}
+FAST: dict[str, Any] = {"steps": 2, "guidance": 3.0, "frames": 2, "decode": False}
 
 
 def made(prompts: Any = PROMPTS, seed: Any = 4, **given: Any) -> torch.Tensor:
@@ -29,7 +29,7 @@ def made(prompts: Any = PROMPTS, seed: Any = 4, **given: Any) -> torch.Tensor:
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "lcm"])
 def test_a_clip_does_not_depend_on_its_neighbours(scheduler: str):
     together = made(scheduler=scheduler)
-    assert together.shape == (2, 4, 3, 16, 16)
+    assert together.shape == (2, 4, 2, 16, 16)
     torch.testing.assert_close(together[1:], made(PROMPTS[1], 5, scheduler=scheduler), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made(scheduler=scheduler, batch_size=1), together, rtol=1e-4, atol=1e-4)
 
@@ -38,25 +38,25 @@ def test_given_latents_say_how_many_frames_and_go_on_where_they_were():
     steps: dict[int, torch.Tensor] = {}
     model = tiny_model("animatediff")
     whole = generate(model, PROMPTS, seed=4, **FAST, on_step=lambda step: steps.update({step.i: step.x})).latents
-    noise = torch.randn(2, 4, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert generate(model, PROMPTS, latents=noise, steps=1, decode=False).latents.shape == noise.shape
     given = {name: value for name, value in FAST.items() if name != "frames"}
     again = generate(model, PROMPTS, latents=steps[0], start=1, **given).latents
     assert torch.equal(again, whole)
-    with pytest.raises(BadInput, match=r"2 frames of 32x32 pixels need \(b, 4, 2, 16, 16\)"):
-        generate(model, PROMPTS, latents=steps[0], frames=2, steps=1)
+    with pytest.raises(BadInput, match=r"3 frames of 32x32 pixels need \(b, 4, 3, 16, 16\)"):
+        generate(model, PROMPTS, latents=steps[0], frames=3, steps=1)
     with pytest.raises(BadInput, match=r"it must be a tensor \(b, c, f, h, w\)"):
         generate(model, PROMPTS, latents=steps[0][:, :, 0], steps=1)
 
 
 def test_a_recipe_makes_the_clip_again():
     model = tiny_model("animatediff")
-    result = generate(model, PROMPTS[0], seed=4, fps=12, **FAST)
+    result = generate(model, PROMPTS[0], seed=4, fps=12, **{**FAST, "frames": 3})
     assert (result.recipe["frames"], result.recipe["fps"]) == (3, 12)
     again = generate(model, **recipe_args(result.recipe), decode=False)
     assert torch.equal(again.latents, result.latents)
     own = generate(model, PROMPTS[0], steps=1, decode=False)
-    assert (own.recipe["frames"], own.recipe["fps"]) == (4, 8.0) and own.latents.shape[2] == 4
+    assert (own.recipe["frames"], own.recipe["fps"]) == (2, 8.0) and own.latents.shape[2] == 2
     assert generate(tiny_model("sd"), PROMPTS[0], steps=1, decode=False).recipe["frames"] is None
 
 
@@ -87,13 +87,13 @@ def test_the_gradient_of_a_loss_reaches_every_frame():
 
     look = Look()
     made(steps=1, interventions=look)
-    assert look.found.shape == (2, 4, 3, 16, 16)
+    assert look.found.shape == (2, 4, 2, 16, 16)
     assert (look.found.abs().amax((1, 3, 4)) > 0).all()
 
 
 def test_a_way_back_leads_to_the_clip():
     model = tiny_model("animatediff")
-    clip = made(PROMPTS[0], guidance=1.0)
+    clip = made(PROMPTS[0], guidance=1.0, steps=3)
     way = invert(model, clip, PROMPTS[0], steps=6, guidance=1.0, refine=3)
     back = generate(model, PROMPTS[0], latents=way.noise, steps=6, guidance=1.0, scheduler="ddim", decode=False).latents
     assert ((back - clip).norm() / clip.norm()).item() < 0.05
@@ -106,14 +106,14 @@ def test_recordings_hold_clips_and_their_attention(tmp_path):
     plain = made()
     assert torch.equal(generate(model, PROMPTS, seed=4, interventions=recorder, **FAST).latents, plain)
     recording = recorder.recording
-    assert recording is not None and recording.latents.shape == (4, 2, 4, 3, 16, 16)
+    assert recording is not None and recording.latents.shape == (3, 2, 4, 2, 16, 16)
     assert torch.equal(recording.latents[-1], plain)
     path = recording.save(tmp_path / "clip.safetensors")
     again = Recording.load(path)
-    assert torch.equal(again.at(3), plain)
-    sites = {site.kind: site for site in model.sites(frames=3)}
+    assert torch.equal(again.at(2), plain)
+    sites = {site.kind: site for site in model.sites(frames=2)}
     probs = again.call(1, sites["temporal"]).probs()
-    assert probs.shape[-2:] == (3, 3)  # from frame to frame
+    assert probs.shape[-2:] == (2, 2)  # from frame to frame
     torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:-1]))
     assert fingerprint(model) == before
 
@@ -149,7 +149,7 @@ def test_attention_from_frame_to_frame_can_be_edited():
 
     model = tiny_model("animatediff")
     before = fingerprint(model)
-    path = next(site.path for site in model.sites(frames=3) if site.kind == "temporal")
+    path = next(site.path for site in model.sites(frames=2) if site.kind == "temporal")
     layer, found = model.denoiser.get_submodule(path), []
     handle = layer.register_forward_hook(lambda layer, args, out: found.append((args[0], out)))
     try:

@@ -37,13 +37,8 @@ STEPS, SEED = 2, 5
 Make = Callable[[], Intervention]
 
 
-def plain(model: Model) -> str | None:
-    """A scheduler of one evaluation a step instead of PNDM, which needs more; otherwise the model's own (None)."""
-    return "ddim" if type(getattr(model.pipe, "scheduler", None)).__name__ == "PNDMScheduler" else None
-
-
 def run(model: Model, systems: Any = (), prompt: Any = PROMPT, **options: Any) -> Result:
-    given = {"steps": STEPS, "guidance": 3.0, "seed": SEED, "decode": False, "scheduler": plain(model), **options}
+    given = {"steps": STEPS, "guidance": 3.0, "seed": SEED, "decode": False, **options}
     return generate(model, prompt, interventions=systems, **given)
 
 
@@ -166,12 +161,12 @@ def check_frees(make: Make, model: Model) -> None:
 
 def check_deterministic(make: Make, model: Model) -> None:
     """Always the same: with the same object again, whatever the global random state is, and as another object did."""
-    system, own = make(), {"scheduler": None}  # the model's own scheduler, however often it evaluates in a step
-    first = run(model, system, decode=True, **own)
+    system = make()
+    first = run(model, system, decode=True)
     pictures = drawn(first)
     torch.rand(7)
-    again = run(model, system, decode=True, **own)
-    for other in (again, run(model, make(), **own)):
+    again = run(model, system, decode=True)
+    for other in (again, run(model, make())):
         assert same(other.latents, first.latents), "latents depend on more than the seed"
     assert drawn(again) == pictures, "pictures depend on more than the seed"
 
@@ -181,12 +176,11 @@ def check_batch_independent(make: Make, model: Model) -> None:
     system = make()
     if system.couples_samples:
         pytest.skip("couples its samples, and says so")
-    together = run(model, system, prompt=[PROMPT, OTHER_PROMPT, PROMPT], seed=[SEED, SEED + 1, SEED])
+    together = run(model, system, prompt=[OTHER_PROMPT, PROMPT], seed=[SEED + 1, SEED])
     single = alone(make, model).latents[0]
-    for place in (0, 2):
-        difference = (together.latents[place] - single).abs().max().item()
-        tolerance = 1e-3 * single.abs().max().item()
-        assert difference < tolerance, f"sample {place} of three differs by {difference:.2g} from the same one alone"
+    difference = (together.latents[1] - single).abs().max().item()
+    tolerance = 1e-3 * single.abs().max().item()
+    assert difference < tolerance, f"the second of two samples differs by {difference:.2g} from the same one alone"
 
 
 def check_wide_pictures(make: Make, model: Model) -> None:

@@ -9,7 +9,7 @@ from itertools import combinations
 def groups(
     items: Sequence[str],
     together: Callable[[str, str], bool],
-    size: int = 6,
+    size: int = 8,
     needed: Callable[[str, str], bool] = lambda one, other: True,
 ) -> list[list[str]]:
     """Groups of at most ``size`` items whose pairs all go ``together``, such that every such pair that is ``needed``

@@ -13,7 +13,7 @@ from sfumato.sampling import Path, generate
 from tests.tiny import tiny_model
 
 PROMPT = "a red cube and a blue ball"
-KINDS = ["sd", "sd2", "sdxl", "sd3", "flux", "pixart"]
+KINDS = ["sd", "sdxl", "sd3", "pixart"]
 LEFT = torch.zeros(32, 32)
 LEFT[:, :12] = 1
 

@@ -170,8 +170,8 @@ def test_one_step_of_learning_against_a_slow_reference(kind, monkeypatch):
     torch.testing.assert_close(found.alphas, network(inputs).detach(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_is_decomposed(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "sana"])
+def test_every_kind_of_family_is_decomposed(kind, tmp_path):
     model = tiny_model(kind, fresh=True)
     before = fingerprint(model)
     found = decompose(model, "red cube", **QUICK)

@@ -54,10 +54,10 @@ TABLE = {
                       said.split("give ")[1].rstrip(".").replace(" or ", ", ").split(", ")],
     ),
     "put all changes into one edited prompt": (
-        "sd", lambda m: draw(m, by=[_edit(), _edit(source="a cube and a ball")]), lambda m, said: draw(m, by=_edit()),
+        "sd3", lambda m: draw(m, by=[_edit(), _edit(source="a cube and a ball")]), lambda m, said: draw(m, by=_edit()),
     ),
     "give the seed, or the latents, of the recording": (
-        "sd", lambda m: draw(m, by=_edit(source=None, recording=_kept(m)), seed=4),
+        "sd3", lambda m: draw(m, by=_edit(source=None, recording=_kept(m)), seed=4),
         lambda m, said: [draw(m, by=_edit(source=None, recording=_kept(m)), seed=0),
                          draw(m, by=_edit(source=None, recording=_kept(m)), latents=_kept(m).latents[0])],
     ),
@@ -66,12 +66,12 @@ TABLE = {
         lambda said: method("pullback", from_prompt="a cube", **{named(r"give (\w+) too", said): 3}),
     ),
     "give mask (a picture, white there) or box=x0|y0|x1|y1": (
-        "sd", lambda m: draw(m, image=PICTURE, by=method("blend")),
+        "sd3", lambda m: draw(m, image=PICTURE, by=method("blend")),
         lambda m, said: [draw(m, image=PICTURE, by=method("blend", **given))
                          for given in (BOX, {"mask": [_grey(32, 32)]})],
     ),
     "give the run an image to begin from, or source": (
-        "sd", lambda m: draw(m, by=method("blend", **BOX)),
+        "sd3", lambda m: draw(m, by=method("blend", **BOX)),
         lambda m, said: [draw(m, by=method("blend", **BOX), image=PICTURE),
                          draw(m, by=method("blend", **BOX, source="a red cube"))],
     ),
@@ -85,31 +85,32 @@ TABLE = {
                          draw(m, by=ConceptAttention(concepts=["cube"], share=False))],
     ),
     "give at least one word, such as red=0.7": (
-        "sd", lambda m: draw(m, by=_mixture(mixture=["red=0"])),
+        "sd3", lambda m: draw(m, by=_mixture(mixture=["red=0"])),
         lambda m, said: draw(m, by=_mixture(mixture=[named(r"such as (\S+?)\.$", said)])),
     ),
     "write word=weight, such as red=0.7": (
-        "sd", lambda m: draw(m, by=_mixture(mixture=["red"])),
+        "sd3", lambda m: draw(m, by=_mixture(mixture=["red"])),
         lambda m, said: draw(m, by=_mixture(mixture=[named(r"such as (\S+?)\.$", said)])),
     ),
     "give word and mixture, as word=cube": (
-        "sd", lambda m: draw(m, by=_mixture(word=None)),
+        "sd3", lambda m: draw(m, by=_mixture(word=None)),
         lambda m, said: draw(m, by=_mixture(word=named(r"as word=(\w+)", said))),
     ),
     "give conceptor once for each word": (
-        "sd", lambda m: draw(m, by=[_mixture(), _mixture(mixture=["blue=1"])]),
+        "sd3", lambda m: draw(m, by=[_mixture(), _mixture(mixture=["blue=1"])]),
         lambda m, said: draw(m, by=[_mixture(), _mixture(word="ball", mixture=["blue=1"])]),
     ),
     "give one, and guidance above 1": (
-        "sd", lambda m: draw(m, by=DAAM(negative=True)),
+        "sd3", lambda m: draw(m, by=DAAM(negative=True)),
         lambda m, said: draw(m, by=DAAM(negative=True), negative="a dog", guidance=1.5),
     ),
     "make at least two (n=2 or samples=2)": (
-        "sd", lambda m: draw(m, by=_geometry(samples=1)),
+        "sd3", lambda m: draw(m, by=_geometry(samples=1)),
         lambda m, said: [draw(m, by=_geometry(samples=1), n=2), draw(m, by=_geometry(samples=2))],
     ),
     "prompts for 2 images; give one for all or one each": (
-        "sd", lambda m: _explained(m, ["a", "b", "c"]), lambda m, said: [_explained(m, "a"), _explained(m, ["a", "b"])],
+        "sd3", lambda m: _explained(m, ["a", "b", "c"]),
+        lambda m, said: [_explained(m, "a"), _explained(m, ["a", "b"])],
     ),
     "give 3 or more rows each": (
         None, lambda: estimate({"shape": (torch.rand(2, 4), torch.rand(2, 4))}),
@@ -131,7 +132,7 @@ TABLE = {
         lambda said: pooled(torch.rand(2, 3, 4, 5, 6), pool=named(r"pool=(\w+)", said)),
     ),
     "give a positive multiple of": (
-        "sd", lambda m: m.grid(33, 32), lambda m, said: m.grid(3 * int(named(r"multiple of (\d+)", said)), 32),
+        "sd3", lambda m: m.grid(33, 32), lambda m, said: m.grid(3 * int(named(r"multiple of (\d+)", said)), 32),
     ),
     "give 1 to ": (
         "animatediff", lambda m: draw(m, frames=99, steps=1),
@@ -142,43 +143,43 @@ TABLE = {
         lambda m, said: draw(m, image=[PICTURE] * 4),
     ),
     "texts for 1 prompts; give one for all or one each": (
-        "sd", lambda m: draw(m, negative=["a", "b"]), lambda m, said: draw(m, negative=["a"]),
+        "sd3", lambda m: draw(m, negative=["a", "b"]), lambda m, said: draw(m, negative=["a"]),
     ),
     "rows for 1 samples; give one for all, or one per sample": (
-        "sd", lambda m: draw(m, latents=torch.randn(2, 4, 16, 16)),
+        "sd3", lambda m: draw(m, latents=torch.randn(2, 4, 16, 16)),
         lambda m, said: draw(m, latents=torch.randn(1, 4, 16, 16)),
     ),
     "; resize it first": (
-        "sd", lambda m: draw(m, image=torch.zeros(1, 3, 48, 48), size=(32, 32)),
+        "sd3", lambda m: draw(m, image=torch.zeros(1, 3, 48, 48), size=(32, 32)),
         lambda m, said: draw(m, image=torch.zeros(1, 3, 32, 32), size=(32, 32)),
     ),
     "name words of it. Its words: ": (
-        "sd", lambda m: draw(m, "and of", by=method("attend_excite")),
+        "sd3", lambda m: draw(m, "and of", by=method("attend_excite")),
         lambda m, said: draw(m, "and of", by=method("attend_excite", words=[named(r"Its words: (\w+)", said)])),
     ),
     "has no noun that is recognised; name words of it": (
-        "sd", lambda m: draw(m, "and of", by=_ntlb()),
+        "sd3", lambda m: draw(m, "and of", by=_ntlb()),
         lambda m, said: draw(m, "and of", by=_ntlb(words=[named(r"Its words: (\w+)", said)])),
     ),
     "leave one of them out or give them different windows": (
-        "sd", lambda m: draw(m, "a red cube and a blue ball", by=[_edit(), method("attend_excite", words=["ball"])]),
+        "sd3", lambda m: draw(m, "a red cube and a blue ball", by=[_edit(), method("attend_excite", words=["ball"])]),
         lambda m, said: [draw(m, by=method("attend_excite", words=["ball"])), draw(m, by=_edit())],
     ),
     "give each mask, then each box, its phrase": (
-        "sd", lambda m: draw(m, by=_ntlb(phrases=["red cube", "blue ball"], **LEFT)),
+        "sd3", lambda m: draw(m, by=_ntlb(phrases=["red cube", "blue ball"], **LEFT)),
         lambda m, said: draw(m, by=_ntlb(phrases=["red cube"], **LEFT)),
     ),
     "give one all regions, with a word for each": (
-        "sd", lambda m: draw(m, by=[_shaped(**BOX), _shaped(words=["ball"], box=[0.5, 0, 1, 1])]),
+        "sd3", lambda m: draw(m, by=[_shaped(**BOX), _shaped(words=["ball"], box=[0.5, 0, 1, 1])]),
         lambda m, said: draw(m, by=_shaped(words=["cube", "ball"], box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
     ),
     "shape_guided needs a silhouette: give mask (a picture, white there) or box=x0|y0|x1|y1": (
-        "sd", lambda m: draw(m, by=_shaped()),
+        "sd3", lambda m: draw(m, by=_shaped()),
         lambda m, said: [draw(m, by=_shaped(**BOX)),
                          draw(m, by=_shaped(mask=[np.pad(_grey(32, 16), ((0, 0), (0, 16)))]))],
     ),
     "give one phrase per region": (
-        "sd", lambda m: draw(m, by=_shaped(box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
+        "sd3", lambda m: draw(m, by=_shaped(box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
         lambda m, said: draw(m, by=_shaped(words=["cube", "ball"], box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
     ),
     "give one per region": (
@@ -202,7 +203,7 @@ TABLE = {
         lambda m, said: draw(m, n=2, by=_shaped(source=["a"], **BOX), **_walk(image=[PICTURE, PICTURE])),
     ),
     "give each region words of its own": (
-        "sd", lambda m: draw(m, by=_shaped(words=["red cube", "cube"], box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
+        "sd3", lambda m: draw(m, by=_shaped(words=["red cube", "cube"], box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
         lambda m, said: draw(m, by=_shaped(words=["red cube", "ball"], box=[[0, 0, 0.4, 1], [0.6, 0, 1, 1]])),
     ),
     "name the phrases of both in one": (
@@ -218,14 +219,14 @@ TABLE = {
         lambda said: method("experts", models=["a", "b"], timesteps=[[0, 500], [500, 1000]]),
     ),
     "lower its strength": (
-        "sd", lambda m: draw(m, by=_clip(strength=1e25), steps=3), lambda m, said: draw(m, by=_clip(), steps=3),
+        "sd3", lambda m: draw(m, by=_clip(strength=1e25), steps=3), lambda m, said: draw(m, by=_clip(), steps=3),
     ),
     "choose one": (
         "sd", lambda m: draw(m, by=_apart("red cube"), compose=[("a dog", 1.0)]),
         lambda m, said: [draw(m, by=_apart("red cube")), draw(m, compose=[("a dog", 1.0)])],
     ),
     "make a second one if both are meant": (
-        "sd", lambda m: draw(m, by=[system := DAAM(), system]), lambda m, said: draw(m, by=[DAAM(), DAAM()]),
+        "sd3", lambda m: draw(m, by=[system := DAAM(), system]), lambda m, said: draw(m, by=[DAAM(), DAAM()]),
     ),
     "use ddim": (
         "sd", lambda m: draw(m, by=method("inject_fusion", content="a dog", boost=0.5), scheduler="euler"),
@@ -237,7 +238,7 @@ TABLE = {
         "sd", lambda m: _made(m, "a cube", negative="ugly <lora:x:1>"), lambda m, said: _lora(m, "<lora:example:1>"),
     ),
     "write it as 'and', or join texts by commas": (
-        "sd", lambda m: draw(m, negative="ugly AND blurred"),
+        "sd3", lambda m: draw(m, negative="ugly AND blurred"),
         lambda m, said: [draw(m, negative="ugly and blurred"), draw(m, negative="ugly, blurred")],
     ),
     "which reads LoHa and LoKr, too": (
@@ -253,7 +254,7 @@ TABLE = {
         lambda m, said: _lora(m, named(r"read: (<.*?>)", said).replace("NAME", "example")),
     ),
     "hypernetworks are not supported; leave it out": (
-        "sd", lambda m: _made(m, "a cube <hypernet:x:1>"), lambda m, said: draw(m, "a cube"),
+        "sd3", lambda m: _made(m, "a cube <hypernet:x:1>"), lambda m, said: draw(m, "a cube"),
     ),
     "give a file by --with lora:file=PATH instead": (
         "sd", lambda m: _made(m, "a cube <lora:../x:1>"), lambda m, said: _lora(m, "", "lora:file=example"),
@@ -284,9 +285,9 @@ TABLE = {
         None, lambda: _places("the first"),
         lambda said: [_places(each) for each in ("first 512", "last 77", "64:141") if f"'{each}'" in said],
     ),
-    "give at least one text": ("sd", lambda m: draw(m, []), lambda m, said: draw(m, ["a cube"])),
+    "give at least one text": ("sd3", lambda m: draw(m, []), lambda m, said: draw(m, ["a cube"])),
     "generators has 1 entries for 2 images; give one for each": (
-        "sd", lambda m: m.encode_image(torch.zeros(2, 3, 32, 32), [torch.Generator()]),
+        "sd3", lambda m: m.encode_image(torch.zeros(2, 3, 32, 32), [torch.Generator()]),
         lambda m, said: m.encode_image(torch.zeros(2, 3, 32, 32), [torch.Generator(), torch.Generator()]),
     ),
     "each side encoded by itself already; leave one of them out": (
@@ -294,7 +295,7 @@ TABLE = {
         lambda m, said: [draw(m, by=_shaped(**BOX)), draw(m, by=_apart("red cube"))],
     ),
     "with which this model was trained; use one of: ": (
-        "sd", lambda m: _zero(m, "heun"),
+        "sd3", lambda m: _zero(m, "heun"),
         lambda m, said: [_zero(m, name) for name in named(r"one of: (.*)\.$", said).split(", ")],
     ),
 }  # fmt: skip

@@ -38,7 +38,7 @@ OWN = {
     "flux": {"guidance_scale": 3.5},
     "qwenimage": {"true_cfg_scale": 3.5, "negative_prompt": " "},
     "pixart": {"guidance_scale": 5.0, "use_resolution_binning": False, "clean_caption": False},
-    "animatediff": {"guidance_scale": 5.0, "num_frames": 4},
+    "animatediff": {"guidance_scale": 5.0, "num_frames": 2},
 }
 """Kinds that both our loop and their own pipeline can draw, with what their call is told; younger families are held to
 their pipelines in `tests/parity/test_families.py`, attached systems included."""
@@ -256,7 +256,7 @@ def test_pipelines_made_at_home():
 def both(kind: str, systems: Any, **options: Any) -> tuple[Any, Any, Any]:
     """Latents of our loop, those of the pipeline with systems attached, and what they are held by."""
     model, pipe = tiny_model(kind), tiny_pipeline(kind)
-    frames = {"frames": 4} if kind == "animatediff" else {}
+    frames = {"frames": 2} if kind == "animatediff" else {}
     noise = torch.randn(2, *model.latent_shape(SIZE, SIZE, frames.get("frames")), generator=torch.manual_seed(3))
     prompts = [PROMPT, "a blue ball and a red cube"]
     guidance = OWN[kind].get("guidance_scale", 3.5)

@@ -32,7 +32,8 @@ def made(kind: str, name: str) -> Any:
     kind_of = getattr(diffusers, name, None) or getattr(schedulers, name)
     with quiet():
         try:
-            return kind_of.from_config(tiny_model(kind).pipe.scheduler.config)
+            own = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+            return kind_of.from_config(tiny_model(kind).pipe.scheduler.config, **own)
         except ImportError:
             pytest.skip("torchsde is not installed")
         except (TypeError, ValueError):
@@ -46,10 +47,10 @@ def test_a_sample_depends_on_its_own_seed_only(kind: str, name: str):
     model, scheduler = tiny_model(kind), made(kind, name)
     if scheduler is None:
         return
-    given: dict[str, Any] = {"steps": 3, "guidance": 1.0, "scheduler": scheduler, "decode": False}
+    given: dict[str, Any] = {"steps": 3, "guidance": 1.0, "scheduler": scheduler, "decode": False, "size": (16, 16)}
     serves = name.removesuffix("Scheduler") in (SERVES if kind == "sd" else FLOW)
     try:
-        batch = generate(model, [*PROMPTS, PROMPTS[1]], seed=[5, 6, 7], **given)
+        batch = generate(model, PROMPTS[1:] * 2, seed=[5, 6], **given)
     except SfumatoError as error:
         assert not serves and isinstance(error, BadInput | NotSupported) and len(str(error)) < 300
         return
@@ -61,7 +62,7 @@ def test_a_sample_depends_on_its_own_seed_only(kind: str, name: str):
     torch.rand(5)
     again = generate(model, **recipe_args(alone.recipe), decode=False)
     assert torch.equal(again.latents, alone.latents)
-    assert not torch.allclose(batch.latents[2:], alone.latents, atol=0.1)
+    assert not torch.allclose(batch.latents[:1], alone.latents, atol=0.1)
 
 
 def test_brownian_noise_is_that_of_the_pipeline():

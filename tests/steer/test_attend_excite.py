@@ -252,7 +252,9 @@ def test_thresholds_and_window_are_shares_of_progress(steps, expected, monkeypat
     assert sorted(system._levels) == expected and system._levels[0] == 0.05
     assert moved == list(range(steps // 2))
     system = AttendExcite()
-    generate(model, "a cube and a ball", steps=50, guidance=3.0, interventions=system, decode=False)  # PNDM: 51
+    generate(  # PNDM evaluates 51 times
+        model, "a cube and a ball", steps=50, guidance=3.0, scheduler="pndm", interventions=system, decode=False
+    )
     assert sorted(system._levels) == [0, 10, 20]
 
 

@@ -389,9 +389,9 @@ def test_refusals_are_one_line():
         ({"words": ["cube"], "box": [0, 0, 1, 1]}, {}, "whole picture"),
         ({"words": ["cube"], "box": [[0, 0, 0.4, 1], [0.5, 0, 0.7, 1]]}, {}, "2 regions and 1 words"),
         ({"words": ["cube"], "mask": HALF, "source": ["a dog"]}, {}, "no image"),
-        ({"words": ["cube"], "mask": HALF}, {**image, "scheduler": "ddim"}, "needs source"),
-        ({"words": ["cube"], "mask": HALF, "source": ["a dog"]}, image, "'ddim'"),
-        ({"words": ["cube"], "mask": HALF, "source": ["a", "b"]}, {**image, "scheduler": "ddim"}, "one per region"),
+        ({"words": ["cube"], "mask": HALF}, image, "needs source"),
+        ({"words": ["cube"], "mask": HALF, "source": ["a dog"]}, {**image, "scheduler": "pndm"}, "'ddim'"),
+        ({"words": ["cube"], "mask": HALF, "source": ["a", "b"]}, image, "one per region"),
         (
             {"words": ["cube"], "mask": HALF, "source": ["a dog"], "fresh": 0.5},
             {"image": picture(), "strength": 0.5, "scheduler": "ddim"},
