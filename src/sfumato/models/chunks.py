@@ -166,7 +166,7 @@ def _read(family: Family, texts: list[str], negatives: list[str] | None, guidanc
     except (IndexError, ValueError) as error:  # tokens or positions that an encoder's tables do not have
         raise BadInput(
             f"the text encoders of this {name} cannot read what its tokenizers make of a prompt ({first_line(error)}); "
-            f"load it with the text encoders and tokenizers that it was trained with."
+            f"load it with the text encoders that it was trained with, and their tokenizers."
         ) from error
     require_width(cond, family.config, name)
     return cond, uncond
