@@ -256,8 +256,21 @@ def check_saves(make: Make, model: Model, folder: Path) -> None:
     assert [left.name for left in folder.iterdir()] == ["kept"]
 
 
-class _Differs(Exception):
-    """The trajectory is another one: the rest need not be walked."""
+class _Enough(Exception):
+    """What is to be seen was seen: the rest need not be walked."""
+
+
+def _first_step(makes: Sequence[Make], model: Model) -> Tensor:
+    """Where the first step of a run leads, whose rest is not walked."""
+    reached: list[Tensor] = []
+
+    def stop(step: Step) -> None:
+        reached.append(step.x.clone())
+        raise _Enough
+
+    with contextlib.suppress(_Enough):
+        run(model, [make() for make in makes], on_step=stop)
+    return reached[0]
 
 
 def check_composes(makes: Sequence[Make], model: Model, left_out: Sequence[int] | None = None) -> None:
@@ -269,8 +282,9 @@ def check_composes(makes: Sequence[Make], model: Model, left_out: Sequence[int] 
     with unharmed(model):
         whole = run(model, [make() for make in makes], on_step=lambda step: trajectory.append(step.x.clone()))
         if len(set(roles)) == len(roles):
-            swapped = run(model, [make() for make in reversed(makes)])
-            assert same(whole.latents, swapped.latents), "roles fix the order, but the order given mattered"
+            assert same(trajectory[0], _first_step(makes[::-1], model)), (
+                "roles fix the order, but the order given mattered"
+            )
     for make, (name, coverage) in zip(makes, _by_name(makes, whole.coverage), strict=True):
         (expected,) = alone(make, model).coverage.values()
         assert coverage["steps"] == expected["steps"], f"{name} acts at other steps than alone"
@@ -284,9 +298,9 @@ def check_composes(makes: Sequence[Make], model: Model, left_out: Sequence[int] 
 
         def compare(step: Step) -> None:
             if not same(step.x, next(expected, torch.empty(0))):
-                raise _Differs
+                raise _Enough
 
-        with contextlib.suppress(_Differs):
+        with contextlib.suppress(_Enough):
             return not same(whole.latents, run(model, [make() for make in rest], on_step=compare).latents)
         return True
 

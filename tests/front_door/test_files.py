@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from transformers.initialization import no_init_weights
@@ -266,8 +266,8 @@ def test_nothing_but_the_tokenizer_can_be_missing(made: Any, kind: str, shipped:
     model = load(file, config=tmp_path)  # one tokenizer serves both encoders; they pad otherwise
     names = [name for name in ("tokenizer", "tokenizer_2") if name in pipe.components]
     assert [getattr(model.pipe, n).pad_token for n in names] == [getattr(pipe, n).pad_token for n in names]
-    ours = generate(model, PROMPT, steps=2, size=(32, 32), decode=False)
-    peer = generate(load(file, config=config), PROMPT, steps=2, size=(32, 32), decode=False)
+    given = {"steps": 2, "size": (32, 32), "scheduler": DDIMScheduler(), "decode": False}
+    ours, peer = (generate(each, PROMPT, **given) for each in (model, load(file, config=config)))
     torch.testing.assert_close(ours.latents, peer.latents, rtol=0, atol=1e-5)
 
 
