@@ -267,7 +267,7 @@ def test_folders_too_small_for_a_figure(bare, renders, tmp_path, clip_folder):
     one = write_renders(tmp_path / "one", 1)
     with pytest.raises(BadInput, match="at least 2 pictures"):
         judge_folder(one, renders, metrics=["frechet"], **net)
-    alone = judge_folder(one, metrics=["clip_score"], **net)
+    alone = judge_folder(one, metrics=["clip_score"], clip=net["clip"])
     assert alone.to_json()["figures"][f"CLIPScore({clip_folder})"]["low"] is None
     with pytest.raises(BadInput, match="both the folder and its reference"):
         judge_folder(renders, renders)
