@@ -116,3 +116,9 @@ def test_an_unknown_pipeline_is_refused_with_the_known_ones(tmp_path: Path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "UnheardOfPipeline"}))
     with pytest.raises(NotSupported, match="'UnheardOfPipeline' is not supported; known: .*QwenImagePipeline"):
         outline(tmp_path)
+
+
+def test_a_pipeline_that_cannot_be_had_is_refused_with_the_reason(tmp_path: Path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
+    with pytest.raises(NotSupported, match="KolorsPipeline is not supported: .*sentencepiece.*no word could be found"):
+        outline(tmp_path)
