@@ -8,6 +8,7 @@ from __future__ import annotations
 ELSEWHERE = {
     "give it one as reference": "tests/parity/test_references.py::test_what_cannot_be_looked_at_is_refused",
     "reads texts beside a picture only; give one as reference": "tests/parity/test_references.py::test_texts_of_an_editor_are_read_beside_a_picture",
+    "put tokenizer_config.json beside its words": "tests/front_door/test_folders.py::test_tokenizers_that_do_not_say_how_they_pad",
     "use 'ddim'": "tests/models/test_schedulers.py::test_names_that_do_not_fit",
     "give captions or labels that differ": "tests/edit/test_net2net.py::test_what_cannot_be_translated_is_refused",
     "give scheduler ": "tests/models/test_schedulers.py::test_names_that_do_not_fit",

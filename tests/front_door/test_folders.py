@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato import cards
-from sfumato.errors import BadWeights, NotFinite, NotSupported
+from sfumato.errors import BadInput, BadWeights, NotFinite, NotSupported
 from sfumato.models import Model, codec, load, quiet
 from sfumato.models.families import UNSUPPORTED, siblings
 from sfumato.models.folder import UNUSED, LoadedOtherwise, load_part, pipeline_of
@@ -163,6 +163,18 @@ def test_tokenizers_that_state_no_length(
         assert torch.equal(
             made.latents, generate(tiny_model(kind), PROMPT, steps=1, size=(32, 32), decode=False).latents
         )
+
+
+def test_tokenizers_that_do_not_say_how_they_pad(folder: Callable[[str], Path]):
+    path = folder("sd3")
+    says = path / "tokenizer_2" / "tokenizer_config.json"
+    own = says.read_text(encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (says.parent / name).unlink(missing_ok=True)
+    with pytest.raises(BadInput, match="tokenizer_2 does not say how texts are padded; put tokenizer_config"):
+        load(path)
+    says.write_text(own, encoding="utf-8")
+    assert load(path).pipe.tokenizer_2.pad_token == tiny_pipeline("sd3").tokenizer_2.pad_token == "!"
 
 
 # --- autoencoders -----------------------------------------------------------------------------------------------------

@@ -180,6 +180,8 @@ def load_part(folder: Path, entry: list[Any], dtype: torch.dtype) -> tuple[Any, 
             read_header(path)
         settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         settings["torch_dtype" if library == "diffusers" else "dtype"] = dtype
+    elif issubclass(kind, transformers.PreTrainedTokenizerBase):
+        _refuse_unsaid_padding(folder)
     stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
     try:
         with quiet(), _spelt(folder, files, stem) as readable:
@@ -200,6 +202,16 @@ def _processor(folder: Path, class_name: str) -> Processor:
             return Processor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever the broken file made it stumble over
         raise BadInput(f"cannot load {folder} as {class_name}: {first_line(error)}.") from error
+
+
+def _refuse_unsaid_padding(folder: Path) -> None:
+    """A tokenizer of words alone pads as its class does by default, which for a second CLIP is another way than its
+    encoder was trained with: other pictures, without a word."""
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "special_tokens_map.json")):
+        raise BadInput(
+            f"{folder} does not say how texts are padded; put tokenizer_config.json beside its words, from where the "
+            "model is from."
+        )
 
 
 def _refuse_quantized(folder: Path) -> None:
