@@ -44,13 +44,8 @@ def pytest_collection() -> Iterator[object]:
         gc.enable()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file is one process's; so is the contract, whose files remember what each system gives alone. What starts
-    processes of its own, and waits for them, comes first, so that others fill the time; then the longest files, so that
-    none is left over at the end."""
-    first = ("test_scale", "test_contract", "test_composition")
+    """What starts processes of its own, and waits for them, comes first, so that others fill the time; then the longest
+    files, so that none is left over at the end."""
+    first = ("test_scale", "test_second_device", "test_adding", "test_packaging", "test_contract", "test_composition")
     items.sort(key=lambda item: next((i for i, name in enumerate(first) if name in item.nodeid), len(first)))
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("contract" if file.startswith("tests/contract/") else file))

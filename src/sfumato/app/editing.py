@@ -134,7 +134,7 @@ def edit(
         allow: files, or folders of files, that systems in a picture's recipe may open (:func:`.cards.refuse_files`).
         options: parameters of the editing system (``sfumato methods KEY``), and those of :class:`EditOptions` that it
             takes: ``steps``, ``guidance``, ``size``, ``seed``, ``scheduler``, ``strength``, ``inner``, ``refine``,
-            ``invert``. What a system calls strength itself is said within it: ``prompt_to_prompt:strength=0.5``.
+            ``invert``. What a system calls strength itself is said within it: ``KEY:strength=0.5``.
 
     Raises:
         BadInput: no recipe and no ``from_``, or an option is out of its range. NoMatch: a word is in neither prompt.
