@@ -15,6 +15,28 @@ from sfumato import cards, registry
 from sfumato.toybox import Scene, render
 
 
+def test_a_folder_is_inspected_facts_first(sfumato, tiny_sd, monkeypatch):
+    """What is known at once is printed before memory is worked out, which takes long."""
+
+    def walk(model, keys=None, on_progress=None):
+        on_progress(0, 20, "daam")
+        if stopped:
+            raise KeyboardInterrupt
+        return {"daam": 3 * 2**20, "attend_excite": None}
+
+    monkeypatch.setattr("sfumato.sampling.footprint.adds", walk)
+    stopped = False
+    done = sfumato("models", tiny_sd, "--inspect")
+    facts, sites, systems = done.out.split("\n\n", 2)
+    assert done.code == 0 and "32x32" in facts and "cross" in sites and "16x16" in sites
+    memory = {line.split()[0]: line.split()[1:] for line in systems.splitlines() if line.split()}
+    assert memory["daam"] == ["+", "3.0"] and memory["attend_excite"] == memory["lora"] == ["+"]
+    stopped = True
+    cut = sfumato("models", tiny_sd, "--inspect")
+    assert cut.code == 130 and cut.out.rstrip("\n") == f"{facts}\n\n{sites}".rstrip("\n")
+    assert sfumato("models", tiny_sd, "--inspect", "--json").out == ""  # whole, or nothing
+
+
 def test_version_and_help(sfumato):
     assert sfumato("--version").out == f"sfumato {package.__version__}\n"
     assert sfumato().code == 2

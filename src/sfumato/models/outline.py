@@ -20,7 +20,7 @@ from sfumato.models.site import Site
 from sfumato.models.weights import read_json
 from sfumato.valid import first_line
 
-__all__ = ["described", "outline"]
+__all__ = ["add_memory", "described", "facts_of", "outline"]
 
 
 def outline(name_or_path: str | Path) -> Model:
@@ -94,13 +94,21 @@ def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, Any]] 
     there, one call of one picture in float32; the fused kernel keeps none.
     """
     model = outline(name_or_path)
+    facts = facts_of(model)
+    if adds is not None:
+        add_memory(facts, adds(model))  # last: it changes the model
+    return facts
+
+
+def facts_of(model: Model) -> dict[str, Any]:
+    """What :func:`described` says of a model of :func:`outline`, the memory that systems add aside."""
     height, width = model.default_size
     frames = model.frames()
     sites = model.sites()
     counts: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         counts.setdefault((site.kind, site.frames, site.grid, site.heads), []).append(site)
-    facts: dict[str, Any] = {
+    return {
         "model": model.name,
         "family": model.family.name,
         "parameters": {key: sum(p.numel() for p in part.parameters()) for key, part in model.modules.items()},
@@ -113,12 +121,13 @@ def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, Any]] 
         "sites": [_row(held) for held in counts.values()],
         "systems": [{"system": key, "runs": _lacking(model, card) or "+"} for key, card in cards.methods().items()],
     }
-    if adds is not None:
-        known = adds(model)  # last: it changes the model
-        for row in facts["systems"]:
-            count = known.get(row["system"])
-            row["adds"] = round(count / 2**20, 1 if count < 2**24 else None) if isinstance(count, int) else count
-    return facts
+
+
+def add_memory(facts: dict[str, Any], known: dict[str, Any]) -> None:
+    """Writes into the rows of the systems how much each adds in MiB: ``known`` in bytes, by system."""
+    for row in facts["systems"]:
+        count = known.get(row["system"])
+        row["adds"] = round(count / 2**20, 1 if count < 2**24 else None) if isinstance(count, int) else count
 
 
 def _row(held: list[Site]) -> dict[str, Any]:

@@ -258,12 +258,15 @@ def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Us
     return Use(counted.peak, kept)
 
 
-def adds(model: Model, keys: Iterable[str] | None = None) -> dict[str, int | str | None]:
+def adds(
+    model: Model, keys: Iterable[str] | None = None, on_progress: Callable[[int, int, str], None] | None = None
+) -> dict[str, int | str | None]:
     """How many bytes each system that takes part in drawing, or each of these ``keys``, adds to it, for one picture or
     clip of the model's own size, steps and dtype; "refused" where a recording would grow too large; None where that
     depends on numbers. ``model``: of :func:`.outline`; it is changed. What a file holds is taken to be of usual size
     (:meth:`.Intervention.usual_bytes`). Systems that keep more with every step are walked for five and ten steps,
-    others for one or two.
+    others for one or two. ``on_progress`` is told before each of them: how many were walked, of how many, and which
+    comes.
     """
     _compute_elsewhere(model)
     height, width = model.default_size
@@ -285,18 +288,24 @@ def adds(model: Model, keys: Iterable[str] | None = None) -> dict[str, int | str
         added, last = walked(min(2 * STEPS, total))  # what is kept in a share of the steps grows by that share
         return max(0, added + (last - later) * max(0, total - 2 * STEPS) // STEPS)
 
+    wanted = {
+        key: card
+        for key, card in cards.methods().items()
+        if (keys is None or key in keys)
+        and all(map(model.family.has, card.needs))
+        and issubclass(cards.method(key), Intervention)
+    }
     found: dict[str, int | str | None] = {}
-    for key, card in cards.methods().items():
-        if keys is not None and key not in keys:
-            continue
-        if all(map(model.family.has, card.needs)) and issubclass(cards.method(key), Intervention):
-            found[key] = None
-            with contextlib.suppress(Exception):  # code stumbles over numbers that are not there in whatever way
-                usual = cards.method(key).usual_bytes(model)
-                try:
-                    found[key] = more(functools.partial(cards.build, card.example or key)) if usual is None else usual
-                except RecordingTooLarge:
-                    found[key] = "refused"
+    for key, card in wanted.items():
+        if on_progress is not None:
+            on_progress(len(found), len(wanted), key)
+        found[key] = None
+        with contextlib.suppress(Exception):  # code stumbles over numbers that are not there in whatever way
+            usual = cards.method(key).usual_bytes(model)
+            try:
+                found[key] = more(functools.partial(cards.build, card.example or key)) if usual is None else usual
+            except RecordingTooLarge:
+                found[key] = "refused"
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,17 +35,20 @@ def models(
     if inspect:
         if name is None or export is not None:
             raise BadInput("--inspect needs the name or folder of a model, and nothing besides.")
-        from sfumato.models.outline import described
+        from sfumato.models.outline import add_memory, facts_of, outline
         from sfumato.sampling.footprint import adds
 
-        facts = described(name, adds)
+        model = outline(name)
+        facts = facts_of(model)
+        if not json_:  # at once: memory takes a minute or more
+            show.table(("what", ""), [(key, str(value)) for key, value in facts.items() if key not in _TABLES])
+            _table(facts, "sites")
+        with show.bar("systems", after=0) as bar:
+            add_memory(facts, adds(model, on_progress=lambda done, total, key: bar(done, total, 0.0, f"memory: {key}")))
         if json_:
             show.json_text(facts)
         else:
-            show.table(("what", ""), [(key, str(value)) for key, value in facts.items() if key not in _TABLES])
-            for key, titles in _TABLES.items():
-                typer.echo()
-                show.table(titles, [tuple("" if x is None else str(x) for x in row.values()) for row in facts[key]])
+            _table(facts, "systems")
     elif export is not None:
         if name is None:
             raise BadInput("--export needs the name of a model, such as sfumato models toy-sd --export toy-sd.")
@@ -60,3 +63,8 @@ def models(
             for key, card in app.models().items()
         ]
         show.table(("name", "kind", "what it is"), rows)
+
+
+def _table(facts: dict[str, Any], key: str) -> None:
+    typer.echo()
+    show.table(_TABLES[key], [tuple("" if x is None else str(x) for x in row.values()) for row in facts[key]])
