@@ -181,6 +181,23 @@ def test_like_finds_a_folder_of_ones_own_again(sfumato, refused, tiny_sd, loaded
         refused("make", "--like", strange, says=["neither built in nor here"])
 
 
+def test_a_folder_named_from_elsewhere_is_found_beside_the_picture(sfumato, refused, tiny_sd, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "mine").symlink_to(tiny_sd)
+    monkeypatch.chdir(home)
+    made = sfumato("make", "a cube", "--model", "mine", "--steps", 1, "-o", "drawn/here").lines[0]
+    picture = home / made
+    monkeypatch.chdir(tmp_path)
+    again = sfumato("make", "--like", picture, "-o", "again.png")
+    assert again.lines == ["again.png"] and (pixels("again.png") == pixels(picture)).all()
+    assert files.read_recipe(picture)[0]["model"] == "mine"
+    edited = sfumato("edit", picture, "a ball", "-o", "edit.png").lines
+    assert edited and edited[0] == "edit.png"
+    moved = picture.rename(tmp_path / "moved.png")
+    refused("make", "--like", moved, says=["'mine'", "neither built in nor here"])
+
+
 def test_prompts_from_a_file(sfumato, tiny_sd):
     Path("many.jsonl").write_text('{"prompt": "a cube", "seed": 4}\n\n{"prompt": "a ball", "n": 2}\n', encoding="utf-8")
     outcome = sfumato("make", "--prompts", "many.jsonl", "--model", tiny_sd, *FAST, "--grid")

@@ -117,8 +117,9 @@ def like(picture: Path, overrides: dict[str, Any], batch: JobBatch) -> JobBatch:
     return replace(batch, jobs=[job], model=model, with_=with_, dtype=dtype, expected=expected, same_weights=own)
 
 
-def model_of(recipe: dict[str, Any], picture: Path) -> str:
-    """The model that a recipe names: a built-in one, or a folder or file that lies here. Whether its weights are those
+def model_of(recipe: dict[str, Any], picture: Path, beside: Path | None = None) -> str:
+    """The model that a recipe names: a built-in one, or a folder or file that lies here; what was named from another
+    folder than this one, from one in which the picture, or what it lies ``beside``, is. Whether its weights are those
     of the recipe shows when it is loaded (:func:`check_weights`).
 
     Raises BadInput for any other, such as a Hub id: a picture must not start a download.
@@ -132,8 +133,10 @@ def model_of(recipe: dict[str, Any], picture: Path) -> str:
     if isinstance(named, str) and isinstance(recipe.get("hash"), str) and not elsewhere:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long for a path, a zero byte
             path = Path(named).expanduser()
-            if checkpoints.is_pipeline(path) or (path.suffix == ".safetensors" and path.is_file()):
-                return named
+            for folder in (Path(), *(beside or picture).resolve().parents[:4]):
+                found = folder / path  # which is the path itself where that is absolute
+                if checkpoints.is_pipeline(found) or (found.suffix == ".safetensors" and found.is_file()):
+                    return named if folder == Path() else str(found)
     raise BadInput(
         f"{picture} was made with the model {str(named)[:200]!r}, which is neither built in nor here; "
         "say --model yourself to load it, or another one."

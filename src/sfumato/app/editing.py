@@ -378,7 +378,7 @@ def edit_file(
     model: Any = batch.model
     same = model is None and bool(expected)
     if same:
-        model = model_of(expected, Path("the edit"))
+        model = model_of(expected, Path("the edit"), beside=picture)
     with writing.output(out) as (folder, named):
         if model is not None and (batch.dtype or batch.device != "cpu" or batch.config):
             model = batch.load(model)
