@@ -163,9 +163,20 @@ def test_claims_need_the_repository(refused, monkeypatch):
     refused("claims", says=["clone it"])
 
 
-def test_claims_run_from_the_repository(sfumato, tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "claims"]:
-        monkeypatch.delitem(sys.modules, name)  # another test may have imported the real ones
+@pytest.fixture
+def other_claims():
+    """Claims of another folder may be imported; the real ones are what others know, before and afterwards."""
+
+    def taken():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "claims"}
+
+    own = taken()
+    yield
+    taken()
+    sys.modules.update(own)
+
+
+def test_claims_run_from_the_repository(sfumato, tmp_path, other_claims):
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
     (tmp_path / "claims" / "__init__.py").write_text("")
