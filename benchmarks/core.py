@@ -15,7 +15,7 @@ from typing import Any
 
 from sfumato.errors import SfumatoError
 from sfumato.metrics import stats
-from sfumato.writing import atomic_write
+from sfumato.writing import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -161,5 +161,4 @@ def _met(met: bool | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    write_text(path, text)

@@ -22,7 +22,7 @@ from claims import sources
 from claims.bars import Bar
 from sfumato import registry
 from sfumato.errors import BadInput, UnknownName
-from sfumato.writing import atomic_write
+from sfumato.writing import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -243,8 +243,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def write(path: Path, text: str) -> None:
     """Writes beside and renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    write_text(path, text)
 
 
 def has(context: Context, name: str) -> bool:

@@ -42,6 +42,7 @@ __all__ = [
     "reserved",
     "slug",
     "remove_partial",
+    "write_text",
 ]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -130,6 +131,12 @@ def atomic_write(path: Path | str, new: bool = False) -> Iterator[IO[bytes]]:
             _put_new(beside, path) if new else os.replace(beside, path)
     except OSError as error:  # tell the name the caller knows
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_text(path: Path | str, text: str, new: bool = False) -> None:
+    """A whole file of ``text`` in UTF-8; see :func:`atomic_write`."""
+    with atomic_write(path, new) as file:
+        file.write(text.encode())
 
 
 def _put_new(beside: Path, path: Path) -> None:

@@ -330,8 +330,7 @@ def _to_peft(modules: list[Module], target: Path) -> list[Path]:
                     tensors[f"base_model.model.{each.path}.{named.get(part, part)}"] = (
                         tensor.flatten() if part == "magnitude" else tensor
                     )
-            with writing.atomic_write(folder / "adapter_config.json") as file:
-                file.write(json.dumps(_peft_settings(several), indent=1).encode())
+            writing.write_text(folder / "adapter_config.json", json.dumps(_peft_settings(several), indent=1))
             written.append(files.save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"}))
     return written
 

@@ -148,8 +148,7 @@ class Report:
             (".json", valid.json_text(self.to_json(), indent=1, ascii_only=True) + "\n"),
             (".html", valid.shown(self.html())),
         ):
-            with writing.atomic_write(folder / f"{name}{suffix}") as file:
-                file.write(text.encode())
+            writing.write_text(folder / f"{name}{suffix}", text)
             self.files.append(folder / f"{name}{suffix}")
         for plot, image in self.plots.items():
             path = folder / f"{name}-{writing.slug(plot)}.png"

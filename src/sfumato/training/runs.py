@@ -249,8 +249,7 @@ class TrainingRun:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= self.trainer.step:
                     lines.append(line + "\n")
-        with writing.atomic_write(path) as file:
-            file.write("".join(lines).encode())
+        writing.write_text(path, "".join(lines))
 
     def measure(self) -> dict[str, float]:
         """The quality of the averaged weights, for the card; main process only."""
@@ -346,6 +345,5 @@ def _run(
         result.quality = this.measure()
         result.exported = this.export(out or this.folder / "export", result.quality)
     record = {**asdict(result), "folder": str(this.folder), "exported": str(result.exported or "")}
-    with writing.atomic_write(this.folder / "result.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
+    writing.write_text(this.folder / "result.json", json.dumps(record, indent=1))
     return result

@@ -231,8 +231,8 @@ class Segmented:
             row = {"file_name": f"foreground/{name}.png", "text": self.concept, "mask": f"masks/{name}.png"}
             rows.append({**row, "refined": f"refined/{name}.png", "learnt_from": bool(self.refined[i].any())})
             rows.append({"file_name": f"background/{name}.png", "text": "", "mask": None})
-        with writing.atomic_write(folder / "metadata.jsonl") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        writing.write_text(folder / "metadata.jsonl", "".join(lines))
         weights = self.segmenter.save(folder / "segmenter.safetensors", self.concept)
         return [*(folder / "masks" / f"{name}.png" for name in names), weights]
 

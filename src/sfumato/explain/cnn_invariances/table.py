@@ -100,8 +100,7 @@ class InvarianceTable:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json``, ``<stem>.png`` and the flow of every layer in the folder ``<stem>``."""
-        with writing.atomic_write(folder / f"{stem}.json", new) as file:
-            file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
+        writing.write_text(folder / f"{stem}.json", json.dumps(self.to_json(), indent=1) + "\n", new)
         written = [folder / f"{stem}.json", files.save_png(folder / f"{stem}.png", self.picture(), {"net": self.net})]
         for row in self.layers:
             written.append(row.record.translator.save(folder / stem / writing.slug(row.layer)))

@@ -144,11 +144,9 @@ class Decomposition:
         folder, name = Path(folder), name or f"conceptor-{writing.slug(self.concept or 'pictures')}"
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        with writing.atomic_write(folder / f"{name}.json") as file:
-            file.write((json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        writing.write_text(folder / f"{name}.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         written.append(folder / f"{name}.json")
-        with writing.atomic_write(folder / f"{name}.html") as file:
-            file.write(self.report().html().encode())
+        writing.write_text(folder / f"{name}.html", self.report().html())
         written.append(folder / f"{name}.html")
         if self.vectors:
             word = f"<{writing.slug(self.concept or 'concept')}>"

@@ -107,8 +107,7 @@ class BlockReading:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json``, the flow in the folder ``<stem>``, and pictures where the net decodes."""
-        with writing.atomic_write(folder / f"{stem}.json", new) as file:
-            file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
+        writing.write_text(folder / f"{stem}.json", json.dumps(self.to_json(), indent=1) + "\n", new)
         written = [folder / f"{stem}.json", self.interpretation.save(folder / stem)]
         if self.network.decode is not None:
             about = {"net": self.network.name}

@@ -44,8 +44,7 @@ class LayerTable:
 
     def save(self, folder: Path, stem: str, new: bool = False) -> list[Path]:
         """Writes ``<stem>.json`` and ``<stem>.png``; returns them. ``new``: FileExistsError if they are there."""
-        with writing.atomic_write(folder / f"{stem}.json", new) as file:
-            file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
+        writing.write_text(folder / f"{stem}.json", json.dumps(self.to_json(), indent=1) + "\n", new)
         return [folder / f"{stem}.json", files.save_png(folder / f"{stem}.png", self.picture(), {"net": self.net})]
 
 

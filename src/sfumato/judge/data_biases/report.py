@@ -165,8 +165,7 @@ class BiasReport:
     def save(self, folder: Path) -> list[Path]:
         """Writes ``data_biases.json``, ``data_biases.png`` and the flow in the folder ``flow``."""
         folder.mkdir(parents=True, exist_ok=True)
-        with writing.atomic_write(folder / "data_biases.json") as file:
-            file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
+        writing.write_text(folder / "data_biases.json", json.dumps(self.to_json(), indent=1) + "\n")
         about = {"sets": self.projection.sets}
         picture = files.save_png(folder / "data_biases.png", self.picture(), about)
         return [folder / "data_biases.json", picture, self.projection.save(folder / "flow")]

@@ -74,8 +74,7 @@ def prompt_set(
 
 def write_prompts(path: Path, prompts: Sequence[TaskPrompt]) -> Path:
     """Writes a file for ``sfumato make --prompts``: one JSON object with prompt, task and seed per line."""
-    with writing.atomic_write(path) as file:
-        file.write("".join(json.dumps(asdict(each)) + "\n" for each in prompts).encode())
+    writing.write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in prompts))
     return path
 
 
