@@ -60,10 +60,11 @@ def record() -> dict[str, Any]:
 
     def tiny(kind: str) -> Any:
         """As records have it: the first Stable Diffusion with PNDM, which came with it."""
+        if kind not in ("sd", "inpaint"):
+            return tiny_model(kind)
         model = tiny_model(kind, fresh=True)
-        if kind in ("sd", "inpaint"):
-            betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-            model.pipe.scheduler = PNDMScheduler(**betas, steps_offset=1, skip_prk_steps=True)
+        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        model.pipe.scheduler = PNDMScheduler(**betas, steps_offset=1, skip_prk_steps=True)
         return model
 
     models = {f"tiny-{kind}": (lambda kind=kind: tiny(kind), 2) for kind in kinds}

@@ -12,8 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["DENOISER", "LDM", "FileKey", "Index", "Place", "parameters_of_ldm", "places", "published", "read_key"]
+__all__ = [
+    "DENOISER",
+    "LDM",
+    "FileKey",
+    "Index",
+    "Place",
+    "parameters_of_ldm",
+    "places",
+    "published",
+    "read_key",
+    "word_beside",
+]
 
 DENOISER = "denoiser"
 LDM = "model.diffusion_model."  # before the names of a U-Net in files of the original code
@@ -295,3 +307,8 @@ def _ends(shapes: Mapping[str, tuple[int, ...]], more: Mapping[str, str]) -> Nam
     for old, new in {**more, "final_layer.linear": "proj_out"}.items():
         yield old, [(new, ())]
     yield "final_layer.adaLN_modulation.1", _swapped(shapes, "norm_out.linear")
+
+
+def word_beside(path: Path, number: int = 1) -> Path:
+    """Where the first, second ... word lies that was learnt together with the weights in ``path``."""
+    return path.with_stem(f"{path.stem}-word{number if number > 1 else ''}")

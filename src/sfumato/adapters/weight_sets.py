@@ -21,6 +21,7 @@ from sfumato.models.weights import find_weights, read_header
 __all__ = [
     "Weights",
     "WeightSets",
+    "at_hand",
     "checked_parameter",
     "parameter_like",
     "parameters_of",

@@ -26,7 +26,7 @@ from torch import cat as joined
 
 from sfumato import files
 from sfumato.adapters.formats import EMBED, MODIFIER, WORDS, Contents, read_contents
-from sfumato.adapters.naming import DENOISER, LDM, Index, parameters_of_ldm
+from sfumato.adapters.naming import DENOISER, LDM, Index, parameters_of_ldm, word_beside
 from sfumato.adapters.spelling import original_names, unet_shapes
 from sfumato.adapters.word import save_word
 from sfumato.errors import NoMatch, NotSupported
@@ -80,10 +80,9 @@ def convert_whole(held: Contents, target: Path, to: str, index: Index | None = N
 def save_words_beside(held: Contents, target: Path) -> list[Path]:
     """The words that lie beside the weights in a file of Custom Diffusion's own code, each in a file of its own."""
     out = []
-    for i, (word, places) in enumerate(held.vectors().items()):
+    for number, (word, places) in enumerate(held.vectors().items(), 1):
         (rows,) = places.values()
-        named = target.with_stem(f"{target.stem}-word{i + 1 if i else ''}")
-        out.append(save_word(named, word, {"text_encoder": rows}))
+        out.append(save_word(word_beside(target, number), word, {"text_encoder": rows}))
     return out
 
 
@@ -106,7 +105,7 @@ def _words(held: Contents) -> dict[str, Tensor]:
     """Word -> (k d): those of the file, or of the files that were written beside it when it was taught."""
     sources = [held]
     if not held.words:
-        beside = [held.path.with_stem(f"{held.path.stem}-word{i or ''}") for i in (0, *range(2, 64))]
+        beside = [word_beside(held.path, number) for number in range(1, 64)]
         sources = [read_contents(path) for path in beside if path.is_file()]
     out: dict[str, Tensor] = {}
     for source in sources:

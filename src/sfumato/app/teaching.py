@@ -151,8 +151,9 @@ def fresh(target: Path) -> Path:
     """A path for a file that is not there yet, in a folder that can be written to. Raises BadInput."""
     if target.suffix != ".safetensors":
         raise BadInput(f"-o {str(target)!r} must end in .safetensors: that is what every program reads.")
-    beside = target.with_stem(f"{target.stem}-word")  # what a word is called that is learnt with weights
-    if there := next((path for path in (target, beside) if path.exists()), None):
+    from sfumato.adapters.naming import word_beside
+
+    if there := next((path for path in (target, word_beside(target)) if path.exists()), None):
         raise BadInput(f"{there} exists; name a new file.")
     if not target.absolute().parent.is_dir():
         raise BadInput(f"-o {str(target)!r}: there is no folder {target.absolute().parent}; make it first.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sfumato.models.site import Site
 from sfumato.models.weights import read_json
 from sfumato.valid import first_line
 
-__all__ = ["add_memory", "described", "facts_of", "outline"]
+__all__ = ["add_memory", "described", "outline"]
 
 
 def outline(name_or_path: str | Path) -> Model:
@@ -85,23 +85,13 @@ def _weightless() -> Iterator[None]:
         yield
 
 
-def described(name_or_path: str | Path, adds: Callable[[Model], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Facts of a model as plain JSON values: family, size, tokens, capabilities, attention by kind and grid, and of
-    every system whether it runs or what the model lacks. ``adds``: says how many bytes systems add to drawing
-    (:func:`sfumato.sampling.footprint.adds`), told in MiB then, None where that cannot be told.
+def described(model: Model) -> dict[str, Any]:
+    """Facts of a model of :func:`outline` as plain JSON values: family, size, tokens, capabilities, attention by kind
+    and grid, and of every system whether it runs or what the model lacks.
 
     Of each kind of attention the explicit map is the memory that a system adds which edits scores or probabilities
     there, one call of one picture in float32; the fused kernel keeps none.
     """
-    model = outline(name_or_path)
-    facts = facts_of(model)
-    if adds is not None:
-        add_memory(facts, adds(model))  # last: it changes the model
-    return facts
-
-
-def facts_of(model: Model) -> dict[str, Any]:
-    """What :func:`described` says of a model of :func:`outline`, the memory that systems add aside."""
     height, width = model.default_size
     frames = model.frames()
     sites = model.sites()
@@ -124,7 +114,9 @@ def facts_of(model: Model) -> dict[str, Any]:
 
 
 def add_memory(facts: dict[str, Any], known: dict[str, Any]) -> None:
-    """Writes into the rows of the systems how much each adds in MiB: ``known`` in bytes, by system."""
+    """Writes into what :func:`described` says of systems how many MiB each adds to drawing, None where that cannot be
+    told. ``known``: bytes by system (:func:`sfumato.sampling.footprint.adds`, which changes the model: the facts come
+    first)."""
     for row in facts["systems"]:
         count = known.get(row["system"])
         row["adds"] = round(count / 2**20, 1 if count < 2**24 else None) if isinstance(count, int) else count

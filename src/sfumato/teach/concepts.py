@@ -25,7 +25,7 @@ from sfumato.teach.subject import Subject
 from sfumato.training import Draw
 from sfumato.training.samples import PICTURES
 
-__all__ = ["Concept", "ConceptsLoss", "draw_priors", "folders_of"]
+__all__ = ["Concept", "ConceptsLoss", "draw_priors", "folders_of", "require_class"]
 
 
 @dataclass(eq=False)
@@ -47,6 +47,12 @@ class Concept:
         """Of picture ``i``: its caption if that has the name in it."""
         caption = self.subject.captions[i]
         return caption if self.name in caption else self.prompt.format(self.phrase)
+
+
+def require_class(class_noun: str, key: str) -> None:
+    """Raises BadInput where the system ``key`` was not told what the pictures show."""
+    if not class_noun.strip():
+        raise BadInput(f"class_noun of {key} must be given: what the pictures show, such as ball.")
 
 
 def folders_of(data: str | Path, name: str, class_noun: str) -> list[tuple[Path | str, str, str]]:

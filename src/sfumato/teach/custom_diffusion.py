@@ -37,10 +37,10 @@ from sfumato.models.modes import frozen
 from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.teach.augment import resized
-from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
+from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of, require_class
 from sfumato.teach.denoising import Denoising
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import learn, recomputed, refuse_other_run
+from sfumato.teach.learning import learn, recomputed, refuse_other_run, run_settings
 from sfumato.teach.merging import merge_files
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.subject import Latents, Subject
@@ -111,8 +111,7 @@ class CustomDiffusion:
         p, work = self.params, work or Work()
         if p.merge:
             return self._compressed(model, merge_files(model, p.merge, data, p.prompt, p.ridge, self.CARD.key))
-        if not p.class_noun.strip():
-            raise BadInput("class_noun of custom_diffusion must be given: what the pictures show, such as ball.")
+        require_class(p.class_noun, self.CARD.key)
         towers = text_towers(model)
         concepts, rows = [], []
         for number, (folder, name, noun) in enumerate(folders_of(data, p.name, p.class_noun)):
@@ -136,10 +135,7 @@ class CustomDiffusion:
             Denoising(model, p.batch, p.seed, p.timesteps), concepts, encode, p.batch, p.prior_weight, p.flip, p.seed,
             resized if p.augment else None,
         )  # fmt: skip
-        settings = {
-            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
-            "pictures": [each.subject.hash for each in concepts],
-        }  # fmt: skip
+        settings = run_settings(self, model, pictures=[each.subject.hash for each in concepts])
         refuse_other_run(work, settings)
         if p.regular:
             for each in concepts:

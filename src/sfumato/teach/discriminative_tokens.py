@@ -31,7 +31,7 @@ from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.sampling.loop import open_run, walk
 from sfumato.sampling.request import checked_request
-from sfumato.teach.learning import BestTensors, learn, recomputed
+from sfumato.teach.learning import BestTensors, learn, recomputed, run_settings
 from sfumato.teach.parameters import TeachParams
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
@@ -146,8 +146,7 @@ class DiscriminativeTokens:
         optimizer = torch.optim.AdamW(list(lesson.best.learning), lr=p.lr, weight_decay=0.0)
         modules = {"word": lesson.best, "past": lesson.past}
         player = Player(lesson.loss, optimizer, modules, name="word", clip=p.clip)
-        settings = {"method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
-                    "target": target, "scorer": scorer.name}  # fmt: skip
+        settings = run_settings(self, model, target=target, scorer=scorer.name)
         with frozen(model), scorer.frozen(), recomputed(model, p.checkpointing):
             done = learn(
                 player, p.steps, name=self.CARD.key, work=work, settings=settings, accumulate=p.noises, seed=p.seed,

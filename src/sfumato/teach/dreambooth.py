@@ -33,10 +33,10 @@ from sfumato.models.modes import frozen
 from sfumato.models.readers import PLAIN
 from sfumato.models.text_towers import TextTower, text_towers
 from sfumato.protocol import Work
-from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of
+from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of, require_class
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import BestTensors, learn, recomputed, refuse_other_run
+from sfumato.teach.learning import BestTensors, learn, recomputed, refuse_other_run, run_settings
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
@@ -117,10 +117,7 @@ class DreamBooth:
         towers = text_towers(model)
         concepts = self._concepts(model, data, towers)
         learner = Learner(model, towers, concepts, p)
-        settings = {
-            "method": self.CARD.key, "params": p.model_dump(mode="json"), "model": model.weight_hash,
-            "pictures": [each.subject.hash for each in concepts],
-        }  # fmt: skip
+        settings = run_settings(self, model, pictures=[each.subject.hash for each in concepts])
         refuse_other_run(work, settings)
         if p.prior:
             draw_priors(model, concepts, p.prior, p.seed, work)
@@ -163,8 +160,7 @@ class DreamBooth:
 
     def _concepts(self, model: Model, data: Any, towers: list[TextTower]) -> list[Concept]:
         p = self.params
-        if not p.class_noun.strip():
-            raise BadInput("class_noun of dreambooth must be given: what the pictures show, such as ball.")
+        require_class(p.class_noun, self.CARD.key)
         found, taken = [], set(meant(model))
         for number, (folder, name, noun) in enumerate(folders_of(data, p.name, p.class_noun)):
             subject = Subject(model, folder, (p.size, p.size) if p.size else None, p.keep_aspect)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from sfumato import valid, writing
 from sfumato.errors import BadInput, Conflict, NotSupported
+from sfumato.models import Model
 from sfumato.protocol import Work
 from sfumato.training import FitResult, Player, Progress, checkpoint, fit
 from sfumato.training.processes import processes
 
-__all__ = ["BestTensors", "learn", "recomputed", "refuse_other_run", "several_processes"]
+__all__ = ["BestTensors", "learn", "recomputed", "refuse_other_run", "run_settings", "several_processes"]
 
 
 @contextlib.contextmanager
@@ -36,8 +37,7 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
     with work.alone():
         refuse_other_run(work, settings)
         if not work.resume:
-            with writing.atomic_write(record) as file:
-                file.write(valid.json_text(dict(settings), indent=1).encode())
+            writing.write_text(record, valid.json_text(dict(settings), indent=1))
         try:
             yield checkpoints
         except BaseException:
@@ -45,6 +45,13 @@ def opened(work: Work, settings: Mapping[str, Any]) -> Iterator[Path | None]:
                 shutil.rmtree(checkpoints, ignore_errors=True)
                 record.unlink(missing_ok=True)
             raise
+
+
+def run_settings(system: Any, model: Model, **data: Any) -> dict[str, Any]:
+    """What a run is told by when it is resumed: the system with its parameters, the model, and ``data``, what it learns
+    from (JSON values)."""
+    params = system.params.model_dump(mode="json")
+    return {"method": system.CARD.key, "params": params, "model": model.weight_hash, **data}
 
 
 def refuse_other_run(work: Work, settings: Mapping[str, Any]) -> None:

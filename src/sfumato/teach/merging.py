@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato import files, valid
 from sfumato.adapters.closed_form import Solver
 from sfumato.adapters.metadata import check_base
+from sfumato.adapters.naming import word_beside
 from sfumato.adapters.weights import Weights
 from sfumato.adapters.word import Word
 from sfumato.errors import BadInput, NotSupported
@@ -116,7 +117,7 @@ def merge_files(model: Model, names: Sequence[str], data: Any, prompt: str, ridg
     for name in names:
         weights = Weights(file=name)
         check_base(weights.contents.metadata, model, weights.path, forced=False)
-        word = Word(file=str(weights.path.with_stem(f"{weights.path.stem}-word")))
+        word = Word(file=str(word_beside(weights.path)))
         facts = valid.loads(weights.contents.metadata.get("sfumato.facts", "{}"))
         held = {f"{component}.{path}": value.detach() for component, each in weights.weights(model, 1.0).items()
                 for path, value in each.items()}  # fmt: skip

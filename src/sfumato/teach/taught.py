@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato import files, writing
 from sfumato.adapters.lora import save_lora
 from sfumato.adapters.metadata import training_metadata
+from sfumato.adapters.naming import word_beside
 from sfumato.adapters.word import save_word
 from sfumato.errors import BadInput
 from sfumato.markup import described
@@ -84,8 +85,8 @@ class Taught:
         t5 = [
             tower.name for tower in text_towers(self.model) if getattr(tower.encoder.config, "model_type", "") == "t5"
         ]
-        for i, (word, vectors) in enumerate(self.words.items()):
-            named = path if not out else path.with_stem(f"{path.stem}-word{i + 1 if i else ''}")
+        for number, (word, vectors) in enumerate(self.words.items(), 1):
+            named = word_beside(path, number) if out else path
             told = self.metadata({word: vectors})
             out[named] = partial(save_word, word=word, vectors=vectors, t5=t5, metadata=told)
         for name, picture in self.pictures.items():

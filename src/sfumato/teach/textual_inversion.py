@@ -31,7 +31,7 @@ from sfumato.models.modes import frozen
 from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
-from sfumato.teach.learning import BestTensors, learn, recomputed
+from sfumato.teach.learning import BestTensors, learn, recomputed, run_settings
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
@@ -112,8 +112,7 @@ class TextualInversion:
         best = BestTensors(lesson.parameters)
         optimizer = torch.optim.AdamW(list(best.learning), lr=p.lr, weight_decay=0.0)
         player = Player(lesson.loss, optimizer, best, name="word")
-        settings = {"method": self.CARD.key, "params": p.model_dump(mode="json"), "pictures": subject.hash}
-        settings["model"] = model.weight_hash
+        settings = run_settings(self, model, pictures=subject.hash)
         with frozen(model), recomputed(model, p.checkpointing):
             done = learn(
                 player, p.steps, name=self.CARD.key, work=work or Work(), settings=settings, best=best,

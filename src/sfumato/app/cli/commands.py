@@ -114,7 +114,7 @@ def _report(error: BaseException) -> int:
         error = error.__cause__  # typer takes the end of any file for Ctrl-D; nobody is asked anything here
     if isinstance(error, SfumatoError):
         message, code = str(error), error.exit_code
-    elif isinstance(error, KeyboardInterrupt):
+    elif isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # the latter is typer's
         message, code = "interrupted; nothing half-written is left.", WorkInterrupted.exit_code
     elif is_out_of_memory(error):
         message, code = (
@@ -128,8 +128,6 @@ def _report(error: BaseException) -> int:
         if not text:  # the bare command: its help is on the screen already
             return 2
         message, code = f"{text.rstrip('.')}. Try --help.", 2
-    elif type(error).__name__ == "Abort":
-        message, code = "interrupted; nothing half-written is left.", WorkInterrupted.exit_code
     else:
         message = f"unexpected {type(error).__name__}: {error}. Please report it with what --debug shows."
         code = 1

@@ -35,11 +35,11 @@ def models(
     if inspect:
         if name is None or export is not None:
             raise BadInput("--inspect needs the name or folder of a model, and nothing besides.")
-        from sfumato.models.outline import add_memory, facts_of, outline
+        from sfumato.models.outline import add_memory, described, outline
         from sfumato.sampling.footprint import adds
 
         model = outline(name)
-        facts = facts_of(model)
+        facts = described(model)
         if not json_:  # at once: memory takes a minute or more
             show.table(("what", ""), [(key, str(value)) for key, value in facts.items() if key not in _TABLES])
             _table(facts, "sites")
