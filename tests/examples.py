@@ -13,6 +13,7 @@ from tests.experts import write_expert
 
 LORA_MODULES = {
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 32,
+    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": 16,
     "transformer.transformer_blocks.1.attn.to_q": 16,
     "transformer.transformer_blocks.1.attn1.to_q": 16,
     "transformer.joint_transformer_blocks.0.attn.to_q": 32,

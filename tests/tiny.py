@@ -7,7 +7,7 @@ treat them as read-only, or take your own with ``fresh=True``.
 ==============  =====================================================================================================
 kind            what it is (pixels per latent: 2; pictures are 32x32 unless a size is given)
 ==============  =====================================================================================================
-sd              Stable Diffusion 1: epsilon, DDIM; 3 levels, cross attention at 16x16 and 8x8 and in the middle
+sd              Stable Diffusion 1: epsilon, DDIM; 2 levels, cross attention at 16x16 and in the middle, at 8x8
 sd2             Stable Diffusion 2: v-prediction, DDIM, linear projections, "!" as padding
 sdxl            two text encoders, pooled text and size conditions, Euler; cross attention at 8x8 only
 refiner         the SDXL refiner: the second text encoder alone, an aesthetic score (not in KINDS: it draws no picture)
@@ -80,6 +80,15 @@ KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "schnell", "pixa
 FRAMES = {"animatediff": 2, "wan": 5, "ltx": 9, "cogvideox": 9, "hunyuan": 9}
 SIZES = {"wan": (32, 48), "ltx": (32, 64), "cogvideox": (48, 80), "hunyuan": (48, 80)}
 
+#: how many tokens: attention among hundreds of paddings takes long
+TOKENS = {
+    **dict.fromkeys(("sd3", "sd35", "flux", "schnell", "kontext", "fill", "pixart", "pixart_alpha", "chroma"), 64),
+    **dict.fromkeys(("auraflow", "sana", "hidream", "z_image", "wan", "ltx", "cogvideox", "hunyuan"), 64),
+    "sd3clip": 0,
+    "klein": 48,
+    "flux2": 48,
+}
+
 # One token each in both tokenizers; every other word falls into several pieces ("green" -> g, re, e, n).
 WHOLE_WORDS = "a an and the of on in to left right small big red blue yellow black white cube ball cone dog cat".split()
 
@@ -90,18 +99,19 @@ def tiny_pipeline(kind: str, seed: int = 0, fresh: bool = False) -> DiffusionPip
     return copy.deepcopy(pipe) if fresh else pipe
 
 
-def tiny_model(kind: str, seed: int = 0, fresh: bool = False) -> Model:
-    """The same as a `sfumato.models.Model`."""
+def tiny_model(kind: str, seed: int = 0, fresh: bool = False, own_length: bool = False) -> Model:
+    """The same as a `sfumato.models.Model`; with ``own_length`` its texts are as long as the pipeline makes them."""
     card = {"sampling": {"size": [32, 32]}}
     if kind in FRAMES:
         card["sampling"] |= {"frames": FRAMES[kind], "size": list(SIZES.get(kind, (32, 32)))}
-    if kind == "sd3clip":
-        card["sampling"]["max_sequence_length"] = 0
-    if kind in ("klein", "flux2"):
-        card["sampling"]["max_sequence_length"] = 48  # its encoder has 27 layers, which pads to 512 take long
-    if kind in ("hidream", "z_image", "wan", "ltx", "cogvideox", "hunyuan"):
-        card["sampling"]["max_sequence_length"] = 64
+    if kind in TOKENS and not own_length:
+        card["sampling"]["max_sequence_length"] = TOKENS[kind]
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
+
+
+def length_of(model: Model) -> dict[str, int]:
+    """How long the texts of such a model are, as its pipeline is told; nothing where that is the pipeline's matter."""
+    return {key: value for key, value in model.card["sampling"].items() if key == "max_sequence_length"}
 
 
 def forget_pipelines() -> None:
@@ -215,12 +225,12 @@ def _stable_diffusion(version: int, inpaint: bool = False) -> StableDiffusionPip
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=9 if inpaint else 4,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(16, 32),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
-        attention_head_dim=2 if version == 1 else (2, 4, 4),
+        attention_head_dim=2 if version == 1 else (2, 4),
         use_linear_projection=version == 2,
         norm_num_groups=8,
     )
@@ -245,7 +255,7 @@ def _stable_diffusion(version: int, inpaint: bool = False) -> StableDiffusionPip
 def _animatediff() -> AnimateDiffPipeline:
     pictures = _stable_diffusion(1)
     motion = MotionAdapter(
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(16, 32),
         motion_layers_per_block=1,
         motion_mid_block_layers_per_block=1,
         motion_num_attention_heads=2,

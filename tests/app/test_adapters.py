@@ -35,15 +35,15 @@ def test_what_files_hold_and_fit(sfumato, lora, word, tiny_sd):
     done = sfumato("adapters", lora, word, "--model", tiny_sd)
     assert done.code == 0, done.err
     text = done.out
-    assert "LoRA (kohya); rank 4; alpha 2; 56 modules of denoiser, 12 modules of text_encoder" in text
+    assert "LoRA (kohya); rank 4; alpha 2; 32 modules of denoiser, 12 modules of text_encoder" in text
     assert (
         "modelspec.title: Toy" in text
         and "captions said most: red toy, grass" in text
-        and f"fits {tiny_sd}: yes: all 68 modules" in text
+        and f"fits {tiny_sd}: yes: all 44 modules" in text
     )
     assert "<rex> = 2 x 16 for one text encoder" in text and "yes: all 1 widths" in text
     told = json.loads(sfumato("adapters", lora, "--json").out)
-    assert told[0]["ranks"] == {"4": 68} and told[0]["algebras"] == ["LoRA"] and len(told[0]["hash"]) == 64
+    assert told[0]["ranks"] == {"4": 44} and told[0]["algebras"] == ["LoRA"] and len(told[0]["hash"]) == 64
     assert set(told[0]["fits"]) == {"toy-sd", "toy-sd3", "toy-sd-inpaint"}
     assert all(answer.startswith("no: ") for answer in told[0]["fits"].values())
 

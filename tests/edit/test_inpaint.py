@@ -17,7 +17,7 @@ from sfumato.models import load
 from sfumato.models.quiet import quiet
 from sfumato.sampling import generate
 from sfumato.steer.attend_excite import AttendExcite
-from tests.tiny import tiny_model, tiny_pipeline
+from tests.tiny import length_of, tiny_model, tiny_pipeline
 
 PROMPT = "a red cube and a blue ball"
 LEFT = torch.zeros(32, 32)
@@ -77,7 +77,7 @@ def test_flux_fill_is_its_pipeline(monkeypatch):
     monkeypatch.setattr(flux_fill, "retrieve_latents", lambda found, generator=None: found.latent_dist.mode())
     theirs = model.pipe(
         PROMPT, image=shown, mask_image=Image.fromarray((mask.numpy() * 255).astype(np.uint8)), width=48, height=32,
-        num_inference_steps=2, generator=torch.Generator().manual_seed(2), output_type="latent",
+        num_inference_steps=2, generator=torch.Generator().manual_seed(2), output_type="latent", **length_of(model),
     ).images  # fmt: skip
     given = {"steps": 2, "seed": 2, "image": shown, "strength": 1.0, "decode": False}
     ours = generate(model, PROMPT, interventions=Inpaint(mask=mask, hold=False), **given)

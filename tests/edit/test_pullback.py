@@ -138,7 +138,7 @@ def test_refusals_are_one_line():
     with pytest.raises(UnknownName, match="mid"):
         latents_at(model, 1, Pullback(layer="middle"))
     with pytest.raises(BadInput, match="it must be from 1 to"):
-        latents_at(model, 1, Pullback(rank=1000))
+        latents_at(model, 1, Pullback(rank=1000), size=(16, 16))
     image = torch.zeros(1, 3, 32, 32)
     with pytest.raises(BadInput, match="this run begins at 0.5"):
         latents_at(model, 3, Pullback(at=0.25, **FEW), image=image, strength=0.5, scheduler="ddim")

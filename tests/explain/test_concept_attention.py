@@ -15,7 +15,7 @@ from sfumato.models.hooks import running
 from sfumato.sampling import generate
 from sfumato.sampling.attached import attached
 from tests.pipelines import PROMPT, SIZE, draw, mine, picture, pipeline_of
-from tests.tiny import tiny_model, tiny_pipeline
+from tests.tiny import length_of, tiny_model, tiny_pipeline
 
 CONCEPTS = ["cone", "a big dog", "cube"]
 
@@ -126,8 +126,8 @@ def test_attached_it_sees_what_it_sees_in_our_loop(kind):
     generate(model, PROMPT, latents=noise, steps=2, guidance=4.0, size=(SIZE, SIZE), decode=False, interventions=ours)
     packed = pipe._pack_latents(noise, 1, *noise.shape[1:]) if kind == "flux" else noise
     with attached(pipe, theirs) as run:
-        drawn = draw(pipe, steps=2, latents=packed, guidance_scale=4.0)
-    assert torch.equal(drawn, draw(pipe, steps=2, latents=packed, guidance_scale=4.0))
+        drawn = draw(pipe, steps=2, latents=packed, guidance_scale=4.0, **length_of(model))
+    assert torch.equal(drawn, draw(pipe, steps=2, latents=packed, guidance_scale=4.0, **length_of(model)))
     for one, other in zip(ours.maps[0].layers, theirs.maps[0].layers, strict=True):
         torch.testing.assert_close(one.maps, other.maps, atol=1e-6, rtol=1e-5)
     assert run.coverage["concept_attention"]["steps"] == [0, 1]

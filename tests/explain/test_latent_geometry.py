@@ -39,7 +39,7 @@ def looked():
 @torch.no_grad()
 def test_spaces_are_the_local_bases(looked):
     model, found, seen, result = looked
-    assert found.points == (0.0, 0.5) and found.u.shape == (2, 2, 2, 32 * 4 * 4) and found.s.shape == (2, 2, 2)
+    assert found.points == (0.0, 0.5) and found.u.shape == (2, 2, 2, 32 * 8 * 8) and found.s.shape == (2, 2, 2)
     schedule = model.make_scheduler("ddim")
     t = model.timesteps(schedule, 4, 32, 32)[2]
     told = model.encode_text(["a red cube"], None, False)

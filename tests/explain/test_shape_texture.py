@@ -122,7 +122,7 @@ def test_stages_are_found():
     assert st.stages(tiny_resnet())[:3] == ["resnet.embedder", "resnet.encoder.stages.0", "resnet.encoder.stages.1"]
     unet = st.stages(tiny_model("sd").denoiser)
     blocks = [name for name in unet if name.split("_")[0] in ("down", "mid", "up")]
-    assert blocks == [*(f"down_blocks.{i}" for i in range(3)), *(f"up_blocks.{i}" for i in range(3)), "mid_block"]
+    assert blocks == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "mid_block"]
     assert "transformer_blocks.0" in st.stages(tiny_model("sd3").denoiser)
     assert st.stages(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())) == ["0", "1"]
 

@@ -17,7 +17,7 @@ from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models import quiet
 from sfumato.sampling import generate, recipe_args
 from sfumato.sampling.options import ELSEWHERE, Options
-from tests.tiny import tiny_model, tiny_pipeline
+from tests.tiny import length_of, tiny_model, tiny_pipeline
 
 PROMPT = "a photo of a big blue dog on the left"
 CLIP = ("sd", "sdxl", "sd3")
@@ -56,8 +56,9 @@ def theirs(kind: str, scheduler: Any = None, **given: Any) -> torch.Tensor:
             vars(pipe.text_encoder)["text_model"] = pipe.text_encoder
     with quiet():
         out = pipe(
-            PROMPT, generator=torch.Generator().manual_seed(3), output_type="latent", width=48, height=32, **given
-        )
+            PROMPT, generator=torch.Generator().manual_seed(3), output_type="latent", width=48, height=32, **given,
+            **length_of(model),
+        )  # fmt: skip
     return pipe._unpack_latents(out.images, 32, 48, pipe.vae_scale_factor) if kind == "flux" else out.images
 
 

@@ -17,7 +17,7 @@ from sfumato.text.dialects import PlainWords, adapter_tags, read_composition, wa
 from sfumato.text.weights import encode_weighted, read_weights
 from sfumato.text.words import Words
 from tests.examples import write_adapters
-from tests.tiny import tiny_model
+from tests.tiny import length_of, tiny_model
 
 LONG = "a red cube and a blue ball, " * 9 + "one green cone on the table"  # 83 tokens of the tiny CLIP and more
 SHORT = "a red cube"
@@ -74,7 +74,7 @@ def test_a_long_prompt_is_its_windows_one_behind_the_other(kind):
         pooled = torch.cat([getattr(pipe, f"text_encoder{suffix}")(ids).text_embeds for suffix in heads], -1)
         torch.testing.assert_close(found.cond["pooled"][:1], pooled)
     if kind == "sd3":  # T5 reads everything once, behind all windows of CLIP
-        t5 = pipe._get_t5_prompt_embeds(LONG, max_sequence_length=256)
+        t5 = pipe._get_t5_prompt_embeds(LONG, **length_of(model))
         assert torch.equal(found.cond["embeds"][:1, 154:], t5)
 
 

@@ -44,7 +44,7 @@ def _pointer(path):
 
 
 def _lora(at, name):
-    place = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    place = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     save_file({f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)}, at / name)
     return cards.method("lora")(file=str(at / name))
 

@@ -359,7 +359,7 @@ def _places(text):
 def adapters(tmp_path, monkeypatch):
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path))
     (tmp_path / "adapters").mkdir()
-    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     state = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
     save_file(state, tmp_path / "adapters" / "example.safetensors")
 

@@ -271,7 +271,7 @@ def _explorer(then=""):
 
 
 def _taught(at, **given):
-    place = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    place = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     state = {f"{place}.lora_A.weight": torch.ones(2, 32), f"{place}.lora_B.weight": torch.ones(32, 2)}
     save_file(state, at / "taught.safetensors", {BASE: "0" * 64, "sfumato.base": "another"})
     return method("lora", file=str(at / "taught.safetensors"), **given)

@@ -86,7 +86,7 @@ def test_a_warm_start_finds_the_same_sooner_and_any_layer_serves():
     warm = local_basis(encoder, x, 4, tolerance=1e-3, begin=cold, seed=9)
     assert warm.iterations < cold.iterations and torch.allclose(warm.s, cold.s, rtol=1e-2)
     other, x = encoder_of("sd", "up.0")
-    assert local_basis(other, x, 2, iterations=3).u.shape == (2, 32 * 4 * 4)
+    assert local_basis(other, x, 2, iterations=3).u.shape == (2, 32 * 8 * 8)
     for n in (0, 10_000):
         with pytest.raises(BadInput, match="it must be from 1 to"):
             local_basis(encoder, x, n)

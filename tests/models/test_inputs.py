@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sfumato.models import Model, quiet
-from tests.tiny import KINDS, tiny_model, tiny_pipeline
+from tests.tiny import KINDS, TOKENS, tiny_model, tiny_pipeline
 
 SIZE = (32, 48)  # height, width
 PROMPTS = ["a red cube", "a photo of the small green ball on the left"]
@@ -67,8 +67,8 @@ def pipeline_call(kind: str, guided: bool, steps: int) -> dict[str, Any]:
     if kind in ("flux", "schnell"):
         call["guidance_scale"] = 3.0
         call["true_cfg_scale"] = 2.0 if guided else 1.0
-    if kind == "sd3clip":
-        call["max_sequence_length"] = 0
+    if kind in TOKENS:
+        call["max_sequence_length"] = TOKENS[kind]
     if kind.startswith("pixart"):
         call["use_resolution_binning"] = False
     if kind == "inpaint":  # everything is drawn anew; the pipeline would draw the masked latents from their posterior

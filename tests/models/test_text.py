@@ -64,8 +64,8 @@ def test_truncation_is_said_and_quoted() -> None:
         warnings.simplefilter("error")
         tiny_model("sd").encode_text("a red cube " * 25)  # 75 words and two special tokens
         tiny_model("sd").encode_text(long)  # in two chunks
-        tiny_model("flux").encode_text(long)  # T5 reads 512
-    model = tiny_model("sd3")
+        tiny_model("flux", own_length=True).encode_text(long)  # T5 reads 512
+    model = tiny_model("sd3", own_length=True)
     with pytest.warns(TruncatedPrompt) as caught, model.in_chunks(0):
         model.encode_text("a red cube", negative="ball " * 100)
     assert len(caught) == 2  # the two CLIPs, not T5

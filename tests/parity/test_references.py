@@ -66,7 +66,7 @@ SIZES = [(int(w / 32), int(h / 32)) for w, h in kontext.PREFERRED_KONTEXT_RESOLU
 def peer(model: Model, kind: str, pictures: list[Image.Image], monkeypatch: Any, **given: Any) -> Tensor:
     """Final latents of the pipeline's own call with these reference pictures."""
     width, height = size_of(kind)
-    own = {"kontext": {"max_area": width * height}, "flux2": {"max_sequence_length": 48}}.get(kind, {})
+    own = {"max_area": width * height} if kind == "kontext" else {}
     with monkeypatch.context() as patch:
         patch.setattr(kontext, "PREFERRED_KONTEXT_RESOLUTIONS", SIZES)
         for module in (edit, edit_plus):  # 64x64 pixels where the published models see 1024x1024

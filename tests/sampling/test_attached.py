@@ -29,7 +29,7 @@ from tests.examples import write_adapters
 from tests.experts import write_expert
 from tests.helpers import fingerprint
 from tests.pipelines import BUILDERS, PROMPT, SIZE, Renamed, assert_same_maps, draw, mine, pipeline_of
-from tests.tiny import tiny_model, tiny_pipeline
+from tests.tiny import length_of, tiny_model, tiny_pipeline
 
 OWN = {
     "sd": {"guidance_scale": 5.0},
@@ -99,9 +99,9 @@ def test_own_pipelines(kind):
 
 
 WHERE = {  # row of the conditional branch, image queries, where the text begins, grids by number of queries
-    "sd controlnet": (1, slice(None), 0, {256: (16, 16), 64: (8, 8), 16: (4, 4)}),
-    "sd pix2pix": (0, slice(None), 0, {256: (16, 16), 64: (8, 8), 16: (4, 4)}),
-    "sd pag": (1, slice(None), 0, {256: (16, 16), 64: (8, 8), 16: (4, 4)}),
+    "sd controlnet": (1, slice(None), 0, {256: (16, 16), 64: (8, 8)}),
+    "sd pix2pix": (0, slice(None), 0, {256: (16, 16), 64: (8, 8)}),
+    "sd pag": (1, slice(None), 0, {256: (16, 16), 64: (8, 8)}),
     "flux kontext": (0, slice(512, 576), 0, {64: (8, 8)}),
     "sd3 controlnet": (1, slice(0, 64), 64, {64: (8, 8)}),
     "mine": (0, slice(0, 48), 48, {48: (8, 6)}),
@@ -270,7 +270,7 @@ def both(kind: str, systems: Any, **options: Any) -> tuple[Any, Any, Any]:
         packed = pipe._pack_latents(noise, 2, *noise.shape[1:])
     theirs = systems()
     with attached(pipe, theirs) as run:
-        drawn = draw(pipe, steps=2, latents=packed, **{**OWN[kind], "prompt": prompts}, **options)
+        drawn = draw(pipe, steps=2, latents=packed, **{**OWN[kind], "prompt": prompts}, **length_of(model), **options)
     if kind in ("flux", "qwenimage"):
         drawn = pipe._unpack_latents(drawn, SIZE, SIZE, 2).reshape(made.latents.shape)
     return made, drawn, (ours, theirs, run)
@@ -529,6 +529,39 @@ def test_two_threads():
     with attached(pipe, DAAM()) as run:
         draw(pipe, callback_on_step_end=on_step)
     assert len(run.maps) == 1 and "called by another thread" in raised[0]
+
+
+def test_a_call_inside_a_call():
+    """The denoiser of the one would be taken for that of the other: of the pipeline itself, of another one with the
+    same network, attached or not. Other networks do not mind."""
+    pipe, other = tiny_pipeline("sd", fresh=True), tiny_pipeline("sd3")
+    sharing = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    before = fingerprint(Model(pipe))
+
+    def drawing(inner: Any, steps: int = 1) -> Any:
+        def on_step(_: Any, i: int, __: Any, kept: Any) -> Any:
+            if i == 0:
+                draw(inner, steps=steps)
+            return kept
+
+        return on_step
+
+    with pytest.raises(Conflict, match="inside its own call"), attached(pipe, DAAM()):
+        draw(pipe, callback_on_step_end=drawing(pipe))
+    for steps, why in ((1, "walks beyond the 1 levels"), (2, "steps at t = 501")):
+        with pytest.raises(NotSupported, match=f"{why}.*; if another pipeline draws with its unet meanwhile"):
+            with attached(pipe, DAAM()):
+                draw(pipe, steps=steps, callback_on_step_end=drawing(sharing, steps))
+    with pytest.raises(Conflict, match="while another pipeline draws with the same unet"):
+        with attached(pipe, DAAM()), attached(sharing, DAAM()):
+            draw(pipe, callback_on_step_end=drawing(sharing))
+    assert fingerprint(Model(pipe)) == before
+    with attached(pipe, DAAM()) as run, attached(other, DAAM()) as inner:
+        draw(pipe, callback_on_step_end=drawing(other))
+    assert len(run.maps) == len(inner.maps) == 1
+    with attached(pipe, DAAM()) as alone:
+        draw(pipe)
+    assert torch.equal(run.maps[0].map("cube"), alone.maps[0].map("cube"))
 
 
 # --- networks and calls that cannot be seen through -------------------------------------------------------------------

@@ -323,6 +323,36 @@ def test_dropped_skips_silence_one_level_for_some_samples_in_training_only(parts
     assert not any(block._forward_pre_hooks for block in made.unet.up_blocks)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_foreign_padding_takes_the_end_and_the_padding_of_another_caption(kind: str, parts: dict[str, str]) -> None:
+    made, plain = latent(kind, parts, foreign_padding=1.0), latent(kind, parts)
+    texts = ["a red ball on the grass", "", "a blue cube", "a white cone to the right of a black cube"]
+    tokens, draw = made.tokens(texts), Draw(0, 1)
+    ends = [row.index(made.tokenizer.eos_token_id) for row in tokens.tolist()]
+    context, pooled = torch.randn(*tokens.shape, 8), torch.randn(4, 8)
+    mixed, mixed_pooled = made.with_foreign_padding(tokens, context, pooled, draw)
+    others = torch.randperm(4, generator=_after_chance(draw.generator("padding"), 4)).tolist()
+    assert others != [0, 1, 2, 3]
+    for i, other in enumerate(others):
+        assert torch.equal(mixed[i, : ends[i]], context[i, : ends[i]])  # words are their own
+        if not texts[i]:
+            other = i
+        n = min(tokens.shape[1] - end for end in (ends[i], ends[other]))
+        assert torch.equal(mixed[i, ends[i] : ends[i] + n], context[other, ends[other] : ends[other] + n])
+        assert torch.equal(mixed_pooled[i], pooled[other])
+    batch = made.batch(draw)
+    one, two = (next(iter(each.modules.values())) for each in (made, plain))
+    assert not torch.equal(made.loss(batch, draw)[0], plain.loss(batch, draw)[0])
+    one.eval(), two.eval()  # what is held out is read as it is
+    assert torch.equal(made.loss(batch, draw)[0], plain.loss(batch, draw)[0])
+
+
+def _after_chance(generator: torch.Generator, n: int) -> torch.Generator:
+    torch.rand(n, generator=generator)
+    return generator
+
+
 def test_silent_skips_have_no_weights_and_get_none(parts: dict[str, str]) -> None:
     shape = {"channels": [24, 48], "heads": [2, 2], "attention": [True, True], "groups": 12, "text_width": 32, **parts}
     made = build("diffusion", 6, {"skip_dropout": [0.0, 1.0]}, **shape)

@@ -7,14 +7,14 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from sfumato.attention.bypass import refuse_compiled
 from sfumato.attention.tap import Tap
-from sfumato.errors import BadInput, NoMatch, NotSupported
+from sfumato.errors import BadInput, Conflict, NoMatch, NotSupported
 from sfumato.models import Condition, Model
 from sfumato.sampling.attached.process import PipelineProcess, PipelineStep, require_unchanged
 from sfumato.sampling.attached.systems import AttachedSystems
@@ -32,6 +32,9 @@ Around = Callable[[Callable[..., Any], dict[str, Any], Any, Any], Any]
 class PipelineCall:
     """Context of one call. Adapters are attached when it begins; everybody else starts at the first denoiser call, when
     size, levels and texts are known. On leaving everything is detached again."""
+
+    _drawing: ClassVar[set[int]] = set()
+    """The denoisers (their ids) of calls under way."""
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class PipelineCall:
         self.run.__enter__()
         try:
             refuse_compiled(self.model.denoiser)
+            self._claim_denoiser()
             for part in self._starting(adapters=True):
                 part.start(self.run)
             self.run.enter(recording_encoders(self.model.pipe, self.texts.passes))
@@ -175,7 +179,7 @@ class PipelineCall:
         if t.dim() == 0 and float(t) != float(step.t):
             raise NotSupported(
                 f"{type(self.model.pipe).__name__} steps at t = {float(t):g}, step {step.i + 1} of its scheduler is at "
-                f"{float(step.t):g}, so windows and steps have no meaning in it."
+                f"{float(step.t):g}, so windows and steps have no meaning in it{self._or_mixed}"
             )
         before, output = self._unpacked(arguments["sample"]), self._unpacked(arguments["model_output"])
         step.predicted(before, output)
@@ -206,7 +210,8 @@ class PipelineCall:
             i = self.run.begin + self.steps
             if i >= self.run.total:
                 raise NotSupported(
-                    f"{type(self.model.pipe).__name__} walks beyond the {self.run.total} levels of its scheduler."
+                    f"{type(self.model.pipe).__name__} walks beyond the {self.run.total} levels of its scheduler"
+                    f"{self._or_mixed}"
                 )
             assert self._x is not None
             self.step = step = PipelineStep(self.run, i, self._unpacked(self._x))
@@ -266,6 +271,24 @@ class PipelineCall:
 
     def _starting(self, adapters: bool) -> list[Intervention]:
         return [part for part in overridden(self.systems.parts, "start") if (part.role == "adapter") == adapters]
+
+    @property
+    def _or_mixed(self) -> str:
+        return (
+            f"; if another pipeline draws with its {self.model.family.denoiser_name} meanwhile, make one call after "
+            f"the other."
+        )
+
+    def _claim_denoiser(self) -> None:
+        """Nobody else's systems see this denoiser until the call ends."""
+        key = id(self.model.denoiser)
+        if key in self._drawing:
+            raise Conflict(
+                f"{type(self.model.pipe).__name__} is called while another pipeline draws with the same "
+                f"{self.model.family.denoiser_name} and has systems attached; make one call after the other."
+            )
+        self._drawing.add(key)
+        self.run.defer(lambda: self._drawing.discard(key))
 
     def _inputs(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """State and text (b t d) of a denoiser call."""

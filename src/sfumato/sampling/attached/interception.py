@@ -72,7 +72,12 @@ def intercepted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterat
                 f"{own.__name__} is being called by another thread while systems are attached to it; make one call "
                 f"after the other."
             )
-        if self is not pipe or calls:  # a copy, or a pipeline that calls itself
+        if self is pipe and calls and calls[0].started:
+            raise Conflict(
+                f"{own.__name__} is called inside its own call while systems are attached to it, which would mix the "
+                f"steps of both; make one call after the other."
+            )
+        if self is not pipe or calls:  # a copy, or a pipeline that hands its call on to itself
             return own.__call__(self, *args, **kwargs)
 
         def proceed(now: Any) -> Any:

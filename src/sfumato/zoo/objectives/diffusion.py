@@ -155,6 +155,8 @@ class DiffusionObjective(LatentObjective):
         steps = self.noise_schedule.config.num_train_timesteps
         t = (self.quantiles(len(x0), draw) * steps).long().to(x0.device)
         context = self.text.text_model(batch["tokens"]).last_hidden_state
+        if self.unet.training and self.loss_options.foreign_padding:
+            context, _ = self.with_foreign_padding(batch["tokens"], context, None, draw)
         # the features that the last block starts from, at the size of the latents
         block = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
         path = Noise(self.noise_schedule)

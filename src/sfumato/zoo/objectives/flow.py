@@ -88,8 +88,10 @@ class FlowObjective(LatentObjective):
         x0, noise = batch["x0"], batch["noise"]
         t = self.times(self.quantiles(len(x0), draw)).to(x0.device)
         encoded = self.text(batch["tokens"], output_hidden_states=True)
-        context = torch.cat([encoded.hidden_states[-2]] * 2, -1)
-        pooled = torch.cat([encoded.text_embeds] * 2, -1)
+        hidden, pooled = encoded.hidden_states[-2], encoded.text_embeds
+        if self.transformer.training and self.loss_options.foreign_padding:
+            hidden, pooled = self.with_foreign_padding(batch["tokens"], hidden, pooled, draw)
+        context, pooled = torch.cat([hidden] * 2, -1), torch.cat([pooled] * 2, -1)
         block = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
         with self.watching(block) as outputs:
             found = denoising_loss(
