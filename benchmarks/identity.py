@@ -4,8 +4,9 @@
     python -m benchmarks.identity compare before.json    # on the new one; lists what differs, exit code 1
 
 For each system that takes part in drawing, on every built-in generator and on one tiny genuine model of each family:
-the final latents (SHA-256 of their bytes), coverage and cost. Comparable on one machine, with the same library versions
-and one thread; the record belongs to that machine and is kept out of the package.
+the final latents (SHA-256 of their bytes), coverage and cost. Comparable on one machine, with the same library
+versions, the same tiny models (`tests/`) and one thread; the record belongs to that machine and is kept out of the
+package.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ def entry(model: Any, systems: Any, steps: int) -> dict[str, Any]:
 def record() -> dict[str, Any]:
     """All entries by "system | model"."""
     import torch
-    from diffusers import PNDMScheduler
 
     from sfumato.cards import build, methods
     from sfumato.errors import SfumatoError
@@ -58,16 +58,7 @@ def record() -> dict[str, Any]:
     write_examples(Path(os.environ["SFUMATO_CACHE"]))
     import sfumato
 
-    def tiny(kind: str) -> Any:
-        """As records have it: the first Stable Diffusion with PNDM, which came with it."""
-        if kind not in ("sd", "inpaint"):
-            return tiny_model(kind)
-        model = tiny_model(kind, fresh=True)
-        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        model.pipe.scheduler = PNDMScheduler(**betas, steps_offset=1, skip_prk_steps=True)
-        return model
-
-    models = {f"tiny-{kind}": (lambda kind=kind: tiny(kind), 2) for kind in kinds}
+    models = {f"tiny-{kind}": (lambda kind=kind: tiny_model(kind), 2) for kind in kinds}
     models |= {name: (lambda name=name: sfumato.load(name), 4) for name in BUILT_IN}
     for name, (load, steps) in models.items():
         model = load()
