@@ -58,8 +58,8 @@ def sides_of(site):
 def groups_of(model, length):
     """By hand: the side of each text position: 0 inside, 1 outside, None neither."""
     side = [None] * length
-    for offset, first, part in {"sd": [(0, 1, 38)], "sd3": [(0, 1, 38), (77, 0, 128)], "pixart": [(0, 0, 150)]}.get(
-        model.family.name, [(0, 0, 256)]
+    for offset, first, part in {"sd": [(0, 1, 38)], "sd3": [(0, 1, 38), (77, 0, 32)], "pixart": [(0, 0, 32)]}.get(
+        model.family.name, [(0, 0, 32)]
     ):
         for i in range(part):
             side[offset + first + i] = 0
@@ -158,14 +158,14 @@ def test_composite_text(kind):
         if name not in seen:
             continue
         expected = whole[name].clone()
-        for offset, first, part in {"sd3": [(0, 1, 38), (77, 0, 128)], "pixart": [(0, 0, 150)]}.get(kind, [(0, 1, 38)]):
+        for offset, first, part in {"sd3": [(0, 1, 38), (77, 0, 32)], "pixart": [(0, 0, 32)]}.get(kind, [(0, 1, 38)]):
             start = offset + first
             expected[:, start : start + part] = inside[name][:, start : start + part]
             expected[:, start + part : start + 2 * part] = outside[name][:, start : start + part]
         assert torch.equal(seen[name], expected)
     uncond = plain_condition.uncond["embeds"]
     if kind == "pixart":  # its mask leaves nothing behind the first token, which each side must have
-        uncond = torch.cat([uncond[:, :150], uncond[:, :150]], 1)
+        uncond = torch.cat([uncond[:, :32], uncond[:, :32]], 1)
     assert torch.equal(seen["uncond"], uncond)
 
 
@@ -373,8 +373,8 @@ def test_prompts_are_split_by_their_phrases():
 
 def test_sides_of_every_encoder():
     sides = Sides(tiny_model("sd3"), 2)
-    own = sides.own(77 + 256)
-    assert own.sum(1).tolist() == [38 + 128, 38 + 128] and own.sum(0).max() == 1
+    own = sides.own(77 + 64)
+    assert own.sum(1).tolist() == [38 + 32, 38 + 32] and own.sum(0).max() == 1
     assert own[:, 0].sum() == 0 and own[0, 77] == 1
     with pytest.raises(BadInput, match="room for 38"):
         sides.check_lengths(["big dog " * 30])

@@ -166,7 +166,7 @@ def test_filling_goes_on_side_by_side():
 
 @pytest.mark.parametrize("chunks", [0, 2])
 def test_prompts_longer_than_a_window_lose_nothing(chunks):
-    model = tiny_model("sd3")
+    model = tiny_model("sd3", own_length=True)
     with model.in_chunks(chunks):
         words, length = Words(model), model.text_length
         long = "green " * 25 + "cube"  # 101 tokens, of which one window of CLIP reads 75; T5 reads them all
