@@ -68,16 +68,18 @@ def _imports(path: Path) -> set[str]:
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_rooms_import_from_below(path):
-    room = _room(path)
-    assert room in LEVEL, f"{room} has no floor yet: give it one in this test"
-    for name in _imports(path):
-        other = [*name.split("."), ""][1]
-        if other not in LEVEL:  # the package itself, or its version
-            assert other in ("", "__version__"), f"{path} imports {name}, which has no floor"
-        elif other != room and not LEVEL[other] < LEVEL[room]:
-            raise AssertionError(f"{path.relative_to(SOURCE)} imports {name}, which is not on a floor below {room}")
+def test_rooms_import_from_below():
+    wrong = []
+    for path in FILES:
+        room, file = _room(path), path.relative_to(SOURCE)
+        assert room in LEVEL, f"{room} has no floor yet: give it one in this test"
+        for name in _imports(path):
+            other = [*name.split("."), ""][1]
+            if other not in LEVEL:  # the package itself, or its version
+                assert other in ("", "__version__"), f"{file} imports {name}, which has no floor"
+            elif other != room and not LEVEL[other] < LEVEL[room]:
+                wrong.append(f"{file} imports {name}, which is not on a floor below {room}")
+    assert not wrong, "\n".join(wrong)
 
 
 def _circle(edges: dict[str, set[str]]) -> list[str]:
