@@ -29,7 +29,7 @@ def pytest_runtest_setup() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # there is no other device to seed
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,6 +37,10 @@ PAIRS = [
 ]
 
 
+SIBLINGS = {"sd2": "sd", "sd35": "sd3"}
+"""Tiny models of one family with another of the table; checks that take turns meet both."""
+
+
 def only(key: str) -> bool:
     """Whether one of these models alone offers what the system needs."""
     return sum(other == key for other, _ in PAIRS) == 1

@@ -11,10 +11,10 @@ from sfumato.metrics.geometry import principal_angles
 from tests.tiny import tiny_model
 
 
-def encoder_of(kind, layer=None):
+def encoder_of(kind, layer=None, side=16):
     model = tiny_model(kind)
     told = model.encode_text(["a red cube"], guidance=False, embedded_guidance=3.0)
-    x = torch.randn(1, *model.latent_shape(16, 16), generator=torch.Generator().manual_seed(3))
+    x = torch.randn(1, *model.latent_shape(side, side), generator=torch.Generator().manual_seed(3))
     return Encoder(model, layer_of(model, layer), torch.tensor(500.0), told), x
 
 
@@ -39,7 +39,7 @@ def orthonormal(n, d, seed):
 
 @torch.no_grad()
 def test_the_basis_is_that_of_the_full_jacobian():
-    encoder, x = encoder_of("sd")
+    encoder, x = encoder_of("sd", side=8)
     n = 20
     u, s, vt = torch.linalg.svd(jacobian(encoder, x), full_matrices=False)
     basis = local_basis(encoder, x, n, iterations=60, tolerance=1e-3)
