@@ -101,12 +101,20 @@ def tiny_pipeline(kind: str, seed: int = 0, fresh: bool = False) -> DiffusionPip
 
 def tiny_model(kind: str, seed: int = 0, fresh: bool = False, own_length: bool = False) -> Model:
     """The same as a `sfumato.models.Model`; with ``own_length`` its texts are as long as the pipeline makes them."""
+    make = _model if fresh else _cached_model
+    return make(kind, seed, fresh, own_length)
+
+
+def _model(kind: str, seed: int, fresh: bool, own_length: bool) -> Model:
     card = {"sampling": {"size": [32, 32]}}
     if kind in FRAMES:
         card["sampling"] |= {"frames": FRAMES[kind], "size": list(SIZES.get(kind, (32, 32)))}
     if kind in TOKENS and not own_length:
         card["sampling"]["max_sequence_length"] = TOKENS[kind]
     return Model(tiny_pipeline(kind, seed, fresh), name=f"tiny-{kind}", card=card)
+
+
+_cached_model = functools.cache(_model)  # which also remembers the hash of its weights
 
 
 def length_of(model: Model) -> dict[str, int]:
@@ -117,6 +125,7 @@ def length_of(model: Model) -> dict[str, int]:
 def forget_pipelines() -> None:
     """Build anew from now on: somebody has changed one."""
     _cached_pipeline.cache_clear()
+    _cached_model.cache_clear()
 
 
 @functools.cache
