@@ -12,20 +12,24 @@ from sfumato.sampling import Intervention
 KINDS = {
     "sd": "sd",
     "inpaint": "sd_inpaint",
-    "sd2": "sd",
     "sdxl": "sdxl",
     "sd3": "sd3",
-    "sd35": "sd3",
     "flux": "flux",
     "pixart": "pixart",
-    "chroma": "chroma",
-    "auraflow": "auraflow",
     "animatediff": "animatediff",
     "amused": "amused",
 }
 """Tiny model -> the family it belongs to."""
-YOUNGER = {"sana": "sana", "klein": "flux2-klein", "hidream": "hidream"}
-"""More of them, which systems meet in turn: see :func:`younger`."""
+FURTHER = {
+    "sd2": "sd",
+    "sd35": "sd3",
+    "chroma": "chroma",
+    "auraflow": "auraflow",
+    "sana": "sana",
+    "klein": "flux2-klein",
+    "hidream": "hidream",
+}
+"""More of them, which systems meet in turn: see :func:`further`."""
 BY_NAME = {family.name: family for family in families().values()}
 
 SYSTEMS = {key: card for key, card in methods().items() if issubclass(method(key), Intervention)}
@@ -35,10 +39,6 @@ PAIRS = [
     for kind, family in KINDS.items()
     if BY_NAME[family].capabilities.issuperset(card.needs)
 ]
-
-
-SIBLINGS = {"sd2": "sd", "sd35": "sd3"}
-"""Tiny models of one family with another of the table; checks that take turns meet both."""
 
 
 def only(key: str) -> bool:
@@ -62,11 +62,11 @@ def cover(check: str) -> list[tuple[str, str]]:
                 chosen = kind in TWO or only(key) or len(keys) < len(COVERED) or (k + i) % len(COVERED) == turn
             if chosen:
                 found.append((key, kind))
-    return found + younger(check)
+    return found + further(check)
 
 
-def younger(check: str) -> list[tuple[str, str]]:
-    """Those of the models of :data:`YOUNGER`: each system meets one of them that has what it needs, in one check. What
+def further(check: str) -> list[tuple[str, str]]:
+    """Those of the models of :data:`FURTHER`: each system meets one of them that has what it needs, in one check. What
     is made for a model (adapters, experts) is tried on these by tests of its own."""
     return [pair for i, pair in enumerate(MET) if i % len(COVERED) == COVERED.index(check)]
 
@@ -74,7 +74,7 @@ def younger(check: str) -> list[tuple[str, str]]:
 def _met() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for key, card in SYSTEMS.items():
-        fitting = [kind for kind, name in YOUNGER.items() if BY_NAME[name].capabilities.issuperset(card.needs)]
+        fitting = [kind for kind, name in FURTHER.items() if BY_NAME[name].capabilities.issuperset(card.needs)]
         if fitting and method(key).role != "adapter" and "models" not in method(key).Params.model_fields:
             found.append((key, fitting[len(found) % len(fitting)]))
     return found
