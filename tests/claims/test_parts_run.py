@@ -1,5 +1,5 @@
-"""The parts of the steering claims run from end to end: on the shipped models, one or two samples, one step, one
-copy of each model."""
+"""The parts of the steering claims run from end to end: on a tiny model, or on a shipped one where a built-in CLIP must
+know it; one or two samples, one step, one copy of each model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from claims import (
 from claims.common import load
 from claims.core import Context
 from sfumato.sampling import generate
+from tests.tiny import tiny_model
 
 PARTS = {
-    "attend_excite": (functools.partial(attend_excite.three_toys, "toy-sd"), 5),
-    "structured_guidance": (functools.partial(structured_guidance.binding, "toy-sd", "equal shapes"), 5),
-    "structured_guidance patterns": (functools.partial(structured_guidance.binding, "toy-sd", "patterns"), 3),
+    "attend_excite": (functools.partial(attend_excite.three_toys, "tiny"), 5),
+    "structured_guidance": (functools.partial(structured_guidance.binding, "tiny", "equal shapes"), 5),
+    "structured_guidance patterns": (functools.partial(structured_guidance.binding, "tiny", "patterns"), 3),
     "clip_guidance": (functools.partial(clip_guidance.curves, "toy-sd"), 5),
     "clip_guidance scorers": (functools.partial(clip_guidance.scorers, "toy-sd"), 1),
     "mgad": (functools.partial(mgad.together, "toy-sd"), 4),
     "no_token_left_behind prompts": (no_token_left_behind.prompts, 2),
-    "no_token_left_behind": (functools.partial(no_token_left_behind.several_toys, "toy-sd"), 1),
-    "no_token_left_behind boxes": (functools.partial(no_token_left_behind.boxes, "toy-sd"), 1),
+    "no_token_left_behind": (functools.partial(no_token_left_behind.several_toys, "tiny"), 1),
+    "no_token_left_behind boxes": (functools.partial(no_token_left_behind.boxes, "tiny"), 1),
     "experts": (experts.denoising, 1),
     "inpaint": (inpaint.remove, 2),
     "inpaint background": (inpaint.background, 1),
@@ -52,7 +53,7 @@ def loaded():
 @pytest.fixture
 def context(tmp_path, monkeypatch, loaded):
     made = Context(quick=True)
-    made.pictures, made.cache = tmp_path, loaded
+    made.pictures, made.cache = tmp_path, {**loaded, "model tiny": tiny_model("sd")}
     # distances between sets, and the densities of SaD, need more than one
     made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
     monkeypatch.setattr(inpaint, "STEPS", 1)
@@ -69,7 +70,7 @@ def context(tmp_path, monkeypatch, loaded):
     monkeypatch.setattr(attend_excite, "generate", functools.partial(generate, steps=1))
     base = made.folder("toy-sd")
     monkeypatch.setattr(experts, "children", lambda _: {name: base for name in (*experts.TREE, experts.CONTROL)})
-    monkeypatch.setattr(experts, "child", lambda context, _: load(context, "toy-sd"))
+    monkeypatch.setattr(experts, "child", lambda context, _: load(context, "tiny"))
     return made
 
 
