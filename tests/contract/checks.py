@@ -166,7 +166,7 @@ def check_deterministic(make: Make, model: Model) -> None:
     pictures = drawn(first)
     torch.rand(7)
     again = run(model, system, decode=True)
-    for other in (again, run(model, make())):
+    for other in (again, alone(make, model)):
         assert same(other.latents, first.latents), "latents depend on more than the seed"
     assert drawn(again) == pictures, "pictures depend on more than the seed"
 
