@@ -47,5 +47,7 @@ def pytest_collection() -> Iterator[object]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts processes of its own, and waits for them, comes first, so that others fill the time; then the longest
     files, so that none is left over at the end."""
-    first = ("test_scale", "test_second_device", "test_adding", "test_packaging", "test_contract", "test_composition")
+    first = ("test_scale", "test_second_device", "test_adding", "test_packaging", "test_contract", "test_composition",
+             "test_parts_run", "test_prompt_to_prompt", "test_objectives", "test_trainer", "zoo/test_inpaint",
+             "test_together", "test_textual_inversion", "test_vital_signs")  # fmt: skip
     items.sort(key=lambda item: next((i for i, name in enumerate(first) if name in item.nodeid), len(first)))
