@@ -47,13 +47,13 @@ PARTS = {
 def loaded():
     """Models that one part has loaded serve the next."""
     single = {name: SimpleNamespace(value=1.0) for name in ("shape", "color", "pattern", "ground", "sky")}
-    return {"trust": SimpleNamespace(single=single)}
+    return {"trust": SimpleNamespace(single=single), "model tiny": tiny_model("sd")}
 
 
 @pytest.fixture
 def context(tmp_path, monkeypatch, loaded):
     made = Context(quick=True)
-    made.pictures, made.cache = tmp_path, {**loaded, "model tiny": tiny_model("sd")}
+    made.pictures, made.cache = tmp_path, loaded
     # distances between sets, and the densities of SaD, need more than one
     made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
     monkeypatch.setattr(inpaint, "STEPS", 1)
@@ -70,7 +70,7 @@ def context(tmp_path, monkeypatch, loaded):
     monkeypatch.setattr(attend_excite, "generate", functools.partial(generate, steps=1))
     base = made.folder("toy-sd")
     monkeypatch.setattr(experts, "children", lambda _: {name: base for name in (*experts.TREE, experts.CONTROL)})
-    monkeypatch.setattr(experts, "child", lambda context, _: load(context, "tiny"))
+    monkeypatch.setattr(experts, "child", lambda context, _: load(context, "toy-sd"))
     return made
 
 

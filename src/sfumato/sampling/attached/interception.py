@@ -67,18 +67,20 @@ def intercepted(pipe: Any, call: Callable[[Any, dict[str, Any]], Any]) -> Iterat
     threads: list[int] = []
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is pipe and calls and threads != [threading.get_ident()]:
-            raise Conflict(
-                f"{own.__name__} is being called by another thread while systems are attached to it; make one call "
-                f"after the other."
-            )
-        if self is pipe and calls and calls[0].started:
-            raise Conflict(
-                f"{own.__name__} is called inside its own call while systems are attached to it, which would mix the "
-                f"steps of both; make one call after the other."
-            )
-        if self is not pipe or calls:  # a copy, or a pipeline that hands its call on to itself
+        if self is not pipe:  # a copy
             return own.__call__(self, *args, **kwargs)
+        if calls:
+            if threads != [threading.get_ident()]:
+                raise Conflict(
+                    f"{own.__name__} is being called by another thread while systems are attached to it; make one call "
+                    f"after the other."
+                )
+            if calls[0].started:
+                raise Conflict(
+                    f"{own.__name__} is called inside its own call while systems are attached to it, which would mix "
+                    f"the steps of both; make one call after the other."
+                )
+            return own.__call__(self, *args, **kwargs)  # it hands its call on to itself
 
         def proceed(now: Any) -> Any:
             calls.append(now)
