@@ -20,7 +20,7 @@ SOURCE = Path(sfumato.__file__).parent
 
 FLOORS = [
     {"errors", "interrupts", "locks", "startup"},
-    {"arrays", "sheets", "markup", "rng", "windows", "dialects", "ondemand", "valid", "writing"},
+    {"arrays", "sheets", "markup", "once", "rng", "windows", "dialects", "ondemand", "valid", "writing"},
     {"registry"},
     {"files", "cards", "protocol", "scale"},
     {"clips", "checkpoints"},

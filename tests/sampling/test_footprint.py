@@ -18,6 +18,7 @@ from sfumato.cards import method, methods, parse_with
 from sfumato.models import Model, quiet
 from sfumato.models.outline import outline
 from sfumato.models.text_towers import text_towers
+from sfumato.sampling import footprint
 from sfumato.sampling.footprint import Footprint, adds, drawn
 from tests.experts import write_expert
 from tests.tiny import tiny_model, tiny_pipeline
@@ -133,3 +134,30 @@ def test_bytes_that_are_alive():
         assert counted.live == 5000 and bool((x[:250] + z).isfinite().all())  # nobody knows
         del x, z
     assert counted.live == 0 and counted.peak == 8000
+
+
+def test_operations_that_were_seen_before_give_the_same_again():
+    """Shapes are worked out once; what is written to in place stays what it is, and views are no memory."""
+    for _ in range(2):
+        with Footprint() as counted:
+            x = torch.ones(4, 1, 2, device="meta")
+            x.add_(1)
+            assert x.shape == (4, 1, 2) and counted.live == 32
+            x.squeeze_(1)
+            assert x.shape == (4, 2) and x.t().reshape(8).shape == (8,)
+            low, high = x.split(1, dim=1)
+            assert low.shape == high.shape == (4, 1)
+            assert counted.live == 32 and counted.peak == 64  # of the copy that reshape had to make
+            y, place = x.max(dim=1)
+            assert y.shape == place.shape == (4,) and place.dtype == torch.long and counted.live == 32 + 16 + 32
+
+
+def test_networks_that_are_held_from_the_start_do_not_grow(tmp_path: Path, monkeypatch: Any):
+    """One step of it is walked, and one of the plain picture; what is recorded in every step is walked further."""
+    walks: list[int] = []
+    monkeypatch.setattr(
+        footprint, "drawn", lambda *given, **more: walks.append(given[2:] or more["steps"]) or drawn(*given, **more)
+    )
+    model = without_weights("sd", tmp_path)
+    assert adds(model, ["clip_guidance"])["clip_guidance"] > 0 and walks == [(1,), 1]
+    assert adds(model, ["prompt_to_prompt"])["prompt_to_prompt"] > 0 and walks[2:] == [(1,), 1, (2,), 2, (3,), 3]

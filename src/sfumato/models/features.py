@@ -14,7 +14,6 @@ filter matters). Inception gets pictures as they are and resizes them itself, wh
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers.clip import DTYPES, PLAIN, load_clip
 from sfumato.models.readers.loading import net_folder
+from sfumato.once import once
 
 INCEPTION = "inception"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -101,7 +101,7 @@ class InceptionNet:
         return np.stack(out)
 
 
-@functools.lru_cache(maxsize=4)
+@once(4)
 def feature_net(name: str = PLAIN, dtype: str = "float32", device: str = "cpu") -> FeatureNet:
     """A net by name: ``toy-clip``, a ``CLIPModel`` folder, or ``inception``.
 

@@ -16,7 +16,6 @@ with it. The name in every report is ``perceptual(toy-vae)``.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from sfumato import registry
 from sfumato.errors import BadInput, BadWeights
 from sfumato.models.readers.loading import net_folder
 from sfumato.models.readers.preprocessing import as_tensor, square
+from sfumato.once import once
 
 DEFAULT_ENCODER = "toy-vae"
 
@@ -73,7 +73,7 @@ def _directions(features: Tensor) -> Tensor:
     return features / features.square().sum(1, keepdim=True).sqrt().clamp_min(1e-10)
 
 
-@functools.lru_cache(maxsize=2)
+@once(2)
 def load_perceptual(name: str = DEFAULT_ENCODER) -> Perceptual:
     """The distance on a built-in autoencoder or on an ``AutoencoderKL`` folder, such as a pipeline's ``vae/``.
 

@@ -2,38 +2,40 @@
 
 Tensors of such networks have shapes and no numbers. While :class:`Footprint` lasts, whatever meets one of them gives
 another one, what is asked of its numbers is answered by a small one, and the bytes of all tensors that are alive are
-counted, the weights aside. Two of them are equal if the same operations made them of the same tensors, as the keys of a
-cross-attention in every step. Fused attention keeps what its kernels keep: queries, keys, values, output and one number
-per query.
+counted, the weights of the model aside. Two of them are equal if the same operations made them of the same tensors, as
+the keys of a cross-attention in every step. Fused attention keeps what its kernels keep: queries, keys, values, output
+and one number per query.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sfumato import cards
 from sfumato.models import Model, quiet
+from sfumato.once import shown_as
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.loop import generate
 from sfumato.sampling.recording import RecordingTooLarge
 
 __all__ = ["Footprint", "Use", "adds", "drawn"]
 
-STEPS = 5
+STEPS = 5  # after which no scheduler keeps more with every step
 PROMPT = "a red cube and a blue ball"  # with which the examples of all systems work
 _aten = torch.ops.aten
 _TO_COPY = getattr(_aten, "_to_copy").default  # noqa: B009
@@ -95,10 +97,10 @@ class Footprint(TorchDispatchMode):
 
     def _remember(self, out: Any, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> None:
         """Works ``out`` out on the CPU as well if it is small and of integers, and all that it was made of is known."""
-        made = list(_tensors((out,)))
+        made = _tensors((out,))
         if not made or not all(x.is_meta and not x.is_floating_point() and x.numel() <= 2**16 for x in made):
             return
-        if torch.Tag.nondeterministic_seeded in func.tags or any(self._known(x) is None for x in given):
+        if _kind(func).chance or any(self._known(x) is None for x in given):
             for x in made:
                 self._numbers.pop(x.untyped_storage()._cdata, None)  # written over in place
             return
@@ -122,27 +124,34 @@ class Footprint(TorchDispatchMode):
             return x
         return self._numbers.get(x.untyped_storage()._cdata, {}).get((x.storage_offset(), x.shape, x.stride()))
 
-    def _shaped(self, func: Any, args: Any, kwargs: Any, told: Any) -> Any:
+    def _shaped(self, func: Any, args: Any, kwargs: Any, told: Any, given: list[Tensor]) -> Any:
         """What an operation gives without numbers. Working out its shape is slow, and blocks are alike."""
-        if not _gives_new(func):
-            return func(*args, **kwargs)
-        key = func, told, tuple((x.shape, x.stride(), x.dtype) for x in _tensors((args, list(kwargs.values()))))
+        key = func, told, *[(x.shape, x.stride(), x.dtype) for x in given]
         known = self._outputs.get(key)
         if known is None:
             out = func(*args, **kwargs)
-            found = list(_tensors((out,)))
+            if out is given[0] and (out.shape, out.stride(), out.dtype) == key[2]:
+                self._outputs[key] = Tensor, None
+                return out
+            found = _tensors((out,))
             new = all(x.untyped_storage()._cdata not in self._seen for x in found)  # _unsafe_view says so, and is not
             if new and len(found) == (len(out) if isinstance(out, tuple) else 1):
                 self._outputs[key] = type(out), [(x.shape, x.stride(), x.dtype) for x in found]
             return out
-        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known[1]]
-        return tuple(made) if known[0] is tuple else made[0]
+        kind, shapes = known
+        if shapes is None:
+            return given[0]  # written to in place
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in shapes]
+        return tuple(made) if kind is tuple else made[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, made, told = kwargs or {}, None, None
+        kwargs, made, kind = kwargs or {}, None, _kind(func)
+        if kind.view and args[0].is_meta and args[0].is_floating_point():
+            return func(*args, **kwargs)  # the same memory and the same content, seen otherwise
         asked = args, kwargs
-        given = [*_tensors(args), *_tensors(kwargs.values())]
-        if any(x.is_meta for x in given):
+        given: list[Tensor] = []
+        told = _told(args, given), _told(list(kwargs.items()), given) if kwargs else ()
+        if any([x.is_meta for x in given]):
             if func is _aten._local_scalar_dense.default:
                 return self.numbers(given[0]).item()
             if func is _aten.equal.default:
@@ -153,26 +162,27 @@ class Footprint(TorchDispatchMode):
                 return self.numbers(given[0]).bincount()
             if func is _aten.index.Tensor:
                 args = args[0], list(self._places(args[1]))
+                given = _tensors((args,))
             asked = args, kwargs
-            chance = next(self._fresh) if torch.Tag.nondeterministic_seeded in func.tags else None
-            told = _told((args, kwargs))
-            made = hash((func, chance, *map(self._content, given), told))
+            chance = next(self._fresh) if kind.chance else None
+            made = hash((func, chance, told, *map(self._content, given)))
             if torch.device(kwargs.get("device") or "meta").type != "meta":
                 kwargs = {**kwargs, "device": torch.device("meta")}
             if not all(x.is_meta for x in given):
-                if func._schema.is_mutable and not args[0].is_meta:
+                if kind.writes and not args[0].is_meta:
                     return args[0]  # numbers that nobody will read
                 args, kwargs = tree_map_only(Tensor, lambda x: x if x.is_meta else x.to("meta"), (args, kwargs))
-        out = func(*args, **kwargs) if made is None else self._shaped(func, args, kwargs, told)
+        known = made is not None and (kind.new or kind.writes)
+        out = self._shaped(func, args, kwargs, told, given) if known else func(*args, **kwargs)
         self._remember(out, func, given, *asked)
-        for i, x in enumerate(_tensors((out,))):
+        for i, x in enumerate((out,) if isinstance(out, Tensor) else _tensors((out,))):
             storage = x.untyped_storage()
             new = storage._cdata not in self._seen
             if new:
                 if func is _TO_COPY and x.is_meta and not args[0].is_meta:
                     self._moved(args[0].untyped_storage(), storage.nbytes())
                 self._note(storage, storage.nbytes())
-            if made is not None and (new or func._schema.is_mutable):
+            if made is not None and (new or kind.writes):
                 self._made[storage._cdata] = hash((made, i))
                 self._copied.pop(storage._cdata, None)
                 if func is _aten.clone.default and x.is_contiguous():
@@ -180,27 +190,41 @@ class Footprint(TorchDispatchMode):
         return out
 
 
+class _Kind(NamedTuple):
+    view: bool  # gives its first argument's memory, seen otherwise
+    new: bool  # gives tensors of their own
+    writes: bool
+    chance: bool
+
+
 @functools.cache
-def _gives_new(func: Any) -> bool:
-    """Whether an operation gives tensors of their own, and nothing else."""
-    return not func._schema.is_mutable and all(each.alias_info is None for each in func._schema.returns)
+def _kind(func: Any) -> _Kind:
+    schema = func._schema
+    shared = [each.alias_info is not None for each in schema.returns]
+    on_tensor = bool(schema.arguments) and str(schema.arguments[0].type) == "Tensor"
+    view = on_tensor and bool(shared) and all(shared) and not schema.is_mutable
+    chance = torch.Tag.nondeterministic_seeded in func.tags
+    return _Kind(view, not schema.is_mutable and not any(shared), schema.is_mutable, chance)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    _told(values, found)
+    return found
+
+
+def _told(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """The values that are no tensors, to be hashed; the tensors are put into the list."""
+    told: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            tensors.append(value)
+            told.append(None)
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _told(values: Any) -> Any:
-    """The arguments that are no tensors, to be hashed."""
-    if isinstance(values, list | tuple):
-        return tuple(map(_told, values))
-    if isinstance(values, dict):
-        return tuple((key, _told(value)) for key, value in values.items())
-    return None if isinstance(values, Tensor) else (type(values), values)
+            told.append(_told(value, tensors))
+        else:
+            told.append((type(value), value))
+    return tuple(told)
 
 
 class _Fused(torch.autograd.Function):
@@ -218,6 +242,10 @@ class _Fused(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
+#: what is asked of tensors, or made, in another way while networks have no numbers
+_ANSWERED = {F.scaled_dot_product_attention, torch.tensor, Tensor.__getitem__, Tensor.tolist, Tensor.numpy}
+
+
 class _FusedAttention(TorchFunctionMode):
     def __init__(self, footprint: Footprint):
         super().__init__()
@@ -225,6 +253,8 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _ANSWERED:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
             q, k, v = named["query"], named["key"], named["value"]
@@ -241,10 +271,25 @@ class _FusedAttention(TorchFunctionMode):
 
 @dataclass
 class Use:
-    """Bytes that a run took beyond the weights: at most, and at the end of each step."""
+    """Bytes that a run took beyond the weights: at most, once texts are read, and at the end of each step."""
 
     peak: int
+    begun: int
     kept: list[int]
+
+
+class _Begun(Intervention):
+    """Looks once what is alive when systems have started, networks of their own among it, and nothing is drawn yet."""
+
+    live = 0
+
+    def __init__(self, counted: Footprint):
+        self.counted = counted
+
+    def on_text(self, run: Any, condition: Any) -> Any:
+        self.live = self.counted.live
+        self.mark()
+        return condition
 
 
 def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Use:
@@ -252,10 +297,24 @@ def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Us
     Raises what drawing raises."""
     weights = [x for part in model.modules.values() for x in (*part.parameters(), *part.buffers())]
     kept: list[int] = []
-    with quiet(), Footprint(weights) as counted, _FusedAttention(counted):
-        given = {"steps": steps, "seed": 0, "decode": False, **options}
-        generate(model, PROMPT, interventions=systems, on_step=lambda step: kept.append(counted.live), **given)
-    return Use(counted.peak, kept)
+    with quiet(), shown_as(_weightless), Footprint(weights) as counted, _FusedAttention(counted):
+        begun = _Begun(counted)
+        given = {"steps": steps, "seed": 0, "decode": False, "interventions": [systems, begun], **options}
+        generate(model, PROMPT, on_step=lambda step: kept.append(counted.live), **given)
+    return Use(counted.peak, begun.live, kept)
+
+
+def _weightless(net: Any) -> Any:
+    """A copy of a network, or of what holds one as its attribute, without numbers."""
+    if isinstance(net, nn.Module):
+        own = itertools.chain(net.parameters(), net.buffers())
+        return copy.deepcopy(
+            net, {id(x): torch.empty_like(x, device="meta").requires_grad_(x.requires_grad) for x in own}
+        )
+    held = {name: _weightless(each) for name, each in vars(net).items() if isinstance(each, nn.Module)}
+    found = copy.copy(net)
+    vars(found).update(held)
+    return found
 
 
 def adds(
@@ -276,8 +335,8 @@ def adds(
 
     def more(make: Callable[[], Any]) -> int:
         def walked(steps: int) -> tuple[int, int]:
-            use, without = drawn(model, make(), steps, latents=noise), plain(steps)
-            return use.peak - without.peak, use.kept[-1] - without.kept[-1]
+            use, without = drawn(model, make(), steps, latents=noise), plain(min(steps, STEPS))
+            return use.peak - without.peak, use.kept[-1] - use.begun - (without.kept[-1] - without.begun)
 
         added, kept = walked(1)
         if total == 1 or kept <= plain(1).peak // 50 or walked(2)[1] <= kept + kept // 20:

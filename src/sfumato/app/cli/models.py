@@ -40,7 +40,7 @@ def models(
 
         model = outline(name)
         facts = described(model)
-        if not json_:  # at once: memory takes a minute or more
+        if not json_:  # at once: memory takes half a minute or more
             show.table(("what", ""), [(key, str(value)) for key, value in facts.items() if key not in _TABLES])
             _table(facts, "sites")
         with show.bar("systems", after=0) as bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sfumato.models.readers.loading import load_module, net_folder
 from sfumato.models.readers.noised import codec_hash, noise_level, noised_input
 from sfumato.models.readers.preprocessing import Preprocessing
 from sfumato.models.weights import find_weights, hash_files
+from sfumato.once import once
 from sfumato.valid import first_line
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def load_clip(name: str | Path = PLAIN, dtype: str = "float32", device: torch.de
     return _loaded(folder, dtype, str(device))
 
 
-@functools.lru_cache(maxsize=4)
+@once(4)
 def _loaded(folder: Path, dtype: str, device: str) -> Clip:
     from transformers import AutoTokenizer, CLIPModel
 

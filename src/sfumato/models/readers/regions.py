@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from sfumato import registry
 from sfumato.errors import BadInput, NotSupported
 from sfumato.models.readers.reader import Reader, load_reader
+from sfumato.once import once
 
 #: what boxes are filled up with where too few things were found: (x0, y0, x1, y1) in shares of the picture
 BACKGROUND = tuple(
@@ -84,6 +83,6 @@ def find_regions(images: Tensor, count: int, detector: str = "toy-detr") -> Tens
     return torch.stack([fill_regions(box[odd > 0.5][:count], count) for box, odd in zip(corners, odds, strict=True)])
 
 
-@functools.lru_cache(maxsize=2)
+@once(2)
 def _detector(name: str) -> Reader:
     return load_reader(name)

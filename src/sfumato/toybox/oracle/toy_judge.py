@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch.nn import functional
 from sfumato import valid
 from sfumato.errors import BadInput, BadWeights, NotSupported
 from sfumato.markup import described
+from sfumato.once import once
 from sfumato.toybox import COLORS, GROUNDS, PATTERNS, SHAPES, SIZES, SKIES
 
 SIDE = 64
@@ -335,7 +335,7 @@ def box_of(mask: Tensor) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-@lru_cache(maxsize=2)
+@once(2)
 def load_judge(name_or_path: str = "toy-judge") -> ToyJudge:
     """The trained judge of the zoo, or one from a folder with ``config.json`` and ``model.safetensors``.
 

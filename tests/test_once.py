@@ -1,0 +1,69 @@
+"""Networks are loaded once, and as they are whoever asks first."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato import cards, registry
+from sfumato.models.readers.clip import load_clip
+from sfumato.once import once, shown_as
+from sfumato.sampling.footprint import Footprint, adds, drawn
+from tests.sampling.test_footprint import SIZE, without_weights
+
+MODES = {
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "another device": lambda: torch.device("meta"),
+    "without numbers": Footprint,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_is_the_same_network_whoever_asks_first(mode: str):
+    @once(1)
+    def load(name: str = "net") -> nn.Module:
+        return nn.Linear(2, 2)
+
+    with MODES[mode]():
+        load()
+    net = load()
+    assert net is load() and net.weight.device.type == "cpu" and not net.weight.is_inference()
+    assert net(torch.ones(1, 2)).requires_grad
+    load("other")
+    assert load() is not net  # the last one stays, and no more
+
+
+def test_errors_are_those_of_the_loader():
+    @once(1)
+    def load(name: str) -> nn.Module:
+        raise ValueError(f"no {name} here")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no net here"):
+            load("net")
+
+
+def test_what_is_shown_meanwhile_does_not_stay():
+    load = once(1)(lambda: [1])
+    with pytest.raises(KeyError), shown_as(lambda loaded: (*loaded, 2)):
+        assert load() == (1, 2)
+        raise KeyError
+    assert load() == [1]
+
+
+def test_a_clip_that_guides_networks_without_numbers_keeps_its_own(tmp_path: Path):
+    """Its memory is counted each time, and its features are what they were."""
+    folder = shutil.copytree(registry.find("toy-clip"), tmp_path / "clip")
+    model, texts = without_weights("sd", tmp_path / "model"), ["a red cube", "a blue ball"]
+    adds(model, [])  # the schedule is on the CPU from here on
+    noise = torch.empty(1, *model.latent_shape(*SIZE), device="meta")
+    first, again = (drawn(model, cards.build(f"clip_guidance:clip={folder}"), latents=noise) for _ in range(2))
+    assert first == again
+    clip, own = load_clip(folder), load_clip("toy-clip")
+    assert first.begun > sum(x.nbytes for x in own.model.parameters())
+    assert torch.equal(clip.text(texts), own.text(texts))
