@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sfumato.models.readers.clip import load_clip
 from sfumato.once import once, shown_as
 from sfumato.sampling.footprint import Footprint, adds, drawn
 from tests.sampling.test_footprint import SIZE, without_weights
+from tests.test_imports import FILES, SOURCE
 
 MODES = {
     "inference": torch.inference_mode,
@@ -67,3 +70,19 @@ def test_a_clip_that_guides_networks_without_numbers_keeps_its_own(tmp_path: Pat
     clip, own = load_clip(folder), load_clip("toy-clip")
     assert first.begun > sum(x.nbytes for x in own.model.parameters())
     assert torch.equal(clip.text(texts), own.text(texts))
+
+
+def test_networks_are_kept_by_nothing_else():
+    """A cache around a loader hands on what was loaded under the modes of whoever asked first."""
+    loads = re.compile(r"from_pretrained|from_config|\bload_\w+\(|\w\.load\(|-> \w*(Net|Model|Module)\b")
+    kept = [
+        f"{path.relative_to(SOURCE)}: {node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any("cache" in ast.unparse(each) for each in node.decorator_list)
+        and re.search(
+            r"from_pretrained|from_config|\bload_\w+\(|\w+\.load\(|-> \w*(Net|Model|Module)\b", ast.unparse(node)
+        )
+    ]
+    assert kept == []
