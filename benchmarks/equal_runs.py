@@ -22,7 +22,7 @@ from benchmarks.core import Figure, in_process
 
 OFFSETS = tuple(range(0, 64, 4))
 STARTS = 150  # of the small step, in one process
-PROCESSES = 20
+PROCESSES = 200
 
 Operation = tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]
 OPERATIONS: dict[str, Operation] = {
@@ -144,6 +144,10 @@ def starts(count: int, offsets: tuple[int, ...], weights: bool, seed: int = 0) -
 # --- fresh processes -------------------------------------------------------------------------------------------------
 
 FIRST_STEPS = """
+import os, random
+heap = random.Random(os.urandom(8))
+blocks = [bytearray(heap.randrange(1, 300_000)) for _ in range(400)]
+del blocks[:: heap.randrange(2, 9)]
 import hashlib, json, pathlib, tempfile, torch
 from sfumato.training.recipe import Recipe, load_recipe
 from sfumato.training.runs import TrainingRun
@@ -189,7 +193,7 @@ def figures(
     for name in ("toy-sd", "segmenter"):
         results_of = Counter(each[name] for each in fresh)
         found.append(
-            Figure(f"first two steps of {name}, fresh processes", f"{len(results_of)}", "1", len(results_of) == 1,
+            Figure(f"first two steps of {name}, fresh processes, heaps perturbed", f"{len(results_of)}", "1", len(results_of) == 1,
                    f"{len(fresh)} starts", {"results": list(results_of.values())})
         )  # fmt: skip
     return found
