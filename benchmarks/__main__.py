@@ -24,7 +24,7 @@ BENCHMARKS = {
     "prompt_to_prompt": ("benchmarks.prompt_to_prompt", "editing against drawing anew"),
     "dreambooth": (
         "benchmarks.dreambooth",
-        "a LoRA step on a full-size SD1.5 U-Net, randomly initialised, against the loop of diffusers' script",
+        "a LoRA step on SD1.5 of full size, randomly initialised, against the loop of diffusers' script",
     ),
     "memory": ("benchmarks.memory", "peak memory with word maps"),
     "imports": ("benchmarks.imports", "start-up"),

@@ -87,10 +87,10 @@ def traced_like_the_original(unet: UNet2DConditionModel, side: int = LATENT):
         unet.set_attn_processor(before)
 
 
-def full_size(unet: UNet2DConditionModel | None = None) -> Model:
+def full_size(unet: UNet2DConditionModel | None = None, whole: bool = False) -> Model:
     """:func:`~benchmarks.workloads.random_sd15` around toy-sd's tokenizer, as long as SD1.5's."""
     tokenizer = AutoTokenizer.from_pretrained(registry.folder() / "toy-sd" / "tokenizer", model_max_length=77)
-    return random_sd15(tokenizer, LATENT, unet)
+    return random_sd15(tokenizer, LATENT, unet, whole)
 
 
 def run() -> list[Figure]:

@@ -1,4 +1,5 @@
-"""A LoRA step of DreamBooth on a full-size SD1.5 U-Net: time and peak memory against the loop of diffusers' script.
+"""A LoRA step of DreamBooth on SD1.5, all parts of full size: time and peak memory against the loop of diffusers'
+script, which encodes picture and text in every step.
 
 Each contestant is a process of its own on one thread, and they take turns. Time on the processor stands beside time on
 the clock: it says the same on a machine that has other work.
@@ -23,7 +24,7 @@ from PIL import Image
 from benchmarks.daam import full_size
 
 mode, side, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = full_size()
+model = full_size(whole=True)
 pipe, pixels = model.pipe, side * model.family.scale
 folder = Path(tempfile.mkdtemp())
 for i in range(3):

@@ -192,8 +192,9 @@ def figures(
     ]  # fmt: skip
     for name in ("toy-sd", "segmenter"):
         results_of = Counter(each[name] for each in fresh)
+        name = f"first two steps of {name}, fresh processes, heaps perturbed"
         found.append(
-            Figure(f"first two steps of {name}, fresh processes, heaps perturbed", f"{len(results_of)}", "1", len(results_of) == 1,
-                   f"{len(fresh)} starts", {"results": list(results_of.values())})
+            Figure(name, f"{len(results_of)}", "1", len(results_of) == 1, f"{len(fresh)} starts",
+                   {"results": list(results_of.values())})
         )  # fmt: skip
     return found

@@ -39,9 +39,9 @@ class Idle(Intervention):
         self.mark(step)
 
 
-def random_sd15(tokenizer: Any, latent: int, unet: Any = None) -> Model:
+def random_sd15(tokenizer: Any, latent: int, unet: Any = None, whole: bool = False) -> Model:
     """SD1.5's U-Net (860 M parameters, random weights, latents of side ``latent``), or another one, with a small text
-    encoder and autoencoder."""
+    encoder and autoencoder, or with ``whole`` those of SD1.5's own size."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -51,9 +51,15 @@ def random_sd15(tokenizer: Any, latent: int, unet: Any = None) -> Model:
         vocab_size=len(tokenizer), hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12,
         max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
+    if whole:
+        from sfumato.models import architectures
+
+        vae = AutoencoderKL.from_config(architectures.config_of("sd1", "vae"))
+        text.num_hidden_layers, text.intermediate_size = 12, 3072
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-                          up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4),
+        vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=unet or UNet2DConditionModel(sample_size=latent, cross_attention_dim=768),
