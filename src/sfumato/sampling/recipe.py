@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 from torch import Tensor
 
-from sfumato import __version__, cards
+from sfumato import cards
 from sfumato.arrays import to_pixels
 from sfumato.errors import BadInput
 from sfumato.sampling.intervention import Intervention
 from sfumato.sampling.options import recorded
+from sfumato.version import __version__
 
 if TYPE_CHECKING:
     from sfumato.models import Model

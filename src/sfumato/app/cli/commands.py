@@ -179,7 +179,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from sfumato import __version__
+        from sfumato.version import __version__
 
         typer.echo(f"sfumato {__version__}")
         raise typer.Exit()
