@@ -57,7 +57,9 @@ def context(tmp_path, monkeypatch, loaded):
     # distances between sets, and the densities of SaD, need more than one
     made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
     monkeypatch.setattr(inpaint, "STEPS", 1)
+    monkeypatch.setattr(inpaint, "GUIDANCE", (4.0,))
     monkeypatch.setattr(clip_guidance, "STEPS", 1)
+    monkeypatch.setattr(clip_guidance, "FREE", (1.0, 2.0, 3.0, 4.0))  # a quick run takes every third
     monkeypatch.setattr(clip_guidance, "TUNED", clip_guidance.N)
     monkeypatch.setattr(mgad, "STEPS", 1)
     monkeypatch.setattr(mgad, "CUTOUTS", 2)
