@@ -17,6 +17,7 @@ from sfumato.once import once, shown_as
 from sfumato.sampling.footprint import Footprint, adds, drawn
 from tests.sampling.test_footprint import SIZE, without_weights
 from tests.test_imports import FILES, SOURCE
+from tests.tiny import tiny_model
 
 MODES = {
     "inference": torch.inference_mode,
@@ -68,6 +69,8 @@ def test_a_clip_that_guides_networks_without_numbers_keeps_its_own(tmp_path: Pat
     first, again = (drawn(model, cards.build(f"clip_guidance:clip={folder}"), latents=noise) for _ in range(2))
     assert first == again
     clip, own = load_clip(folder), load_clip("toy-clip")
+    real = drawn(tiny_model("sd"), cards.build(f"clip_guidance:clip={folder}"), latents=torch.randn(noise.shape))
+    assert real.peak == pytest.approx(first.peak, rel=0.2)
     assert first.begun > sum(x.nbytes for x in own.model.parameters())
     assert torch.equal(clip.text(texts), own.text(texts))
 

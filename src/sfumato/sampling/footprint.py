@@ -297,7 +297,10 @@ def drawn(model: Model, systems: Any = (), steps: int = 1, **options: Any) -> Us
     Raises what drawing raises."""
     weights = [x for part in model.modules.values() for x in (*part.parameters(), *part.buffers())]
     kept: list[int] = []
-    with quiet(), shown_as(_weightless), Footprint(weights) as counted, _FusedAttention(counted):
+    nets = (
+        shown_as(_weightless) if weights[0].is_meta else contextlib.nullcontext()
+    )  # those of systems are as the model
+    with quiet(), nets, Footprint(weights) as counted, _FusedAttention(counted):
         begun = _Begun(counted)
         given = {"steps": steps, "seed": 0, "decode": False, "interventions": [systems, begun], **options}
         generate(model, PROMPT, on_step=lambda step: kept.append(counted.live), **given)
