@@ -51,13 +51,14 @@ def random_sd15(tokenizer: Any, latent: int, unet: Any = None, whole: bool = Fal
         vocab_size=len(tokenizer), hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12,
         max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
     if whole:
-        from sfumato.models import architectures
+        from sfumato.models import architectures  # here: trees of before the rebuild run the others, and have none
 
         vae = AutoencoderKL.from_config(architectures.config_of("sd1", "vae"))
         text.num_hidden_layers, text.intermediate_size = 12, 3072
+    else:
+        vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
