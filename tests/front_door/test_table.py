@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.core import RESULTS
@@ -142,3 +143,7 @@ def test_pictures_of_the_documentation_are_labelled() -> None:
             if not told and not re.search(r"zip\(|\(\(?'\w|\((?:label|name|word|text|each\.\w+), ", cells):
                 bare.append(f"{name}: {ast.unparse(call)}")
     assert not bare
+    # a picture that was drawn before its script had labels begins with its first cell, not with the paper beside them
+    labelled = [name for name, function in drawn.items() if function not in GALLERIES and name in images]
+    corner = {name: Image.open(DOCS / "images" / f"{name}.png").convert("RGB").getpixel((0, 0)) for name in labelled}
+    assert {name for name, colour in corner.items() if colour != (255, 255, 255)} == set()
