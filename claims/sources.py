@@ -18,6 +18,7 @@ SUPERVISION = {
     "places": "picture patches taught which toy they show",
     "local": "embeddings of unchanged words kept equal when another word changes",
     "toy_weight": "pixels of toys weigh more in the loss",
+    "foreign_context": "captions in which a word's context tells of other words, so that it is read at the word",
 }
 """Terms of the recipes' losses that use what only a toybox knows, and what they mean for a claim."""
 

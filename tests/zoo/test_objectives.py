@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
 from sfumato.models.readers.noised import codec_hash, noised_input
-from sfumato.toybox import render, sample_scene
+from sfumato.toybox import COLORS, render, sample_scene
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective, build_objective
@@ -24,6 +24,7 @@ from sfumato.training.optim import build_optimizer
 from sfumato.training.recipe import Recipe, TrainOptions
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.clip import hard_negative, mirrored
+from sfumato.zoo.objectives.foreign_context import mixed, other_words
 from sfumato.zoo.objectives.latent import LatentObjective
 
 CPU = torch.device("cpu")
@@ -325,32 +326,38 @@ def test_dropped_skips_silence_one_level_for_some_samples_in_training_only(parts
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])
-def test_foreign_padding_takes_the_end_and_the_padding_of_another_caption(kind: str, parts: dict[str, str]) -> None:
-    made, plain = latent(kind, parts, foreign_padding=1.0), latent(kind, parts)
-    texts = ["a red ball on the grass", "", "a blue cube", "a white cone to the right of a black cube"]
-    tokens, draw = made.tokens(texts), Draw(0, 1)
-    ends = [row.index(made.tokenizer.eos_token_id) for row in tokens.tolist()]
-    context, pooled = torch.randn(*tokens.shape, 8), torch.randn(4, 8)
-    mixed, mixed_pooled = made.with_foreign_padding(tokens, context, pooled, draw)
-    others = torch.randperm(4, generator=_after_chance(draw.generator("padding"), 4)).tolist()
-    assert others != [0, 1, 2, 3]
-    for i, other in enumerate(others):
-        assert torch.equal(mixed[i, : ends[i]], context[i, : ends[i]])  # words are their own
-        if not texts[i]:
-            other = i
-        n = min(tokens.shape[1] - end for end in (ends[i], ends[other]))
-        assert torch.equal(mixed[i, ends[i] : ends[i] + n], context[other, ends[other] : ends[other] + n])
-        assert torch.equal(mixed_pooled[i], pooled[other])
-    batch = made.batch(draw)
+def test_foreign_context_leaves_a_word_its_own_and_takes_the_rest_from_another_caption(
+    kind: str, parts: dict[str, str]
+) -> None:
+    made, plain = latent(kind, parts, foreign_context=1.0), latent(kind, parts)
+    texts = ["a red ball on the grass", "", "a white cone to the right of a black cube", "a red cube and a red ring"]
+    tokens = made.tokens(texts)
+    colors = [made.tokenizer(word, add_special_tokens=False).input_ids[0] for word in COLORS]
+    seen = set()
+    for seed in range(40):
+        foreign = other_words(tokens, made.kinds, 1.0, np.random.default_rng(seed))
+        assert torch.equal(foreign[1], tokens[1])  # nothing is said there
+        for own, other in zip(tokens.tolist(), foreign.tolist(), strict=True):
+            told = [(a, b) for a, b in zip(own, other, strict=True) if a != b]
+            assert all(any(a in kind and b in kind for kind in made.kinds) for a, b in told)
+            assert not {b for a, b in told if a in colors} & set(own)  # no colour that the caption names
+            assert len(set(told)) == len({a for a, _ in told}) == len({b for _, b in told})
+        seen |= {(row, int(i)) for row, i in (foreign != tokens).nonzero().tolist()}
+    nouns = {(0, 3), (2, 3), (2, 10), (3, 3), (3, 7)}
+    assert nouns <= seen and (0, 2) in seen and (0, 1) not in seen
+    assert torch.equal(other_words(tokens, made.kinds, 0.0, np.random.default_rng(0)), tokens)
+    own, other = torch.randn(2, *tokens.shape, 8)
+    taken = mixed(tokens, foreign, own, other)
+    assert torch.equal(taken[tokens != foreign], own[tokens != foreign])
+    assert torch.equal(taken[tokens == foreign], other[tokens == foreign])
+    batch, draw = made.batch(Draw(0, 1)), Draw(0, 1)
+    assert (batch["foreign"] != batch["tokens"]).any()
+    own_batch = plain.batch(Draw(0, 1))
+    assert torch.equal(batch["tokens"], own_batch["tokens"]) and "foreign" not in own_batch
     one, two = (next(iter(each.modules.values())) for each in (made, plain))
-    assert not torch.equal(made.loss(batch, draw)[0], plain.loss(batch, draw)[0])
+    assert not torch.equal(made.loss(batch, draw)[0], plain.loss(own_batch, draw)[0])
     one.eval(), two.eval()  # what is held out is read as it is
-    assert torch.equal(made.loss(batch, draw)[0], plain.loss(batch, draw)[0])
-
-
-def _after_chance(generator: torch.Generator, n: int) -> torch.Generator:
-    torch.rand(n, generator=generator)
-    return generator
+    assert torch.equal(made.loss(batch, draw)[0], plain.loss(own_batch, draw)[0])
 
 
 def test_silent_skips_have_no_weights_and_get_none(parts: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.losses import Noise, denoising_loss, min_snr
 from sfumato.training.objective import save_half, weights_in
 from sfumato.training.recipe import Section
+from sfumato.zoo.objectives.foreign_context import mixed
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
 
 # Stable Diffusion's noise schedule
@@ -155,8 +156,9 @@ class DiffusionObjective(LatentObjective):
         steps = self.noise_schedule.config.num_train_timesteps
         t = (self.quantiles(len(x0), draw) * steps).long().to(x0.device)
         context = self.text.text_model(batch["tokens"]).last_hidden_state
-        if self.unet.training and self.loss_options.foreign_padding:
-            context, _ = self.with_foreign_padding(batch["tokens"], context, None, draw)
+        if self.unet.training and "foreign" in batch:
+            foreign = self.text.text_model(batch["foreign"]).last_hidden_state
+            context = mixed(batch["tokens"], batch["foreign"], context, foreign)
         # the features that the last block starts from, at the size of the latents
         block = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
         path = Noise(self.noise_schedule)

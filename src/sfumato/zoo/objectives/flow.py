@@ -15,6 +15,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.losses import Flow, denoising_loss, density
 from sfumato.training.objective import save_half, weights_in
 from sfumato.training.recipe import Section
+from sfumato.zoo.objectives.foreign_context import mixed
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
 
 # the third text encoder is absent, which diffusers wants to be encoded
@@ -89,8 +90,10 @@ class FlowObjective(LatentObjective):
         t = self.times(self.quantiles(len(x0), draw)).to(x0.device)
         encoded = self.text(batch["tokens"], output_hidden_states=True)
         hidden, pooled = encoded.hidden_states[-2], encoded.text_embeds
-        if self.transformer.training and self.loss_options.foreign_padding:
-            hidden, pooled = self.with_foreign_padding(batch["tokens"], hidden, pooled, draw)
+        if self.transformer.training and "foreign" in batch:
+            foreign = self.text(batch["foreign"], output_hidden_states=True)
+            hidden = mixed(batch["tokens"], batch["foreign"], hidden, foreign.hidden_states[-2])
+            pooled = foreign.text_embeds
         context, pooled = torch.cat([hidden] * 2, -1), torch.cat([pooled] * 2, -1)
         block = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
         with self.watching(block) as outputs:

@@ -33,6 +33,7 @@ from sfumato.training.objective import Objective
 from sfumato.training.recipe import Section
 from sfumato.windows import Window
 from sfumato.zoo.objectives import labels
+from sfumato.zoo.objectives.foreign_context import other_words, word_kinds
 from sfumato.zoo.objectives.vital_signs import Signs, vital_signs
 
 GRID_PROMPTS = (
@@ -68,12 +69,12 @@ class LatentLoss(Section):
 
     toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
-    foreign_padding: float = Field(
+    foreign_context: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of the training samples that are shown the end and the padding of another caption, so that"
-        " what a word says is read at the word",
+        description="share of the training captions in which what a word lends to all others is another word's"
+        " (foreign_context.py), so that what a word says is read at the word",
     )
     interval: Window = Field(
         (0.0, 1.0),
@@ -129,6 +130,7 @@ class LatentObjective(Objective):
         self.text.text_projection.load_state_dict(clip.text_projection.state_dict())
         self.text.eval().requires_grad_(self.model_options.text_rate > 0)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.kinds = word_kinds(self.tokenizer)
         self.rates = {"text": self.model_options.text_rate}
 
     def build_readout(self, width: int) -> dict[str, nn.Module]:
@@ -184,26 +186,12 @@ class LatentObjective(Objective):
         texts = ["" if dropped else text for text, dropped in zip(texts, empty.tolist(), strict=True)]
         weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
         batch = {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
+        if self.loss_options.foreign_context:
+            rng = np.random.default_rng(draw.number("foreign context"))
+            batch["foreign"] = other_words(batch["tokens"], self.kinds, self.loss_options.foreign_context, rng)
         if self.loss_options.align:
             batch["places"] = labels.place_labels(source, indices, x0.shape[-1] // self.align_cell)
         return batch
-
-    def with_foreign_padding(
-        self, tokens: Tensor, context: Tensor, pooled: Tensor | None, draw: Draw
-    ) -> tuple[Tensor, Tensor | None]:
-        """``context`` (b t d) and ``pooled`` (b d), if there is one, of texts with token ids (b t): some, drawn by
-        ``foreign_padding``, with the end, the padding and the pooled text of another one of the batch. The empty text
-        keeps its own."""
-        ends = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
-        generator = draw.generator("padding")
-        chosen = torch.rand(len(tokens), generator=generator).to(ends.device) < self.loss_options.foreign_padding
-        other = torch.randperm(len(tokens), generator=generator).to(ends.device)
-        chosen &= ends > 1
-        behind = torch.arange(tokens.shape[1], device=ends.device) - ends[:, None]  # 0 at the end, 1 ... in the padding
-        at = (ends[other][:, None] + behind).clamp(0, tokens.shape[1] - 1)
-        foreign = context[other].gather(1, at[..., None].expand_as(context))
-        context = torch.where((chosen[:, None] & (behind >= 0))[..., None], foreign, context)
-        return context, pooled if pooled is None else torch.where(chosen[:, None], pooled[other], pooled)
 
     def quantiles(self, n: int, draw: Draw) -> Tensor:
         """Places (n,) in the noise distribution: one from each of n equal parts of the interval, in random order."""
