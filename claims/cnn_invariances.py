@@ -24,7 +24,7 @@ from sfumato.training import Draw, Player, fit
 from sfumato.translation.translator import FlowParams
 
 SOURCE = "Rombach, Esser, Ommer 2020"
-FLOW = {"blocks": 8, "hidden": 128, "depth": 1, "steps": 1000, "batch": 128, "lr": 2e-3}
+FLOW = {"blocks": 8, "hidden": 256, "depth": 1, "steps": 2000, "batch": 192, "lr": 2e-3, "noise": 0.1}
 STAGES = tuple(f"resnet.encoder.stages.{i}" for i in range(4))
 SHAPE, TEXTURE, VIT = "toy-cnn", "toy-cnn-texture", "toy-vit"
 READ = ("shape", "texture", "color", "place", "ground", "sky")
@@ -424,11 +424,9 @@ EXPERIMENT = Experiment(
     title="what a layer knows and what it has thrown away",
     intro=(
         "toy-cnn names the shape of a toy of any texture, toy-cnn-texture was trained where the texture tells; both are"
-        " small ResNets of one architecture. toy-vit names shape and colour. Flows of 8 blocks and 128 hidden"
-        " units, 1000"
-        " steps, on the pictures that toy-ae learnt from; measured on scenes that nothing was trained on. Three"
-        " seeds of"
-        " the flow at the logits of the ResNets, one elsewhere."
+        " small ResNets of one architecture. toy-vit names shape and colour. Flows of 8 blocks and 256 hidden units,"
+        f" {FLOW['steps']} steps, on {codes.TRAIN} pictures, a quarter of them those that toy-ae learnt from; measured"
+        " on scenes that nothing was trained on. Three seeds of the flow at the logits of the ResNets, one elsewhere."
     ),
     file=__file__,
     parts=(

@@ -25,16 +25,16 @@ from sfumato.translation.reading import CodeReader
 from sfumato.translation.translator import FlowParams
 
 SOURCE = "Esser, Rombach, Ommer 2020 (shown, not counted)"
-FLOW = {"blocks": 8, "hidden": 128, "depth": 1, "steps": 1200, "batch": 128, "lr": 2e-3}
+FLOW = {"blocks": 12, "hidden": 256, "depth": 1, "steps": 6000, "batch": 256, "lr": 2e-3, "noise": 0.3}
 STYLED = ("degraded", "watercolour")
 SETS = ("neutral", "biased", *STYLED)
 READ = ("shape", "color", "place", "ground", "sky")
-EACH = 1000  # pictures of a set
+EACH = 4000  # pictures of a set
 CUBE, BALL, CONE = "cube", "ball", "cone"
 
 
 def part_of(context: Context, k: int) -> Tensor:
-    """The k-th thousand of toy-ae's training pictures: sets share no scene, or pairs would give the answer."""
+    """The k-th quarter of the training pictures: sets share no scene, or pairs would give the answer."""
     return codes.train_set(context).pixels[rows_of(context, k)]
 
 
@@ -206,8 +206,8 @@ def report(context: Context) -> list[Row]:
     own = codes.probe_of(context, STYLED)(network.pictures(codes_of(context)["biased"][0]))
     best = {c: variation(own[c][: len(examples)], truth[c]) for c in truth}
     cones = shape == names["shape"].index(CONE)
-    found = [auc(projection(context, s).surprise(z, "biased"), cones) for s in codes.SEEDS]
-    plain = [auc(projection(context, s).surprise(z, "neutral"), cones) for s in codes.SEEDS]
+    found = [auc(projection(context, s).log_ratio(z, "neutral", "biased"), cones) for s in codes.SEEDS]
+    alone = [auc(projection(context, s).translator.nll(z, one_set(context, s, len(z))), cones) for s in codes.SEEDS]
     ceiling = codes.ceiling(context, STYLED).reconstructions
     leans = codes.ceiling(context, STYLED).text(*READ)
     pairs = {t: [pair(context, t, s) for s in codes.SEEDS] for t in SETS[1:]}
@@ -244,11 +244,12 @@ def report(context: Context) -> list[Row]:
             leans_on=leans,
         ),
         Row(
-            claim="cones, of which the biased set has none, are less likely under it than other shapes: AUC 0.8",
-            source="this repository",
+            claim="cones, of which the biased set has none, are less likely under it than under the neutral set,"
+            " more so than other shapes: AUC 0.8",
+            source="this repository; likelihood ratio as Ren et al. 2019",
             measured=stats.mean(found).text(digits=2),
-            baseline=f"under the neutral set, which has cones: {np.mean(plain):.2f}",
-            bars=[Bar(stats.mean(found), float(np.mean(plain)), 1.0, at_least=0.8, what="AUC")],
+            baseline=f"the likelihood under the biased set alone: {np.mean(alone):.2f}; chance 0.5",
+            bars=[Bar(stats.mean(found), 0.5, 1.0, at_least=0.8, what="AUC")],
             n=len(found),
         ),
         Row(
@@ -270,6 +271,10 @@ def report(context: Context) -> list[Row]:
             leans_on="the report's own reader of codes",
         ),
     ]
+
+
+def one_set(context: Context, seed: int, n: int) -> Tensor:
+    return projection(context, seed).condition("biased", n)
 
 
 def reader(context: Context) -> CodeReader:
@@ -423,9 +428,10 @@ EXPERIMENT = Experiment(
     key="data_biases",
     title="one picture as each data set would have it",
     intro=(
-        "Four sets of 1000 pictures of one toy: neutral; biased (no cones, 90 % of the cubes red, night a fifth as"
-        " frequent); the same world badly stored, and in watercolour. No two sets share a scene. One flow of 8 blocks"
-        " and 128 hidden units on toy-ae's codes, 1200 steps, three seeds; measured on 500 neutral scenes that nothing"
+        "Four sets of 4000 pictures of one toy: neutral; biased (no cones, 90 % of the cubes red, night a fifth as"
+        " frequent); the same world badly stored, and in watercolour. No two sets share a scene. One flow of 12 blocks"
+        " and 256 hidden units on toy-ae's codes, three seeds; noise of 0.3 of their deviation keeps it from learning"
+        " them by heart; measured on 500 neutral scenes that nothing"
         " was trained on, whose exact counterparts in each style are known."
     ),
     file=__file__,

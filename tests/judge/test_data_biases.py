@@ -97,7 +97,11 @@ def test_what_a_set_has_nothing_of_is_named(found):
     bias = pair_bias(projection, sets, "neutral", "biased", reader, WORDS)
     assert bias.missing["left"]["dark"] > 0.8 > 0.2 > bias.missing["left"]["light"]
     assert any("left without counterpart: dark" in line for line in bias.lines())
-    assert projection.without_counterpart(sets["biased"], "biased").float().mean() < 0.15
+    assert projection.without_counterpart(sets["biased"], "neutral", "biased").float().mean() < 0.15
+    ratio = projection.log_ratio(sets["neutral"], "neutral", "biased")
+    assert torch.allclose(ratio, -projection.log_ratio(sets["neutral"], "biased", "neutral"))
+    dark = reader.read(sets["neutral"])["left"] == WORDS["left"].index("dark")
+    assert ratio[dark].median() > 1 > ratio[~dark].median()
 
 
 def test_two_samples_of_one_set_are_left_as_they_are():

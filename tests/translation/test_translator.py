@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sfumato.errors import BadInput, BadWeights
-from sfumato.translation.translator import fit_translator, load_translator, standardising
+from sfumato.translation.translator import fit_translator, load_translator, standardising, widened
 
 SMALL = {"blocks": 3, "hidden": 24, "depth": 1, "batch": 96, "lr": 1e-2}
 
@@ -134,3 +134,19 @@ def test_one_vector_alone_is_read_as_in_a_batch(conditional):
     assert translator.sample(c[:1], 1).shape == (1, 1, 3)
     with pytest.raises(BadInput, match="batch"):
         fit_translator(z, batch=1)
+
+
+def test_noise_keeps_few_vectors_from_being_learnt_by_heart():
+    z = torch.randn(150, 6, generator=torch.Generator().manual_seed(4)).exp()
+    plain, noisy = (fit_translator(z, steps=250, noise=noise, **SMALL).facts for noise in (0.0, 0.4))
+    assert plain["nll_fitted"] < plain["nll"] - 1.0
+    assert noisy["nll"] - noisy["nll_fitted"] < 0.5 * (plain["nll"] - plain["nll_fitted"])
+    assert noisy["nll"] < plain["nll"] - 0.5
+
+
+def test_noise_is_in_units_of_each_dimension_and_adds_to_the_spread():
+    z = torch.randn(400, 3, generator=torch.Generator().manual_seed(5)) * torch.tensor([1.0, 10.0, 0.1])
+    spread = torch.full_like(z, 0.3)
+    assert widened(z, spread, 0.0) is spread and widened(z, None, 0.0) is None
+    assert torch.allclose(widened(z, None, 0.5), 0.5 * z.std(0).expand_as(z))
+    assert torch.allclose(widened(z, spread, 0.5).square(), 0.09 + (0.5 * z.std(0)).square().expand_as(z))

@@ -27,7 +27,7 @@ from sfumato.rng import stream
 from sfumato.training import Draw, Player, Progress, fit
 from sfumato.valid import first_line
 
-__all__ = ["FlowParams", "FitRecord", "Translator", "fit_translator", "load_translator", "standardising"]
+__all__ = ["FlowParams", "FitRecord", "Translator", "fit_translator", "load_translator", "standardising", "widened"]
 
 DEAD = 1e-4  # of the median spread
 
@@ -45,6 +45,11 @@ class FlowParams(Params):
     lr: float = Field(
         default=1e-3, gt=0, description="learning rate (Adam); the papers: about 1e-4 for many more steps"
     )
+    noise: float = Field(
+        default=0.05, ge=0, le=1,
+        description="deviation of normal noise added to the vectors at every step, in units of their own: few vectors"
+        " are otherwise learnt by heart",
+    )  # fmt: skip
     seed: int = Field(default=0, ge=0, description="of weights, order of the vectors and noise")
 
 
@@ -219,12 +224,21 @@ def standardising(x: Tensor, what: str) -> tuple[Tensor, Tensor, list[int]]:
     return mean.float(), std.float(), dead
 
 
+def widened(z: Tensor, spread: Tensor | None, noise: float) -> Tensor | None:
+    """Deviations (m n) of posteriors, if any, with ``noise`` in units of each dimension of z (m n) on top."""
+    if not noise:
+        return spread
+    extra = (noise * z.std(0)).expand(len(z), -1)
+    return extra if spread is None else (spread.square() + extra.square()).sqrt()
+
+
 @dataclass(eq=False)
 class FitRecord:
     """A fitted translator and how well it fits, in nats and in units of the scaled vectors.
 
     ``facts``: quadratic (mean |v|^2 / 2) beside half (its value for normal v), logdet, nll, bits_per_dim, inverse_error
-    and beyond_4 (share of |v| > 4), on held-out vectors; dead, dimensions left out; steps.
+    and beyond_4 (share of |v| > 4), on held-out vectors; nll_fitted, of as many that it was fitted to; dead, dimensions
+    left out; steps.
     """
 
     translator: Translator
@@ -234,7 +248,8 @@ class FitRecord:
     def line(self) -> str:
         f = self.facts
         return (
-            f"flow: |v|^2/2 {f['quadratic']:.1f} (normal {f['half']:.1f}), NLL {f['nll']:.1f} nats, "
+            f"flow: |v|^2/2 {f['quadratic']:.1f} (normal {f['half']:.1f}), NLL {f['nll']:.1f} nats "
+            f"(of what it was fitted to {f['nll_fitted']:.1f}), "
             f"{f['bits_per_dim']:.2f} bits per dimension, inverse error {f['inverse_error']:.1e}, "
             f"|v| > 4: {100 * f['beyond_4']:.2f} %, {f['dead']} dead dimensions left out"
         )
@@ -264,7 +279,8 @@ def fit_translator(
 
     Args:
         params: size and training, or its fields in ``given``.
-        spread: deviations (m n) of normal noise added to z at every step, as posteriors of autoencoders have.
+        spread: deviations (m n) of normal noise added to z at every step, as posteriors of autoencoders have, beside
+            ``params.noise``.
         loss: another loss, called with the translator and the step's draw.
         weights: how often each row is drawn, relative (m); every row alike without.
         embedding, norm: of the condition. about: facts to keep in its config.
@@ -295,6 +311,7 @@ def fit_translator(
         # a dimension that never varied stays in its own unit: what it may do later must not be blown up
         translator.condition_std = torch.where(spread_of < 1e-6, 1.0, spread_of).view(place)
     train = len(z) - held
+    spread = widened(z, spread, o.noise)
     chances = None if weights is None else weights[:train].double()
 
     def likelihood(translator: Translator, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
@@ -327,8 +344,9 @@ def fit_translator(
     )
     done = fit(player, o.steps, seed=o.seed, log_every=max(1, o.steps // 100), on_progress=on_progress, name=name)
     translator.eval().requires_grad_(False)
-    facts = {"steps": done.step, "interrupted": done.interrupted, "dead": len(dead), "vectors": len(z)}
+    facts: dict[str, Any] = {"steps": done.step, "interrupted": done.interrupted, "dead": len(dead), "vectors": len(z)}
     facts |= measures(translator, z[train:], None if c is None else c[train:])
+    facts["nll_fitted"] = float(translator.nll(z[:held], None if c is None else c[:held]).mean())
     return FitRecord(translator, facts, done.history)
 
 

@@ -14,7 +14,7 @@ from sfumato.errors import BadInput, BadWeights, UnknownName
 from sfumato.explain.shape_texture.dimensions import RESIDUAL
 from sfumato.markup import described
 from sfumato.training import Draw
-from sfumato.translation.translator import FitRecord, FlowParams, Translator, fit_translator, load_translator
+from sfumato.translation.translator import FitRecord, FlowParams, Translator, fit_translator, load_translator, widened
 
 __all__ = ["Interpretation", "ConceptPairs", "factor_loss", "fit_factors", "load_interpretation"]
 
@@ -182,7 +182,7 @@ def fit_factors(
         pairs: ``shared`` has one column for every concept of ``sizes``, in its order, the residual left out or last.
         sizes: dimensions of every block; the residual takes what is left.
         rho: correlation of shared blocks, 0.975 in the authors' code.
-        spread: deviations (m n) of posterior noise, drawn anew at every step.
+        spread: deviations (m n) of posterior noise, drawn anew at every step, beside ``params.noise``.
     """
     names = [name for name in sizes if name != RESIDUAL]
     if pairs.shared.shape[1] not in (len(names), len(names) + 1):
@@ -190,6 +190,7 @@ def fit_factors(
     if not pairs.shared.any(1).all():
         raise BadInput("pairs that agree in nothing teach no concept; leave them out.")
     wide: dict[str, Any] = {}
+    noisy = widened(z, spread, params.noise)
 
     def loss(translator: Translator, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         if not wide:  # dead dimensions are known by now
@@ -201,8 +202,8 @@ def fit_factors(
         chosen = draw.indices(len(pairs.rows), params.batch)
         rows = pairs.rows[chosen].T.flatten()
         both = z[rows]
-        if spread is not None:
-            both = both + spread[rows] * torch.randn(both.shape, generator=draw.generator("noise"))
+        if noisy is not None:
+            both = both + noisy[rows] * torch.randn(both.shape, generator=draw.generator("noise"))
         v, logdet = translator.transform(both)
         (va, vb), (la, lb) = v.chunk(2), logdet.chunk(2)
         found = factor_loss(va, vb, la, lb, wide["rho"][chosen][:, wide["of"]]).mean()

@@ -58,7 +58,12 @@ class DataBiases:
         concepts: list[str] = Field(
             default=[], description="what contents are counted by: columns of the folders' metadata; toybox: all"
         )
-        pictures: int = Field(default=1000, ge=32, description="how many pictures of each set at most")
+        pictures: int = Field(default=2000, ge=32, description="how many pictures of each set at most")
+        noise: float = Field(
+            default=0.2, ge=0, le=1,
+            description="deviation of normal noise added to the codes at every step, in units of their own: without it"
+            " sets of one rule come apart",
+        )  # fmt: skip
         balance: bool = Field(default=True, description="draw from all sets equally often, whatever their sizes")
 
     def __init__(self, **given: Any):

@@ -21,13 +21,13 @@ LEAST = 32
 
 @dataclass(eq=False)
 class Projection:
-    """``sets``: their names, in the order of the condition. ``usual``: of each set the NLL that 95 % of its own
-    held-out pictures stay below."""
+    """``sets``: their names, in the order of the condition. ``usual``: target -> source -> the log-likelihood ratio
+    that 95 % of the target's own held-out pictures stay below."""
 
     network: Network
     translator: Translator
     sets: list[str]
-    usual: dict[str, float]
+    usual: dict[str, dict[str, float]]
     record: FitRecord | None = None
 
     def condition(self, name: str, n: int) -> Tensor:
@@ -58,13 +58,17 @@ class Projection:
         v = self.translator.noise(n, seed)
         return {s: self.network.pictures(self.translator.vectors(v, self.condition(s, n))) for s in self.sets}
 
-    def surprise(self, z: Tensor, name: str) -> Tensor:
-        """Negative log-likelihood (b) of codes under a set: high where the set has nothing of the kind."""
-        return self.translator.nll(z, self.condition(name, len(z)))
+    def log_ratio(self, z: Tensor, source: str, target: str) -> Tensor:
+        """log p(z | source) - log p(z | target) (b) of codes, in nats: high where the target has nothing of the kind.
+        The likelihood under one set alone says more of how rich a picture is than of how usual (Ren et al. 2019,
+        likelihood ratios for out-of-distribution detection, arXiv 1906.02845)."""
+        own = self.translator.nll(z, self.condition(source, len(z)))
+        return self.translator.nll(z, self.condition(target, len(z))) - own
 
-    def without_counterpart(self, z: Tensor, name: str) -> Tensor:
-        """Which codes (b) a set has no counterpart for: less likely than 95 % of its own pictures."""
-        return self.surprise(z, name) > self.usual[name]
+    def without_counterpart(self, z: Tensor, source: str, target: str) -> Tensor:
+        """Which codes (b) of ``source`` the target has no counterpart for: their ratio is above that of 95 % of the
+        target's own pictures."""
+        return self.log_ratio(z, source, target) > self.usual[target][source]
 
     def save(self, folder: Path | str) -> Path:
         """Writes the flow. Raises BadInput if the folder is not empty."""
@@ -77,9 +81,14 @@ def load_projection(folder: Path | str, network: Network) -> Projection:
     """One that :meth:`Projection.save` wrote, on its autoencoder. Raises BadInput, BadWeights."""
     translator = load_translator(folder)
     about = translator.about
-    if not isinstance(about.get("sets"), list) or not isinstance(about.get("usual"), dict):
+    sets, usual = about.get("sets"), about.get("usual")
+    if (
+        not isinstance(sets, list)
+        or not isinstance(usual, dict)
+        or not all(isinstance(u, dict) for u in usual.values())
+    ):
         raise BadWeights(f"{folder} holds a flow that names no data sets; data_biases wrote none of it.")
-    return Projection(network, translator, about["sets"], about["usual"])
+    return Projection(network, translator, sets, usual)
 
 
 def fit_projection(
@@ -122,5 +131,6 @@ def fit_projection(
     for i, name in enumerate(sets):
         own = (of[-held:] == i).nonzero().flatten()
         rows = z[-held:][own] if len(own) >= 8 else z[of == i]
-        found.usual[name] = float(found.surprise(rows, name).quantile(0.95))
+        others = [each for each in sets if each != name]
+        found.usual[name] = {each: float(found.log_ratio(rows, each, name).quantile(0.95)) for each in others}
     return found

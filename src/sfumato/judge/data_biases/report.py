@@ -85,7 +85,7 @@ def pair_bias(
     here, there = z[source], projection.codes(z[source], source, target)
     pictures = [projection.network.pictures(each) for each in (here, there)]
     change = ((pictures[1] - pictures[0]).abs().mean((1, 2, 3)) / 2).cpu()
-    odd = projection.without_counterpart(here, target)
+    odd = projection.without_counterpart(here, source, target)
     if reader is None:
         whole = float(change.mean())
         return PairBias(source, target, whole, whole, {}, {}, {}, {}, {}, [], {}, float(odd.float().mean()))
