@@ -9,7 +9,7 @@ import time
 
 from benchmarks import core
 from sfumato.errors import BadInput, SfumatoError, UnknownName, WorkInterrupted
-from sfumato.interrupts import stopped_by_signals
+from sfumato.interrupts import interruptions_raised, stopped_by_signals
 
 # key -> (module, title); imported only when asked for
 BENCHMARKS = {
@@ -71,5 +71,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with stopped_by_signals():
+    with stopped_by_signals(), interruptions_raised():
         raise SystemExit(main())

@@ -12,7 +12,7 @@ from pathlib import Path
 from claims import core, table
 from sfumato import cards
 from sfumato.errors import SfumatoError, WorkInterrupted
-from sfumato.interrupts import stopped_by_signals
+from sfumato.interrupts import interruptions_raised, stopped_by_signals
 
 PAGES = core.HERE.parent / "docs" / "systems"
 
@@ -95,5 +95,5 @@ def write_table(context: core.Context) -> Path:
 
 
 if __name__ == "__main__":
-    with stopped_by_signals():
+    with stopped_by_signals(), interruptions_raised():
         raise SystemExit(main())

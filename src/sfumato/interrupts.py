@@ -6,9 +6,29 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["stopped_by_signals"]
+__all__ = ["interruptions_raised", "raise_if_asked", "stopped_by_signals"]
+
+_RAISED: ContextVar[bool] = ContextVar("interruptions raised", default=False)
+
+
+@contextlib.contextmanager
+def interruptions_raised() -> Iterator[None]:
+    """Within: a fit that Ctrl-C or a signal ends early raises KeyboardInterrupt instead of giving back what it has, unless
+    its checkpoints are kept. For programs: what they go on to say must not come from half of a fit."""
+    token = _RAISED.set(True)
+    try:
+        yield
+    finally:
+        _RAISED.reset(token)
+
+
+def raise_if_asked() -> None:
+    """Raises KeyboardInterrupt within :func:`interruptions_raised`; to be called by who was interrupted."""
+    if _RAISED.get():
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

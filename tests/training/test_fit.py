@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from sfumato.errors import BadInput, BadWeights
+from sfumato.interrupts import interruptions_raised, stopped_by_signals
 from sfumato.training import Draw, Player, fit, shuffled
 
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -135,6 +136,23 @@ def test_the_average_is_that_of_diffusers_and_stays_at_the_end() -> None:
     for ours, theirs in zip(net.parameters(), average.shadow_params, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(net[0].weight, live[0].weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+def test_programs_do_not_go_on_with_half_of_a_fit_that_nobody_can_resume(tmp_path: Path, which: str) -> None:
+    def interrupt(progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), getattr(signal, which))
+
+    with stopped_by_signals():
+        assert fit(player(network()), 8, on_progress=interrupt).interrupted  # a library's caller reads the record
+        with interruptions_raised():
+            seen: list[int] = []
+            with pytest.raises(KeyboardInterrupt):
+                fit(player(network()), 8, on_progress=lambda p: (seen.append(p.step), interrupt(p)))
+            assert seen == [1, 2, 3]
+            assert fit(player(network()), 8, folder=tmp_path, on_progress=interrupt).interrupted
+        assert fit(player(network()), 8, on_progress=interrupt).interrupted
 
 
 @pytest.mark.parametrize("way", ["interrupt", "stop", "minutes"])

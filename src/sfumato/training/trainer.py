@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, BadWeights
+from sfumato.interrupts import raise_if_asked
 from sfumato.training import checkpoint
 from sfumato.training.draw import Draw
 from sfumato.training.players import Player
@@ -242,8 +243,9 @@ def fit(
 ) -> FitResult:
     """Trains ``players`` for ``steps``, in memory; the module's page has examples.
 
-    Ctrl-C ends it after the present step with what was learnt until then (``interrupted`` in the record); a second one
-    interrupts at once. Players that keep an average hold it at the end. Global random numbers are drawn from ``seed``
+    Ctrl-C ends it after the present step with what was learnt until then (``interrupted`` in the record; without a
+    folder and within :func:`~sfumato.interrupts.interruptions_raised` it is raised then); a second one interrupts at
+    once. Players that keep an average hold it at the end. Global random numbers are drawn from ``seed``
     within and are afterwards what they were.
 
     Args:
@@ -305,4 +307,6 @@ def fit(
             player.take_average()
     result.step, result.seconds = trainer.step, trainer.seconds
     result.interrupted = trainer.stopped and not result.ended
+    if result.interrupted and checkpoints is None:  # nobody can go on from it
+        raise_if_asked()
     return result

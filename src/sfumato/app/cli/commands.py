@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from sfumato.app.cli import options
 from sfumato.errors import BadInput, SfumatoError, UnknownName, WorkInterrupted, is_out_of_memory
-from sfumato.interrupts import stopped_by_signals
+from sfumato.interrupts import interruptions_raised, stopped_by_signals
 
 HERE = Path(__file__).parent
 #: the commands in the order in which help lists them; each is the module of this name, read when it is called
@@ -95,7 +95,7 @@ class _LazyGroup(TyperGroup):
         try:
             if any("\0" in arg for arg in args):
                 raise BadInput("an argument holds a zero byte, which no text and no name of a file can.")
-            with warnings.catch_warnings(), stopped_by_signals():
+            with warnings.catch_warnings(), stopped_by_signals(), interruptions_raised():
                 warnings.simplefilter("always")
                 warnings.showwarning = _warn_once()
                 code = super().main(args=args, prog_name="sfumato", **{**extra, "standalone_mode": False})
