@@ -16,8 +16,8 @@ _RAISED: ContextVar[bool] = ContextVar("interruptions raised", default=False)
 
 @contextlib.contextmanager
 def interruptions_raised() -> Iterator[None]:
-    """Within: a fit that Ctrl-C or a signal ends early raises KeyboardInterrupt instead of giving back what it has, unless
-    its checkpoints are kept. For programs: what they go on to say must not come from half of a fit."""
+    """Within: a fit that Ctrl-C or a signal ends early raises KeyboardInterrupt, unless its checkpoints are kept. For
+    programs: what they go on to say must not come from half of a fit."""
     token = _RAISED.set(True)
     try:
         yield
