@@ -430,8 +430,8 @@ EXPERIMENT = Experiment(
     intro=(
         "Four sets of 4000 pictures of one toy: neutral; biased (no cones, 90 % of the cubes red, night a fifth as"
         " frequent); the same world badly stored, and in watercolour. No two sets share a scene. One flow of 12 blocks"
-        " and 256 hidden units on toy-ae's codes, three seeds; noise of 0.3 of their deviation, and rows held out, keep it"
-        " from learning them by heart; measured on 500 neutral scenes that nothing was trained on, whose exact"
+        " and 256 hidden units on toy-ae's codes, three seeds; noise of 0.3 of their deviation, and rows held out, keep"
+        " it from learning them by heart; measured on 500 neutral scenes that nothing was trained on, whose exact"
         " counterparts in each style are known."
     ),
     file=__file__,
