@@ -97,11 +97,45 @@ def test_what_a_set_has_nothing_of_is_named(found):
     bias = pair_bias(projection, sets, "neutral", "biased", reader, WORDS)
     assert bias.missing["left"]["dark"] > 0.8 > 0.2 > bias.missing["left"]["light"]
     assert any("left without counterpart: dark" in line for line in bias.lines())
-    assert projection.without_counterpart(sets["biased"], "neutral", "biased").float().mean() < 0.15
+    back = pair_bias(projection, sets, "biased", "neutral", reader, WORDS, projection.unseen["biased"])
+    assert back.unusual < 0.05  # the neutral set has all that the biased one has, if less often
     ratio = projection.log_ratio(sets["neutral"], "neutral", "biased")
     assert torch.allclose(ratio, -projection.log_ratio(sets["neutral"], "biased", "neutral"))
     dark = reader.read(sets["neutral"])["left"] == WORDS["left"].index("dark")
     assert ratio[dark].median() > 1 > ratio[~dark].median()
+
+
+def test_pictures_that_fitting_left_out_are_asked_for_counterparts(found, monkeypatch):
+    projection, sets, reader = found
+    assert sum(map(len, projection.unseen.values())) == min(500, sum(map(len, sets.values())) // 10)
+    assert all(0 <= int(rows.min()) and int(rows.max()) < len(sets[name]) for name, rows in projection.unseen.items())
+    asked = []
+
+    def flagged(z, source, target):
+        asked.append(z)
+        return torch.ones(len(z), dtype=torch.bool)
+
+    monkeypatch.setattr(projection, "without_counterpart", flagged)
+    rows = projection.unseen["neutral"]
+    bias = pair_bias(projection, sets, "neutral", "biased", reader, WORDS, rows)
+    assert torch.equal(asked[0], sets["neutral"][rows]) and bias.unusual == 1.0
+
+
+def test_rows_that_are_called_unseen_took_no_part_in_the_fit(monkeypatch):
+    sets = {"one": halves(drawn(100, 5)), "two": halves(drawn(60, 6))}
+    codes = {name: (torch.arange(len(x), dtype=torch.float)[:, None] + offset + torch.rand(len(x), 3), None)
+             for (name, x), offset in zip(sets.items(), (0.0, 1000.0), strict=True)}  # fmt: skip
+    kept = {}
+
+    def watched(z, *args, **given):
+        kept["fitted"] = z[: len(z) - max(2, len(z) // 10)]
+        return fit_translator(z, *args, **given)
+
+    monkeypatch.setattr("sfumato.judge.data_biases.projection.fit_translator", watched)
+    projection = fit_projection(NETWORK, sets, FlowParams(**FLOW.model_dump() | {"steps": 2}), codes=codes)
+    left = torch.cat([codes[name][0][rows] for name, rows in projection.unseen.items()])
+    assert len(left) + len(kept["fitted"]) == 160
+    assert not (left[:, None] == kept["fitted"][None]).all(2).any()
 
 
 def test_two_samples_of_one_set_are_left_as_they_are():
@@ -121,7 +155,7 @@ def test_one_residual_gives_aligned_pictures_of_every_set(found):
 def test_files_hold_the_projection(found, tmp_path):
     projection, sets, _ = found
     again = load_projection(projection.save(tmp_path / "flow"), NETWORK)
-    assert again.sets == projection.sets and again.usual == projection.usual
+    assert again.sets == projection.sets
     x = sets["neutral"][:5]
     assert torch.equal(again.codes(x, "neutral", "biased"), projection.codes(x, "neutral", "biased"))
     fit_translator(torch.randn(64, 4), steps=1, blocks=1).translator.save(tmp_path / "plain")

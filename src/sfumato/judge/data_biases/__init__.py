@@ -100,7 +100,8 @@ class DataBiases:
 
         pixels = {name: each.pixels for name, each in examples.items()}
         projection = fit_projection(network, pixels, p, balance=p.balance, codes=codes, on_progress=report)
-        pairs = [pair_bias(projection, z, a, b, reader, words) for a, b in itertools.permutations(names, 2)]
+        unseen = projection.unseen
+        pairs = [pair_bias(projection, z, a, b, reader, words, unseen[a]) for a, b in itertools.permutations(names, 2)]
         return BiasReport(projection, pairs, examples, z, reader)
 
 

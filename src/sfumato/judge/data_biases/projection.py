@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,17 +18,18 @@ from sfumato.translation.translator import FitRecord, FlowParams, Translator, fi
 __all__ = ["Projection", "fit_projection", "load_projection"]
 
 LEAST = 32
+RARE = 100  # times as likely in its own set: a picture without counterpart
 
 
 @dataclass(eq=False)
 class Projection:
-    """``sets``: their names, in the order of the condition. ``usual``: target -> source -> the log-likelihood ratio
-    that 95 % of the target's own held-out pictures stay below."""
+    """``sets``: their names, in the order of the condition. ``unseen``: of each set the rows that fitting left out;
+    empty where it was read from files."""
 
     network: Network
     translator: Translator
     sets: list[str]
-    usual: dict[str, dict[str, float]]
+    unseen: dict[str, Tensor] = field(default_factory=dict)
     record: FitRecord | None = None
 
     def condition(self, name: str, n: int) -> Tensor:
@@ -66,13 +68,13 @@ class Projection:
         return self.translator.nll(z, self.condition(target, len(z))) - own
 
     def without_counterpart(self, z: Tensor, source: str, target: str) -> Tensor:
-        """Which codes (b) of ``source`` the target has no counterpart for: their ratio is above that of 95 % of the
-        target's own pictures."""
-        return self.log_ratio(z, source, target) > self.usual[target][source]
+        """Which codes (b) of ``source`` the target has no counterpart for: they are a hundred times as likely in their
+        own set. To be asked of pictures that the flow was not fitted to: it may know those by heart."""
+        return self.log_ratio(z, source, target) > math.log(RARE)
 
     def save(self, folder: Path | str) -> Path:
         """Writes the flow. Raises BadInput if the folder is not empty."""
-        about = {"sets": self.sets, "usual": self.usual, "autoencoder": self.network.name}
+        about = {"sets": self.sets, "autoencoder": self.network.name}
         self.translator.register_to_config(about=about)
         return self.translator.save(folder)
 
@@ -81,14 +83,9 @@ def load_projection(folder: Path | str, network: Network) -> Projection:
     """One that :meth:`Projection.save` wrote, on its autoencoder. Raises BadInput, BadWeights."""
     translator = load_translator(folder)
     about = translator.about
-    sets, usual = about.get("sets"), about.get("usual")
-    if (
-        not isinstance(sets, list)
-        or not isinstance(usual, dict)
-        or not all(isinstance(u, dict) for u in usual.values())
-    ):
+    if not isinstance(about.get("sets"), list):
         raise BadWeights(f"{folder} holds a flow that names no data sets; data_biases wrote none of it.")
-    return Projection(network, translator, sets, usual)
+    return Projection(network, translator, about["sets"])
 
 
 def fit_projection(
@@ -126,11 +123,7 @@ def fit_projection(
     record = fit_translator(
         z, c, params=params, spread=spread, weights=weights, embedding=10, on_progress=on_progress, name="data_biases"
     )
-    found = Projection(network, record.translator, list(sets), {}, record)
-    held = max(2, min(500, len(z) // 10))  # rows that the fit left out
-    for i, name in enumerate(sets):
-        own = (of[-held:] == i).nonzero().flatten()
-        rows = z[-held:][own] if len(own) >= 8 else z[of == i]
-        others = [each for each in sets if each != name]
-        found.usual[name] = {each: float(found.log_ratio(rows, each, name).quantile(0.95)) for each in others}
-    return found
+    left_out = order[-max(2, min(500, len(z) // 10)) :]  # by the fit
+    firsts = torch.tensor([0, *torch.bincount(of).cumsum(0).tolist()])
+    unseen = {name: left_out[of[len(z) - len(left_out) :] == i] - firsts[i] for i, name in enumerate(sets)}
+    return Projection(network, record.translator, list(sets), unseen, record)

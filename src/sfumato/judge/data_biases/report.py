@@ -79,13 +79,21 @@ class PairBias:
 
 
 def pair_bias(
-    projection: Projection, z: Mapping[str, Tensor], source: str, target: str, reader: CodeReader | None, names: Any
+    projection: Projection,
+    z: Mapping[str, Tensor],
+    source: str,
+    target: str,
+    reader: CodeReader | None,
+    names: Any,
+    unseen: Tensor | None = None,
 ) -> PairBias:
-    """The report of one direction, from codes (m n) of every set; ``names`` are the words of every concept."""
+    """The report of one direction, from codes (m n) of every set; ``names`` are the words of every concept. ``unseen``:
+    rows of the source that the flow was not fitted to, which are asked for their counterparts; None: all."""
     here, there = z[source], projection.codes(z[source], source, target)
     pictures = [projection.network.pictures(each) for each in (here, there)]
     change = ((pictures[1] - pictures[0]).abs().mean((1, 2, 3)) / 2).cpu()
-    odd = projection.without_counterpart(here, source, target)
+    rows_asked = torch.arange(len(here)) if unseen is None or not len(unseen) else unseen
+    odd = projection.without_counterpart(here[rows_asked], source, target)
     if reader is None:
         whole = float(change.mean())
         return PairBias(source, target, whole, whole, {}, {}, {}, {}, {}, [], {}, float(odd.float().mean()))
@@ -98,7 +106,7 @@ def pair_bias(
         for table, row in zip(tables, rows, strict=True):
             table[concept] = dict(zip(words, row.tolist(), strict=True))
         distance[concept] = float(0.5 * (rows[1] - rows[2]).abs().sum())
-        lost = {word: odd[old[concept] == i] for i, word in enumerate(words)}
+        lost = {word: odd[old[concept][rows_asked] == i] for i, word in enumerate(words)}
         missing[concept] = {word: float(each.float().mean()) for word, each in lost.items() if len(each) >= 5}
     skews = []
     for given, concept in itertools.permutations(names, 2):
