@@ -29,7 +29,7 @@ class Projection:
     network: Network
     translator: Translator
     sets: list[str]
-    unseen: dict[str, Tensor] = field(default_factory=dict)
+    unseen: dict[str, Tensor] = field(default_factory=dict, repr=False)
     record: FitRecord | None = None
 
     def condition(self, name: str, n: int) -> Tensor:
