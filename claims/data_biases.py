@@ -206,8 +206,9 @@ def report(context: Context) -> list[Row]:
     own = codes.probe_of(context, STYLED)(network.pictures(codes_of(context)["biased"][0]))
     best = {c: variation(own[c][: len(examples)], truth[c]) for c in truth}
     cones = shape == names["shape"].index(CONE)
-    found = [auc(projection(context, s).log_ratio(z, "neutral", "biased"), cones) for s in codes.SEEDS]
-    alone = [auc(projection(context, s).translator.nll(z, one_set(context, s, len(z))), cones) for s in codes.SEEDS]
+    fitted = [projection(context, s) for s in codes.SEEDS]
+    found = [auc(each.log_ratio(z, "neutral", "biased"), cones) for each in fitted]
+    alone = [auc(each.translator.nll(z, each.condition("biased", len(z))), cones) for each in fitted]
     ceiling = codes.ceiling(context, STYLED).reconstructions
     leans = codes.ceiling(context, STYLED).text(*READ)
     pairs = {t: [pair(context, t, s) for s in codes.SEEDS] for t in SETS[1:]}
@@ -271,10 +272,6 @@ def report(context: Context) -> list[Row]:
             leans_on="the report's own reader of codes",
         ),
     ]
-
-
-def one_set(context: Context, seed: int, n: int) -> Tensor:
-    return projection(context, seed).condition("biased", n)
 
 
 def reader(context: Context) -> CodeReader:
@@ -391,7 +388,7 @@ def control(context: Context) -> list[Row]:
     sets = {"first": part_of(context, 0), "second": part_of(context, 3)}
     sets |= {name: x for name, x in pixels_of(context).items() if name != "neutral"}
     moved = []
-    for seed in codes.SEEDS[: context.count(1, 1)]:
+    for seed in codes.SEEDS:
         found = fit_projection(network, sets, flow_of(context, seed))
         moved.append(network.pictures(found.codes(z, "first", "second")))
     rebuilt = network.pictures(z)

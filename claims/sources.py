@@ -16,7 +16,6 @@ SUPERVISION = {
     "align": "attention maps drawn to each word's true cells",
     "words": "each noun's embedding taught its toy's attributes",
     "places": "picture patches taught which toy they show",
-    "local": "embeddings of unchanged words kept equal when another word changes",
     "toy_weight": "pixels of toys weigh more in the loss",
     "foreign_context": "captions in which a word's context tells of other words, so that it is read at the word",
 }

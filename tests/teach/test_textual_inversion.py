@@ -23,11 +23,10 @@ from sfumato.models.text_towers import text_towers
 from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.teach import denoising
-from sfumato.teach.learning import BestTensors
 from sfumato.teach.subject import Subject, bucket
 from sfumato.teach.textual_inversion import TextualInversion, _WordTraining
 from sfumato.teach.word_vectors import WordVectors
-from sfumato.training import Draw
+from sfumato.training import BestTensors, Draw
 from sfumato.training.processes import processes
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -221,8 +220,12 @@ def test_it_ends_on_the_plateau_and_keeps_the_best(photos):
             rows.fill_(value)
         best.measured(step, figure)
     assert best.over(3) and best.over(2) and not best.over(4)  # 0.999 is no progress over 1
+    best.measured(9, float("nan"))
+    assert best.lowest == (0.999, 2) and best.step == 2
     best.take()
     assert rows.tolist() == [2.0, 2.0]
+    unlucky = BestTensors({"x": rows})
+    assert not unlucky.measured(1, float("nan")) and unlucky.measured(2, 5.0) and unlucky.step == 2
 
 
 def test_sentences(photos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 import torch
@@ -162,10 +163,24 @@ def test_noise_keeps_few_vectors_from_being_learnt_by_heart():
 def test_the_weights_with_the_best_held_out_likelihood_are_kept():
     found = fit_translator(few(), steps=250, noise=0.0, **SMALL)
     assert found.facts["steps"] == 250 and 0 < found.facts["kept"] < 200
+    assert found.held_out.tolist() == list(range(135, 150))
     assert found.facts["nll"] < by_heart(0.0)["nll"] - 0.5
     shorter = fit_translator(few(), steps=250, noise=0.0, **SMALL)
     assert shorter.facts == found.facts  # of the same weights
-    assert float(found.translator.nll(few()[-15:]).mean()) == pytest.approx(found.facts["nll"], abs=1e-5)
+    assert float(found.translator.nll(few()[found.held_out]).mean()) == pytest.approx(found.facts["nll"], abs=1e-5)
+
+
+def test_an_interrupted_fit_keeps_the_best_until_then():
+    seen: list[int] = []
+
+    def stop_soon(progress):
+        seen.append(progress.step)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    found = fit_translator(few(), steps=400, noise=0.0, on_progress=stop_soon, **SMALL)
+    assert found.facts["interrupted"] and 0 < found.facts["kept"] <= found.facts["steps"] < 400
+    assert float(found.translator.nll(few()[found.held_out]).mean()) == pytest.approx(found.facts["nll"], abs=1e-5)
 
 
 def test_noise_is_in_units_of_each_dimension_and_adds_to_the_spread():

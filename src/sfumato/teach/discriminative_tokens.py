@@ -31,13 +31,13 @@ from sfumato.protocol import Work
 from sfumato.sampling import generate
 from sfumato.sampling.loop import open_run, walk
 from sfumato.sampling.request import checked_request
-from sfumato.teach.learning import BestTensors, learn, recomputed, run_settings
+from sfumato.teach.learning import learn, recomputed, run_settings
 from sfumato.teach.parameters import TeachParams
 from sfumato.teach.scorers import Scorer, scorer_of
 from sfumato.teach.taught import Taught
 from sfumato.teach.word_vectors import WordVectors, refuse_word
 from sfumato.text.placeholders import placeholders
-from sfumato.training import Draw, Player
+from sfumato.training import BestTensors, Draw, Player
 from sfumato.training.processes import processes
 
 __all__ = ["DiscriminativeTokens"]

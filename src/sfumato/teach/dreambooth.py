@@ -36,14 +36,14 @@ from sfumato.protocol import Work
 from sfumato.teach.concepts import Concept, ConceptsLoss, draw_priors, folders_of, require_class
 from sfumato.teach.denoising import Denoising, frozen_conditions
 from sfumato.teach.identifier import meant, pick
-from sfumato.teach.learning import BestTensors, learn, recomputed, refuse_other_run, run_settings
+from sfumato.teach.learning import learn, recomputed, refuse_other_run, run_settings
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.scoring import SubjectScorer, plotted
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.teach.word_vectors import WordVectors, refuse_word
 from sfumato.text.placeholders import placeholders
-from sfumato.training import Player
+from sfumato.training import BestTensors, Player
 
 __all__ = ["DreamBooth"]
 

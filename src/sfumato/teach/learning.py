@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from sfumato import valid, writing
 from sfumato.errors import BadInput, Conflict, NotSupported
 from sfumato.models import Model
 from sfumato.protocol import Work
-from sfumato.training import FitResult, Player, Progress, checkpoint, fit
+from sfumato.training import BestTensors, FitResult, Player, Progress, checkpoint, fit
 from sfumato.training.processes import processes
 
-__all__ = ["BestTensors", "learn", "recomputed", "refuse_other_run", "run_settings", "several_processes"]
+__all__ = ["learn", "recomputed", "refuse_other_run", "run_settings", "several_processes"]
 
 
 @contextlib.contextmanager
@@ -102,47 +101,6 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         denoiser.disable_gradient_checkpointing()
-
-
-class BestTensors(nn.Module):
-    """The tensors that learn, and copies of them where a figure was best: what a player's checkpoint holds. Where no
-    figure is taken a plain ``nn.ParameterList`` does.
-
-    ``figures``: (step, figure) of every measurement, lowest is best; :meth:`over` says whether the last ``patience``
-    of them were no better than the best before by a share ``least``.
-    """
-
-    def __init__(self, tensors: Mapping[str, nn.Parameter]):
-        super().__init__()
-        self.learning = nn.ParameterList(list(tensors.values()))
-        for i, tensor in enumerate(tensors.values()):
-            self.register_buffer(f"best_{i}", tensor.detach().clone())
-        self.figures: list[tuple[int, float]] = []
-
-    @torch.no_grad()
-    def measured(self, step: int, figure: float) -> bool:
-        """Notes a figure; returns whether it is the lowest, and then keeps the tensors."""
-        first = not self.figures or figure < min(value for _, value in self.figures)
-        self.figures.append((step, figure))
-        if first:
-            self.keep()
-        return first
-
-    @torch.no_grad()
-    def keep(self, tensors: Iterable[Tensor] | None = None) -> None:
-        """Makes these the best, in the order of those that learn; None: the tensors as they are now."""
-        for i, tensor in enumerate(self.learning if tensors is None else tensors):
-            getattr(self, f"best_{i}").copy_(tensor)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Puts the best in the place of the last."""
-        for i, tensor in enumerate(self.learning):
-            tensor.copy_(getattr(self, f"best_{i}"))
-
-    def over(self, patience: int, least: float = 0.005) -> bool:
-        values = [value for _, value in self.figures]
-        return len(values) > patience and min(values[-patience:]) > (1 - least) * min(values[:-patience])
 
 
 @dataclass

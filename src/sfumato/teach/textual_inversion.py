@@ -31,14 +31,14 @@ from sfumato.models.modes import frozen
 from sfumato.protocol import Work
 from sfumato.rng import stream
 from sfumato.teach.denoising import Denoising, Probe, places
-from sfumato.teach.learning import BestTensors, learn, recomputed, run_settings
+from sfumato.teach.learning import learn, recomputed, run_settings
 from sfumato.teach.parameters import PictureParams
 from sfumato.teach.subject import Subject
 from sfumato.teach.taught import Taught
 from sfumato.teach.templates import DUAL, OBJECT, STYLE
 from sfumato.teach.word_vectors import WordVectors, refuse_word, towers_of
 from sfumato.text.placeholders import placeholders
-from sfumato.training import Draw, Player
+from sfumato.training import BestTensors, Draw, Player
 
 __all__ = ["TextualInversion"]
 

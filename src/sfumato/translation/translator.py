@@ -24,7 +24,7 @@ from sfumato.errors import BadInput, BadWeights
 from sfumato.models.nets.flow import CouplingFlow, Norm
 from sfumato.models.weights import check_numbers, find_weights, read_header
 from sfumato.rng import stream
-from sfumato.training import Draw, Player, Progress, fit
+from sfumato.training import BestTensors, Draw, Player, Progress, fit
 from sfumato.valid import first_line
 
 __all__ = ["FlowParams", "FitRecord", "Translator", "fit_translator", "load_translator", "standardising", "widened"]
@@ -238,12 +238,13 @@ class FitRecord:
 
     ``facts``: quadratic (mean |v|^2 / 2) beside half (its value for normal v), logdet, nll, bits_per_dim, inverse_error
     and beyond_4 (share of |v| > 4), on held-out vectors; nll_fitted, of as many that it was fitted to; dead, dimensions
-    left out; steps, and kept, the one whose weights these are.
+    left out; steps, and kept, the one whose weights these are. ``held_out``: numbers of the rows that were not fitted.
     """
 
     translator: Translator
     facts: dict[str, Any] = field(default_factory=dict)
     history: list[Progress] = field(default_factory=list)
+    held_out: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long), repr=False)
 
     def line(self) -> str:
         f = self.facts
@@ -254,29 +255,6 @@ class FitRecord:
             f"{f['bits_per_dim']:.2f} bits per dimension, inverse error {f['inverse_error']:.1e}, "
             f"|v| > 4: {100 * f['beyond_4']:.2f} %, {f['dead']} dead dimensions left out"
         )
-
-
-class Best:
-    """The weights that give unseen vectors z (m n), under conditions c, the best likelihood, and their step."""
-
-    def __init__(self, translator: Translator, z: Tensor, c: Tensor | None):
-        self.translator, self.z, self.c = translator, z, c
-        self.step, self.nll = 0, math.inf
-        self.weights: dict[str, Tensor] = {}
-
-    def look(self, step: int) -> None:
-        """Keeps the present weights if they are the best so far."""
-        was = self.translator.training
-        nll = float(self.translator.eval().nll(self.z, self.c).mean())
-        self.translator.train(was)
-        if nll < self.nll:
-            weights = {key: value.detach().clone() for key, value in self.translator.state_dict().items()}
-            self.step, self.nll, self.weights = step, nll, weights
-
-    def take(self) -> None:
-        """Puts the best weights back."""
-        if self.weights:
-            self.translator.load_state_dict(self.weights)
 
 
 Loss = Callable[[Translator, Draw], tuple[Tensor, dict[str, Tensor]]]
@@ -368,22 +346,29 @@ def fit_translator(
         clip=5.0,
     )
     unseen, seen = ((z[part], None if c is None else c[part]) for part in (slice(train, None), slice(held)))
-    best = Best(translator, *unseen)
+    best = BestTensors(dict(translator.named_parameters()))
+
+    def measure(step: int) -> None:
+        translator.eval()
+        best.measured(step, float(translator.nll(*unseen).mean()))
+        translator.train()
 
     def look(progress: Progress) -> None:
         if loss is None:
-            best.look(progress.step)
+            measure(progress.step)
         if on_progress is not None:
             on_progress(progress)
 
     done = fit(player, o.steps, seed=o.seed, log_every=max(1, o.steps // 100), on_progress=look, name=name)
     if loss is None:
+        if done.step not in dict(best.figures):  # interrupted between two measurements
+            measure(done.step)
         best.take()
     translator.eval().requires_grad_(False)
     facts: dict[str, Any] = {"steps": done.step, "interrupted": done.interrupted, "dead": len(dead), "vectors": len(z)}
     facts |= measures(translator, *unseen) | {"kept": best.step if loss is None else done.step}
     facts["nll_fitted"] = float(translator.nll(*seen).mean())
-    return FitRecord(translator, facts, done.history)
+    return FitRecord(translator, facts, done.history, torch.arange(train, len(z)))
 
 
 def _decay(step: int, steps: int) -> float:

@@ -123,7 +123,7 @@ def fit_projection(
     record = fit_translator(
         z, c, params=params, spread=spread, weights=weights, embedding=10, on_progress=on_progress, name="data_biases"
     )
-    left_out = order[-max(2, min(500, len(z) // 10)) :]  # by the fit
     firsts = torch.tensor([0, *torch.bincount(of).cumsum(0).tolist()])
-    unseen = {name: left_out[of[len(z) - len(left_out) :] == i] - firsts[i] for i, name in enumerate(sets)}
+    left_out, whose = order[record.held_out], of[record.held_out]
+    unseen = {name: left_out[whose == i] - firsts[i] for i, name in enumerate(sets)}
     return Projection(network, record.translator, list(sets), unseen, record)

@@ -32,7 +32,7 @@ from sfumato.models.readers import load_reader
 from sfumato.relevance.lrp import target_scores
 from sfumato.teach.examples import read_examples, toybox_examples
 from sfumato.teach.robust_vit.loss import batch_loss, masks_from, relevance_maps, whole_loss
-from sfumato.training import Draw, Player, Progress, fit, shuffled
+from sfumato.training import BestTensors, Draw, Player, Progress, fit, shuffled
 
 __all__ = ["RobustVit", "TaughtClassifier", "masks_from", "relevance_maps", "teach"]
 
@@ -172,7 +172,7 @@ def teach(
     per_epoch = len(rows) // options.epochs
     log: list[dict[str, float]] = []
     sums: dict[str, float] = {}
-    best, epoch, weights = float("inf"), 0, None
+    best = BestTensors(dict(taught.named_parameters()))
 
     def loss(draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         now = rows[draw.step]
@@ -182,7 +182,7 @@ def teach(
         return options.decay ** (step // per_epoch // 2)
 
     def after(progress: Progress) -> None:
-        nonlocal sums, best, epoch, weights
+        nonlocal sums
         n = len(rows[progress.step - 1])
         losses = {name: value * n / len(images) for name, value in progress.logs.items() if name != "rate"}
         sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
@@ -190,10 +190,7 @@ def teach(
             return
         if held_out is not None:
             sums["validation"] = whole_loss(taught, held_out, options)
-        if held_out is None or sums["validation"] < best:
-            best, epoch = sums.get("validation", best), len(log) + 1
-            if held_out is not None:
-                weights = {name: value.detach().clone() for name, value in taught.state_dict().items()}
+            best.measured(len(log) + 1, sums["validation"])
         log.append(sums)
         if on_progress:
             on_progress(len(log), options.epochs, sums)
@@ -201,14 +198,14 @@ def teach(
 
     optimizer = torch.optim.AdamW(taught.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     done = fit(Player(loss, optimizer, taught, schedule=decay), len(rows), on_progress=after, name="robust_vit")
-    if weights is not None:
-        taught.load_state_dict(weights)
+    if best.step:
+        best.take()
     for parameter, was in zip(taught.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(was.requires_grad)
     facts = {"method": "robust_vit", "params": options.model_dump(), "pictures": len(images)}
     if done.interrupted:
         facts["interrupted"] = f"after {done.step} of {len(rows)} steps"
-    return TaughtClassifier(taught, log, epoch, facts)
+    return TaughtClassifier(taught, log, best.step or len(log), facts)
 
 
 def _check(model: nn.Module, images: Tensor, masks: Tensor, what: str) -> None:

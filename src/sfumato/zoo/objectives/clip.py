@@ -65,14 +65,7 @@ class CLIPLoss(Section):
         description="weight of a contrast between two captions of one scene, without its picture: the second must find"
         " the first among those of all scenes and among the same with attributes exchanged between toys",
     )
-    local: float = Field(
-        0.0,
-        ge=0,
-        description="weight of words keeping to themselves: where two captions differ in some words, the share of the"
-        " difference in the last two layers that lies at all others, padding included; the end may know everything",
-    )
     tellings: int = Field(32, ge=1, description="scenes a step that get two captions for it")
-    local_from: int = Field(0, ge=0, description="step from which the local term counts: words are bound first")
     text_first: int = Field(0, ge=0, description="steps at the start with the paraphrases alone")
     mirror: float = Field(0.0, ge=0, le=1, description="share of the pictures shown with left and right exchanged")
     words: float = Field(0.0, ge=0, description="weight of reading a toy's attributes off its noun")
@@ -275,18 +268,11 @@ class CLIPObjective(Objective):
         loss, logs = torch.zeros((), device=self.device), {}
         if "paraphrases" in batch:
             n = len(batch["paraphrases_same"])
-            out = self.clip.text_model(input_ids=batch["paraphrases"], output_hidden_states=True)
+            out = self.clip.text_model(input_ids=batch["paraphrases"])
             text = F.normalize(self.clip.text_projection(out.pooler_output).float(), dim=-1)
             scale = self.clip.logit_scale.exp().clamp(max=100)
             part, figures = self.contrast(scale * text[2 * n :] @ text[: 2 * n].T, batch["paraphrases_same"])
             loss, logs = loss + o.paraphrases * part, {f"again_{key}": value for key, value in figures.items()}
-            if o.local and draw.step >= o.local_from:
-                one, other, end = batch["paraphrases"][:n], batch["paraphrases"][n : 2 * n], self.tokenizer.eos_token_id
-                # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
-                layers = (out.last_hidden_state, out.hidden_states[-2])
-                part = sum(labels.leaked(h[:n], h[n : 2 * n], one, other, end) for h in layers) / len(layers)
-                loss = loss + o.local * part
-                logs["local"] = part.detach()
         if "pixels" not in batch:
             return loss, logs
         vision = self.clip.vision_model(pixel_values=batch["pixels"])

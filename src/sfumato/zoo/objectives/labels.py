@@ -104,18 +104,3 @@ def word_loss(hidden: Tensor, readout: Tensor, places: Tensor, targets: Tensor) 
             total = total + F.cross_entropy(logits[:, start : start + len(words)], own, ignore_index=UNSAID)
         start += len(words)
     return total
-
-
-def leaked(features: Tensor, others: Tensor, one: Tensor, other: Tensor, end: int) -> Tensor:
-    """How much of the difference between the ``features`` of two texts that differ in some words (b, t, width), after
-    normalisation, lies at the words that do not differ: 0 none of it, 1 all. Lengths are added, not squares: many small
-    differences in one direction, as of the padding, are together as good as a large one to whoever attends to all.
-
-    ``one`` and ``other`` (b, t) are the token ids. The first ``end`` token, which stands for the whole text, does not
-    count, nor do rows whose ends lie apart.
-    """
-    ends, rivals = (each.eq(end) & (each.eq(end).cumsum(1) == 1) for each in (one, other))
-    counts = (ends == rivals).all(1, keepdim=True) & ~ends
-    features, others = (F.layer_norm(each.float(), each.shape[-1:]) for each in (features, others))
-    moved = ((features - others).square().mean(-1) + 1e-4).sqrt().sub(1e-2) * counts
-    return (moved * (one == other)).sum() / moved.sum().clamp(min=1e-3)
