@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato import cards, protocol
+from sfumato import cards, protocol, valid, writing
 from sfumato.errors import BadInput, SfumatoError, UnknownName, within_memory
 from sfumato.training import data
 from sfumato.training.draw import Draw
@@ -51,7 +51,6 @@ class Objective:
     Model: ClassVar[type[Section]] = Section
     Loss: ClassVar[type[Section]] = Section
     EXPORTED: ClassVar[str] = ""  # the module that is exported and loaded, a model of diffusers or transformers
-    HALF: ClassVar[bool] = True  # whether it is exported in float16
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -116,7 +115,7 @@ class Objective:
     def export(self, folder: Path) -> dict[str, Any]:
         """Writes the model in its library's standard folder format; returns entries of the card (sampling defaults)."""
         module: Any = self.modules[self.EXPORTED]
-        save_half(module, folder) if self.HALF else module.save_pretrained(folder)
+        save_half(module, folder)
         for part in self.processors():
             part.save_pretrained(folder)
         return {}
@@ -128,11 +127,24 @@ class Objective:
 
 
 def save_half(module: Any, folder: Path) -> None:
-    """Writes a model of diffusers or transformers to ``folder`` in float16; ``module`` itself stays as it is."""
+    """Writes a model of diffusers or transformers to ``folder`` in float16; ``module`` itself stays as it is. Its
+    configuration says float32: transformers computes in what it says, diffusers in float32 in any case, and the parts
+    of a pipeline must agree."""
     make = getattr(type(module), "from_config", type(module))  # transformers makes models from a config directly
     half = make(module.config).half()
     half.load_state_dict(module.state_dict())
     half.save_pretrained(folder)
+    said = valid.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "dtype" in said:
+        writing.write_text(folder / "config.json", valid.json_text({**said, "dtype": "float32"}, indent=2) + "\n")
+
+
+def save_halves(pipeline: Any, folder: Path) -> None:
+    """Writes a pipeline of diffusers to ``folder``, its models in float16."""
+    pipeline.save_pretrained(folder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            save_half(part, folder / name)
 
 
 def weights_in(folder: Path, kind: type[nn.Module], **where: str) -> dict[str, Tensor]:

@@ -176,7 +176,6 @@ class CLIPObjective(Objective):
 
     NAME = "clip"
     EXPORTED = "clip"
-    HALF = False  # whoever trains further from it loses nothing
     Model: ClassVar[type[Section]] = CLIPModelOptions
     Loss: ClassVar[type[Section]] = CLIPLoss
     clip: CLIPModel

@@ -17,7 +17,7 @@ from sfumato import registry
 from sfumato.errors import BadInput
 from sfumato.training.draw import Draw
 from sfumato.training.losses import Noise, denoising_loss, min_snr
-from sfumato.training.objective import save_half, weights_in
+from sfumato.training.objective import save_halves, weights_in
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.foreign_context import mixed
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
@@ -196,9 +196,7 @@ class DiffusionObjective(LatentObjective):
         )
 
     def export(self, folder: Path) -> dict[str, Any]:
-        self.pipeline().save_pretrained(folder)
-        save_half(self.unet, folder / "unet")
-        save_half(self.vae, folder / "vae")
+        save_halves(self.pipeline(), folder)
         return {"sampling": dict(self.sampling), "plain": PLAIN, **self.expert_card(), **self.measured_card()}
 
     def load(self, folder: Path) -> None:

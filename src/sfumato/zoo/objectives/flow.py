@@ -13,7 +13,7 @@ from transformers import CLIPTextModelWithProjection
 
 from sfumato.training.draw import Draw
 from sfumato.training.losses import Flow, denoising_loss, density
-from sfumato.training.objective import save_half, weights_in
+from sfumato.training.objective import save_halves, weights_in
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.foreign_context import mixed
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
@@ -134,9 +134,7 @@ class FlowObjective(LatentObjective):
         )
 
     def export(self, folder: Path) -> dict[str, Any]:
-        self.pipeline().save_pretrained(folder)
-        save_half(self.transformer, folder / "transformer")
-        save_half(self.vae, folder / "vae")
+        save_halves(self.pipeline(), folder)
         return {"sampling": dict(self.sampling), "plain": PLAIN, **self.expert_card(), **self.measured_card()}
 
     def load(self, folder: Path) -> None:

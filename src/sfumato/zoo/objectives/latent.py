@@ -124,7 +124,7 @@ class LatentObjective(Objective):
     def build_text(self) -> None:
         """Takes the text tower and the tokenizer from the CLIP model."""
         folder = zoo_folder(self.model_options.text)
-        clip = CLIPModel.from_pretrained(folder)
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
         self.text = CLIPTextModelWithProjection(clip.config.text_config)
         self.text.text_model.load_state_dict(clip.text_model.state_dict())
         self.text.text_projection.load_state_dict(clip.text_projection.state_dict())

@@ -64,7 +64,7 @@ class NoisyCLIPObjective(LatentObjective):
         o: NoisyCLIPModel = self.model_options
         folder = zoo_folder(o.clip)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.teacher = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+        self.teacher = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         config = self.teacher.config.to_dict()
         channels, _ = codec_shape(o.vae, self.recipe.data.size)
         cells = self.recipe.data.size // config["vision_config"]["patch_size"]
