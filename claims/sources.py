@@ -65,18 +65,42 @@ def imported(package: str, nodes: Iterable[ast.AST]) -> list[tuple[str, str]]:
 
 
 @cache
+def _tree(path: Path) -> tuple[list[ast.AST], list[ast.AST]]:
+    """The nodes of a file that run, and those within ``if TYPE_CHECKING``, which do not."""
+    runs, others = [], []
+    left: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while left:
+        node = left.pop()
+        runs.append(node)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            others += [each for part in node.body for each in ast.walk(part)]
+            left += node.orelse
+        else:
+            left += ast.iter_child_nodes(node)
+    return runs, others
+
+
+def _home(name: str, base: str) -> str:
+    """The full name of what ``from base import ...`` brings in where it is defined: a face that imports on first use
+    says so within ``if TYPE_CHECKING``."""
+    face = _file(base) if base and not _file(name) else None
+    if face is not None and face.name == "__init__.py":
+        for full, module in imported(base, _tree(face)[1]):
+            if full.rpartition(".")[2] == name.rpartition(".")[2]:
+                return _home(full, module)
+    return base if face is not None else name
+
+
+@cache
 def _imports(path: Path) -> frozenset[Path]:
     """Files of this repository that one imports, at its top or inside its functions, with the rooms they lie in
     (not the face of the library, which every import passes and nothing measured depends on)."""
     module = _module(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    names = {
-        name if not base or _file(name) else base
-        for name, base in imported(package, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        if not name.endswith(".__version__")
-    }
+    found = imported(package, _tree(path)[0])
+    names = {_home(name, base) for name, base in found if not name.endswith(".__version__")}
     names |= {".".join(name.split(".")[:k]) for name in names for k in range(2, name.count(".") + 1)}
-    return frozenset(found for name in names if (found := _file(name)) is not None and found != path)
+    return frozenset(file for name in names if (file := _file(name)) is not None and file != path)
 
 
 def dependencies(start: Path, also: Iterable[Path] = ()) -> list[Path]:

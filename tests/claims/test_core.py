@@ -237,3 +237,37 @@ def test_pages_tell_what_is_on_record(key):
     record = core.read_record(core.HERE / "results" / f"{key}.json")
     page = (PAGES / f"{key}.md").read_text(encoding="utf-8")
     assert table.BEGIN not in page if not record else page == table.page(page, record)
+
+
+def test_a_result_depends_on_where_a_name_is_defined_and_not_on_what_annotations_name(tmp_path, monkeypatch):
+    room = tmp_path / "claims"
+    for name, text in {
+        "__init__": "",
+        "one": "from claims.face import Used\nfrom __future__ import annotations\n",
+        "face/__init__": (
+            "from typing import TYPE_CHECKING\nfrom claims.helper import lazy\n"
+            "if TYPE_CHECKING:\n    from claims.face.inner import Used\n    from claims.unused import Other\n"
+        ),
+        "face/inner": "from .deep import Used\n",
+        "face/deep": (
+            "import typing\nfrom typing import TYPE_CHECKING\n"
+            "if TYPE_CHECKING:\n    from claims.only_annotated import X\nelse:\n    from claims.otherwise import X\n"
+            "def f():\n    import claims.late\n"
+        ),
+        **dict.fromkeys(("helper", "unused", "only_annotated", "otherwise", "late"), ""),
+    }.items():
+        (room / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (room / f"{name}.py").write_text(text)
+    monkeypatch.setattr(sources, "ROOMS", {"claims": room})
+    sources._tree.cache_clear()
+    found = {str(path.relative_to(room)) for path in sources.dependencies(room / "one.py")}
+    face = {"face/__init__.py", "face/inner.py", "face/deep.py"}
+    assert found == {*face, "helper.py", "late.py", "one.py", "otherwise.py"}
+
+
+def test_what_is_measured_with_a_trained_flow_does_not_depend_on_recipes_of_the_zoo():
+    found = {
+        path.name for path in sources.dependencies(core.HERE / "data_biases.py", sources.system_files("data_biases"))
+    }
+    assert {"translator.py", "projection.py", "trainer.py", "players.py", "vector_ae.py", "codes.py"} <= found
+    assert not {"objective.py", "runs.py", "loop.py"} & found
