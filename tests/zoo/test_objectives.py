@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,9 +59,11 @@ def parts(home: Path) -> dict[str, str]:
     return {"vae": str(home / "vae"), "text": str(home / "clip")}
 
 
-def latent(kind: str, parts: dict[str, str], text_rate: float = 0.0, **loss) -> LatentObjective:
+def latent(
+    kind: str, parts: dict[str, str], text_rate: float = 0.0, model: dict[str, Any] | None = None, **loss
+) -> LatentObjective:
     shape = (
-        {"channels": [16, 16], "heads": [2, 2], "attention": [True, False]}
+        {"channels": [16, 16], "heads": [2, 2], "attention": [True, False], **(model or {})}
         if kind == "diffusion"
         else {"layers": 2, "heads": 2}
     )
@@ -271,23 +274,32 @@ def test_exported_clip_is_read_by_transformers(parts: dict[str, str], tmp_path: 
 
 
 # latent models --------------------------------------------------------------------------------------------------------
-def test_diffusion_loss_is_the_weighted_noise_error(parts: dict[str, str]) -> None:
-    made = latent("diffusion", parts, min_snr=5.0, structure=0.5, empty=0.5)
+@pytest.mark.parametrize(("prediction", "beta_end"), [("epsilon", 0.012), ("epsilon", 0.02), ("v_prediction", 0.02)])
+def test_diffusion_loss_is_the_weighted_error(prediction: str, beta_end: float, parts: dict[str, str]) -> None:
+    model = {"prediction": prediction, "beta_end": beta_end}
+    made = latent("diffusion", parts, model=model, min_snr=5.0, structure=0.5, empty=0.5)
     batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
     loss, _ = made.loss(batch, draw)
     u = torch.rand(6, generator=draw.generator("time"))
     t = ((torch.randperm(6, generator=draw.generator("order")) + u) / 6 * 1000).long()
     assert (t // (1000 / 6)).unique().numel() == 6  # one of each sixth
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    beta = torch.linspace(0.00085**0.5, beta_end**0.5, 1000, dtype=torch.float64) ** 2
+    scheduler = made.pipeline().scheduler
+    assert torch.allclose(scheduler.betas.double(), beta) and scheduler.config.prediction_type == prediction
     total = 0.0
     for i in range(6):
         alpha = float((1 - beta)[: t[i] + 1].prod())
-        x = alpha**0.5 * batch["x0"][i : i + 1] + (1 - alpha) ** 0.5 * batch["noise"][i : i + 1]
+        x0, noise = batch["x0"][i : i + 1], batch["noise"][i : i + 1]
+        x = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
         context = made.text.text_model(batch["tokens"][i : i + 1]).last_hidden_state
         guess = made.unet(x, t[i : i + 1], context).sample
         snr = alpha / (1 - alpha)
-        weight = min(1, 5 / snr) + 0.5 / max(snr, 0.05)
-        total += weight * float((batch["weight"][i] * (guess[0] - batch["noise"][i]) ** 2).mean())
+        if prediction == "epsilon":
+            weight, target = min(1, 5 / snr) + 0.5 / max(snr, 0.05), noise
+        else:  # the same errors of noise and picture, as errors of the velocity
+            weight = min(1, 5 / snr) * alpha + 0.5 * (1 - alpha)
+            target = alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
+        total += weight * float((batch["weight"][i] * (guess[0] - target[0]) ** 2).mean())
     assert float(loss) == pytest.approx(total / 6, rel=1e-4)
     assert set(made.unet.state_dict()) == set(dict(made.unet.named_parameters()))
 

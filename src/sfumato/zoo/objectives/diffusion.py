@@ -1,11 +1,11 @@
-"""toy-sd: epsilon-prediction diffusion on latents with a small ``UNet2DConditionModel`` (Rombach et al. 2021)."""
+"""toy-sd: diffusion on latents with a small ``UNet2DConditionModel`` (Rombach et al. 2021)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -21,10 +21,6 @@ from sfumato.training.objective import save_halves, weights_in
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.foreign_context import mixed
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
-
-# Stable Diffusion's noise schedule
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-
 
 PLAIN = """from diffusers import StableDiffusionPipeline
 
@@ -43,6 +39,16 @@ class UNetModel(LatentModel):
         (True, True, False), description="which levels attend to themselves and the text"
     )
     text_width: int = Field(128, description="features of the text tower")
+    prediction: Literal["epsilon", "v_prediction"] = Field(
+        "epsilon", description="what the network says: the noise, or the velocity (Salimans & Ho 2022)"
+    )
+    beta_end: float = Field(
+        0.012,
+        gt=0.001,
+        lt=1,
+        description="noise of the last of the 1000 steps, as Stable Diffusion's; latents of many channels need more:"
+        " they still show the layout in its last step, and drawing begins without any",
+    )
 
 
 class DiffusionLoss(LatentLoss):
@@ -52,7 +58,7 @@ class DiffusionLoss(LatentLoss):
     structure: float = Field(
         0.0,
         ge=0,
-        description="added to it over the ratio: noisy steps, where shapes are decided, count as for a velocity",
+        description="weight of the error of x0 beside it: noisy steps, where shapes are decided, count more",
     )
     skip_dropout: tuple[float, ...] = Field(
         (),
@@ -62,7 +68,7 @@ class DiffusionLoss(LatentLoss):
 
 
 class DiffusionObjective(LatentObjective):
-    """Denoising score matching: the network says which noise was added."""
+    """Denoising score matching: the network says which noise was added, or the velocity."""
 
     NAME = "diffusion"
     Model: ClassVar[type[Section]] = UNetModel
@@ -93,11 +99,17 @@ class DiffusionObjective(LatentObjective):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
         self.cut_skips()
-        self.noise_schedule = DDPMScheduler(**SCHEDULE)
+        self.noise_schedule = DDPMScheduler(**self.schedule())
         self.build_text()
         parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[min(1, len(o.channels) - 1)])}
         # the pipeline has no use for the projection
         return {**parts, "text": self.text.text_model} if o.text_rate else parts
+
+    def schedule(self) -> dict[str, Any]:
+        """The noise, as diffusers' schedulers are told: Stable Diffusion's, but for its end."""
+        o: UNetModel = self.model_options
+        betas = {"beta_start": 0.00085, "beta_end": o.beta_end, "beta_schedule": "scaled_linear"}
+        return {**betas, "num_train_timesteps": 1000, "prediction_type": o.prediction}
 
     def takes_muon(self, name: str, parameter: Tensor) -> bool:
         ends = ("conv_in", "conv_out", "time_embedding", "norm", "embeddings", "readout")
@@ -163,8 +175,9 @@ class DiffusionObjective(LatentObjective):
         block = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
         path = Noise(self.noise_schedule)
         snr = path.snr(t)
-        # pure noise has nothing to say, hence the floor
-        weight = min_snr(snr, self.loss_options.min_snr) + self.loss_options.structure / snr.clamp(min=0.05)
+        weight = min_snr(snr, self.loss_options.min_snr, path.kind)
+        # of the error of x0; an error of the noise grows beyond bounds where there is nothing else
+        weight = weight + self.loss_options.structure / (snr.clamp(min=0.05) if path.kind == "epsilon" else snr + 1)
         with self.watching(block) as outputs, self.dropping(draw):
             found = denoising_loss(
                 lambda x, t: self.unet(self.network_input(x, batch), t, context).sample,
@@ -189,7 +202,7 @@ class DiffusionObjective(LatentObjective):
             text_encoder=text.to(self.device).eval(),
             tokenizer=self.tokenizer,
             unet=self.unet,
-            scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+            scheduler=DDIMScheduler(**self.schedule(), clip_sample=False, set_alpha_to_one=False, steps_offset=1),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
