@@ -75,8 +75,8 @@ def test_words_term_is_one_less_the_mean_relative_relevance(explainer, toys):
 
 def test_a_missing_toy_is_a_neglected_word(toys):
     both, alone = diagnose(toys, [PROMPT] * 2, ["cube", "ball"])
-    assert min(both.values()) > 0.5
-    assert alone["cube"] == 1 and alone["ball"] < both["ball"]
+    assert max(both.values()) > 0.5 and min(both.values()) > 0.2
+    assert alone["cube"] == 1 and alone["ball"] < 0.1
 
 
 def test_overlap_by_hand():
@@ -187,7 +187,7 @@ def tiny_task(n=1, seed=0):
 def test_a_prompt_is_learnt(tmp_path):
     images, labels = tiny_task()
     classes = ["ball", "cube", "cone"]
-    options = dict(epochs=15, context=4, learning_rate=0.02, seed=1, flip=False)
+    options = dict(epochs=15, context=4, learning_rate=0.05, seed=1, flip=False)
     turned = [(label + 1) % 3 for label in labels]  # names that are wrong on purpose, so that there is much to learn
     coop = learn_prompt(images, turned, classes, explain=0, **{**options, "learning_rate": 0.5})
     assert coop.losses[-1] < 0.8 * coop.losses[0] and coop.shares.abs().sum() == 0
