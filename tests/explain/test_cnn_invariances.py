@@ -118,6 +118,24 @@ def test_tokens_keep_their_places_and_the_class_token():
         as_condition(torch.randn(2))
 
 
+def test_probabilities_say_what_is_decided_and_logits_how_surely_too():
+    torch.manual_seed(0)
+    pixels = halves(torch.rand(50, 6) * 1.6 - 0.8)
+    sure = Left()
+    sure.left.register_forward_hook(lambda m, a, out: 400 * out)
+    says = {
+        layer: InvarianceExplorer(sure, layer, AUTOENCODER).condition(pixels) for layer in ("logits", "probabilities")
+    }
+    torch.testing.assert_close(says["logits"].exp(), says["probabilities"])
+    torch.testing.assert_close(says["probabilities"].sum(1), torch.ones(50))
+    assert (says["probabilities"].amax(1) > 0.999).float().mean() > 0.9  # saturated, where the others still vary
+    assert says["logits"].amin(1).std() > 10
+    several = Left()
+    several.config.problem_type = "multi_label_classification"
+    each = InvarianceExplorer(several, "probabilities", AUTOENCODER).condition(pixels)
+    torch.testing.assert_close(each, several(pixels).sigmoid())
+
+
 def test_nets_and_autoencoders_that_do_not_do_are_refused(explorer):
     found, pixels, _ = explorer
     with pytest.raises(NotSupported, match="decodes nothing"):

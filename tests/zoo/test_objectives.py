@@ -26,6 +26,7 @@ from sfumato.training.recipe import Recipe, TrainOptions
 from sfumato.zoo.objectives.clip import hard_negative, mirrored
 from sfumato.zoo.objectives.foreign_context import mixed, other_words
 from sfumato.zoo.objectives.latent import LatentObjective
+from sfumato.zoo.objectives.repa import repa_loss
 
 CPU = torch.device("cpu")
 
@@ -60,14 +61,19 @@ def parts(home: Path) -> dict[str, str]:
 
 
 def latent(
-    kind: str, parts: dict[str, str], text_rate: float = 0.0, model: dict[str, Any] | None = None, **loss
+    kind: str,
+    parts: dict[str, str],
+    text_rate: float = 0.0,
+    model: dict[str, Any] | None = None,
+    own: dict[str, str] | None = None,
+    **loss,
 ) -> LatentObjective:
     shape = (
         {"channels": [16, 16], "heads": [2, 2], "attention": [True, False], **(model or {})}
         if kind == "diffusion"
         else {"layers": 2, "heads": 2}
     )
-    made = build(kind, 6, loss, **shape, text_width=32, text_rate=text_rate, **parts)
+    made = build(kind, 6, loss, **shape, text_width=32, text_rate=text_rate, **parts, **(own or {}))
     with torch.no_grad():  # training starts from zero outputs, which would hide mistakes
         for n, p in enumerate(next(iter(made.modules.values())).parameters()):
             if not p.any():
@@ -541,22 +547,58 @@ def test_text_tower_learns_at_its_own_rate_and_is_exported(kind: str, parts: dic
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])
+@pytest.mark.parametrize(("term", "readout"), [("align", "readout"), ("repa", "repa_readout")])
 def test_alignment_adds_to_the_loss_and_leaves_no_trace_in_the_export(
-    kind: str, parts: dict[str, str], tmp_path: Path
+    kind: str, term: str, readout: str, parts: dict[str, str], tmp_path: Path
 ) -> None:
-    plain, aligned = latent(kind, parts), latent(kind, parts, align=0.5)
-    assert "readout" in aligned.modules and "readout" not in plain.modules
+    teacher = {"teacher": parts["text"]} if term == "repa" else {}
+    plain, aligned = latent(kind, parts), latent(kind, parts, own=teacher, **{term: 0.5})
+    assert readout in aligned.modules and readout not in plain.modules
     loss, logs = aligned.loss(aligned.batch(Draw(0, 1)), Draw(0, 1))
     bare, _ = plain.loss(plain.batch(Draw(0, 1)), Draw(0, 1))
     assert float(logs["denoise"]) == pytest.approx(float(bare), rel=1e-6)
-    assert float(loss) == pytest.approx(float(logs["denoise"] + 0.5 * logs["align"]), rel=1e-6)
+    assert float(loss) == pytest.approx(float(logs["denoise"] + 0.5 * logs[term]), rel=1e-6)
     loss.backward()
-    assert aligned.modules["readout"].weight.grad.abs().sum() > 0
+    assert aligned.modules[readout].weight.grad.abs().sum() > 0
     with torch.no_grad():
         aligned.export(tmp_path / "a")
     assert not [path for path in (tmp_path / "a").rglob("*") if "readout" in path.name]
     net = "unet" if kind == "diffusion" else "transformer"
     assert not any(module._forward_hooks for module in aligned.modules[net].modules())
+
+
+def test_repa_draws_the_middle_to_the_teachers_patches(parts: dict[str, str]) -> None:
+    made = latent("diffusion", parts, own={"teacher": parts["text"]}, repa=1.0)
+    indices = torch.arange(6)
+    pixels = data.pictures(made.train_data, indices)
+    tower = CLIPModel.from_pretrained(parts["text"]).vision_model.eval()
+    with torch.no_grad():  # 64 pixels, as the tower takes; its mean and deviation are 0.5
+        every = tower(data.pictures(made.train_data, torch.arange(24))).last_hidden_state[:, 1:].flatten(0, 1)
+        patches = (tower(pixels).last_hidden_state[:, 1:] - every.mean(0)) / every.std(0)
+    batch = made.draw_latents(made.train_data, made.train_latents, indices, Draw(0, 1))
+    torch.testing.assert_close(batch["teacher"], patches.unflatten(1, (8, 8)), atol=2e-4, rtol=1e-3)
+
+    weight = torch.rand(6, 1, 16, 16)
+    weight = weight / weight.mean()
+    assert float(repa_loss(3 * batch["teacher"], batch["teacher"], weight)) == pytest.approx(0, abs=1e-5)
+    assert float(repa_loss(-batch["teacher"], batch["teacher"], weight)) == pytest.approx(2, rel=1e-5)
+    finer = batch["teacher"].repeat_interleave(2, 1).repeat_interleave(2, 2)  # features at the size of the latents
+    assert float(repa_loss(finer, batch["teacher"], weight)) == pytest.approx(0, abs=1e-5)
+    once = torch.zeros(6, 8, 8, batch["teacher"].shape[-1])
+    once[:] = batch["teacher"]
+    once[:, 0, 0] *= -1  # one place is wrong, and counts as much as it weighs
+    share = float(F.adaptive_avg_pool2d(weight, 8)[:, 0, 0, 0].mean()) / 64
+    assert float(repa_loss(once, batch["teacher"], weight)) == pytest.approx(2 * share, rel=1e-4)
+
+    made.loss(batch, Draw(0, 1))[0].backward()
+    grown = {name for name, p in made.unet.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("mid_block") for name in grown)
+    made.unet.zero_grad()
+    with made.watching(made.aligned_block()) as outputs:
+        made.loss(batch, Draw(0, 1))
+    made.repa(outputs[0].permute(0, 2, 3, 1), batch).backward()  # REPA alone reaches what leads to the middle, no more
+    grown = {name.partition(".")[0] for name, p in made.unet.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"mid_block", "down_blocks"} <= grown and "up_blocks" not in grown
 
 
 # experts --------------------------------------------------------------------------------------------------------------
@@ -586,6 +628,19 @@ def test_an_expert_sees_its_share_of_the_noise_and_no_other(kind: str, parts: di
 
 
 @torch.no_grad()
+def test_timesteps_of_diffusion_are_drawn_where_they_are_asked_for(parts: dict[str, str]) -> None:
+    seen: list[torch.Tensor] = []
+    even, more = latent("diffusion", parts), latent("diffusion", parts, timesteps=[0.4, 0.5])
+    for made in (even, more):
+        made.unet.register_forward_pre_hook(lambda _, args: seen.append(args[1].double()))
+        made.loss(made.batch(Draw(0, 0)), Draw(0, 0))
+    quantiles = (seen[0] + 0.5) / 1000
+    expected = 1000 * torch.sigmoid(0.4 + 0.5 * torch.special.ndtri(quantiles))
+    assert (seen[1] - expected).abs().max() < 2.5  # whole numbers
+    assert more.timestep(0.5) == pytest.approx(1000 / (1 + math.exp(-0.4))) and more.timestep(1.0) == 1000
+    assert even.timestep(0.25) == 250
+
+
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])
 def test_the_card_of_an_expert_says_whose_it_is_and_when(kind: str, parts: dict[str, str], tmp_path: Path) -> None:
     made = latent(kind, parts, interval=(0.25, 1.0))

@@ -141,10 +141,12 @@ def save_half(module: Any, folder: Path) -> None:
 
 def save_halves(pipeline: Any, folder: Path) -> None:
     """Writes a pipeline of diffusers to ``folder``, its models in float16."""
-    pipeline.save_pretrained(folder)
+    pipeline.save_config(folder)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             save_half(part, folder / name)
+        elif part is not None:
+            part.save_pretrained(folder / name)
 
 
 def weights_in(folder: Path, kind: type[nn.Module], **where: str) -> dict[str, Tensor]:

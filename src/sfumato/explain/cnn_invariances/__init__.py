@@ -22,7 +22,14 @@ from sfumato import files
 from sfumato.arrays import to_tensor
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import BadInput, NotSupported
-from sfumato.explain.cnn_invariances.explorer import LOGITS, InvarianceExplorer, default_layers, fgsm, logits_of
+from sfumato.explain.cnn_invariances.explorer import (
+    LOGITS,
+    PROBABILITIES,
+    InvarianceExplorer,
+    default_layers,
+    fgsm,
+    logits_of,
+)
 from sfumato.explain.cnn_invariances.table import InvarianceTable, LayerRow, LayerSamples, variance_ratios
 from sfumato.explain.iin import concept_pairs, dimensions, fit_factors
 from sfumato.models.nets.vector_ae import load_autoencoder
@@ -33,6 +40,7 @@ from sfumato.translation.translator import FlowParams, load_translator
 
 __all__ = [
     "LOGITS",
+    "PROBABILITIES",
     "CnnInvariances",
     "InvarianceExplorer",
     "InvarianceTable",
@@ -65,7 +73,9 @@ class CnnInvariances:
 
     class Params(FlowParams):
         layers: list[str] = Field(
-            default=[], description="layers, in order; logits: the answer; none: all stages (of a picture: the last)"
+            default=[],
+            description="layers, in order; logits: the answer and how sure it is; probabilities: the answer; none: all"
+            " stages (of a picture: the last)",
         )
         autoencoder: ModelPath = Field(
             default="toy-ae", description="autoencoder of vectors: a built-in one or a folder"

@@ -17,9 +17,19 @@ from sfumato.models.readers import PictureNet
 from sfumato.translation.networks import HEADS, Network
 from sfumato.translation.translator import FitRecord, FlowParams, Translator, fit_translator
 
-__all__ = ["LOGITS", "InvarianceExplorer", "decided", "default_layers", "fgsm", "logits_of", "reader_input"]
+__all__ = [
+    "LOGITS",
+    "PROBABILITIES",
+    "InvarianceExplorer",
+    "decided",
+    "default_layers",
+    "fgsm",
+    "logits_of",
+    "reader_input",
+]
 
 LOGITS = "logits"
+PROBABILITIES = "probabilities"  # what a classifier decides, and little else: how sure it is hides in the logits
 
 
 def reader_input(net: nn.Module, pixels: Tensor) -> Tensor:
@@ -89,7 +99,8 @@ class InvarianceExplorer:
 
     def condition(self, pixels: Tensor) -> Tensor:
         """What the layer says of pictures: vectors (b d) or maps (b c h w); log-probabilities of logits, which do not
-        saturate. Tokens (b n d) become maps of the patches with the class token beside each."""
+        saturate, and probabilities, which do. Tokens (b n d) become maps of the patches with the class token beside
+        each."""
         found = self._read(pixels)
         wrong = int((~torch.isfinite(found).flatten(1)).any(1).sum())
         if wrong:
@@ -100,10 +111,12 @@ class InvarianceExplorer:
         return found
 
     def _read(self, pixels: Tensor) -> Tensor:
-        if self.layer != LOGITS:
+        if self.layer not in (LOGITS, PROBABILITIES):
             return as_condition(features(self.net, reader_input(self.net, pixels), [self.layer], None)[self.layer])
         with torch.no_grad():
             found = torch.cat([logits_of(self.net, chunk) for chunk in pixels.split(64)]).float().cpu()
+        if self.layer == PROBABILITIES:
+            return found.sigmoid() if several_labels(self.net) else found.softmax(1)
         return found if several_labels(self.net) else found.log_softmax(1)
 
     def fit(

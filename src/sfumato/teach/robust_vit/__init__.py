@@ -172,7 +172,7 @@ def teach(
     per_epoch = len(rows) // options.epochs
     log: list[dict[str, float]] = []
     sums: dict[str, float] = {}
-    best = BestTensors(dict(taught.named_parameters()))
+    best = None if held_out is None else BestTensors(dict(taught.named_parameters()))
 
     def loss(draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         now = rows[draw.step]
@@ -188,7 +188,7 @@ def teach(
         sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
         if progress.step % per_epoch:
             return
-        if held_out is not None:
+        if held_out is not None and best is not None:
             sums["validation"] = whole_loss(taught, held_out, options)
             best.measured(len(log) + 1, sums["validation"])
         log.append(sums)
@@ -198,14 +198,15 @@ def teach(
 
     optimizer = torch.optim.AdamW(taught.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     done = fit(Player(loss, optimizer, taught, schedule=decay), len(rows), on_progress=after, name="robust_vit")
-    if best.step:
+    kept = 0 if best is None else best.step
+    if best is not None and kept:
         best.take()
     for parameter, was in zip(taught.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(was.requires_grad)
     facts = {"method": "robust_vit", "params": options.model_dump(), "pictures": len(images)}
     if done.interrupted:
         facts["interrupted"] = f"after {done.step} of {len(rows)} steps"
-    return TaughtClassifier(taught, log, best.step or len(log), facts)
+    return TaughtClassifier(taught, log, kept or len(log), facts)
 
 
 def _check(model: nn.Module, images: Tensor, masks: Tensor, what: str) -> None:

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from sfumato import registry
 from sfumato.errors import BadInput
 from sfumato.training.draw import Draw
-from sfumato.training.losses import Noise, denoising_loss, min_snr
+from sfumato.training.losses import Noise, denoising_loss, density, min_snr
 from sfumato.training.objective import save_halves, weights_in
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.foreign_context import mixed
@@ -60,6 +60,11 @@ class DiffusionLoss(LatentLoss):
         ge=0,
         description="weight of the error of x0 beside it: noisy steps, where shapes are decided, count more",
     )
+    timesteps: tuple[float, float] | None = Field(
+        None,
+        description="mean and deviation of logit-normal timesteps (Esser et al. 2024): more of them where the layout is"
+        " decided; all alike without",
+    )
     skip_dropout: tuple[float, ...] = Field(
         (),
         description="per level, the finest first: share of the training samples whose skip connections into that level"
@@ -101,7 +106,8 @@ class DiffusionObjective(LatentObjective):
         self.cut_skips()
         self.noise_schedule = DDPMScheduler(**self.schedule())
         self.build_text()
-        parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[min(1, len(o.channels) - 1)])}
+        level = -1 if self.loss_options.repa else min(1, len(o.channels) - 1)
+        parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[level])}
         # the pipeline has no use for the projection
         return {**parts, "text": self.text.text_model} if o.text_rate else parts
 
@@ -163,16 +169,21 @@ class DiffusionObjective(LatentObjective):
             for handle in handles:
                 handle.remove()
 
+    def aligned_block(self) -> nn.Module:
+        """Whose features the alignment losses read: the coarsest level's for REPA, what the last block starts from, at
+        the size of the latents, for the truth."""
+        ups = self.unet.up_blocks
+        return self.unet.mid_block if self.loss_options.repa or len(ups) == 1 else ups[-2]
+
     def loss(self, batch: dict[str, Tensor], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         x0, noise = batch["x0"], batch["noise"]
         steps = self.noise_schedule.config.num_train_timesteps
-        t = (self.quantiles(len(x0), draw) * steps).long().to(x0.device)
+        t = (self.times(self.quantiles(len(x0), draw)) * steps).long().to(x0.device)
         context = self.text.text_model(batch["tokens"]).last_hidden_state
         if self.unet.training and "foreign" in batch:
             foreign = self.text.text_model(batch["foreign"]).last_hidden_state
             context = mixed(batch["tokens"], batch["foreign"], context, foreign)
-        # the features that the last block starts from, at the size of the latents
-        block = self.unet.up_blocks[-2] if len(self.unet.up_blocks) > 1 else self.unet.mid_block
+        block = self.aligned_block()
         path = Noise(self.noise_schedule)
         snr = path.snr(t)
         weight = min_snr(snr, self.loss_options.min_snr, path.kind)
@@ -189,10 +200,21 @@ class DiffusionObjective(LatentObjective):
         if self.loss_options.align:
             logs["align"] = self.alignment(outputs[0].permute(0, 2, 3, 1), batch["places"]).mean()
             loss = loss + self.loss_options.align * logs["align"]
+        if self.loss_options.repa:
+            logs["repa"] = self.repa(outputs[0].permute(0, 2, 3, 1), batch)
+            loss = loss + self.loss_options.repa * logs["repa"]
         return loss, {key: value.detach() for key, value in logs.items()}
 
+    def times(self, quantiles: Tensor) -> Tensor:
+        """Timesteps in [0, 1) at quantiles of their distribution."""
+        chosen = self.loss_options.timesteps
+        return quantiles if chosen is None else density(quantiles, "logit_normal", *chosen)
+
     def timestep(self, quantile: float) -> float:
-        return quantile * self.noise_schedule.config.num_train_timesteps
+        steps = self.noise_schedule.config.num_train_timesteps
+        if quantile in (0.0, 1.0):
+            return quantile * steps
+        return steps * float(self.times(torch.tensor(quantile, dtype=torch.float64)))
 
     def pipeline(self) -> StableDiffusionPipeline:
         text = CLIPTextModel(self.text.config)

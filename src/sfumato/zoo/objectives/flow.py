@@ -108,6 +108,10 @@ class FlowObjective(LatentObjective):
             features = outputs[0][1].unflatten(1, batch["places"].shape[-2:])  # a block returns (text, picture)
             logs["align"] = self.alignment(features, batch["places"]).mean()
             loss = loss + o.align * logs["align"]
+        if o.repa:
+            side = x0.shape[-1] // self.align_cell
+            logs["repa"] = self.repa(outputs[0][1].unflatten(1, (side, side)), batch)
+            loss = loss + o.repa * logs["repa"]
         return loss, {key: value.detach() for key, value in logs.items()}
 
     def times(self, quantiles: Tensor) -> Tensor:

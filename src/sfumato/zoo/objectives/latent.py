@@ -34,6 +34,7 @@ from sfumato.training.recipe import Section
 from sfumato.windows import Window
 from sfumato.zoo.objectives import labels
 from sfumato.zoo.objectives.foreign_context import other_words, word_kinds
+from sfumato.zoo.objectives.repa import PROBED, Teacher, repa_loss
 from sfumato.zoo.objectives.vital_signs import Signs, vital_signs
 
 GRID_PROMPTS = (
@@ -62,6 +63,7 @@ class LatentModel(Section):
     vae: str = Field("toy-vae", description="zoo name or folder of the autoencoder")
     text: str = Field("toy-clip", description="zoo name or folder of the CLIP model whose text tower is used")
     text_rate: float = Field(0.0, ge=0, description="learning rate of the text tower beside the denoiser's, 0 = frozen")
+    teacher: str = Field("toy-clip", description="zoo name or folder of the CLIP whose picture tower REPA aligns with")
 
 
 class LatentLoss(Section):
@@ -86,6 +88,9 @@ class LatentLoss(Section):
         ge=0,
         description="weight of telling from features in the middle of the network what lies where: representation"
         " alignment (Yu et al. 2024) with the truth in the place of another network's features",
+    )
+    repa: float = Field(
+        0.0, ge=0, description="weight of representation alignment with the picture features of the teacher (repa.py)"
     )
 
 
@@ -116,6 +121,7 @@ class LatentObjective(Objective):
     align_cell = 1  # side in latents of the places that the aligned features stand for
     sampling: ClassVar[dict[str, Any]]  # the card's sampling defaults
     signs: Signs | None = None  # the vital signs, once measured
+    repa_teacher: Teacher | None = None  # what REPA aligns with, where it is asked for
 
     def latent_shape(self) -> tuple[int, int]:
         """Channels and side of the latents."""
@@ -134,8 +140,14 @@ class LatentObjective(Objective):
         self.rates = {"text": self.model_options.text_rate}
 
     def build_readout(self, width: int) -> dict[str, nn.Module]:
-        """The linear read-out of the alignment loss, if asked for; it trains along and is not exported."""
-        return {"readout": nn.Linear(width, labels.PLACE_CLASSES)} if self.loss_options.align else {}
+        """The linear read-outs of the alignment losses asked for; they train along and are not exported."""
+        readouts: dict[str, nn.Module] = {}
+        if self.loss_options.align:
+            readouts["readout"] = nn.Linear(width, labels.PLACE_CLASSES)
+        if self.loss_options.repa:
+            self.repa_teacher = Teacher(zoo_folder(self.model_options.teacher))
+            readouts["repa_readout"] = nn.Linear(width, self.repa_teacher.width)
+        return readouts
 
     @contextlib.contextmanager
     def watching(self, layer: nn.Module) -> Iterator[list[Any]]:
@@ -151,6 +163,10 @@ class LatentObjective(Objective):
         """Loss (b,) of the read-out of ``features`` (b, h, w, width) against labels (b, classes, h, w)."""
         return labels.place_loss(self.modules["readout"](features).permute(0, 3, 1, 2), places)
 
+    def repa(self, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of :mod:`.repa` of features (b, h, w, width)."""
+        return repa_loss(self.modules["repa_readout"](features), batch["teacher"], batch["weight"])
+
     def setup(self, device: torch.device) -> None:
         super().setup(device)
         vae = zoo_folder(self.model_options.vae)
@@ -161,6 +177,9 @@ class LatentObjective(Objective):
         self.key = hashlib.sha256(weights).hexdigest()[:16]
         self.train_latents = self.cached_latents(self.train_data)
         self.val_latents = self.cached_latents(self.val_data)
+        if self.repa_teacher is not None:
+            probed = torch.arange(min(PROBED, len(self.train_data)))
+            self.repa_teacher.probe(data.pictures(self.train_data, probed).to(device))
 
     def cached_latents(self, source: ToyboxDataset) -> Any:
         """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; each encoded when it is first read
@@ -191,6 +210,8 @@ class LatentObjective(Objective):
             batch["foreign"] = other_words(batch["tokens"], self.kinds, self.loss_options.foreign_context, rng)
         if self.loss_options.align:
             batch["places"] = labels.place_labels(source, indices, x0.shape[-1] // self.align_cell)
+        if self.repa_teacher is not None:
+            batch["teacher"] = self.repa_teacher(data.pictures(source, indices).to(self.device))
         return batch
 
     def quantiles(self, n: int, draw: Draw) -> Tensor:
