@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusion3Pipeline, St
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
+from sfumato import load
 from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
 from sfumato.models.readers.noised import codec_hash, noised_input
@@ -65,7 +66,7 @@ def latent(
     parts: dict[str, str],
     text_rate: float = 0.0,
     model: dict[str, Any] | None = None,
-    own: dict[str, str] | None = None,
+    own: dict[str, Any] | None = None,
     **loss,
 ) -> LatentObjective:
     shape = (
@@ -466,6 +467,19 @@ def test_exported_pipeline_is_loaded_by_plain_diffusers_and_draws_the_same(
     again.load(tmp_path)
     ours, theirs = (next(iter(one.modules.values())).parameters() for one in (made, again))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_drawing_by_a_flow_is_shifted_as_its_recipe_says(parts: dict[str, str], tmp_path: Path) -> None:
+    made = latent("flow", parts, own={"shift": 3.0})
+    with torch.no_grad():
+        made.export(tmp_path)
+    model = load(tmp_path)
+    scheduler = model.make_scheduler("flow_euler")
+    scheduler.set_timesteps(4)
+    even = torch.linspace(1000, 1, 1000)[[0, 333, 666, 999]] / 1000  # diffusers shifts the last of 1000 steps too
+    low = 3 * even.min() / (1 + 2 * even.min())
+    even = torch.linspace(1, float(low), 4)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * 3 * even / (1 + 2 * even), rtol=1e-4, atol=1e-2)
 
 
 @torch.no_grad()

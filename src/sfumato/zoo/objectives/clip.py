@@ -3,8 +3,8 @@
 Pictures and captions of a batch must find each other; beside the captions of the other pictures every picture also sees
 *hard negatives*, captions of its own scene with one thing changed (another colour, shape or pattern of one toy, or the
 colours of two toys swapped), so that the text tower learns which adjective belongs to which noun (Yuksekgonul et al.
-2022). Two auxiliary losses keep the towers from resting on colours alone, which tell most scenes of a batch apart: a
-toy's noun must carry the toy's attributes, and the patches of a picture must tell which toy they show.
+2022). An auxiliary loss keeps the picture tower from resting on colours alone, which tell most scenes of a batch apart:
+the patches of a picture must tell which toy they show.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from sfumato.toybox import COLORS, PATTERNS, SHAPES, Scene, ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
-from sfumato.toybox.captions import Caption
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective
@@ -68,7 +67,6 @@ class CLIPLoss(Section):
     tellings: int = Field(32, ge=1, description="scenes a step that get two captions for it")
     text_first: int = Field(0, ge=0, description="steps at the start with the paraphrases alone")
     mirror: float = Field(0.0, ge=0, le=1, description="share of the pictures shown with left and right exchanged")
-    words: float = Field(0.0, ge=0, description="weight of reading a toy's attributes off its noun")
     places: float = Field(0.0, ge=0, description="weight of reading what lies where off the picture's patches")
 
     @field_validator("changes")
@@ -107,11 +105,11 @@ def different_negatives(
     scene: Scene,
     n: int,
     rng: np.random.Generator,
-    say: Callable[[Scene], Caption],
+    say: Callable[[Scene], str],
     tries: int = 8,
     changes: Mapping[str, float] = CHANGES,
-) -> list[tuple[Caption, Scene]]:
-    """``n`` changed scenes with captions in the words and order of ``text``; one that reads like it is drawn again.
+) -> list[str]:
+    """Captions of ``n`` changed scenes in the words and order of ``text``; one that reads like it is drawn again.
 
     A change that the style does not express leaves the caption equal; after ``tries`` it stays so and must be masked by
     the caller.
@@ -119,11 +117,10 @@ def different_negatives(
     out = []
     for _ in range(n):
         for _ in range(tries):
-            changed = hard_negative(scene, rng, changes)
-            caption = say(changed)
-            if caption.text != text:
+            caption = say(hard_negative(scene, rng, changes))
+            if caption != text:
                 break
-        out.append((caption, changed))
+        out.append(caption)
     return out
 
 
@@ -134,20 +131,20 @@ def captions_with_negatives(
     n: int,
     changes: Mapping[str, float] = CHANGES,
     flipped: Sequence[bool] = (),
-) -> list[tuple[Caption, Scene]]:
+) -> list[str]:
     """A caption of each scene, then the ``n`` hard negatives of the first, of the second ...; ``flipped`` says which
     scenes are described with left and right exchanged."""
     own, negatives = [], []
     for row, i in enumerate(indices.tolist()):
         seed = draw.number("caption", i)
 
-        def say(scene: Scene, seed: int = seed) -> Caption:  # the same draw gives the same style and order
-            return describe(scene, np.random.default_rng(seed), "random")
+        def say(scene: Scene, seed: int = seed) -> str:  # the same draw gives the same style and order
+            return describe(scene, np.random.default_rng(seed), "random").text
 
         scene = mirrored(source.scenes[i]) if flipped and flipped[row] else source.scenes[i]
-        own.append((say(scene), scene))
+        own.append(say(scene))
         rng = np.random.default_rng(draw.number("negative", i))
-        negatives += different_negatives(own[-1][0].text, scene, n, rng, say, changes=changes)
+        negatives += different_negatives(own[-1], scene, n, rng, say, changes=changes)
     return own + negatives
 
 
@@ -162,11 +159,11 @@ def retold(n: int, draw: Draw) -> tuple[list[str], list[str], list[str]]:
             scene = sample_scene(rng, 2)
         seed = int(rng.integers(2**31))
 
-        def say(one: Scene, seed: int = seed) -> Caption:
-            return describe(one, np.random.default_rng(seed), "random")
+        def say(one: Scene, seed: int = seed) -> str:
+            return describe(one, np.random.default_rng(seed), "random").text
 
-        first.append(say(scene).text)
-        changed.append(different_negatives(first[-1], scene, 1, rng, say, changes=EXCHANGES)[0][0].text)
+        first.append(say(scene))
+        changed += different_negatives(first[-1], scene, 1, rng, say, changes=EXCHANGES)
         again.append(describe(scene, rng, "random").text)
     return first, changed, again
 
@@ -211,10 +208,6 @@ class CLIPObjective(Objective):
             return {"clip": self.clip}
         return {"clip": self.clip, "readout": nn.Linear(o.vision_width, labels.PLACE_CLASSES)}
 
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
-        self.directions = labels.fixed_readout(self.model_options.text_width).to(device)
-
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids (b, t) int64, padded to the longest: attention is causal, what follows the end does not matter."""
         return self.tokenizer(
@@ -232,16 +225,11 @@ class CLIPObjective(Objective):
                 return paraphrases
         indices = draw.indices(len(self.train_data), self.recipe.train.batch)
         flip = torch.rand(len(indices), generator=draw.generator("mirror")) < o.mirror
-        pairs = captions_with_negatives(self.train_data, indices, draw, o.negatives, o.changes, flip.tolist())
-        captions, scenes = zip(*pairs, strict=True)
-        texts = [one.text for one in captions]
+        texts = captions_with_negatives(self.train_data, indices, draw, o.negatives, o.changes, flip.tolist())
         # two scenes of a batch may share a caption: not each other's negatives
         same = torch.tensor([[a == b for b in texts] for a in texts[: len(indices)]])
         batch = {"pixels": data.pictures(self.train_data, indices), "tokens": self.tokens(texts), "same": same}
         batch["pixels"][flip] = batch["pixels"][flip].flip(-1)
-        if o.words:
-            spans = self.tokenizer(texts, return_offsets_mapping=True, padding="longest", return_tensors="pt")
-            batch["nouns"], batch["attributes"] = labels.word_targets(captions, scenes, spans.offset_mapping)
         if o.places:
             cells = self.recipe.data.size // self.model_options.patch
             batch["places"] = labels.place_labels(self.train_data, indices, cells)
@@ -275,17 +263,11 @@ class CLIPObjective(Objective):
         if "pixels" not in batch:
             return loss, logs
         vision = self.clip.vision_model(pixel_values=batch["pixels"])
-        read = self.clip.text_model(input_ids=batch["tokens"], output_hidden_states=True)
+        read = self.clip.text_model(input_ids=batch["tokens"])
         image = F.normalize(self.clip.visual_projection(vision.pooler_output).float(), dim=-1)
         text = F.normalize(self.clip.text_projection(read.pooler_output).float(), dim=-1)
         part, figures = self.contrast(self.clip.logit_scale.exp().clamp(max=100) * image @ text.T, batch["same"])
         loss, logs = loss + part, {**figures, **logs}
-        if o.words:
-            # Stable Diffusion reads the last layer, Stable Diffusion 3 the one before it
-            for hidden in (read.last_hidden_state, read.hidden_states[-2]):
-                part = labels.word_loss(hidden, self.directions, batch["nouns"], batch["attributes"])
-                loss = loss + 0.5 * o.words * part
-            logs["words"] = part.detach()
         if o.places:
             patches = self.modules["readout"](vision.last_hidden_state[:, 1:]).transpose(1, 2)
             part = labels.place_loss(patches.unflatten(2, batch["places"].shape[-2:]), batch["places"]).mean()

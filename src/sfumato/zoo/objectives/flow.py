@@ -34,6 +34,11 @@ class FlowModel(LatentModel):
     patch: int = 2
     text_width: int = Field(128, description="features of the text tower, which is used as both CLIP encoders")
     largest: int = Field(24, description="side of the position grid in patches: the largest picture the model can make")
+    shift: float = Field(
+        1.0,
+        gt=0,
+        description="of the timesteps in drawing (Esser et al. 2024, equation 23): above 1 more of them noisy",
+    )
 
 
 class FlowLoss(LatentLoss):
@@ -127,7 +132,7 @@ class FlowObjective(LatentObjective):
     def pipeline(self) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline(
             transformer=self.transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.model_options.shift),
             vae=self.vae,
             text_encoder=self.text,
             tokenizer=self.tokenizer,

@@ -116,8 +116,7 @@ class NoisyCLIPObjective(LatentObjective):
         o: NoisyCLIPLoss = self.loss_options
         b = self.recipe.train.batch
         indices = draw.indices(len(self.train_data), b)
-        captions, _ = zip(*captions_with_negatives(self.train_data, indices, draw, o.negatives), strict=True)
-        texts = [one.text for one in captions]
+        texts = captions_with_negatives(self.train_data, indices, draw, o.negatives)
         x0 = to_tensor(self.train_latents[indices.numpy()]).float()
         # evenly spread over the batch: the loss then varies less with the draw of levels
         spread = torch.rand(1, generator=draw.generator("level")) + torch.arange(len(indices)) / len(indices)

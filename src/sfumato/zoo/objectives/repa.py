@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPVisionModel
+from transformers import CLIPModel
 
 from sfumato.models.readers.preprocessing import Preprocessing
 
@@ -19,8 +19,8 @@ class Teacher:
     """The patches of a CLIP's picture tower as (b, h, w, width) maps, each feature standardised over pictures."""
 
     def __init__(self, folder: Path):
-        self.tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        config = self.tower.config
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        self.tower, config = clip.vision_model.eval().requires_grad_(False), clip.config.vision_config
         self.width, self.cells = config.hidden_size, config.image_size // config.patch_size
         self.preprocessing = Preprocessing.of(folder, config)
         self.mean, self.deviation = torch.zeros(self.width), torch.ones(self.width)
