@@ -25,6 +25,7 @@ from sfumato.training.objective import Objective, build_objective
 from sfumato.training.optim import build_optimizer
 from sfumato.training.recipe import Recipe, TrainOptions
 from sfumato.zoo.objectives.clip import hard_negative, mirrored
+from sfumato.zoo.objectives.coarse_first import coarse_first
 from sfumato.zoo.objectives.foreign_context import mixed, other_words
 from sfumato.zoo.objectives.latent import LatentObjective
 from sfumato.zoo.objectives.repa import repa_loss
@@ -153,6 +154,50 @@ def test_exported_vae_has_standard_latents_and_the_same_reconstructions(tmp_path
     val = data.pictures(vae.val_data, torch.arange(8))
     error = (vae.reconstruct(val) - val).square().mean((1, 2, 3)) / 4
     assert vae.evaluate()["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)
+
+
+def test_channels_that_neighbours_share_come_first() -> None:
+    rng = torch.Generator().manual_seed(0)
+    smooth = torch.randn(40, 2, 4, 4, generator=rng).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    rough = torch.randn(40, 3, 16, 16, generator=rng)
+    mixing = torch.linalg.qr(torch.randn(5, 5, generator=rng)).Q
+    z = torch.einsum("ij,bjhw->bihw", mixing, torch.cat([smooth + 0.1 * rough[:, :2], 0.7 * rough], 1))
+    z = z - z.mean((0, 2, 3), keepdim=True)
+    turn, first = coarse_first(z, 2.0, 0.5)
+    assert first == 2
+    turned = torch.einsum("ij,bjhw->bihw", turn.float(), z)
+    covariance = torch.cov(turned.transpose(0, 1).flatten(1), correction=0)
+    torch.testing.assert_close(covariance, torch.diag(torch.tensor([4, 4, 0.25, 0.25, 0.25])), atol=1e-4, rtol=1e-4)
+    back = turned.transpose(0, 1).flatten(1) @ smooth.transpose(0, 1).flatten(1).T / smooth[:, 0].numel()
+    assert (back[:2].square().sum(1) > 3.8).all() and back[2:].abs().max() < 0.1  # the smooth ones, and no others
+    odd, again = coarse_first(z[..., :15, :15], 2.0, 0.5)
+    assert again == 2 and odd.shape == (5, 5)
+    with pytest.raises(BadInput, match="model.strengths"):
+        coarse_first(torch.cat([z, z[:, :1]], 1), 2.0, 0.5)
+
+
+@torch.no_grad()
+def test_exported_vae_orders_its_channels_and_loses_nothing(tmp_path: Path) -> None:
+    vae = build("vae", channels=[8, 8, 16], strengths=[1.5, 0.6])
+    x = data.pictures(vae.train_data, torch.arange(24))
+    before, uncertain = vae.reconstruct(x), vae.vae.encode(x).latent_dist
+    made = vae.export(tmp_path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    posterior = loaded.encode(x).latent_dist
+    first = made["latents_before_standardising"]["coarse"]
+    expected = torch.tensor([1.5] * first + [0.6] * (4 - first))
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), expected, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=5e-3, rtol=0)
+    correlations = torch.corrcoef(posterior.mean.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(correlations, torch.eye(4), atol=0.02, rtol=0)
+    assert float((loaded.decode(posterior.mean).sample.clamp(-1, 1) - before).abs().mean()) < 2e-3
+    # a sample of the turned posterior costs the pictures about what one of the learnt posterior does
+    noise = torch.randn(uncertain.mean.shape, generator=torch.Generator().manual_seed(0))
+    costs = [
+        float((net.decode(p.mean + p.std * noise).sample - net.decode(p.mean).sample).square().mean())
+        for net, p in ((vae.vae, uncertain), (loaded, posterior))
+    ]
+    assert 0.3 < costs[1] / costs[0] < 3
 
 
 # CLIP -----------------------------------------------------------------------------------------------------------------

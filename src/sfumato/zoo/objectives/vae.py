@@ -19,6 +19,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.losses import reconstruction_loss
 from sfumato.training.objective import Objective
 from sfumato.training.recipe import Section
+from sfumato.zoo.objectives.coarse_first import coarse_first
 
 
 class VAEModel(Section):
@@ -30,6 +31,11 @@ class VAEModel(Section):
     layers: int = Field(1, ge=1)
     latent_channels: int = Field(4, ge=1)
     groups: int = Field(8, ge=1, description="groups of the normalisations")
+    strengths: tuple[float, float] | None = Field(
+        None,
+        description="deviations of the channels that hold what neighbouring latents share, which then come first, and"
+        " of those that hold details (coarse_first.py); without, channels stay as learnt, each of deviation 1",
+    )
 
 
 class VAELoss(Section):
@@ -132,26 +138,35 @@ class VAEObjective(Objective):
         x = data.pictures(self.val_data, torch.arange(min(8, len(self.val_data)))).to(self.device)
         return sheets.sheet(torch.cat([x, self.reconstruct(x)]), len(x), scale=2, gap=0)
 
-    def standardise(self, n: int = 512) -> dict[str, list[float]]:
-        """Folds the per-channel mean and deviation of the latents into the 1x1 convolutions on either side of them.
+    def standardise(self, n: int = 512) -> dict[str, Any]:
+        """Folds the mean of the latents and a map of their channels into the 1x1 convolutions on either side of them.
 
-        Afterwards latents have mean 0 and deviation 1 in every channel, reconstructions are unchanged.
+        Afterwards latents have mean 0 and deviation 1 in every channel, or the order and ``strengths`` of the recipe;
+        reconstructions are unchanged.
         """
-        z = torch.cat(
-            [
-                self.vae.encode(data.pictures(self.train_data, part).to(self.device)).latent_dist.mean
-                for part in torch.arange(min(n, len(self.train_data))).split(32)
-            ]
-        )
+        said = [
+            self.vae.encode(data.pictures(self.train_data, part).to(self.device)).latent_dist
+            for part in torch.arange(min(n, len(self.train_data))).split(32)
+        ]
+        z = torch.cat([one.mean for one in said])
         mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
-        c = len(mean)
+        c, facts = len(mean), {"mean": mean.tolist(), "std": std.tolist()}
         inner, outer = self.vae.quant_conv, self.vae.post_quant_conv
-        inner.weight[:c] /= std[:, None, None, None]
-        inner.bias[:c] = (inner.bias[:c] - mean) / std
-        inner.bias[c:] -= 2 * std.log()
+        if self.model_options.strengths is None:
+            turn = torch.diag(1 / std)
+            inner.bias[c:] -= 2 * std.log()
+        else:
+            found, facts["coarse"] = coarse_first(z - mean[:, None, None], *self.model_options.strengths)
+            turn = found.to(mean)
+            # of turned posteriors what is left is how uncertain a channel is as a rule
+            logvar = torch.cat([one.logvar for one in said]).mean((0, 2, 3))
+            inner.weight[c:] = 0
+            inner.bias[c:] = (turn.square() @ logvar.exp()).log()
+        inner.weight[:c] = torch.einsum("ij,jkhw->ikhw", turn, inner.weight[:c])
+        inner.bias[:c] = turn @ (inner.bias[:c] - mean)
         outer.bias += outer.weight[:, :, 0, 0] @ mean
-        outer.weight *= std[None, :, None, None]
-        return {"mean": mean.tolist(), "std": std.tolist()}
+        outer.weight[:] = torch.einsum("ijhw,jk->ikhw", outer.weight, torch.linalg.inv(turn.double()).to(turn))
+        return facts
 
     def export(self, folder: Path) -> dict[str, Any]:
         weights = {key: value.clone() for key, value in self.vae.state_dict().items()}
