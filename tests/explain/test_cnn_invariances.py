@@ -15,6 +15,7 @@ from sfumato.explain.cnn_invariances import CnnInvariances, InvarianceExplorer, 
 from sfumato.explain.cnn_invariances.explorer import as_condition
 from sfumato.explain.iin import Interpretation
 from sfumato.models.nets.vector_ae import VectorAutoencoder
+from sfumato.models.readers import load_net
 from sfumato.translation.networks import Network
 from sfumato.translation.translator import FlowParams, Translator, load_translator
 
@@ -136,6 +137,15 @@ def test_probabilities_say_what_is_decided_and_logits_how_surely_too():
     torch.testing.assert_close(each, several(pixels).sigmoid())
 
 
+def test_an_unknown_layer_is_answered_with_the_modules_and_what_a_classifier_says():
+    pixels = halves(torch.rand(4, 6))
+    with pytest.raises(UnknownName, match="Did you mean 'probabilities'.*stages.0.*logits, probabilities"):
+        InvarianceExplorer(load_net("toy-cnn"), "probability", AUTOENCODER).condition(pixels)
+    with pytest.raises(UnknownName) as told:  # one that classifies nothing
+        InvarianceExplorer(nn.Sequential(nn.Identity()), "logit", AUTOENCODER).condition(pixels)
+    assert told.value.candidates == ["0"]
+
+
 def test_nets_and_autoencoders_that_do_not_do_are_refused(explorer):
     found, pixels, _ = explorer
     with pytest.raises(NotSupported, match="decodes nothing"):
@@ -188,6 +198,4 @@ def test_a_classifier_is_explained_from_start_to_files(tiny, tmp_path):
 
 
 def test_the_layers_of_a_classifier_end_with_its_answer():
-    from sfumato.models.readers import load_net
-
     assert default_layers(load_net("toy-cnn"))[-2:] == ["resnet.encoder.stages.3", "logits"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import BadInput, NotSupported
+from sfumato.errors import BadInput, NotSupported, UnknownName
 from sfumato.models.layers import features, stages
 from sfumato.models.modes import evaluation
 from sfumato.models.readers import PictureNet
@@ -112,7 +112,12 @@ class InvarianceExplorer:
 
     def _read(self, pixels: Tensor) -> Tensor:
         if self.layer not in (LOGITS, PROBABILITIES):
-            return as_condition(features(self.net, reader_input(self.net, pixels), [self.layer], None)[self.layer])
+            try:
+                found = features(self.net, reader_input(self.net, pixels), [self.layer], None)
+            except UnknownName as error:
+                answers = [LOGITS, PROBABILITIES] if LOGITS in default_layers(self.net) else []
+                raise UnknownName(error.kind, error.given, [*error.candidates, *answers]) from None
+            return as_condition(found[self.layer])
         with torch.no_grad():
             found = torch.cat([logits_of(self.net, chunk) for chunk in pixels.split(64)]).float().cpu()
         if self.layer == PROBABILITIES:
