@@ -50,45 +50,6 @@ def test_flow_masks_weights_and_clips_of_any_shape() -> None:
     torch.testing.assert_close(found.loss, (weight * found.errors).mean())
 
 
-def test_multiscale_counts_what_places_share_and_leaves_the_rest_as_it_was() -> None:
-    x0, eps, out, t = (
-        randn(2, 3, 4, 8),
-        randn(2, 3, 4, 8, seed=1),
-        randn(2, 3, 4, 8, seed=2),
-        torch.tensor([0.25, 0.75]),
-    )
-    mask, weight = torch.rand(2, 1, 4, 8), torch.tensor([0.5, 3.0])
-
-    def loss(said: torch.Tensor, **options) -> float:
-        return float(denoising_loss(lambda *_: said, Flow(), x0, eps, t, **options).loss)
-
-    plain = denoising_loss(lambda *_: out, Flow(), x0, eps, t, mask=mask, weight=weight)
-    found = denoising_loss(lambda *_: out, Flow(), x0, eps, t, mask=mask, weight=weight, scales={2: 0.5, 4: 0.25})
-    assert torch.equal(found.errors, plain.errors)
-    expected = 0.0
-    for i in range(2):
-        error, total = out[i] - (eps[i] - x0[i]), float(plain.errors[i])
-        for side, share in ((2, 0.5), (4, 0.25)):
-            parts = []
-            for y in range(0, 4, side):
-                for x in range(0, 8, side):
-                    at = (slice(None), slice(y, y + side), slice(x, x + side))
-                    parts.append(float(mask[i][at].mean()) * error[at].mean((1, 2)).square() * side**2)
-            total += share * float(torch.stack(parts).mean())
-        expected += float(weight[i]) * total / 2
-    assert float(found.loss) == pytest.approx(expected, rel=1e-5)
-
-    target = eps - x0
-    shared = target + torch.ones(2, 3, 4, 8)  # wrong everywhere alike, and wrong to and fro
-    parity = (torch.arange(4)[:, None] + torch.arange(8)) % 2
-    opposed = target + (1.0 - 2 * parity)
-    assert loss(shared) == pytest.approx(1) == loss(opposed)
-    assert loss(shared, scales={2: 1.0}) == pytest.approx(1 + 4) and loss(opposed, scales={2: 1.0}) == pytest.approx(1)
-    long = randn(1, 3, 64, 64, seed=5)
-    apart = float(denoising_loss(lambda *_: long, Flow(), 0 * long, 0 * long, t[:1], scales={2: 1.0}).loss)
-    assert apart == pytest.approx(2, rel=0.05)  # independent from place to place: as much as before
-
-
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
 def test_a_sampling_path_serves_too_and_the_right_answer_costs_nothing(scheduler: type) -> None:
     made = scheduler()

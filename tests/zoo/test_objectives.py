@@ -626,17 +626,6 @@ def test_alignment_adds_to_the_loss_and_leaves_no_trace_in_the_export(
     assert not any(module._forward_hooks for module in aligned.modules[net].modules())
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "flow"])
-def test_the_multiscale_loss_is_asked_for_by_its_weights(kind: str, parts: dict[str, str]) -> None:
-    plain, coarse = latent(kind, parts), latent(kind, parts, multiscale=[0.5, 0.25])
-    assert plain.scales == {} and coarse.scales == {2: 0.5, 4: 0.25}
-    batch = plain.batch(Draw(0, 1))
-    (bare, before), (more, after) = (one.loss(batch, Draw(0, 1)) for one in (plain, coarse))
-    assert float(more) > float(bare) and float(before["late"]) == float(after["late"])
-    with pytest.raises(BadInput, match="loss.multiscale: squares of 32 x 32 do not fill the latents, which are 16 x"):
-        latent(kind, parts, multiscale=[1.0] * 5)
-
-
 def test_repa_draws_the_middle_to_the_teachers_patches(parts: dict[str, str]) -> None:
     made = latent("diffusion", parts, own={"teacher": parts["text"]}, repa=1.0)
     indices = torch.arange(6)

@@ -9,7 +9,7 @@ and the loss of the autoencoders that learn without an adversary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,7 +86,6 @@ def denoising_loss(
     *,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    scales: Mapping[int, float] | None = None,
 ) -> Denoised:
     """How far ``predict(x_t, t)`` is from what ``path`` wants (Ho et al. 2020, eq. 14, for any kind of prediction).
 
@@ -95,32 +94,13 @@ def denoising_loss(
         t: timesteps (b,), in the path's units.
         mask: weight of each element, anything that spreads to (b c [f] h w).
         weight: of each sample (b,), such as :func:`min_snr`.
-        scales: by s, the weight in the loss of the error averaged over squares of s x s, beside the error itself (the
-            multiscale loss of Hoogeboom et al. 2023, section 3.3); in a unit in which an error that is independent from
-            place to place counts as much as before, one that many places share up to s^2 times. h and w divide by s.
     """
     x = path.add_noise(x0, eps, t)
-    error = predict(x, t).float() - path.target(x, x0, eps, t)
-    errors = _masked_mean(error.square(), mask)
-    every = errors
-    for side, share in (scales or {}).items():
-        coarse = _squares(error, side).square() * side**2
-        every = every + share * _masked_mean(coarse, None if mask is None else _squares(mask, side))
-    return Denoised((every if weight is None else weight * every).mean(), errors)
-
-
-def _squares(x: Tensor, side: int) -> Tensor:
-    """Means over squares of places (... h w); what spreads over places stays."""
-    for dim in (-2, -1):
-        if x.shape[dim] > 1:
-            x = x.unflatten(dim, (-1, side)).mean(dim)
-    return x
-
-
-def _masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """Means (b,)."""
-    error = error if mask is None else mask * error
-    return error.mean(tuple(range(1, error.ndim)))
+    error = (predict(x, t).float() - path.target(x, x0, eps, t)).square()
+    if mask is not None:
+        error = mask * error
+    errors = error.mean(tuple(range(1, error.ndim)))
+    return Denoised((errors if weight is None else weight * errors).mean(), errors)
 
 
 def min_snr(snr: Tensor, gamma: float = 5.0, kind: str = "epsilon") -> Tensor:

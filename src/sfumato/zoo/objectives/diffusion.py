@@ -104,7 +104,6 @@ class DiffusionObjective(LatentObjective):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
         self.cut_skips()
-        self.scales = self.build_scales()
         self.noise_schedule = DDPMScheduler(**self.schedule())
         self.build_text()
         level = -1 if self.loss_options.repa else min(1, len(o.channels) - 1)
@@ -193,7 +192,7 @@ class DiffusionObjective(LatentObjective):
         with self.watching(block) as outputs, self.dropping(draw):
             found = denoising_loss(
                 lambda x, t: self.unet(self.network_input(x, batch), t, context).sample,
-                path, x0, noise, t, mask=batch["weight"], weight=weight, scales=self.scales,
+                path, x0, noise, t, mask=batch["weight"], weight=weight,
             )  # fmt: skip
         halves = {"late": found.errors[t >= steps // 2], "early": found.errors[t < steps // 2]}
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}

@@ -84,7 +84,6 @@ class FlowObjective(LatentObjective):
             if name == "proj_out" or (name.endswith(".linear") and "norm" in name):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.scales = self.build_scales()
         self.build_text()
         self.align_cell = o.patch
         parts: dict[str, nn.Module] = {"transformer": self.transformer, **self.build_readout(o.heads * o.head_width)}
@@ -105,7 +104,7 @@ class FlowObjective(LatentObjective):
         with self.watching(block) as outputs:
             found = denoising_loss(
                 lambda x, t: self.transformer(x, context, pooled, 1000 * t, return_dict=False)[0],
-                Flow(), x0, noise, t, mask=batch["weight"], scales=self.scales,
+                Flow(), x0, noise, t, mask=batch["weight"],
             )  # fmt: skip
         halves = {"late": found.errors[t >= 0.5], "early": found.errors[t < 0.5]}
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}

@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import registry, sheets
 from sfumato.arrays import to_tensor
-from sfumato.errors import BadInput, UnknownName
+from sfumato.errors import UnknownName
 from sfumato.models import Model
 from sfumato.ondemand import Spec, Store
 from sfumato.toybox import ToyboxDataset, sample_scene
@@ -88,12 +88,6 @@ class LatentLoss(Section):
         ge=0,
         description="weight of telling from features in the middle of the network what lies where: representation"
         " alignment (Yu et al. 2024) with the truth in the place of another network's features",
-    )
-    multiscale: tuple[float, ...] = Field(
-        (),
-        description="weights, beside the error itself, of the error averaged over squares of 2, 4, ... latents"
-        " (Hoogeboom et al. 2023): where things are drowns in what they are made of, the more so the more channels"
-        " the latents have",
     )
     repa: float = Field(
         0.0, ge=0, description="weight of representation alignment with the picture features of the teacher (repa.py)"
@@ -227,17 +221,6 @@ class LatentObjective(Objective):
     def timestep(self, quantile: float) -> float:
         """The timestep, 0 to 1000, below which this share of the noise distribution lies."""
         raise NotImplementedError
-
-    def build_scales(self) -> dict[int, float]:
-        """Weights of the multiscale loss by the side of the squares. Raises BadInput: squares that do not fit."""
-        found = {2 ** (i + 1): weight for i, weight in enumerate(self.loss_options.multiscale)}
-        _, side = self.latent_shape()
-        if found and side % max(found):
-            raise BadInput(
-                f"recipe key loss.multiscale: squares of {max(found)} x {max(found)} do not fill the latents, which are"
-                f" {side} x {side}; give {len(found) - 1} weights or fewer, or another data.size."
-            )
-        return found
 
     @property
     def expert(self) -> bool:
