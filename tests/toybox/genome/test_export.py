@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +49,15 @@ def records(folder):
 def drawn(n=N):
     scenes = [draw_scene("train", 3, i) for i in range(n)]
     return scenes, render(scenes, 32)
+
+
+def test_an_exported_folder_is_read_from_a_zip_of_the_whole_folder_too(folder: Path, tmp_path: Path) -> None:
+    zipped = Path(shutil.make_archive(str(tmp_path / "vg"), "zip", folder.parent, folder.name))
+    with zipfile.ZipFile(zipped) as archive:  # which holds the file of another release in a folder of its own
+        assert {f"{folder.name}/objects.json", f"{folder.name}/1.4/objects.json"} <= set(archive.namelist())
+    assert [*check(zipped)] == [*check(folder)] == []
+    ours, theirs = (list(VisualGenome(each).records()) for each in (zipped, folder))
+    assert ours == theirs and len(ours) == N
 
 
 def test_records_come_back_as_they_were(folder, records):

@@ -104,7 +104,7 @@ def test_zips_that_are_damaged_or_other_ones(tmp_path):
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a/objects.json", "[]")
         archive.writestr("b/objects.json", "[]")
-    with pytest.raises(BadInput, match="holds 2 files of this name"):
+    with pytest.raises(BadInput, match="holds 2 files of the name objects.json; it has a/objects.json, b/objects.json"):
         list(VisualGenome(tmp_path / "two.zip").objects())
     with pytest.raises(BadInput, match=r"no relationships.json and no relationships.json.zip; it has cut.zip, "):
         list(VisualGenome(tmp_path).relationships())

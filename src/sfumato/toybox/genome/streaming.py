@@ -174,8 +174,8 @@ class JsonFiles:
         with self._archive(zipped) as archive:
             members = _members(archive, name)
             if len(members) != 1:
-                label = f"{len(members)} files of this name" if members else f"no {name}"
-                raise BadInput(f"{zipped} holds {label}; it has {_listed(archive.namelist())}.")
+                label = f"{len(members)} files of the name {name}" if members else f"no {name}"
+                raise BadInput(f"{zipped} holds {label}; it has {_listed(members or archive.namelist())}.")
             label = f"{name} in {zipped}"
             with readable(label):
                 member = archive.open(members[0])
@@ -184,8 +184,11 @@ class JsonFiles:
 
 
 def _members(archive: zipfile.ZipFile, name: str) -> list[str]:
-    """Members of this base name, in whatever folder; macOS adds shadows of files in a folder of its own."""
-    return [each for each in archive.namelist() if each.split("/")[-1] == name and not each.startswith("__MACOSX/")]
+    """Members of this base name, in whatever folder, of these the outermost: a folder that is zipped as a whole may hold
+    other releases in folders of their own. macOS adds shadows of files in a folder of its own."""
+    found = [each for each in archive.namelist() if each.split("/")[-1] == name and not each.startswith("__MACOSX/")]
+    outermost = min((each.count("/") for each in found), default=0)
+    return [each for each in found if each.count("/") == outermost]
 
 
 def _listed(names: list[str]) -> str:

@@ -34,7 +34,7 @@ def coarse_first(z: Tensor, coarse: float, fine: float) -> tuple[Tensor, int]:
     whitened = torch.linalg.solve(root, torch.linalg.solve(root, between).T)
     shares, directions = torch.linalg.eigh((whitened + whitened.T) / 2)
     turn = torch.linalg.solve(root.T, directions).flip(1).T  # of deviation 1 each
-    turn = turn * turn.sum(1, keepdim=True).sign()  # of a direction's two signs always the same
+    turn = torch.where(turn.sum(1, keepdim=True) < 0, -turn, turn)  # of a direction's two signs always the same
     first = int((shares > SHARED).sum())
     strength = torch.full((len(shares),), fine, dtype=turn.dtype)
     strength[:first] = coarse
