@@ -626,6 +626,29 @@ def test_alignment_adds_to_the_loss_and_leaves_no_trace_in_the_export(
     assert not any(module._forward_hooks for module in aligned.modules[net].modules())
 
 
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_two_alignments_at_once_are_refused(kind: str, parts: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match="loss.align and loss.repa .* give one"):
+        latent(kind, parts, own={"teacher": parts["text"]}, align=0.1, repa=0.5)
+    with pytest.raises(UnknownName, match="built-in model or folder 'toy-clap'.*toy-clip"):
+        latent(kind, parts, own={"teacher": "toy-clap"}, repa=0.5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "section", "key", "value"),
+    [
+        ("vae", "model", "strengths", [0.0, 1.0]),
+        ("diffusion", "loss", "timesteps", [0.4, 0.0]),
+        ("flow", "model", "shift", 0),
+    ],
+)
+def test_deviations_and_shifts_that_are_none_are_refused(objective: str, section: str, key: str, value: Any) -> None:
+    values = {"name": "x", "objective": objective, "model": {}, "loss": {}}
+    values[section] = {key: value}
+    with pytest.raises(BadInput, match=f"recipe key {section}.{key}"):
+        build_objective(Recipe(**values, data={"train": 24, "val": 8}, train={"steps": 1, "batch": 2}))
+
+
 def test_repa_draws_the_middle_to_the_teachers_patches(parts: dict[str, str]) -> None:
     made = latent("diffusion", parts, own={"teacher": parts["text"]}, repa=1.0)
     indices = torch.arange(6)

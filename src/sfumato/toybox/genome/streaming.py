@@ -184,8 +184,8 @@ class JsonFiles:
 
 
 def _members(archive: zipfile.ZipFile, name: str) -> list[str]:
-    """Members of this base name, in whatever folder, of these the outermost: a folder that is zipped as a whole may hold
-    other releases in folders of their own. macOS adds shadows of files in a folder of its own."""
+    """Members of this base name, in whatever folder, of these the outermost: a folder that was zipped as a whole may
+    hold other releases in folders of their own. macOS adds shadows of files in a folder of its own."""
     found = [each for each in archive.namelist() if each.split("/")[-1] == name and not each.startswith("__MACOSX/")]
     outermost = min((each.count("/") for each in found), default=0)
     return [each for each in found if each.count("/") == outermost]

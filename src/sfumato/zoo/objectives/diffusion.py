@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -60,7 +60,7 @@ class DiffusionLoss(LatentLoss):
         ge=0,
         description="weight of the error of x0 beside it: noisy steps, where shapes are decided, count more",
     )
-    timesteps: tuple[float, float] | None = Field(
+    timesteps: tuple[float, PositiveFloat] | None = Field(
         None,
         description="mean and deviation of logit-normal timesteps (Esser et al. 2024): more of them where the layout is"
         " decided; all alike without",

@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sfumato import registry, sheets
 from sfumato.arrays import to_tensor
-from sfumato.errors import UnknownName
+from sfumato.errors import BadInput, UnknownName
 from sfumato.models import Model
 from sfumato.ondemand import Spec, Store
 from sfumato.toybox import ToyboxDataset, sample_scene
@@ -140,8 +140,13 @@ class LatentObjective(Objective):
         self.rates = {"text": self.model_options.text_rate}
 
     def build_readout(self, width: int) -> dict[str, nn.Module]:
-        """The linear read-outs of the alignment losses asked for; they train along and are not exported."""
+        """The linear read-out of the alignment loss asked for, if any; it trains along and is not exported.
+
+        Raises BadInput: both are asked for, which read different features.
+        """
         readouts: dict[str, nn.Module] = {}
+        if self.loss_options.align and self.loss_options.repa:
+            raise BadInput("recipe keys loss.align and loss.repa align the same features with two things; give one.")
         if self.loss_options.align:
             readouts["readout"] = nn.Linear(width, labels.PLACE_CLASSES)
         if self.loss_options.repa:

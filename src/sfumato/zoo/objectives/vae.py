@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL.Image import Image
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from sfumato import sheets
@@ -31,7 +31,7 @@ class VAEModel(Section):
     layers: int = Field(1, ge=1)
     latent_channels: int = Field(4, ge=1)
     groups: int = Field(8, ge=1, description="groups of the normalisations")
-    strengths: tuple[float, float] | None = Field(
+    strengths: tuple[PositiveFloat, PositiveFloat] | None = Field(
         None,
         description="deviations of the channels that hold what neighbouring latents share, which then come first, and"
         " of those that hold details (coarse_first.py); without, channels stay as learnt, each of deviation 1",
