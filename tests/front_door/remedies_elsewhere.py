@@ -13,6 +13,7 @@ ELSEWHERE = {
     "give captions or labels that differ": "tests/edit/test_net2net.py::test_what_cannot_be_translated_is_refused",
     "give scheduler ": "tests/models/test_schedulers.py::test_names_that_do_not_fit",
     "are the same, so they tell the flow nothing; leave them out": "tests/translation/test_translator.py::test_conditions_that_never_vary_are_refused_and_dead_ones_stay_in_their_unit",
+    "channels of the latents say nothing of their own; leave it out": "tests/zoo/test_objectives.py::test_channels_that_neighbours_share_come_first",
     "give timesteps=[first|last] for each": "tests/steer/test_experts.py::test_refusals",
     "say for which model, with --model": "tests/adapters/test_convert.py::test_without_a_model_names_tell_the_places",
     "a checkpoint is a whole model: say which model": "tests/adapters/test_checkpoint.py::test_a_fine_tuned_model_becomes_one_file",

@@ -12,15 +12,16 @@ from sfumato.training.objective import objectives
 from sfumato.training.recipe import Recipe
 from sfumato.training.runs import TrainingRun
 
-# recorded at commit 779dd8d, one thread; on the machine of the record they are equal bit for bit
+# recorded at commit 779dd8d, one thread; on the machine of the record they are equal bit for bit. clip, and what is made
+# of it, at 47e9d08 without the loss `words`, which is gone since
 LOSSES = {
     "vae": (1.156865, 1.224779),
-    "clip": (9.877062, 10.41986),
-    "noisy_clip": (5.258039, 5.213841),
-    "diffusion": (5.378287, 5.074528),
+    "clip": (6.132061, 6.171588),
+    "noisy_clip": (5.341595, 5.235977),
+    "diffusion": (5.378287, 5.074511),
     "expert": (1.003368, 0.9228441),
     "inpaint": (1.019441, 0.8355277),
-    "flow": (3.202126, 3.126724),
+    "flow": (3.202137, 3.126814),
     "judge": (19.49421, 19.02851),
     "cnn": (1.369954, 1.390587),
     "vector_ae": (1.34819, 1.304209),
@@ -35,7 +36,7 @@ RECIPES = {
     "vae": {"model": {"channels": [8, 8, 16]}, "loss": {"crop": 32, "toy_weight": 2.0}},
     "clip": {
         "model": {"text_width": 32, "text_layers": 2, "vision_width": 32, "vision_layers": 2, "projection": 32},
-        "loss": {"hard": 0.5, "words": 0.5, "places": 0.5},
+        "loss": {"hard": 0.5, "places": 0.5},
     },
     "noisy_clip": {"model": {"vae": "{home}/vae", "clip": "{home}/clip"}},
     "diffusion": {
