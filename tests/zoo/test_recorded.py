@@ -12,8 +12,8 @@ from sfumato.training.objective import objectives
 from sfumato.training.recipe import Recipe
 from sfumato.training.runs import TrainingRun
 
-# recorded at commit 779dd8d, one thread; on the machine of the record they are equal bit for bit. clip, and what is made
-# of it, at 47e9d08 without the loss `words`, which is gone since
+# recorded at commit 779dd8d, one thread; on the machine of the record they are equal bit for bit. clip, and what is
+# made of it, at 47e9d08 without the loss `words`, which is gone since
 LOSSES = {
     "vae": (1.156865, 1.224779),
     "clip": (6.132061, 6.171588),
