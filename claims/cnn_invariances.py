@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -72,11 +73,16 @@ def agreement(said: Tensor) -> Tensor:
 
 
 def ratio(context: Context, concept: str, said: Tensor) -> np.ndarray:
+    """How far samples (b n) of each picture vary in a concept (b)."""
+    return beyond_chance(context, concept, agreement(said))
+
+
+def beyond_chance(context: Context, concept: str, agreement: Tensor) -> np.ndarray:
     """1 - (agreement - chance) / (1 - chance) of each picture (b), the mean of which is 0 for what a layer holds and 1
     for what it is invariant to."""
     counts = torch.bincount(codes.test_set(context).labels[concept]).float()
     chance = float((counts / counts.sum()).square().sum())
-    return (1 - (agreement(said) - chance) / (1 - chance)).numpy()
+    return (1 - (agreement - chance) / (1 - chance)).numpy()
 
 
 @dataclass(frozen=True)
@@ -182,21 +188,10 @@ def inversion(context: Context, name: str) -> dict[str, float]:
     found = explorer(context, name, LOGITS)
     train, pixels = codes.train_set(context).pixels, shown(context)
     z, c = codes.codes(context, "train")[0], found.condition(train)
-    mean, std = c.mean(0), c.std(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        net = nn.Sequential(
-            nn.Linear(c.shape[1], 256), nn.LeakyReLU(), nn.Linear(256, 256), nn.LeakyReLU(), nn.Linear(256, 64)
-        )
-
-    def loss(draw: Draw) -> Tensor:
-        rows = draw.indices(len(z), 128)
-        return F.mse_loss(net((c[rows] - mean) / std), z[rows])
-
-    fit(Player(loss, torch.optim.Adam(net.parameters(), lr=1e-3), net), context.count(1500, 3))
+    net = learnt(context, c, z, F.mse_loss)
     with torch.no_grad():
         own = found.condition(pixels)
-        pictures = found.autoencoder.pictures(net((own - mean) / std))
+        pictures = found.autoencoder.pictures(net(own))
         again = found.condition(pictures)
         kept = decided(found.net, pictures) == decided(found.net, pixels)
         nearest = train[torch.cdist(own, c).argmin(1)]
@@ -292,30 +287,49 @@ def sample_sheet(context: Context, n: int = 4) -> Any:
     return sheets.sheet(cells, len(columns), heads=[label for label, _ in columns], title=title, scale=2)
 
 
+def learnt(
+    context: Context, c: Tensor, target: Tensor, loss: Callable[[Tensor, Tensor], Tensor], outputs: int = 0
+) -> Callable[[Tensor], Tensor]:
+    """A network that tells a target (n, or n d) from conditions (n k); ``outputs``, where the target is a class."""
+    mean, std = c.mean(0), c.std(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        widths = (c.shape[1], 256, 256, outputs or target.shape[1])
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+        net = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+
+    def step(draw: Draw) -> Tensor:
+        rows = draw.indices(len(c), 256)
+        return loss(net((c[rows] - mean) / std), target[rows])
+
+    steps = context.count(2000, 3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    fit(Player(step, optimizer, net, schedule=lambda at: 1 - at / steps), steps)
+
+    def read(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return net((x - mean) / std)
+
+    return read
+
+
 def told(context: Context, name: str, concept: str) -> tuple[Tensor, Tensor]:
     """What logits tell of a concept, by a network that reads it off those of the training pictures: probabilities of
     its values for the unseen pictures (n k), and the value of each (n), as read from its reconstruction."""
     found = InvarianceExplorer(net_of(context, name), LOGITS, codes.autoencoder(context))
-    read, network = codes.probe_of(context), codes.autoencoder(context)
-    said = [read(network.pictures(codes.codes(context, part)[0]))[concept] for part in ("train", "test")]
     c, own = (found.condition(part(context).pixels) for part in (codes.train_set, codes.test_set))
-    mean, std = c.mean(0), c.std(0)
     values = len(codes.train_set(context).names[concept])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        net = nn.Sequential(
-            nn.Linear(c.shape[1], 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, values)
-        )
+    net = learnt(context, c, read_back(context, "train")[concept], F.cross_entropy, values)
+    return net(own).softmax(1), read_back(context, "test")[concept]
 
-    def loss(draw: Draw) -> Tensor:
-        rows = draw.indices(len(c), min(512, len(c)))
-        return F.cross_entropy(net((c[rows] - mean) / std), said[0][rows])
 
-    steps = context.count(2000, 3)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    fit(Player(loss, optimizer, net, schedule=lambda step: 1 - step / steps), steps)
-    with torch.no_grad():
-        return net((own - mean) / std).softmax(1), said[1]
+def read_back(context: Context, part: str) -> dict[str, Tensor]:
+    """What the probe reads from the reconstructions of the "train" or "test" set, by concept (n)."""
+
+    def made() -> dict[str, Tensor]:
+        return codes.probe_of(context)(codes.autoencoder(context).pictures(codes.codes(context, part)[0]))
+
+    return context.once(f"read back {part}", made)
 
 
 def leeway(context: Context, concept: str) -> tuple[np.ndarray, float]:
@@ -351,9 +365,7 @@ def sizes(context: Context) -> list[Row]:
     )
     few, more, deeper = found.values()
     p, _ = told(context, TEXTURE, "texture")
-    counts = torch.bincount(codes.test_set(context).labels["texture"]).float()
-    chance = float((counts / counts.sum()).square().sum())
-    exact = stats.mean((1 - (p.square().sum(1) - chance) / (1 - chance)).numpy())
+    exact = stats.mean(beyond_chance(context, "texture", p.square().sum(1)))
     steps = {"pictures": stats.mean(more - few), "blocks": stats.mean(deeper - more)}
     nearest = float(exact.value - deeper.mean())
     return [
@@ -382,7 +394,7 @@ def exchanges(context: Context) -> list[Row]:
     examples, read = codes.test_set(context), codes.probe_of(context)
     half = len(examples) // 2
     seen, rest = torch.arange(half), torch.arange(half, 2 * half)
-    ceiling = read(codes.autoencoder(context).pictures(codes.codes(context, "test")[0]))
+    ceiling = read_back(context, "test")
     hits: dict[str, dict[str, list[Tensor]]] = {layer: {c: [] for c in READ} for layer in (PROBABILITIES, LOGITS)}
     for layer, each in hits.items():
         for seed in codes.SEEDS:
@@ -453,8 +465,7 @@ def exchanges(context: Context) -> list[Row]:
 def biases(context: Context) -> list[Row]:
     """Samples of two nets of one architecture: which cue do they keep?"""
     labels = {c: codes.test_set(context).labels[c][: len(shown(context))] for c in ("shape", "texture")}
-    network = codes.autoencoder(context)
-    rebuilt = codes.probe_of(context)(network.pictures(network.vectors(shown(context))[0]))
+    rebuilt = {c: said[: len(shown(context))] for c, said in read_back(context, "test").items()}
     found: dict[str, dict[str, Interval]] = {}
     for name in (SHAPE, TEXTURE):
         found[name] = {}

@@ -145,8 +145,42 @@ def test_pairs_and_blocks_that_teach_nothing_are_refused():
         fit_factors(torch.randn(64, 4), ConceptPairs(rows, torch.zeros(4, 1, dtype=torch.bool)), {"a": 2}, FLOW)
     with pytest.raises(BadInput, match="of 3 concepts"):
         fit_factors(torch.randn(64, 4), ConceptPairs(rows, torch.ones(4, 3, dtype=torch.bool)), {"a": 2}, FLOW)
-    with pytest.raises(BadInput, match="no residual"):
-        block_sizes(8, {"a": 4, "b": 4})
+    with pytest.raises(BadInput, match="2 dimensions that vary hold 1 concepts at most .* 2 are asked for .a, b."):
+        block_sizes(2, {"a": 0, "b": 0})
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "given"),
+    [
+        (8, {"a": 2, "b": 3}, {"a": 2, "b": 3, "residual": 3}),
+        (4, {"a": 0, "b": 0, "c": 0}, {"a": 1, "b": 1, "c": 1, "residual": 1}),
+        (8, {"a": 2, "b": 9, "residual": 40}, {"a": 2, "b": 5, "residual": 1}),
+        (3, {"a": 0, "b": 2}, {"a": 1, "b": 1, "residual": 1}),
+    ],
+)
+def test_every_block_has_a_dimension_where_there_are_enough(free, asked, given):
+    assert block_sizes(free, asked) == given
+
+
+class FourNumbers(torch.nn.Module):
+    """A net with as many numbers as concepts and residual: estimates of some of them round down to none."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = torch.nn.Linear(3, 4)
+
+    def forward(self, pixels):
+        return self.last(pixels.mean((2, 3)))
+
+
+def test_a_vector_of_few_numbers_gives_each_concept_one():
+    given = FlowParams(blocks=2, hidden=8, depth=1, steps=5, batch=16).model_dump()
+    found = IIN(**given, concepts=["shape", "color", "place"], pictures=48).explain_net(FourNumbers())
+    assert found.tables["last"].dimensions["shape"] == 0  # as the paper estimates
+    assert found.interpretation.sizes == {"shape": 1, "color": 1, "place": 1, "residual": 1}
+    assert set(found.read["shape"]) >= {"shape", "color", "place"}
+    with pytest.raises(BadInput, match="hold 3 concepts at most"):
+        IIN(**given, concepts=["shape", "color", "place", "scenery"], pictures=48).explain_net(FourNumbers())
 
 
 def ring(side: int = 32) -> torch.Tensor:

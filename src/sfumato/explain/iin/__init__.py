@@ -182,5 +182,5 @@ def from_sketches(
     apart = pairs.rows[pairs.shared[:, 1]]
     share = estimate({"drawn": (z[same[:, 0]], z[same[:, 1]]), RESIDUAL: (z[apart[:, 0]], z[apart[:, 1]])}, draws=2)
     weight = torch.tensor([max(share.scores["drawn"].value, 0.02), max(share.scores[RESIDUAL].value, 0.02)])
-    size = int((z.shape[1] * weight[0] / weight.sum()).clamp(2, z.shape[1] - 4))
+    size = int(z.shape[1] * weight[0] / weight.sum())
     return fit_factors(z, pairs, {"drawn": size}, params, rho=rho, spread=spread, on_progress=on_progress)

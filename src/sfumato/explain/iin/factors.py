@@ -157,13 +157,18 @@ def load_interpretation(folder: Path | str) -> Interpretation:
 
 
 def block_sizes(free: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of concepts and residual that fill ``free`` dimensions: as given, cut evenly where dead dimensions are
-    lacking. Raises BadInput where a block would be empty."""
-    concepts = {name: int(size) for name, size in sizes.items() if name != RESIDUAL}
-    if any(size < 1 for size in concepts.values()) or sum(concepts.values()) >= free:
-        listed = ", ".join(f"{name} {size}" for name, size in concepts.items())
-        raise BadInput(f"blocks of {listed} leave no residual of {free} dimensions; every block needs 1 or more.")
-    return {**concepts, RESIDUAL: free - sum(concepts.values())}
+    """Sizes of concepts and residual that fill ``free`` dimensions, one or more each: as given, and where that is more
+    than there are (dead dimensions count in no block) the largest concepts give. Raises BadInput: more blocks than
+    dimensions."""
+    wanted = {name: max(1, int(size)) for name, size in sizes.items() if name != RESIDUAL}
+    if len(wanted) >= free:
+        raise BadInput(
+            f"{free} dimensions that vary hold {free - 1} concepts at most beside the residual, and {len(wanted)} are"
+            f" asked for ({', '.join(wanted)}); ask for fewer, or of a layer with more dimensions."
+        )
+    while sum(wanted.values()) >= free:
+        wanted[max(wanted, key=lambda name: wanted[name])] -= 1
+    return {**wanted, RESIDUAL: free - sum(wanted.values())}
 
 
 def fit_factors(
@@ -180,7 +185,7 @@ def fit_factors(
 
     Args:
         pairs: ``shared`` has one column for every concept of ``sizes``, in its order, the residual left out or last.
-        sizes: dimensions of every block; the residual takes what is left.
+        sizes: dimensions of every block, as :func:`block_sizes` fits them in; the residual takes what is left.
         rho: correlation of shared blocks, 0.975 in the authors' code.
         spread: deviations (m n) of posterior noise, drawn anew at every step, beside ``params.noise``.
     """
