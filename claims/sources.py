@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import json
 from collections.abc import Iterable
@@ -12,25 +13,45 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = {"claims": ROOT / "claims", "sfumato": ROOT / "src" / "sfumato"}
 
-SUPERVISION = {
-    "align": "attention maps drawn to each word's true cells",
-    "words": "each noun's embedding taught its toy's attributes",
-    "places": "picture patches taught which toy they show",
-    "toy_weight": "pixels of toys weigh more in the loss",
-    "foreign_context": "captions in which a word's context tells of other words, so that it is read at the word",
-}
-"""Terms of the recipes' losses that use what only a toybox knows, and what they mean for a claim."""
+SUPERVISION = Path(__file__).with_name("supervision.json")
+"""Terms of the recipes' losses that use what only a toybox knows, and what they mean for a claim. Data, since every
+claim depends on this file and none on the words."""
+
+PROSE = {"title", "authors", "summary", "description", "cost", "defaults_from", "not_reproduced"}
+"""Arguments of cards and of parameters' fields that are read by people only."""
 
 
-@cache
-def code_hash(path: str) -> str:
-    """Of a file's code; comments, docstrings and layout do not count."""
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+class _Bare(ast.NodeTransformer):
+    """Leaves out what no figure can depend on: docstrings, the prose of cards, what errors say."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(getattr(first, "value", None), ast.Constant):
                 node.body = node.body[1:] or [ast.Pass()]
+        return super().visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        called = node.func.id if isinstance(node.func, ast.Name) else ""
+        if called in _errors():
+            return ast.Call(node.func, [], [])
+        if called in ("Card", "Field"):
+            node.keywords = [each for each in node.keywords if each.arg not in PROSE]
+        return self.generic_visit(node)
+
+
+@cache
+def _errors() -> frozenset[str]:
+    """Names of the library's errors and of Python's own."""
+    own = ast.parse((ROOMS["sfumato"] / "errors.py").read_text(encoding="utf-8"))
+    python = [name for name, each in vars(builtins).items() if isinstance(each, type) and issubclass(each, Exception)]
+    return frozenset([*python, *(node.name for node in own.body if isinstance(node, ast.ClassDef))])
+
+
+@cache
+def code_hash(path: str) -> str:
+    """Of a file's code; comments, docstrings, layout, the prose of cards and the words of errors do not count."""
+    tree = _Bare().visit(ast.parse(Path(path).read_text(encoding="utf-8")))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
@@ -132,12 +153,12 @@ def code_fingerprint(start: Path, key: str) -> str:
 
 def supervision(folders: Iterable[Path]) -> str:
     """What the models in these folders were taught that models of real pictures are not, in words; from their cards."""
-    said = []
+    said, known = [], json.loads(SUPERVISION.read_text(encoding="utf-8"))
     for folder in folders:
         card = folder / "sfumato.json"
         if card.is_file():
             loss = json.loads(card.read_text(encoding="utf-8")).get("recipe", {}).get("loss", {})
-            terms = [f"{name} {loss[name]:g} ({why})" for name, why in SUPERVISION.items() if loss.get(name)]
+            terms = [f"{name} {loss[name]:g} ({why})" for name, why in known.items() if loss.get(name)]
             if terms:
                 said.append(f"{folder.name}: {', '.join(terms)}")
     return "; ".join(said)

@@ -35,6 +35,16 @@ def test_code_counts_and_words_about_it_do_not(tmp_path):
     assert hashed('"""Other."""\n\n\ndef f(x):  # said\n    return x + 1\n') == first
     assert hashed("def f(x):\n    return x + 2\n") != first
 
+    error = hashed("def f(x):\n    if x < 0:\n        raise BadInput(f'{x} is small.')\n")
+    assert hashed("def f(x):\n    if x < 0:\n        raise BadInput('give more', x) from None\n") != error  # from
+    assert hashed("def f(x):\n    if x < 0:\n        raise BadInput(f'{x} is too small; give more.')\n") == error
+    assert hashed("def f(x):\n    if x < 0:\n        raise ValueError(f'{x} is small.')\n") != error
+    assert hashed("def f(x):\n    if x < 1:\n        raise BadInput(f'{x} is small.')\n") != error
+
+    field = hashed("x: int = Field(default=2, ge=1, description='how many')\n")
+    assert hashed("x: int = Field(default=2, ge=1, description='how many of them')\n") == field
+    assert hashed("x: int = Field(default=3, ge=1, description='how many')\n") != field
+
 
 def test_supervision_is_read_from_the_cards(tmp_path):
     for name, loss in (("one", {"align": 0.1, "edge": 2}), ("two", {"align": 0.0})):

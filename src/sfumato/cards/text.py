@@ -41,7 +41,7 @@ def parse_with(text: str) -> tuple[str, dict[str, Any]]:
     key, colon, rest = text.partition(":")
     key = key.strip()
     if not key:
-        raise BadInput(f"--with {brief(text)}: the name of a system is missing. Write {WITH_GRAMMAR}.")
+        raise BadInput(f"{brief(text)}: the name of a system is missing. Write {WITH_GRAMMAR}.")
     if not rest.strip():
         return key, {}
     return key, _WithReader(text, rest).params()
@@ -137,4 +137,4 @@ class _WithReader:
             self.at += 1
 
     def _bad(self, what: str) -> BadInput:
-        return BadInput(f"--with {brief(self.whole)}: {what}. Write {WITH_GRAMMAR}.")
+        return BadInput(f"{brief(self.whole)}: {what}. Write {WITH_GRAMMAR}.")
