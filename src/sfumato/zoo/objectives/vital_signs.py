@@ -2,12 +2,11 @@
 
 A denoiser can draw well and still be dead inside: a middle block that changes nothing, attention that looks at the
 start token alone, nouns that carry what their adjectives say. Whatever is then measured on its features, its attention
-or its words says nothing about models that are not so. Four signs, with a bar each (:func:`failed_checks`):
+or its words says nothing about models that are not so. Three signs, with a bar each (:func:`failed_checks`):
 
 - ``zeroed``: by how much the predicted clean latents change when the output of a block is set to zero,
 - ``words``: how much attention the best-seen word gets at each site that reads the text,
-- ``swapped``: how often a toy takes the colour of another prompt when the embedding of one of its tokens is exchanged,
-- ``start``: how much of a picture was left in training where drawing begins, with noise alone.
+- ``swapped``: how often a toy takes the colour of another prompt when the embedding of one of its tokens is exchanged.
 
 All of it is a pure function of the model (and of the toy-judge that reads colours): toybox scenes, captions and noise
 have fixed seeds.
@@ -36,7 +35,6 @@ LEVELS = (900, 500)  # timesteps, out of 1000, at which blocks are silenced and 
 LEAST_CHANGE = {900: 0.05, 500: 0.005}
 LEAST_ATTENTION = 1e-3
 LEAST_SWAPPED = 0.6
-MOST_START = 0.5
 PLACES = ("color", "noun", "end")  # the colour's token, the shape's token, the end and all padding
 
 Signs = dict[str, Any]
@@ -56,12 +54,10 @@ def vital_signs(
 
     Returns:
         ``zeroed``: block name -> timestep -> relative change (:func:`zeroed_blocks`); ``words``: site -> share
-        (:func:`word_attention`); ``swapped``: place -> share of pictures (:func:`swapped_colors`); ``start``: ratio
-        (:func:`start_ratio`).
+        (:func:`word_attention`); ``swapped``: place -> share of pictures (:func:`swapped_colors`).
     """
     x0, prompts = toy_latents(model, scenes)
     signs: Signs = {"zeroed": zeroed_blocks(model, x0, prompts), "words": word_attention(model, x0, prompts)}
-    signs["start"] = start_ratio(model, x0, steps)
     if judge is not None:
         signs["swapped"] = swapped_colors(model, judge, pictures, steps)
     return signs
@@ -71,8 +67,8 @@ def failed_checks(signs: Mapping[str, Any]) -> list[str]:
     """What is wrong with a model, by its signs; empty when all hold.
 
     Bars: every block changes the clean latents by ``LEAST_CHANGE`` of their energy; at every site some word gets
-    ``LEAST_ATTENTION``; where drawing begins there is at most ``MOST_START`` of a picture; a colour exchanged at its
-    own token shows in ``LEAST_SWAPPED`` of the pictures and in more than when the noun's token is exchanged.
+    ``LEAST_ATTENTION``; a colour exchanged at its own token shows in ``LEAST_SWAPPED`` of the pictures and in more than
+    when the noun's token is exchanged.
     """
     found = []
     for block, levels in signs["zeroed"].items():
@@ -83,8 +79,6 @@ def failed_checks(signs: Mapping[str, Any]) -> list[str]:
     for site, share in signs["words"].items():
         if not share >= LEAST_ATTENTION:
             found.append(f"no word gets more than {share:.2g} of the attention at {site}")
-    if not (start := signs.get("start", 0.0)) <= MOST_START:
-        found.append(f"where drawing begins, with noise alone, training still had {start:.2g} times as much picture")
     if (swapped := signs.get("swapped")) is not None:
         if not swapped["color"] >= LEAST_SWAPPED:
             found.append(f"a colour exchanged at its own token shows in {swapped['color']:.0%} of the pictures")
@@ -113,21 +107,6 @@ def _path(model: Model) -> Path:
     scheduler = model.make_scheduler("flow_euler" if model.flow else "ddim")  # neither scales the latents
     model.timesteps(scheduler, 10)
     return Path(scheduler)
-
-
-# noise ----------------------------------------------------------------------------------------------------------------
-def start_ratio(model: Model, x0: Tensor, steps: int | None = None) -> float:
-    """Signal-to-noise ratio of the first principal component of latents ``x0`` (b c h w) at the first of the model's
-    ``steps``: much of their energy lies in a few directions, light above and dark below, and the more channels tell of
-    them, the longer they are seen through noise. A denoiser that always saw a layout there looks for one in the noise
-    that drawing begins with (Lin et al. 2023, arXiv 2305.08891, of the mean brightness alone)."""
-    scheduler = model.make_scheduler()
-    alpha, sigma = Path(scheduler).alpha_sigma(
-        float(model.timesteps(scheduler, steps or int(model.defaults["steps"]))[0])
-    )
-    centred = x0.double().flatten(1) - x0.double().flatten(1).mean(0)
-    strongest = float(torch.linalg.svdvals(centred)[0].square() / len(x0))
-    return strongest * alpha**2 / sigma**2
 
 
 # blocks ---------------------------------------------------------------------------------------------------------------
