@@ -29,6 +29,7 @@ from sfumato.zoo.objectives.coarse_first import coarse_first
 from sfumato.zoo.objectives.foreign_context import mixed, other_words
 from sfumato.zoo.objectives.latent import LatentObjective
 from sfumato.zoo.objectives.repa import repa_loss
+from sfumato.zoo.objectives.silent_channels import without_silent
 
 CPU = torch.device("cpu")
 
@@ -198,6 +199,46 @@ def test_exported_vae_orders_its_channels_and_loses_nothing(tmp_path: Path) -> N
         for net, p in ((vae.vae, uncertain), (loaded, posterior))
     ]
     assert 0.3 < costs[1] / costs[0] < 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strengths", [None, [1.5, 0.6]])
+def test_channels_that_say_nothing_are_left_out(tmp_path: Path, strengths) -> None:
+    vae = build("vae", channels=[8, 8, 16], strengths=strengths)
+    inner, outer = vae.vae.quant_conv, vae.vae.post_quant_conv
+    for silent in (1, 3):  # a trace of a mean, the prior's deviation, a decoder that hardly listens
+        inner.weight[[silent, 4 + silent]] *= torch.tensor([1e-2, 0.0])[:, None, None, None]
+        inner.bias[4 + silent] = 0.0
+        outer.weight[:, silent] *= 1e-2
+    outer.bias.zero_()  # what no kept channel carries is padded otherwise at the border
+    x = data.pictures(vae.train_data, torch.arange(24))
+    before, learnt = vae.reconstruct(x), vae.vae.state_dict()
+    learnt = {key: value.clone() for key, value in learnt.items()}
+    made = vae.export(tmp_path)
+    assert made["latents_before_standardising"]["silent"] == 2
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert loaded.config.latent_channels == 2
+    posterior = loaded.encode(x).latent_dist
+    first = made["latents_before_standardising"].get("coarse")
+    expected = [1.0, 1.0] if first is None else [1.5] * first + [0.6] * (2 - first)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.tensor(expected), atol=5e-3, rtol=5e-3)
+    assert float((loaded.decode(posterior.mean).sample.clamp(-1, 1) - before).abs().mean()) < 2e-3
+    assert all(torch.equal(value, learnt[key]) for key, value in vae.vae.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_silent_channels_add_to_the_decoder_stays() -> None:
+    vae = build("vae", channels=[8, 8, 16]).vae
+    vae.post_quant_conv.bias += torch.randn(4, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    keep, mean = torch.tensor([True, False, True, True]), torch.tensor([0.0, 0.7, 0.0, 0.0])
+    z[:, 1] = 0.7
+    narrow = without_silent(vae, keep, mean)
+    conv_ours = narrow.decoder.conv_in(narrow.post_quant_conv(z[:, keep]))
+    conv_theirs = vae.decoder.conv_in(vae.post_quant_conv(z))
+    torch.testing.assert_close(conv_ours[..., 1:-1, 1:-1], conv_theirs[..., 1:-1, 1:-1], atol=1e-5, rtol=1e-4)
+    every = without_silent(vae, torch.ones(4, dtype=torch.bool), mean)
+    torch.testing.assert_close(every.decode(z).sample, vae.decode(z).sample, atol=1e-4, rtol=1e-4)
 
 
 # CLIP -----------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from sfumato.arrays import to_tensor
 from sfumato.training import data
 from sfumato.training.draw import Draw
 from sfumato.training.losses import reconstruction_loss
-from sfumato.training.objective import Objective
+from sfumato.training.objective import Objective, save_half
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.coarse_first import coarse_first
+from sfumato.zoo.objectives.silent_channels import telling, without_silent
 
 
 class VAEModel(Section):
@@ -57,7 +58,7 @@ class VAELoss(Section):
 
 
 class VAEObjective(Objective):
-    """Reconstruction of toybox pictures; the exported latents are standardised per channel."""
+    """Reconstruction of toybox pictures; exported without silent channels, the others' latents standardised."""
 
     NAME = "vae"
     EXPORTED = "vae"
@@ -138,20 +139,23 @@ class VAEObjective(Objective):
         x = data.pictures(self.val_data, torch.arange(min(8, len(self.val_data)))).to(self.device)
         return sheets.sheet(torch.cat([x, self.reconstruct(x)]), len(x), scale=2, gap=0)
 
-    def standardise(self, n: int = 512) -> dict[str, Any]:
-        """Folds the mean of the latents and a map of their channels into the 1x1 convolutions on either side of them.
+    def standardised(self, n: int = 512) -> tuple[AutoencoderKL, dict[str, Any]]:
+        """The autoencoder without silent channels, the mean of the latents and a map of their channels folded into the
+        1x1 convolutions on either side of them; and what was found.
 
-        Afterwards latents have mean 0 and deviation 1 in every channel, or the order and ``strengths`` of the recipe;
+        Its latents have mean 0 and deviation 1 in every channel, or the order and ``strengths`` of the recipe;
         reconstructions are unchanged.
         """
         said = [
             self.vae.encode(data.pictures(self.train_data, part).to(self.device)).latent_dist
             for part in torch.arange(min(n, len(self.train_data))).split(32)
         ]
-        z = torch.cat([one.mean for one in said])
-        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
-        c, facts = len(mean), {"mean": mean.tolist(), "std": std.tolist()}
-        inner, outer = self.vae.quant_conv, self.vae.post_quant_conv
+        z, logvar = torch.cat([one.mean for one in said]), torch.cat([one.logvar for one in said])
+        mean, std, keep = z.mean((0, 2, 3)), z.std((0, 2, 3)), telling(z, logvar)
+        facts: dict[str, Any] = {"mean": mean.tolist(), "std": std.tolist(), "silent": int((~keep).sum())}
+        vae = without_silent(self.vae, keep, mean)
+        z, logvar, mean, std = z[:, keep], logvar[:, keep], mean[keep], std[keep]
+        c, inner, outer = len(mean), vae.quant_conv, vae.post_quant_conv
         if self.model_options.strengths is None:
             turn = torch.diag(1 / std)
             inner.bias[c:] -= 2 * std.log()
@@ -159,18 +163,17 @@ class VAEObjective(Objective):
             found, facts["coarse"] = coarse_first(z - mean[:, None, None], *self.model_options.strengths)
             turn = found.to(mean)
             # of turned posteriors what is left is how uncertain a channel is as a rule
-            logvar = torch.cat([one.logvar for one in said]).mean((0, 2, 3))
             inner.weight[c:] = 0
-            inner.bias[c:] = (turn.square() @ logvar.exp()).log()
+            inner.bias[c:] = (turn.square() @ logvar.mean((0, 2, 3)).exp()).log()
         inner.weight[:c] = torch.einsum("ij,jkhw->ikhw", turn, inner.weight[:c])
         inner.bias[:c] = turn @ (inner.bias[:c] - mean)
         outer.bias += outer.weight[:, :, 0, 0] @ mean
         outer.weight[:] = torch.einsum("ijhw,jk->ikhw", outer.weight, torch.linalg.inv(turn.double()).to(turn))
-        return facts
+        return vae, facts
 
     def export(self, folder: Path) -> dict[str, Any]:
-        weights = {key: value.clone() for key, value in self.vae.state_dict().items()}
-        before = {} if self.loss_options.decoder_only else {"latents_before_standardising": self.standardise()}
-        super().export(folder)
-        self.vae.load_state_dict(weights)
-        return before
+        if self.loss_options.decoder_only:
+            return super().export(folder)
+        vae, facts = self.standardised()
+        save_half(vae, folder)
+        return {"latents_before_standardising": facts}
