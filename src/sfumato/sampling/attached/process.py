@@ -84,7 +84,7 @@ class PipelineProcess(Process):
         return self._path
 
     def fork(self) -> Process:
-        raise self.lacks("run of its own, with the same noise,", "drawing a second picture beside the first")
+        raise self.lacks("run of its own with the same noise", "drawing a second picture beside the first")
 
 
 class PipelineStep(Step):
