@@ -30,6 +30,7 @@ from sfumato.zoo.objectives.foreign_context import mixed, other_words
 from sfumato.zoo.objectives.latent import LatentObjective
 from sfumato.zoo.objectives.repa import repa_loss
 from sfumato.zoo.objectives.silent_channels import without_silent
+from sfumato.zoo.objectives.sinks import sink_loss, text_sites, word_shares
 
 CPU = torch.device("cpu")
 
@@ -417,6 +418,75 @@ def test_dropped_skips_silence_one_level_for_some_samples_in_training_only(parts
     assert (skip[1].flatten(1).abs().sum(1) == 0).tolist() == silent.tolist()
     assert (skip[0].flatten(1).abs().sum(1) > 0).all()
     assert not any(block._forward_pre_hooks for block in made.unet.up_blocks)
+
+
+@torch.no_grad()
+def test_skips_are_dropped_from_a_noise_level_on(parts: dict[str, str]) -> None:
+    made = latent("diffusion", parts, skip_dropout=[0.5], skip_dropout_from=0.6)
+    batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
+    silent = torch.rand(6, generator=draw.generator("skips0")) < 0.5
+    times = torch.tensor([0.9, 0.1, 0.9, 0.1, 0.7, 0.5])
+    seen: list[torch.Tensor] = []
+    block = made.unet.up_blocks[-1].resnets[0]
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -16:]))  # behind the features from below
+    made.unet.train()
+    with made.dropping(draw, times):
+        made.unet(batch["x0"], 500, made.text.text_model(batch["tokens"]).last_hidden_state)
+    made.unet(batch["x0"], 500, made.text.text_model(batch["tokens"]).last_hidden_state)
+    gone = seen[0].flatten(1).abs().sum(1) == 0
+    assert gone.tolist() == (silent & (times >= 0.6)).tolist() and 0 < gone.sum() < silent.sum()
+    assert (seen[1].flatten(1).abs().sum(1) > 0).all()
+
+
+def test_sites_that_read_no_word_learn_to(parts: dict[str, str]) -> None:
+    made = latent("diffusion", parts, sink=0.5)
+    batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
+    batch["tokens"][1] = made.tokens([""])[0]
+    context = made.text.text_model(batch["tokens"]).last_hidden_state
+    words = ~torch.isin(batch["tokens"], torch.tensor(made.tokenizer.all_special_ids))
+    sites = text_sites(made.unet)
+    assert len(sites) == sum(name.endswith("attn2") for name, _ in made.unet.named_modules()) > 2
+    inputs: list[tuple] = []  # in the order of the calls
+    hooks = [
+        s.register_forward_pre_hook(lambda s, args, kw: inputs.append((s, args[0])), with_kwargs=True) for s in sites
+    ]
+    with word_shares(sites, words) as shares:
+        made.unet(batch["x0"], 500, context)
+    for hook in hooks:
+        hook.remove()
+    for (site, hidden), share in zip(inputs, shares, strict=True):  # as diffusers computes probabilities
+        query, key = (site.head_to_batch_dim(each) for each in (site.to_q(hidden), site.to_k(context)))
+        probs = site.get_attention_scores(query, key).unflatten(0, (len(words), site.heads)).mean((1, 2))
+        torch.testing.assert_close(share.exp(), (probs * words).sum(1)[words.any(1)], rtol=1e-4, atol=1e-6)
+    assert not any(site._forward_pre_hooks for site in sites)
+
+    with torch.no_grad():  # a sink: all queries alike, along the start's key
+        for site in sites:
+            start, rest = site.to_k(context)[0, :2]
+            site.to_q.weight.zero_()
+            site.to_q.weight[:, 0] = 300 * (start - rest) / float((start - rest).norm() ** 2)
+    optimizer = torch.optim.Adam(made.unet.parameters(), lr=0.02)
+    with word_shares(sites, words) as before:
+        made.unet(batch["x0"], 500, context)
+    first = sink_loss(before)
+    first.backward()
+    moved = {name.rpartition(".attn2.")[2] for name, p in made.unet.named_parameters() if p.grad is not None}
+    assert moved <= {"to_q.weight", "to_k.weight"} and moved
+    for _ in range(30):
+        optimizer.zero_grad()
+        with word_shares(sites, words) as now:
+            made.unet(batch["x0"], 500, context)
+        sink_loss(now).backward()
+        optimizer.step()
+    assert float(sink_loss(now)) < 0.2 * float(first.detach())
+    with word_shares(sites, torch.zeros_like(words)) as nothing:
+        made.unet(batch["x0"], 500, context)
+    assert float(sink_loss(nothing)) == 0.0
+    optimizer.zero_grad()
+    loss, logs = made.loss(batch, draw)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in made.unet.parameters() if p.grad is not None)
+    assert set(logs) >= {"sink"} and "sink" not in latent("diffusion", parts).loss(batch, draw)[1]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from sfumato.training.objective import save_halves, weights_in
 from sfumato.training.recipe import Section
 from sfumato.zoo.objectives.foreign_context import mixed
 from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjective
+from sfumato.zoo.objectives.sinks import sink_loss, text_sites, word_shares
 
 PLAIN = """from diffusers import StableDiffusionPipeline
 
@@ -69,6 +70,17 @@ class DiffusionLoss(LatentLoss):
         (),
         description="per level, the finest first: share of the training samples whose skip connections into that level"
         " are silent, so that it cannot do without what comes through the levels below; 1: they have no weights at all",
+    )
+    skip_dropout_from: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="place in the steps, from none (0) to pure noise (1), from which on they are silent",
+    )
+    sink: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a penalty on cross-attention that lies at the start and the padding (sinks.py)",
     )
 
 
@@ -149,9 +161,10 @@ class DiffusionObjective(LatentObjective):
                         layer.weight[:, own:] = 0
 
     @contextlib.contextmanager
-    def dropping(self, draw: Draw) -> Iterator[None]:
-        """Within: skip connections are dropped for some samples of a batch, in training only (``skip_dropout``)."""
-        handles = []
+    def dropping(self, draw: Draw, times: Tensor) -> Iterator[None]:
+        """Within: skip connections are dropped for some samples of a batch, at ``times`` (b) of the steps, in training
+        only (``skip_dropout``)."""
+        handles, noisy = [], times >= self.loss_options.skip_dropout_from
         if self.unet.training:
             ups = reversed(self.unet.up_blocks)  # the finest level first
             for level, (block, share) in enumerate(zip(ups, self.loss_options.skip_dropout, strict=False)):
@@ -159,7 +172,8 @@ class DiffusionObjective(LatentObjective):
 
                 def drop(_: Any, args: Any, kwargs: dict[str, Any], share: float = share, g: Any = generator) -> Any:
                     skips = kwargs["res_hidden_states_tuple"]
-                    kept = (torch.rand(len(skips[0]), 1, 1, 1, generator=g) >= share).to(skips[0])
+                    silent = torch.rand(len(skips[0]), generator=g).to(noisy.device) < share
+                    kept = (~(silent & (noisy | (share == 1)))).to(skips[0])[:, None, None, None]
                     return args, {**kwargs, "res_hidden_states_tuple": tuple(skip * kept for skip in skips)}
 
                 handles.append(block.register_forward_pre_hook(drop, with_kwargs=True))
@@ -189,7 +203,9 @@ class DiffusionObjective(LatentObjective):
         weight = min_snr(snr, self.loss_options.min_snr, path.kind)
         # of the error of x0; an error of the noise grows beyond bounds where there is nothing else
         weight = weight + self.loss_options.structure / (snr.clamp(min=0.05) if path.kind == "epsilon" else snr + 1)
-        with self.watching(block) as outputs, self.dropping(draw):
+        words = ~torch.isin(batch["tokens"], torch.tensor(self.tokenizer.all_special_ids).to(x0.device))
+        sites = text_sites(self.unet) if self.loss_options.sink else []
+        with self.watching(block) as outputs, self.dropping(draw, t / steps), word_shares(sites, words) as shares:
             found = denoising_loss(
                 lambda x, t: self.unet(self.network_input(x, batch), t, context).sample,
                 path, x0, noise, t, mask=batch["weight"], weight=weight,
@@ -203,6 +219,9 @@ class DiffusionObjective(LatentObjective):
         if self.loss_options.repa:
             logs["repa"] = self.repa(outputs[0].permute(0, 2, 3, 1), batch)
             loss = loss + self.loss_options.repa * logs["repa"]
+        if sites:
+            logs["sink"] = sink_loss(shares)
+            loss = loss + self.loss_options.sink * logs["sink"]
         return loss, {key: value.detach() for key, value in logs.items()}
 
     def times(self, quantiles: Tensor) -> Tensor:
