@@ -88,7 +88,7 @@ OUT_OF_REACH = {
     "keep theirs": "a statement",
     "give each another name": "renaming a folder",
     "give its call height and width": "an argument of the pipeline with attached systems",
-    "run of its own, with the same noise": "a statement",
+    "run of its own with the same noise": "a statement",
     "Record it over a wider window": "the window of the recorder, which is tried by its limit",
     "give a string or a non-empty list of strings": "the only form there is",
 }
