@@ -47,8 +47,7 @@ class UNetModel(LatentModel):
         0.012,
         gt=0.001,
         lt=1,
-        description="noise of the last of the 1000 steps, as Stable Diffusion's; latents of many channels need more:"
-        " they still show the layout in its last step, and drawing begins without any",
+        description="noise of the last of the 1000 steps, as Stable Diffusion's",
     )
 
 
