@@ -24,6 +24,7 @@ from sfumato.training.draw import Draw
 from sfumato.training.objective import Objective, build_objective
 from sfumato.training.optim import build_optimizer
 from sfumato.training.recipe import Recipe, TrainOptions
+from sfumato.zoo.objectives import sinks
 from sfumato.zoo.objectives.clip import hard_negative, mirrored
 from sfumato.zoo.objectives.coarse_first import coarse_first
 from sfumato.zoo.objectives.foreign_context import mixed, other_words
@@ -438,7 +439,7 @@ def test_skips_are_dropped_from_a_noise_level_on(parts: dict[str, str]) -> None:
     assert (seen[1].flatten(1).abs().sum(1) > 0).all()
 
 
-def test_sites_that_read_no_word_learn_to(parts: dict[str, str]) -> None:
+def test_sites_that_read_no_word_learn_to(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = latent("diffusion", parts, sink=0.5)
     batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
     batch["tokens"][1] = made.tokens([""])[0]
@@ -476,9 +477,16 @@ def test_sites_that_read_no_word_learn_to(parts: dict[str, str]) -> None:
         optimizer.zero_grad()
         with word_shares(sites, words) as now:
             made.unet(batch["x0"], 500, context)
+        if not sink_loss(now).requires_grad:
+            break
         sink_loss(now).backward()
         optimizer.step()
     assert float(sink_loss(now)) < 0.2 * float(first.detach())
+    monkeypatch.setattr(sinks, "LEAST", 1e-9)  # where enough is heard, nothing is prepared for a gradient
+    with word_shares(sites, words) as now:
+        made.unet(batch["x0"], 500, context)
+    assert not any(share.requires_grad for share in now) and float(sink_loss(now)) == 0.0
+    monkeypatch.undo()
     with word_shares(sites, torch.zeros_like(words)) as nothing:
         made.unet(batch["x0"], 500, context)
     assert float(sink_loss(nothing)) == 0.0
@@ -769,7 +777,10 @@ def test_repa_draws_the_middle_to_the_teachers_patches(parts: dict[str, str]) ->
         every = tower(data.pictures(made.train_data, torch.arange(24))).last_hidden_state[:, 1:].flatten(0, 1)
         patches = (tower(pixels).last_hidden_state[:, 1:] - every.mean(0)) / every.std(0)
     batch = made.draw_latents(made.train_data, made.train_latents, indices, Draw(0, 1))
-    torch.testing.assert_close(batch["teacher"], patches.unflatten(1, (8, 8)), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(batch["teacher"], patches.unflatten(1, (8, 8)), atol=4e-3, rtol=1e-3)  # kept as halves
+    made.repa_teacher.tower = None  # every picture is looked at once
+    again = made.draw_latents(made.train_data, made.train_latents, indices, Draw(0, 1))
+    assert torch.equal(again["teacher"], batch["teacher"])
 
     weight = torch.rand(6, 1, 16, 16)
     weight = weight / weight.mean()

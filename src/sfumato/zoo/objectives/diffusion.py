@@ -202,9 +202,13 @@ class DiffusionObjective(LatentObjective):
         weight = min_snr(snr, self.loss_options.min_snr, path.kind)
         # of the error of x0; an error of the noise grows beyond bounds where there is nothing else
         weight = weight + self.loss_options.structure / (snr.clamp(min=0.05) if path.kind == "epsilon" else snr + 1)
-        words = ~torch.isin(batch["tokens"], torch.tensor(self.tokenizer.all_special_ids).to(x0.device))
-        sites = text_sites(self.unet) if self.loss_options.sink else []
-        with self.watching(block) as outputs, self.dropping(draw, t / steps), word_shares(sites, words) as shares:
+        shares: list[Tensor] = []
+        with contextlib.ExitStack() as within:
+            outputs = within.enter_context(self.watching(block))
+            within.enter_context(self.dropping(draw, t / steps))
+            if self.loss_options.sink:
+                words = ~torch.isin(batch["tokens"], torch.tensor(self.tokenizer.all_special_ids).to(x0.device))
+                shares = within.enter_context(word_shares(text_sites(self.unet), words))
             found = denoising_loss(
                 lambda x, t: self.unet(self.network_input(x, batch), t, context).sample,
                 path, x0, noise, t, mask=batch["weight"], weight=weight,
@@ -218,7 +222,7 @@ class DiffusionObjective(LatentObjective):
         if self.loss_options.repa:
             logs["repa"] = self.repa(outputs[0].permute(0, 2, 3, 1), batch)
             loss = loss + self.loss_options.repa * logs["repa"]
-        if sites:
+        if self.loss_options.sink:
             logs["sink"] = sink_loss(shares)
             loss = loss + self.loss_options.sink * logs["sink"]
         return loss, {key: value.detach() for key, value in logs.items()}

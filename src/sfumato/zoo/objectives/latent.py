@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,6 +113,17 @@ def codec_shape(vae: str, size: int) -> tuple[int, int]:
     return int(config["latent_channels"]), size // 2 ** (len(config["block_out_channels"]) - 1)
 
 
+def _digest(file: Path) -> str:
+    """What stands for the bytes of a file in names of what was computed with it."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _cached(kind: str, name: str, n: int, shape: tuple[int, ...], make: Callable[[np.ndarray], Any]) -> Any:
+    """``n`` rows of ``shape``, float16, each made by ``make`` when it is first read and kept on disk."""
+    path = registry.cache_folder() / kind / f"{name}.npy"
+    return Store(n, {kind: Spec(path, shape, np.float16)}, path.with_suffix(".unfinished"), make).rows(kind)
+
+
 class LatentObjective(Objective):
     """Base of :class:`DiffusionObjective` and :class:`FlowObjective`."""
 
@@ -122,6 +133,7 @@ class LatentObjective(Objective):
     sampling: ClassVar[dict[str, Any]]  # the card's sampling defaults
     signs: Signs | None = None  # the vital signs, once measured
     repa_teacher: Teacher | None = None  # what REPA aligns with, where it is asked for
+    taught: dict[ToyboxDataset, Any]  # what it makes of the pictures
 
     def latent_shape(self) -> tuple[int, int]:
         """Channels and side of the latents."""
@@ -178,23 +190,34 @@ class LatentObjective(Objective):
         self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
         self.vae.register_to_config(_name_or_path=vae.name)  # exports name no folder of this machine
         self.text.to(device)
-        weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
-        self.key = hashlib.sha256(weights).hexdigest()[:16]
+        self.key = _digest(vae / "diffusion_pytorch_model.safetensors")
         self.train_latents = self.cached_latents(self.train_data)
         self.val_latents = self.cached_latents(self.val_data)
         if self.repa_teacher is not None:
-            probed = torch.arange(min(PROBED, len(self.train_data)))
-            self.repa_teacher.probe(data.pictures(self.train_data, probed).to(device))
+            self.repa_teacher.tower.to(device)
+            self.taught = {source: self.cached_features(source) for source in (self.train_data, self.val_data)}
+            probed = self.taught[self.train_data][: min(PROBED, len(self.train_data))]
+            self.repa_teacher.probe(to_tensor(probed).float())
 
     def cached_latents(self, source: ToyboxDataset) -> Any:
         """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; each encoded when it is first read
         and kept on disk."""
-        path = registry.cache_folder() / "latents" / f"{source.folder.name}-{self.key}.npy"
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (self.vae.config.latent_channels, *[self.recipe.data.size // factor] * 2)
-        spec = Spec(path, shape, np.float16)
-        make = partial(self._encode, source)
-        return Store(len(source), {"latents": spec}, path.with_suffix(".unfinished"), make).rows("latents")
+        return _cached("latents", f"{source.folder.name}-{self.key}", len(source), shape, partial(self._encode, source))
+
+    def cached_features(self, source: ToyboxDataset) -> Any:
+        """What REPA's teacher makes of every picture (n, h, w, width), float16; kept as latents are."""
+        teacher = self.repa_teacher
+        assert teacher is not None
+        key = _digest(zoo_folder(self.model_options.teacher) / "model.safetensors")
+
+        def look(rows: np.ndarray) -> dict[str, np.ndarray]:
+            found = teacher.patches(data.pictures(source, to_tensor(rows)).to(self.device))
+            return {"features": found.half().cpu().numpy()}
+
+        shape = (teacher.cells, teacher.cells, teacher.width)
+        return _cached("features", f"{source.folder.name}-{key}", len(source), shape, look)
 
     @torch.no_grad()
     def _encode(self, source: ToyboxDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -216,7 +239,7 @@ class LatentObjective(Objective):
         if self.loss_options.align:
             batch["places"] = labels.place_labels(source, indices, x0.shape[-1] // self.align_cell)
         if self.repa_teacher is not None:
-            batch["teacher"] = self.repa_teacher(data.pictures(source, indices).to(self.device))
+            batch["teacher"] = self.repa_teacher.standardised(to_tensor(self.taught[source][indices.numpy()]).float())
         return batch
 
     def quantiles(self, n: int, draw: Draw) -> Tensor:

@@ -16,7 +16,7 @@ PROBED = 256  # pictures from which the teacher's means and deviations are measu
 
 
 class Teacher:
-    """The patches of a CLIP's picture tower as (b, h, w, width) maps, each feature standardised over pictures."""
+    """The patches of a CLIP's picture tower as (b, h, w, width) maps, and how each feature varies over pictures."""
 
     def __init__(self, folder: Path):
         clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
@@ -25,18 +25,18 @@ class Teacher:
         self.preprocessing = Preprocessing.of(folder, config)
         self.mean, self.deviation = torch.zeros(self.width), torch.ones(self.width)
 
-    def probe(self, pixels: Tensor) -> None:
-        """Measures each feature's mean and deviation over pictures (n, 3, h, w) in [-1, 1]; moves to their device."""
-        self.tower.to(pixels.device)
-        features = self._patches(pixels).flatten(0, 2)
-        self.mean, self.deviation = features.mean(0), features.std(0).clamp(min=1e-6)
+    def probe(self, features: Tensor) -> None:
+        """Measures each feature's mean and deviation over ``features`` (n, h, w, width)."""
+        flat = features.flatten(0, 2)
+        self.mean, self.deviation = flat.mean(0), flat.std(0).clamp(min=1e-6)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """The features (b, h, w, width) of pictures (b, 3, h, w) in [-1, 1]."""
-        return (self._patches(pixels) - self.mean) / self.deviation
+    def standardised(self, features: Tensor) -> Tensor:
+        """``features`` (b, h, w, width) by the mean and deviation that were measured."""
+        return (features - self.mean) / self.deviation
 
     @torch.no_grad()
-    def _patches(self, pixels: Tensor) -> Tensor:
+    def patches(self, pixels: Tensor) -> Tensor:
+        """The features (b, h, w, width) of pictures (b, 3, h, w) in [-1, 1], as they are."""
         hidden = self.tower(self.preprocessing.tensor(pixels)).last_hidden_state[:, 1:]  # the first is the class token
         return hidden.float().unflatten(1, (self.cells, self.cells))
 
@@ -46,7 +46,7 @@ def repa_loss(projected: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         projected: the denoiser's features behind the projection; averaged to the grid of ``wanted`` where finer.
-        wanted: of :class:`Teacher`.
+        wanted: of :class:`Teacher`, standardised.
         weight: of places (b, 1, h', w'), mean 1.
     """
     side = wanted.shape[1:3]

@@ -32,13 +32,20 @@ def word_shares(sites: Sequence[Attention], words: Tensor) -> Iterator[list[Tens
     found: list[Tensor] = []
     rows = words.any(1)  # of nothing there is no logarithm, nor a gradient
 
-    def look(site: Attention, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = (args[0] if args else kwargs["hidden_states"])[rows]
-        query = site.to_q(hidden.detach()).unflatten(2, (site.heads, -1)).transpose(1, 2)
-        key = site.to_k(kwargs["encoder_hidden_states"][rows].detach()).unflatten(2, (site.heads, -1)).transpose(1, 2)
+    def share(site: Attention, hidden: Tensor, context: Tensor) -> Tensor:
+        query = site.to_q(hidden).unflatten(2, (site.heads, -1)).transpose(1, 2)
+        key = site.to_k(context).unflatten(2, (site.heads, -1)).transpose(1, 2)
         scores = (query @ key.transpose(2, 3)).float() * site.scale
         told = scores.masked_fill(~words[rows][:, None, None], -math.inf).logsumexp(3) - scores.logsumexp(3)
-        found.append(told.flatten(1).logsumexp(1) - math.log(told.shape[1] * told.shape[2]))
+        return told.flatten(1).logsumexp(1) - math.log(told.shape[1] * told.shape[2])
+
+    def look(site: Attention, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = (args[0] if args else kwargs["hidden_states"])[rows].detach()
+        context = kwargs["encoder_hidden_states"][rows].detach()
+        with torch.no_grad():
+            seen = share(site, hidden, context)
+        # where enough is heard there is no gradient, and none is prepared
+        found.append(share(site, hidden, context) if (seen < math.log(LEAST)).any() else seen)
 
     handles = [site.register_forward_pre_hook(look, with_kwargs=True) for site in sites]
     try:
