@@ -99,8 +99,9 @@ def test_the_batch_is_the_diffusion_batch_with_holes(objective, start) -> None:
     # by hand: a cell is in the hole when half of its 16 pixels are
     cells = holes.reshape(6, 16, 4, 16, 4).mean((2, 4)) >= 0.5
     assert torch.equal(batch["hole"][:, 0] > 0, cells)
-    weight = plain["weight"] * (1 + 2 * cells[:, None])
-    torch.testing.assert_close(batch["weight"], weight / weight.mean())
+    signal = torch.linspace(0, 1, 6)
+    weight = (1 + 2 * signal.view(6, 1, 1, 1) * batch["toys"]) * (1 + 2 * cells[:, None])
+    torch.testing.assert_close(objective.place_weights(batch, signal), weight / weight.mean())
 
 
 def test_holes_are_of_every_kind(objective) -> None:
@@ -179,7 +180,7 @@ def test_the_loss_is_its_formula(objective) -> None:
     known = objective.vae.encode(batch["erased"]).latent_dist.mean * objective.vae.config.scaling_factor
     text = objective.text.text_model(batch["tokens"]).last_hidden_state
     guess = objective.unet(torch.cat([noisy, batch["hole"], known], 1), t, text).sample
-    error = (batch["weight"] * (guess - batch["noise"]).square()).mean((1, 2, 3))
+    error = (objective.place_weights(batch, alpha) * (guess - batch["noise"]).square()).mean((1, 2, 3))
     snr = (alpha / (1 - alpha)).flatten()
     torch.testing.assert_close(loss, (error * snr.clamp(max=5.0) / snr).mean(), rtol=1e-3, atol=1e-5)
 

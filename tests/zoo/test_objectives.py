@@ -86,6 +86,14 @@ def latent(
     return made
 
 
+def weights_by_hand(toys: torch.Tensor, signals: list[float]) -> torch.Tensor:
+    """Places under a toy weigh 1 + 2 times the share of signal in their picture; all are then made 1 in the mean."""
+    weights = torch.ones_like(toys)
+    for i, signal in enumerate(signals):
+        weights[i][toys[i] > 0] += 2 * signal
+    return weights / weights.mean()
+
+
 # data -----------------------------------------------------------------------------------------------------------------
 def test_pictures_and_weights_are_those_of_the_dataset() -> None:
     source = build("vae", channels=[8, 8, 16]).train_data
@@ -98,9 +106,8 @@ def test_pictures_and_weights_are_those_of_the_dataset() -> None:
         and (ratio[~toys] == pytest.approx(1.0))
         and float(weight.mean()) == pytest.approx(1)
     )
-    coarse = data.toy_weights(source, torch.tensor([3]), 4.0, 16)[0, 0]
-    touched = toys.reshape(16, 4, 16, 4).any((1, 3))
-    assert ((coarse > coarse.min()).numpy() == touched).all()
+    cells = data.toy_cells(source, torch.tensor([3]), 16)[0, 0]
+    assert (cells.numpy() == toys.reshape(16, 4, 16, 4).any((1, 3))).all()
 
 
 # autoencoder ----------------------------------------------------------------------------------------------------------
@@ -381,6 +388,7 @@ def test_diffusion_loss_is_the_weighted_error(prediction: str, beta_end: float, 
     beta = torch.linspace(0.00085**0.5, beta_end**0.5, 1000, dtype=torch.float64) ** 2
     scheduler = made.pipeline().scheduler
     assert torch.allclose(scheduler.betas.double(), beta) and scheduler.config.prediction_type == prediction
+    places = weights_by_hand(batch["toys"], [float((1 - beta)[: each + 1].prod()) for each in t])
     total = 0.0
     for i in range(6):
         alpha = float((1 - beta)[: t[i] + 1].prod())
@@ -394,7 +402,7 @@ def test_diffusion_loss_is_the_weighted_error(prediction: str, beta_end: float, 
         else:  # the same errors of noise and picture, as errors of the velocity
             weight = min(1, 5 / snr) * alpha + 0.5 * (1 - alpha)
             target = alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
-        total += weight * float((batch["weight"][i] * (guess[0] - target[0]) ** 2).mean())
+        total += weight * float((places[i] * (guess[0] - target[0]) ** 2).mean())
     assert float(loss) == pytest.approx(total / 6, rel=1e-4)
     assert set(made.unet.state_dict()) == set(dict(made.unet.named_parameters()))
 
@@ -586,15 +594,15 @@ def test_flow_loss_is_the_weighted_velocity_error(parts: dict[str, str]) -> None
     batch, draw = made.batch(Draw(0, 0)), Draw(0, 0)
     loss, _ = made.loss(batch, draw)
     u = (torch.randperm(6, generator=(draw.generator("order"))) + torch.rand(6, generator=draw.generator("time"))) / 6
-    normal = torch.distributions.Normal(0.0, 1.0)
+    times = torch.distributions.Normal(0.0, 1.0).icdf(u).sigmoid().tolist()
+    places = weights_by_hand(batch["toys"], [(1 - t) ** 2 / ((1 - t) ** 2 + t**2) for t in times])
     total = 0.0
-    for i in range(6):
-        t = float(torch.sigmoid(normal.icdf(u[i])))
+    for i, t in enumerate(times):
         told = made.text(batch["tokens"][i : i + 1], output_hidden_states=True)
         context, pooled = told.hidden_states[-2].repeat(1, 1, 2), told.text_embeds.repeat(1, 2)
         x = (1 - t) * batch["x0"][i : i + 1] + t * batch["noise"][i : i + 1]
         guess = made.transformer(x, context, pooled, torch.tensor([1000 * t])).sample
-        total += float((batch["weight"][i] * (guess[0] - (batch["noise"] - batch["x0"])[i]) ** 2).mean())
+        total += float((places[i] * (guess[0] - (batch["noise"] - batch["x0"])[i]) ** 2).mean())
     assert float(loss) == pytest.approx(total / 6, rel=1e-4)
 
 
@@ -746,6 +754,27 @@ def test_alignment_adds_to_the_loss_and_leaves_no_trace_in_the_export(
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_what_noise_hides_weighs_nothing_more(kind: str, parts: dict[str, str]) -> None:
+    """A weight that knows what is to be foretold moves the mean: of a place that is 1 in half of all pictures, and then
+    weighs 3, the best guess by the weighted square would be 3 / 4."""
+    made = latent(kind, parts)
+    batch = made.batch(Draw(0, 1))
+    toys = batch["toys"]
+    hidden, seen = (made.place_weights(batch, torch.full((len(toys),), signal)) for signal in (0.0, 1.0))
+    assert (hidden == 1).all()
+    torch.testing.assert_close(seen / seen.min(), 1 + 2 * toys)
+    known = {**batch, "toys": torch.tensor([0.0, 1.0]).repeat(3)[:, None, None, None].expand_as(toys)}
+    for signal, best in ((0.0, 0.5), (1.0, 0.75)):
+        weight = made.place_weights(known, torch.full((6,), signal))
+        assert float((weight * known["toys"]).sum() / weight.sum()) == pytest.approx(best)
+    signals: list[float] = []
+    made.place_weights = lambda batch, signal: signals.extend(signal.tolist()) or torch.ones_like(toys)
+    with torch.no_grad():
+        made.loss(batch, Draw(0, 1))
+    assert len(signals) == len(toys) and 0 < min(signals) < 0.2 and 0.8 < max(signals) < 1
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
 def test_two_alignments_at_once_are_refused(kind: str, parts: dict[str, str]) -> None:
     with pytest.raises(BadInput, match="loss.align and loss.repa .* give one"):
         latent(kind, parts, own={"teacher": parts["text"]}, align=0.1, repa=0.5)
@@ -800,7 +829,10 @@ def test_repa_draws_the_middle_to_the_teachers_patches(parts: dict[str, str]) ->
     made.unet.zero_grad()
     with made.watching(made.aligned_block()) as outputs:
         made.loss(batch, Draw(0, 1))
-    made.repa(outputs[0].permute(0, 2, 3, 1), batch).backward()  # REPA alone reaches what leads to the middle, no more
+    places = made.place_weights(batch, torch.ones(6))
+    made.repa(
+        outputs[0].permute(0, 2, 3, 1), batch, places
+    ).backward()  # REPA alone reaches what leads to the middle, no more
     grown = {name.partition(".")[0] for name, p in made.unet.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"mid_block", "down_blocks"} <= grown and "up_blocks" not in grown
 

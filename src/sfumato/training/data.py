@@ -101,16 +101,16 @@ def pictures(data: Dataset, indices: Tensor) -> Tensor:
     return to_tensor(data.images[indices.numpy()]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def toy_weights(data: Dataset, indices: Tensor, weight: float, cells: int | None = None) -> Tensor:
-    """Loss weights (b, 1, h, w), or on a ``cells`` x ``cells`` grid: ``weight`` on toys, 1 elsewhere, mean over all 1.
-
-    Known masks say where the picture is hard. A weight per place does not move the optimum of a regression.
-    """
-    toys = to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None]
-    if cells is not None:
-        toys = F.adaptive_max_pool2d(toys, cells)
-    weights = 1 + (weight - 1) * toys
+def toy_weights(data: Dataset, indices: Tensor, weight: float) -> Tensor:
+    """Loss weights of the pixels (b, 1, h, w) of what is shown and to be shown again: ``weight`` on toys, 1 elsewhere,
+    mean over all 1."""
+    weights = 1 + (weight - 1) * to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None]
     return weights / weights.mean()
+
+
+def toy_cells(data: Dataset, indices: Tensor, cells: int) -> Tensor:
+    """1 in the cells of a ``cells`` x ``cells`` grid in which a pixel of a toy lies, else 0: (b, 1, cells, cells)."""
+    return F.adaptive_max_pool2d(to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None], cells)
 
 
 def captions(data: Dataset, indices: Tensor, draw: Draw) -> list[str]:

@@ -202,6 +202,7 @@ class DiffusionObjective(LatentObjective):
         weight = min_snr(snr, self.loss_options.min_snr, path.kind)
         # of the error of x0; an error of the noise grows beyond bounds where there is nothing else
         weight = weight + self.loss_options.structure / (snr.clamp(min=0.05) if path.kind == "epsilon" else snr + 1)
+        places = self.place_weights(batch, snr / (snr + 1))
         shares: list[Tensor] = []
         with contextlib.ExitStack() as within:
             outputs = within.enter_context(self.watching(block))
@@ -211,7 +212,7 @@ class DiffusionObjective(LatentObjective):
                 shares = within.enter_context(word_shares(text_sites(self.unet), words))
             found = denoising_loss(
                 lambda x, t: self.unet(self.network_input(x, batch), t, context).sample,
-                path, x0, noise, t, mask=batch["weight"], weight=weight,
+                path, x0, noise, t, mask=places, weight=weight,
             )  # fmt: skip
         halves = {"late": found.errors[t >= steps // 2], "early": found.errors[t < steps // 2]}
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
@@ -220,7 +221,7 @@ class DiffusionObjective(LatentObjective):
             logs["align"] = self.alignment(outputs[0].permute(0, 2, 3, 1), batch["places"]).mean()
             loss = loss + self.loss_options.align * logs["align"]
         if self.loss_options.repa:
-            logs["repa"] = self.repa(outputs[0].permute(0, 2, 3, 1), batch)
+            logs["repa"] = self.repa(outputs[0].permute(0, 2, 3, 1), batch, places)
             loss = loss + self.loss_options.repa * logs["repa"]
         if self.loss_options.sink:
             logs["sink"] = sink_loss(shares)

@@ -100,11 +100,12 @@ class FlowObjective(LatentObjective):
             hidden = mixed(batch["tokens"], batch["foreign"], hidden, foreign.hidden_states[-2])
             pooled = foreign.text_embeds
         context, pooled = torch.cat([hidden] * 2, -1), torch.cat([pooled] * 2, -1)
+        places = self.place_weights(batch, (1 - t) ** 2 / ((1 - t) ** 2 + t**2))
         block = self.transformer.transformer_blocks[len(self.transformer.transformer_blocks) // 2 - 1]
         with self.watching(block) as outputs:
             found = denoising_loss(
                 lambda x, t: self.transformer(x, context, pooled, 1000 * t, return_dict=False)[0],
-                Flow(), x0, noise, t, mask=batch["weight"],
+                Flow(), x0, noise, t, mask=places,
             )  # fmt: skip
         halves = {"late": found.errors[t >= 0.5], "early": found.errors[t < 0.5]}
         logs = {name: half.mean().detach() for name, half in halves.items() if len(half)}
@@ -115,7 +116,7 @@ class FlowObjective(LatentObjective):
             loss = loss + o.align * logs["align"]
         if o.repa:
             side = x0.shape[-1] // self.align_cell
-            logs["repa"] = self.repa(outputs[0][1].unflatten(1, (side, side)), batch)
+            logs["repa"] = self.repa(outputs[0][1].unflatten(1, (side, side)), batch, places)
             loss = loss + o.repa * logs["repa"]
         return loss, {key: value.detach() for key, value in logs.items()}
 

@@ -85,9 +85,12 @@ class InpaintObjective(DiffusionObjective):
         batch = super().draw_latents(source, latents, indices, draw)
         hole = self.holes(source, indices, draw)
         grid = mask_ops.on_grid(hole, batch["x0"].shape[-2:], self.loss_options.coverage)[:, None]
-        weight = batch["weight"] * (1 + (self.loss_options.hole_weight - 1) * grid)
         erased = data.pictures(source, indices) * (1 - hole[:, None])
-        return {**batch, "weight": weight / weight.mean(), "hole": grid, "erased": erased}
+        return {**batch, "hole": grid, "erased": erased}
+
+    def place_weights(self, batch: dict[str, Tensor], signal: Tensor) -> Tensor:
+        weight = super().place_weights(batch, signal) * (1 + (self.loss_options.hole_weight - 1) * batch["hole"])
+        return weight / weight.mean()
 
     def network_input(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():

@@ -69,7 +69,12 @@ class LatentModel(Section):
 class LatentLoss(Section):
     """The shared part of the ``[loss]`` section."""
 
-    toy_weight: float = Field(3.0, gt=0, description="weight of latents under a toy beside those of the background")
+    toy_weight: float = Field(
+        3.0,
+        gt=0,
+        description="weight of latents under a toy beside those of the background, as far as noise lets it be seen"
+        " (place_weights)",
+    )
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
     foreign_context: float = Field(
         0.0,
@@ -180,9 +185,19 @@ class LatentObjective(Objective):
         """Loss (b,) of the read-out of ``features`` (b, h, w, width) against labels (b, classes, h, w)."""
         return labels.place_loss(self.modules["readout"](features).permute(0, 3, 1, 2), places)
 
-    def repa(self, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of :mod:`.repa` of features (b, h, w, width)."""
-        return repa_loss(self.modules["repa_readout"](features), batch["teacher"], batch["weight"])
+    def repa(self, features: Tensor, batch: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """The loss of :mod:`.repa` of features (b, h, w, width) whose places weigh ``weight`` (b, 1, h', w')."""
+        return repa_loss(self.modules["repa_readout"](features), batch["teacher"], weight)
+
+    def place_weights(self, batch: dict[str, Tensor], signal: Tensor) -> Tensor:
+        """Weights of the places of a batch (b, 1, h, w), mean 1, of which ``signal`` (b) is the share that noise left.
+
+        A weight that knows what is still to be foretold moves the mean that is learnt: toys that weigh three times as
+        much wherever they may lie are foretold as if they were three times as likely, and drawn twice or too wide. So
+        ``toy_weight`` counts as far as one sees what lies there.
+        """
+        weight = 1 + (self.loss_options.toy_weight - 1) * signal.float().view(-1, 1, 1, 1) * batch["toys"]
+        return weight / weight.mean()
 
     def setup(self, device: torch.device) -> None:
         super().setup(device)
@@ -225,14 +240,14 @@ class LatentObjective(Objective):
         return {"latents": (z * self.vae.config.scaling_factor).half().cpu().numpy()}
 
     def draw_latents(self, source: ToyboxDataset, latents: Any, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """x0, noise (b, c, h, w), weight (b, 1, h, w) and token ids (b, t) of a batch."""
+        """x0, noise (b, c, h, w), where toys are (b, 1, h, w) and token ids (b, t) of a batch."""
         x0 = to_tensor(latents[indices.numpy()]).float()
         noise = torch.randn(x0.shape, generator=draw.generator("noise"))
         texts = self.captions(source, indices, draw)
         empty = torch.rand(len(texts), generator=draw.generator("empty")) < self.loss_options.empty
         texts = ["" if dropped else text for text, dropped in zip(texts, empty.tolist(), strict=True)]
-        weight = data.toy_weights(source, indices, self.loss_options.toy_weight, x0.shape[-1])
-        batch = {"x0": x0, "noise": noise, "weight": weight, "tokens": self.tokens(texts)}
+        toys = data.toy_cells(source, indices, x0.shape[-1])
+        batch = {"x0": x0, "noise": noise, "toys": toys, "tokens": self.tokens(texts)}
         if self.loss_options.foreign_context:
             rng = np.random.default_rng(draw.number("foreign context"))
             batch["foreign"] = other_words(batch["tokens"], self.kinds, self.loss_options.foreign_context, rng)
