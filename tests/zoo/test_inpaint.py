@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
 from sfumato.models import load
-from sfumato.toybox import SHAPES, Scene, Toy
+from sfumato.toybox import SHAPES, Scene, Toy, ToyboxDataset
 from sfumato.training.draw import Draw
 from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe
@@ -199,3 +199,13 @@ def test_the_export_is_a_genuine_inpainting_pipeline(objective, tmp_path, monkey
     assert grey.shape == (1, 3, 64, 64)
     assert set(objective.measure(2)) == {"held_out_loss", "toy_in_hole_right"}
     assert objective.grid().size[0] == 8 * 128
+
+
+def test_what_is_asked_of_a_hole_is_the_same_at_any_size(objective, tmp_path) -> None:
+    small, large = (inpaint.recolourings(ToyboxDataset("val", 40, size=side, cache=tmp_path), 12) for side in (64, 128))
+    assert len(small) == 12 and [(i, text) for i, _, text, _ in small] == [(i, text) for i, _, text, _ in large]
+    for (_, hole, _, _), (_, finer, _, _) in zip(small, large, strict=True):
+        assert finer.shape == (128, 128) and 0.8 < float(hole.mean() / finer.mean()) < 1.25
+    with torch.no_grad():
+        (tmp_path / "x").mkdir()
+        assert '"height": 64, "width": 64' in objective.export(tmp_path / "x")["plain"]

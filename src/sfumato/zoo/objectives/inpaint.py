@@ -36,9 +36,10 @@ from diffusers import StableDiffusionInpaintPipeline
 
 # once: sfumato models toy-sd-inpaint --export toy-sd-inpaint
 pipe = StableDiffusionInpaintPipeline.from_pretrained("toy-sd-inpaint", torch_dtype=torch.float32)
-given = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 3.0}
+given = {"height": SIDE, "width": SIDE, "num_inference_steps": 25, "guidance_scale": 3.0}
 picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
 INSIDE = 0.3  # a toy is named when so much of it lies in the hole
+VISIBLE = 100 / 64**2  # of the picture: toys that show less are not asked for
 
 
 class InpaintLoss(DiffusionLoss):
@@ -185,7 +186,11 @@ class InpaintObjective(DiffusionObjective):
         return sheets.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8, scale=2, gap=0)
 
     def export(self, folder: Any) -> dict[str, Any]:
-        return {**super().export(folder), "pipeline": "StableDiffusionInpaintPipeline", "plain": PLAIN}
+        return {
+            **super().export(folder),
+            "pipeline": "StableDiffusionInpaintPipeline",
+            "plain": PLAIN.replace("SIDE", str(self.recipe.data.size)),
+        }
 
 
 def widen(unet: Any) -> None:
@@ -247,7 +252,7 @@ def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, 
     for i, scene in enumerate(source.scenes):
         if len(found) == n:
             break
-        if not scene.toys or (source.masks[i] == 0).sum() < 100:
+        if not scene.toys or (source.masks[i] == 0).mean() < VISIBLE:
             continue
         color = COLORS[(COLORS.index(scene.toys[0].color) + 1 + i % 6) % len(COLORS)]
         other = scene.replace(0, color=color)
@@ -256,7 +261,8 @@ def recolourings(source: ToyboxDataset, n: int) -> list[tuple[int, Tensor, str, 
         caption = describe(other, None, "plain")
         rows, columns = np.nonzero(source.masks[i] == 0)
         hole = torch.zeros(source.masks[i].shape)
-        hole[max(rows.min() - 2, 0) : rows.max() + 3, max(columns.min() - 2, 0) : columns.max() + 3] = 1
+        rim = len(hole) // 32
+        hole[max(rows.min() - rim, 0) : rows.max() + rim + 1, max(columns.min() - rim, 0) : columns.max() + rim + 1] = 1
         request = next(w for w in requested_toys(caption) if (w.shape, w.color) == (other.toys[0].shape, color))
         found.append((i, hole, caption.text, request))
     return found
