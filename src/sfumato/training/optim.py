@@ -14,15 +14,22 @@ from sfumato.training.recipe import TrainOptions
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: all singular values of (rows, columns) pulled to about 1.
 
-    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024), in the precision of the input.
+    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024). Every step multiplies the matrix by a
+    polynomial of its Gram matrix, with which it commutes; so the steps are taken among small square matrices, and the
+    matrix itself is multiplied once.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
+    gram = x @ x.T
+    whole = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal().add_(a)
+        whole = step @ whole
+        gram = step @ gram @ step
+    x = whole @ x
     return x.T if tall else x
 
 
@@ -33,8 +40,7 @@ class Muon(torch.optim.Optimizer):
     Jordan's original. A group's ``lr`` is absolute.
     """
 
-    def __init__(self, groups: Iterable[dict], momentum: float = 0.95, precision: torch.dtype = torch.float32):
-        self.precision = precision  # of the orthogonalisation: bfloat16 will do, where that is fast
+    def __init__(self, groups: Iterable[dict], momentum: float = 0.95):
         super().__init__(
             groups, {"lr": 0.0, "momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
         )
@@ -59,7 +65,7 @@ class Muon(torch.optim.Optimizer):
             rows, columns = flat.shape
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(
-                orthogonalise(flat.to(self.precision)).view_as(p).to(p.dtype),
+                orthogonalise(flat.float()).view_as(p).to(p.dtype),
                 alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5,
             )
 
@@ -91,7 +97,6 @@ def build_optimizer(
     options: TrainOptions,
     takes_muon: Callable[[str, Tensor], bool],
     rates: Mapping[str, float] | None = None,
-    precision: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """AdamW or Muon + AdamW over the trainable parameters of ``modules``; each group's ``lr`` is its peak.
 
@@ -117,4 +122,4 @@ def build_optimizer(
             {"params": decayed, "muon": False, "lr": rate * options.lr, "weight_decay": decay, "betas": betas},
             {"params": plain, "muon": False, "lr": rate * options.lr, "weight_decay": 0.0, "betas": betas},
         ]
-    return Muon([group for group in groups if group["params"]], precision=precision)
+    return Muon([group for group in groups if group["params"]])

@@ -123,9 +123,7 @@ class TrainingRun:
         o, objective = self.options, self.objective
         modules = {key: objective.modules[key] for key in spec.modules or objective.modules}
         bf16 = wants_bf16(o.precision, self.device.type)
-        optimizer = build_optimizer(
-            modules, o, objective.takes_muon, objective.rates, torch.bfloat16 if bf16 else torch.float32
-        )
+        optimizer = build_optimizer(modules, o, objective.takes_muon, objective.rates)
         loss = self.accelerator.prepare_model(_Loss(spec, modules, bf16, self.device.type))
         schedule = warmup_decay(o.steps, o.warmup, o.decay, o.decay_fraction)
         return Player(loss, optimizer, modules, name=name, schedule=schedule, clip=o.clip, every=spec.every, ema=o.ema)
