@@ -11,26 +11,29 @@ from torch.optim.adamw import adamw
 from sfumato.training.recipe import TrainOptions
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: all singular values of (rows, columns) pulled to about 1.
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: all singular values of (..., rows, columns) pulled to about 1.
 
-    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024). Every step multiplies the matrix by a
-    polynomial of its Gram matrix, with which it commutes; so the steps are taken among small square matrices, and the
-    matrix itself is multiplied once.
+    Quintic Newton-Schulz iteration with the coefficients of Jordan's Muon (2024). Every step multiplies a matrix by a
+    polynomial of its Gram matrix, with which it commutes; where the matrix is longer than it is wide the steps are
+    taken among Gram matrices, and it is multiplied once.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
-    gram = x @ x.T
-    whole = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(steps):
-        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        step.diagonal().add_(a)
-        whole = step @ whole
-        gram = step @ gram @ step
-    x = whole @ x
-    return x.T if tall else x
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    if x.shape[-1] > 1.5 * x.shape[-2]:
+        gram, whole = x @ x.mT, identity
+        for _ in range(steps):
+            step = a * identity + b * gram + c * gram @ gram
+            gram, whole = step @ gram @ step, step @ whole
+        x = whole @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = (a * identity + b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -56,18 +59,21 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(group, live)
 
     def _muon(self, group: dict, live: list[Tensor]) -> None:
+        alike: dict[tuple[int, int], list[Tensor]] = {}  # matrices of one shape go through the iteration together
         for p in live:
-            state = self.state[p]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            flat = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-            rows, columns = flat.shape
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(
-                orthogonalise(flat.float()).view_as(p).to(p.dtype),
-                alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5,
-            )
+            alike.setdefault((len(p), p[0].numel()), []).append(p)
+        for (rows, columns), parameters in alike.items():
+            updates = []
+            for p in parameters:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(1).float())
+            size = group["lr"] * max(1.0, rows / columns) ** 0.5
+            for p, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape).to(p.dtype), alpha=-size)
 
     def _adamw(self, group: dict, live: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
