@@ -69,4 +69,7 @@ def test_both_contestants_of_the_benchmark_take_the_same_step():
     plain, ours, theirs = (made[name]() for name in ("plain", "ours", "pipeline"))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not torch.equal(ours, plain)
+    refined, theirs_refined = made["ours refined"](), made["pipeline refined"]()
+    torch.testing.assert_close(refined, theirs_refined, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(refined, ours, rtol=1e-4, atol=1e-4)
     assert dict(model.pipe.unet.attn_processors) == before
