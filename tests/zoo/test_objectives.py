@@ -830,9 +830,8 @@ def test_repa_draws_the_middle_to_the_teachers_patches(parts: dict[str, str]) ->
     with made.watching(made.aligned_block()) as outputs:
         made.loss(batch, Draw(0, 1))
     places = made.place_weights(batch, torch.ones(6))
-    made.repa(
-        outputs[0].permute(0, 2, 3, 1), batch, places
-    ).backward()  # REPA alone reaches what leads to the middle, no more
+    made.repa(outputs[0].permute(0, 2, 3, 1), batch, places).backward()
+    # REPA alone reaches what leads to the middle, no more
     grown = {name.partition(".")[0] for name, p in made.unet.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"mid_block", "down_blocks"} <= grown and "up_blocks" not in grown
 

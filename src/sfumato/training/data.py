@@ -104,13 +104,17 @@ def pictures(data: Dataset, indices: Tensor) -> Tensor:
 def toy_weights(data: Dataset, indices: Tensor, weight: float) -> Tensor:
     """Loss weights of the pixels (b, 1, h, w) of what is shown and to be shown again: ``weight`` on toys, 1 elsewhere,
     mean over all 1."""
-    weights = 1 + (weight - 1) * to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None]
+    weights = 1 + (weight - 1) * _toys(data, indices)
     return weights / weights.mean()
 
 
 def toy_cells(data: Dataset, indices: Tensor, cells: int) -> Tensor:
     """1 in the cells of a ``cells`` x ``cells`` grid in which a pixel of a toy lies, else 0: (b, 1, cells, cells)."""
-    return F.adaptive_max_pool2d(to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None], cells)
+    return F.adaptive_max_pool2d(_toys(data, indices), cells)
+
+
+def _toys(data: Dataset, indices: Tensor) -> Tensor:
+    return to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None]
 
 
 def captions(data: Dataset, indices: Tensor, draw: Draw) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from sfumato import registry, sheets
 from sfumato.arrays import to_tensor
 from sfumato.errors import BadInput, UnknownName
 from sfumato.models import Model
+from sfumato.models.weights import find_weights, hash_files
 from sfumato.ondemand import Spec, Store
 from sfumato.toybox import ToyboxDataset, sample_scene
 from sfumato.toybox import caption as describe
@@ -118,9 +118,9 @@ def codec_shape(vae: str, size: int) -> tuple[int, int]:
     return int(config["latent_channels"]), size // 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def _digest(file: Path) -> str:
-    """What stands for the bytes of a file in names of what was computed with it."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _key(folder: Path) -> str:
+    """What stands for the weights in a component's folder in names of what was computed with them."""
+    return hash_files([("", file) for file in find_weights(folder)])[:16]
 
 
 def _cached(kind: str, name: str, n: int, shape: tuple[int, ...], make: Callable[[np.ndarray], Any]) -> Any:
@@ -205,14 +205,13 @@ class LatentObjective(Objective):
         self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
         self.vae.register_to_config(_name_or_path=vae.name)  # exports name no folder of this machine
         self.text.to(device)
-        self.key = _digest(vae / "diffusion_pytorch_model.safetensors")
+        self.key = _key(vae)
         self.train_latents = self.cached_latents(self.train_data)
         self.val_latents = self.cached_latents(self.val_data)
         if self.repa_teacher is not None:
             self.repa_teacher.tower.to(device)
             self.taught = {source: self.cached_features(source) for source in (self.train_data, self.val_data)}
-            probed = self.taught[self.train_data][: min(PROBED, len(self.train_data))]
-            self.repa_teacher.probe(to_tensor(probed).float())
+            self.repa_teacher.probe(to_tensor(self.taught[self.train_data][:PROBED]).float())
 
     def cached_latents(self, source: ToyboxDataset) -> Any:
         """Latents (n, c, h, w) float16 of every picture, by posterior mean, scaled; each encoded when it is first read
@@ -225,7 +224,7 @@ class LatentObjective(Objective):
         """What REPA's teacher makes of every picture (n, h, w, width), float16; kept as latents are."""
         teacher = self.repa_teacher
         assert teacher is not None
-        key = _digest(zoo_folder(self.model_options.teacher) / "model.safetensors")
+        key = _key(zoo_folder(self.model_options.teacher))
 
         def look(rows: np.ndarray) -> dict[str, np.ndarray]:
             found = teacher.patches(data.pictures(source, to_tensor(rows)).to(self.device))
