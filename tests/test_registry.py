@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -107,44 +108,78 @@ def test_tokenizer_survives_saving(tmp_path: Path) -> None:
 # parts shared with another model --------------------------------------------------------------------------------------
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A zoo of two models in folders: both share ``vae``, each has a ``unet`` of its own."""
+    """A zoo of two pipelines with the same ``vae``, which is also a model by itself, and a ``unet`` each; the second
+    one's two text encoders are the same."""
     root = tmp_path / "weights"
-    for name in ("first", "second"):
-        for part, content in (("vae", "same"), ("unet", name)):
+    texts = (("text_encoder", "text"), ("text_encoder_2", "text"))
+    for name, more in (("first", ()), ("second", texts)):
+        for part, content in (("vae", "same"), ("unet", name), *more):
             (root / name / part).mkdir(parents=True)
             (root / name / part / "weights").write_text(content)
+            (root / name / part / "config.json").write_text(json.dumps({"width": 8, "_name_or_path": f"runs/{name}"}))
         (root / name / "sfumato.json").write_text(json.dumps({"name": name}))
+        (root / name / "model_index.json").write_text("{}")
+    shutil.copytree(root / "first" / "vae", root / "codec")
+    (root / "codec" / "sfumato.json").write_text(json.dumps({"name": "codec"}))
+    (root / "codec" / "MODEL_CARD.md").write_text("A codec.")
     monkeypatch.setattr(registry, "folder", lambda: root)
     return root
 
 
-def test_shared_parts_are_taken_from_the_base_and_exported_whole(weights: Path, tmp_path: Path) -> None:
-    assert registry.share(weights / "second", "first") == ["vae"]
-    assert not (weights / "second" / "vae").exists() and (weights / "second" / "unet").is_dir()
-    assert registry.part(weights / "second", "vae") == weights / "first" / "vae"
-    assert registry.part(weights / "second", "unet") == weights / "second" / "unet"
-    assert registry.part(weights / "second", "nothing") == weights / "second" / "nothing"
+def test_shared_parts_are_taken_from_their_owner_and_exported_whole(weights: Path, tmp_path: Path) -> None:
+    second = weights / "second"
+    assert registry.share(second, "first") == {"text_encoder_2": "second/text_encoder", "vae": "first/vae"}
+    assert sorted(p.name for p in second.iterdir() if p.is_dir()) == ["text_encoder", "unet"]
+    assert registry.part(second, "vae") == weights / "first" / "vae"
+    assert registry.part(second, "text_encoder_2") == registry.part(second, "text_encoder") == second / "text_encoder"
+    assert registry.part(second, "unet") == second / "unet"
+    assert registry.part(second, "nothing") == second / "nothing"
     whole = registry.export("second", tmp_path / "whole")
-    assert (whole / "vae" / "weights").read_text() == "same" and (whole / "unet" / "weights").read_text() == "second"
+    written = {p.name: (p / "weights").read_text() for p in whole.iterdir() if p.is_dir()}
+    assert written == {"vae": "same", "unet": "second", "text_encoder": "text", "text_encoder_2": "text"}
     assert json.loads((whole / "sfumato.json").read_text()) == {"name": "second"}
     with pytest.raises(BadInput, match="not empty"):
         registry.export("second", whole)
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_a_base_that_changed_is_refused(weights: Path, tmp_path: Path) -> None:
+def test_a_part_that_is_a_model_by_itself_is_shared_and_so_is_what_a_base_shares(weights: Path, tmp_path: Path) -> None:
+    assert registry.share(weights / "first", "codec") == {"vae": "codec"}
+    assert registry.share(weights / "second", "first")["vae"] == "codec"  # its owner, not who shares it
+    for name in ("first", "second"):
+        assert registry.part(weights / name, "vae") == weights / "codec"
+        whole = registry.export(name, tmp_path / name)
+        # what tells of the model itself is no part of the component
+        assert sorted(p.name for p in (whole / "vae").iterdir()) == ["config.json", "weights"]
+
+
+def test_where_a_component_came_from_does_not_tell_it_from_another(weights: Path) -> None:
+    (weights / "second" / "vae" / "config.json").write_text(json.dumps({"width": 9}))
+    assert "vae" not in registry.share(weights / "second", "first")
+    (weights / "second" / "vae" / "config.json").write_text(json.dumps({"_name_or_path": "other", "width": 8}))
+    assert registry.share(weights / "second", "first")["vae"] == "first/vae"
+
+
+def test_an_owner_that_changed_or_is_gone_is_refused(weights: Path, tmp_path: Path) -> None:
     registry.share(weights / "second", "first")
     (weights / "first" / "vae" / "weights").write_text("new!")
     for action in (
         lambda: registry.part(weights / "second", "vae"),
         lambda: registry.export("second", tmp_path / "whole"),
     ):
-        with pytest.raises(BadWeights, match="another vae than first has now.*sfumato train second"):
+        with pytest.raises(BadWeights, match="another vae than first/vae is now.*sfumato train second"):
             action()
     assert not (tmp_path / "whole").exists() and not list(tmp_path.glob("*.part*"))
     (weights / "first" / "sfumato.json").unlink()
     with pytest.raises(BadWeights, match="not among the built-in models"):
         registry.part(weights / "second", "vae")
+
+
+@pytest.mark.parametrize("card", ["{", "[]", '{"shared": 3}', '{"shared": {"vae": 3, "unet": {"folder": "first"}}}'])
+def test_a_card_that_tells_nothing_of_shared_parts_shares_none(weights: Path, card: str) -> None:
+    (weights / "second" / "sfumato.json").write_text(card)
+    shutil.rmtree(weights / "second" / "vae")
+    assert registry.part(weights / "second", "vae") == weights / "second" / "vae"
 
 
 def test_every_built_in_pipeline_exports_to_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
@@ -156,7 +191,7 @@ def test_every_built_in_pipeline_exports_to_a_folder_that_diffusers_loads(tmp_pa
                 key for key, value in json.loads(index.read_text()).items() if isinstance(value, list) and value[0]
             ]
             assert all((whole / part).is_dir() for part in parts)
-            if "base" in registry.card(name):
+            if "shared" in registry.card(name):
                 from diffusers import DiffusionPipeline
 
                 pipe = DiffusionPipeline.from_pretrained(whole)

@@ -3,9 +3,9 @@
 Weights live in ``weights/<name>/`` in the standard folder formats of diffusers and transformers, each with a card
 ``sfumato.json`` and a ``MODEL_CARD.md``; recipes that reproduce them in ``recipes/<name>.toml``.
 
-A model that shares parts with another one (the autoencoder, the text encoder) may ship without them: its card then
-names the other model as its ``base``, with a hash of every part that is taken from there. :func:`export` writes any
-model as a whole, plain diffusers folder.
+A model that has components in common with others (the autoencoder, the text encoder), or one of them twice, may ship
+without them: its card then says whose they are, under ``shared``, with their hashes. :func:`export` writes any model as
+a whole, plain diffusers folder.
 """
 
 from __future__ import annotations
@@ -84,45 +84,67 @@ def recipes() -> dict[str, Path]:
 
 
 def part(model: Path, name: str) -> Path:
-    """The folder of one component of the model in folder ``model``: its own, or that of the base its card names.
+    """The folder of one component of the model in folder ``model``: its own, or the one that its card says it shares.
 
     Raises:
-        BadWeights: the base is not here, or its component is no longer the one that the model was trained with.
+        BadWeights: the component's owner is not here, or it is no longer what the model was trained with.
     """
-    base = {} if (model / name).is_dir() else _base(model)
-    if name not in base.get("parts", {}):
+    entry = {} if (model / name).is_dir() else _shared(model).get(name)
+    if not entry:
         return model / name
-    owner = find(str(base.get("name")))
-    if owner is None:
-        raise BadWeights(f"{model} takes its {name} from {base.get('name')!r}, which is not among the built-in models.")
-    if part_hash(owner / name) != base["parts"][name]:
+    owner, _, inside = str(entry["folder"]).partition("/")
+    home = find(owner)
+    if home is None:
+        raise BadWeights(f"{model} takes its {name} from {owner!r}, which is not among the built-in models.")
+    if part_hash(home / inside) != entry["hash"]:
         raise BadWeights(
-            f"{model} was trained with another {name} than {base['name']} has now; "
+            f"{model} was trained with another {name} than {entry['folder']} is now; "
             f"train it again: sfumato train {model.name}."
         )
-    return owner / name
+    return home / inside
 
 
 def part_hash(folder: Path) -> str:
     """SHA-256 (hex) over the names and contents of a component's files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
+    for path in _files(folder):
+        content = path.read_bytes()
+        if path.name == "config.json":  # it tells where the component came from, which is not what it is
+            facts = valid.loads(content)
+            content = json.dumps({k: v for k, v in facts.items() if k != "_name_or_path"}, sort_keys=True).encode()
+        digest.update(f"{path.name} {len(content)}\n".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
-def share(model: Path, base: str) -> list[str]:
-    """Removes from the model in folder ``model`` the components that equal those of the built-in model ``base``, byte
-    for byte, and notes them in its card; returns their names."""
-    owner = _known(base)
-    same = [p.name for p in sorted(model.iterdir()) if p.is_dir() and part_hash(p) == part_hash(owner / p.name)]
+def share(model: Path, *bases: str) -> dict[str, str]:
+    """Removes from the model in folder ``model`` the components that equal one of the built-in models ``bases`` or an
+    earlier one of its own, and notes in its card whose they are; returns these: component -> ``model/component``, or
+    ``model`` for one that is a component itself.
+
+    Raises:
+        UnknownName: no such base. BadWeights: see :func:`part`.
+    """
+    owners: dict[str, str] = {}
+    for base in bases:
+        home = _known(base)
+        if not (home / "model_index.json").is_file():
+            owners.setdefault(part_hash(home), base)
+            continue
+        for name in sorted({*_folders(home), *_shared(home)}):
+            at = part(home, name)
+            owners.setdefault(part_hash(at), at.relative_to(folder()).as_posix())
     facts = valid.loads((model / CARD).read_text(encoding="utf-8"))
-    facts["base"] = {"name": base, "parts": {name: part_hash(model / name) for name in same}}
-    (model / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    for name in same:
+    shared = {}
+    for name in _folders(model):
+        known = part_hash(model / name)
+        owner = owners.setdefault(known, f"{model.name}/{name}")
+        if owner != f"{model.name}/{name}":
+            shared[name] = {"folder": owner, "hash": known}
+    (model / CARD).write_text(json.dumps({**facts, "shared": shared}, indent=1) + "\n", encoding="utf-8")
+    for name in shared:
         shutil.rmtree(model / name)
-    return same
+    return {name: entry["folder"] for name, entry in shared.items()}
 
 
 def export(name: str, target: Path) -> Path:
@@ -135,12 +157,14 @@ def export(name: str, target: Path) -> Path:
     try:
         with atomic_folder(target) as beside:
             copy_tree(source, beside)
-            shared = _base(source).get("parts", {})
+            shared = _shared(source)
             for each in shared:
-                copy_tree(part(source, each), beside / each)
+                (beside / each).mkdir()
+                for path in _files(part(source, each)):
+                    shutil.copyfile(path, beside / each / path.name)
             if shared:
                 facts = valid.loads((beside / CARD).read_text(encoding="utf-8"))
-                del facts["base"]
+                del facts["shared"]
                 (beside / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:  # tell the name the caller knows
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
@@ -154,12 +178,24 @@ def _known(name: str) -> Path:
     return path
 
 
-def _base(model: Path) -> dict[str, Any]:
-    """What a model's card says about the base that it takes parts from."""
+def _shared(model: Path) -> dict[str, dict[str, Any]]:
+    """What a model's card says about components that are another's: name -> folder in the zoo and hash."""
     if not (model / CARD).is_file():
         return {}
     try:
-        found = valid.loads((model / CARD).read_text(encoding="utf-8"))["base"]
+        found = valid.loads((model / CARD).read_text(encoding="utf-8"))["shared"]
     except (KeyError, TypeError, ValueError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("parts"), dict) else {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {name: each for name, each in entries if isinstance(each, dict) and {"folder", "hash"} <= set(each)}
+
+
+def _folders(model: Path) -> list[str]:
+    """Names of the components in a pipeline's folder, sorted."""
+    return sorted(path.name for path in model.iterdir() if path.is_dir())
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a component, without the card and the description that one has which is a model by itself."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.is_file() and path.name not in (CARD, "MODEL_CARD.md")]

@@ -71,7 +71,7 @@ ELSEWHERE = {
     "give --resume, or remove the folder": "tests/app/test_teach.py::test_bad_input_is_one_line",
     "needs a text: give prompt=, or --prompt": "tests/app/test_explain_reading.py::test_what_cannot_be_asked",
     "so say what the picture shows: prompt=, or --prompt": "tests/app/test_explain_reading.py::test_what_cannot_be_asked",
-    "train it again: sfumato train": "tests/test_registry.py::test_a_base_that_changed_is_refused",
+    "train it again: sfumato train": "tests/test_registry.py::test_an_owner_that_changed_or_is_gone_is_refused",
 }
 
 #: fragment -> why no test follows it

@@ -118,6 +118,9 @@ def test_networks_that_cannot_be_read_are_refused():
         )
     with pytest.raises(UnknownName):
         network_of(VectorAutoencoder(16, (8, 8), 6), "stage")
+    for childless in (nn.Flatten(), nn.ModuleDict({"head": nn.Linear(4, 2)})):
+        with pytest.raises(NotSupported, match="no layers to read"):
+            network_of(childless)
 
 
 def test_autoencoders_of_any_size_are_saved_and_loaded(tmp_path):

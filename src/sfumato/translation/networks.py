@@ -111,7 +111,11 @@ def network_of(
         raise NotSupported(f"{type(net).__name__} is no network that looks at pictures.")
     if not layer and hasattr(net, "visual_projection"):
         layer = "visual_projection"
-    layer = layer or [name for name in stages(net) if name not in HEADS][-1]
+    if not layer:
+        own = [stage for stage in stages(net) if stage not in HEADS]
+        if not own:
+            raise NotSupported(f"{name} has no layers to read but its answer.")
+        layer = own[-1]
 
     def read(pixels: Tensor) -> tuple[Tensor, None]:
         return features(net, pixels, [layer], pool)[layer], None

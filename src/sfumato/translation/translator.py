@@ -346,27 +346,27 @@ def fit_translator(
         clip=5.0,
     )
     unseen, seen = ((z[part], None if c is None else c[part]) for part in (slice(train, None), slice(held)))
-    best = BestTensors(dict(translator.named_parameters()))
+    best = BestTensors(dict(translator.named_parameters())) if loss is None else None
 
-    def measure(step: int) -> None:
+    def measure(best: BestTensors, step: int) -> None:
         translator.eval()
         best.measured(step, float(translator.nll(*unseen).mean()))
         translator.train()
 
     def look(progress: Progress) -> None:
-        if loss is None:
-            measure(progress.step)
+        if best is not None:
+            measure(best, progress.step)
         if on_progress is not None:
             on_progress(progress)
 
     done = fit(player, o.steps, seed=o.seed, log_every=max(1, o.steps // 100), on_progress=look, name=name)
-    if loss is None:
+    if best is not None:
         if done.step not in dict(best.figures):  # interrupted between two measurements
-            measure(done.step)
+            measure(best, done.step)
         best.take()
     translator.eval().requires_grad_(False)
     facts: dict[str, Any] = {"steps": done.step, "interrupted": done.interrupted, "dead": len(dead), "vectors": len(z)}
-    facts |= measures(translator, *unseen) | {"kept": best.step if loss is None else done.step}
+    facts |= measures(translator, *unseen) | {"kept": done.step if best is None else best.step}
     facts["nll_fitted"] = float(translator.nll(*seen).mean())
     return FitRecord(translator, facts, done.history, torch.arange(train, len(z)))
 

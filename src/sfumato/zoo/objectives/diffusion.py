@@ -117,8 +117,8 @@ class DiffusionObjective(LatentObjective):
         self.cut_skips()
         self.noise_schedule = DDPMScheduler(**self.schedule())
         self.build_text()
-        level = -1 if self.loss_options.repa else min(1, len(o.channels) - 1)
-        parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(o.channels[level])}
+        width = self.aligned_block().resnets[-1].out_channels
+        parts: dict[str, nn.Module] = {"unet": self.unet, **self.build_readout(width)}
         # the pipeline has no use for the projection
         return {**parts, "text": self.text.text_model} if o.text_rate else parts
 
@@ -144,9 +144,8 @@ class DiffusionObjective(LatentObjective):
             BadInput: a group of a normalisation would hold such a skip connection and other features.
         """
         widths = [*self.unet.config.block_out_channels[::-1]]
-        shares = [*self.loss_options.skip_dropout, *[0.0] * len(widths)][: len(widths)][
-            ::-1
-        ]  # as the blocks: coarsest first
+        shares = [*self.loss_options.skip_dropout, *[0.0] * len(widths)][: len(widths)]
+        shares.reverse()  # as the blocks: coarsest first
         for block, below, share in zip(self.unet.up_blocks, [widths[0], *widths], shares, strict=False):
             for resnet in block.resnets if share == 1 else ():
                 own = below if resnet is block.resnets[0] else resnet.out_channels  # skip channels lie behind these
