@@ -133,8 +133,8 @@ TABLE = {
         lambda said, at: load_clip(named(r"pictures \((\S+)\)", said)).features([PICTURE]),
     ),
     "use a noise-aware CLIP (toy-clip-noisy)": (
-        lambda at: load_clip("toy-clip").latents(torch.randn(1, 4, 16, 16), 0.5, 0.5),
-        lambda said, at: load_clip(named(r"CLIP \((\S+)\)", said)).latents(torch.randn(1, 4, 16, 16), 0.5, 0.5),
+        lambda at: load_clip("toy-clip").latents(torch.randn(1, 11, 16, 16), 0.5, 0.5),
+        lambda said, at: load_clip(named(r"CLIP \((\S+)\)", said)).latents(torch.randn(1, 11, 16, 16), 0.5, 0.5),
     ),
     "in a single colour on a transparent layer": (
         lambda at: masks.read_mask(_layers(32, [(255, 0, 0), (0, 255, 0)])),
