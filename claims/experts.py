@@ -30,6 +30,7 @@ from sfumato.metrics import stats
 from sfumato.models import Model, load
 from sfumato.models.weights import find_weights, hash_files
 from sfumato.sampling import generate
+from sfumato.sampling.noise import Path as NoisePath
 from sfumato.steer.experts import Experts
 from sfumato.toybox import ToyboxDataset, oracle
 from sfumato.toybox import caption as describe
@@ -122,12 +123,15 @@ def losses(model: Model, clean: Tensor, texts: Sequence[str], part: int) -> list
     dice = torch.Generator().manual_seed(REPORT + part)
     noise = torch.randn(clean.shape, generator=dice)
     t = ((part + torch.rand(len(clean), generator=dice)) / PARTS * 1000).long()
-    alphas = model.make_scheduler("ddim").alphas_cumprod[t].view(-1, 1, 1, 1)
-    x = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
+    scheduler = model.make_scheduler("ddim")
+    model.timesteps(scheduler, PARTS)  # however many: the levels below are those of training
+    path = NoisePath(scheduler)
+    alpha, sigma = path.alpha_sigma(t)
+    x = alpha * clean + sigma * noise
     out = []
     for rows in torch.arange(len(clean)).split(50):
         condition = model.encode_text([texts[i] for i in rows.tolist()], guidance=False)
-        guess = model.predict(x[rows], t[rows], condition, ("cond",))
+        guess = path.to_eps(x[rows], model.predict(x[rows], t[rows], condition, ("cond",)), t[rows])
         out += (guess - noise[rows]).square().mean((1, 2, 3)).tolist()
     return out
 

@@ -12,7 +12,9 @@ from claims.attend_excite import Arm
 from claims.paint_with_words import Found
 from sfumato.metrics import stats
 from sfumato.metrics.stats import Interval
+from sfumato.models import Model
 from sfumato.toybox import oracle
+from tests.tiny import tiny_pipeline
 
 N = 240
 
@@ -242,3 +244,22 @@ def test_every_part_of_the_noise_has_its_narrowest_expert():
     for name, branch in experts.TREE.items():
         assert branch.parent in seen  # parents are trained first
         seen.append(name)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_loss_of_experts_is_the_error_of_the_noise_whatever_the_net_says(kind):
+    pipe = tiny_pipeline("sd", fresh=True)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=kind)
+    model = Model(pipe)
+    with torch.no_grad():
+        for parameter in model.denoiser.conv_out.parameters():
+            parameter.zero_()
+    clean = torch.randn(3, *model.latent_shape(*model.default_size), generator=torch.Generator().manual_seed(1))
+    found = experts.losses(model, clean, ["a cat"] * 3, 5)
+    dice = torch.Generator().manual_seed(experts.REPORT + 5)
+    noise = torch.randn(clean.shape, generator=dice)
+    t = ((5 + torch.rand(3, generator=dice)) / experts.PARTS * 1000).long()
+    share = model.make_scheduler("ddim").alphas_cumprod[t].view(-1, 1, 1, 1)
+    # no velocity: the noise is sigma x
+    guess = (1 - share).sqrt() * (share.sqrt() * clean + (1 - share).sqrt() * noise) if kind == "v_prediction" else 0.0
+    assert found == pytest.approx((guess - noise).square().mean((1, 2, 3)).tolist(), rel=1e-4)

@@ -22,6 +22,7 @@ from sfumato.judge.sad_pad import SadPad
 from sfumato.models import quiet
 from sfumato.models.nets.vector_ae import load_autoencoder
 from sfumato.models.readers import load_clip
+from sfumato.models.readers.noised import PLANES
 from sfumato.models.text_towers import text_towers
 from sfumato.relevance.lrp import lrp
 from sfumato.teach.denoising import Denoising
@@ -134,7 +135,7 @@ TABLE = {
     ),
     "use a noise-aware CLIP (toy-clip-noisy)": (
         lambda at: load_clip("toy-clip").latents(torch.randn(1, 4, 16, 16), 0.5, 0.5),
-        lambda said, at: load_clip(named(r"CLIP \((\S+)\)", said)).latents(torch.randn(1, 4, 16, 16), 0.5, 0.5),
+        lambda said, at: _reads_noise(named(r"CLIP \((\S+)\)", said)),
     ),
     "in a single colour on a transparent layer": (
         lambda at: masks.read_mask(_layers(32, [(255, 0, 0), (0, 255, 0)])),
@@ -224,6 +225,12 @@ def _autoencoder():
 def _player(name):
     weight = nn.Parameter(torch.ones(2))
     return Player(lambda draw: weight.sum(), torch.optim.SGD([weight], lr=0.1), name=name)
+
+
+def _reads_noise(name):
+    clip = load_clip(name)
+    channels = clip.model.config.vision_config.num_channels - PLANES
+    return clip.latents(torch.randn(1, channels, 16, 16), 0.5, 0.5)
 
 
 def _touched(path):

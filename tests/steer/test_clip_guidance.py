@@ -133,14 +133,17 @@ def test_the_gradient_of_the_noise_aware_clip_by_hand():
     scheduler = model.make_scheduler("ddim")
     t = model.timesteps(scheduler, 1)[0]
     alpha = scheduler.alphas_cumprod[t].double()
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
+    shape = model.latent_shape(*model.default_size)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
     level = torch.atan2((1 - alpha).sqrt(), alpha.sqrt()) / (torch.pi / 2)
     planes = torch.stack([torch.cos(torch.pi * k * level) for k in range(8)]).float()
     given = torch.cat([x, planes.view(1, 8, 1, 1).expand(1, 8, 16, 16)], 1)
     (gradient,) = torch.autograd.grad(clip(pixel_values=given, **text).logits_per_image.sum(), x)
     with torch.no_grad():
-        eps = model.predict(x, t, model.encode_text([PROMPT], guidance=False))
-        wanted = scheduler.step(eps - 5 * (1 - alpha).sqrt().float() * gradient, t, x).prev_sample
+        out = model.predict(x, t, model.encode_text([PROMPT], guidance=False))
+        less = 5 * (1 - alpha).sqrt().float() * gradient  # noise, of which a velocity has 1 / alpha
+        less = less / alpha.sqrt().float() if model.prediction() == "v_prediction" else less
+        wanted = scheduler.step(out - less, t, x).prev_sample
     ours = made(model, ClipGuidance(strength=5.0), steps=1, guidance=1.0, scheduler="ddim")
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
 

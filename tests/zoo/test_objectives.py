@@ -44,9 +44,10 @@ def home(tmp_path_factory: pytest.TempPathFactory):
         yield folder
 
 
-def build(objective: str, batch: int = 4, loss: dict | None = None, **model) -> Objective:
+def build(objective: str, batch: int = 4, loss: dict | None = None, size: int = 64, **model) -> Objective:
     values = {"name": "x", "objective": objective, "model": model, "loss": loss or {}}
-    made = build_objective(Recipe(**values, data={"train": 24, "val": 8}, train={"steps": 1, "batch": batch}))
+    scenes = {"train": 24, "val": 8, "size": size}
+    made = build_objective(Recipe(**values, data=scenes, train={"steps": 1, "batch": batch}))
     made.setup(CPU)
     return made
 
@@ -892,14 +893,28 @@ def test_an_interval_that_is_none_is_refused(interval: tuple[float, float], part
         latent("diffusion", parts, interval=interval)
 
 
-def test_noisy_clip_begins_as_the_clip_it_comes_from(parts):
-    """At no noise the patch embedding is what least squares makes of latents; the text tower is frozen."""
-    objective = build("noisy_clip", vae=parts["vae"], clip=parts["text"])
+@pytest.fixture(scope="module")
+def deeper(home: Path) -> str:
+    """An untrained codec of factor 8: it has as many latents of 128 pixels as one of factor 4 of 64."""
+    (home / "deeper").mkdir()
+    with torch.no_grad():
+        build("vae", channels=[8, 8, 8, 16], size=128).export(home / "deeper")
+    return str(home / "deeper")
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_noisy_clip_begins_as_the_clip_it_comes_from(size, parts, deeper):
+    """At no noise the patch embedding is what least squares makes of latents; the text tower is frozen. The clip is
+    shown pictures of its own size, 64."""
+    objective = build("noisy_clip", vae={64: parts["vae"], 128: deeper}[size], clip=parts["text"], size=size)
+    seen = objective.clip.config.vision_config
+    assert (seen.image_size, seen.patch_size) == (16, 2)
     teacher = objective.teacher.vision_model.embeddings.patch_embedding
     student = objective.clip.vision_model.embeddings.patch_embedding
     x = torch.from_numpy(objective.train_latents[:].astype(np.float32))
     level = torch.zeros(len(x))
-    wanted = teacher(data.pictures(objective.train_data, torch.arange(len(x))))
+    pictures = data.pictures(objective.train_data, torch.arange(len(x)))
+    wanted = teacher(F.interpolate(pictures, (64, 64), mode="bicubic", antialias=True))
     got = student(noised_input(x, level))
     patches = F.unfold(noised_input(x, level), 2, stride=2).transpose(1, 2).flatten(0, 1)
     targets = wanted.flatten(2).transpose(1, 2).flatten(0, 1).detach()
@@ -913,6 +928,12 @@ def test_noisy_clip_begins_as_the_clip_it_comes_from(parts):
     loss.backward()
     assert all(p.grad is None for p in objective.clip.text_model.parameters())
     assert student.weight.grad.abs().max() > 0 and 0 <= float(logs["right"]) <= 1
+    assert torch.isfinite(objective._decoded(batch["x0"], batch["noise"], batch["level"])).all()
+
+
+def test_noisy_clip_refuses_latents_of_other_places_than_its_clip_has(parts, deeper):
+    with pytest.raises(BadInput, match=r"model.patch: 8 x 8 latents in patches of 2 are not the 8 x 8 places of"):
+        build("noisy_clip", vae=deeper, clip=parts["text"])
 
 
 def test_noisy_clip_loss_by_hand(parts):

@@ -62,6 +62,9 @@ def test_what_is_no_clip_is_refused(tmp_path):
         load_clip(tmp_path)
     with pytest.raises(NotSupported, match="reads pictures"):
         load_clip("toy-clip").latents(torch.zeros(1, 4, 16, 16), 1.0, 0.0)
+    for shape in ((1, 3, 16, 16), (1, 99, 16, 16), (16, 16)):
+        with pytest.raises(BadInput, match=rf"reads latents \(b, \d+, h, w\), got \({shape[0]}, "):
+            load_clip("toy-clip-noisy").latents(torch.zeros(*shape), 1.0, 0.0)
 
 
 def test_a_picture_of_another_size_is_seen_like_its_own():

@@ -16,7 +16,7 @@ from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models import Model, TruncatedPrompt, quiet
 from sfumato.models.readers.loading import load_module, net_folder
-from sfumato.models.readers.noised import codec_hash, noise_level, noised_input
+from sfumato.models.readers.noised import PLANES, codec_hash, noise_level, noised_input
 from sfumato.models.readers.preprocessing import Preprocessing
 from sfumato.models.weights import find_weights, hash_files
 from sfumato.once import once
@@ -114,9 +114,15 @@ class Clip:
         return self._unit_vectors(self.preprocessing.tensor(pixels.to(self.device, torch.float32)))
 
     def latents(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """Unit vectors (b d) of noised latents ``x = alpha x0 + sigma eps`` (b c h w)."""
+        """Unit vectors (b d) of noised latents ``x = alpha x0 + sigma eps`` (b c h w).
+
+        Raises NotSupported for a CLIP of pictures, BadInput for latents of another number of channels.
+        """
         if not self.reads_noise:
             raise NotSupported(f"{self.name} reads pictures, not noised latents; use a noise-aware CLIP ({NOISED}).")
+        channels = self.model.config.vision_config.num_channels - PLANES
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise BadInput(f"{self.name} reads latents (b, {channels}, h, w), got {tuple(x.shape)}.")
         x = x.to(self.device, torch.float32) / (alpha**2 + sigma**2) ** 0.5
         level = noise_level(alpha, sigma).to(x.device).expand(len(x))
         return self._unit_vectors(noised_input(x, level), interpolate=x.shape[-2:] != (self.side, self.side))

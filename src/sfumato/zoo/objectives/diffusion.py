@@ -25,7 +25,8 @@ from sfumato.zoo.objectives.sinks import sink_loss, text_sites, word_shares
 
 PLAIN = """from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained(folder)
+# once, for a built-in model: sfumato models NAME --export NAME
+pipe = StableDiffusionPipeline.from_pretrained("NAME")
 pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0).images[0]"""
 
 
@@ -89,6 +90,7 @@ class DiffusionObjective(LatentObjective):
     NAME = "diffusion"
     Model: ClassVar[type[Section]] = UNetModel
     Loss: ClassVar[type[Section]] = DiffusionLoss
+    plain: ClassVar[str] = PLAIN
     sampling: ClassVar[dict[str, Any]] = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
     unet: UNet2DConditionModel
 
@@ -254,7 +256,7 @@ class DiffusionObjective(LatentObjective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         save_halves(self.pipeline(), folder)
-        return {"sampling": dict(self.sampling), "plain": PLAIN, **self.expert_card(), **self.measured_card()}
+        return self.facts()
 
     def load(self, folder: Path) -> None:
         self.take(weights_in(folder, UNet2DConditionModel, subfolder="unet"))

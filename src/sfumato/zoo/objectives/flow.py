@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from sfumato import registry
 from sfumato.training.draw import Draw
 from sfumato.training.losses import Flow, denoising_loss, density
 from sfumato.training.objective import save_halves, weights_in
@@ -21,7 +22,8 @@ from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjecti
 # the third text encoder is absent, which diffusers wants to be encoded
 PLAIN = """from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+# once, for a built-in model: sfumato models NAME --export NAME
+pipe = StableDiffusion3Pipeline.from_pretrained("NAME", text_encoder_3=None, tokenizer_3=None)
 pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0, max_sequence_length=0).images[0]"""
 
 
@@ -54,6 +56,7 @@ class FlowObjective(LatentObjective):
     NAME = "flow"
     Model: ClassVar[type[Section]] = FlowModel
     Loss: ClassVar[type[Section]] = FlowLoss
+    plain: ClassVar[str] = PLAIN
     sampling: ClassVar[dict[str, Any]] = {
         "steps": 25,
         "guidance": 3.0,
@@ -145,8 +148,8 @@ class FlowObjective(LatentObjective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         save_halves(self.pipeline(), folder)
-        return {"sampling": dict(self.sampling), "plain": PLAIN, **self.expert_card(), **self.measured_card()}
+        return self.facts()
 
     def load(self, folder: Path) -> None:
         self.transformer.load_state_dict(weights_in(folder, SD3Transformer2DModel, subfolder="transformer"))
-        self.text.load_state_dict(weights_in(folder, CLIPTextModelWithProjection, subfolder="text_encoder"))
+        self.text.load_state_dict(weights_in(registry.part(folder, "text_encoder"), CLIPTextModelWithProjection))

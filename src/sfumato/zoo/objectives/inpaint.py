@@ -34,8 +34,8 @@ PLAIN = """\
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 
-# once: sfumato models toy-sd-inpaint --export toy-sd-inpaint
-pipe = StableDiffusionInpaintPipeline.from_pretrained("toy-sd-inpaint", torch_dtype=torch.float32)
+# once, for a built-in model: sfumato models NAME --export NAME
+pipe = StableDiffusionInpaintPipeline.from_pretrained("NAME", torch_dtype=torch.float32)
 given = {"height": SIDE, "width": SIDE, "num_inference_steps": 25, "guidance_scale": 3.0}
 picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
 INSIDE = 0.3  # a toy is named when so much of it lies in the hole
@@ -66,6 +66,7 @@ class InpaintObjective(DiffusionObjective):
     """Denoising of pictures whose surroundings are known."""
 
     NAME = "inpaint"
+    plain: ClassVar[str] = PLAIN
     Loss: ClassVar[type[Section]] = InpaintLoss
 
     def build(self) -> dict[str, nn.Module]:
@@ -186,11 +187,7 @@ class InpaintObjective(DiffusionObjective):
         return sheets.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8, scale=2, gap=0)
 
     def export(self, folder: Any) -> dict[str, Any]:
-        return {
-            **super().export(folder),
-            "pipeline": "StableDiffusionInpaintPipeline",
-            "plain": PLAIN.replace("SIDE", str(self.recipe.data.size)),
-        }
+        return {**super().export(folder), "pipeline": "StableDiffusionInpaintPipeline"}
 
 
 def widen(unet: Any) -> None:

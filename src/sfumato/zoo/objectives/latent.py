@@ -136,6 +136,7 @@ class LatentObjective(Objective):
     Loss: ClassVar[type[Section]] = LatentLoss
     align_cell = 1  # side in latents of the places that the aligned features stand for
     sampling: ClassVar[dict[str, Any]]  # the card's sampling defaults
+    plain: ClassVar[str]  # code that draws with diffusers alone; NAME and SIDE are the recipe's
     signs: Signs | None = None  # the vital signs, once measured
     repa_teacher: Teacher | None = None  # what REPA aligns with, where it is asked for
     taught: dict[ToyboxDataset, Any]  # what it makes of the pictures
@@ -269,21 +270,20 @@ class LatentObjective(Objective):
         """Whether only a part of the noise distribution is trained on."""
         return tuple(self.loss_options.interval) != (0.0, 1.0)
 
-    def expert_card(self) -> dict[str, Any]:
-        """What the card of an expert says: whose it is, and its timesteps from the first to below the last."""
-        if not self.expert:
-            return {}
-        timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
-        return {"expert": {"of": self.recipe.init_from, "timesteps": timesteps}}
+    def facts(self) -> dict[str, Any]:
+        """What the card says: how to draw, here and with diffusers alone; of an expert whose it is, and its timesteps
+        from the first to below the last; of the inside what was measured."""
+        plain = self.plain.replace("NAME", self.recipe.name).replace("SIDE", str(self.recipe.data.size))
+        facts: dict[str, Any] = {"sampling": dict(self.sampling), "plain": plain}
+        if self.expert:
+            timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
+            facts["expert"] = {"of": self.recipe.init_from, "timesteps": timesteps}
+        return {**facts, "vital_signs": self.signs} if self.signs else facts
 
     def look_inside(self) -> None:
-        """Measures the vital signs, which the card then holds (:meth:`measured_card`)."""
+        """Measures the vital signs, which the card then holds."""
         judge = load_judge() if registry.find("toy-judge") else None
         self.signs = vital_signs(Model(self.pipeline(), card={"sampling": self.sampling}), judge)
-
-    def measured_card(self) -> dict[str, Any]:
-        """What the card says of the model's inside, once it has been measured."""
-        return {"vital_signs": self.signs} if self.signs else {}
 
     def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
         """Captions of the pictures of a batch."""

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sfumato.arrays import to_tensor
+from sfumato.errors import BadInput
 from sfumato.models.readers.noised import PLANES, alpha_sigma, codec_hash, noised_input
+from sfumato.models.readers.preprocessing import Preprocessing
 from sfumato.toybox import caption as describe
 from sfumato.training import data
 from sfumato.training.draw import Draw
@@ -66,13 +68,16 @@ class NoisyCLIPObjective(LatentObjective):
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.teacher = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         config = self.teacher.config.to_dict()
-        channels, _ = codec_shape(o.vae, self.recipe.data.size)
-        cells = self.recipe.data.size // config["vision_config"]["patch_size"]
-        config["vision_config"] |= {
-            "num_channels": channels + PLANES,
-            "image_size": cells * o.patch,
-            "patch_size": o.patch,
-        }
+        self.preprocessing = Preprocessing.of(folder, self.teacher.config.vision_config)
+        channels, side = codec_shape(o.vae, self.recipe.data.size)
+        seen = config["vision_config"]
+        if side != seen["image_size"] // seen["patch_size"] * o.patch:
+            raise BadInput(
+                f"recipe key model.patch: {side} x {side} latents in patches of {o.patch} are not the "
+                f"{seen['image_size'] // seen['patch_size']} x {seen['image_size'] // seen['patch_size']} places of "
+                f"{o.clip}."
+            )
+        seen |= {"num_channels": channels + PLANES, "image_size": side, "patch_size": o.patch}
         self.clip = CLIPModel(CLIPConfig(**config))
         mine = self.clip.state_dict()
         fits = {k: v for k, v in self.teacher.state_dict().items() if mine[k].shape == v.shape}
@@ -100,7 +105,8 @@ class NoisyCLIPObjective(LatentObjective):
         x = to_tensor(self.train_latents[:n].copy()).float().to(self.device)
         patches = F.unfold(noised_input(x, torch.zeros(n)), o.patch, stride=o.patch).transpose(1, 2).flatten(0, 1)
         old = self.teacher.vision_model.embeddings.patch_embedding
-        wanted = torch.cat([old(data.pictures(self.train_data, part).to(self.device)) for part in indices.split(100)])
+        shown = (data.pictures(self.train_data, part).to(self.device) for part in indices.split(100))
+        wanted = torch.cat([old(self.preprocessing.tensor(pictures)) for pictures in shown])
         wanted = wanted.flatten(2).transpose(1, 2).flatten(0, 1)
         gram = patches.T @ patches
         ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
@@ -196,7 +202,7 @@ class NoisyCLIPObjective(LatentObjective):
         """What the CLIP of pictures makes of noised latents: unit vectors (b, d)."""
         alpha, sigma = (part.view(-1, 1, 1, 1) for part in alpha_sigma(level))
         pixels = self.vae.decode((alpha * x0 + sigma * noise) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
-        out = self.teacher.vision_model(pixel_values=pixels).pooler_output
+        out = self.teacher.vision_model(pixel_values=self.preprocessing.tensor(pixels)).pooler_output
         return F.normalize(self.teacher.visual_projection(out), dim=-1)
 
     def grid(self) -> None:
