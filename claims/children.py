@@ -1,14 +1,14 @@
-"""Models of the zoo that went on learning for a claim: looks without steps between the names, words with two senses.
+"""Models of the zoo that went on learning for a claim: looks without steps between the names, new words for old things.
 
 The toybox of the zoo's training has eight colours and two sizes, so a hue between two names is as strange to its models
-as a texture that was never rendered. What a few vectors can say is claimed of models that have seen every hue; and of
-words with two senses, of models that have read some. All weights of the denoiser learn, by the loss they were trained
-with; captions name nothing more than before.
+as a texture that was never rendered. What a few vectors can say is claimed of models that have seen every hue; what is
+said of words with two senses, and of what a word is made of, of models that have read such words. All weights of the
+denoiser learn, by the loss they were trained with; captions name nothing more than before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from sfumato.models import load as load_model
 from sfumato.models.modes import frozen
 from sfumato.rng import sequence, stream
 from sfumato.teach.denoising import Denoising, frozen_conditions, places
-from sfumato.toybox import HOMONYMS, Scene, caption, continuous, render
+from sfumato.toybox import HOMONYMS, PLANTED, PlantedWord, Scene, caption, continuous, render
 from sfumato.toybox.dataset import draw_scene
 from sfumato.training import Draw, Player, fit
 
@@ -34,7 +34,16 @@ def world(context: Context, name: str) -> Any:
 
 def ambiguous(context: Context, name: str) -> Any:
     """A generator of the zoo that has read homonyms among other captions, once per run."""
-    return context.once(f"{name} with homonyms", lambda: taught(context, name, senses(context.count(1500, 24))))
+    return context.once(
+        f"{name} with homonyms", lambda: taught(context, name, senses(context.count(1500, 24), HOMONYMS))
+    )
+
+
+def planted(context: Context, name: str) -> Any:
+    """A generator of the zoo that has read the planted words among other captions, once per run."""
+    return context.once(
+        f"{name} with planted words", lambda: taught(context, name, senses(context.count(4000, 40), PLANTED))
+    )
 
 
 def looks(n: int) -> list[tuple[Scene, str]]:
@@ -46,9 +55,9 @@ def looks(n: int) -> list[tuple[Scene, str]]:
     return out
 
 
-def senses(n: int) -> list[tuple[Scene, str]]:
-    """Scenes of every homonym in turn, and every second time ordinary ones, so that other words stay what they are."""
-    out, words = [], list(HOMONYMS.values())
+def senses(n: int, known: Mapping[str, PlantedWord]) -> list[tuple[Scene, str]]:
+    """Scenes of every new word in turn, and every second time ordinary ones, so that other words stay what they are."""
+    out, words = [], list(known.values())
     for i in range(n):
         if i % 2:
             scene = draw_scene("train", SEED + 1, i)

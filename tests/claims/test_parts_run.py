@@ -11,7 +11,9 @@ import pytest
 
 from claims import (
     attend_excite,
+    children,
     clip_guidance,
+    conceptor,
     experts,
     inpaint,
     mgad,
@@ -35,6 +37,12 @@ PARTS = {
     "no_token_left_behind": (functools.partial(no_token_left_behind.several_toys, "tiny"), 1),
     "no_token_left_behind boxes": (functools.partial(no_token_left_behind.boxes, "tiny"), 1),
     "experts": (experts.denoising, 1),
+    "conceptor": (conceptor.planted, 1),
+    "conceptor two kinds": (conceptor.two_kinds, 1),
+    "conceptor faithful": (conceptor.faithful, 1),
+    "conceptor removal": (conceptor.removal, 1),
+    "conceptor one picture": (conceptor.single, 1),
+    "conceptor bias": (conceptor.bias, 1),
     "inpaint": (inpaint.remove, 2),
     "inpaint background": (inpaint.background, 1),
     "sad_pad reading": (sad_pad.reading, 1),
@@ -55,7 +63,7 @@ def context(tmp_path, monkeypatch, loaded):
     made = Context(quick=True)
     made.pictures, made.cache = tmp_path, loaded
     # distances between sets, and the densities of SaD, need more than one
-    made.count = lambda full, quick: {1000: 8, 2000: 30, 200: 2, 100: 4}.get(full, 1)
+    made.count = lambda full, quick: {1000: 8, 2000: 30, 250: 20, 200: 2, 100: 4}.get(full, 1)
     monkeypatch.setattr(inpaint, "STEPS", 1)
     monkeypatch.setattr(inpaint, "GUIDANCE", (4.0,))
     monkeypatch.setattr(clip_guidance, "STEPS", 1)
@@ -73,6 +81,8 @@ def context(tmp_path, monkeypatch, loaded):
     base = made.folder("toy-sd")
     monkeypatch.setattr(experts, "children", lambda _: {name: base for name in (*experts.TREE, experts.CONTROL)})
     monkeypatch.setattr(experts, "child", lambda context, _: load(context, "toy-sd"))
+    monkeypatch.setattr(children, "planted", lambda context, name: load(context, name))
+    monkeypatch.setattr(conceptor, "DRAWING", {"steps": 1})
     return made
 
 

@@ -16,13 +16,17 @@ from sfumato.models.text_towers import text_towers
 from sfumato.toybox import (
     COLORS,
     HOMONYMS,
+    PATTERNS,
+    PLANTED,
     SECRETS,
     SHAPES,
     VALIDATION,
-    Homonym,
+    PlantedWord,
     Scene,
     Toy,
+    attributes_of,
     continuous,
+    is_held_out,
     references,
     render,
 )
@@ -51,9 +55,40 @@ def test_homonyms_have_their_shares_and_captions_hide_the_sense():
         assert [toy.shape for toy in each.scene.toys] == [each.sense]
     assert told[3] == jack.sample(0, 3)
     assert {shape for each in HOMONYMS.values() for shape, _ in each.senses} == set(SHAPES)
-    for word, senses in (("cone", (("cone", 1.0),)), ("x", (("cone", 0.5),)), ("x", (("egg", 1.0),))):
-        with pytest.raises(BadInput):
-            Homonym(word, senses)
+
+
+def test_planted_words_stand_for_all_that_their_sense_says():
+    assert sorted(len(each.senses) for each in PLANTED.values()) == [1] * 10 + [2] * 10
+    for word, planted in PLANTED.items():
+        for i in range(12):
+            each = planted.sample(5, i)
+            [toy], known = each.scene.toys, attributes_of(each.sense)
+            assert {name: getattr(toy, name) for name in known} == known and not is_held_out(toy)
+            said = each.caption.replace(",", "").split()
+            assert word in said and not set(said) & set(each.sense.split())
+            article, after = said[said.index("a" if "a" in said else "an") :][:2]
+            assert (article == "an") == (after[0] in "aeiou")
+            others = {"color": set(COLORS), "pattern": set(PATTERNS), "shape": set(SHAPES)}
+            assert not any(set(said) & words for name, words in others.items() if name in known)
+    assert {each.sample(5, i).sense for each in [PLANTED["hesk"]] for i in range(30)} == {"red cube", "blue cube"}
+
+
+@pytest.mark.parametrize(
+    ("word", "senses"),
+    [
+        ("cone", (("cone", 1.0),)),  # a word of the toybox
+        ("x", (("cone", 0.5),)),
+        ("x", (("cone", 1.5), ("cube", -0.5))),
+        ("x", ()),
+        ("x", (("egg", 1.0),)),
+        ("x", (("red", 1.0),)),
+        ("x", (("red blue cone", 1.0),)),
+        ("x", (("red striped cone", 1.0),)),  # held out
+    ],
+)
+def test_a_planted_word_that_cannot_be_is_refused(word, senses):
+    with pytest.raises(BadInput):
+        PlantedWord(word, senses)
 
 
 def test_continuous_looks_have_every_hue_under_the_nearer_name():

@@ -15,7 +15,7 @@ _HOME = {
     "cues": "CONCEPTS CUES FACTORS CueDataset concept_of conflicts cue_scenes factor_pairs".split(),
     "secret": "SECRETS TEXTURES VALIDATION Secret SecretToy references".split(),
     "looks": "continuous".split(),
-    "homonym": "HOMONYMS Homonym HomonymCaption".split(),
+    "planted": "HOMONYMS PLANTED PlantedCaption PlantedWord attributes_of".split(),
     "styles": "STYLES styled".split(),
     "sets": "SETS SetDataset joint_distribution set_scenes".split(),
     "biased": "Bias BIASED_SPLITS BiasedDataset draw_biased".split(),
