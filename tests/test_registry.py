@@ -176,6 +176,11 @@ def test_an_owner_that_changed_or_is_gone_is_refused(weights: Path, tmp_path: Pa
         (weights / "second" / "sfumato.json").write_text(json.dumps(card))
         with pytest.raises(BadWeights, match=f"from '{folder}', which is not among the built-in models"):
             registry.part(weights / "second", "vae")
+    card["shared"]["vae"]["folder"] = "first/vae"
+    (weights / "second" / "sfumato.json").write_text(json.dumps(card))
+    (weights / "first" / "sfumato.json").unlink()
+    with pytest.raises(BadWeights, match="not among the built-in models"):
+        registry.part(weights / "second", "vae")
 
 
 @pytest.mark.parametrize("card", ["{", "[]", '{"shared": 3}', '{"shared": {"vae": 3, "unet": {"folder": "first"}}}'])
