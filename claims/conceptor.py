@@ -49,6 +49,11 @@ class Concept:
         """The words with the largest coefficients."""
         return [name for name, _ in self.found.shares(TOP)]
 
+    def text(self) -> str:
+        """What the word stands for, and the words with the largest coefficients."""
+        senses = " or ".join(sense if share == 1 else f"{sense} {share:g}" for sense, share in self.word.senses)
+        return f"{self.word.word} ({senses}): " + ", ".join(f"{n} {share:.2f}" for n, share in self.found.shares(TOP))
+
 
 def model_of(context: Context) -> Any:
     """toy-sd after it has read the planted words."""
@@ -70,17 +75,16 @@ def concepts(context: Context, words: Sequence[PlantedWord]) -> list[Concept]:
     return [concept(context, word) for word in words[: context.count(len(words), 2)]]
 
 
-def by_name(context: Context, word: str, seeds: Sequence[int]) -> Tensor:
+def by_name(context: Context, word: str, seeds: Sequence[int], systems: Sequence[Any] = ()) -> Tensor:
     """Pictures (n 3 h w) of "a <word>"."""
-    made = generate(model_of(context), [f"a {word}"] * len(seeds), seed=list(seeds), **DRAWING)
+    prompts = [f"a {word}"] * len(seeds)
+    made = generate(model_of(context), prompts, seed=list(seeds), interventions=systems, **DRAWING)
     return made.pixels.detach().clamp(-1, 1)
 
 
 def by_words(context: Context, mixture: dict[str, float], seeds: Sequence[int]) -> Tensor:
     """Pictures (n 3 h w) of "a <mixture>"."""
-    system = Conceptor(word=SLOT, mixture=mixture)
-    made = generate(model_of(context), [f"a {SLOT}"] * len(seeds), seed=list(seeds), interventions=system, **DRAWING)
-    return made.pixels.detach().clamp(-1, 1)
+    return by_name(context, SLOT, seeds, [Conceptor(word=SLOT, mixture=mixture)])
 
 
 def clip_of(context: Context) -> Clip:
@@ -130,11 +134,6 @@ def planted(context: Context) -> list[Row]:
     luck = chance(2, 3, len(vocabulary(context)))
     good, more = stats.share(hits["ours"]), stats.mcnemar(hits["ours"], hits["nearest to the name"])
     level = {arm: stats.share(each) for arm, each in hits.items()}
-    summary = "; ".join(
-        f"{each.word.word} ({each.word.senses[0][0]}): "
-        + ", ".join(f"{name} {share:.2f}" for name, share in each.found.shares(TOP))
-        for each in found
-    )
     return [
         Row(
             claim="of a new word that captions used for one kind of toy, two of the kind's three words are among the "
@@ -155,7 +154,7 @@ def planted(context: Context) -> list[Row]:
             ],
             headline=True,
             n=len(found),
-            data={"said": arms, "words": summary},
+            data={"said": arms, "words": "; ".join(each.text() for each in found)},
         )
     ]
 
@@ -167,11 +166,6 @@ def two_kinds(context: Context) -> list[Row]:
         kinds = [set(sense.split()) for sense, _ in each.word.senses]
         both.append(all(words & set(each.top()) for words in kinds))
         order.append(strength(each.found, kinds[0]) > strength(each.found, kinds[1]))
-    said = "; ".join(
-        f"{each.word.word} ({' or '.join(f'{sense} {share:g}' for sense, share in each.word.senses)}): "
-        + ", ".join(f"{name} {share:.2f}" for name, share in each.found.shares(TOP))
-        for each in found
-    )
     total = len(vocabulary(context))
     luck = 1 - 2 * (1 - chance(1, 2, total)) + (1 - chance(1, 4, total))
     return [
@@ -186,7 +180,7 @@ def two_kinds(context: Context) -> list[Row]:
                 Bar(stats.share(order), 0.5, 1.0, at_least=0.8, what="commoner first"),
             ],
             n=len(found),
-            data={"both": both, "order": order, "words": said},
+            data={"both": both, "order": order, "words": "; ".join(each.text() for each in found)},
         )
     ]
 

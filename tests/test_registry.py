@@ -170,6 +170,14 @@ def test_an_owner_that_changed_or_is_gone_is_refused(weights: Path, tmp_path: Pa
         with pytest.raises(BadWeights, match="another vae than first/vae is now.*sfumato train second"):
             action()
     assert not (tmp_path / "whole").exists() and not list(tmp_path.glob("*.part*"))
+    card = json.loads((weights / "second" / "sfumato.json").read_text())
+    for folder in ("first/none", "first/../codec", "first/vae/..", "none"):
+        card["shared"]["vae"]["folder"] = folder
+        (weights / "second" / "sfumato.json").write_text(json.dumps(card))
+        with pytest.raises(BadWeights, match=f"from '{folder}', which is not among the built-in models"):
+            registry.part(weights / "second", "vae")
+    card["shared"]["vae"]["folder"] = "first/vae"
+    (weights / "second" / "sfumato.json").write_text(json.dumps(card))
     (weights / "first" / "sfumato.json").unlink()
     with pytest.raises(BadWeights, match="not among the built-in models"):
         registry.part(weights / "second", "vae")

@@ -94,8 +94,8 @@ def part(model: Path, name: str) -> Path:
         return model / name
     owner, _, inside = str(entry["folder"]).partition("/")
     home = find(owner)
-    if home is None:
-        raise BadWeights(f"{model} takes its {name} from {owner!r}, which is not among the built-in models.")
+    if home is None or inside not in ("", *_folders(home)):
+        raise BadWeights(f"{model} takes its {name} from {entry['folder']!r}, which is not among the built-in models.")
     if part_hash(home / inside) != entry["hash"]:
         raise BadWeights(
             f"{model} was trained with another {name} than {entry['folder']} is now; "

@@ -69,6 +69,11 @@ class Caption:
         return self.text
 
 
+def article_of(word: str) -> str:
+    """The indefinite article before a word."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
 class _Writer:
     """Appends words to a sentence and keeps their offsets."""
 
@@ -89,7 +94,7 @@ class _Writer:
 
     def noun_phrase(self, article: str, modifiers: list[str], noun: str, object: int | None) -> CaptionWord:
         if article == "a":
-            article = "an" if (modifiers + [noun])[0][0] in "aeiou" else "a"
+            article = article_of((modifiers + [noun])[0])
         det = self.word(article) if article else None
         mods = tuple(self.word(m) for m in modifiers)
         head = self.word(noun)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import BadInput
 from ..rng import sequence
-from .captions import VOCABULARY, caption
+from .captions import VOCABULARY, article_of, caption
 from .scene import COLORS, PATTERNS, SHAPES, Scene, Toy, is_held_out, sample_scene
 
 __all__ = ["HOMONYMS", "PLANTED", "PlantedCaption", "PlantedWord", "attributes_of"]
@@ -68,8 +68,7 @@ class PlantedWord:
         [phrase] = [each for each in told.phrases if each.object == 0]
         hidden = {getattr(scene.toys[0], name) for name in known}
         words = [word.text for word in phrase.modifiers if word.text not in hidden] + [self.word]
-        article = "an" if words[0][0] in "aeiou" else "a"
-        text = f"{told.text[: phrase.start]}{article} {' '.join(words)}{told.text[phrase.end :]}"
+        text = f"{told.text[: phrase.start]}{article_of(words[0])} {' '.join(words)}{told.text[phrase.end :]}"
         return PlantedCaption(scene, text, sense)
 
 

@@ -71,11 +71,11 @@ class NoisyCLIPObjective(LatentObjective):
         self.preprocessing = Preprocessing.of(folder, self.teacher.config.vision_config)
         channels, side = codec_shape(o.vae, self.recipe.data.size)
         seen = config["vision_config"]
-        if side != seen["image_size"] // seen["patch_size"] * o.patch:
+        cells = seen["image_size"] // seen["patch_size"]
+        if side != cells * o.patch:
             raise BadInput(
-                f"recipe key model.patch: {side} x {side} latents in patches of {o.patch} are not the "
-                f"{seen['image_size'] // seen['patch_size']} x {seen['image_size'] // seen['patch_size']} places of "
-                f"{o.clip}."
+                f"recipe key model.patch: {side} x {side} latents in patches of {o.patch} are not the {cells} x "
+                f"{cells} places of {o.clip}."
             )
         seen |= {"num_channels": channels + PLANES, "image_size": side, "patch_size": o.patch}
         self.clip = CLIPModel(CLIPConfig(**config))
