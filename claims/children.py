@@ -8,7 +8,7 @@ denoiser learn, by the loss they were trained with; captions name nothing more t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,21 +29,17 @@ SEED, BATCH, RATE, EMPTY = 8300, 16, 2e-4, 0.1
 
 def world(context: Context, name: str) -> Any:
     """A generator of the zoo that has seen every hue and height, once per run."""
-    return context.once(f"{name} of every hue", lambda: taught(context, name, looks(context.count(2000, 24))))
+    return taught(context, name, "every hue", lambda: looks(context.count(2000, 24)))
 
 
 def ambiguous(context: Context, name: str) -> Any:
     """A generator of the zoo that has read homonyms among other captions, once per run."""
-    return context.once(
-        f"{name} with homonyms", lambda: taught(context, name, senses(context.count(1500, 24), HOMONYMS))
-    )
+    return taught(context, name, "homonyms", lambda: senses(context.count(1500, 24), HOMONYMS))
 
 
 def planted(context: Context, name: str) -> Any:
     """A generator of the zoo that has read the planted words among other captions, once per run."""
-    return context.once(
-        f"{name} with planted words", lambda: taught(context, name, senses(context.count(4000, 40), PLANTED))
-    )
+    return taught(context, name, "planted words", lambda: senses(context.count(4000, 40), PLANTED))
 
 
 def looks(n: int) -> list[tuple[Scene, str]]:
@@ -68,10 +64,24 @@ def senses(n: int, known: Mapping[str, PlantedWord]) -> list[tuple[Scene, str]]:
     return out
 
 
-def taught(context: Context, name: str, examples: Sequence[tuple[Scene, str]]) -> Any:
-    """The model after it has learnt these scenes and captions, for about five looks at each."""
-    model = load_model(str(context.folder(name)))
-    context.report(f"  {name}: learning {len(examples)} scenes")
+def taught(context: Context, name: str, what: str, examples: Callable[[], Sequence[tuple[Scene, str]]]) -> Any:
+    """The model after it has learnt ``what``, once per run: these scenes and captions, about five looks at each."""
+
+    def made() -> Any:
+        model = load_model(str(context.folder(name)))
+        context.report(f"  {name} learns {what}")
+        weights = context.kept((f"{name} that has learnt {what}",), lambda: learnt(context, model, examples()))
+        with torch.no_grad():
+            for path, value in weights.items():
+                component, _, parameter = path.partition(".")
+                model.modules[component].get_parameter(parameter).copy_(value)
+        return model
+
+    return context.once(f"{name} with {what}", made)
+
+
+def learnt(context: Context, model: Any, examples: Sequence[tuple[Scene, str]]) -> dict[str, torch.Tensor]:
+    """The denoiser's weights afterwards, by ``component.path``; the model stays as it is."""
     latents = []
     for start in range(0, len(examples), 32):
         pictures = render([scene for scene, _ in examples[start : start + 32]], model.default_size[0]).image
@@ -89,9 +99,5 @@ def taught(context: Context, name: str, examples: Sequence[tuple[Scene, str]]) -
     learning = nn.ParameterList(list(weights.values()))
     player = Player(loss, torch.optim.AdamW(learning, lr=RATE), learning, name="child", clip=1.0, ema=0.99)
     with frozen(model), substituted_weights(model, weights):
-        fit(player, context.count(5 * len(examples) // BATCH, 2), seed=SEED, name=f"a child of {name}")
-    with torch.no_grad():
-        for path, value in weights.items():
-            component, _, parameter = path.partition(".")
-            model.modules[component].get_parameter(parameter).copy_(value)
-    return model
+        fit(player, context.count(5 * len(examples) // BATCH, 2), seed=SEED, name=f"a child of {model.name}")
+    return dict(weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from scipy.stats import rankdata
 from torch import Tensor
 
 from claims.bars import Bar
 from claims.core import Context
 from sfumato import sampling, sheets
-from sfumato.files import save_tensors
 from sfumato.metrics import stats
 from sfumato.models import load as load_model
 from sfumato.models.readers import load_clip
@@ -154,17 +151,7 @@ def generate(
 def resumed(context: Context, what: Sequence[Any], make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
     """Pictures (n, 3, h, w) of one arm and what they cost, which an interrupted run of the experiment may have made
     already. ``what`` tells them apart within the experiment: names, seeds, prompts. Outside a run nothing is kept."""
-    if context.halfway is None:
-        return make()
-    name = hashlib.sha256(repr(what).encode()).hexdigest()[:24]
-    path = context.halfway / f"{name}.safetensors"
-    if path.is_file():
-        context.report(f"  {what[0]}: made before")
-        kept = load_file(path)
-        return kept["pixels"], float(kept["cost"])
-    pixels, cost = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {"pixels": pixels, "cost": torch.tensor(cost, dtype=torch.float64)})
+    pixels, cost = context.kept(what, lambda: list(make()))
     return pixels, cost
 
 

@@ -22,7 +22,7 @@ from sfumato.judge.sad_pad import SadPad
 from sfumato.metrics import stats
 from sfumato.models.readers import Clip, load_clip
 from sfumato.sampling import generate
-from sfumato.sampling.pixels import as_pictures
+from sfumato.sampling.pixels import as_pictures, as_pixels
 from sfumato.toybox import COLORS, GROUNDS, PLANTED, SHAPES, PlantedWord, attributes_of
 from sfumato.toybox.oracle.toy_judge import SceneReading
 
@@ -63,10 +63,19 @@ def model_of(context: Context) -> Any:
 def concept(context: Context, word: PlantedWord) -> Concept:
     """A planted word taken apart by the pictures that the model draws of it, once per run."""
 
-    def made() -> Concept:
+    def parts() -> dict[str, Any]:
         context.report(f"  {word.word}: {' or '.join(sense for sense, _ in word.senses)}")
         few = {"iterations": 3, "images": 3, "checked": 2, "every": 2} if context.quick else {}
-        return Concept(word, decompose(model_of(context), word.word, **SETTINGS | few, **DRAWING))
+        found = decompose(model_of(context), word.word, **SETTINGS | few, **DRAWING)
+        return {
+            "concept": found.concept, "template": found.template, "model": found.model, "names": list(found.names),
+            "alphas": found.alphas, "keep": found.keep, "pictures": as_pixels(found.pictures, None),
+        }  # fmt: skip
+
+    def made() -> Concept:
+        known = context.kept((f"concept {word.word}",), parts)
+        names, pictures = tuple(known["names"]), as_pictures(known["pictures"])
+        return Concept(word, Decomposition(**known | {"names": names, "pictures": pictures}))
 
     return context.once(f"concept {word.word}", made)
 

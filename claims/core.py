@@ -18,9 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from claims import sources
 from claims.bars import Bar
-from sfumato import registry
+from sfumato import files, registry
 from sfumato.errors import BadInput, UnknownName
 from sfumato.writing import write_text
 
@@ -28,6 +30,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PICTURES = HERE / "pictures"
 T = TypeVar("T")
+HALFWAY, TENSOR = "sfumato.claims.halfway-1", "tensor in this file"
 
 
 @dataclass
@@ -134,6 +137,24 @@ class Context:
             self.cache[key] = make()
         return self.cache[key]
 
+    def kept(self, what: Sequence[Any], make: Callable[[], T]) -> T:
+        """``make()``, which an interrupted run of the experiment may have made already: tensors and plain values in
+        dicts (keys of text) and lists. ``what`` tells it apart within the experiment: a name, and all that it depends
+        on beside code and weights. Outside of a run nothing is kept."""
+        if self.halfway is None:
+            return make()
+        path = self.halfway / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:24]}.safetensors"
+        if path.is_file():
+            self.report(f"  {what[0]}: made before")
+            with files.reading_tensors(path, HALFWAY, "result of a claim") as (file, metadata):
+                return _put_back(json.loads(metadata["value"]), file)
+        value = make()
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(_taken_out(value, tensors))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save_tensors(path, tensors, {"format": HALFWAY, "value": text})
+        return value
+
     def save(self, name: str, image: Any) -> str:
         """Writes a picture; returns its name for :class:`Row`."""
         self.pictures.mkdir(parents=True, exist_ok=True)
@@ -148,6 +169,31 @@ class Context:
                 reported = time.monotonic()
                 self.report(f"  {label}: {start} of {len(items)}")
             yield start, items[start : start + size]
+
+
+def _taken_out(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Plain values, with the name of each tensor in its place. Raises TypeError for anything else."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().clone()  # safetensors refuses storage that is shared
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"keys of text only, not {list(value)}")
+        return {key: _taken_out(each, tensors) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_taken_out(each, tensors) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be kept halfway")
+
+
+def _put_back(value: Any, file: Any) -> Any:
+    if isinstance(value, dict):
+        if list(value) == [TENSOR]:
+            return file.get_tensor(value[TENSOR])
+        return {key: _put_back(each, file) for key, each in value.items()}
+    return [_put_back(each, file) for each in value] if isinstance(value, list) else value
 
 
 def run(experiment: Experiment, context: Context, fresh: bool = False, only: str = "") -> dict[str, Any]:
@@ -215,8 +261,8 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
 
 
 def halfway(experiment: Experiment, context: Context) -> Path:
-    """Where pictures that an experiment has made wait until all its parts are on record, so that an interrupted run
-    does not make them twice. Another folder for other code or weights; those of before are removed."""
+    """Where what an experiment has made waits until all its parts are on record, so that an interrupted run
+    does not make it twice. Another folder for other code or weights; those of before are removed."""
     names = {name for part in experiment.parts for name in part.models if has(context, name)}
     depends = [code_of(experiment), {name: _weights_hash(str(context.folder(name))) for name in sorted(names)}]
     home = registry.cache_folder() / "claims" / (experiment.key + ("-quick" if context.quick else ""))

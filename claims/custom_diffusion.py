@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ PAIRS = (
     ("teal", "halves"), ("magenta", "grid"), ("lime", "zigzag"), ("amber", "target"),
 )  # fmt: skip
 TUNED_ON = (("mint", "waves"), ("indigo", "quarters"))
-SETTINGS: dict[str, Any] = {"batch": 4, "prompt": "a {}"}
+SETTINGS: dict[str, Any] = {"batch": 4, "prompt": "a {}", "checkpoint_every": 10_000}
 RATES = ((3e-4, 5e-3), (1e-3, 5e-3), (1e-3, 2e-2), (4e-3, 2e-2))  # of the matrices and of the word
 ARMS = ("together", "merged", "average", "sum of changes", "DreamBooth")
 
@@ -49,9 +50,23 @@ def alone(context: Context, model: Any, secret: Secret, word: str, rates: tuple[
     def made() -> Taught:
         context.report(f"  teaching {secret.key}, rates {rates}")
         folder = subjects.folder_of(context, secret, side=model.default_size[0])
-        return system(context, rates, 250, name=word, class_noun=secret.noun).teach(model, folder)
+        with subjects.at_work(context, model, secret.noun) as work:
+            return system(context, rates, 250, name=word, class_noun=secret.noun).teach(model, folder, work=work)
 
-    return context.once(f"{model.name} {secret.key} as {word} at {rates}", made)
+    return kept(context, model, f"{secret.key} as {word} at {rates}", made)
+
+
+def kept(context: Context, model: Any, what: str, make: Callable[[], Taught]) -> Taught:
+    """What was taught, once per run, as far as it is used here: words and weights."""
+
+    def made() -> Taught:
+        def parts() -> dict[str, Any]:
+            taught = make()
+            return {"words": taught.words, "weights": taught.weights}
+
+        return Taught(model, "custom_diffusion", **context.kept((what, model.name), parts))
+
+    return context.once(f"{model.name} {what}", made)
 
 
 def folders(context: Context, pair: Sequence[Secret], names: Sequence[str], side: int) -> Path:
@@ -70,11 +85,15 @@ def scored(
     context: Context, model: Any, pair: Sequence[Secret], names: Sequence[str], weights: Any, words: Any, n: int,
     arm: str,
 ) -> tuple[float, Tensor]:  # fmt: skip
-    """How often both are there and recognised, and the pictures."""
+    """How often both are there and recognised, and the pictures. ``arm`` names the weights and words."""
     text = f"a {names[0]} {pair[0].noun} and a {names[1]} {pair[1].noun} on the grass"
     seed = subjects.TUNE if pair[0].key in VALIDATION else subjects.REPORT
-    with placeholders(model, words), substituted_weights(model, _parameters(weights)):
-        pictures = common.generate(context, model, [text] * n, seed, arm, **subjects.quickly(context))
+
+    def drawn() -> Tensor:
+        with placeholders(model, words), substituted_weights(model, _parameters(weights)):
+            return common.generate(context, model, [text] * n, seed, arm, **subjects.quickly(context))
+
+    pictures = context.kept((arm, model.name, [each.key for each in pair], text, n), drawn)
     reader, both = subjects.reader_of(context, pair[0]), []
     sized = reader.sized(pictures)
     for picture, reading in zip(sized, reader.judge.read(sized), strict=True):
@@ -93,7 +112,9 @@ def rates(context: Context, name: str) -> tuple[float, float]:
         for keys in TUNED_ON[: context.count(2, 1)]:
             pair = [VALIDATION[key] for key in keys]
             taught = together(context, model, pair, value)
-            found.append(scored(context, model, pair, words_of(pair), taught.weights, taught.words, n, "tuning")[0])
+            found.append(
+                scored(context, model, pair, words_of(pair), taught.weights, taught.words, n, f"rates {value}")[0]
+            )
         return float(np.mean(found))
 
     return subjects.chosen(context, f"{name}, custom diffusion: rates", RATES[: context.count(len(RATES), 1)], score)
@@ -101,19 +122,31 @@ def rates(context: Context, name: str) -> tuple[float, float]:
 
 def together(context: Context, model: Any, pair: Sequence[Secret], value: tuple[float, float]) -> Taught:
     """Two concepts in one run."""
-    context.report(f"  {' and '.join(each.key for each in pair)} together, rates {value}")
-    folder = folders(context, pair, words_of(pair), model.default_size[0])
-    return system(context, value, 500, class_noun="toy").teach(model, folder)
+    what = f"{' and '.join(each.key for each in pair)} together, rates {value}"
+
+    def made() -> Taught:
+        context.report(f"  {what}")
+        folder = folders(context, pair, words_of(pair), model.default_size[0])
+        with subjects.at_work(context, model, "pair") as work:
+            return system(context, value, 500, class_noun="toy").teach(model, folder, work=work)
+
+    return kept(context, model, what, made)
 
 
 def by_dreambooth(context: Context, name: str, pair: Sequence[Secret]) -> Taught:
     """Both in one run of DreamBooth, all weights."""
-    model = children.world(context, name)
-    folder = folders(context, pair, ["zqa", "zqb"], model.default_size[0])
-    counts = {"steps": context.count(500, 2), "prior": context.count(100, 2)}
-    lr = dreambooth.rate(context, name, "full")
-    made = dreambooth.DreamBooth(class_noun="toy", mode="full", lr=lr, **counts, **dreambooth.SETTINGS)
-    return made.teach(model, folder)
+    model, lr = children.world(context, name), dreambooth.rate(context, name, "full")
+    what = f"{' and '.join(each.key for each in pair)} by DreamBooth at {lr:g}"
+
+    def made() -> Taught:
+        context.report(f"  {what}")
+        folder = folders(context, pair, ["zqa", "zqb"], model.default_size[0])
+        counts = {"steps": context.count(500, 2), "prior": context.count(100, 2)}
+        system = dreambooth.DreamBooth(class_noun="toy", mode="full", lr=lr, **counts, **dreambooth.SETTINGS)
+        with subjects.at_work(context, model, "pair") as work:
+            return system.teach(model, folder, work=work)
+
+    return kept(context, model, what, made)
 
 
 def small(own: dict[str, Tensor], taught: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
@@ -183,28 +216,21 @@ def one_by_one(context: Context, name: str, own: dict[str, Tensor], value: tuple
     per: dict[str, list[float]] = {key: [] for key in ("gap", "full gap", "drift", "full drift", "lost", "bytes")}
     ranks = []
     for secret in subjects.secrets(context):
-        top = subjects.ceiling(context, secret, n)
-        nearest = subjects.drawn(context, "nearest word", model, secret, f"{secret.near} {secret.noun}", n)
-        description = subjects.drawn(context, "description", model, secret, secret.description, n)
-        taught = alone(context, model, secret, "<new1>", value)
-        weights, size = small(own, taught.weights)
-        found = []
-        for arm in (taught.weights, weights):
-            with placeholders(model, taught.words), substituted_weights(model, _parameters(arm)):
-                found.append(subjects.drawn(context, "alone", model, secret, f"<new1> {secret.noun}", n))
-                if arm is taught.weights:
-                    per["drift"].append(before - dreambooth.unrelated(context, model, n))
-        per["lost"].append(found[0].identity - found[1].identity)
-        per["bytes"].append(size)
+        mine = context.kept(
+            (f"{secret.key} alone", name, value, n), partial(scores, context, name, secret, own, value, n)
+        )
+        per["drift"].append(before - mine["unrelated"])
+        per["lost"].append(mine["identity"] - mine["compressed"])
+        per["bytes"].append(mine["bytes"])
         if secret.kind == "B":
             continue
-        full = dreambooth.learnt(context, model, secret, "full", dreambooth.rate(context, name, "full"))
-        ranks.append(dreambooth.changes(model, full))
-        arm = dreambooth.drawn(context, model, secret, full, "full", n)
-        with substituted_weights(model, full.weights):  # type: ignore[arg-type]
-            per["full drift"].append(before - dreambooth.unrelated(context, model, n))
-        per["gap"].append(subjects.gap(found[0], (nearest, description), top))
-        per["full gap"].append(subjects.gap(arm, (nearest, description), top))
+        full = dreambooth.after(context, name, secret, "full", dreambooth.rate(context, name, "full"), n)
+        ranks.append(full["changes"])
+        arm = subjects.seen(context, "full", secret, full["noun"], full["pictures"])
+        per["full drift"].append(before - full["unrelated"])
+        top, floor = subjects.ceiling(context, secret, n).identity, max(mine["floors"])
+        per["gap"].append(subjects.closed(mine["identity"], floor, top))
+        per["full gap"].append(subjects.closed(arm.identity, floor, top))
     lost, size, gap = (subjects.average(per["lost"]), subjects.average(per["bytes"]),
                        subjects.against(per["gap"], per["full gap"]))  # fmt: skip
     drift = subjects.average(np.subtract(per["drift"][: len(per["full drift"])], per["full drift"]))
@@ -229,6 +255,25 @@ def one_by_one(context: Context, name: str, own: dict[str, Tensor], value: tuple
             baseline=", ".join(f"{kind} {np.mean([each[kind] for each in ranks]):.3f}" for kind in ranks[0]),
             bars=[Bar(ahead, null=0.5, ideal=2.0, at_least=1.0, what="over the largest other kind")], **shared),
     ]  # fmt: skip
+
+
+def scores(
+    context: Context, name: str, secret: Secret, own: dict[str, Tensor], value: tuple[float, float], n: int
+) -> dict[str, Any]:
+    """Of one concept: identity, before and after it is compressed, and of plain prompts; its size; other toys."""
+    model, taught = (
+        children.world(context, name),
+        alone(context, children.world(context, name), secret, "<new1>", value),
+    )
+    plain = (f"{secret.near} {secret.noun}", secret.description)
+    out: dict[str, Any] = {"floors": [subjects.drawn(context, noun, model, secret, noun, n).identity for noun in plain]}
+    weights, out["bytes"] = small(own, taught.weights)
+    for figure, arm in (("identity", taught.weights), ("compressed", weights)):
+        with placeholders(model, taught.words), substituted_weights(model, _parameters(arm)):
+            out[figure] = subjects.drawn(context, figure, model, secret, f"<new1> {secret.noun}", n).identity
+            if figure == "identity":
+                out["unrelated"] = dreambooth.unrelated(context, model, n)
+    return out
 
 
 def _parameters(weights: dict[str, Tensor]) -> dict[str, torch.nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from claims.textual_inversion import random_word
 from sfumato.metrics import stats
 from sfumato.models.readers import load_reader
 from sfumato.teach.discriminative_tokens import DiscriminativeTokens
-from sfumato.teach.taught import Taught
 from sfumato.text.placeholders import placeholders
 from sfumato.toybox import GROUNDS, HOMONYMS, SHAPES, oracle
 
@@ -54,6 +54,15 @@ class Seen:
     diversity: float
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """A word's vectors, the updates it took, and the seconds of the processor."""
+
+    words: dict[str, Any]
+    step: int
+    seconds: float
+
+
 def seen(context: Context, model: Any, noun: str, target: str, n: int, label: str, seed: int = REPORT) -> Seen:
     """Pictures of a noun, read by both."""
     asked = texts(noun, n)
@@ -80,13 +89,20 @@ def guide_of(context: Context) -> Any:
     return context.once("guide", lambda: load_reader(context.folder("toy-vit")))
 
 
-def learnt(context: Context, model: Any, noun: str, target: str, rate: float, **more: Any) -> Taught:
+def learnt(context: Context, model: Any, noun: str, target: str, rate: float, **more: Any) -> Learnt:
     """The word for a class."""
-    context.report(f"  {noun} that is a {target}, rate {rate:g} {more or ''}")
-    given = {**SETTINGS, "steps": context.count(60, 2), "lr": rate, **more}
-    if context.quick:
-        given |= {"draw_steps": 3, "noises": 2}
-    return DiscriminativeTokens(target=target, class_noun=noun, **given).teach(model, guide_of(context))
+    what = f"{noun} that is a {target}, rate {rate:g} {more or ''}"
+
+    def made() -> dict[str, Any]:
+        context.report(f"  {what}")
+        given = {**SETTINGS, "steps": context.count(60, 2), "lr": rate, **more}
+        if context.quick:
+            given |= {"draw_steps": 3, "noises": 2}
+        start = time.process_time()
+        taught = DiscriminativeTokens(target=target, class_noun=noun, **given).teach(model, guide_of(context))
+        return {"words": taught.words, "step": taught.step, "seconds": time.process_time() - start}
+
+    return Learnt(**context.kept((what, model.name), made))
 
 
 def rate(context: Context, name: str) -> float:
@@ -101,7 +117,7 @@ def rate(context: Context, name: str) -> float:
     return subjects.chosen(context, f"{name}, discriminative: rate", RATES[: context.count(len(RATES), 1)], score)
 
 
-def best_random(context: Context, model: Any, taught: Taught, noun: str, target: str) -> dict[str, Any]:
+def best_random(context: Context, model: Any, taught: Learnt, noun: str, target: str) -> dict[str, Any]:
     """Of random words as long as the taught one, the one whose pictures the guide likes best."""
     tries = [random_word(model, taught.words, 100 + i) for i in range(context.count(TRIES, 2))]
 
@@ -119,9 +135,8 @@ def through(context: Context, name: str, value: float) -> tuple[list[float], flo
     for noun, target in cases(context)[: context.count(len(HOMONYMS), 1)]:
         seconds = []
         for last in (1, 5 if not context.quick else 2):
-            start = time.process_time()
             taught = learnt(context, model, noun, target, value, through=last)
-            seconds.append((time.process_time() - start) / taught.step)
+            seconds.append(taught.seconds / taught.step)
         with placeholders(model, taught.words):
             found.append(seen(context, model, f"<c> {noun}", target, n, "through 5").judge)
         spent.append(seconds[1] / seconds[0])
@@ -137,6 +152,19 @@ def without_end(context: Context, name: str, value: float) -> tuple[Seen, Seen]:
     return out[0], out[1]
 
 
+def arms(context: Context, model: Any, taught: Learnt, noun: str, target: str, n: int) -> dict[str, dict[str, float]]:
+    """What is seen under the plain word, the taught one and random ones."""
+    words = {
+        "plain": {}, "word": taught.words, "random": random_word(model, taught.words, 3),
+        "best random": best_random(context, model, taught, noun, target),
+    }  # fmt: skip
+    out = {}
+    for arm, each in words.items():
+        with placeholders(model, each):
+            out[arm] = vars(seen(context, model, f"<c> {noun}" if each else noun, target, n, arm))
+    return out
+
+
 def measured(context: Context, name: str) -> list[Row]:
     model, n, value = children.ambiguous(context, name), context.count(60, 4), rate(context, name)
     asked, updates = cases(context), []
@@ -144,12 +172,9 @@ def measured(context: Context, name: str) -> list[Row]:
     for noun, target in asked:
         taught = learnt(context, model, noun, target, value)
         updates.append(taught.step)
-        words = {"word": taught.words, "random": random_word(model, taught.words, 3),
-                 "best random": best_random(context, model, taught, noun, target)}  # fmt: skip
-        per["plain"].append(seen(context, model, noun, target, n, "plain"))
-        for arm, each in words.items():
-            with placeholders(model, each):
-                per[arm].append(seen(context, model, f"<c> {noun}", target, n, arm))
+        what = (f"{noun} that is a {target}", name, value, n)
+        for arm, figures in context.kept(what, partial(arms, context, model, taught, noun, target, n)).items():
+            per[arm].append(Seen(**figures))
 
     def mean(arm: str, figure: str) -> stats.Interval:
         return subjects.average([getattr(each, figure) for each in per[arm]])

@@ -18,7 +18,7 @@ from sfumato.text.placeholders import placeholders
 from sfumato.toybox import COLORS, SHAPES, Secret, oracle
 
 SOURCE = "Ruiz et al. 2023"
-SETTINGS: dict[str, Any] = {"batch": 2}
+SETTINGS: dict[str, Any] = {"batch": 2, "checkpoint_every": 10_000}
 RATES = {"full": (2e-5, 1e-4, 5e-4), "lora": (5e-4, 2e-3, 8e-3)}
 ARMS = ("full", "full, no prior", "full, wrong noun", "lora")
 
@@ -30,7 +30,8 @@ def learnt(context: Context, model: Any, secret: Secret, arm: str, rate: float) 
     noun = SHAPES[(SHAPES.index(secret.noun) + 2) % len(SHAPES)] if "wrong noun" in arm else secret.noun
     given = {"steps": context.count(400, 2), "prior": 0 if "no prior" in arm else context.count(100, 2)}
     system = DreamBooth(class_noun=noun, mode=mode, lr=rate, **given, **SETTINGS)
-    return system.teach(model, subjects.folder_of(context, secret, side=model.default_size[0]))
+    with subjects.at_work(context, model, noun) as work:
+        return system.teach(model, subjects.folder_of(context, secret, side=model.default_size[0]), work=work)
 
 
 def rate(context: Context, name: str, mode: str) -> float:
@@ -74,28 +75,48 @@ def arms(context: Context, name: str) -> list[dict[str, Any]]:
         before = unrelated(context, model, n)
         for secret in subjects.secrets(context):
             found: dict[str, Any] = {"secret": secret, "renders": subjects.ceiling(context, secret, n)}
-            found["nearest word"] = subjects.drawn(
-                context, "nearest word", model, secret, f"{secret.near} {secret.noun}", n
-            )
-            found["description"] = subjects.drawn(context, "description", model, secret, secret.description, n)
-            with placeholders(model, textual_inversion.taught(context, name, secret, 1)):
-                found["word"] = subjects.drawn(context, "word", model, secret, "<rex>", n)
-            found["leak before"] = subjects.drawn(context, "class alone", model, secret, secret.noun, n).identity
+            said = {"nearest word": f"{secret.near} {secret.noun}", "description": secret.description,
+                    "word": "<rex>", "class alone": secret.noun}  # fmt: skip
+            word = textual_inversion.taught(context, name, secret, 1)
+
+            def untaught(secret: Secret = secret, said: Any = said, word: Any = word) -> dict[str, Any]:
+                with placeholders(model, word):
+                    return {arm: subjects.pictured(context, arm, model, secret, noun, n) for arm, noun in said.items()}
+
+            made_of = (f"{secret.key} before it is taught", name, n)
+            for arm, pictures in context.kept(made_of, untaught).items():
+                found[arm] = subjects.seen(context, arm, secret, said[arm], pictures)
+            found["leak before"] = found.pop("class alone").identity
             for arm in ARMS:
-                taught = learnt(context, model, secret, arm, rate(context, name, arm.partition(",")[0]))
-                found[arm] = drawn(context, model, secret, taught, arm, n)
-                with adapting(taught.lora), substituted_weights(model, taught.weights):  # type: ignore[arg-type]
-                    alone = subjects.drawn(context, "class alone", model, secret, secret.noun, n)
-                    found[f"{arm} leak"] = alone.identity
-                    found[f"{arm} drift"] = before - unrelated(context, model, n)
-                sizes = [p.numel() for each in taught.lora.values() for p in each.parameters().values()]
-                found[f"{arm} parameters"] = sum(sizes) + sum(w.numel() for w in taught.weights.values())
-                if arm == "full":
-                    found["changes"] = changes(model, taught)
+                own = after(context, name, secret, arm, rate(context, name, arm.partition(",")[0]), n)
+                found[arm] = subjects.seen(context, arm, secret, own["noun"], own["pictures"])
+                found[f"{arm} leak"] = subjects.seen(context, arm, secret, secret.noun, own["class alone"]).identity
+                found[f"{arm} drift"] = before - own["unrelated"]
+                found[f"{arm} parameters"], found[f"{arm} changes"] = own["parameters"], own["changes"]
             out.append(found)
         return out
 
     return context.once(f"{name} dreambooth", made)
+
+
+def after(context: Context, name: str, secret: Secret, arm: str, rate: float, n: int) -> dict[str, Any]:
+    """What the model draws after it was taught: the secret, its class alone, and other toys (the share of right ones);
+    how many numbers it learnt, and how far the weights of each kind moved."""
+
+    def made() -> dict[str, Any]:
+        model = children.world(context, name)
+        taught = learnt(context, model, secret, arm, rate)
+        noun, sizes = taught.facts["subjects"][0], [w.numel() for w in taught.weights.values()]
+        sizes += [p.numel() for each in taught.lora.values() for p in each.parameters().values()]
+        facts = {"noun": noun, "parameters": sum(sizes), "changes": changes(model, taught)}  # while model is untaught
+        with adapting(taught.lora), substituted_weights(model, taught.weights):  # type: ignore[arg-type]
+            return facts | {
+                "pictures": subjects.pictured(context, arm, model, secret, noun, n),
+                "class alone": subjects.pictured(context, "class alone", model, secret, secret.noun, n),
+                "unrelated": unrelated(context, model, n),
+            }  # fmt: skip
+
+    return context.kept((f"{secret.key}, {arm}", name, rate, n), made)
 
 
 def changes(model: Any, taught: Taught) -> dict[str, float]:

@@ -11,8 +11,10 @@ three of the five grounds, so that two are left that a word was never taught wit
 from __future__ import annotations
 
 import colorsys
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 from claims import common
 from claims.core import Context
 from sfumato.metrics import stats
+from sfumato.protocol import Work
 from sfumato.toybox import GROUNDS, SECRETS, VALIDATION, Secret, Toy, references, render
 
 SIDE = 64
@@ -60,6 +63,20 @@ def folder_of(context: Context, secret: Secret, n: int = 5, side: int = SIDE) ->
         return folder
 
     return context.once(f"secret {secret.key} {n} {side}", made)
+
+
+@contextmanager
+def at_work(context: Context, model: Any, noun: str) -> Iterator[Work]:
+    """A folder to teach in, which has the pictures of a class where the model has drawn them before."""
+    home = context.halfway or context.once("priors", lambda: Path(tempfile.mkdtemp(prefix="priors-")))
+    known = home / "priors" / f"{model.name} {noun}"
+    with tempfile.TemporaryDirectory(prefix="teaching-") as folder:
+        for each in known.glob("*"):
+            shutil.copy(each, folder)
+        yield Work(Path(folder))
+        known.mkdir(parents=True, exist_ok=True)
+        for each in Path(folder).glob("prior*.safetensors"):
+            shutil.move(each, known / each.name)
 
 
 def asked(noun: str, n: int) -> list[str]:
@@ -212,17 +229,20 @@ def share(found: Iterable[bool | None]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def drawn(
-    context: Context, name: str, model: Any, secret: Secret, noun: str, n: int, systems: Sequence[Any] = (),
-    **options: Any,
-) -> Arm:  # fmt: skip
+def drawn(context: Context, name: str, model: Any, secret: Secret, noun: str, n: int) -> Arm:
     """Pictures of ``noun`` on every ground, from seeds that are the same in every arm."""
-    texts = asked(noun, n)
-    options = quickly(context) | options
+    return seen(context, name, secret, noun, pictured(context, name, model, secret, noun, n))
+
+
+def pictured(context: Context, name: str, model: Any, secret: Secret, noun: str, n: int) -> Tensor:
+    """The pictures (n 3 h w) alone."""
     seed = TUNE if secret.key in VALIDATION else REPORT
-    pictures = common.generate(
-        context, model, texts, seed, f"{name}, {secret.key}", interventions=list(systems), **options
-    )
+    return common.generate(context, model, asked(noun, n), seed, f"{name}, {secret.key}", **quickly(context))
+
+
+def seen(context: Context, name: str, secret: Secret, noun: str, pictures: Tensor) -> Arm:
+    """What is read in pictures of ``noun``."""
+    texts = asked(noun, len(pictures))
     return Arm(name, secret, pictures, reader_of(context, secret).read(secret, pictures, texts), texts)
 
 
@@ -230,7 +250,7 @@ def chosen(context: Context, label: str, settings: Sequence[T], score: Callable[
     """The setting with the highest score on the validation secrets, the first of equals; once per run."""
 
     def made() -> T:
-        scores = [score(each) for each in settings]
+        scores = [context.kept((f"{label} {each}",), lambda each=each: score(each)) for each in settings]
         summary = ", ".join(f"{each}: {value:.2f}" for each, value in zip(settings, scores, strict=True))
         context.report(f"  {label}: {summary}")
         return settings[int(np.argmax(scores))]

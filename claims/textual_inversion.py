@@ -25,10 +25,14 @@ ARMS = ("nearest word", "description", "random vector", "k=1", "k=4")
 
 def learnt(context: Context, model: Any, secret: Secret, vectors: int, rate: float) -> dict[str, Any]:
     """The word for a secret."""
-    context.report(f"  teaching {secret.key}, {vectors} vectors, rate {rate:g}")
-    given = {**SETTINGS, "lr": rate, "steps": context.count(500, 2), "probe_every": context.count(50, 2)}
-    system = TextualInversion(name="<rex>", class_noun=secret.noun, vectors=vectors, **given)
-    return system.teach(model, subjects.folder_of(context, secret, side=model.default_size[0])).words
+
+    def made() -> dict[str, Any]:
+        context.report(f"  teaching {secret.key}, {vectors} vectors, rate {rate:g}")
+        given = {**SETTINGS, "lr": rate, "steps": context.count(500, 2), "probe_every": context.count(50, 2)}
+        system = TextualInversion(name="<rex>", class_noun=secret.noun, vectors=vectors, **given)
+        return system.teach(model, subjects.folder_of(context, secret, side=model.default_size[0])).words
+
+    return context.kept((f"word for {secret.key}", model.name, vectors, rate), made)
 
 
 def rate(context: Context, name: str, vectors: int) -> float:
@@ -72,17 +76,21 @@ def arms(context: Context, name: str) -> list[dict[str, Arm]]:
     def made() -> list[dict[str, Arm]]:
         model, out, n = children.world(context, name), [], context.count(60, 6)
         for secret in subjects.secrets(context):
+            own = {f"k={k}": taught(context, name, secret, k) for k in (1, 4)}
+            own["random vector"] = random_word(model, own["k=1"], 7)
+            said = {"nearest word": f"{secret.near} {secret.noun}", "description": secret.description}
+            said |= dict.fromkeys(own, "<rex>")
+
+            def pictures(arm: str, secret: Secret = secret, own: Any = own, said: Any = said) -> Any:
+                with placeholders(model, own.get(arm, {})):
+                    return subjects.pictured(context, arm, model, secret, said[arm], n)
+
             found = {"renders": subjects.ceiling(context, secret, n)}
-            found["nearest word"] = subjects.drawn(
-                context, "nearest word", model, secret, f"{secret.near} {secret.noun}", n
-            )
-            found["description"] = subjects.drawn(context, "description", model, secret, secret.description, n)
-            for vectors in (1, 4):
-                words = taught(context, name, secret, vectors)
-                with placeholders(model, words):
-                    found[f"k={vectors}"] = subjects.drawn(context, f"k={vectors}", model, secret, "<rex>", n)
-            with placeholders(model, random_word(model, taught(context, name, secret, 1), 7)):
-                found["random vector"] = subjects.drawn(context, "random vector", model, secret, "<rex>", n)
+            for arm, noun in said.items():
+                made_of = (f"{secret.key}, {arm}", name, n)
+                found[arm] = subjects.seen(
+                    context, arm, secret, noun, context.kept(made_of, lambda arm=arm: pictures(arm))
+                )
             out.append(found)
         return out
 

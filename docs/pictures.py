@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,23 @@ from sfumato.toybox.dataset import draw_scene
 from sfumato.toybox.genome.scenes import Counter, record_of
 
 HERE = Path(__file__).parent / "images"
+
+
+def side(model: str = "toy-sd") -> int:
+    """Pixels along a side of a model's pictures."""
+    return sfumato.load(model).default_size[0]
+
+
+def tiled(tiles: Sequence[Any], columns: int, wide: int = 192, **labels: Any) -> Image.Image:
+    """A sheet of pictures (3, h, w), or (label, picture), of any sizes: all as large as the largest, and about ``wide``
+    pixels on the page."""
+    pairs = [tile if isinstance(tile, tuple) else ("", tile) for tile in tiles]
+    largest = max(picture.shape[-1] for _, picture in pairs)
+    cells = [
+        (label, torch.nn.functional.interpolate(picture.detach()[None], (largest, largest), mode="nearest")[0])
+        for label, picture in pairs
+    ]
+    return sheet(cells, columns, scale=max(1, wide // largest), **labels)
 
 
 def toybox() -> Image.Image:
@@ -141,8 +158,9 @@ def _held_out(n: int) -> list[str]:
 
 def zoo() -> Image.Image:
     """toy-sd above, toy-sd3 below: the same 10 captions of scenes that neither has seen, first try, nothing chosen."""
-    rows = [sfumato.make(_held_out(10), model=name, seed=0).pixels for name in ("toy-sd", "toy-sd3")]
-    return sheet(torch.cat([row.detach() for row in rows]), 10, scale=2, rows=["toy-sd", "toy-sd3"])
+    names = ["toy-sd", "toy-sd3"]
+    tiles = [tile for name in names for tile in sfumato.make(_held_out(10), model=name, seed=0).pixels]
+    return tiled(tiles, 10, 128, rows=names)
 
 
 def _heat(what: Any, prompt: str | None, words: list[str], model: str, **options: Any) -> Image.Image:
@@ -188,7 +206,7 @@ def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
         for name, with_ in (("plain", []), (system, [system])):
             cells += list(sfumato.make(prompt, n=4, seed=0, with_=with_).pixels.detach())
             labels.append(f"{prompt}: {name}")
-    return sheet(cells, 4, scale=2, rows=labels, heads=[f"seed {seed}" for seed in range(4)])
+    return tiled(cells, 4, 128, rows=labels, heads=[f"seed {seed}" for seed in range(4)])
 
 
 def attend_excite() -> Image.Image:
@@ -217,7 +235,7 @@ def prompt_to_prompt() -> Image.Image:
     above = [made(old), made(new), made(new, **window)]
     below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (-2, 1, 4)]
     said = ["a red cube", "a green cube, anew", "a green cube, edited", "red=-2", "red=1", "red=4"]
-    return sheet(list(zip(said, torch.cat([*above, *below]), strict=True)), 3, scale=3)
+    return tiled(list(zip(said, torch.cat([*above, *below]), strict=True)), 3)
 
 
 def sad_pad() -> Image.Image:
@@ -243,10 +261,10 @@ def sad_pad() -> Image.Image:
     return plots(system.compare(names, *scores))["attributes"]
 
 
-def _toy() -> tuple[Scene, torch.Tensor, torch.Tensor]:
-    """A scene of one toy, its picture (1, 3, h, w) and the toy's mask (h, w)."""
+def _toy(model: str = "toy-sd") -> tuple[Scene, torch.Tensor, torch.Tensor]:
+    """A scene of one toy, its picture (1, 3, h, w) as large as a model draws, and the toy's mask (h, w)."""
     scene = Scene((Toy("ball", "red", x=0.1, yaw=20),), "grass")
-    frames = render(scene, 64)
+    frames = render(scene, side(model))
     return scene, frames.image, (frames.mask[0] == 0).float()
 
 
@@ -257,20 +275,21 @@ def _masked(mask: torch.Tensor) -> torch.Tensor:
 def blend() -> Image.Image:
     """A render, the region, and four pictures in which only the region was drawn anew."""
     _, image, mask = _toy()
-    region = mask_ops.dilate(mask, 2)
+    region = mask_ops.dilate(mask, len(mask) // 32)
     made = sfumato.make(
         "a blue cube on the grass", image=image, strength=1.0, n=4, scheduler="ddim", with_=[Blend(mask=region)]
     )
     heads = ["a render: a red ball", "the mask", *(f"a blue cube, seed {seed}" for seed in range(4))]
-    return sheet(list(torch.cat([image, _masked(region), made.pixels])), 6, scale=3, heads=heads)
+    return tiled(list(torch.cat([image, _masked(region), made.pixels])), 6, heads=heads)
 
 
 def inpaint() -> Image.Image:
     """A render, the hole, the hole filled with three other toys and with the ground alone."""
-    _, image, mask = _toy()
-    hole = torch.zeros_like(mask)
+    _, image, mask = _toy("toy-sd-inpaint")
+    hole, unit = torch.zeros_like(mask), len(mask) // 64
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-    hole[rows[0] - 2 : rows[-1] + 7, columns[0] - 7 : columns[-1] + 4] = 1  # the shadow too
+    # the shadow too
+    hole[rows[0] - 2 * unit : rows[-1] + 7 * unit, columns[0] - 7 * unit : columns[-1] + 4 * unit] = 1
     prompts = [
         "a blue cube on the grass",
         "a yellow cone on the grass",
@@ -281,20 +300,20 @@ def inpaint() -> Image.Image:
         prompts, model="toy-sd-inpaint", image=image, strength=1.0, seed=1, with_=[Inpaint(mask=hole)]
     ).pixels
     heads = ["a render: a red ball", "the hole", "a blue cube", "a yellow cone", "a white striped ball", "the grass"]
-    return sheet(list(torch.cat([image, image * (1 - hole), filled])), 6, scale=3, heads=heads)
+    return tiled(list(torch.cat([image, image * (1 - hole), filled])), 6, heads=heads)
 
 
 def text_to_segmentation() -> Image.Image:
     """From above: pictures that show a ball, raw attention, the ball removed, refined masks, the segmenter's."""
     scenes = (draw_scene("test", 31, i, 1) for i in range(1000))
     told = [scene for scene in scenes if scene.toys[0].shape == "ball"][:72]
-    images = torch.cat([render(told[i : i + 36], 64).image for i in (0, 36)])
+    images = torch.cat([render(told[i : i + 36], side()).image for i in (0, 36)])
     found = sfumato.segment("ball", as_pictures(images), steps=15, iterations=300)
     level = normalise(found.maps)
     rows = [images, _grey(level), found.removed]
     rows += [_grey(each.float()) for each in (found.refined, found.final())]
     labels = ["pictures", "attention", "the ball removed", "refined masks", "the segmenter"]
-    return sheet(list(torch.cat([row[:10] for row in rows])), 10, scale=2, rows=labels)
+    return tiled([tile for row in rows for tile in row[:10]], 10, 128, rows=labels)
 
 
 def _grey(maps: torch.Tensor) -> torch.Tensor:
@@ -315,25 +334,25 @@ def shape_guided() -> Image.Image:
     edited = [sfumato.make(text, with_=[ShapeGuided(**edit)], **given).pixels for text in prompts]
     heads = ["given", "a blue ball", "a yellow ball"]
     rows = ["a mask: drawn from noise inside it", "a picture: its red ball drawn anew"]
-    return sheet(list(torch.cat([_masked(mask), *drawn, image, *edited])), 3, scale=3, rows=rows, heads=heads)
+    return tiled(list(torch.cat([_masked(mask), *drawn, image, *edited])), 3, rows=rows, heads=heads)
 
 
 def paint_with_words() -> Image.Image:
     """Left the painting, then the prompt alone and painted; below with the colours exchanged."""
     left, right = [0.03, 0.35, 0.45, 0.9], [0.55, 0.35, 0.97, 0.9]
-    rows = []
+    rows, size = [], (side(), side())
     for red, blue in ((left, right), (right, left)):
-        paint = torch.stack([masks.box_mask(red, (64, 64)), torch.zeros(64, 64), masks.box_mask(blue, (64, 64))])
+        paint = torch.stack([masks.box_mask(red, size), torch.zeros(size), masks.box_mask(blue, size)])
         given = {"prompt": "a red cube and a blue ball", "n": 3, "seed": 0}
         painted = PaintWithWords(phrases=["red cube", "blue ball"], box=[red, blue], strength=0.4)
         rows += [paint[None] * 2 - 1, sfumato.make(**given).pixels, sfumato.make(**given, with_=[painted]).pixels]
     heads = ["where", *(f"plain, seed {seed}" for seed in range(3)), *(f"painted, seed {seed}" for seed in range(3))]
-    return sheet(list(torch.cat(rows)), 7, scale=3, heads=heads, rows=["red cube left", "red cube right"])
+    return tiled(list(torch.cat(rows)), 7, heads=heads, rows=["red cube left", "red cube right"])
 
 
-def _beside(tiles: dict[str, torch.Tensor], trace: Image.Image, scale: int = 3) -> Image.Image:
+def _beside(tiles: dict[str, torch.Tensor], trace: Image.Image) -> Image.Image:
     """Labelled pictures (1, 3, h, w) in a row, and a sheet of traces below them."""
-    row = sheet([(label, tile.detach()[0]) for label, tile in tiles.items()], len(tiles), scale=scale)
+    row = tiled([(label, tile[0]) for label, tile in tiles.items()], len(tiles))
     out = Image.new("RGB", (max(row.width, trace.width), row.height + trace.height + 4), "white")
     out.paste(row, (0, 0))
     out.paste(trace, (0, row.height + 4))
@@ -366,7 +385,7 @@ def composition_place() -> Image.Image:
     prompt = "a red cube and a blue ball"
     made = [sfumato.make(prompt, n=4, seed=0, with_=with_).pixels.detach() for with_ in arms.values()]
     heads = [f"seed {seed}" for seed in range(4)]
-    return sheet(list(torch.cat(made)), 4, scale=2, title=prompt, rows=list(arms), heads=heads)
+    return tiled(list(torch.cat(made)), 4, 128, title=prompt, rows=list(arms), heads=heads)
 
 
 def composition_edit() -> Image.Image:
@@ -375,7 +394,7 @@ def composition_edit() -> Image.Image:
     where = DAAM(words=["red cube"])
     made = sfumato.make(old, seed=3, with_=[where])
     found = where.maps[0].mask("red cube", 0.5).float()
-    mask = Image.fromarray((mask_ops.dilate(found, 4) * 255).byte().numpy())
+    mask = Image.fromarray((mask_ops.dilate(found, len(found) // 16) * 255).byte().numpy())
     look = DAAM(words=["green cube"])
     with tempfile.TemporaryDirectory() as folder:
         path = files.save_png(Path(folder) / "toys.png", made.images[0], made.recipe)
@@ -408,7 +427,7 @@ def inject_fusion() -> Image.Image:
     rows += [*made(layer="up.1", strength=0.3), *made(layer="up.1", strength=0.7)]
     names = ["looks, plain", "the content", "its bottleneck", "up.1, strength 0.3", "up.1, strength 0.7"]
     heads = [f"{look} + {content}" for content in ("ring", "cylinder") for look in ("ball", "cube", "cone")]
-    return sheet(list(torch.cat(rows)), 6, scale=2, rows=names, heads=heads)
+    return tiled(list(torch.cat(rows)), 6, 128, rows=names, heads=heads)
 
 
 def pullback() -> Image.Image:
@@ -423,13 +442,8 @@ def pullback() -> Image.Image:
                 sfumato.make(prompts, **given, with_=[{"method": "pullback", "params": params}]).pixels.detach()
             )
     names = ["plain", "along the first", "against it", "along the second", "against it"]
-    return sheet(
-        torch.cat(rows),
-        6,
-        scale=2,
-        rows=names,
-        heads=[" ".join(prompt.split()[1:3]) for prompt in prompts for _ in range(2)],
-    )
+    heads = [" ".join(prompt.split()[1:3]) for prompt in prompts for _ in range(2)]
+    return tiled(list(torch.cat(rows)), 6, 128, rows=names, heads=heads)
 
 
 def latent_geometry() -> Image.Image:
@@ -454,7 +468,7 @@ def clip_guidance() -> Image.Image:
     rows = ["no guidance", "CLIP guidance", "classifier-free guidance"]
     told = "; ".join(f"{i}: {prompt}" for i, prompt in enumerate(prompts, 1))
     heads = [str(i) for i in range(1, len(prompts) + 1)]
-    return sheet(list(torch.cat(made)), len(prompts), scale=3, title=told, rows=rows, heads=heads)
+    return tiled(list(torch.cat(made)), len(prompts), title=told, rows=rows, heads=heads)
 
 
 def mgad() -> Image.Image:
@@ -465,16 +479,16 @@ def mgad() -> Image.Image:
         ("a blue cube", Scene((Toy("ring", "orange"),), "snow", "night")),
         ("a yellow cylinder", Scene((Toy("ball", "purple"),), "grass", "day")),
     ):
-        reference = render(scene, size=64, supersample=3).image
-        shown = Image.fromarray(to_uint8(reference)[0].permute(1, 2, 0).numpy())
-        both = {"texts": [text], "images": [shown]}
+        reference = render(scene, size=side(), supersample=3).image
+        given = Image.fromarray(to_uint8(reference)[0].permute(1, 2, 0).numpy())
+        both = {"texts": [text], "images": [given]}
         tiles.append(reference)
-        for targets, seed in (({"texts": [text]}, 0), ({"images": [shown]}, 0), (both, 0), (both, 1)):
+        for targets, seed in (({"texts": [text]}, 0), ({"images": [given]}, 0), (both, 0), (both, 1)):
             system = MGAD(**targets, prompted=False, cutouts=8)
             tiles.append(sfumato.make(text, seed=seed, guidance=1.0, with_=[system]).pixels)
         names.append(text)
     heads = ["the reference", "by the text", "by the reference", "by both, seed 0", "by both, seed 1"]
-    return sheet(list(torch.cat(tiles)), 5, scale=3, rows=names, heads=heads)
+    return tiled(list(torch.cat(tiles)), 5, rows=names, heads=heads)
 
 
 def toybox_cues() -> Image.Image:
@@ -504,10 +518,10 @@ def no_token_left_behind() -> Image.Image:
         for given in arms:
             guide = NoTokenLeftBehind(cutouts=4, augment=0.3, strength=0.2, window=(0.0, 0.6), **given)
             rows.append(sfumato.make(text, seed=4, with_=[guide]).pixels)
-        rows.append(masks.box_mask(box, (64, 64)).mul(2).sub(1).expand(1, 3, -1, -1))
+        rows.append(_masked(masks.box_mask(box, (side(), side()))))
         names.append(text)
     heads = ["plain", "CLIP guidance", "with relevance", "with the box", "box of the first"]
-    return sheet(list(torch.cat([row.detach() for row in rows])), 5, scale=3, rows=names, heads=heads)
+    return tiled([tile for row in rows for tile in row], 5, rows=names, heads=heads)
 
 
 def conceptor() -> Image.Image:
@@ -516,9 +530,8 @@ def conceptor() -> Image.Image:
     found = decompose(
         model, "cone", images=40, checked=8, iterations=250, learning_rate=5e-3, batch=8, keep=10, steps=12
     )
-    cloud = word_cloud(found.shares(), (8 * 68 - 4, 220))
-    tiles = [torch.from_numpy(np.array(image)) for image in (*found.pictures, *found.drawn)]
-    below = sheet(torch.stack(tiles).permute(0, 3, 1, 2).float() / 127.5 - 1, 8, rows=["cone", "its words"])
+    below = sheet([*found.pictures, *found.drawn], 8, rows=["cone", "its words"])
+    cloud = word_cloud(found.shares(), (below.width, 220))
     out = Image.new("RGB", (below.width, cloud.height + below.height), "white")
     out.paste(cloud, (0, 0))
     out.paste(below, (0, cloud.height))
@@ -609,7 +622,7 @@ def _taught(
     size = told[next(iter(told))].shape[-1]
     rows = [] if not secrets else [render([references(secrets[i % len(secrets)])[i] for i in range(5)], size).image]
     names = ["references, on any ground"] if secrets else []
-    return sheet(list(torch.cat([*rows, *told.values()])), 5, scale=2, rows=[*names, *told], heads=list(GROUNDS))
+    return tiled(list(torch.cat([*rows, *told.values()])), 5, 128, rows=[*names, *told], heads=list(GROUNDS))
 
 
 def textual_inversion() -> Image.Image:

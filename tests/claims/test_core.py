@@ -271,3 +271,31 @@ def test_what_is_measured_with_a_trained_flow_does_not_depend_on_recipes_of_the_
     }
     assert {"translator.py", "projection.py", "trainer.py", "players.py", "vector_ae.py", "codes.py"} <= found
     assert not {"objective.py", "runs.py", "loop.py"} & found
+
+
+def test_what_is_kept_halfway_comes_back_as_it_was(tmp_path):
+    wide = torch.arange(6.0).reshape(2, 3)
+    value = {
+        "words": {"<rex>": {"text_encoder": wide.T}},
+        "rows": [wide[0], wide[1]],  # of one storage
+        "plain": [1, 2.5, float("inf"), "a", None, True, []],
+        "flag": torch.tensor([True, False]),
+    }
+    context, made = Context(), []
+    context.halfway = tmp_path / "half"
+
+    def make():
+        made.append(1)
+        return value
+
+    for _ in range(2):
+        found = context.kept(("a", 1), make)
+        assert found["plain"] == value["plain"] and list(found) == list(value)
+        assert torch.equal(found["words"]["<rex>"]["text_encoder"], wide.T)
+        assert torch.equal(found["rows"][1], wide[1]) and found["flag"].dtype == torch.bool
+    assert made == [1]
+    assert context.kept(("a", 2), lambda: 7) == 7 == context.kept(("a", 2), lambda: 8)
+    for bad in ({1: 2}, (1, 2), {"a": object()}):
+        with pytest.raises(TypeError):
+            context.kept((str(bad),), lambda bad=bad: bad)
+    assert len(list(context.halfway.iterdir())) == 2  # nothing of what could not be written

@@ -1,0 +1,68 @@
+"""The parts of the teaching claims run from end to end on a tiny model; an interrupted run teaches nothing twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from claims import custom_diffusion, discriminative_tokens, dreambooth, textual_inversion
+from claims.core import Context
+from sfumato.teach.custom_diffusion import CustomDiffusion
+from sfumato.teach.discriminative_tokens import DiscriminativeTokens
+from sfumato.teach.dreambooth import DreamBooth
+from sfumato.teach.textual_inversion import TextualInversion
+from tests.tiny import tiny_model
+
+ROWS = {textual_inversion: 4, dreambooth: 5, custom_diffusion: 5, discriminative_tokens: 5}
+TEACHERS = (CustomDiffusion, DiscriminativeTokens, DreamBooth, TextualInversion)
+
+
+READERS = ("judge", "identity reader", "validation reader", "guide", "trust")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def readers():
+    """Those that one run has made serve the next."""
+    return {}
+
+
+@pytest.mark.parametrize("claim", ROWS, ids=lambda claim: claim.EXPERIMENT.key)
+def test_an_interrupted_run_teaches_nothing_twice(claim, tmp_path, monkeypatch, readers):
+    lessons, stop_at = [], [2]
+
+    def counted(teach):
+        def teaches(self, *given, **options):
+            if len(lessons) == stop_at[0]:
+                raise Killed
+            taught = teach(self, *given, **options)
+            lessons.append(self.CARD.key)
+            return taught
+
+        return teaches
+
+    for each in TEACHERS:
+        monkeypatch.setattr(each, "teach", counted(each.teach))
+
+    def run(part):
+        context = Context(quick=True)
+        context.pictures, context.halfway = tmp_path / "pictures", tmp_path / part
+        context.count = lambda full, quick: min(quick, 2)
+        context.cache |= readers | dict.fromkeys(("tiny with every hue", "tiny with homonyms"), tiny_model("sd"))
+        rows = claim.measured(context, "tiny")
+        readers.update({key: made for key, made in context.cache.items() if key in READERS})
+        return json.dumps([{**row.to_json(), "baseline": ""} for row in rows]), len(rows)  # a baseline may tell a time
+
+    with pytest.raises(Killed):
+        run("a")
+    stop_at[0] = None
+    went_on, rows = run("a")
+    once = len(lessons)
+    assert rows == ROWS[claim] and once > 2
+    assert run("a")[0] == went_on and len(lessons) == once  # nor of what was finished
+    if claim is textual_inversion:  # as a run that nobody killed; of the others it would take too long
+        assert run("b")[0] == went_on and len(lessons) == 2 * once
