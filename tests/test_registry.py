@@ -143,6 +143,21 @@ def test_shared_parts_are_taken_from_their_owner_and_exported_whole(weights: Pat
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_what_was_shared_before_stays_so(weights: Path) -> None:
+    second = weights / "second"
+    registry.share(second)
+    registry.share(second, "first")
+    assert registry.share(second, "first", "codec") == {}
+    shared = json.loads((second / "sfumato.json").read_text())["shared"]
+    assert {name: entry["folder"] for name, entry in shared.items()} == {
+        "text_encoder_2": "second/text_encoder", "vae": "first/vae",
+    }  # fmt: skip
+    shutil.copytree(weights / "first" / "vae", second / "vae")  # of its own again, with another content
+    (second / "vae" / "weights").write_text("own")
+    assert registry.share(second, "first") == {} and registry.part(second, "vae") == second / "vae"
+    assert list(json.loads((second / "sfumato.json").read_text())["shared"]) == ["text_encoder_2"]
+
+
 def test_a_part_that_is_a_model_by_itself_is_shared_and_so_is_what_a_base_shares(weights: Path, tmp_path: Path) -> None:
     assert registry.share(weights / "first", "codec") == {"vae": "codec"}
     assert registry.share(weights / "second", "first")["vae"] == "codec"  # its owner, not who shares it

@@ -119,8 +119,8 @@ def part_hash(folder: Path) -> str:
 
 def share(model: Path, *bases: str) -> dict[str, str]:
     """Removes from the model in folder ``model`` the components that equal one of the built-in models ``bases`` or an
-    earlier one of its own, and notes in its card whose they are; returns these: component -> ``model/component``, or
-    ``model`` for one that is a component itself.
+    earlier one of its own, and notes in its card whose they are, beside those of before. Returns these: component ->
+    ``model/component``, or ``model`` for one that is a component itself.
 
     Raises:
         UnknownName: no such base. BadWeights: see :func:`part`.
@@ -135,16 +135,17 @@ def share(model: Path, *bases: str) -> dict[str, str]:
             at = part(home, name)
             owners.setdefault(part_hash(at), at.relative_to(folder()).as_posix())
     facts = valid.loads((model / CARD).read_text(encoding="utf-8"))
-    shared = {}
+    new = {}
     for name in _folders(model):
         known = part_hash(model / name)
         owner = owners.setdefault(known, f"{model.name}/{name}")
         if owner != f"{model.name}/{name}":
-            shared[name] = {"folder": owner, "hash": known}
-    (model / CARD).write_text(json.dumps({**facts, "shared": shared}, indent=1) + "\n", encoding="utf-8")
-    for name in shared:
+            new[name] = {"folder": owner, "hash": known}
+    before = {name: entry for name, entry in _shared(model).items() if not (model / name).is_dir()}
+    (model / CARD).write_text(json.dumps({**facts, "shared": before | new}, indent=1) + "\n", encoding="utf-8")
+    for name in new:
         shutil.rmtree(model / name)
-    return {name: entry["folder"] for name, entry in shared.items()}
+    return {name: entry["folder"] for name, entry in new.items()}
 
 
 def export(name: str, target: Path) -> Path:

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sfumato import registry
 from sfumato.errors import BadInput, BadWeights, NotSupported, UnknownName
 from sfumato.models.readers import load_clip
+from sfumato.models.readers.clip import NOISED, PLAIN, clip_for
 from sfumato.models.readers.noised import PLANES, codec_hash, noise_level, noised_input
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_model, tiny_pipeline
 
 
 def test_flow_and_diffusion_look_the_same_at_the_same_ratio():
@@ -72,3 +74,16 @@ def test_a_picture_of_another_size_is_seen_like_its_own():
     smooth = F.interpolate(torch.rand(1, 3, 4, 4) * 2 - 1, (128, 128), mode="bicubic").clamp(-1, 1)
     small = F.interpolate(smooth, (64, 64), mode="bicubic", antialias=True)
     assert F.cosine_similarity(clip.pictures(smooth), clip.pictures(small)) > 0.999
+
+
+def test_a_model_with_any_built_in_autoencoder_is_guided_by_a_built_in_clip():
+    from diffusers import AutoencoderKL
+
+    for name in ("toy-vae", "toy-vae-128"):
+        model = tiny_model("sd", fresh=True)
+        model.pipe.vae = AutoencoderKL.from_pretrained(registry.find(name))
+        reads = load_clip(NOISED).fits(model)
+        assert clip_for(model, None, "x").name == (NOISED if reads else PLAIN)
+        assert clip_for(model, None, "x", noised=False).name == PLAIN
+    with pytest.raises(NotSupported, match="clip=FOLDER"):
+        clip_for(tiny_model("sd"), None, "x")

@@ -221,7 +221,17 @@ def clip_for(model: Model, name: str | None, method: str, noised: bool = True) -
 
 
 def _built_in(model: Model, noised: bool) -> str | None:
-    """The built-in CLIP for a model that draws toys: one whose text encoder or autoencoder is the toybox's own."""
-    if registry.find(NOISED) is not None and load_clip(NOISED, device=model.device).fits(model):
-        return NOISED if noised else PLAIN
-    return None
+    """The built-in CLIP for a model that draws toys, that is, whose autoencoder is a built-in one."""
+    own = codec_hash(model.pipe.vae)
+    if noised and registry.find(NOISED) is not None and load_clip(NOISED, device=model.device).codec == own:
+        return NOISED
+    return PLAIN if own in _toy_codecs() else None
+
+
+@once(1)
+def _toy_codecs() -> list[str]:
+    """Hashes of the built-in autoencoders of pictures."""
+    from diffusers import AutoencoderKL
+
+    folders = [registry.find(name) for name in registry.names() if registry.card(name).get("objective") == "vae"]
+    return [codec_hash(AutoencoderKL.from_pretrained(folder)) for folder in folders if folder is not None]
