@@ -11,6 +11,7 @@ from sfumato import registry
 from sfumato.errors import BadInput, NotFinite, NotSupported, UnknownName
 from sfumato.models import load
 from sfumato.models.quiet import quiet
+from sfumato.models.readers import load_clip
 from sfumato.sampling import generate
 from sfumato.steer.clip_guidance import ClipGuidance
 from tests.helpers import fingerprint
@@ -113,6 +114,8 @@ def test_every_prompt_pulls_its_own_picture():
 )
 def test_the_noise_aware_clip_guides_both_toy_models(name, dtype):
     model = load(name).to(dtype=dtype)
+    if not load_clip("toy-clip-noisy").fits(model):
+        pytest.skip(f"{name} has another autoencoder than the noise-aware CLIP was trained for")
     steps = 4 if dtype == torch.float32 else 3  # some processors are slow in bfloat16
     weak, strong = ClipGuidance(strength=1e-6), ClipGuidance(strength=2)
     for system in (weak, strong):
