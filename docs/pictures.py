@@ -172,7 +172,7 @@ def daam_existing() -> Image.Image:
     """A render, which no model made, and where the words of its caption are in it."""
     scene = Scene((Toy("ball", "red", "striped", x=-0.8), Toy("cube", "green", size="small", x=0.8)), "sand", "day")
     words = ["red striped ball", "green cube", "sand", "day"]
-    return _heat(render(scene).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
+    return _heat(render(scene, side()).pil(), caption(scene, style="full").text, words, "toy-sd", seed=0)
 
 
 def concept_attention() -> Image.Image:
@@ -223,9 +223,12 @@ def structured_guidance() -> Image.Image:
     )
 
 
+OLD = "a plain red cube and a plain blue ball on the grass by day"
+
+
 def prompt_to_prompt() -> Image.Image:
     """Above: a picture, another prompt from the same seed, and the edit. Below: one word turned down and up."""
-    old, new = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
+    old, new = OLD, OLD.replace("red", "green")
 
     def made(prompt: str, **params: Any) -> torch.Tensor:
         with_ = [{"method": "prompt_to_prompt", "params": {"source": old, **params}}] if params else []
@@ -233,9 +236,9 @@ def prompt_to_prompt() -> Image.Image:
 
     window = {"cross_replace": [0.8], "self_replace": [0.4]}
     above = [made(old), made(new), made(new, **window)]
-    below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (-2, 1, 4)]
-    said = ["a red cube", "a green cube, anew", "a green cube, edited", "red=-2", "red=1", "red=4"]
-    return tiled(list(zip(said, torch.cat([*above, *below]), strict=True)), 3)
+    below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (0, 1, 2)]
+    said = ["a red cube", "a green cube, anew", "a green cube, edited", "red=0", "red=1", "red=2"]
+    return tiled(list(zip(said, torch.cat([*above, *below]), strict=True)), 3, 256)
 
 
 def sad_pad() -> Image.Image:
@@ -326,7 +329,7 @@ def shape_guided() -> Image.Image:
     _, image, mask = _toy()
     prompts = [f"a {color} ball on the grass" for color in ("blue", "yellow")]
     drawn = [
-        sfumato.make(text, seed=1, guidance=4.5, with_=[ShapeGuided(words=["ball"], mask=mask)]).pixels
+        sfumato.make(text, seed=3, guidance=4.5, with_=[ShapeGuided(words=["ball"], mask=mask, boost=1.0)]).pixels
         for text in prompts
     ]
     edit = {"source": ["a red ball"], "words": ["ball"], "mask": mask}
@@ -344,7 +347,7 @@ def paint_with_words() -> Image.Image:
     for red, blue in ((left, right), (right, left)):
         paint = torch.stack([masks.box_mask(red, size), torch.zeros(size), masks.box_mask(blue, size)])
         given = {"prompt": "a red cube and a blue ball", "n": 3, "seed": 0}
-        painted = PaintWithWords(phrases=["red cube", "blue ball"], box=[red, blue], strength=0.4)
+        painted = PaintWithWords(phrases=["red cube", "blue ball"], box=[red, blue], strength=0.1)
         rows += [paint[None] * 2 - 1, sfumato.make(**given).pixels, sfumato.make(**given, with_=[painted]).pixels]
     heads = ["where", *(f"plain, seed {seed}" for seed in range(3)), *(f"painted, seed {seed}" for seed in range(3))]
     return tiled(list(torch.cat(rows)), 7, heads=heads, rows=["red cube left", "red cube right"])
@@ -363,7 +366,7 @@ def composition_trace() -> Image.Image:
     """A silhouette, what shape_guided draws in it, and the trace of both sides."""
     _, _, mask = _toy()
     look = DAAM(words=["cube", "ball"])
-    guided = ShapeGuided(words=["cube"], mask=mask)
+    guided = ShapeGuided(words=["cube"], mask=mask, boost=1.0)
     made = sfumato.make("a red cube and a blue ball", seed=3, guidance=4.5, with_=[guided, look])
     tiles = {"the mask of the cube": _masked(mask), "a red cube and a blue ball": made.pixels}
     return _beside(tiles, look.maps[0].grid(made.images[0]))
@@ -374,7 +377,7 @@ def composition_place() -> Image.Image:
     boxes = [[0, 0.35, 0.45, 0.9], [0.55, 0.35, 1, 0.9]]
 
     def paint() -> PaintWithWords:
-        return PaintWithWords(phrases=["red cube", "blue ball"], box=boxes, strength=0.3)
+        return PaintWithWords(phrases=["red cube", "blue ball"], box=boxes, strength=0.1)
 
     arms: dict[str, list[Any]] = {
         "plain": [],
@@ -390,7 +393,7 @@ def composition_place() -> Image.Image:
 
 def composition_edit() -> Image.Image:
     """A picture of ours, its edit, the edit inside a mask, and the trace of what is new."""
-    old, new = "a red cube and a blue ball on the grass", "a green cube and a blue ball on the grass"
+    old, new = OLD, OLD.replace("red", "green")
     where = DAAM(words=["red cube"])
     made = sfumato.make(old, seed=3, with_=[where])
     found = where.maps[0].mask("red cube", 0.5).float()
@@ -424,8 +427,8 @@ def inject_fusion() -> Image.Image:
     drawn = [sfumato.make(text, seed=50 + i, scheduler="ddim").pixels.detach() for i, text in enumerate(contents)]
     shown = [one.expand(3, -1, -1, -1) for one in drawn]
     rows = [*made(strength=0.0), *shown, *made(strength=1.0)]
-    rows += [*made(layer="up.1", strength=0.3), *made(layer="up.1", strength=0.7)]
-    names = ["looks, plain", "the content", "its bottleneck", "up.1, strength 0.3", "up.1, strength 0.7"]
+    rows += [*made(layer="up.0", strength=0.3), *made(layer="up.0", strength=0.7)]
+    names = ["looks, plain", "the content", "its bottleneck", "up.0, strength 0.3", "up.0, strength 0.7"]
     heads = [f"{look} + {content}" for content in ("ring", "cylinder") for look in ("ball", "cube", "cone")]
     return tiled(list(torch.cat(rows)), 6, 128, rows=names, heads=heads)
 
@@ -459,7 +462,7 @@ def latent_geometry() -> Image.Image:
 def clip_guidance() -> Image.Image:
     """The same prompts and seeds with no guidance, with CLIP guidance, and with classifier-free guidance."""
     prompts = _held_out(6)
-    arms = [(1.0, []), (1.0, [ClipGuidance(strength=30)]), (None, [])]
+    arms = [(1.0, []), (1.0, [ClipGuidance(strength=5)]), (None, [])]
     made = [
         sfumato.make(prompt, seed=i, guidance=scale, with_=systems).pixels
         for scale, systems in arms
