@@ -122,6 +122,6 @@ def captions(data: Dataset, indices: Tensor, draw: Draw, colorless: float = 0.0)
     not tell. Raises NotSupported for that of a folder, whose captions are written."""
     if colorless and not isinstance(data, ToyboxDataset):
         raise NotSupported("colorless leaves colours out of captions of the toybox, those of a folder are as they are.")
-    given = {"colorless": colorless} if colorless else {}
+    given: dict[str, Any] = {"colorless": colorless} if colorless else {}
     dice = ((int(i), np.random.default_rng(draw.number("caption", int(i)))) for i in indices)
     return [data.caption(i, rng, **given).text for i, rng in dice]
