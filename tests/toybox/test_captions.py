@@ -48,6 +48,21 @@ def test_spans_phrases_and_dependencies_hold_for_random_captions():
     assert relations == {"det", "amod", "conj", "cc", "nmod", "case"}
 
 
+def test_colours_are_left_out_when_asked():
+    rng, told, toys = np.random.default_rng(1), 0, 0
+    for _ in range(300):
+        scene, seed = sample_scene(rng), int(rng.integers(1000))
+        some = caption(scene, np.random.default_rng(seed), "random", colorless=0.2)
+        spans_hold(some)
+        for p in (p for p in some.phrases if p.object is not None):
+            told, toys = told + (scene.toys[p.object].color in p.text.split()), toys + 1
+        bare = caption(scene, np.random.default_rng(seed), "random", colorless=1.0)
+        named = {toy.color for toy in scene.toys} & set(bare.text.replace(",", "").split())
+        assert not named and len(bare.phrases) == len(some.phrases)
+        assert caption(scene, colorless=1.0) == caption(scene)  # styles that tell all
+    assert 0.75 < told / toys < 0.85
+
+
 def test_relation_words_follow_the_order_told():
     scene = Scene((Toy("cube", "green", x=-0.8), Toy("ball", "red", x=0.8)))
     seen = set()

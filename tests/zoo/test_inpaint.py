@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
 from sfumato.models import load
-from sfumato.toybox import SHAPES, Scene, Toy, ToyboxDataset
+from sfumato.toybox import COLORS, SHAPES, Scene, Toy, ToyboxDataset
 from sfumato.training.draw import Draw
 from sfumato.training.objective import build_objective
 from sfumato.training.recipe import Recipe
@@ -165,6 +165,9 @@ def test_captions_tell_what_lies_in_the_hole(objective) -> None:
     ):
         told = inpaint.inside(objective.train_data.scenes[i], objective.train_data.masks[i], hole.numpy())
         assert sum(text.replace(",", " ").split().count(shape) for shape in SHAPES) == len(told.toys)
+    objective.loss_options = inpaint.InpaintLoss(told=0.5, colorless=1.0)
+    texts = objective.captions(objective.train_data, indices, Draw(0, 2))
+    assert not any(color in text.split() for text in texts for color in COLORS)
 
 
 @torch.no_grad()

@@ -684,10 +684,20 @@ def test_a_folder_serves_in_the_toyboxs_place(parts: dict[str, str], tmp_path: P
     expected = made.vae.encode(x).latent_dist.mean * made.vae.config.scaling_factor
     torch.testing.assert_close(batch["x0"], expected, atol=2e-3, rtol=2e-3)
     assert set(made.measure()) == {"held_out_loss"}  # the judge knows toys only
-    aligned = build_objective(Recipe(**values, model=shape, loss={"align": 1.0}))
-    aligned.setup(CPU)
-    with pytest.raises(NotSupported, match="what the toybox knows"):
-        aligned.batch(Draw(0, 0))
+    for loss, why in (({"align": 1.0}, "what the toybox knows"), ({"colorless": 0.1}, "captions of the toybox")):
+        asks = build_objective(Recipe(**values, model=shape, loss=loss))
+        asks.setup(CPU)
+        with pytest.raises(NotSupported, match=why):
+            asks.batch(Draw(0, 0))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_colours_are_left_out_of_training_captions(kind: str, parts: dict[str, str]) -> None:
+    told, bare = latent(kind, parts), latent(kind, parts, colorless=1.0)
+    indices = torch.arange(4)
+    texts = [made.captions(made.train_data, indices, Draw(0, 1)) for made in (told, bare)]
+    assert all(any(color in text.split() for color in COLORS) for text in texts[0])
+    assert not any(color in text.split() for text in texts[1] for color in COLORS)
 
 
 def test_empty_prompts_have_their_share_and_unknown_parts_are_refused(parts: dict[str, str]) -> None:

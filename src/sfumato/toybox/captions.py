@@ -115,7 +115,9 @@ class _Writer:
             self.depends(head, c, "case")
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None, style: str = "full") -> Caption:
+def caption(
+    scene: Scene, rng: np.random.Generator | None = None, style: str = "full", colorless: float = 0.0
+) -> Caption:
     """Describes a scene.
 
     Args:
@@ -124,6 +126,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, style: str = "
         style: "full" (every attribute, the relation of the first two toys, ground and sky), "short" (colour and shape,
             joined by "and"), "plain" (colour, pattern and shape, then the ground) or "random" (attributes left out,
             orders and relations varied: what the models are trained on).
+        colorless: share of the toys whose colour is not told, in style "random"; of a generator that never read of such
+            toys, "a ball" asks for nothing.
 
     Returns:
         The text with its noun phrases and dependencies as character spans.
@@ -153,7 +157,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, style: str = "
     def toy_phrase(i: int) -> CaptionWord:
         toy = scene.toys[i]
         mods = [toy.size] if say_size else []
-        mods.append(toy.color)
+        if not (varied and colorless and flip(colorless)):
+            mods.append(toy.color)
         if say_pattern and (toy.pattern != "plain" or say_plain):
             mods.append(toy.pattern)
         return w.noun_phrase("a", mods, toy.shape, i)

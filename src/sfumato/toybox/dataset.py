@@ -90,9 +90,12 @@ class ToyboxDataset:
     def __len__(self) -> int:
         return self.n
 
-    def caption(self, i: int, rng: np.random.Generator | None = None, style: str | None = None) -> Caption:
-        """A caption of scene i; its style is "random" when ``rng`` is given, else "full", unless ``style`` is given."""
-        return captions.caption(self.scenes[i], rng, style or ("random" if rng is not None else "full"))
+    def caption(
+        self, i: int, rng: np.random.Generator | None = None, style: str | None = None, colorless: float = 0.0
+    ) -> Caption:
+        """A caption of scene i; its style is "random" when ``rng`` is given, else "full", unless ``style`` is given.
+        ``colorless``: see :func:`~sfumato.toybox.caption`."""
+        return captions.caption(self.scenes[i], rng, style or ("random" if rng is not None else "full"), colorless)
 
     def _render(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         frames = rendering.render([self.scenes[i] for i in rows.tolist()], self.size)

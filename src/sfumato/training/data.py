@@ -117,6 +117,11 @@ def _toys(data: Dataset, indices: Tensor) -> Tensor:
     return to_tensor(data.masks[indices.numpy()] >= 0).float()[:, None]
 
 
-def captions(data: Dataset, indices: Tensor, draw: Draw) -> list[str]:
-    """One random caption per scene, a pure function of the draw."""
-    return [data.caption(int(i), np.random.default_rng(draw.number("caption", int(i)))).text for i in indices]
+def captions(data: Dataset, indices: Tensor, draw: Draw, colorless: float = 0.0) -> list[str]:
+    """One random caption per scene, a pure function of the draw; ``colorless``: the share of toys whose colour it does
+    not tell. Raises NotSupported for that of a folder, whose captions are written."""
+    if colorless and not isinstance(data, ToyboxDataset):
+        raise NotSupported("colorless leaves colours out of captions of the toybox, those of a folder are as they are.")
+    given: dict[str, Any] = {"colorless": colorless} if colorless else {}
+    dice = ((int(i), np.random.default_rng(draw.number("caption", int(i)))) for i in indices)
+    return [data.caption(i, rng, **given).text for i, rng in dice]

@@ -107,7 +107,8 @@ class InpaintObjective(DiffusionObjective):
         for i, hole, short in zip(indices.tolist(), holes.numpy(), only.tolist(), strict=True):
             scene = source.scenes[i]
             rng = np.random.default_rng(draw.number("caption", i))
-            texts.append(describe(inside(scene, source.masks[i], hole) if short else scene, rng, "random").text)
+            told = inside(scene, source.masks[i], hole) if short else scene
+            texts.append(describe(told, rng, "random", self.loss_options.colorless).text)
         return texts
 
     def holes(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> Tensor:

@@ -76,6 +76,9 @@ class LatentLoss(Section):
         " (place_weights)",
     )
     empty: float = Field(0.1, ge=0, le=1, description="share of empty prompts, for classifier-free guidance")
+    colorless: float = Field(
+        0.0, ge=0, le=1, description="share of the toys whose colour the training captions do not tell"
+    )
     foreign_context: float = Field(
         0.0,
         ge=0,
@@ -287,7 +290,7 @@ class LatentObjective(Objective):
 
     def captions(self, source: ToyboxDataset, indices: Tensor, draw: Draw) -> list[str]:
         """Captions of the pictures of a batch."""
-        return data.captions(source, indices, draw)
+        return data.captions(source, indices, draw, self.loss_options.colorless)
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids (b, t) int64, padded to the full length as the pipelines do."""
