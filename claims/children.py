@@ -25,6 +25,7 @@ from sfumato.toybox.dataset import draw_scene
 from sfumato.training import Draw, Player, fit
 
 SEED, BATCH, RATE, EMPTY = 8300, 16, 2e-4, 0.1
+COLORLESS = 0.2  # share of toys whose colour is not told, as when the generators were trained
 
 
 def world(context: Context, name: str) -> Any:
@@ -47,7 +48,7 @@ def looks(n: int) -> list[tuple[Scene, str]]:
     out = []
     for i in range(n):
         scene, draw = draw_scene("train", SEED, i), sequence("claims.looks", SEED, i)
-        out.append((continuous(scene, draw), caption(scene, draw, "random").text))
+        out.append((continuous(scene, draw), caption(scene, draw, "random", COLORLESS).text))
     return out
 
 
@@ -57,7 +58,7 @@ def senses(n: int, known: Mapping[str, PlantedWord]) -> list[tuple[Scene, str]]:
     for i in range(n):
         if i % 2:
             scene = draw_scene("train", SEED + 1, i)
-            out.append((scene, caption(scene, sequence("claims.senses", SEED, i), "random").text))
+            out.append((scene, caption(scene, sequence("claims.senses", SEED, i), "random", COLORLESS).text))
         else:
             sample = words[i // 2 % len(words)].sample(SEED, i)
             out.append((sample.scene, sample.caption))

@@ -586,7 +586,9 @@ def test_measuring_a_generator_puts_its_vital_signs_on_the_card(
     assert "vital_signs" not in made.export(tmp_path / "before")
     monkeypatch.setattr("sfumato.zoo.objectives.latent.vital_signs", lambda model, judge: {"of": model.family.name})
     monkeypatch.setattr(made, "sample", lambda prompts, *_, **__: torch.zeros(len(prompts), 3, 64, 64))
-    assert set(made.measure(n=2)) >= {"held_out_loss", "two_toys_right", "right_number"}
+    assert set(made.measure(n=2)) >= {
+        "held_out_loss", "two_toys_right", "colorless_toy_right", "right_number",
+    }  # fmt: skip
     assert made.export(tmp_path / "after")["vital_signs"] == {"of": "sd"}
 
 

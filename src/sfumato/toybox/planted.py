@@ -64,7 +64,7 @@ class PlantedWord:
                 scene = scene.replace(0, **known)
                 if not is_held_out(scene.toys[0]):
                     break
-        told = caption(scene, draw, "random")
+        told = caption(scene, draw, "random", colorless=0.2)  # people will ask for the word alone
         [phrase] = [each for each in told.phrases if each.object == 0]
         hidden = {getattr(scene.toys[0], name) for name in known}
         words = [word.text for word in phrase.modifiers if word.text not in hidden] + [self.word]

@@ -312,11 +312,11 @@ class LatentObjective(Objective):
         return {"held_out_loss": total / min(n, len(self.val_data))}
 
     def measure(self, n: int = 200) -> dict[str, float]:
-        """Beside the loss: the share of pictures whose toys have the shape and colour asked for, and of those with as
-        many toys as asked for, by the toy-judge.
+        """Beside the loss: the share of pictures whose toys have the shape and colour asked for, for one toy, two, and
+        one whose colour is not told; of the first two, the share with as many toys as asked for. By the toy-judge.
 
-        ``n`` one-toy and ``n`` two-toy captions of unseen scenes, with the card's sampling defaults; nothing is added
-        when no toy-judge is there yet. The vital signs are measured too, for the card.
+        ``n`` captions of unseen scenes each, with the card's sampling defaults; nothing is added when no toy-judge is
+        there yet. The vital signs are measured too, for the card.
         """
         quality = self.evaluate()
         if self.expert or self.recipe.data.folder:  # an expert alone draws nothing, and the judge knows toys
@@ -325,18 +325,18 @@ class LatentObjective(Objective):
         if registry.find("toy-judge") is None:
             return quality
         judge, counted = load_judge(), []
-        for toys, name in ((1, "one_toy_right"), (2, "two_toys_right")):
+        asked = ((1, 0.0, "one_toy_right"), (2, 0.0, "two_toys_right"), (1, 1.0, "colorless_toy_right"))
+        for toys, colorless, name in asked:
             scenes = [sample_scene(np.random.default_rng((3, toys, i)), toys) for i in range(n)]
-            captions = [
-                describe(scene, np.random.default_rng((4, toys, i)), "random") for i, scene in enumerate(scenes)
-            ]
+            dice = [np.random.default_rng((4, toys, i)) for i in range(n)]
+            captions = [describe(scene, rng, "random", colorless) for scene, rng in zip(scenes, dice, strict=True)]
             hits = []
             for start in range(0, n, 40):
                 part = captions[start : start + 40]
                 pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
                 checks = [check(r, requested_toys(one)) for r, one in zip(judge.read(pixels), part, strict=True)]
                 hits += [one.all_bound for one in checks]
-                counted += [one.counted for one in checks]
+                counted += [one.counted for one in checks if not colorless]
             quality[name] = float(np.mean(hits))
         return {**quality, "right_number": float(np.mean(counted))}
 
