@@ -261,10 +261,8 @@ def scores(
     context: Context, name: str, secret: Secret, own: dict[str, Tensor], value: tuple[float, float], n: int
 ) -> dict[str, Any]:
     """Of one concept: identity, before and after it is compressed, and of plain prompts; its size; other toys."""
-    model, taught = (
-        children.world(context, name),
-        alone(context, children.world(context, name), secret, "<new1>", value),
-    )
+    model = children.world(context, name)
+    taught = alone(context, model, secret, "<new1>", value)
     plain = (f"{secret.near} {secret.noun}", secret.description)
     out: dict[str, Any] = {"floors": [subjects.drawn(context, noun, model, secret, noun, n).identity for noun in plain]}
     weights, out["bytes"] = small(own, taught.weights)

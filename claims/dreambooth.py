@@ -77,15 +77,8 @@ def arms(context: Context, name: str) -> list[dict[str, Any]]:
             found: dict[str, Any] = {"secret": secret, "renders": subjects.ceiling(context, secret, n)}
             said = {"nearest word": f"{secret.near} {secret.noun}", "description": secret.description,
                     "word": "<rex>", "class alone": secret.noun}  # fmt: skip
-            word = textual_inversion.taught(context, name, secret, 1)
-
-            def untaught(secret: Secret = secret, said: Any = said, word: Any = word) -> dict[str, Any]:
-                with placeholders(model, word):
-                    return {arm: subjects.pictured(context, arm, model, secret, noun, n) for arm, noun in said.items()}
-
-            made_of = (f"{secret.key} before it is taught", name, n)
-            for arm, pictures in context.kept(made_of, untaught).items():
-                found[arm] = subjects.seen(context, arm, secret, said[arm], pictures)
+            with placeholders(model, textual_inversion.taught(context, name, secret, 1)):
+                found |= {arm: subjects.kept(context, arm, model, secret, noun, n) for arm, noun in said.items()}
             found["leak before"] = found.pop("class alone").identity
             for arm in ARMS:
                 own = after(context, name, secret, arm, rate(context, name, arm.partition(",")[0]), n)

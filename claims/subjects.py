@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,6 +238,14 @@ def pictured(context: Context, name: str, model: Any, secret: Secret, noun: str,
     """The pictures (n 3 h w) alone."""
     seed = TUNE if secret.key in VALIDATION else REPORT
     return common.generate(context, model, asked(noun, n), seed, f"{name}, {secret.key}", **quickly(context))
+
+
+def kept(context: Context, name: str, model: Any, secret: Secret, noun: str, n: int) -> Arm:
+    """:func:`drawn`, by an interrupted run of the experiment or now. ``name`` tells its words and weights apart."""
+    what = (f"{secret.key}, {name}", model.name, noun, n)
+    return seen(
+        context, name, secret, noun, context.kept(what, partial(pictured, context, name, model, secret, noun, n))
+    )
 
 
 def seen(context: Context, name: str, secret: Secret, noun: str, pictures: Tensor) -> Arm:

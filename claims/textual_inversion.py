@@ -80,17 +80,10 @@ def arms(context: Context, name: str) -> list[dict[str, Arm]]:
             own["random vector"] = random_word(model, own["k=1"], 7)
             said = {"nearest word": f"{secret.near} {secret.noun}", "description": secret.description}
             said |= dict.fromkeys(own, "<rex>")
-
-            def pictures(arm: str, secret: Secret = secret, own: Any = own, said: Any = said) -> Any:
-                with placeholders(model, own.get(arm, {})):
-                    return subjects.pictured(context, arm, model, secret, said[arm], n)
-
             found = {"renders": subjects.ceiling(context, secret, n)}
             for arm, noun in said.items():
-                made_of = (f"{secret.key}, {arm}", name, n)
-                found[arm] = subjects.seen(
-                    context, arm, secret, noun, context.kept(made_of, lambda arm=arm: pictures(arm))
-                )
+                with placeholders(model, own.get(arm, {})):
+                    found[arm] = subjects.kept(context, arm, model, secret, noun, n)
             out.append(found)
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ from sfumato.toybox.genome.scenes import Counter, record_of
 HERE = Path(__file__).parent / "images"
 
 
+@cache
 def side(model: str = "toy-sd") -> int:
     """Pixels along a side of a model's pictures."""
     return sfumato.load(model).default_size[0]

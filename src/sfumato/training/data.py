@@ -81,7 +81,14 @@ class FolderDataset:
         digest = hashlib.blake2b(repr((self.size, facts)).encode(), digest_size=8).hexdigest()
         return Path(f"folder-{digest}-{len(self)}-{self.size}")
 
-    def caption(self, i: int, rng: np.random.Generator | None = None, style: str | None = None) -> _Text:
+    def caption(
+        self, i: int, rng: np.random.Generator | None = None, style: str | None = None, colorless: float = 0.0
+    ) -> _Text:
+        """As it is written. Raises NotSupported for one that leaves colours out."""
+        if colorless:
+            raise NotSupported(
+                "colorless leaves colours out of captions of the toybox, those of a folder are as they are."
+            )
         return _Text(self.samples.caption(self.rows[i]))
 
     def _image(self, i: int) -> np.ndarray:
@@ -120,8 +127,5 @@ def _toys(data: Dataset, indices: Tensor) -> Tensor:
 def captions(data: Dataset, indices: Tensor, draw: Draw, colorless: float = 0.0) -> list[str]:
     """One random caption per scene, a pure function of the draw; ``colorless``: the share of toys whose colour it does
     not tell. Raises NotSupported for that of a folder, whose captions are written."""
-    if colorless and not isinstance(data, ToyboxDataset):
-        raise NotSupported("colorless leaves colours out of captions of the toybox, those of a folder are as they are.")
-    given: dict[str, Any] = {"colorless": colorless} if colorless else {}
     dice = ((int(i), np.random.default_rng(draw.number("caption", int(i)))) for i in indices)
-    return [data.caption(i, rng, **given).text for i, rng in dice]
+    return [data.caption(i, rng, colorless=colorless).text for i, rng in dice]

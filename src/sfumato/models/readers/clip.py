@@ -233,5 +233,6 @@ def _toy_codecs() -> list[str]:
     """Hashes of the built-in autoencoders of pictures."""
     from diffusers import AutoencoderKL
 
-    folders = [registry.find(name) for name in registry.names() if registry.card(name).get("objective") == "vae"]
-    return [codec_hash(AutoencoderKL.from_pretrained(folder)) for folder in folders if folder is not None]
+    known = [name for name in registry.names() if registry.card(name).get("objective") == "vae"]
+    with quiet():
+        return [codec_hash(AutoencoderKL.from_pretrained(registry.find(name), use_safetensors=True)) for name in known]
