@@ -198,7 +198,7 @@ def test_the_export_is_a_genuine_inpainting_pipeline(objective, tmp_path, monkey
     assert pipe.unet.config.in_channels == 9
     model = load(tmp_path)
     assert model.family.takes_mask and model.latent_shape(64, 64) == (4, 16, 16)
-    grey = objective.sample(["a red ball"], 2, 2.0)
+    grey = objective.sample(["a red ball"])
     assert grey.shape == (1, 3, 64, 64)
     assert set(objective.measure(2)) == {"held_out_loss", "toy_in_hole_right"}
     assert objective.grid().size[0] == 8 * 128

@@ -614,12 +614,13 @@ def test_flow_loss_is_the_weighted_velocity_error(parts: dict[str, str]) -> None
     ("kind", "pipeline"), [("diffusion", StableDiffusionPipeline), ("flow", StableDiffusion3Pipeline)]
 )
 def test_exported_pipeline_is_loaded_by_plain_diffusers_and_draws_the_same(
-    kind: str, pipeline: type, parts: dict[str, str], tmp_path: Path
+    kind: str, pipeline: type, parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = latent(kind, parts)
     next(iter(made.modules.values())).half().float()  # the export rounds to half precision
-    expected = made.sample(["a red ball on the grass", ""], 3, 2.0)
-    made.export(tmp_path)
+    monkeypatch.setattr(type(made), "sampling", {**made.sampling, "steps": 3, "guidance": 2.5})
+    expected = made.sample(["a red ball on the grass", ""])
+    assert "num_inference_steps=3, guidance_scale=2.5" in made.export(tmp_path)["plain"]
     # without its T5, diffusers wants to hear so
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "flow" else {}
     pipe = pipeline.from_pretrained(tmp_path, **absent)
@@ -629,7 +630,7 @@ def test_exported_pipeline_is_loaded_by_plain_diffusers_and_draws_the_same(
     images = pipe(
         ["a red ball on the grass", ""],
         num_inference_steps=3,
-        guidance_scale=2.0,
+        guidance_scale=2.5,
         generator=generators,
         output_type="pt",
         **extra,

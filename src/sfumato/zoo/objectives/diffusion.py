@@ -27,7 +27,7 @@ PLAIN = """from diffusers import StableDiffusionPipeline
 
 # once, for a built-in model: sfumato models NAME --export NAME
 pipe = StableDiffusionPipeline.from_pretrained("NAME")
-pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0).images[0]"""
+pipe("a red ball on the grass", num_inference_steps=STEPS, guidance_scale=GUIDANCE).images[0]"""
 
 
 class UNetModel(LatentModel):
@@ -91,7 +91,7 @@ class DiffusionObjective(LatentObjective):
     Model: ClassVar[type[Section]] = UNetModel
     Loss: ClassVar[type[Section]] = DiffusionLoss
     plain: ClassVar[str] = PLAIN
-    sampling: ClassVar[dict[str, Any]] = {"steps": 25, "guidance": 3.0, "scheduler": "ddim"}
+    sampling: ClassVar[dict[str, Any]] = {"steps": 25, "guidance": 5.0, "scheduler": "ddim"}
     unet: UNet2DConditionModel
 
     def build(self) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ PLAIN = """from diffusers import StableDiffusion3Pipeline
 
 # once, for a built-in model: sfumato models NAME --export NAME
 pipe = StableDiffusion3Pipeline.from_pretrained("NAME", text_encoder_3=None, tokenizer_3=None)
-pipe("a red ball on the grass", num_inference_steps=25, guidance_scale=3.0, max_sequence_length=0).images[0]"""
+pipe("a red ball on the grass", num_inference_steps=STEPS, guidance_scale=GUIDANCE, max_sequence_length=0).images[0]"""
 
 
 class FlowModel(LatentModel):

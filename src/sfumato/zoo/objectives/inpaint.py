@@ -36,7 +36,7 @@ from diffusers import StableDiffusionInpaintPipeline
 
 # once, for a built-in model: sfumato models NAME --export NAME
 pipe = StableDiffusionInpaintPipeline.from_pretrained("NAME", torch_dtype=torch.float32)
-given = {"height": SIDE, "width": SIDE, "num_inference_steps": 25, "guidance_scale": 3.0}
+given = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
 INSIDE = 0.3  # a toy is named when so much of it lies in the hole
 VISIBLE = 100 / 64**2  # of the picture: toys that show less are not asked for
@@ -135,15 +135,13 @@ class InpaintObjective(DiffusionObjective):
         own = super().pipeline().components
         return StableDiffusionInpaintPipeline(**own, requires_safety_checker=False)
 
-    def sample(self, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
+    def sample(self, prompts: list[str], seed: int = 0) -> Tensor:
         """Pictures from prompts alone: everything is the hole."""
         side = self.recipe.data.size
         grey, hole = torch.zeros(len(prompts), 3, side, side), torch.ones(len(prompts), 1, side, side)
-        return self.fill(grey, hole, prompts, steps, guidance, seed)
+        return self.fill(grey, hole, prompts, seed)
 
-    def fill(
-        self, pictures: Tensor, holes: Tensor, prompts: list[str], steps: int, guidance: float, seed: int = 0
-    ) -> Tensor:
+    def fill(self, pictures: Tensor, holes: Tensor, prompts: list[str], seed: int = 0) -> Tensor:
         """``pictures`` (b, 3, H, W) in [-1, 1] with ``holes`` (b, 1, H, W) redrawn by the genuine pipeline."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
@@ -154,8 +152,8 @@ class InpaintObjective(DiffusionObjective):
             height=pictures.shape[-2],
             width=pictures.shape[-1],
             strength=1.0,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=self.sampling["steps"],
+            guidance_scale=self.sampling["guidance"],
             generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
             output_type="pt",
         )
@@ -174,7 +172,7 @@ class InpaintObjective(DiffusionObjective):
             part = cases[start : start + 25]
             pictures = data.pictures(self.val_data, torch.tensor([case[0] for case in part]))
             holes = torch.stack([case[1] for case in part])[:, None]
-            filled = self.fill(pictures, holes, [case[2] for case in part], 25, 3.0, seed=start).clamp(-1, 1)
+            filled = self.fill(pictures, holes, [case[2] for case in part], seed=start).clamp(-1, 1)
             read = judge.read(torch.where(holes > 0, filled, pictures))
             hits += [find(reading, case[3]) is not None for reading, case in zip(read, part, strict=True)]
         return {**quality, "toy_in_hole_right": float(np.mean(hits))}
@@ -184,7 +182,7 @@ class InpaintObjective(DiffusionObjective):
         cases = recolourings(self.val_data, 8)
         pictures = data.pictures(self.val_data, torch.tensor([case[0] for case in cases]))
         holes = torch.stack([case[1] for case in cases])[:, None]
-        filled = self.fill(pictures, holes, [case[2] for case in cases], 20, 3.0)
+        filled = self.fill(pictures, holes, [case[2] for case in cases])
         return sheets.sheet(torch.cat([pictures, pictures * (1 - holes), filled]), 8, scale=2, gap=0)
 
     def export(self, folder: Any) -> dict[str, Any]:

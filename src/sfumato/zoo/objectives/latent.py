@@ -276,7 +276,11 @@ class LatentObjective(Objective):
     def facts(self) -> dict[str, Any]:
         """What the card says: how to draw, here and with diffusers alone; of an expert whose it is, and its timesteps
         from the first to below the last; of the inside what was measured."""
-        plain = self.plain.replace("NAME", self.recipe.name).replace("SIDE", str(self.recipe.data.size))
+        plain = self.plain
+        values = {"NAME": self.recipe.name, "SIDE": self.recipe.data.size}
+        values |= {"STEPS": self.sampling["steps"], "GUIDANCE": self.sampling["guidance"]}
+        for name, value in values.items():
+            plain = plain.replace(name, str(value))
         facts: dict[str, Any] = {"sampling": dict(self.sampling), "plain": plain}
         if self.expert:
             timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
@@ -333,7 +337,7 @@ class LatentObjective(Objective):
             hits = []
             for start in range(0, n, 40):
                 part = captions[start : start + 40]
-                pixels = self.sample([str(one) for one in part], 25, 3.0, seed=1000 * toys + start).clamp(-1, 1)
+                pixels = self.sample([str(one) for one in part], seed=1000 * toys + start).clamp(-1, 1)
                 checks = [check(r, requested_toys(one)) for r, one in zip(judge.read(pixels), part, strict=True)]
                 hits += [one.all_bound for one in checks]
                 counted += [one.counted for one in checks if not colorless]
@@ -344,14 +348,19 @@ class LatentObjective(Objective):
         """The genuine pipeline around the modules in training."""
         raise NotImplementedError
 
-    def sample(self, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1], one generator per prompt."""
+    def sample(self, prompts: list[str], seed: int = 0) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1] with the card's steps and guidance, one generator per prompt."""
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         extra = {"max_sequence_length": 0} if "transformer" in pipe.components else {}
         out = pipe(
-            prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **extra
+            prompts,
+            num_inference_steps=self.sampling["steps"],
+            guidance_scale=self.sampling["guidance"],
+            generator=generators,
+            output_type="pt",
+            **extra,
         )
         return out.images.cpu() * 2 - 1
 
@@ -362,4 +371,4 @@ class LatentObjective(Objective):
         if self.recipe.data.folder:
             captions = [self.val_data.caption(i).text for i in range(min(len(self.val_data), len(prompts)))]
             prompts = [captions[i % len(captions)] for i in range(len(prompts))]
-        return sheets.sheet(self.sample(prompts, 20, 3.0), 8, scale=2, gap=0)
+        return sheets.sheet(self.sample(prompts), 8, scale=2, gap=0)
