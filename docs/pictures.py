@@ -331,7 +331,7 @@ def shape_guided() -> Image.Image:
     _, image, mask = _toy()
     prompts = [f"a {color} ball on the grass" for color in ("blue", "yellow")]
     drawn = [
-        sfumato.make(text, seed=3, guidance=4.5, with_=[ShapeGuided(words=["ball"], mask=mask, boost=1.0)]).pixels
+        sfumato.make(text, seed=2, guidance=7.5, with_=[ShapeGuided(words=["ball"], mask=mask, boost=1.0)]).pixels
         for text in prompts
     ]
     edit = {"source": ["a red ball"], "words": ["ball"], "mask": mask}
@@ -584,7 +584,7 @@ def robust_vit() -> Image.Image:
 TEACHING: dict[str, dict[str, Any]] = {
     "textual_inversion": {"steps": 500, "lr": 1e-2, "templates": ["a {}"], "length": "free"},
     "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100},
-    "custom_diffusion": {"steps": 400, "lr": 1e-3, "word_lr": 1e-2, "batch": 4, "prior": 100, "prompt": "a {}"},
+    "custom_diffusion": {"steps": 300, "lr": 2e-4, "word_lr": 2e-3, "batch": 4, "prior": 60, "prompt": "a {}"},
     "discriminative_tokens": {"steps": 60, "lr": 0.05, "draw_steps": 20, "guidance": 3.0, "templates": ["a {}"]},
 }
 """Settings of the pictures of what teaches, on toy-sd."""

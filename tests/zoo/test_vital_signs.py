@@ -192,3 +192,9 @@ def test_shipped_generators_are_alive(name: str) -> None:
     if found is None:
         pytest.skip(f"the card of {name} has no vital signs yet")
     assert signs.failed_checks(found) == []
+
+
+def test_the_shipped_model_of_toys_draws_one_whose_colour_nobody_told() -> None:
+    """Taught words, homonyms and planted words stand without a colour; for long no training caption did."""
+    quality = registry.card("toy-sd")["quality"]
+    assert quality["one_toy_right"] >= 0.98 and quality["colorless_toy_right"] >= 0.8
