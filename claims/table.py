@@ -20,9 +20,10 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def headlines(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that say whether a system does what it promises: those marked so, else the first."""
+    """The rows that say whether a system does what it promises: those marked so, else the first, and of a record
+    that was begun before rows were marked the first of those days."""
     rows = rows_of(record)
-    return [row for row in rows if row.get("headline")] or rows[:1]
+    return [row for row in rows if row.get("headline")] or sorted(rows, key=lambda row: "headline" in row)[:1]
 
 
 def overview(records: Iterable[dict[str, Any]], stale: dict[str, list[str]], details: str, pictures: str) -> str:

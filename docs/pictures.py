@@ -39,8 +39,6 @@ from sfumato.steer.mgad import MGAD
 from sfumato.steer.no_token_left_behind import NoTokenLeftBehind
 from sfumato.steer.paint_with_words import PaintWithWords
 from sfumato.steer.shape_guided import ShapeGuided
-from sfumato.teach.custom_diffusion import CustomDiffusion
-from sfumato.teach.discriminative_tokens import DiscriminativeTokens
 from sfumato.teach.dreambooth import DreamBooth
 from sfumato.teach.examples import toybox_examples
 from sfumato.teach.robust_vit import relevance_maps, teach
@@ -584,8 +582,6 @@ def robust_vit() -> Image.Image:
 TEACHING: dict[str, dict[str, Any]] = {
     "textual_inversion": {"steps": 500, "lr": 1e-2, "templates": ["a {}"], "length": "free"},
     "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100},
-    "custom_diffusion": {"steps": 300, "lr": 2e-4, "word_lr": 2e-3, "batch": 4, "prior": 60, "prompt": "a {}"},
-    "discriminative_tokens": {"steps": 60, "lr": 0.05, "draw_steps": 20, "guidance": 3.0, "templates": ["a {}"]},
 }
 """Settings of the pictures of what teaches, on toy-sd."""
 
@@ -645,19 +641,6 @@ def dreambooth() -> Image.Image:
     return _taught([secret], f"a {secret.description}", f"a {said}", taught, {"the class alone": f"a {secret.noun}"})
 
 
-def custom_diffusion() -> Image.Image:
-    pair = [SECRETS["teal"], SECRETS["magenta"]]
-    system = CustomDiffusion(class_noun="toy", **TEACHING["custom_diffusion"])
-    taught = system.teach(sfumato.load("toy-sd"), _photos(*pair))
-    plain = f"a {pair[0].description} and a {pair[1].description}"
-    return _taught(pair, plain, f"a <new1> {pair[0].noun} and a <new2> {pair[1].noun}", taught)
-
-
-def discriminative_tokens() -> Image.Image:
-    system = DiscriminativeTokens(target="ring", class_noun="toy", **TEACHING["discriminative_tokens"])
-    return _taught([], "a toy", "a <c> toy", system.teach(sfumato.load("toy-sd"), "toy-vit"))
-
-
 def to_pil(picture: torch.Tensor) -> Image.Image:
     """A picture (3, h, w) in [-1, 1]."""
     return Image.fromarray(to_uint8(picture[None])[0].permute(1, 2, 0).numpy())
@@ -699,8 +682,6 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "secret-toys": secret_toys,
     "textual-inversion": textual_inversion,
     "dreambooth": dreambooth,
-    "custom-diffusion": custom_diffusion,
-    "discriminative-tokens": discriminative_tokens,
 }
 
 

@@ -171,6 +171,8 @@ def test_one_line_a_system_and_the_details_behind_it(tmp_path, experiment, model
     assert "stale)" not in table.overview([record], {}, "details", "pictures")
     more = table.details(record, "../pictures")
     assert "## a" in more and "## b" in more and "- baseline: 0.1" in more and "For tests." in more
+    del record["parts"]["b"]["rows"][0]["headline"]  # of before rows were marked; "a" was measured again since
+    assert "| b |" in table.overview([record], {}, "details", "pictures").splitlines()[-1]
     record["parts"]["b"]["rows"][0]["headline"] = True
     assert "| b |" in table.overview([record], {}, "details", "pictures").splitlines()[-1]
 

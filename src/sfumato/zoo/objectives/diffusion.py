@@ -25,9 +25,9 @@ from sfumato.zoo.objectives.sinks import sink_loss, text_sites, word_shares
 
 PLAIN = """from diffusers import StableDiffusionPipeline
 
-# once, for a built-in model: sfumato models NAME --export NAME
-pipe = StableDiffusionPipeline.from_pretrained("NAME")
-pipe("a red ball on the grass", num_inference_steps=STEPS, guidance_scale=GUIDANCE).images[0]"""
+# once, for a built-in model: sfumato models $name --export $name
+pipe = StableDiffusionPipeline.from_pretrained("$name")
+pipe("a red ball on the grass", num_inference_steps=$steps, guidance_scale=$guidance).images[0]"""
 
 
 class UNetModel(LatentModel):

@@ -22,9 +22,10 @@ from sfumato.zoo.objectives.latent import LatentLoss, LatentModel, LatentObjecti
 # the third text encoder is absent, which diffusers wants to be encoded
 PLAIN = """from diffusers import StableDiffusion3Pipeline
 
-# once, for a built-in model: sfumato models NAME --export NAME
-pipe = StableDiffusion3Pipeline.from_pretrained("NAME", text_encoder_3=None, tokenizer_3=None)
-pipe("a red ball on the grass", num_inference_steps=STEPS, guidance_scale=GUIDANCE, max_sequence_length=0).images[0]"""
+# once, for a built-in model: sfumato models $name --export $name
+pipe = StableDiffusion3Pipeline.from_pretrained("$name", text_encoder_3=None, tokenizer_3=None)
+pipe("a red ball on the grass", num_inference_steps=$steps, guidance_scale=$guidance, \
+max_sequence_length=0).images[0]"""
 
 
 class FlowModel(LatentModel):

@@ -34,9 +34,9 @@ PLAIN = """\
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 
-# once, for a built-in model: sfumato models NAME --export NAME
-pipe = StableDiffusionInpaintPipeline.from_pretrained("NAME", torch_dtype=torch.float32)
-given = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+# once, for a built-in model: sfumato models $name --export $name
+pipe = StableDiffusionInpaintPipeline.from_pretrained("$name", torch_dtype=torch.float32)
+given = {"height": $side, "width": $side, "num_inference_steps": $steps, "guidance_scale": $guidance}
 picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
 INSIDE = 0.3  # a toy is named when so much of it lies in the hole
 VISIBLE = 100 / 64**2  # of the picture: toys that show less are not asked for

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Any, ClassVar
 
 import numpy as np
@@ -276,11 +277,8 @@ class LatentObjective(Objective):
     def facts(self) -> dict[str, Any]:
         """What the card says: how to draw, here and with diffusers alone; of an expert whose it is, and its timesteps
         from the first to below the last; of the inside what was measured."""
-        plain = self.plain
-        values = {"NAME": self.recipe.name, "SIDE": self.recipe.data.size}
-        values |= {"STEPS": self.sampling["steps"], "GUIDANCE": self.sampling["guidance"]}
-        for name, value in values.items():
-            plain = plain.replace(name, str(value))
+        side = self.recipe.data.size
+        plain = Template(self.plain).substitute(self.sampling, name=self.recipe.name, side=side)
         facts: dict[str, Any] = {"sampling": dict(self.sampling), "plain": plain}
         if self.expert:
             timesteps = [round(self.timestep(quantile), 3) for quantile in self.loss_options.interval]
