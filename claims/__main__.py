@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from claims import core, table
+from claims import core, record, table
 from sfumato import cards
-from sfumato.errors import SfumatoError, WorkInterrupted
+from sfumato.errors import BadInput, SfumatoError, UnknownName, WorkInterrupted
 from sfumato.interrupts import interruptions_raised, stopped_by_signals
 
 PAGES = core.HERE.parent / "docs" / "systems"
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 whatever the verdicts are, 2 on bad input, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m claims", description=__doc__)
     parser.add_argument("keys", nargs="*", metavar="KEY", help=f"which claims: {', '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--part", default="", metavar="TEXT", help="only parts whose name contains this")
+    parser.add_argument("--part", default="", metavar="TEXT", help="only this part, or those whose name contains this")
     parser.add_argument("--quick", action="store_true", help="small samples, into results/quick; shows that it runs")
     parser.add_argument("--fresh", action="store_true", help="measure again what is still valid")
     parser.add_argument(
@@ -45,18 +45,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        keys = core.choose(asked.keys, EXPERIMENTS)
+        keys = choose(asked.keys, EXPERIMENTS)
         if asked.threads is not None:
             import torch
 
-            torch.set_num_threads(core.positive("--threads", asked.threads))
+            torch.set_num_threads(positive("--threads", asked.threads))
         context = core.Context(asked.quick, asked.weights, report)
         if asked.stale:
             for key, parts in stale(keys, context).items():
                 print(*(f"{key} / {part}: {why}" for part, why in parts.items()), sep="\n")
             return 0
         for key in keys:
-            core.run(experiment(key), context, asked.fresh, asked.part)
+            record.run(experiment(key), context, asked.fresh, asked.part)
         print(write_table(context))
     except SfumatoError as error:
         report(f"error: {error}")
@@ -67,6 +67,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def choose(asked: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The keys to run: those asked for, or all. Raises UnknownName."""
+    for key in asked:
+        if key not in known:
+            raise UnknownName("claim", key, known)
+    return list(asked) or list(known)
+
+
+def positive(name: str, value: int) -> int:
+    """``value`` if it is above 0. Raises BadInput."""
+    if value < 1:
+        raise BadInput(f"{name} must be at least 1, got {value}.")
+    return value
+
+
 def experiment(key: str) -> core.Experiment:
     """The claims under a key."""
     return importlib.import_module(f"claims.{key}").EXPERIMENT
@@ -74,23 +89,23 @@ def experiment(key: str) -> core.Experiment:
 
 def stale(keys: Iterable[str], context: core.Context) -> dict[str, dict[str, str]]:
     """Key -> part -> why it must run again; keys with nothing stale are left out."""
-    return {key: parts for key in keys if (parts := core.stale(experiment(key), context))}
+    return {key: parts for key in keys if (parts := record.stale(experiment(key), context))}
 
 
 def write_table(context: core.Context) -> Path:
     """Writes the overview of every record there is, the details of each, and each system's own into its page; returns
     the overview's path."""
-    folder, home = core.results_folder(context.quick), core.HERE
+    folder, home = record.results_folder(context.quick), core.HERE
     target = folder / "README.md" if context.quick else home / "README.md"
     pictures = "../../pictures/quick" if context.quick else "pictures"
-    records = [each for each in (core.read_record(folder / f"{key}.json") for key in EXPERIMENTS) if each]
+    records = [each for each in (record.read_record(folder / f"{key}.json") for key in EXPERIMENTS) if each]
     old = stale((each["key"] for each in records), context)
-    core.write(target, table.overview(records, {key: list(parts) for key, parts in old.items()}, "details", pictures))
-    for record in records:
-        core.write(target.parent / "details" / f"{record['key']}.md", table.details(record, f"../{pictures}"))
-        page = PAGES / f"{record['key']}.md"
+    record.write(target, table.overview(records, {key: list(parts) for key, parts in old.items()}, "details", pictures))
+    for each in records:
+        record.write(target.parent / "details" / f"{each['key']}.md", table.details(each, f"../{pictures}"))
+        page = PAGES / f"{each['key']}.md"
         if page.exists() and not context.quick:
-            core.write(page, table.page(page.read_text(encoding="utf-8"), record))
+            record.write(page, table.page(page.read_text(encoding="utf-8"), each))
     return target
 
 

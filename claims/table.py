@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from claims.core import verdict
+from claims.record import verdict
 
 BEGIN, END = "<!-- measured: written by python -m claims -->", "<!-- end of measured -->"
 QUICK = "**A quick run on small samples: it shows that everything runs, and proves nothing.**"

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from claims import common, core, sources, table
-from claims.__main__ import EXPERIMENTS, PAGES, main
+from claims import common, core, record, sources, table
+from claims.__main__ import EXPERIMENTS, PAGES, choose, main
 from claims.core import Context, Experiment, Part, Row
 from sfumato.errors import UnknownName
+from sfumato.locks import lock
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(core, "PICTURES", tmp_path / "pictures")
     monkeypatch.setenv("SFUMATO_CACHE", str(tmp_path / "cache"))
-    core._weights_hash.cache_clear()
+    record._weights_hash.cache_clear()
     sources.code_hash.cache_clear()
     sources._imports.cache_clear()
 
@@ -80,18 +82,18 @@ def test_pictures_outlive_an_interruption_until_the_experiment_is_whole(tmp_path
 
     two = replace(experiment[0], parts=(Part("a", ("toy-x",), part), Part("b", ("toy-x",), part)))
     with pytest.raises(KeyboardInterrupt):
-        core.run(two, context(tmp_path))
+        record.run(two, context(tmp_path))
     stop.clear()
-    core.run(two, context(tmp_path), only="a")
+    record.run(two, context(tmp_path), only="a")
     assert drawn == ["plain", "ours"]  # the first was there already
-    kept = core.halfway(two, context(tmp_path))
+    kept = record.halfway(two, context(tmp_path))
     assert len(list(kept.iterdir())) == 2
-    core.run(two, context(tmp_path))  # the other part draws nothing that the first one drew
+    record.run(two, context(tmp_path))  # the other part draws nothing that the first one drew
     assert drawn == ["plain", "ours"] and not kept.exists()
     (model / "model.safetensors").write_bytes(b"two")
-    core._weights_hash.cache_clear()
-    assert core.halfway(two, context(tmp_path)) != kept
-    core.run(two, context(tmp_path))
+    record._weights_hash.cache_clear()
+    assert record.halfway(two, context(tmp_path)) != kept
+    record.run(two, context(tmp_path))
     assert drawn == ["plain", "ours"] * 2
     arm(Context(), "plain")  # outside of a run nothing is kept
     arm(Context(), "plain")
@@ -100,34 +102,74 @@ def test_pictures_outlive_an_interruption_until_the_experiment_is_whole(tmp_path
 
 def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, model):
     made, calls, source = experiment
-    core.run(made, context(tmp_path))
-    core.run(made, context(tmp_path))
+    record.run(made, context(tmp_path))
+    record.run(made, context(tmp_path))
     assert calls == ["a", "b"]
     (model / "model.safetensors").write_bytes(b"two")
-    core._weights_hash.cache_clear()
-    core.run(made, context(tmp_path))
+    record._weights_hash.cache_clear()
+    record.run(made, context(tmp_path))
     assert calls == ["a", "b", "a"]
     (model / "sfumato.json").write_text("{}")  # a card is not the model
-    core._weights_hash.cache_clear()
-    core.run(made, context(tmp_path))
+    record._weights_hash.cache_clear()
+    record.run(made, context(tmp_path))
     assert len(calls) == 3
     source.write_text("second = 1")
     sources.code_hash.cache_clear()
-    core.run(made, context(tmp_path))
-    core.run(made, context(tmp_path), fresh=True)
+    record.run(made, context(tmp_path))
+    record.run(made, context(tmp_path), fresh=True)
     assert calls[3:] == ["a", "b", "a", "b"]
 
 
 def test_one_part_alone_leaves_the_others_on_record(tmp_path, experiment, model):
     made, calls, source = experiment
-    assert list(core.run(made, context(tmp_path), only="b")["parts"]) == ["b"]
-    core.run(made, context(tmp_path))
+    assert list(record.run(made, context(tmp_path), only="b")["parts"]) == ["b"]
+    record.run(made, context(tmp_path))
     source.write_text("second = 1")
     sources.code_hash.cache_clear()
-    record = core.run(made, context(tmp_path), only="b")
-    assert calls == ["b", "a", "b"] and list(record["parts"]) == ["a", "b"]
+    found = record.run(made, context(tmp_path), only="b")
+    assert calls == ["b", "a", "b"] and list(found["parts"]) == ["a", "b"]
     with pytest.raises(UnknownName, match="part of demo"):
-        core.run(made, context(tmp_path), only="c")
+        record.run(made, context(tmp_path), only="c")
+
+
+def test_a_part_is_asked_for_by_its_name_or_by_a_piece_of_it(tmp_path, experiment):
+    made, calls, _ = experiment
+    named = replace(made, parts=tuple(replace(made.parts[1], name=name) for name in ("toy", "toy: more", "other")))
+    assert list(record.run(named, context(tmp_path), only="toy")["parts"]) == ["toy"]
+    assert list(record.run(named, context(tmp_path), only="to")["parts"]) == ["toy", "toy: more"]
+    assert calls == ["b", "b"]
+
+
+def test_runs_of_other_parts_beside_this_one_lose_nothing(tmp_path, experiment, model):
+    made, calls, _ = experiment
+
+    def while_another_runs(_):
+        record.run(made, context(tmp_path), only="b")
+        calls.append("a")
+        return [row("a")]
+
+    slow = replace(made, parts=(replace(made.parts[0], run=while_another_runs), made.parts[1]))
+    found = record.run(slow, context(tmp_path), only="a")
+    assert calls == ["b", "a"] and list(found["parts"]) == ["a", "b"] and record.stale(made, context(tmp_path)) == {}
+    record.run(slow, context(tmp_path))
+    assert calls == ["b", "a"]
+
+
+def test_a_record_is_written_by_one_run_at_a_time(tmp_path, experiment):
+    made, *_ = experiment
+    (tmp_path / "results").mkdir()
+    held, done = lock(tmp_path / "results"), threading.Event()
+
+    def waits():
+        record.run(made, context(tmp_path), only="b")
+        done.set()
+
+    other = threading.Thread(target=waits)
+    other.start()
+    assert held is not None and not done.wait(0.3) and not (tmp_path / "results" / "demo.json").exists()
+    held.release()
+    other.join(10)
+    assert done.is_set() and list(record.read_record(tmp_path / "results" / "demo.json")["parts"]) == ["b"]
 
 
 def test_an_interruption_keeps_finished_parts(tmp_path, experiment, model):
@@ -138,61 +180,61 @@ def test_an_interruption_keeps_finished_parts(tmp_path, experiment, model):
 
     broken = Experiment("demo", "", "", str(source), (made.parts[0], Part("b", (), stop)))
     with pytest.raises(KeyboardInterrupt):
-        core.run(broken, context(tmp_path))
+        record.run(broken, context(tmp_path))
     assert list(json.loads((tmp_path / "results" / "demo.json").read_text())["parts"]) == ["a"]
-    record = core.run(made, context(tmp_path))
-    assert calls == ["a", "b"] and list(record["parts"]) == ["a", "b"]
+    found = record.run(made, context(tmp_path))
+    assert calls == ["a", "b"] and list(found["parts"]) == ["a", "b"]
 
 
 def test_missing_weights_are_said_and_left_out(tmp_path, experiment):
     made, calls, _ = experiment
     lines: list[str] = []
-    record = core.run(made, context(tmp_path, report=lines.append))
-    assert calls == ["b"] and list(record["parts"]) == ["b"]
+    found = record.run(made, context(tmp_path, report=lines.append))
+    assert calls == ["b"] and list(found["parts"]) == ["b"]
     assert any("toy-x" in line for line in lines)
 
 
 def test_quick_results_stay_apart(tmp_path, experiment, model):
     made, calls, _ = experiment
-    core.run(made, context(tmp_path, quick=True))
+    record.run(made, context(tmp_path, quick=True))
     assert not (tmp_path / "results" / "demo.json").exists() and (tmp_path / "results" / "quick" / "demo.json").exists()
     assert context(tmp_path, quick=True).count(500, 7) == 7 and context(tmp_path).count(500, 7) == 500
 
 
 def test_one_line_a_system_and_the_details_behind_it(tmp_path, experiment, model):
     made, *_ = experiment
-    record = core.run(made, context(tmp_path))
-    text = table.overview([record], {"demo": ["a"]}, "details", "pictures")
+    found = record.run(made, context(tmp_path))
+    text = table.overview([found], {"demo": ["a"]}, "details", "pictures")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3 and lines[2].startswith(
         "| [demo](details/demo.md) | a | 0.9 [0.8, 1.0] | 0.1 | **holds** (stale)"
     )
     assert "1 parts were measured with other code" in text
-    assert "stale)" not in table.overview([record], {}, "details", "pictures")
-    more = table.details(record, "../pictures")
+    assert "stale)" not in table.overview([found], {}, "details", "pictures")
+    more = table.details(found, "../pictures")
     assert "## a" in more and "## b" in more and "- baseline: 0.1" in more and "For tests." in more
-    del record["parts"]["b"]["rows"][0]["headline"]  # of before rows were marked; "a" was measured again since
-    assert "| b |" in table.overview([record], {}, "details", "pictures").splitlines()[-1]
-    record["parts"]["b"]["rows"][0]["headline"] = True
-    assert "| b |" in table.overview([record], {}, "details", "pictures").splitlines()[-1]
+    del found["parts"]["b"]["rows"][0]["headline"]  # of before rows were marked; "a" was measured again since
+    assert "| b |" in table.overview([found], {}, "details", "pictures").splitlines()[-1]
+    found["parts"]["b"]["rows"][0]["headline"] = True
+    assert "| b |" in table.overview([found], {}, "details", "pictures").splitlines()[-1]
 
 
 def test_what_is_stale_is_told_with_the_reason(tmp_path, experiment, model):
     made, _, source = experiment
-    assert set(core.stale(made, context(tmp_path)).values()) == {"never measured"}
-    core.run(made, context(tmp_path))
-    assert core.stale(made, context(tmp_path)) == {}
+    assert set(record.stale(made, context(tmp_path)).values()) == {"never measured"}
+    record.run(made, context(tmp_path))
+    assert record.stale(made, context(tmp_path)) == {}
     (model / "model.safetensors").write_bytes(b"two")
-    core._weights_hash.cache_clear()
-    assert core.stale(made, context(tmp_path)) == {"a": "other weights of toy-x"}
+    record._weights_hash.cache_clear()
+    assert record.stale(made, context(tmp_path)) == {"a": "other weights of toy-x"}
     source.write_text("second = 2")
     sources.code_hash.cache_clear()
-    assert core.stale(made, context(tmp_path)) == {"a": "other weights of toy-x; other code", "b": "other code"}
-    record = json.loads((tmp_path / "results" / "demo.json").read_text())
-    for part in record["parts"].values():
+    assert record.stale(made, context(tmp_path)) == {"a": "other weights of toy-x; other code", "b": "other code"}
+    found = json.loads((tmp_path / "results" / "demo.json").read_text())
+    for part in found["parts"].values():
         part["fingerprint"] = "0123"  # as it was once
-    (tmp_path / "results" / "demo.json").write_text(json.dumps(record))
-    assert "before the record knew" in core.stale(made, context(tmp_path))["b"]
+    (tmp_path / "results" / "demo.json").write_text(json.dumps(found))
+    assert "before the record knew" in record.stale(made, context(tmp_path))["b"]
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
@@ -200,13 +242,13 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "unknown claim 'nonsense'" in capsys.readouterr().err
     assert main(["zoo", "--threads", "0"]) == 2
     monkeypatch.setattr(core, "HERE", tmp_path)
-    monkeypatch.setattr(core, "run", lambda *_: None)
+    monkeypatch.setattr(record, "run", lambda *_: None)
     assert main(["zoo"]) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "README.md")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(core, "run", interrupted)
+    monkeypatch.setattr(record, "run", interrupted)
     assert main(["zoo"]) == 130 and "kept" in capsys.readouterr().err
 
 
@@ -217,28 +259,28 @@ def test_every_module_can_be_imported(name):
 
 
 def test_choose():
-    assert core.choose([], ["a", "b"]) == ["a", "b"] and core.choose(["b"], ["a", "b"]) == ["b"]
+    assert choose([], ["a", "b"]) == ["a", "b"] and choose(["b"], ["a", "b"]) == ["b"]
     with pytest.raises(UnknownName):
-        core.choose(["c"], list(EXPERIMENTS))
+        choose(["c"], list(EXPERIMENTS))
 
 
 def test_a_page_shows_what_was_measured_and_keeps_its_own_words():
-    record = {"parts": {"one": {"rows": [row("first").to_json()]}}}
+    found = {"parts": {"one": {"rows": [row("first").to_json()]}}}
     page = "# X\n\n## Its claims\n\nWhy.\n\n## Sources\n\nBooks.\n"
-    shown = table.page(page, record)
+    shown = table.page(page, found)
     assert "- **holds** - first: 0.9 [0.8, 1.0] (n 10)" in shown
     assert shown.startswith("# X\n\n## Its claims\n\nWhy.\n\n") and shown.endswith("\n\n## Sources\n\nBooks.\n")
-    record["parts"]["one"]["rows"] = [row("second").to_json()]
-    again = table.page(shown, record)
-    assert "first" not in again and again == table.page(again, record) == table.page(page, record)
-    assert table.page("# Y\n", record) == "# Y\n"
+    found["parts"]["one"]["rows"] = [row("second").to_json()]
+    again = table.page(shown, found)
+    assert "first" not in again and again == table.page(again, found) == table.page(page, found)
+    assert table.page("# Y\n", found) == "# Y\n"
 
 
 @pytest.mark.parametrize("key", [key for key in EXPERIMENTS if (PAGES / f"{key}.md").exists()])
 def test_pages_tell_what_is_on_record(key):
-    record = core.read_record(core.HERE / "results" / f"{key}.json")
+    found = record.read_record(core.HERE / "results" / f"{key}.json")
     page = (PAGES / f"{key}.md").read_text(encoding="utf-8")
-    assert table.BEGIN not in page if not record else page == table.page(page, record)
+    assert table.BEGIN not in page if not found else page == table.page(page, found)
 
 
 def test_a_result_depends_on_where_a_name_is_defined_and_not_on_what_annotations_name(tmp_path, monkeypatch):
