@@ -76,7 +76,8 @@ def auroc(maps: Tensor, truths: Tensor) -> float:
 
 def scored(context: Context, concept: str, toys: int | None) -> Scored:
     """Every stage on held-out pictures of one concept."""
-    reader, remover = common.load(context, "toy-sd"), common.load(context, "toy-sd-inpaint")
+    reader, inpainting = common.load(context, "toy-sd"), common.load(context, "toy-sd-inpaint")
+    remover = inpainting if inpainting.default_size == reader.default_size else reader  # as ``sfumato segment`` does
     side = common.side(context, "toy-sd")
     learn, learn_truth = pictures(concept, "val", LEARN, context.count(96, 4), toys, side)
     test, truth = pictures(concept, "test", REPORT, context.count(48, 3), toys, side)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import sfumato as package
 from sfumato import files
+from sfumato.app import segmenting
 from sfumato.edit.inpaint import Inpaint
 from sfumato.models import load
 from sfumato.sampling import generate
@@ -143,3 +144,14 @@ def test_pictures_are_made_where_none_are_given(sfumato, tiny_sd):
     found = package.segment("cube", n=2, model=load(tiny_sd), steps=2, iterations=1, width=4)
     first = np.asarray(found.pictures[0].permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8))
     assert np.abs(first.astype(int) - pixels("made/foreground/00000.png")).max() <= 1
+
+
+def test_a_built_in_remover_draws_at_the_size_of_the_pictures_or_the_model_is_its_own():
+    """toy-sd-inpaint drew blotches into pictures of another size than it was trained on."""
+    inpainting = load("toy-sd-inpaint")
+    for name in ("toy-sd", "toy-sd3"):
+        model = load(name)
+        remover = segmenting._default_remover(model)
+        fits = inpainting.default_size == model.default_size
+        assert remover.default_size == model.default_size and (remover is model) is not fits
+        assert remover.card["background"], "what the model knows no words for is drawn as a toy"

@@ -40,7 +40,8 @@ def segment(
         concept: the object's name, such as ``"ball"``.
         pictures: a folder, files or PIL pictures that show it; None makes ``n`` of them.
         model: knows the object and says roughly where it is.
-        remover: redraws pictures without it: a built-in inpainting model for the default model, else ``model`` itself.
+        remover: redraws pictures without it: for the default model a built-in inpainting model that draws at its size,
+            if there is one, else ``model`` itself.
         by: the system that does it, as for ``--with``; by default the one whose card says so.
         size: (width, height) to which pictures are cut; by default about the model's own area.
         on_progress: called with (stage, done, of how many).
@@ -52,10 +53,10 @@ def segment(
     valid.text(concept, "concept")
     system = _built(by, {**options})
     shown = None if pictures is None else [image for _, image in _listed(pictures)]
-    if remover is None:
-        remover = suitable_model(cards.methods()[cards.default("edit mask")].needs) if model == DEFAULT_MODEL else model
     loaded = load(model) if isinstance(model, str | Path) else model
-    other = loaded if remover is model else load(remover) if isinstance(remover, str | Path) else remover
+    if remover is None:
+        remover = _default_remover(loaded) if model == DEFAULT_MODEL else loaded
+    other = load(remover) if isinstance(remover, str | Path) else remover
     if shown is not None:
         size = size or fitting_size(loaded, shown[0].size)
         shown = [files.fitted(image.convert("RGB"), size) for image in shown]
@@ -104,13 +105,19 @@ def segment_files(
     _built(by, {k: v for k, v in options.items() if k != "size"})
     with writing.output_folder(out), writing.reserved(out, "segmenting"):
         loaded: dict[str, Any] = {"model": load(model or DEFAULT_MODEL, dtype=dtype, device=device, config=config)}
-        if remover is None and model is None:
-            remover = suitable_model(cards.methods()[cards.default("edit mask")].needs)
         if remover is not None:
             loaded["remover"] = load(remover, dtype=dtype, device=device)
+        elif model is None:
+            loaded["remover"] = _default_remover(loaded["model"], dtype=dtype, device=device)
         images = [image for _, image in listed] or None
         found = segment(what, images, by=by, on_progress=on_progress, **loaded, **options)
         return found.save(out, names or None)
+
+
+def _default_remover(model: Model, **how: Any) -> Model:
+    """The built-in inpainting model, where it draws at the size of the built-in ``model``; else ``model`` itself."""
+    other = load(suitable_model(cards.methods()[cards.default("edit mask")].needs), **how)
+    return other if other.default_size == model.default_size else model
 
 
 def _built(by: str | None, options: dict[str, Any]) -> protocol.Segments:

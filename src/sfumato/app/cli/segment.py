@@ -29,7 +29,7 @@ def segment(
     ] = None,
     model: options.Model = None,
     remover: Annotated[
-        str | None, typer.Option(help="The model that redraws pictures without it. Default: an inpainting one.")
+        str | None, typer.Option(help="The model that redraws pictures without it. Default: MODEL, or a built-in one.")
     ] = None,
     by: options.By = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is empty or not there yet.")] = Path(
