@@ -31,6 +31,7 @@ SPLITS = {
     "colors": "unseen colours",
 }
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+ALLOWED = 0.02  # by which the accuracy on pictures as in training may fall
 PER_CLASS = 3
 PLAIN = {"relevance": 0.0, "confidence": 1.0, "keep": "label"}
 KINDS = ("plain", "robust", "robust, masks by relevance", "robust, masks of other pictures")
@@ -86,12 +87,16 @@ def taught(context: Context, kind: str, seed: int, lr: float, classes: tuple[int
 
 
 def rate(context: Context, kind: str) -> float:
-    """The rate with the lowest loss on validation pictures (backdrops as in training), on a draw of its own."""
+    """The rate with the lowest loss on validation pictures (backdrops as in training), on a draw of its own, of those
+    that leave the accuracy on such pictures as it was: the loss alone would take rates that break the model."""
     way = "plain" if kind == "plain" else "robust"
 
     def chosen() -> float:
-        loss = {lr: min(e["validation"] for e in taught(context, way, 100, lr).log) for lr in RATES}
-        return min(loss, key=loss.__getitem__)
+        least = right(context, model_of(context, "toy-vit-biased"), "val").mean() - ALLOWED
+        found = {lr: taught(context, way, 100, lr) for lr in RATES}
+        loss = {lr: min(e["validation"] for e in each.log) for lr, each in found.items()}
+        sound = [lr for lr, each in found.items() if right(context, each.model, "val").mean() >= least]
+        return min(sound or RATES[:1], key=loss.__getitem__)
 
     return context.once(f"rate {way}", chosen)
 
@@ -104,13 +109,18 @@ def right(context: Context, model: nn.Module, split: str) -> np.ndarray:
     return (said == torch.from_numpy(source.labels)).numpy()
 
 
-def inside(context: Context, model: nn.Module, split: str = "shuffled", n: int = 200) -> np.ndarray:
-    """(n,): the share of each picture's relevance that is on the toy."""
+def inside(context: Context, model: nn.Module | None, split: str = "shuffled", n: int = 200) -> np.ndarray:
+    """(n,): the share of each picture's relevance that is on the toy; without a model that of the toy's own mask seen
+    in the patches of the model, which no map of patches can exceed by much."""
     source = split_of(context, split)
     pictures, masks = common.pictures_of(source, n), common.masks_of(source, n) >= 0
     shares = []
     for rows in torch.arange(n).split(50):
-        maps = relevance_maps(model, pictures[rows], torch.from_numpy(source.labels)[rows])[0].detach()
+        if model is None:
+            patch = model_of(context, "toy-vit-biased").config.patch_size
+            maps = F.avg_pool2d(masks[rows].float(), patch)
+        else:
+            maps = relevance_maps(model, pictures[rows], torch.from_numpy(source.labels)[rows])[0].detach()
         maps = F.interpolate(maps[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         shares.append(segmentation.inside_share(maps, masks[rows]))
     return torch.cat(shares).numpy()
@@ -149,9 +159,9 @@ def shifted(context: Context) -> list[Row]:
         was = float(np.mean(before[split]))
         own, over = gain(split, "robust"), gain(split, "robust", "plain")
         if split == "same":  # plain forgetting is what must not happen
-            return [Bar(own, -0.5, 1 - was, at_least=-0.02, what="over before")]
+            return [Bar(own, -0.5, 1 - was, at_least=-ALLOWED, what="over before")]
         if split == "colors":
-            return [Bar(own, -0.5, 1 - was, at_least=-0.02, what="over before")]
+            return [Bar(own, -0.5, 1 - was, at_least=-ALLOWED, what="over before")]
         least = {"at_least": 0.10} if split == "shuffled" else {}
         more = {"at_least": 0.05} if split == "shuffled" else {}
         plain = float(np.mean(after["plain"][split]))
@@ -235,6 +245,7 @@ def looks(context: Context) -> list[Row]:
     shares = {kind: [float(one.mean()) for one in each] for kind, each in found.items()}
     ours, plain = (float(np.mean(shares[kind])) for kind in ("robust", "plain"))
     rise = stats.paired_difference(np.mean(found["robust"], 0).tolist(), was.tolist())
+    top = float(inside(context, None).mean())
     area = float((common.masks_of(split_of(context, "shuffled"), 200) >= 0).float().mean())
     return [
         Row(
@@ -244,8 +255,8 @@ def looks(context: Context) -> list[Row]:
             f"rise {rise.text()}",
             baseline=f"plain {plain:.3f}; "
             + "; ".join(f"{k} {np.mean(shares[k]):.3f}" for k in KINDS[2:])
-            + f"; a flat map {area:.3f}",
-            bars=[Bar(rise, 0.0, 1 - float(was.mean()), at_least=0.15, above=0.0)],
+            + f"; a flat map {area:.3f}, the toys' own masks in patches {top:.3f}",
+            bars=[Bar(rise, 0.0, top - float(was.mean()), at_least=0.15, above=0.0)],
             n=200,
             leans_on="exact masks",
             data=shares,
@@ -311,9 +322,9 @@ EXPERIMENT = Experiment(
     intro=(
         "toy-vit-biased learnt shapes from pictures whose ground and sky gave them away in 95 % of the cases. It is"
         " taught on a few pictures, all of which still have the shape's own backdrop. The learning rate of each way is"
-        " the one with the lowest loss on validation pictures with backdrops as in training; weights are those of its"
-        " best epoch there. Accuracies are on 400 unseen pictures each; values in brackets are single draws of teaching"
-        " pictures."
+        " the one with the lowest loss on validation pictures with backdrops as in training, of those that keep the"
+        " accuracy there within two points; weights are those of its best epoch there. Accuracies"
+        " are on 400 unseen pictures each; values in brackets are single draws of teaching pictures."
     ),
     file=__file__,
     parts=(

@@ -1,4 +1,4 @@
-"""Measure the claims again and write their table (needs the repository, not only the package)."""
+"""Measure the claims again; options are those of `python -m claims` (needs the repository, not only the package)."""
 
 from __future__ import annotations
 
