@@ -102,7 +102,8 @@ def write_table(context: core.Context) -> Path:
     old = stale((each["key"] for each in records), context)
     record.write(target, table.overview(records, {key: list(parts) for key, parts in old.items()}, "details", pictures))
     for each in records:
-        record.write(target.parent / "details" / f"{each['key']}.md", table.details(each, f"../{pictures}"))
+        shown = table.details(each, f"../{pictures}", old.get(each["key"], ()))
+        record.write(target.parent / "details" / f"{each['key']}.md", shown)
         page = PAGES / f"{each['key']}.md"
         if page.exists() and not context.quick:
             record.write(page, table.page(page.read_text(encoding="utf-8"), each))

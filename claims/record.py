@@ -168,7 +168,8 @@ def fingerprint(code: str, part: Part, context: Context) -> dict[str, Any]:
 
 
 def stale(experiment: Experiment, context: Context) -> dict[str, str]:
-    """Parts that must run again, and why: part -> reason. Parts whose models are missing are left out."""
+    """Parts that must run again, and why: part -> reason, with those on record that the experiment has no more. Parts
+    whose models are missing are left out."""
     record = read_record(target(experiment, context))
     found, code = {}, code_of(experiment)
     for part in experiment.parts:
@@ -180,7 +181,8 @@ def stale(experiment: Experiment, context: Context) -> dict[str, str]:
         )
         if reason:
             found[part.name] = reason
-    return found
+    gone = record.get("parts", {}).keys() - {part.name for part in experiment.parts}
+    return found | dict.fromkeys(sorted(gone), "other parts have taken its place")
 
 
 def _difference(before: Any, now: dict[str, Any]) -> str:

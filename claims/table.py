@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from claims.record import verdict
@@ -19,11 +19,13 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for part in record["parts"].values() for row in part["rows"]]
 
 
-def headlines(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that say whether a system does what it promises: those marked so, else the first, and of a record
-    that was begun before rows were marked the first of those days."""
-    rows = rows_of(record)
-    return [row for row in rows if row.get("headline")] or sorted(rows, key=lambda row: "headline" in row)[:1]
+def headlines(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(part, row) of the rows that say whether a system does what it promises: those marked so, else the first, and of
+    a record that was begun before rows were marked the first of those days."""
+    rows = [(name, row) for name, part in record["parts"].items() for row in part["rows"]]
+    return [each for each in rows if each[1].get("headline")] or sorted(rows, key=lambda each: "headline" in each[1])[
+        :1
+    ]
 
 
 def overview(records: Iterable[dict[str, Any]], stale: dict[str, list[str]], details: str, pictures: str) -> str:
@@ -32,9 +34,9 @@ def overview(records: Iterable[dict[str, Any]], stale: dict[str, list[str]], det
     lines = []
     for record in records:
         key = record["key"]
-        for k, row in enumerate(headlines(record)):
+        for k, (part, row) in enumerate(headlines(record)):
             picture = f"[picture]({pictures}/{row['picture']})" if row["picture"] else ""
-            old = " (stale)" if stale.get(key) else ""
+            old = " (stale)" if part in stale.get(key, ()) else ""
             name = f"[{key}]({details}/{key}.md)" if k == 0 else ""
             cells = (name, row["claim"], row["measured"], row["baseline"], f"**{verdict(row)}**{old}", picture)
             lines.append(_line(cells))
@@ -52,14 +54,17 @@ def overview(records: Iterable[dict[str, Any]], stale: dict[str, list[str]], det
     )
 
 
-def details(record: dict[str, Any], pictures: str) -> str:
-    """Everything measured for one system. ``pictures``: their folder, from the page."""
+def details(record: dict[str, Any], pictures: str, stale: Container[str] = ()) -> str:
+    """Everything measured for one system. ``pictures``: their folder, from the page; ``stale``: parts that must run
+    again."""
     about = record["machine"]
     out = [f"# {record['key']}: {record['title']}", record["intro"], RULE]
     if record["quick"]:
         out.append(QUICK)
     for name, part in record["parts"].items():
         out.append(f"## {name}")
+        if name in stale:
+            out.append("**Stale**: measured with other code or weights than today's.")
         if part.get("supervision"):
             out.append(f"Supervision that models of real pictures lack: {part['supervision']}.")
         for row in part["rows"]:
@@ -93,7 +98,8 @@ def _row(row: dict[str, Any], pictures: str) -> str:
 def page(text: str, record: dict[str, Any]) -> str:
     """A system's page with what was measured at the end of its section on claims, in place of what stood there."""
     lines = [f"- **{verdict(r)}** - {r['claim']}: {r['measured']} (n {r['n']})" for r in rows_of(record)]
-    block = "\n".join([BEGIN, "Measured, with 95 % intervals:", "", *lines, END])
+    told = f"[which of it is stale](../../claims/details/{record['key']}.md)"
+    block = "\n".join([BEGIN, f"Measured, with 95 % intervals ({told}):", "", *lines, END])
     if BEGIN in text:
         before, rest = text.split(BEGIN, 1)
         return before + block + rest.split(END, 1)[1]

@@ -211,7 +211,10 @@ def test_one_line_a_system_and_the_details_behind_it(tmp_path, experiment, model
     )
     assert "1 parts were measured with other code" in text
     assert "stale)" not in table.overview([found], {}, "details", "pictures")
+    assert "stale)" not in table.overview([found], {"demo": ["b"]}, "details", "pictures")  # another part is
     more = table.details(found, "../pictures")
+    assert "**Stale**" not in more
+    assert "## a\n\n**Stale**: measured" in table.details(found, "../pictures", ["a"])
     assert "## a" in more and "## b" in more and "- baseline: 0.1" in more and "For tests." in more
     del found["parts"]["b"]["rows"][0]["headline"]  # of before rows were marked; "a" was measured again since
     assert "| b |" in table.overview([found], {}, "details", "pictures").splitlines()[-1]
@@ -230,6 +233,10 @@ def test_what_is_stale_is_told_with_the_reason(tmp_path, experiment, model):
     source.write_text("second = 2")
     sources.code_hash.cache_clear()
     assert record.stale(made, context(tmp_path)) == {"a": "other weights of toy-x; other code", "b": "other code"}
+    renamed = replace(made, parts=(replace(made.parts[1], name="c"),))
+    assert record.stale(renamed, context(tmp_path)) == {"c": "never measured"} | dict.fromkeys(
+        "ab", "other parts have taken its place"
+    )
     found = json.loads((tmp_path / "results" / "demo.json").read_text())
     for part in found["parts"].values():
         part["fingerprint"] = "0123"  # as it was once
@@ -265,7 +272,7 @@ def test_choose():
 
 
 def test_a_page_shows_what_was_measured_and_keeps_its_own_words():
-    found = {"parts": {"one": {"rows": [row("first").to_json()]}}}
+    found = {"key": "demo", "parts": {"one": {"rows": [row("first").to_json()]}}}
     page = "# X\n\n## Its claims\n\nWhy.\n\n## Sources\n\nBooks.\n"
     shown = table.page(page, found)
     assert "- **holds** - first: 0.9 [0.8, 1.0] (n 10)" in shown
