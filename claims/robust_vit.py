@@ -87,15 +87,15 @@ def taught(context: Context, kind: str, seed: int, lr: float, classes: tuple[int
 
 
 def rate(context: Context, kind: str) -> float:
-    """The rate with the lowest loss on validation pictures (backdrops as in training), on a draw of its own, of those
-    that leave the accuracy on such pictures as it was: the loss alone would take rates that break the model."""
+    """The rate with the lowest loss on validation pictures (backdrops as in training), on draws of its own, of those
+    that leave the accuracy on such pictures as it was in every draw: the loss alone would take rates that break it."""
     way = "plain" if kind == "plain" else "robust"
 
     def chosen() -> float:
         least = right(context, model_of(context, "toy-vit-biased"), "val").mean() - ALLOWED
-        found = {lr: taught(context, way, 100, lr) for lr in RATES}
-        loss = {lr: min(e["validation"] for e in each.log) for lr, each in found.items()}
-        sound = [lr for lr, each in found.items() if right(context, each.model, "val").mean() >= least]
+        found = {lr: [taught(context, way, 100 + i, lr) for i in seeds(context)] for lr in RATES}
+        loss = {lr: np.mean([min(e["validation"] for e in each.log) for each in found[lr]]) for lr in RATES}
+        sound = [lr for lr in RATES if all(right(context, each.model, "val").mean() >= least for each in found[lr])]
         return min(sound or RATES[:1], key=loss.__getitem__)
 
     return context.once(f"rate {way}", chosen)
