@@ -210,7 +210,7 @@ COMMANDS = {
     "adapters convert": (["x", "y", "--to", "kohya"], "sfumato.app.convert"),
     "models toy-vae": (["--export", "x"], "sfumato.registry.export"),
     "make --prompts": (["p.jsonl"], "sfumato.app.read_prompts"),
-    "claims": ([], "claims.core.choose"),
+    "claims": ([], "claims.core.Context"),
 }
 
 
@@ -248,7 +248,7 @@ def test_a_command_under_nohup_goes_on(sfumato, monkeypatch):
 
 PROGRAMS = {
     "sfumato.training": (["toy-vae"], "sfumato.training.run"),
-    "claims": (["--stale"], "claims.core.choose"),
+    "claims": (["--stale"], "claims.core.Context"),
     "benchmarks": (["imports"], "benchmarks.imports.run"),
 }
 
