@@ -100,7 +100,7 @@ def write_table(context: core.Context) -> Path:
     pictures = "../../pictures/quick" if context.quick else "pictures"
     records = [each for each in (record.read_record(folder / f"{key}.json") for key in EXPERIMENTS) if each]
     old = stale((each["key"] for each in records), context)
-    record.write(target, table.overview(records, {key: list(parts) for key, parts in old.items()}, "details", pictures))
+    record.write(target, table.overview(records, old, "details", pictures))
     for each in records:
         shown = table.details(each, f"../{pictures}", old.get(each["key"], ()))
         record.write(target.parent / "details" / f"{each['key']}.md", shown)

@@ -110,8 +110,8 @@ def right(context: Context, model: nn.Module, split: str) -> np.ndarray:
 
 
 def inside(context: Context, model: nn.Module | None, split: str = "shuffled", n: int = 200) -> np.ndarray:
-    """(n,): the share of each picture's relevance that is on the toy; without a model that of the toy's own mask seen
-    in the patches of the model, which no map of patches can exceed by much."""
+    """(n,): the share of each picture's relevance that is on the toy; without a model that of a map which knows
+    the toy: its mask, seen in the model's patches."""
     source = split_of(context, split)
     pictures, masks = common.pictures_of(source, n), common.masks_of(source, n) >= 0
     shares = []

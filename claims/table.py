@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any
 
 from claims.record import verdict
@@ -23,12 +23,13 @@ def headlines(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(part, row) of the rows that say whether a system does what it promises: those marked so, else the first, and of
     a record that was begun before rows were marked the first of those days."""
     rows = [(name, row) for name, part in record["parts"].items() for row in part["rows"]]
-    return [each for each in rows if each[1].get("headline")] or sorted(rows, key=lambda each: "headline" in each[1])[
-        :1
-    ]
+    marked = [each for each in rows if each[1].get("headline")]
+    return marked or sorted(rows, key=lambda each: "headline" in each[1])[:1]
 
 
-def overview(records: Iterable[dict[str, Any]], stale: dict[str, list[str]], details: str, pictures: str) -> str:
+def overview(
+    records: Iterable[dict[str, Any]], stale: Mapping[str, Collection[str]], details: str, pictures: str
+) -> str:
     """One line a system: what it should do, ours, the baseline, the verdict. ``stale``: parts that must run again, by
     key; ``details``, ``pictures``: folders, from the page."""
     lines = []
