@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
 from sfumato.models import load
+from sfumato.sampling import generate
 from sfumato.toybox import COLORS, SHAPES, Scene, Toy, ToyboxDataset
 from sfumato.training.draw import Draw
 from sfumato.training.objective import build_objective
@@ -57,6 +58,15 @@ def start(home: Path, parts):
         (home / "start").mkdir()
         made.export(home / "start")
     return made, home / "start"
+
+
+@pytest.fixture(scope="module")
+def wide(home: Path, parts) -> dict[str, str]:
+    """Parts whose latents have another number of channels than those of Stable Diffusion."""
+    with torch.no_grad():
+        (home / "wide").mkdir()
+        build("vae", channels=[8, 8, 16], latent_channels=7).export(home / "wide")
+    return {**parts, "vae": str(home / "wide")}
 
 
 @pytest.fixture
@@ -211,4 +221,41 @@ def test_what_is_asked_of_a_hole_is_the_same_at_any_size(objective, tmp_path) ->
         assert finer.shape == (128, 128) and 0.8 < float(hole.mean() / finer.mean()) < 1.25
     with torch.no_grad():
         (tmp_path / "x").mkdir()
-        assert '"height": 64, "width": 64' in objective.export(tmp_path / "x")["plain"]
+        assert "torch.zeros(1, 3, 64, 64)" in objective.export(tmp_path / "x")["plain"]
+
+
+@torch.no_grad()
+def test_latents_may_have_any_number_of_channels(wide, tmp_path, monkeypatch) -> None:
+    """Pipelines of diffusers run inpainting U-Nets of nine input channels alone: training ended at its first grid."""
+    few = functools.partial(latent.vital_signs, scenes=2, pictures=1, steps=2)
+    monkeypatch.setattr(latent, "vital_signs", few)
+    made = build("inpaint", **SHAPE, **wide)
+    assert made.unet.config.in_channels == 15
+    monkeypatch.setattr(type(made), "sampling", {**made.sampling, "steps": 2})
+    assert made.grid().size[0] == 8 * 128 and set(made.measure(2)) == {"held_out_loss", "toy_in_hole_right"}
+    plain = made.export(tmp_path)["plain"].replace('from_pretrained("x"', f"from_pretrained({str(tmp_path)!r}")
+    found: dict = {}
+    torch.manual_seed(0)
+    exec(plain, found)
+    assert found["picture"].shape == (1, 3, 64, 64)
+    torch.manual_seed(0)
+    noise = torch.randn_like(found["known"])
+    ours = generate(load(tmp_path), "a blue ball", latents=noise, steps=2, guidance=5.0, scheduler="ddim").pixels
+    torch.testing.assert_close(ours.clamp(-1, 1), found["picture"], rtol=1e-3, atol=2e-3)
+
+
+@torch.no_grad()
+def test_what_is_filled_leaves_the_rest_to_the_network(objective, monkeypatch) -> None:
+    """Every picture is shown around its own hole, also in several batches."""
+    monkeypatch.setattr(type(objective), "sampling", {**objective.sampling, "steps": 2})
+    objective.unet.conv_in.weight[:, 4:].normal_(generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    holes = torch.zeros(3, 1, 64, 64)
+    for i in range(3):
+        holes[i, :, 8 * i : 8 * i + 32] = 1
+    together = objective.fill(pictures, holes, ["a red ball"] * 3)
+    for i in range(3):
+        alone = objective.fill(pictures[i : i + 1], holes[i : i + 1], ["a red ball"], seed=i)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-3, atol=1e-3)
+        other = objective.fill(pictures[i : i + 1], holes[i - 1 : i or None], ["a red ball"], seed=i)
+        assert (other[0] - together[i]).abs().max() > 1e-2

@@ -9,6 +9,7 @@ captions tell only what lies in the hole, so that the prompt is worth listening 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from sfumato import mask_ops, registry, sheets
 from sfumato.arrays import to_tensor
+from sfumato.models import Condition, Model
+from sfumato.sampling import Intervention, generate
+from sfumato.sampling.run import Run
 from sfumato.toybox import COLORS, Scene, ToyboxDataset
 from sfumato.toybox import caption as describe
 from sfumato.toybox.oracle.presence import RequestedToy, find, requested_toys
@@ -36,8 +40,17 @@ from diffusers import StableDiffusionInpaintPipeline
 
 # once, for a built-in model: sfumato models $name --export $name
 pipe = StableDiffusionInpaintPipeline.from_pretrained("$name", torch_dtype=torch.float32)
-given = {"height": $side, "width": $side, "num_inference_steps": $steps, "guidance_scale": $guidance}
-picture = pipe("a blue ball on the grass", image=photo, mask_image=mask, **given).images[0]"""
+prompt, photo, mask = "a blue ball", torch.zeros(1, 3, $side, $side), torch.ones(1, 1, $side, $side)  # 1: draw anew
+with torch.no_grad():  # pipe(...) itself knows U-Nets of 9 input channels only
+    words, none = pipe.encode_prompt(prompt, "cpu", 1, True)
+    known = pipe.vae.encode(photo * (1 - mask)).latent_dist.mean * pipe.vae.config.scaling_factor
+    hole = torch.cat([torch.nn.functional.adaptive_max_pool2d(mask, known.shape[-2:]), known], 1)
+    pipe.scheduler.set_timesteps($steps)
+    x = torch.randn_like(known)
+    for t in pipe.scheduler.timesteps:
+        both = pipe.unet(torch.cat([x, hole], 1).repeat(2, 1, 1, 1), t, torch.cat([none, words])).sample
+        x = pipe.scheduler.step(torch.lerp(*both.chunk(2), $guidance), t, x).prev_sample
+    picture = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample.clamp(-1, 1)"""
 INSIDE = 0.3  # a toy is named when so much of it lies in the hole
 VISIBLE = 100 / 64**2  # of the picture: toys that show less are not asked for
 
@@ -60,6 +73,24 @@ class InpaintLoss(DiffusionLoss):
         validation_alias=AliasChoices("hole_captions", "told"),  # older recipes: told
     )  # fmt: skip
     grow: int = Field(4, ge=0, description="most pixels by which holes of the shape of toys are grown")
+
+
+class Known(Intervention):
+    """Shows the denoiser ``pictures`` (b, 3, H, W) around their ``holes`` (b, 1, H, W)."""
+
+    role = "conditioner"
+
+    def __init__(self, pictures: Tensor, holes: Tensor, coverage: float):
+        self.pictures, self.holes, self.least = pictures, holes, coverage
+
+    def on_condition(self, run: Run, condition: Condition) -> Condition:
+        pictures, holes = self.pictures[run.samples], self.holes[run.samples]
+        share = mask_ops.on_grid(holes[:, 0], run.grid, self.least)[:, None]
+        family: Any = run.model.family
+        shown = {"hole": family.hole(run.model.encode_image(pictures * (1 - holes)), holes, share)}
+        self.mark()
+        uncond = None if condition.uncond is None else {**condition.uncond, **shown}
+        return replace(condition, cond={**condition.cond, **shown}, uncond=uncond)
 
 
 class InpaintObjective(DiffusionObjective):
@@ -142,22 +173,12 @@ class InpaintObjective(DiffusionObjective):
         return self.fill(grey, hole, prompts, seed)
 
     def fill(self, pictures: Tensor, holes: Tensor, prompts: list[str], seed: int = 0) -> Tensor:
-        """``pictures`` (b, 3, H, W) in [-1, 1] with ``holes`` (b, 1, H, W) redrawn by the genuine pipeline."""
-        pipe = self.pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        out = pipe(
-            prompts,
-            image=(pictures + 1) / 2,
-            mask_image=holes,
-            height=pictures.shape[-2],
-            width=pictures.shape[-1],
-            strength=1.0,
-            num_inference_steps=self.sampling["steps"],
-            guidance_scale=self.sampling["guidance"],
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-            output_type="pt",
-        )
-        return out.images.cpu() * 2 - 1
+        """``pictures`` (b, 3, H, W) in [-1, 1] with ``holes`` (b, 1, H, W) redrawn, and nothing put back outside."""
+        model = Model(self.pipeline(), card={"sampling": self.sampling})
+        known = Known(pictures, holes, self.loss_options.coverage)
+        drawn = generate(model, prompts, seed=[seed + i for i in range(len(prompts))], interventions=known).pixels
+        assert drawn is not None
+        return drawn.cpu()
 
     def measure(self, n: int = 100) -> dict[str, float]:
         """Beside the loss: how often a toy asked for in another's place is there, by the toy-judge, on ``n`` unseen
