@@ -212,7 +212,11 @@ def _with_and_without(system: str, prompts: list[str]) -> Image.Image:
 def attend_excite() -> Image.Image:
     return _with_and_without(
         "attend_excite",
-        ["a red ball and a blue cone", "a green cube and a yellow ring", "a white cylinder and a purple cross"],
+        [
+            "a red ball, a blue cone and a green cube",
+            "a yellow ring, a purple cube and a white cylinder",
+            "a white cone, a red cube and a yellow ball",
+        ],
     )
 
 

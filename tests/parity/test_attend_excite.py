@@ -61,6 +61,7 @@ def theirs(pipe, noise, rows, **options):
 
 def ours(pipe, noise, rows, thresholds, **options):
     guide = AttendExcite(
+        sharpness=100.0,
         words=[word for word in WORDS if any(word in PROMPTS[row] for row in rows)],
         thresholds=[(i / STEPS, level) for i, level in thresholds.items()],
         resolution=8,

@@ -17,6 +17,7 @@ from sfumato.models.quiet import quiet
 from sfumato.sampling import Intervention, generate
 from sfumato.steer.attend_excite import AttendExcite, smoothing_kernel
 from sfumato.steer.attend_excite.choices import sites_of
+from sfumato.steer.attend_excite.word_maps import WordMaps
 from sfumato.text import Words
 from tests.helpers import fingerprint
 from tests.tiny import tiny_model
@@ -77,7 +78,7 @@ class Probabilities(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def loss_by_hand(model, sites, probs, row, prompt, wanted, whole):
+def loss_by_hand(model, sites, probs, row, prompt, wanted, whole, sharpness=None):
     """The loss of one sample, word by word and token by token."""
     maps = []
     for site, each in zip(sites, probs, strict=True):
@@ -88,7 +89,10 @@ def loss_by_hand(model, sites, probs, row, prompt, wanted, whole):
     words = Words(model)
     tokens = sorted({p for positions in words.tokens(prompt).values() for p in positions})
     rivals = list(range(1, attention.shape[1] - 1)) if whole else tokens
-    shares = torch.softmax(100 * attention[:, rivals], -1)
+    if sharpness is None:
+        held = float(attention[:, rivals].detach().sum(-1).mean())  # by the tokens that share
+        sharpness = 100 * 0.1 / held if held > 0.1 else 100
+    shares = torch.softmax(sharpness * attention[:, rivals], -1)
     taps = [math.exp(-1), 1, math.exp(-1)]  # exp(-(x / 2 sigma)^2) at sigma 0.5
     losses = []
     for word in wanted:
@@ -103,12 +107,16 @@ def loss_by_hand(model, sites, probs, row, prompt, wanted, whole):
     return max(losses)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "pixart"])
-def test_one_step_is_the_gradient_by_hand(kind):
+KINDS = ("sd", "sd2", "sdxl", "sd3", "sd35", "sd3clip", "flux", "pixart")
+
+
+@pytest.mark.parametrize("kind, sharpness", [*((kind, None) for kind in KINDS), ("sd", 100.0), ("sd3", 30.0)])
+def test_one_step_is_the_gradient_by_hand(kind, sharpness):
     model = tiny_model(kind, fresh=True)
     model.to(dtype=torch.float64)
     options = dict(steps=1, seed=3, decode=False, **guided(model))
-    system, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
+    given = {"words": WORDS, "thresholds": [], "strength": 30.0, "resolution": 8, "sharpness": sharpness}
+    system, watch = AttendExcite(**given), Watch()
     generate(model, PROMPTS, interventions=[system, watch], **options)
     scheduler = model.make_scheduler(None)
     t = model.timesteps(scheduler, 1, 32, 32)[0]
@@ -121,7 +129,7 @@ def test_one_step_is_the_gradient_by_hand(kind):
         with quiet(), probs:
             model.predict(scaled, t, condition.rows([row]))
         whole = kind in ("sd", "sd2", "sdxl")
-        loss = loss_by_hand(model, model.sites(32, 32), probs.found, 0, PROMPTS[row], wanted, whole)
+        loss = loss_by_hand(model, model.sites(32, 32), probs.found, 0, PROMPTS[row], wanted, whole, sharpness)
         (gradient,) = torch.autograd.grad(loss, x)
         shift = watch.seen[0][row] - watch.noise[row]
         assert system.attended[row].losses == {0: [pytest.approx(float(loss.detach()), abs=1e-6)]}
@@ -132,6 +140,23 @@ def test_one_step_is_the_gradient_by_hand(kind):
             factor /= alpha**2
         torch.testing.assert_close(shift, -factor * gradient[0], rtol=1e-4, atol=1e-9)
         assert shift.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("held", [0.05, 0.1, 0.2, 1.0])
+def test_tokens_that_hold_more_attention_share_it_less_sharply(held):
+    """Stable Diffusion's start token keeps most of it, for which 100 was made."""
+    model = tiny_model("sd")
+    reading = Words(model).read("a ball")
+    site = next(site for site in model.sites(32, 32) if site.kind == "cross" and site.grid == (8, 8))
+
+    def maps(sharpness):
+        return WordMaps([reading], [reading.find("ball")], [site], "all", None, model.device, sharpness)
+
+    found, n = maps(None), len(maps(None).columns)
+    attention = torch.rand(1, 2, 64, n, generator=torch.Generator().manual_seed(0))
+    by_hand = maps(min(100.0, 10.0 / held))
+    found.sites = by_hand.sites = {site.path: held * attention / attention.sum(-1).mean()}
+    torch.testing.assert_close(found.take([0]), by_hand.take([0]))
 
 
 def nurse_alpha(scheduler, t):
@@ -150,7 +175,7 @@ def test_kernels():
 
 
 def losses_of(prompts, seeds, *others, model=None, **params):
-    system = AttendExcite(**{"thresholds": [(0, 0.3)], "strength": 40.0, **params})
+    system = AttendExcite(**{"thresholds": [(0, 0.3)], "strength": 40.0, "sharpness": 100.0, **params})
     result = generate(
         model or tiny_model("sd"), prompts, seed=seeds, steps=2, scheduler="ddim", guidance=3.0, decode=False,
         interventions=[system, *others],
@@ -389,7 +414,8 @@ def test_one_step_of_a_clip_is_the_gradient_by_hand():
     model, frames = tiny_model("animatediff", fresh=True), 3
     model.to(dtype=torch.float64)
     options = dict(steps=1, seed=3, frames=frames, guidance=3.0, decode=False)
-    system, watch = AttendExcite(words=WORDS, thresholds=[], strength=30.0, resolution=8), Watch()
+    given = {"words": WORDS, "thresholds": [], "strength": 30.0, "resolution": 8, "sharpness": 100.0}
+    system, watch = AttendExcite(**given), Watch()
     generate(model, PROMPTS, interventions=[system, watch], **options)
     scheduler = model.make_scheduler(None)
     t = model.timesteps(scheduler, 1, 32, 32)[0]
@@ -402,7 +428,9 @@ def test_one_step_of_a_clip_is_the_gradient_by_hand():
         sites = model.sites(32, 32, frames=frames)
         by_word = []
         for word in wanted:
-            by_frame = [loss_by_hand(model, sites, probs.found, f, PROMPTS[row], [word], True) for f in range(frames)]
+            by_frame = [
+                loss_by_hand(model, sites, probs.found, f, PROMPTS[row], [word], True, 100.0) for f in range(frames)
+            ]
             by_word.append(sum(by_frame) / frames)
         loss = max(by_word)
         (gradient,) = torch.autograd.grad(loss, x)

@@ -104,6 +104,13 @@ class AttendExcite(Intervention):
             description="which tokens share a place's attention, the start token never: all, end and padding included "
             "(the original with Stable Diffusion 1), or words alone (with 2); auto: all for CLIP cross-attention",
         )
+        sharpness: float | None = Field(
+            default=None,
+            gt=0,
+            description="inverse temperature with which these tokens share it (100 in the original's code); none: "
+            "that, and less in models whose start token does not keep most of the attention, where it would be all or "
+            "nothing",
+        )
         smooth: bool = Field(default=True, description="smooth the maps by a 3x3 Gaussian")
         sigma: float = Field(default=0.5, gt=0, description="its width", json_schema_extra={"unit": "cell"})
         true_gaussian: bool = Field(
@@ -144,7 +151,7 @@ class AttendExcite(Intervention):
         self.attended += self._records
         sites = sites_of(run.sites, p.layers, p.resolution, run.model.name)
         kernel = smoothing_kernel(p.sigma, p.true_gaussian) if p.smooth else None
-        self._maps = WordMaps(readings, subjects, sites, p.against, kernel, run.model.device)
+        self._maps = WordMaps(readings, subjects, sites, p.against, kernel, run.model.device, p.sharpness)
         self._levels: dict[int, float] = {}
         for at, level in p.thresholds:
             i = round(at * run.total)

@@ -14,6 +14,9 @@ from sfumato.text.words import Reading, WordSpan
 
 #: Inverse temperature of the second softmax over tokens (the original's code; not in the paper).
 SHARPNESS = 100.0
+#: The most attention that the tokens which share it may hold for that: Stable Diffusion's start token keeps the rest.
+#: Where they hold more, a hundred times as much is all or nothing, and there is no gradient.
+HELD = 0.1
 
 
 class WordMaps:
@@ -21,7 +24,8 @@ class WordMaps:
 
     ``against``: which tokens share a place's attention: "words", "all" (end and padding too), or "auto": all for CLIP
     cross-attention. Other encoders pad with hundreds of tokens, and in joint attention end and padding are no rivals
-    that the temperature was made for. ``kernel`` (1 1 3 3) smooths.
+    that the temperature was made for. ``kernel`` (1 1 3 3) smooths. ``sharpness``: the inverse temperature; None:
+    :data:`SHARPNESS`, less where these tokens hold more than :data:`HELD` of the attention.
     """
 
     def __init__(
@@ -32,7 +36,9 @@ class WordMaps:
         against: str,
         kernel: Tensor | None,
         device: torch.device,
+        sharpness: float | None = None,
     ):
+        self.sharpness = sharpness
         whole = against == "all"
         if against == "auto":
             clip = all(name.startswith("clip") for name in readings[0].streams)
@@ -65,12 +71,20 @@ class WordMaps:
         and heads, without the start token shared out among the others by a sharp softmax (the code's), the tokens of a
         word averaged, smoothed."""
         attention = torch.cat(list(self.sites.values()), 1).mean(1)
-        shares = (SHARPNESS * attention).masked_fill(~self.rivals[rows][:, None], float("-inf")).softmax(-1)
+        rivals = self.rivals[rows][:, None]
+        sharpness = self._sharpness(attention, rivals) if self.sharpness is None else self.sharpness
+        shares = (sharpness * attention).masked_fill(~rivals, float("-inf")).softmax(-1)
         maps = torch.einsum("bnc,bsc->bsn", shares, self.weights[rows].to(shares.dtype)).unflatten(-1, self.shape)
         if self.kernel is not None:  # every frame by itself
             padded = F.pad(maps.flatten(0, -3)[:, None], (1, 1, 1, 1), mode="reflect")
             maps = F.conv2d(padded, self.kernel.to(maps.dtype))[:, 0].unflatten(0, maps.shape[:-2])
         return maps
+
+    @staticmethod
+    def _sharpness(attention: Tensor, rivals: Tensor) -> Tensor:
+        """Per sample (b 1 1), of attention (b n c) from places to tokens, among which ``rivals`` (b 1 c) share."""
+        held = (attention.detach() * rivals).sum(-1).mean(-1).view(-1, 1, 1)
+        return SHARPNESS * (HELD / held.clamp_min(HELD))
 
 
 def smoothing_kernel(sigma: float, true_gaussian: bool = False) -> Tensor:
