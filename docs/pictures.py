@@ -513,21 +513,21 @@ def shape_texture() -> Image.Image:
 
 
 def no_token_left_behind() -> Image.Image:
-    """Per row plain, CLIP guidance, with the words' relevance, and with a box (the last column) for the first toy."""
+    """Per row plain, CLIP guidance, with the words' relevance, and with a box (the last column) for the last toy."""
     rows, names = [], []
-    for text, first in (
-        ("a red ball and a blue cone", "red ball"),
-        ("a white cylinder and a purple cross", "white cylinder"),
+    for text, last, seed in (
+        ("a red ball, a blue cone and a green cube", "green cube", 0),
+        ("a white cone, a red cube and a yellow ball", "yellow ball", 3),
     ):
         box = [0.05, 0.4, 0.45, 0.9]
-        arms: list[dict[str, Any]] = [{"explain": 0.0}, {}, {"phrases": [first], "box": box, "template": "a {}"}]
-        rows.append(sfumato.make(text, seed=4).pixels)
+        arms: list[dict[str, Any]] = [{"explain": 0.0}, {}, {"phrases": [last], "box": box, "template": "a {}"}]
+        rows.append(sfumato.make(text, seed=seed).pixels)
         for given in arms:
-            guide = NoTokenLeftBehind(cutouts=4, augment=0.3, strength=0.2, window=(0.0, 0.6), **given)
-            rows.append(sfumato.make(text, seed=4, with_=[guide]).pixels)
+            guide = NoTokenLeftBehind(cutouts=4, strength=1.0, window=(0.0, 0.6), **given)
+            rows.append(sfumato.make(text, seed=seed, with_=[guide]).pixels)
         rows.append(_masked(masks.box_mask(box, (side(), side()))))
         names.append(text)
-    heads = ["plain", "CLIP guidance", "with relevance", "with the box", "box of the first"]
+    heads = ["plain", "CLIP guidance", "with relevance", "with the box", "box of the last"]
     return tiled([tile for row in rows for tile in row], 5, rows=names, heads=heads)
 
 
