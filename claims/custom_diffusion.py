@@ -161,7 +161,7 @@ def measured(context: Context, name: str) -> list[Row]:
     model, n, value = children.world(context, name), context.count(48, 4), rates(context, name)
     captions = [caption(draw_scene("train", 91, i)).text for i in range(context.count(300, 40))]
     both: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    residuals, shown = [], []
+    residuals, shown = [], {}
     own: dict[str, Tensor] = {}
     for keys in PAIRS[: context.count(len(PAIRS), 1)]:
         pair = [SECRETS[key] for key in keys]
@@ -186,8 +186,12 @@ def measured(context: Context, name: str) -> list[Row]:
             called = ["zqa", "zqb"] if arm == "DreamBooth" else words_of(pair)
             rate, pictures = scored(context, model, pair, called, weights, said, n, arm)
             both[arm].append(rate)
-            shown.append(list(pictures[:4]))
-    picture = context.save(f"custom-diffusion-{name}.png", common.sheet(shown))
+            shown[f"{' and '.join(keys)}: {arm}"] = list(pictures[:6])
+    few = dict(list(shown.items())[: 2 * len(ARMS)])  # of two pairs
+    picture = context.save(
+        f"custom-diffusion-{name}.png",
+        common.sheet(list(few.values()), names=list(few), heads=[f"seed {i}" for i in range(6)]),
+    )
     naive = [max(each) for each in zip(both["average"], both["sum of changes"], strict=True)]
     shared: dict[str, Any] = {"source": SOURCE, "n": n * len(residuals), "leans_on": subjects.reader_of(context).leans,
                               "data": {"both right": both, "residual": residuals, "rates": value}}  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from claims import children, common, subjects
 from claims.bars import Bar
@@ -165,6 +167,20 @@ def arms(context: Context, model: Any, taught: Learnt, noun: str, target: str, n
     return out
 
 
+def shown(context: Context, model: Any, asked: Sequence[tuple[str, str]], value: float) -> Image.Image:
+    """For some classes a row of the plain word and one of the taught one, on every ground, from the same seeds."""
+    options = {"guidance": SETTINGS["guidance"], **subjects.quickly(context)}
+    rows, labels = [], []
+    for noun, target in asked:
+        words = learnt(context, model, noun, target, value).words
+        for says, own, called in (("plain", {}, noun), (f"taught {target}", words, f"<c> {noun}")):
+            prompts = [f"a {called} on the {ground}" for ground in GROUNDS]
+            with placeholders(model, own):
+                rows.append(list(common.generate(context, model, prompts, REPORT, f"{noun}, {says}", **options)))
+            labels.append(f"{noun}: {says}")
+    return common.sheet(rows, names=labels, heads=[f"on the {ground}" for ground in GROUNDS])
+
+
 def measured(context: Context, name: str) -> list[Row]:
     model, n, value = children.ambiguous(context, name), context.count(60, 4), rate(context, name)
     asked, updates = cases(context), []
@@ -190,10 +206,11 @@ def measured(context: Context, name: str) -> list[Row]:
     shared: dict[str, Any] = {"source": SOURCE, "n": n * len(asked), "leans_on": common.trust_text(context, "shape"),
                               "data": data}  # fmt: skip
     baselines = ", ".join(f"{arm} {mean(arm, 'judge').value:.2f}" for arm in ("plain", "random", "best random"))
+    picture = context.save(f"discriminative-tokens-{name}.png", shown(context, model, asked[:3], value))
     powerless = "" if plain.value <= 0.35 else f"the plain words draw the class in {plain.value:.2f} already"
     return [
         Row(claim=f"{name}: a class that a word draws in at most 35 % of pictures is drawn in 85 %, for a judge that "
-            "did not guide", measured=word.text(), baseline=baselines, void=powerless, headline=True,
+            "did not guide", measured=word.text(), baseline=baselines, void=powerless, headline=True, picture=picture,
             bars=[Bar(word, null=plain.value, ideal=1.0, at_least=0.85, what="with the class")], **shared),
         Row(claim=f"{name}: guide and judge agree within 8 points", measured=agree.text(),
             baseline=f"guide {mean('word', 'guide').value:.2f}",

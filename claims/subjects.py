@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from claims import common
@@ -269,6 +270,20 @@ def chosen(context: Context, label: str, settings: Sequence[T], score: Callable[
 def worth(arms: Sequence[Arm]) -> float:
     """What settings are chosen by: how often the secret is recognised and how often the ground is obeyed, together."""
     return float(np.mean([each.identity + each.ground for each in arms]))
+
+
+def scenes(arms: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Image.Image:
+    """For the first secret of each kind a row for each of the arms ``names`` (name: what the picture says), the prompts
+    of :data:`PROMPTS` as columns. Renders, which are asked for nothing, stand on any ground."""
+    firsts = {arms_of[next(iter(names))].secret.kind: arms_of for arms_of in reversed(arms)}
+    side = max(found[name].pictures.shape[-1] for found in firsts.values() for name in names)
+    rows, labels = [], []
+    for _, found in sorted(firsts.items()):
+        for name, says in names.items():
+            arm = found[name]
+            rows.append(list(F.interpolate(arm.pictures[: len(PROMPTS)], (side, side))))
+            labels.append(f"{arm.secret.key} {arm.secret.noun}: {says}")
+    return common.sheet(rows, names=labels, heads=[prompt.format("...") for prompt in PROMPTS])
 
 
 def median(values: Sequence[float]) -> stats.Interval:

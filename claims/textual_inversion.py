@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from claims import children, common, subjects
+from claims import children, subjects
 from claims.bars import Bar
 from claims.core import Context, Experiment, Part, Row
 from claims.subjects import Arm
@@ -110,8 +110,9 @@ def measured(context: Context, name: str) -> list[Row]:
             for value in ("ground", "unseen")}  # fmt: skip
     more = subjects.average([each["k=4"].identity - each["k=1"].identity for each in found])
     deaf = subjects.average([each["k=1"].ground - each["k=4"].ground for each in found])
-    shown = [[arm.pictures[i] for arm in each.values() for i in (0, 1)] for each in found]
-    picture = context.save(f"textual-inversion-{name}.png", common.sheet(shown))
+    shown = {"renders": "renders", "nearest word": "nearest colour", "description": "described"}
+    shown |= {"k=1": "taught, one vector", "k=4": "taught, four vectors"}
+    picture = context.save(f"textual-inversion-{name}.png", subjects.scenes(found, shown))
     data = {each["k=1"].secret.key: {arm: {"identity": v.identity, "hue": v.hue, "ground": v.ground, "unseen": v.unseen}
                                      for arm, v in each.items()} for each in found}  # fmt: skip
     rates = {f"k={k}": rate(context, name, k) for k in (1, 4)}
