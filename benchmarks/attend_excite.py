@@ -51,7 +51,8 @@ def contestants(model: Model, side: int, resolution: int) -> dict:
 
     def altered(refinements: int = 0):
         never = [(0.0, 1.0)] if refinements else []  # a threshold that is not met
-        return ours(AttendExcite(words=WORDS, thresholds=never, tries=refinements, resolution=resolution))
+        given = {"words": WORDS, "thresholds": never, "tries": refinements, "resolution": resolution}
+        return ours(AttendExcite(**given, sharpness=100.0))  # as theirs
 
     def theirs(refinements: int = 0):
         refine = pipe._perform_iterative_refinement_step
