@@ -187,11 +187,9 @@ def measured(context: Context, name: str) -> list[Row]:
             rate, pictures = scored(context, model, pair, called, weights, said, n, arm)
             both[arm].append(rate)
             shown[f"{' and '.join(keys)}: {arm}"] = list(pictures[:6])
-    few = dict(list(shown.items())[: 2 * len(ARMS)])  # of two pairs
-    picture = context.save(
-        f"custom-diffusion-{name}.png",
-        common.sheet(list(few.values()), names=list(few), heads=[f"seed {i}" for i in range(6)]),
-    )
+    few, heads = 2 * len(ARMS), [f"seed {i}" for i in range(6)]  # two pairs
+    sheet = common.sheet(list(shown.values())[:few], names=list(shown)[:few], heads=heads)
+    picture = context.save(f"custom-diffusion-{name}.png", sheet)
     naive = [max(each) for each in zip(both["average"], both["sum of changes"], strict=True)]
     shared: dict[str, Any] = {"source": SOURCE, "n": n * len(residuals), "leans_on": subjects.reader_of(context).leans,
                               "data": {"both right": both, "residual": residuals, "rates": value}}  # fmt: skip
