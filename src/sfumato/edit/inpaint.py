@@ -14,7 +14,6 @@ what the same seed draws for it. At ``strength`` 1 the walk begins from pure noi
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +25,11 @@ from sfumato.cards import Card, Field, register
 from sfumato.edit.redraw import Redraws
 from sfumato.edit.region import RegionParams, kept_picture, region_of
 from sfumato.models import Condition
+from sfumato.models.hole import hole_of
 from sfumato.sampling import Intervention, Run, Step
 from sfumato.sampling.process.base import repeated
 
-__all__ = ["Inpaint", "hole_of", "trained_coverage"]
+__all__ = ["Inpaint", "trained_coverage"]
 
 
 @register
@@ -104,9 +104,7 @@ class Inpaint(Redraws, Intervention):
 
     def on_condition(self, run: Run, condition: Condition) -> Condition:
         """The hole, for every branch."""
-        rows = {**condition.cond, "hole": self._hole}
-        uncond = None if condition.uncond is None else {**condition.uncond, "hole": self._hole}
-        return replace(condition, cond=rows, uncond=uncond)
+        return condition.with_rows(hole=self._hole)
 
     def after_predict(self, step: Step) -> None:
         """The known part of the predicted clean latents is the picture's."""
@@ -128,16 +126,3 @@ def trained_coverage(model: Any) -> float | None:
     """The share of a latent cell in the hole from which on a model was taught to draw it anew, if its card says so."""
     loss = model.card.get("recipe", {}).get("loss", {})
     return float(loss["coverage"]) if "coverage" in loss else None
-
-
-def hole_of(model: Any, pixels: Tensor, erased: Tensor, share: Tensor) -> Tensor:
-    """What an inpainting denoiser sees beside its latents (b m+c h w): the mask, and the latents of the picture with
-    the hole in grey.
-
-    ``pixels`` (b or 1, 3 H W) in [-1, 1]; ``erased`` (b or 1, 1 H W) and ``share`` (b or 1, 1 h w) are 1 where to draw
-    anew.
-    """
-    n = max(len(pixels), len(erased))
-    known = model.encode_image((pixels * (1 - erased)).expand(n, -1, -1, -1))
-    hole: Tensor = model.family.hole(known, *(each.expand(n, -1, -1, -1) for each in (erased, share)))
-    return hole

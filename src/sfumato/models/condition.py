@@ -92,6 +92,11 @@ class Condition:
         """Every sample ``n`` times in a row (the order of diffusers' ``num_images_per_prompt``)."""
         return self.rows([i for i in range(len(self)) for _ in range(n)])
 
+    def with_rows(self, **rows: Tensor) -> Condition:
+        """With these tensors (b, ...) in every branch too, in place of any of the same name."""
+        uncond = None if self.uncond is None else {**self.uncond, **rows}
+        return replace(self, cond={**self.cond, **rows}, uncond=uncond)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """Move all tensors; only floating-point ones change their dtype."""
         return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))

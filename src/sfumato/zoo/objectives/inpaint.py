@@ -9,7 +9,6 @@ captions tell only what lies in the hole, so that the prompt is worth listening 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from sfumato import mask_ops, registry, sheets
 from sfumato.arrays import to_tensor
 from sfumato.models import Condition, Model
+from sfumato.models.hole import hole_of
 from sfumato.sampling import Intervention, generate
 from sfumato.sampling.run import Run
 from sfumato.toybox import COLORS, Scene, ToyboxDataset
@@ -86,11 +86,8 @@ class Known(Intervention):
     def on_condition(self, run: Run, condition: Condition) -> Condition:
         pictures, holes = self.pictures[run.samples], self.holes[run.samples]
         share = mask_ops.on_grid(holes[:, 0], run.grid, self.least)[:, None]
-        family: Any = run.model.family
-        shown = {"hole": family.hole(run.model.encode_image(pictures * (1 - holes)), holes, share)}
         self.mark()
-        uncond = None if condition.uncond is None else {**condition.uncond, **shown}
-        return replace(condition, cond={**condition.cond, **shown}, uncond=uncond)
+        return condition.with_rows(hole=hole_of(run.model, pictures, holes, share))
 
 
 class InpaintObjective(DiffusionObjective):
