@@ -350,3 +350,10 @@ def test_what_is_kept_halfway_comes_back_as_it_was(tmp_path):
         with pytest.raises(TypeError):
             context.kept((str(bad),), lambda bad=bad: bad)
     assert len(list(context.halfway.iterdir())) == 2  # nothing of what could not be written
+
+
+def test_every_picture_belongs_to_a_row_and_every_row_finds_its_picture():
+    written = [json.loads(path.read_text()) for path in (core.HERE / "results").glob("*.json")]
+    named = {row["picture"] for each in written for part in each["parts"].values() for row in part["rows"]} - {None}
+    kept = {path.name for path in (core.HERE / "pictures").glob("*.png")}
+    assert kept == named
