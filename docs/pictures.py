@@ -580,7 +580,7 @@ def robust_vit() -> Image.Image:
                     heat_overlays.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide)),
                 )
             )
-    return sheet(tiles, columns=len(own))
+    return sheet(tiles, columns=len(own), rows=["the shape", "before: relevance of the shape", "taught where to look"])
 
 
 TEACHING: dict[str, dict[str, Any]] = {

@@ -51,14 +51,28 @@ def test_judgement_of_an_edit():
     assert claim.judged(each, gone, edited, before, after) is None  # the source is not what it should be
 
 
-def test_choice_of_windows():
-    def outcome(success, kept):
-        return claim.Outcome([success] * 4 + [not success], [kept] * 5, [1.0] * 5, [])
+def test_words_that_act_where_the_change_belongs():
+    for each in claim.changes("test", 3, 24):
+        assert all(word in f"{each.prompt.text} {each.text}".split() for word in each.where)
+        if each.kind in ("shape", "ground"):
+            assert each.where == [each.old, each.new]
+        else:
+            assert each.where == [each.prompt.scene.toys[each.toy].shape]
+        for setting in (claim.ALONE[0], claim.BLENDED[0]):
+            assert ("blend" in setting.plan(each)) == (setting.threshold is not None)
 
-    tuned = {f"p2p {c:g}/{s:g}": outcome(True, 0.5) for c, s in claim.WINDOWS} | {"no injection": outcome(True, 0.1)}
-    tuned["p2p 0.6/0.4"] = outcome(True, 0.7)
-    tuned["p2p 0.8/0.6"] = outcome(False, 0.9)  # keeps more, but the change is not made
-    assert claim.choose(tuned) == (0.6, 0.4)
+
+def test_choice_of_settings():
+    def outcome(success, kept):
+        return claim.Outcome([success] * 4 + [not success], [kept] * 5, [1.0] * 5, [], [])
+
+    for settings in (claim.ALONE, claim.BLENDED):
+        assert len({str(each) for each in settings}) == len(settings)
+        tuned = {str(each): outcome(True, 0.5) for each in settings} | {"no injection": outcome(True, 0.1)}
+        tuned[str(settings[1])] = outcome(True, 0.7)
+        tuned[str(settings[2])] = outcome(False, 0.9)  # keeps more, but the change is not made
+        assert claim.choose(tuned, settings) == settings[1]
+        assert claim.choose({}, settings) in settings  # no picture shows what it should
 
 
 def test_measures():
@@ -75,20 +89,17 @@ def test_measures():
 
 
 class Stub:
-    """A judge that reads every picture as its prompt's requests, whatever it shows."""
+    """A judge that reads the pictures of a change as its prompt's requests, whatever they show."""
 
     def __init__(self, asked):
-        self.asked = asked
+        self.asked = iter(asked)
 
     def read(self, pictures):
         masks = torch.zeros(2, *pictures.shape[-2:], dtype=torch.bool)
         masks[0, :8, :8] = masks[1, 20:28, 20:28] = True
-        return [
-            SceneReading(
-                tuple(toy(w, m) for w, m in zip(c.prompt.requests, masks, strict=True)), c.prompt.scene.ground, "day"
-            )
-            for c, _ in zip(self.asked, pictures, strict=True)
-        ]
+        prompt = next(self.asked).prompt
+        toys = tuple(toy(w, m) for w, m in zip(prompt.requests, masks, strict=True))
+        return [SceneReading(toys, prompt.scene.ground, "day")] * len(pictures)
 
 
 def test_edits_run_through_on_a_tiny_model(monkeypatch):
@@ -97,8 +108,7 @@ def test_edits_run_through_on_a_tiny_model(monkeypatch):
     asked = claim.changes("test", 3, 2)
     context = Context(quick=True)
     context.cache["model tiny"], context.cache["judge"] = tiny_model("sd"), Stub(asked)
-    found = claim.edit_all(context, "tiny", asked, 0, claim.WINDOWS[:2], "x")
-    methods = ["no injection", "p2p 0.4/0.2", "p2p 0.6/0.4", "SDEdit 0.6", "SDEdit 0.8"]
+    found = claim.edit_all(context, "tiny", asked, 0, [*claim.ALONE[:2], claim.BLENDED[0]], "x")
+    methods = ["no injection", "p2p 0.4/0.2", "p2p 0.6/0.4", "p2p 0.2/0.2, blend 0.5", "SDEdit 0.6", "SDEdit 0.8"]
     assert set(found) == {"source", *methods}
-    counts = {len(each.success) for method, each in found.items() if method != "source"}
-    assert counts == {2} and all(np.isfinite(each.background).all() for each in found.values())
+    assert all(len(each.success) == 2 and np.isfinite(each.background).all() for each in found.values())
