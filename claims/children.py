@@ -71,7 +71,9 @@ def taught(context: Context, name: str, what: str, examples: Callable[[], Sequen
     def made() -> Any:
         model = load_model(str(context.folder(name)))
         context.report(f"  {name} learns {what}")
-        weights = context.kept((f"{name} that has learnt {what}",), lambda: learnt(context, model, examples()))
+        weights = context.kept(
+            (f"{name} that has learnt {what}",), lambda: learnt(context, model, examples()), __file__, (name,)
+        )
         with torch.no_grad():
             for path, value in weights.items():
                 component, _, parameter = path.partition(".")

@@ -106,6 +106,7 @@ class Context:
         self.pictures = PICTURES / "quick" if quick else PICTURES
         self.cache: dict[str, Any] = {}
         self.halfway: Path | None = None  # where what is made is kept until its experiment is whole
+        self.shared: Callable[[str, Sequence[str]], Path] | None = None  # the same, of a file and models: for all
 
     def count(self, full: int, quick: int) -> int:
         """How many samples to use."""
@@ -126,13 +127,19 @@ class Context:
             self.cache[key] = make()
         return self.cache[key]
 
-    def kept(self, what: Sequence[Any], make: Callable[[], T]) -> T:
+    def home(self, by: str = "", models: Sequence[str] = ()) -> Path | None:
+        """The folder for what is made: of the experiment that runs, or, where only the file ``by`` and these models
+        matter, of all experiments that use it. Outside of a run there is none."""
+        return self.shared(by, models) if by and self.shared is not None else self.halfway
+
+    def kept(self, what: Sequence[Any], make: Callable[[], T], by: str = "", models: Sequence[str] = ()) -> T:
         """``make()``, which an interrupted run of the experiment may have made already: tensors and plain values in
-        dicts (keys of text) and lists. ``what`` tells it apart within the experiment: a name, and all that it depends
+        dicts (keys of text) and lists. ``what`` tells it apart within its :meth:`home`: a name, and all that it depends
         on beside code and weights. Outside of a run nothing is kept."""
-        if self.halfway is None:
+        home = self.home(by, models)
+        if home is None:
             return make()
-        path = self.halfway / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:24]}.safetensors"
+        path = home / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:24]}.safetensors"
         if path.is_file():
             self.report(f"  {what[0]}: made before")
             with files.reading_tensors(path, HALFWAY, "result of a claim") as (file, metadata):

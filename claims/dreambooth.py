@@ -45,7 +45,8 @@ def rate(context: Context, name: str, mode: str) -> float:
             found.append(drawn(context, model, secret, taught, f"rate {value:g}", n))
         return subjects.worth(found)
 
-    return subjects.chosen(context, f"{name}, {mode}: rate", RATES[mode][: context.count(3, 1)], score)
+    rates = RATES[mode][: context.count(3, 1)]
+    return subjects.chosen(context, f"{name}, {mode}: rate", rates, score, __file__, (name, "toy-judge"))
 
 
 def drawn(context: Context, model: Any, secret: Secret, taught: Taught, arm: str, n: int) -> Arm:
@@ -77,7 +78,8 @@ def arms(context: Context, name: str) -> list[dict[str, Any]]:
             found: dict[str, Any] = {"secret": secret, "renders": subjects.ceiling(context, secret, n)}
             said = {"nearest word": f"{secret.near} {secret.noun}", "description": secret.description,
                     "word": "<rex>", "class alone": secret.noun}  # fmt: skip
-            with placeholders(model, textual_inversion.taught(context, name, secret, 1)):
+            k = textual_inversion.vectors(context, name)
+            with placeholders(model, textual_inversion.taught(context, name, secret, k)):
                 found |= {arm: subjects.kept(context, arm, model, secret, noun, n) for arm, noun in said.items()}
             found["leak before"] = found.pop("class alone").identity
             for arm in ARMS:
@@ -109,7 +111,7 @@ def after(context: Context, name: str, secret: Secret, arm: str, rate: float, n:
                 "unrelated": unrelated(context, model, n),
             }  # fmt: skip
 
-    return context.kept((f"{secret.key}, {arm}", name, rate, n), made)
+    return context.kept((f"{secret.key}, {arm}", name, rate, n), made, __file__, (name, "toy-judge"))
 
 
 def changes(model: Any, taught: Taught) -> dict[str, float]:

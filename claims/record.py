@@ -12,9 +12,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def run(experiment: Experiment, context: Context, fresh: bool = False, only: str
         if fresh:
             shutil.rmtree(halfway(experiment, context), ignore_errors=True)
         start = time.perf_counter()
-        context.halfway = halfway(experiment, context)
+        context.halfway, context.shared = halfway(experiment, context), partial(shared, context)
         try:
             rows = part.run(context)
         finally:
-            context.halfway = None
+            context.halfway = context.shared = None
         seconds = time.perf_counter() - start
         for row in rows:
             row.seconds = row.seconds or round(seconds / len(rows), 1)
@@ -117,8 +117,20 @@ def halfway(experiment: Experiment, context: Context) -> Path:
     """Where what an experiment has made waits until all its parts are on record, so that an interrupted run
     does not make it twice. Another folder for other code or weights; those of before are removed."""
     names = {name for part in experiment.parts for name in part.models if has(context, name)}
-    depends = [code_of(experiment), {name: _weights_hash(str(context.folder(name))) for name in sorted(names)}]
-    home = registry.cache_folder() / "claims" / (experiment.key + ("-quick" if context.quick else ""))
+    return _waiting(context, experiment.key, code_of(experiment), names)
+
+
+def shared(context: Context, file: str, models: Sequence[str]) -> Path:
+    """The same for what experiments make alike by a ``file`` among the claims from some models. It waits until code or
+    weights change: nobody knows which experiment is the last to want it."""
+    path = Path(file).resolve()
+    name = "-".join(["shared", path.stem, *models])
+    return _waiting(context, name, sources.code_fingerprint(path, path.stem), models)
+
+
+def _waiting(context: Context, name: str, code: str, models: Iterable[str]) -> Path:
+    depends = [code, {model: _weights_hash(str(context.folder(model))) for model in sorted(models)}]
+    home = registry.cache_folder() / "claims" / (name + ("-quick" if context.quick else ""))
     folder = home / hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
     for other in home.glob("*"):
         if other != folder:

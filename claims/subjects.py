@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from claims import common
+from claims import children, common
 from claims.core import Context
 from sfumato.metrics import stats
 from sfumato.protocol import Work
@@ -69,7 +69,8 @@ def folder_of(context: Context, secret: Secret, n: int = 5, side: int = SIDE) ->
 @contextmanager
 def at_work(context: Context, model: Any, noun: str) -> Iterator[Work]:
     """A folder to teach in, which has the pictures of a class where the model has drawn them before."""
-    home = context.halfway or context.once("priors", lambda: Path(tempfile.mkdtemp(prefix="priors-")))
+    home = context.home(children.__file__, (model.name,))
+    home = home or context.once("priors", lambda: Path(tempfile.mkdtemp(prefix="priors-")))
     known = home / "priors" / f"{model.name} {noun}"
     with tempfile.TemporaryDirectory(prefix="teaching-") as folder:
         for each in known.glob("*"):
@@ -255,11 +256,15 @@ def seen(context: Context, name: str, secret: Secret, noun: str, pictures: Tenso
     return Arm(name, secret, pictures, reader_of(context, secret).read(secret, pictures, texts), texts)
 
 
-def chosen(context: Context, label: str, settings: Sequence[T], score: Callable[[T], float]) -> T:
-    """The setting with the highest score on the validation secrets, the first of equals; once per run."""
+def chosen(
+    context: Context, label: str, settings: Sequence[T], score: Callable[[T], float], by: str = "",
+    models: Sequence[str] = (),
+) -> T:  # fmt: skip
+    """The setting with the highest score on the validation secrets, the first of equals; once per run. ``by``,
+    ``models``: as in :meth:`~claims.core.Context.kept`."""
 
     def made() -> T:
-        scores = [context.kept((f"{label} {each}",), lambda each=each: score(each)) for each in settings]
+        scores = [context.kept((f"{label} {each}",), lambda each=each: score(each), by, models) for each in settings]
         summary = ", ".join(f"{each}: {value:.2f}" for each, value in zip(settings, scores, strict=True))
         context.report(f"  {label}: {summary}")
         return settings[int(np.argmax(scores))]

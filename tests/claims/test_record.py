@@ -100,6 +100,38 @@ def test_pictures_outlive_an_interruption_until_the_experiment_is_whole(tmp_path
     assert drawn[-2:] == ["plain", "plain"] and not kept.parent.exists()
 
 
+def test_what_experiments_make_alike_is_made_once(tmp_path, experiment, model, monkeypatch):
+    source = tmp_path / "children.py"
+    source.write_text("a = 1\n")
+    made = []
+
+    def part(context):
+        def make():
+            made.append(1)
+            return {"weights": torch.ones(2)}
+
+        found = context.kept(("child",), make, str(source), ("toy-x",))
+        assert torch.equal(found["weights"], torch.ones(2))
+        return [row()]
+
+    first = replace(experiment[0], parts=(Part("a", ("toy-x",), part),))
+    second = replace(first, key="other")
+    record.run(first, context(tmp_path))
+    record.run(second, context(tmp_path))
+    assert len(made) == 1 and not record.halfway(first, context(tmp_path)).exists()
+    source.write_text("a = 2\n")
+    sources.code_hash.cache_clear()
+    record.run(second, context(tmp_path), fresh=True)
+    assert len(made) == 2  # other code makes another child
+    assert len([*(tmp_path / "cache" / "claims").glob("shared-children-toy-x/*")]) == 1
+    (model / "model.safetensors").write_bytes(b"two")
+    record._weights_hash.cache_clear()
+    record.run(first, context(tmp_path))
+    assert len(made) == 3
+    ran = Context()
+    assert ran.home(str(source), ("toy-x",)) is None  # outside of a run nothing is kept
+
+
 def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, model):
     made, calls, source = experiment
     record.run(made, context(tmp_path))

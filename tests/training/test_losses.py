@@ -91,6 +91,9 @@ def test_densities_are_those_of_diffusers() -> None:
     )
     torch.testing.assert_close(density(u, "mode", scale=0.8), theirs)
     assert torch.equal(density(u), u)
+    cubic = density(stratified(n, torch.Generator().manual_seed(1)), "cubic")
+    assert 0 <= cubic.min() and cubic.max() <= 1
+    assert abs(float((cubic > 0.8).float().mean()) - 0.2 ** (1 / 3)) < 0.01  # 1 - u^3 > 0.8
     with pytest.raises(UnknownName, match="logit_normal"):
         density(u, "logitnormal")
 

@@ -124,8 +124,9 @@ class TeachArguments(TypedDict, total=False):
     """Mirror every second picture; not for letters or faces"""
     size: int
     """Side of the pictures; 0: the model's (unit: pixel, >= 0, <= 8192)"""
-    timesteps: Literal["auto", "uniform", "logit_normal", "mode"]
-    """Density of noise levels; auto: uniform, for flow models logit_normal"""
+    timesteps: Literal["auto", "uniform", "logit_normal", "mode", "cubic"]
+    """Density of noise levels; auto: uniform, for flow models logit_normal; cubic: mostly high noise, where colour
+    and layout are decided"""
     begin: str
     """Another word for the vectors to begin as; none: class_noun"""
     kind: Literal["object", "style"]

@@ -26,7 +26,7 @@ __all__ = ["Denoising", "places"]
 
 BUDGET = 256 << 20  # bytes of encoded texts that are kept in memory
 
-Timesteps = Literal["auto", "uniform", "logit_normal", "mode"]
+Timesteps = Literal["auto", "uniform", "logit_normal", "mode", "cubic"]
 
 
 def places(draw: Draw, batch: int) -> list[int]:

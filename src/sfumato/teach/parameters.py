@@ -40,5 +40,7 @@ class PictureParams(TeachParams):
         json_schema_extra={"unit": "pixel"},
     )
     timesteps: Timesteps = Field(
-        default="auto", description="density of noise levels; auto: uniform, for flow models logit_normal"
+        default="auto",
+        description="density of noise levels; auto: uniform, for flow models logit_normal; cubic: mostly high noise, "
+        "where colour and layout are decided",
     )

@@ -154,10 +154,11 @@ def stratified(
 
 def density(u: Tensor, kind: str = "uniform", mean: float = 0.0, std: float = 1.0, scale: float = 1.29) -> Tensor:
     """Shares of the path (n,) that uniform ``u`` (n,) become under a density of Esser et al. 2024, section 3.1:
-    "uniform", "logit_normal" (``mean``, ``std``) or "mode" (``scale``).
+    "uniform", "logit_normal" (``mean``, ``std``) or "mode" (``scale``); or "cubic", which favours high noise (Mou et
+    al. 2023, arXiv 2302.08453, section 3.4).
 
-    The same densities as diffusers' ``compute_density_for_timestep_sampling``, from quantiles instead of draws, so that
-    they can be stratified.
+    The first three are those of diffusers' ``compute_density_for_timestep_sampling``, from quantiles instead of draws,
+    so that they can be stratified.
     """
     if kind == "uniform":
         return u
@@ -165,4 +166,6 @@ def density(u: Tensor, kind: str = "uniform", mean: float = 0.0, std: float = 1.
         return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
     if kind == "mode":
         return 1 - u - scale * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
-    raise UnknownName("density of timesteps", kind, ("uniform", "logit_normal", "mode"))
+    if kind == "cubic":
+        return 1 - u**3
+    raise UnknownName("density of timesteps", kind, ("uniform", "logit_normal", "mode", "cubic"))
