@@ -584,7 +584,9 @@ def robust_vit() -> Image.Image:
 
 
 TEACHING: dict[str, dict[str, Any]] = {
-    "textual_inversion": {"steps": 500, "lr": 1e-2, "templates": ["a {}"], "length": "free"},
+    "textual_inversion": {
+        "steps": 400, "lr": 5e-3, "templates": ["a {}"], "length": "free", "vectors": 4, "timesteps": "cubic",
+    },
     "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100},
 }
 """Settings of the pictures of what teaches, on toy-sd."""
@@ -631,7 +633,7 @@ def _taught(
 
 
 def textual_inversion() -> Image.Image:
-    secret = SECRETS["teal"]
+    secret = SECRETS["zigzag"]
     system = TextualInversion(name="<rex>", class_noun=secret.noun, **TEACHING["textual_inversion"])
     taught = system.teach(sfumato.load("toy-sd"), _photos(secret))
     return _taught([secret], f"a {secret.description}", "a <rex>", taught)
