@@ -33,7 +33,7 @@ PAIRS = (
     ("teal", "halves"), ("magenta", "grid"), ("lime", "zigzag"), ("amber", "target"),
 )  # fmt: skip
 TUNED_ON = (("mint", "waves"), ("indigo", "quarters"))
-SETTINGS: dict[str, Any] = {"batch": 4, "prompt": "a {}", "checkpoint_every": 10_000}
+SETTINGS: dict[str, Any] = {"batch": 4, "prompt": "a {}", "checkpoint_every": 10_000, "timesteps": "cubic"}
 RATES = ((3e-4, 5e-3), (1e-3, 5e-3), (1e-3, 2e-2), (4e-3, 2e-2))  # of the matrices and of the word
 ARMS = ("together", "merged", "average", "sum of changes", "DreamBooth")
 

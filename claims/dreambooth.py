@@ -18,7 +18,7 @@ from sfumato.text.placeholders import placeholders
 from sfumato.toybox import COLORS, SHAPES, Secret, oracle
 
 SOURCE = "Ruiz et al. 2023"
-SETTINGS: dict[str, Any] = {"batch": 2, "checkpoint_every": 10_000}
+SETTINGS: dict[str, Any] = {"batch": 2, "checkpoint_every": 10_000, "timesteps": "cubic"}
 RATES = {"full": (2e-5, 1e-4, 5e-4), "lora": (5e-4, 2e-3, 8e-3)}
 ARMS = ("full", "full, no prior", "full, wrong noun", "lora")
 

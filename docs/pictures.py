@@ -587,7 +587,7 @@ TEACHING: dict[str, dict[str, Any]] = {
     "textual_inversion": {
         "steps": 400, "lr": 5e-3, "templates": ["a {}"], "length": "free", "vectors": 4, "timesteps": "cubic",
     },
-    "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100},
+    "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100, "timesteps": "cubic"},
 }
 """Settings of the pictures of what teaches, on toy-sd."""
 
