@@ -585,7 +585,12 @@ def robust_vit() -> Image.Image:
 
 TEACHING: dict[str, dict[str, Any]] = {
     "textual_inversion": {
-        "steps": 400, "lr": 5e-3, "templates": ["a {}"], "length": "free", "vectors": 4, "timesteps": "cubic",
+        "steps": 400,
+        "lr": 5e-3,
+        "templates": ["a {}"],
+        "length": "free",
+        "vectors": 4,
+        "timesteps": "cubic",
     },
     "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100, "timesteps": "cubic"},
 }

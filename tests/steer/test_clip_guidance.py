@@ -114,10 +114,9 @@ def test_every_prompt_pulls_its_own_picture():
 )
 def test_the_noise_aware_clip_guides_both_toy_models(name, dtype):
     model = load(name).to(dtype=dtype)
-    if not load_clip("toy-clip-noisy").fits(model):
-        pytest.skip(f"{name} has another autoencoder than the noise-aware CLIP was trained for")
+    assert load_clip("toy-clip-noisy").fits(model)
     steps = 4 if dtype == torch.float32 else 3  # some processors are slow in bfloat16
-    weak, strong = ClipGuidance(strength=1e-6), ClipGuidance(strength=2)
+    weak, strong = ClipGuidance(strength=1e-6), ClipGuidance(strength=1)  # more oversteps in so few steps
     for system in (weak, strong):
         latents = made(model, system, prompt=["a red ball", "a blue cube"], steps=steps, guidance=1.0)
         assert torch.isfinite(latents).all() and latents.dtype == dtype

@@ -30,7 +30,7 @@ __all__ = ["DTYPES", "NOISED", "PLAIN", "Clip", "clip_for", "load_clip"]
 
 PLAIN = "toy-clip"
 NOISED = "toy-clip-noisy"
-"""The built-in CLIPs: for pictures, and for the noised latents of toy-vae."""
+"""The built-in CLIPs: for pictures, and for the noised latents of toy-vae-128."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
