@@ -105,11 +105,10 @@ class Stub:
 
 def test_edits_run_through_on_a_tiny_model(monkeypatch):
     monkeypatch.setattr(claim, "STEPS", 2)
-    monkeypatch.setattr(claim, "STRENGTHS", (0.6, 0.8))  # of two steps, 0.4 leaves none
     asked = claim.changes("test", 3, 2)
     context = Context(quick=True)
     context.cache["model tiny"], context.cache["judge"] = tiny_model("sd"), Stub(asked)
-    found = claim.edit_all(context, "tiny", asked, 0, [*claim.ALONE[:2], claim.BLENDED[0]], "x")
+    found = claim.edit_all(context, "tiny", asked, 0, [*claim.ALONE[:2], claim.BLENDED[0]], "x", (0.6, 0.8))
     methods = ["no injection", "p2p 0.4/0.2", "p2p 0.6/0.4", "p2p 0.2/0.2, blend 0.5", "SDEdit 0.6", "SDEdit 0.8"]
     assert set(found) == {"source", *methods}
     assert all(len(each.success) == 2 and np.isfinite(each.background).all() for each in found.values())
