@@ -22,7 +22,7 @@ from claims.core import Context, Experiment, Part, Row
 from sfumato.explain.concept_attention import explain_images
 from sfumato.explain.daam import explain_images as explain_by_daam
 from sfumato.metrics import segmentation, stats
-from sfumato.toybox import SHAPES, render
+from sfumato.toybox import GROUNDS, SHAPES, SKIES, render
 
 SOURCE = "Helbling et al. 2025"
 NAME = "toy-sd3"
@@ -30,6 +30,7 @@ STEPS, WINDOW = 8, (0.25, 1.0)  # fewer levels than DAAM's claim takes: each cos
 TUNE, REPORT = 4000, 3000  # seeds of scenes and noise: never the same for choosing and for reporting
 NOTHING = "toys"  # a prompt that names no shape
 CONCEPTS = sorted(SHAPES)
+BACKGROUND = (*GROUNDS, *SKIES)  # as the authors' segmentation has "floor", "grass", "sky"; else it goes to the shapes
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def heat_maps(
         if how == "daam":
             found += explain_by_daam(model, shown, texts, **given)
         else:
-            options = {"concepts": CONCEPTS, "space": how, "layers": list(layers)}
+            options = {"concepts": [*CONCEPTS, *BACKGROUND], "space": how, "layers": list(layers)}
             found += explain_images(model, shown, texts, **given, **options)
     return found
 
@@ -209,8 +210,8 @@ EXPERIMENT = Experiment(
     key="concept_attention",
     title="ConceptAttention: maps of concepts that need not be in the prompt",
     intro=(
-        "All shapes of the toybox are the concepts of every picture, so each place is shared out among them. Renders"
-        f" are noised to the levels from {WINDOW[0]:g} of the schedule on. Layer and threshold were chosen on"
+        "All shapes, grounds and skies of the toybox are the concepts of every picture, so each place is shared out"
+        f" among them. Renders are noised to the levels from {WINDOW[0]:g} of the schedule on. Layer and threshold were chosen on"
         " validation scenes, for either space and for DAAM; intervals of segmentation are over pictures."
     ),
     file=__file__,

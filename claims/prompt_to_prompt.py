@@ -252,8 +252,8 @@ ENOUGH = (0.8, 0.25, 6.0)
 
 
 def choose(tuned: dict[str, Outcome], settings: Sequence[Setting]) -> Setting:
-    """The one whose worst figure is best, of changes, of untouched toys and of the rest of the picture, each in units of
-    its bar. The first where nothing could be judged."""
+    """The one whose worst figure is best, of changes, of untouched toys and of the rest of the picture, each in units
+    of its bar. The first where nothing could be judged."""
     if not tuned:
         return settings[0]
     free = tuned["no injection"]
