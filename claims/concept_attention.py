@@ -211,8 +211,8 @@ EXPERIMENT = Experiment(
     title="ConceptAttention: maps of concepts that need not be in the prompt",
     intro=(
         "All shapes, grounds and skies of the toybox are the concepts of every picture, so each place is shared out"
-        f" among them. Renders are noised to the levels from {WINDOW[0]:g} of the schedule on. Layer and threshold were chosen on"
-        " validation scenes, for either space and for DAAM; intervals of segmentation are over pictures."
+        f" among them. Renders are noised to the levels from {WINDOW[0]:g} of the schedule on. Layer and threshold were"
+        " chosen on validation scenes, for either space and for DAAM; intervals of segmentation are over pictures."
     ),
     file=__file__,
     parts=(
