@@ -100,7 +100,7 @@ def test_pictures_outlive_an_interruption_until_the_experiment_is_whole(tmp_path
     assert drawn[-2:] == ["plain", "plain"] and not kept.parent.exists()
 
 
-def test_what_experiments_make_alike_is_made_once(tmp_path, experiment, model, monkeypatch):
+def test_what_experiments_make_alike_is_made_once(tmp_path, experiment, model):
     source = tmp_path / "children.py"
     source.write_text("a = 1\n")
     made = []
@@ -128,8 +128,7 @@ def test_what_experiments_make_alike_is_made_once(tmp_path, experiment, model, m
     record._weights_hash.cache_clear()
     record.run(first, context(tmp_path))
     assert len(made) == 3
-    ran = Context()
-    assert ran.home(str(source), ("toy-x",)) is None  # outside of a run nothing is kept
+    assert Context().home(str(source), ("toy-x",)) is None  # outside of a run nothing is kept
 
 
 def test_parts_are_kept_until_what_they_measure_changes(tmp_path, experiment, model):
