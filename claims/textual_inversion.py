@@ -25,7 +25,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 RATES = (2e-3, 5e-3, 1e-2)
 VECTORS = (1, 4)
-ARMS = ("nearest word", "description", "random vector", *(f"k={k}" for k in VECTORS))
+NAMES = {k: f"k={k}" for k in VECTORS}
+ONE, SEVERAL = (NAMES[k] for k in VECTORS)
+ARMS = ("nearest word", "description", "random vector", *NAMES.values())
 
 
 def learnt(context: Context, model: Any, secret: Secret, vectors: int, rate: float) -> dict[str, Any]:
@@ -92,8 +94,8 @@ def arms(context: Context, name: str) -> list[dict[str, Arm]]:
     def made() -> list[dict[str, Arm]]:
         model, out, n = children.world(context, name), [], context.count(60, 6)
         for secret in subjects.secrets(context):
-            own = {f"k={k}": taught(context, name, secret, k) for k in VECTORS}
-            own["random vector"] = random_word(model, own["k=1"], 7)
+            own = {arm: taught(context, name, secret, k) for k, arm in NAMES.items()}
+            own["random vector"] = random_word(model, own[ONE], 7)
             said = {"nearest word": f"{secret.near} {secret.noun}", "description": secret.description}
             said |= dict.fromkeys(own, "<rex>")
             found = {"renders": subjects.ceiling(context, secret, n)}
@@ -114,25 +116,25 @@ def in_words(found: Sequence[dict[str, Arm]], value: str) -> str:
 
 
 def measured(context: Context, name: str) -> list[Row]:
-    found, reader, best = arms(context, name), subjects.reader_of(context), f"k={vectors(context, name)}"
-    a = [each for each in found if each["k=1"].secret.kind == "A"]
-    n = len(found) * len(found[0]["k=1"].reads)
+    found, reader, best = arms(context, name), subjects.reader_of(context), NAMES[vectors(context, name)]
+    a = [each for each in found if each[ONE].secret.kind == "A"]
+    n = len(found) * len(found[0][ONE].reads)
     plain = [each["nearest word"].hue for each in a]
-    hue = {arm: [each[arm].hue for each in a] for arm in dict.fromkeys((best, "k=1"))}
+    hue = {arm: [each[arm].hue for each in a] for arm in dict.fromkeys((best, ONE))}
     error = {arm: subjects.of_medians(each, plain) for arm, each in hue.items()}
     gaps = [subjects.gap(e[best], (e["nearest word"], e["description"]), e["renders"]) for e in a]
     gap = subjects.average([each for each in gaps if each == each] or [0.0])
     kept = {value: subjects.against([getattr(e[best], value) for e in found],
                                     [getattr(e["nearest word"], value) for e in found])
             for value in ("ground", "unseen")}  # fmt: skip
-    more = subjects.average([each["k=4"].identity - each["k=1"].identity for each in found])
-    deaf = subjects.average([each["k=1"].ground - each["k=4"].ground for each in found])
+    more = subjects.average([each[SEVERAL].identity - each[ONE].identity for each in found])
+    deaf = subjects.average([each[ONE].ground - each[SEVERAL].ground for each in found])
     shown = {"renders": "renders", "nearest word": "nearest colour", "description": "described"}
-    shown |= {"k=1": "taught, one vector", "k=4": "taught, four vectors"}
+    shown |= {ONE: "taught, one vector", SEVERAL: "taught, four vectors"}
     picture = context.save(f"textual-inversion-{name}.png", subjects.scenes(found, shown))
-    data = {each["k=1"].secret.key: {arm: {"identity": v.identity, "hue": v.hue, "ground": v.ground, "unseen": v.unseen}
+    data = {each[ONE].secret.key: {arm: {"identity": v.identity, "hue": v.hue, "ground": v.ground, "unseen": v.unseen}
                                      for arm, v in each.items()} for each in found}  # fmt: skip
-    rates = {f"k={k}": rate(context, name, k) for k in VECTORS}
+    rates = {arm: rate(context, name, k) for k, arm in NAMES.items()}
     shared: dict[str, Any] = {"source": SOURCE, "n": n, "leans_on": reader.leans,
                               "data": {"secrets": data, "rates": rates, "vectors": best}}  # fmt: skip
 
@@ -149,7 +151,7 @@ def measured(context: Context, name: str) -> list[Row]:
 
     return [
         hues(best, "", True),
-        *([hues("k=1", ", one vector", False)] if best != "k=1" else []),
+        *([hues(ONE, ", one vector", False)] if best != ONE else []),
         Row(claim=f"{name}: toys between the words (type A): 60 % of the gap from the best prompt to renders is closed",
             measured=f"{gap.text()} ({best})", baseline=in_words(a, "identity"),
             bars=[Bar(gap, null=0.0, ideal=1.0, at_least=0.6, what="gap closed")], **shared),
