@@ -70,6 +70,7 @@ def taught(context: Context, name: str, what: str, examples: Callable[[], Sequen
 
     def made() -> Any:
         model = load_model(str(context.folder(name)))
+        model.name = name  # what is kept of it is found again wherever its weights lie
         context.report(f"  {name} learns {what}")
         weights = context.kept(
             (f"{name} that has learnt {what}",), lambda: learnt(context, model, examples()), __file__, (name,)

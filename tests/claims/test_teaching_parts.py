@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from claims import custom_diffusion, discriminative_tokens, dreambooth, textual_inversion
+from claims import children, custom_diffusion, discriminative_tokens, dreambooth, subjects, textual_inversion
 from claims.core import Context
 from sfumato.teach.custom_diffusion import CustomDiffusion
 from sfumato.teach.discriminative_tokens import DiscriminativeTokens
@@ -19,6 +19,19 @@ TEACHERS = (CustomDiffusion, DiscriminativeTokens, DreamBooth, TextualInversion)
 
 
 READERS = ("judge", "identity reader", "validation reader", "guide", "trust")
+
+
+def test_what_is_kept_of_a_child_goes_by_the_name_of_its_model(tmp_path):
+    context = Context(quick=True)
+    context.count = lambda full, quick: min(quick, 2)
+    context.shared = lambda file, models: tmp_path / "-".join([context.folder(each).name for each in models])
+    child = children.world(context, "toy-sd")
+    assert child.name == "toy-sd"
+    with subjects.at_work(context, child, "ball") as work:
+        (work.folder / "prior.safetensors").touch()
+    with subjects.at_work(context, child, "ball") as work:
+        assert [each.name for each in work.folder.iterdir()] == ["prior.safetensors"]
+    assert [each.name for each in tmp_path.iterdir()] == ["toy-sd"]
 
 
 class Killed(BaseException):
