@@ -9,7 +9,7 @@ known exactly, the same scene rendered with that one thing changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
@@ -35,14 +35,13 @@ from sfumato.toybox.rendering import COLOR_RGB
 P2P, NULL = "Hertz et al. 2022", "Mokady et al. 2022"
 STEPS = 20
 REPORT, TUNE = 5000, 6000  # seeds of scenes and noise: never the same for choosing and for reporting
-WINDOWS = ((0.4, 0.2), (0.6, 0.4), (0.8, 0.4), (0.8, 0.6))  # shares of (cross, self) attention among which is chosen
-BLEND_WINDOWS = ((0.2, 0.2), (0.4, 0.2), (0.8, 0.4))  # the same where local blend keeps the rest as well
-THRESHOLDS = (0.5, 0.65, 0.8)  # of local blend: at the notebooks' 0.3 a toy's noun acts nearly everywhere
 STRENGTHS = (0.4, 0.6, 0.8)  # of SDEdit, Meng et al. 2022
 FACTORS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a colour word, as far as the paper goes
 GUIDANCE = 7.5  # of the reconstruction, as in Mokady et al. 2022
 KINDS = {"color": COLORS, "shape": SHAPES, "pattern": PATTERNS[1:], "ground": GROUNDS}
 FEWEST = 5  # pairs below which nothing is measured
+#: what an edit has to reach beside drawing anew: share of its changes, IoU of untouched toys more, dB of the rest more
+ENOUGH = (0.8, 0.25, 6.0)
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,18 @@ class Setting:
         plan: dict[str, Any] = {"cross_replace": [self.cross], "self_replace": [self.own]}
         return plan if self.threshold is None else {**plan, "blend": change_.where, "threshold": self.threshold}
 
+    @staticmethod
+    def widest(settings: Sequence[Setting]) -> Setting:
+        """One that needs of the source's recording what any of these does."""
+        thresholds = [each.threshold for each in settings if each.threshold is not None]
+        shares = max(each.cross for each in settings), max(each.own for each in settings)
+        return Setting(*shares, thresholds[0] if thresholds else None)
 
-ALONE = tuple(Setting(*window) for window in WINDOWS)
-BLENDED = tuple(Setting(*window, threshold) for window in BLEND_WINDOWS for threshold in THRESHOLDS)
+
+#: among which is chosen: attention alone, and with local blend, which keeps the rest of the picture as well (at the
+#: notebooks' threshold 0.3 a toy's noun acts nearly everywhere)
+ALONE = tuple(Setting(*shares) for shares in ((0.4, 0.2), (0.6, 0.4), (0.8, 0.4), (0.8, 0.6)))
+BLENDED = tuple(Setting(*shares, at) for shares in ((0.2, 0.2), (0.4, 0.2), (0.8, 0.4)) for at in (0.5, 0.65, 0.8))
 
 
 def change(prompt: Prompt, kind: str, seed: int) -> Change | None:
@@ -160,19 +168,22 @@ def recorder_for(model: Any, **plan: Any) -> Recorder:
 class Outcome:
     """What became of the edits of one method, one entry per judged change."""
 
-    success: list[bool]
-    kept: list[float]  # IoU of each toy that was not to change, with where it was; 0 if it is gone or is another
-    background: list[float]  # dB outside the changed toy
-    pictures: list[Tensor]
-    changes: list[Change]
+    success: list[bool] = field(default_factory=list)
+    #: IoU of each toy that was not to change, with where it was; 0 if it is gone or is another
+    kept: list[float] = field(default_factory=list)
+    background: list[float] = field(default_factory=list)  # dB outside the changed toy
+    changes: list[Change] = field(default_factory=list)
+    sources: list[Tensor] = field(default_factory=list)
+    pictures: list[Tensor] = field(default_factory=list)
 
-    def add(self, got: tuple[bool, float, float], picture: Tensor, change_: Change) -> None:
+    def add(self, got: tuple[bool, float, float], change_: Change, source: Tensor, picture: Tensor) -> None:
         """One more of :func:`judged`."""
         self.success.append(got[0])
         self.kept.append(got[1])
         self.background.append(got[2])
-        self.pictures.append(picture)
         self.changes.append(change_)
+        self.sources.append(source)
+        self.pictures.append(picture)
 
     def of_kind(self, kind: str) -> float:
         """Share of the changes of this kind that were made."""
@@ -224,31 +235,25 @@ def edit_all(
     SDEdit."""
     model, eye = common.load(context, name), common.judge_of(context)
     out: dict[str, Outcome] = {}
-    cross, own = max(each.cross for each in settings), max(each.own for each in settings)
-    blends = any(each.threshold is not None for each in settings)
     for i, (each,) in context.batches(asked, 1, label):
 
         def made(text: str, *parts: Intervention, seed: int = seed + i, **options: Any) -> Tensor:
             given = {"seed": [seed], "steps": STEPS, **options}
             return generate(model, [text], interventions=parts, **given).pixels.clamp(-1, 1)
 
-        recorder = recorder_for(model, **Setting(cross, own, 0.5 if blends else None).plan(each))
+        recorder = recorder_for(model, **Setting.widest(settings).plan(each))
         before = made(each.prompt.text, recorder)
-        pictures = {"source": before, "no injection": made(each.text)}
+        pictures = {"no injection": made(each.text)}
         for setting in settings:
             pictures[str(setting)] = made(each.text, PromptToPrompt(recorder.recording, **setting.plan(each)))
         for strength in strengths:
             pictures[f"SDEdit {strength:g}"] = made(each.text, image=before, strength=strength)
-        source, *_ = readings = eye.read(torch.cat(list(pictures.values())))
+        source, *readings = eye.read(torch.cat([before, *pictures.values()]))
         for (method, after), reading in zip(pictures.items(), readings, strict=True):
             got = judged(each, source, reading, before[0], after[0])
             if got is not None:
-                out.setdefault(method, Outcome([], [], [], [], [])).add(got, after[0], each)
+                out.setdefault(method, Outcome()).add(got, each, before[0], after[0])
     return out
-
-
-#: what an edit has to reach beside drawing anew: share of its changes, IoU of untouched toys more, dB of the rest more
-ENOUGH = (0.8, 0.25, 6.0)
 
 
 def choose(tuned: dict[str, Outcome], settings: Sequence[Setting]) -> Setting:
@@ -287,17 +292,19 @@ def generated(name: str, context: Context) -> list[Row]:
     blended, alone = chosen(context, name)
     asked = changes("test", REPORT, context.count(240, 24))
     found = edit_all(context, name, asked, REPORT, [blended, alone], f"{name}, editing")
-    shown = {"source": "picture", "no injection": "drawn anew", str(alone): "attention alone",
-             str(blended): "and local blend"}  # fmt: skip
+    shown = {"no injection": "drawn anew", str(alone): "attention alone", str(blended): "and local blend"}
     picture: str | None = None
     leans_on = common.trust_text(context, "shape", "color", "pattern")
     if found:
-        heads = [f"{each.old} to {each.new}" for each in found["source"].changes[:10]]
-        sheet = common.sheet([found[key].pictures[:10] for key in shown], names=list(shown.values()), heads=heads)
+        free = found["no injection"]
+        heads = [f"{each.old} to {each.new}" for each in free.changes[:10]]
+        rows = [free.sources[:10], *(found[key].pictures[:10] for key in shown)]
+        sheet = common.sheet(rows, names=["picture", *shown.values()], heads=heads)
         picture = context.save(f"prompt_to_prompt-{name}.png", sheet)
     said = (
-        f"{name}, generated: one word changed, Prompt-to-Prompt makes the change at least 0.8 times as often as "
-        "drawing anew, while untouched toys gain 0.25 of IoU with where they were and the background 6 dB"
+        f"{name}, generated: one word changed, Prompt-to-Prompt makes the change at least {ENOUGH[0]} times as often "
+        f"as drawing anew, while untouched toys gain {ENOUGH[1]} of IoU with where they were and the background "
+        f"{ENOUGH[2]:g} dB"
     )
     return [
         _row(found, blended, said, leans_on, picture, headline=True),
@@ -312,26 +319,25 @@ def _row(
     n = len(found[str(setting)].success) if found else 0
     if n < FEWEST:
         return Row(claim, P2P, "", "", n, void="too few pictures show what they should", headline=headline)
-    ours, free = found[str(setting)], found["no injection"]
-    enough = stats.paired_difference([float(x) for x in ours.success], [ENOUGH[0] * x for x in free.success])
-    success, base = stats.share(ours.success), stats.share(free.success)
-    kept = stats.paired_difference(ours.kept, free.kept)
-    background = stats.paired_difference(ours.background, free.background)
-    methods = {method: each for method, each in found.items() if method != "source"}
+    own, free = found[str(setting)], found["no injection"]
+    enough = stats.paired_difference([float(x) for x in own.success], [ENOUGH[0] * x for x in free.success])
+    success, base = stats.share(own.success), stats.share(free.success)
+    kept = stats.paired_difference(own.kept, free.kept)
+    background = stats.paired_difference(own.background, free.background)
     printed = [
         f"{method}: change {percent(stats.share(each.success))}, IoU {np.mean(each.kept):.2f}, "
         f"{np.mean(each.background):.1f} dB"
-        for method, each in methods.items()
-        if each is not ours
+        for method, each in found.items()
+        if each is not own
     ]
-    kinds = sorted({each.kind for each in ours.changes})
-    per_kind = {kind: {"edited": ours.of_kind(kind), "drawn anew": free.of_kind(kind)} for kind in kinds}
+    kinds = sorted({each.kind for each in own.changes})
+    per_kind = {kind: {"edited": own.of_kind(kind), "drawn anew": free.of_kind(kind)} for kind in kinds}
     return Row(
         claim=claim,
         source=P2P,
         measured=(
-            f"change {percent(success)}; IoU {np.mean(ours.kept):.2f}, {kept.text(digits=2)} more; background "
-            f"{np.mean(ours.background):.1f} dB, {background.text(digits=1)} more ({setting})"
+            f"change {percent(success)}; IoU {np.mean(own.kept):.2f}, {kept.text(digits=2)} more; background "
+            f"{np.mean(own.background):.1f} dB, {background.text(digits=1)} more ({setting})"
         ),
         baseline="; ".join(printed),
         bars=[
@@ -340,7 +346,7 @@ def _row(
                 -ENOUGH[0] * base.value,
                 1 - ENOUGH[0] * base.value,
                 at_least=0.0,
-                what="changes over 0.8 of drawing anew",
+                what=f"changes over {ENOUGH[0]} of drawing anew",
             ),
             Bar(kept, 0.0, 1 - float(np.mean(free.kept)), at_least=ENOUGH[1], what="IoU of untouched toys"),
             Bar(background, 0.0, 20.0, at_least=ENOUGH[2], what="background, dB"),
@@ -356,7 +362,7 @@ def _row(
                     "kept": float(np.mean(each.kept)),
                     "background": float(np.mean(each.background)),
                 }
-                for method, each in methods.items()
+                for method, each in found.items()
             },
         },
         picture=picture,
@@ -526,7 +532,9 @@ class Rerendered:
     pictures: list[Tensor]
 
 
-OURS = "null-text and p2p"
+def ours(setting: Setting) -> str:
+    """What the sheet and the figures call our edits."""
+    return f"null-text and {setting}"
 
 
 def edit_renders(
@@ -534,11 +542,11 @@ def edit_renders(
     name: str,
     asked: Sequence[Change],
     seed: int,
-    windows: Sequence[tuple[float, float]],
+    choices: Sequence[Setting],
     rivals: bool,
     label: str,
 ) -> dict[str, Rerendered]:
-    """Renders inverted and edited within every window, and with ``rivals`` by the baselines; ours first."""
+    """Renders inverted and edited with every setting, and with ``rivals`` by the baselines; ours first."""
     model = common.load(context, name)
     guidance, side = float(model.defaults["guidance"]), common.side(context, name)
     before = render([each.prompt.scene for each in asked], side)
@@ -550,25 +558,20 @@ def edit_renders(
             trajectory, null = inverted(context, name, picture, each.prompt.text, guidance)
             settings = {"guidance": guidance, **trajectory.settings}
 
-            def edited(
-                window: tuple[float, float],
-                *parts: Intervention,
-                given: dict[str, Any] = settings,
-                source: str = each.prompt.text,
-                text: str = each.text,
-            ) -> Tensor:
-                plan = {"cross_replace": [window[0]], "self_replace": [window[1]]}
-                recorder = recorder_for(model, **plan)
-                generate(model, source, decode=False, interventions=[*parts, recorder], **given)
-                edit = PromptToPrompt(recorder.recording, **plan)
-                return generate(model, text, interventions=[*parts, edit], **given).pixels.clamp(-1, 1)
-
             def plain(text: str = each.text, **given: Any) -> Tensor:
                 return generate(model, text, **given).pixels.clamp(-1, 1)
 
-            made = {f"{OURS} {w[0]:g}/{w[1]:g}": edited(w, null) for w in windows}
+            def edited(
+                by: Sequence[Setting], *parts: Intervention, given: dict[str, Any] = settings, of: Change = each
+            ) -> list[Tensor]:
+                recorder = recorder_for(model, **Setting.widest(by).plan(of))
+                generate(model, of.prompt.text, decode=False, interventions=[*parts, recorder], **given)
+                edits = [PromptToPrompt(recorder.recording, **setting.plan(of)) for setting in by]
+                return [plain(of.text, interventions=[*parts, edit], **given) for edit in edits]
+
+            made = dict(zip((ours(setting) for setting in choices), edited(choices, null), strict=True))
             if rivals:
-                made["p2p without null-text"] = edited(windows[0])
+                made["p2p without null-text"], *_ = edited(choices)
                 made["no guidance, no p2p"] = plain(**{**settings, "guidance": 1.0})
                 made["unchanged picture"] = picture
                 for strength in STRENGTHS:
@@ -589,31 +592,32 @@ def edit_renders(
     } | found
 
 
-def chosen_on_renders(context: Context, name: str) -> tuple[float, float]:
-    """The window whose edits of inverted validation renders come nearest to the re-render as a whole."""
+def chosen_on_renders(context: Context, name: str) -> Setting:
+    """The one whose edits of inverted validation renders come nearest to the re-render as a whole."""
 
-    def choose_() -> tuple[float, float]:
+    def made() -> list[float | None]:
         asked = changes("val", TUNE + 1, context.count(16, 4))
-        found = edit_renders(context, name, asked, TUNE, WINDOWS, False, f"{name}, choosing on renders")
-        return max(WINDOWS, key=lambda w: float(np.mean(found[f"{OURS} {w[0]:g}/{w[1]:g}"].whole)))
+        choices = (*BLENDED, *ALONE)
+        found = edit_renders(context, name, asked, TUNE, choices, False, f"{name}, choosing on renders")
+        return list(vars(max(choices, key=lambda each: float(np.mean(found[ours(each)].whole)))).values())
 
-    return context.once(f"window on renders {name}", choose_)
+    return Setting(*context.kept((f"setting on renders of {name}",), made))
 
 
 def renders(name: str, context: Context) -> list[Row]:
     """Arm B: renders inverted and edited, held against the same scene rendered with that one thing changed."""
-    window = chosen_on_renders(context, name)
+    setting = chosen_on_renders(context, name)
     asked = changes("test", REPORT + 4, context.count(80, 4))
-    found = edit_renders(context, name, asked, REPORT, [window], True, f"{name}, editing renders")
+    found = edit_renders(context, name, asked, REPORT, [setting], True, f"{name}, editing renders")
     scored = {method: each for method, each in found.items() if each.inside}
-    own = scored.pop(f"{OURS} {window[0]:g}/{window[1]:g}")
+    own = scored.pop(ours(setting))
     best = max(scored, key=lambda method: float(np.mean(scored[method].inside)))
     gain = stats.paired_difference(own.inside, scored[best].inside)
     kept, whole = stats.bootstrap(own.outside), stats.bootstrap(own.whole)
     free = float(np.mean(scored[f"SDEdit {STRENGTHS[-1]:g}"].outside))
     means = {
         method: [float(np.mean(values)) for values in (each.inside, each.outside, each.whole)]
-        for method, each in {OURS: own, **scored}.items()
+        for method, each in {ours(setting): own, **scored}.items()
     }
     return [
         Row(
@@ -623,21 +627,22 @@ def renders(name: str, context: Context) -> list[Row]:
                 "24 dB or more"
             ),
             source=f"{P2P}; {NULL}",
-            measured=f"{means[OURS][0]:.2f} dB to the re-render where it changed, {gain.text(digits=2)} above {best}; "
-            f"the rest {kept.text(digits=2)} dB; the whole picture {whole.text(digits=2)} dB to the re-render",
+            measured=f"{means[ours(setting)][0]:.2f} dB to the re-render where it changed, {gain.text(digits=2)} above "
+            f"{best}; the rest {kept.text(digits=2)} dB; the whole picture {whole.text(digits=2)} dB to the re-render "
+            f"({setting})",
             baseline="where it changed, the rest, the whole: "
-            + ", ".join(f"{m} {a:.2f}, {b:.2f}, {c:.2f} dB" for m, (a, b, c) in means.items() if m != OURS),
+            + ", ".join(f"{m} {a:.2f}, {b:.2f}, {c:.2f} dB" for m, (a, b, c) in means.items() if m != ours(setting)),
             bars=[
                 Bar(gain, 0.0, 10.0, above=0.0, what=f"dB above {best}"),
                 Bar(kept, min(free, 23.0), 40.0, at_least=24.0, what="dB of the rest"),
             ],
             n=len(asked),
-            leans_on="exact counterfactual renders; window chosen on inverted validation renders",
+            leans_on="exact counterfactual renders; setting chosen on inverted validation renders",
             picture=context.save(
                 f"prompt_to_prompt-{name}-renders.png",
                 common.sheet([each.pictures[:8] for each in found.values()], names=list(found)),
             ),
-            data={"window": window, "best baseline": best, "gain": gain.to_json(), "dB": means},
+            data={"setting": vars(setting), "best baseline": best, "gain": gain.to_json(), "dB": means},
         )
     ]
 

@@ -65,7 +65,7 @@ def test_words_that_act_where_the_change_belongs():
 def test_choice_of_settings():
     def outcome(changes_of_10, kept, background):
         success = [i < changes_of_10 for i in range(10)]
-        return claim.Outcome(success, [kept] * 10, [background] * 10, [], [])
+        return claim.Outcome(success, [kept] * 10, [background] * 10)
 
     for settings in (claim.ALONE, claim.BLENDED):
         assert len({str(each) for each in settings}) == len(settings)
@@ -105,10 +105,21 @@ class Stub:
 
 def test_edits_run_through_on_a_tiny_model(monkeypatch):
     monkeypatch.setattr(claim, "STEPS", 2)
+    monkeypatch.setattr(claim, "STRENGTHS", (0.6, 0.8))  # fewer leave no step of two
     asked = claim.changes("test", 3, 2)
     context = Context(quick=True)
     context.cache["model tiny"], context.cache["judge"] = tiny_model("sd"), Stub(asked)
     found = claim.edit_all(context, "tiny", asked, 0, [*claim.ALONE[:2], claim.BLENDED[0]], "x", (0.6, 0.8))
     methods = ["no injection", "p2p 0.4/0.2", "p2p 0.6/0.4", "p2p 0.2/0.2, blend 0.5", "SDEdit 0.6", "SDEdit 0.8"]
-    assert set(found) == {"source", *methods}
+    assert set(found) == set(methods)
     assert all(len(each.success) == 2 and np.isfinite(each.background).all() for each in found.values())
+    assert all(len(each.sources) == len(each.pictures) == 2 for each in found.values())
+    changed = claim.edit_renders(context, "tiny", asked, 0, [claim.BLENDED[0], claim.ALONE[0]], True, "x")
+    own = [claim.ours(setting) for setting in (claim.BLENDED[0], claim.ALONE[0])]
+    assert list(changed)[:4] == ["picture", "re-render", *own] and "p2p without null-text" in changed
+    assert all(np.isfinite([*each.inside, *each.outside, *each.whole]).all() for each in changed.values())
+
+
+def test_the_widest_setting_needs_all_that_the_others_do():
+    widest = claim.Setting.widest([claim.Setting(0.8, 0.2), claim.Setting(0.2, 0.6, 0.5)])
+    assert widest == claim.Setting(0.8, 0.6, 0.5) and claim.Setting.widest(claim.ALONE).threshold is None
