@@ -156,11 +156,17 @@ def _held_out(n: int) -> list[str]:
     return [caption(draw_scene("test", 99, i)).text for i in range(n)]
 
 
+def _numbered(prompts: Sequence[str]) -> dict[str, Any]:
+    """Labels of a sheet with a column for each prompt: numbers, and above them what they say."""
+    title = "; ".join(f"{i}: {prompt}" for i, prompt in enumerate(prompts, 1))
+    return {"title": title, "heads": [str(i) for i in range(1, len(prompts) + 1)]}
+
+
 def zoo() -> Image.Image:
-    """toy-sd above, toy-sd3 below: the same 10 captions of scenes that neither has seen, first try, nothing chosen."""
-    names = ["toy-sd", "toy-sd3"]
-    tiles = [tile for name in names for tile in sfumato.make(_held_out(10), model=name, seed=0).pixels]
-    return tiled(tiles, 10, 128, rows=names)
+    """toy-sd above, toy-sd3 below: the same 8 captions of scenes that neither has seen, first try, nothing chosen."""
+    names, prompts = ["toy-sd", "toy-sd3"], _held_out(8)
+    tiles = [tile for name in names for tile in sfumato.make(prompts, model=name, seed=0).pixels]
+    return tiled(tiles, len(prompts), 128, rows=names, **_numbered(prompts))
 
 
 def _heat(what: Any, prompt: str | None, words: list[str], model: str, **options: Any) -> Image.Image:
@@ -238,11 +244,12 @@ def prompt_to_prompt() -> Image.Image:
         with_ = [{"method": "prompt_to_prompt", "params": {"source": old, **params}}] if params else []
         return sfumato.make(prompt, seed=3, with_=with_).pixels.detach()
 
-    window = {"cross_replace": [0.8], "self_replace": [0.4]}
-    above = [made(old), made(new), made(new, **window)]
-    below = [made(old, reweight=[f"red={factor}"], cross_replace=[1.0]) for factor in (0, 1, 2)]
-    said = ["a red cube", "a green cube, anew", "a green cube, edited", "red=0", "red=1", "red=2"]
-    return tiled(list(zip(said, torch.cat([*above, *below]), strict=True)), 3, 256)
+    alone = {"cross_replace": [0.8], "self_replace": [0.4]}
+    blended = {"cross_replace": [0.2], "self_replace": [0.2], "blend": ["cube"], "threshold": 0.65}
+    above = {"a red cube": made(old), "a green cube, anew": made(new), "its attention kept": made(new, **alone),
+             "and local blend": made(new, **blended)}  # fmt: skip
+    below = {f"red={f:g}": made(old, reweight=[f"red={f:g}"], cross_replace=[1.0]) for f in (-1, 0, 1, 2)}
+    return tiled([(said, pixels[0]) for said, pixels in (above | below).items()], 4, 256)
 
 
 def sad_pad() -> Image.Image:
@@ -473,9 +480,7 @@ def clip_guidance() -> Image.Image:
         for i, prompt in enumerate(prompts)
     ]
     rows = ["no guidance", "CLIP guidance", "classifier-free guidance"]
-    told = "; ".join(f"{i}: {prompt}" for i, prompt in enumerate(prompts, 1))
-    heads = [str(i) for i in range(1, len(prompts) + 1)]
-    return tiled(list(torch.cat(made)), len(prompts), title=told, rows=rows, heads=heads)
+    return tiled(list(torch.cat(made)), len(prompts), rows=rows, **_numbered(prompts))
 
 
 def mgad() -> Image.Image:
