@@ -69,7 +69,8 @@ def heat_maps(
         if how == "daam":
             found += explain_by_daam(model, shown, texts, **given)
         else:
-            options = {"concepts": [*CONCEPTS, *BACKGROUND], "space": how, "layers": list(layers)}
+            concepts = [*CONCEPTS, *BACKGROUND]
+            options = {"concepts": concepts, "space": how, "normalise": how == "output", "layers": list(layers)}
             found += explain_images(model, shown, texts, **given, **options)
     return found
 
@@ -97,13 +98,14 @@ def looked_up(context: Context, split: str, seed: int, n: int, found: Sequence[A
 
 
 def best_layer(context: Context, how: str) -> tuple[str, float]:
-    """The layer whose maps of validation scenes segment best, and its threshold."""
+    """The layer whose maps of validation scenes segment best, or "joint" where the mean of all does, and the
+    threshold."""
 
     def chosen() -> tuple[str, float]:
         where = ("val", TUNE, context.count(30, 6))
         found = heat_maps(context, *where, how, ["joint"], True)
         scored = []
-        for block in dict.fromkeys(layer.site.block for layer in found[0].layers):
+        for block in dict.fromkeys(("joint", *(layer.site.block for layer in found[0].layers))):
             there = looked_up(context, *where, found, block)
             tau, score = segmentation.fit_threshold(there.maps, there.truths)
             scored.append((score, block, tau))
@@ -211,8 +213,9 @@ EXPERIMENT = Experiment(
     title="ConceptAttention: maps of concepts that need not be in the prompt",
     intro=(
         "All shapes, grounds and skies of the toybox are the concepts of every picture, so each place is shared out"
-        f" among them. Renders are noised to the levels from {WINDOW[0]:g} of the schedule on. Layer and threshold were"
-        " chosen on validation scenes, for either space and for DAAM; intervals of segmentation are over pictures."
+        f" among them. Renders are noised to the levels from {WINDOW[0]:g} of the schedule on. Layer (or all)"
+        " and threshold were chosen on validation scenes, for either space and for DAAM; outputs are normalised over"
+        " the concepts, as the authors' segmentation does; intervals of segmentation are over pictures."
     ),
     file=__file__,
     parts=(

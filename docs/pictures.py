@@ -182,8 +182,8 @@ def daam_existing() -> Image.Image:
 
 
 def concept_attention() -> Image.Image:
-    """What toy-sd3 has drawn, shared out among four concepts; nothing in the picture is a cone."""
-    look = ConceptAttention(concepts=["cube", "ball", "cone", "grass"], layers=["joint.2"], window=(0.25, 1.0))
+    """What toy-sd3 has drawn, shared out among five concepts; nothing in the picture is a cone."""
+    look = ConceptAttention(concepts=["cube", "ball", "cone", "grass", "night"], window=(0.25, 1.0))
     made = sfumato.make("a red cube and a blue ball on the grass", model="toy-sd3", with_=[look], seed=3)
     return look.maps[0].grid(made.images[0])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadInput, NoMatch, NotSupported
-from sfumato.explain.concept_attention import ConceptAttention, explain_image, explain_images
+from sfumato.explain.concept_attention import ConceptAttention, explain_image, explain_images, normalised
 from sfumato.explain.daam import DAAM
 from sfumato.models.hooks import running
 from sfumato.sampling import generate
@@ -36,7 +36,9 @@ def attention(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, T
     return q, tk, out[:, :, : q.shape[2]], out[:, :, q.shape[2] :]
 
 
-def by_the_paper(model: Any, blocks: list[Any], concepts: Tensor, space: str, last: int) -> list[Tensor]:
+def by_the_paper(
+    model: Any, blocks: list[Any], concepts: Tensor, space: str, last: int, normalise: bool
+) -> list[Tensor]:
     """Scores (b n c) at every block up to ``last``: concepts beside the prompt, through each block's own weights for
     text. ``blocks``: what each block of the real pass was called with."""
     found = []
@@ -50,9 +52,11 @@ def by_the_paper(model: Any, blocks: list[Any], concepts: Tensor, space: str, la
         seen = block.norm1_context(text, temb) if block.context_pre_only else block.norm1_context(text, emb=temb)[0]
         q, _, of_image, _ = attention(block.attn, image, seen)
         _, k, _, of_concepts = attention(block.attn, image, shown)
-        pair = (of_image, of_concepts) if space == "output" else (q, k)
-        scores = torch.einsum("bknd,bkcd->bnc", *pair)
-        found.append(scores if space == "output" else scores * q.shape[-1] ** -0.5 / q.shape[1])
+        places, names = (of_image, of_concepts) if space == "output" else (q, k * q.shape[-1] ** -0.5 / q.shape[1])
+        if normalise:
+            least = names.min(2, keepdim=True).values
+            names = (names - least) / (names - least).sum(2, keepdim=True)
+        found.append(torch.einsum("bknd,bkcd->bnc", places, names))
         if i == last or block.context_pre_only:
             break
         gate, shift, scale, gate_mlp = rest
@@ -63,9 +67,10 @@ def by_the_paper(model: Any, blocks: list[Any], concepts: Tensor, space: str, la
     return found
 
 
+@pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("space", ["output", "attention"])
 @pytest.mark.parametrize("kind", ["sd3", "sd35"])
-def test_scores_are_those_of_the_paper(kind, space):
+def test_scores_are_those_of_the_paper(kind, space, normalise):
     model = tiny_model(kind)
     blocks: list[Any] = []
 
@@ -73,7 +78,8 @@ def test_scores_are_those_of_the_paper(kind, space):
         if part.path.startswith("transformer_blocks.") and part.path.count(".") == 1 and len(blocks) < 2:
             blocks.append(part.kwargs)
 
-    look = ConceptAttention(concepts=CONCEPTS, layers=["joint"], share=False, space=space, per_step=True)
+    options = {"share": False, "space": space, "normalise": normalise}
+    look = ConceptAttention(concepts=CONCEPTS, layers=["joint"], per_step=True, **options)
     given = {"steps": 1, "seed": 2, "guidance": 1.0, "size": (SIZE, SIZE), "decode": False}
     with running(model.denoiser, note):
         generate(model, PROMPT, interventions=look, **given)
@@ -81,7 +87,7 @@ def test_scores_are_those_of_the_paper(kind, space):
     vectors = model.encode_text(CONCEPTS, None, False).cond["embeds"][:, t5.offset]
     with torch.no_grad():
         vectors = model.denoiser.context_embedder(vectors[None])
-        expected = by_the_paper(model, blocks, vectors, space, 1)
+        expected = by_the_paper(model, blocks, vectors, space, 1, normalise)
     for layer, scores in zip(look.maps[0].layers, expected, strict=True):
         got = layer.maps[0, 0].flatten(1).T
         torch.testing.assert_close(got, scores[0], atol=1e-5, rtol=1e-4)
@@ -100,7 +106,7 @@ def test_shares_and_names():
     assert torch.equal(daam.maps[0].map("a", merge=True), alone.maps[0].map("a", merge=True))
     assert len(look.maps) == 2 and look.maps[0].words == tuple(CONCEPTS)
     for maps in look.maps:
-        assert len(maps.layers) == 1  # the last fifth of two blocks
+        assert len(maps.layers) == 2  # all of them
         torch.testing.assert_close(maps.tokens().sum(0), torch.ones(4, 8))
         assert maps.map("a big dog").shape == (16, SIZE)
     single = ConceptAttention(concepts=CONCEPTS)
@@ -108,9 +114,19 @@ def test_shares_and_names():
     torch.testing.assert_close(single.maps[0].map("cone"), look.maps[1].map("cone"), atol=1e-6, rtol=1e-5)
 
 
+def test_normalised_channels_sum_to_one_over_the_concepts_and_a_single_concept_is_itself():
+    concepts = torch.randn(2, 3, 4, 5, generator=torch.manual_seed(0))
+    made = normalised(concepts)
+    assert made.min() == 0 and torch.equal(normalised(concepts[:, :, :1]), concepts[:, :, :1])
+    torch.testing.assert_close(made.sum(2), torch.ones(2, 3, 5))
+    torch.testing.assert_close(normalised(3 * concepts + 1), made)  # length does not count, nor what all have
+    assert not normalised(torch.ones_like(concepts)).any()
+
+
 def test_pictures_that_exist():
     model = tiny_model("flux")
     found = explain_image(model, picture(), "", ["cone", "dog"], steps=2, size=(SIZE, SIZE))
+    assert len(found.layers) == 1  # the last fifth of the two that have weights of their own for the text
     both = explain_images(
         model, [picture(), picture((0, 0, 9))], "", concepts=["cone", "dog"], steps=2, seed=[0, 5], size=(SIZE, SIZE)
     )

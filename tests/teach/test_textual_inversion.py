@@ -435,3 +435,13 @@ def test_ctrl_c_keeps_a_checkpoint(photos, tmp_path):
     found = app.teach(photos, resume=True, **given)
     assert found.step == 2 and out.is_file() and Image.open(photos / "a.jpg").size == (60, 40)
     assert not list(tmp_path.glob("*.training"))
+
+
+def test_what_a_card_advises_serves_where_nothing_else_is_asked_for(photos):
+    model = tiny_model("sd3clip")
+    model.card["teaching"] = {"textual_inversion": {"vectors": 3, "steps": 1}, "dreambooth": {"steps": 7}}
+    given = {"model": model, "name": "<rex>"}
+    assert app.teach(photos, **given).facts["vectors"] == 3
+    assert app.teach(photos, by="textual_inversion:vectors=2", **given).facts["vectors"] == 2
+    found = app.teach(photos, steps=2, **given)
+    assert (found.facts["vectors"], found.step) == (3, 2)

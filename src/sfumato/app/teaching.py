@@ -68,6 +68,9 @@ def teach(
 ) -> protocol.TeachingResult:
     """Teach a model that exists by a system of the verb teach; the model itself is not changed.
 
+    Parameters that are not given are those that the model's card advises for the system (``teaching``), if any, else
+    the system's own.
+
     Args:
         data: a folder of pictures, or what else the system takes, such as "toybox".
         by: the system with its parameters, as for ``--with``; None: a new word.
@@ -132,6 +135,8 @@ def teach(
     from sfumato.sampling.intervention import refuse_unfit
 
     refuse_unfit([system], loaded)
+    if advised := getattr(loaded, "card", {}).get("teaching", {}).get(key):
+        system = cls(**{**advised, **params})
     with work.alone():
         if target is not None and work.first:
             fresh(target)  # once more: another run of that name may have ended in the meantime

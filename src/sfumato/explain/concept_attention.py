@@ -4,7 +4,8 @@ Concepts run through the transformer beside the prompt. At every joint attention
 other with the weights of the text; picture and prompt do not see them (section 4 of the paper, equations 4 and 5). How
 much a place of the picture is like a concept is the inner product of the two outputs of that attention, and the softmax
 over the concepts shares the place out among them (section 4.2): maps of outputs are sharper than those of attention
-itself.
+itself. Before, as in the authors' segmentation, every channel of the concepts is shifted to begin at 0 and divided by
+its sum over the concepts: else the few channels in which they are longest decide alone.
 
     >>> look = ConceptAttention(concepts=["ball", "cone", "grass"])
     >>> result = generate(model, "toys in the sun", interventions=look)
@@ -43,7 +44,8 @@ from sfumato.windows import Window
 
 __all__ = ["ConceptAttention", "explain_image", "explain_images"]
 
-#: the paper reads layers 15 to 18 of Flux's 19 in which text and picture have weights of their own
+#: the paper reads layers 15 to 18 of Flux's 19 in which text and picture have weights of their own; in SD3, which has
+#: no others, the authors' code reads all
 SHARE = 4 / 19
 #: how a concept's maps are listed and looked up, as words of a text of their own
 BETWEEN = ", "
@@ -61,7 +63,7 @@ class ConceptAttention(Intervention):
         arxiv="2502.04320",
         verb="explain",
         needs=("joint_attention",),
-        defaults_from="the paper's code: the last fifth of the layers, all steps, softmax over concepts",
+        defaults_from="the authors' code: the last fifth of Flux's layers, all of SD3's; softmax over concepts",
         cost="1 more forward of the conditional branch per step read; keys and values of one step in memory",
         not_reproduced="the segmentation benchmarks on ImageNet and PascalVOC; videos",
         summary="heat maps of concepts that need not be in the prompt",
@@ -71,7 +73,9 @@ class ConceptAttention(Intervention):
     class Params(cards.Params):
         concepts: list[str] = Field(description="what to look for; each place is shared out among them")
         layers: list[str] = Field(
-            default=[], description="blocks or module paths to read, such as joint.3; none: the last fifth"
+            default=[],
+            description="blocks or module paths to read, such as joint.3; none: all, or where single-stream layers "
+            "follow, as in Flux, the last fifth of the others",
         )
         window: Window = Field(
             default=(0.0, 1.0),
@@ -82,6 +86,10 @@ class ConceptAttention(Intervention):
             default="output",
             description="compare what attention gives to picture and concepts, or the picture's queries with the "
             "concepts' keys, which is what the paper holds against it",
+        )
+        normalise: bool = Field(
+            default=True,
+            description="divide each channel of two or more concepts by its sum over them, counted from its least",
         )
         share: bool = Field(
             default=True, description="softmax over the concepts; false: their raw likeness, one by one"
@@ -203,7 +211,8 @@ class ConceptAttention(Intervention):
                 heads = picture.shape[1]
                 keys = own.k[:, :, mine].repeat_interleave(heads // own.k.shape[1], 1) * (own.scale / heads)
                 others = concepts if self.params.space == "output" else keys
-                alike = torch.einsum("bknd,bkcd->bnc", picture.float(), others.float())
+                others = normalised(others.float()) if self.params.normalise else others.float()
+                alike = torch.einsum("bknd,bkcd->bnc", picture.float(), others)
                 maps = alike.softmax(-1) if self.params.share else alike
                 self._store.add(own.site, maps[:, None], own.step.i)
             out = torch.zeros_like(own.q)
@@ -221,12 +230,22 @@ class ConceptAttention(Intervention):
         p = self.params
         if not p.layers:
             double = [site for site in joint if site.block.startswith("joint")] or joint
-            return double[-math.ceil(SHARE * len(double)) :]
+            return double if len(double) == len(joint) else double[-math.ceil(SHARE * len(double)) :]
         chosen = [site for site in joint if matches_place(site, p.layers)]
         if not chosen:
             places = ", ".join(dict.fromkeys(site.block for site in joint))
             raise NoMatch(f"layers={p.layers} of concept_attention match none of {model}'s: {places}.")
         return chosen
+
+
+def normalised(concepts: Tensor) -> Tensor:
+    """Each channel of concepts (b heads c d), counted from its least, over its sum over the concepts; where all have
+    the same it is 0. A single concept stays as it is."""
+    if concepts.shape[2] == 1:
+        return concepts
+    above = concepts - concepts.amin(2, keepdim=True)
+    total = above.sum(2, keepdim=True)
+    return above / torch.where(total == 0, 1, total)
 
 
 def _encoded(model: Model, concepts: list[str]) -> Tensor:

@@ -65,6 +65,9 @@ def markdown(card: dict[str, Any]) -> str:
         )
     if sampling:
         parts.append("- Sampling defaults: " + ", ".join(f"{key} {value}" for key, value in sampling.items()) + ".")
+    for system, advised in card.get("teaching", {}).items():
+        settings = ",".join(f"{key}={value}" for key, value in advised.items())
+        parts.append(f"- Taught by `{system}` with `{settings}`, where nothing else is asked for.")
     if card.get("plain"):
         parts.append(f"## With plain diffusers\n\n```python\n{card['plain']}\n```")
     if quality:
