@@ -496,7 +496,7 @@ def mgad() -> Image.Image:
         both = {"texts": [text], "images": [given]}
         tiles.append(reference)
         for targets, seed in (({"texts": [text]}, 0), ({"images": [given]}, 0), (both, 0), (both, 1)):
-            system = MGAD(**targets, prompted=False, cutouts=8)
+            system = MGAD(**targets, prompted=False)
             tiles.append(sfumato.make(text, seed=seed, guidance=1.0, with_=[system]).pixels)
         names.append(text)
     heads = ["the reference", "by the text", "by the reference", "by both, seed 0", "by both, seed 1"]

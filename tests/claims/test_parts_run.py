@@ -32,7 +32,7 @@ PARTS = {
     "structured_guidance patterns": (functools.partial(structured_guidance.binding, "tiny", "patterns"), 3),
     "clip_guidance": (functools.partial(clip_guidance.curves, "toy-sd"), 5),
     "clip_guidance scorers": (functools.partial(clip_guidance.scorers, "toy-sd"), 1),
-    "mgad": (functools.partial(mgad.together, "toy-sd"), 4),
+    "mgad": (functools.partial(mgad.together, "toy-sd"), 5),
     "no_token_left_behind prompts": (no_token_left_behind.prompts, 2),
     "no_token_left_behind": (functools.partial(no_token_left_behind.several_toys, "tiny"), 1),
     "no_token_left_behind boxes": (functools.partial(no_token_left_behind.boxes, "tiny"), 1),
@@ -70,7 +70,7 @@ def context(tmp_path, monkeypatch, loaded):
     monkeypatch.setattr(clip_guidance, "FREE", (1.0, 2.0, 3.0, 4.0))  # a quick run takes every third
     monkeypatch.setattr(clip_guidance, "TUNED", clip_guidance.N)
     monkeypatch.setattr(mgad, "STEPS", 1)
-    monkeypatch.setattr(mgad, "CUTOUTS", 2)
+    monkeypatch.setattr(mgad, "PICTURES", {**mgad.PICTURES, "cutouts": 2})
     monkeypatch.setattr(no_token_left_behind, "STEPS", 1)
     monkeypatch.setattr(no_token_left_behind, "STRENGTHS", (0.2,))
     monkeypatch.setattr(no_token_left_behind, "GUIDE", {"cutouts": 1, "window": (0.0, 0.6)})

@@ -174,12 +174,14 @@ def test_mgad():
         "image": followed(0.03, 0.8, seed=2),
         "plain": followed(0.02, 0.05, seed=3),
         "prompted": followed(0.9, 0.9, seed=4),
+        "crops": followed(0.6, 0.6, seed=8),
         "whole view": followed(0.4, 0.4, seed=5),
     }
     good = mgad.rows_of("toy", {**arms, "both": followed(0.95, 0.95, seed=6)}, 100.0, {})
-    assert [row.holds for row in good] == [True] * 4 and headline(good) is good[0] and good[0].n == 60
-    null = mgad.rows_of("toy", {**arms, "both": followed(0.03, 0.05, 0.2, seed=7)}, 100.0, {})
-    assert [row.holds for row in null] == [False] * 4
+    assert [row.holds for row in good] == [True] * 5 and headline(good) is good[0] and good[0].n == 60
+    blind = {"both": followed(0.03, 0.05, 0.2, seed=7), "crops": followed(0.04, 0.04, seed=9)}
+    null = mgad.rows_of("toy", {**arms, **blind}, 100.0, {})
+    assert [row.holds for row in null] == [False] * 5
 
 
 def test_cases_of_mgad():

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sfumato.cards import build, from_recipe, to_recipe
 from sfumato.errors import BadInput, NoMatch, NotSupported, UnknownName
+from sfumato.models import load
 from sfumato.models.readers import load_clip
 from sfumato.rng import stream
 from sfumato.sampling import generate
@@ -94,6 +95,46 @@ def test_each_target_pulls_to_itself(reference):
     assert ends["text"]["a red ball"] < ends["none"]["a red ball"]
     assert ends["image"]["image 1"] < ends["none"]["image 1"]
     assert ends["image"]["image 1"] < ends["text"]["image 1"]
+
+
+@pytest.mark.parametrize("name", ["toy-sd", "toy-sd3"])
+def test_a_noise_aware_clip_sees_texts_and_references_noised_alike(reference, name):
+    model, clip = load(name), load_clip("toy-clip-noisy")
+    seen = []
+
+    class Watch(MGAD):
+        def _loss_of_noised(self, step, x, alpha, sigma):
+            total = super()._loss_of_noised(step, x, alpha, sigma)
+            seen.append((step.i, x.detach(), alpha, sigma, total.detach(), step.run.seeds))
+            return total
+
+    watch = Watch(texts=["a red ball:3"], images=[reference], prompted=False, strength=300.0)
+    given = {"steps": 4, "guidance": 1.0, "n": 2}
+    latents = made(model, watch, **given).latents
+    cut = reference.resize((128, 128), Image.Resampling.LANCZOS)
+    with torch.no_grad():
+        clean = model.encode_image(torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1)
+        text = clip.text(["a red ball"])
+        for i, x, alpha, sigma, totals, seeds in seen:
+            for row, seed in enumerate(seeds):
+                noise = torch.randn(clean.shape, generator=stream("mgad.noise", seed, 1, i))
+                other = clip.latents(alpha * clean + sigma * noise, alpha, sigma)
+                own = clip.latents(x[row : row + 1], alpha, sigma)
+                to_text, to_image = half_square_angle(own, text), half_square_angle(own, other)
+                assert float(totals[row]) == pytest.approx(0.75 * to_text + 0.25 * to_image, rel=1e-3)
+                assert watch.distances["image 1"][i][row] == pytest.approx(to_image, rel=1e-3)
+    assert len(seen) >= 3  # but for pure noise
+    alone = made(model, MGAD(**watch.params.model_dump()), **given | {"n": 1}).latents
+    torch.testing.assert_close(latents[:1], alone, atol=2e-4, rtol=1e-3)
+
+
+def test_a_noise_aware_clip_pulls_to_its_targets(reference):
+    model, ends = load("toy-sd"), {}
+    for strength in (1e-6, 1000.0):
+        system = MGAD(texts=["a red ball"], images=[reference], prompted=False, strength=strength)
+        made(model, system, steps=6, guidance=1.0)
+        ends[strength] = {label: steps[-1][0] for label, steps in system.distances.items()}
+    assert all(ends[1000.0][label] < ends[1e-6][label] for label in ("a red ball", "image 1"))
 
 
 def _stored(picture):

@@ -116,6 +116,17 @@ class GradientGuidance(Intervention):
             (gradient,) = torch.autograd.grad(gain(x0).sum(), x0)
         return gradient * (alpha / (alpha**2 + sigma**2))
 
+    @staticmethod
+    def of_noised(step: Step, gain: Callable[[Tensor, float, float], Tensor]) -> Tensor:
+        """The gradient (b c h w) of ``gain(x, alpha, sigma)`` (b) of the noised latents ``x = alpha x0 + sigma eps``; 0
+        in pure noise, which tells nothing yet. The denoiser has no part in it."""
+        alpha, sigma = step.path.alpha_sigma(step.t)
+        if alpha == 0:
+            return torch.zeros_like(step.x)
+        with torch.enable_grad():
+            x = (step.x.detach().float() / step.path.scale(step.t)).requires_grad_(True)
+            return torch.autograd.grad(gain(x, alpha, sigma).sum(), x)[0]
+
 
 def step_variance(path: Path, t: Any, t_next: Any) -> float:
     """Variance of the DDPM step from ``t`` to ``t_next``: of q(x_next | x_t, x0) (Ho et al. 2020, equation 7), on any

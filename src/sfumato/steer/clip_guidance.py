@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from sfumato.cards import Card, Field, ModelPath, Template, register
@@ -107,12 +106,7 @@ class ClipGuidance(GradientGuidance):
 
     def gradient(self, step: Step) -> Tensor:
         if self._clip.reads_noise:
-            alpha, sigma = step.path.alpha_sigma(step.t)
-            if alpha == 0:  # pure noise tells nothing about the text
-                return torch.zeros_like(step.x)
-            with torch.enable_grad():
-                x = (step.x.detach().float() / step.path.scale(step.t)).requires_grad_(True)
-                return torch.autograd.grad(self._gain(step, self._clip.latents(x, alpha, sigma)).sum(), x)[0]
+            return self.of_noised(step, lambda *noised: self._gain(step, self._clip.latents(*noised)))
         model = step.run.model
         return self.of_prediction(
             step, lambda x0: self._gain(step, self._clip.pictures(model.decode(x0))), self.keeps_graph

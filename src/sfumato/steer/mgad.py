@@ -3,7 +3,9 @@
 While a picture is made, what it is going to be is looked at in random square crops; CLIP says how far these are from
 each text and from crops of each reference picture, and the gradient of the weighted distances moves the sample (Huang
 et al. 2022, section 3). The crops, drawn anew at every step, are the augmentation, and with the seed the source of
-diversity.
+diversity. A noise-aware CLIP looks at the noised latents themselves instead, beside which it sees each reference
+noised alike (Liu et al. 2023, arXiv 2112.05744): where a CLIP of pictures finds nothing to hold on to in the blurred
+prediction of early steps, it says what is there so far.
 
     >>> both = MGAD(texts=["a red ball"], images=["sunset.png:0.5"], prompted=False)
     >>> generate(model, "a red ball", guidance=1, interventions=both)
@@ -16,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sfumato import masks, rng, sheets
+from sfumato import files, masks, rng, sheets
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import NoMatch
 from sfumato.metrics.geometry import spherical_distance
@@ -55,9 +58,9 @@ class MGAD(GradientGuidance):
         verb="steer",
         needs=("pictures", "noise_path", "differentiable_state"),
         defaults_from="the authors' code (crops, distance, weights, smoothness 400 beside 5000); strength was tuned on "
-        "toy-sd, for the original's 5000 belongs to 512 pixels and 2000 DDPM steps",
+        "toy-sd and its noise-aware CLIP, for the original's 5000 belongs to 512 pixels and 2000 DDPM steps",
         cost="per step a backward pass through the denoiser, a forward and a backward pass through the decoder and one "
-        "of CLIP per crop",
+        "of CLIP per crop; with a noise-aware CLIP two forwards and a backward pass of it",
         not_reproduced="the secondary model that predicts the clean picture cheaply (through=decoder spares the pass "
         "through the denoiser instead), LPIPS to an initial picture, the user study",
         summary="texts and reference pictures guide together, each with a weight",
@@ -65,7 +68,7 @@ class MGAD(GradientGuidance):
     )
 
     class Params(GradientParams):
-        strength: float = Field(default=100.0, ge=0, description="weight of the distances; 0 off; see step")
+        strength: float = Field(default=1000.0, ge=0, description="weight of the distances; 0 off; see step")
         texts: list[str] = Field(
             default=[],
             description="what to pull towards, each with a weight after a colon if it is not 1; negative ones push "
@@ -79,7 +82,9 @@ class MGAD(GradientGuidance):
             description="the model reads the prompt itself; false: it gets no text, as in the paper, and CLIP alone "
             "says what is drawn",
         )
-        cutouts: int = Field(default=16, ge=1, le=256, description="crops per step and per reference picture")
+        cutouts: int = Field(
+            default=16, ge=1, le=256, description="crops per step and per reference picture, for a CLIP of pictures"
+        )
         cut_power: float = Field(
             default=0.5, gt=0, description="below 1 large crops are more likely, above 1 small ones"
         )
@@ -89,12 +94,14 @@ class MGAD(GradientGuidance):
         smooth: float = Field(default=0.08, ge=0, description="weight of the total variation beside the distances")
         in_range: float = Field(default=0.0, ge=0, description="weight of brightness out of range beside the distances")
         clip: ModelPath | None = Field(
-            default=None, description="a built-in CLIP or the folder of one; none: toy-clip, for models that draw toys"
+            default=None,
+            description="a built-in CLIP or the folder of one; none: for models of toys the noise-aware toy-clip, or "
+            "toy-clip where that does not fit",
         )
         through: Literal["denoiser", "decoder"] = Field(
             default="denoiser",
-            description="how far back the gradient goes; decoder: an estimate in place of the pass through the "
-            "denoiser, cheaper and in less memory",
+            description="for a CLIP of pictures: how far back the gradient goes; decoder: an estimate in place of the "
+            "pass through the denoiser, cheaper and in less memory",
         )
 
     def __init__(self, **given: Any):
@@ -106,7 +113,6 @@ class MGAD(GradientGuidance):
         if self._texts or self._images:
             shares([weight for _, weight in self._texts + self._images], "mgad")
         self.distances: dict[str, list[list[float]]] = {}
-        self.keeps_graph = p.through == "denoiser"
 
     # -- what the loop calls -------------------------------------------------------------------------------------------
 
@@ -117,9 +123,10 @@ class MGAD(GradientGuidance):
             self.distances = {}
         if p.strength == 0:
             return
-        self._clip: Clip = clip_for(run.model, p.clip, self.name, noised=False)
+        self._clip: Clip = clip_for(run.model, p.clip, self.name)
+        self.keeps_graph = not self._clip.reads_noise and p.through == "denoiser"
         self._cutouts = Cutouts(p.cutouts, p.cut_power, p.smallest)
-        rows: list[tuple[str, float, Tensor]] = []  # label, weight, (b or 1, m, d)
+        rows: list[tuple[str, float, Tensor]] = []  # label, weight, vectors (b or 1, m, d) or clean latents (1 c h w)
         texts = self._texts
         if not texts and not self._images:
             if not all(prompt.strip() for prompt in run.prompts):
@@ -128,7 +135,8 @@ class MGAD(GradientGuidance):
         for text, weight in texts:
             rows.append((text, weight, self._clip.text([text])[None]))
         for number, (picture, (_, weight)) in enumerate(zip(self._pictures, self._images, strict=True), 1):
-            rows.append((f"image {number}", weight, self._crops_of(picture)[None]))
+            seen = self._latents_of(picture, run) if self._clip.reads_noise else self._crops_of(picture)[None]
+            rows.append((f"image {number}", weight, seen))
         weights = shares([weight for _, weight, _ in rows], "mgad")
         self._targets = [(label, weight, embeds) for (label, _, embeds), weight in zip(rows, weights, strict=True)]
         if run.samples.start == 0:
@@ -146,10 +154,24 @@ class MGAD(GradientGuidance):
             self.__dict__.pop(name, None)
 
     def gradient(self, step: Step) -> Tensor:
+        if self._clip.reads_noise:
+            return self.of_noised(step, lambda *noised: -self._loss_of_noised(step, *noised))
         model = step.run.model
         return self.of_prediction(step, lambda x0: -self._loss(step, model.decode(x0).float()), self.keeps_graph)
 
     # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def _loss_of_noised(self, step: Step, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """The weighted distances of noised latents (b), to pictures noised as much, anew at every step and sample."""
+        targets = []
+        for number, (label, weight, wanted) in enumerate(self._targets):
+            if wanted.dim() == 4:
+                draws = [rng.stream("mgad.noise", seed, number, step.i) for seed in step.run.seeds]
+                noise = torch.cat([torch.randn(wanted.shape, generator=draw) for draw in draws])
+                with torch.no_grad():
+                    wanted = self._clip.latents(alpha * wanted + sigma * noise.to(wanted), alpha, sigma)[:, None]
+            targets.append((label, weight, wanted))
+        return self._distances(step, self._clip.latents(x, alpha, sigma)[:, None], targets)
 
     def _loss(self, step: Step, pixels: Tensor) -> Tensor:
         """The weighted distances of a picture's crops (b), and what keeps it a picture. Samples do not share crops."""
@@ -164,8 +186,12 @@ class MGAD(GradientGuidance):
         )
         embeds = self._clip.pictures(crops).unflatten(0, (len(pixels), p.cutouts))  # (b n d)
         total = p.smooth * total_variation(pixels) + p.in_range * out_of_range(pixels)
-        total = total.to(embeds.device)
-        for label, weight, targets in self._targets:
+        return total.to(embeds.device) + self._distances(step, embeds, self._targets)
+
+    def _distances(self, step: Step, embeds: Tensor, among: Sequence[tuple[str, float, Tensor]]) -> Tensor:
+        """The weighted distances of vectors (b n d) to all targets (b)."""
+        total = embeds.new_zeros(len(embeds))
+        for label, weight, targets in among:
             views, wanted = (normalize(each, dim=-1) for each in (embeds[:, :, None], targets[:, None]))
             distance = spherical_distance(views, wanted).mean((1, 2))
             total = total + weight * distance
@@ -184,6 +210,14 @@ class MGAD(GradientGuidance):
         boxes = self._cutouts.draw((pixels.shape[-2], pixels.shape[-1]), rng.stream("mgad.crops", 0, -1))
         with torch.no_grad():
             return self._clip.pictures(self._cutouts.cut(pixels, boxes, self._clip.side))
+
+    @staticmethod
+    def _latents_of(picture: Tensor, run: Run) -> Tensor:
+        """The latents (1 c h w) of a reference picture (H W 3) of 8 bits, cut to the shape of what is drawn."""
+        cut = files.fitted(Image.fromarray(picture.numpy()), (run.size[1], run.size[0]))
+        pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            return run.model.encode_image(pixels).float()
 
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """A picture beside the references, by file suffix."""
