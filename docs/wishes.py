@@ -30,9 +30,9 @@ class Wish:
 TOYS = '"a red cube and a blue ball"'
 WISHES = (
     Wish("a thing that is missing to be there", f"sfumato make {TOYS} --with attend_excite", "attend_excite",
-         "several toys", "12 points more often", "pictures with all their toys, and how many more than without"),
+         "three toys", "12 points more often", "pictures with all their toys, and how many more than without"),
     Wish("colours that are swapped on their own things", f"sfumato make {TOYS} --with attend_excite", "attend_excite",
-         "several toys", "in their own colours", "pictures with all toys in their colours, and how many more"),
+         "three toys", "in their own colours", "pictures with all toys in their colours, and how many more"),
     Wish("a thing at its place, left or right",
          f'sfumato make {TOYS} --with "paint_with_words:phrases=[red cube|blue ball],'
          'box=[[0|0.35|0.45|0.9]|[0.55|0.35|1|0.9]]"',
@@ -48,7 +48,7 @@ WISHES = (
     Wish("to know whether set A is better than B", "sfumato compare A B", "bench", "planted failures", "recoloured",
          "planted and found shares of good pictures", "one reading of every picture"),
     Wish("my own toy taught", 'sfumato teach photos --name "<rex>" --class ball -o rex.safetensors',
-         "textual_inversion"),
+         "textual_inversion", "toy-sd", "60 % of the gap", "share of the gap from the best prompt to renders that is closed"),
     Wish("a thing removed", 'sfumato edit photo.png "an empty meadow" --mask mask.png --by inpaint', "inpaint",
          "remove", "a toy is taken away: the hole", "distance to the scene without it (toy-sd-inpaint)"),
 )  # fmt: skip

@@ -66,7 +66,8 @@ def markdown(card: dict[str, Any]) -> str:
     if sampling:
         parts.append("- Sampling defaults: " + ", ".join(f"{key} {value}" for key, value in sampling.items()) + ".")
     for system, advised in card.get("teaching", {}).items():
-        settings = ",".join(f"{key}={value}" for key, value in advised.items())
+        listed = {key: f"[{'|'.join(map(str, v))}]" if isinstance(v, list) else v for key, v in advised.items()}
+        settings = ",".join(f"{key}={value}" for key, value in listed.items())
         parts.append(f"- Taught by `{system}` with `{settings}`, where nothing else is asked for.")
     if card.get("plain"):
         parts.append(f"## With plain diffusers\n\n```python\n{card['plain']}\n```")
