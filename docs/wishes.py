@@ -48,7 +48,7 @@ WISHES = (
     Wish("to know whether set A is better than B", "sfumato compare A B", "bench", "planted failures", "recoloured",
          "planted and found shares of good pictures", "one reading of every picture"),
     Wish("my own toy taught", 'sfumato teach photos --name "<rex>" --class ball -o rex.safetensors',
-         "textual_inversion", "toy-sd", "60 % of the gap", "share of the gap from the best prompt to renders that is closed"),
+         "textual_inversion", "toy-sd", "60 % of the gap", "share closed of the gap from prompts to renders"),
     Wish("a thing removed", 'sfumato edit photo.png "an empty meadow" --mask mask.png --by inpaint', "inpaint",
          "remove", "a toy is taken away: the hole", "distance to the scene without it (toy-sd-inpaint)"),
 )  # fmt: skip
