@@ -228,24 +228,20 @@ class ConceptAttention(Intervention):
 
     def _chosen(self, joint: list[Site], model: str) -> list[Site]:
         p = self.params
-        if not p.layers:
-            double = [site for site in joint if site.block.startswith("joint")] or joint
-            return double if len(double) == len(joint) else double[-math.ceil(SHARE * len(double)) :]
-        chosen = [site for site in joint if matches_place(site, p.layers)]
-        if not chosen:
+        if p.layers and (chosen := [site for site in joint if matches_place(site, p.layers)]):
+            return chosen
+        if p.layers:
             places = ", ".join(dict.fromkeys(site.block for site in joint))
             raise NoMatch(f"layers={p.layers} of concept_attention match none of {model}'s: {places}.")
-        return chosen
+        double = [site for site in joint if site.block.startswith("joint")] or joint
+        return double if len(double) == len(joint) else double[-math.ceil(SHARE * len(double)) :]
 
 
 def normalised(concepts: Tensor) -> Tensor:
     """Each channel of concepts (b heads c d), counted from its least, over its sum over the concepts; where all have
     the same it is 0. A single concept stays as it is."""
-    if concepts.shape[2] == 1:
-        return concepts
     above = concepts - concepts.amin(2, keepdim=True)
-    total = above.sum(2, keepdim=True)
-    return above / torch.where(total == 0, 1, total)
+    return concepts if concepts.shape[2] == 1 else above / above.sum(2, keepdim=True).clamp_min(1e-30)
 
 
 def _encoded(model: Model, concepts: list[str]) -> Tensor:
@@ -287,12 +283,9 @@ def explain_images(
     size: tuple[int, int] | None = None,
     **params: Any,
 ) -> list[HeatMaps]:
-    """Maps of concepts in pictures that exist already: each is encoded, noised to the level of every step of a schedule
-    within ``window``, and shown to the denoiser together with its prompt, which may be empty.
-
-    ``params``: of :class:`ConceptAttention`; all else as of :func:`sfumato.explain.daam.explain_images`. Costs two
-    forwards per level and picture. Raises BadInput, NoMatch, NotSupported.
-    """
+    """Maps of concepts in pictures that exist already, with prompts that may be empty, noised to every level within
+    ``window``; two forwards per level and picture. ``params``: of :class:`ConceptAttention`; all else as of
+    :func:`sfumato.explain.daam.explain_images`. Raises BadInput, NoMatch, NotSupported."""
     look = ConceptAttention(**params)
     observe_images(look, model, images, prompts, steps=steps, seed=seed, scheduler=scheduler, size=size)
     return look.maps

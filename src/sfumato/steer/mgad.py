@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sfumato import files, masks, rng, sheets
+from sfumato.arrays import to_tensor
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import NoMatch
 from sfumato.metrics.geometry import spherical_distance
@@ -215,7 +216,7 @@ class MGAD(GradientGuidance):
     def _latents_of(picture: Tensor, run: Run) -> Tensor:
         """The latents (1 c h w) of a reference picture (H W 3) of 8 bits, cut to the shape of what is drawn."""
         cut = files.fitted(Image.fromarray(picture.numpy()), (run.size[1], run.size[0]))
-        pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = to_tensor(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
             return run.model.encode_image(pixels).float()
 
