@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import BeforeValidator
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sfumato import files, masks, rng, sheets
-from sfumato.arrays import to_tensor
+from sfumato.arrays import to_pixels
 from sfumato.cards import Card, Field, FilePath, ModelPath, register
 from sfumato.errors import NoMatch
 from sfumato.metrics.geometry import spherical_distance
@@ -216,9 +215,8 @@ class MGAD(GradientGuidance):
     def _latents_of(picture: Tensor, run: Run) -> Tensor:
         """The latents (1 c h w) of a reference picture (H W 3) of 8 bits, cut to the shape of what is drawn."""
         cut = files.fitted(Image.fromarray(picture.numpy()), (run.size[1], run.size[0]))
-        pixels = to_tensor(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
-            return run.model.encode_image(pixels).float()
+            return run.model.encode_image(to_pixels([cut])).float()
 
     def pictures(self, result: Any, index: int) -> dict[str, Image.Image]:
         """A picture beside the references, by file suffix."""
