@@ -588,20 +588,6 @@ def robust_vit() -> Image.Image:
     return sheet(tiles, columns=len(own), rows=["the shape", "before: relevance of the shape", "taught where to look"])
 
 
-TEACHING: dict[str, dict[str, Any]] = {
-    "textual_inversion": {
-        "steps": 400,
-        "lr": 5e-3,
-        "templates": ["a {}"],
-        "length": "free",
-        "vectors": 4,
-        "timesteps": "cubic",
-    },
-    "dreambooth": {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100, "timesteps": "cubic"},
-}
-"""Settings of the pictures of what teaches, on toy-sd."""
-
-
 def secret_toys() -> Image.Image:
     """The eight secret toys, then the four that settings are chosen on."""
     every = [*SECRETS.values(), *VALIDATION.values()]
@@ -644,14 +630,16 @@ def _taught(
 
 def textual_inversion() -> Image.Image:
     secret = SECRETS["zigzag"]
-    system = TextualInversion(name="<rex>", class_noun=secret.noun, **TEACHING["textual_inversion"])
-    taught = system.teach(sfumato.load("toy-sd"), _photos(secret))
+    model = sfumato.load("toy-sd")
+    system = TextualInversion(name="<rex>", class_noun=secret.noun, **model.card["teaching"]["textual_inversion"])
+    taught = system.teach(model, _photos(secret))
     return _taught([secret], f"a {secret.description}", "a <rex>", taught)
 
 
 def dreambooth() -> Image.Image:
     secret = SECRETS["zigzag"]
-    system = DreamBooth(class_noun=secret.noun, **TEACHING["dreambooth"])
+    settings = {"steps": 400, "lr": 2e-3, "batch": 2, "prior": 100, "timesteps": "cubic"}  # the rate is a LoRA's
+    system = DreamBooth(class_noun=secret.noun, **settings)
     taught = system.teach(sfumato.load("toy-sd"), _photos(secret))
     said = taught.facts["subjects"][0]
     return _taught([secret], f"a {secret.description}", f"a {said}", taught, {"the class alone": f"a {secret.noun}"})
