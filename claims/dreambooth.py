@@ -151,7 +151,8 @@ def measured(context: Context, name: str) -> list[Row]:
     lora = subjects.against(gaps(found, "lora"), gaps(found, "full"))
     share = subjects.average([each["lora parameters"] / each["full parameters"] for each in found])
     drift = {arm: subjects.average([each[f"{arm} drift"] for each in found]) for arm in ARMS}
-    shown = {"renders": "renders", "description": "described", "word": "a taught word", **{arm: arm for arm in ARMS}}
+    shown = {"renders": "renders, on any ground", "description": "described", "word": "a taught word"}
+    shown |= {arm: arm for arm in ARMS}
     picture = context.save(f"dreambooth-{name}.png", subjects.scenes(found, shown))
     data = {each["secret"].key: {k: v.identity if isinstance(v, Arm) else v for k, v in each.items() if k != "secret"}
             for each in found}  # fmt: skip
