@@ -344,11 +344,14 @@ def shape_guided() -> Image.Image:
         for text in prompts
     ]
     edit = {"source": ["a red ball"], "words": ["ball"], "mask": mask}
-    given = {"image": image, "strength": 1.0, "guidance": 4.5, "scheduler": "ddim"}
-    edited = [sfumato.make(text, with_=[ShapeGuided(**edit)], **given).pixels for text in prompts]
+    given = {"image": image, "strength": 1.0, "guidance": 4.5, "scheduler": "ddim", "seed": 2}
+    anew = {"fresh": 1.0, "boost": 1.0, "renormalise": "all", "soft": True, "decay": "linear"}
+    rows = {"a mask: drawn from noise inside it": [_masked(mask), *drawn]}
+    for says, more in (("a picture: its red ball drawn anew", {}), ("the same from fresh noise, a soft mask", anew)):
+        edited = [sfumato.make(text, with_=[ShapeGuided(**edit, **more)], **given).pixels for text in prompts]
+        rows[says] = [image, *edited]
     heads = ["given", "a blue ball", "a yellow ball"]
-    rows = ["a mask: drawn from noise inside it", "a picture: its red ball drawn anew"]
-    return tiled(list(torch.cat([_masked(mask), *drawn, image, *edited])), 3, rows=rows, heads=heads)
+    return tiled(list(torch.cat(sum(rows.values(), []))), 3, rows=list(rows), heads=heads)
 
 
 def paint_with_words() -> Image.Image:
