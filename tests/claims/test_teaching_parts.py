@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
+import torch
 
 from claims import children, custom_diffusion, discriminative_tokens, dreambooth, subjects, textual_inversion
 from claims.core import Context
@@ -14,7 +17,7 @@ from sfumato.teach.dreambooth import DreamBooth
 from sfumato.teach.textual_inversion import TextualInversion
 from tests.tiny import tiny_model
 
-ROWS = {textual_inversion: 4, dreambooth: 5, custom_diffusion: 5, discriminative_tokens: 5}
+ROWS = {textual_inversion: 5, dreambooth: 5, custom_diffusion: 5, discriminative_tokens: 5}
 TEACHERS = (CustomDiffusion, DiscriminativeTokens, DreamBooth, TextualInversion)
 
 
@@ -32,6 +35,36 @@ def test_what_is_kept_of_a_child_goes_by_the_name_of_its_model(tmp_path):
     with subjects.at_work(context, child, "ball") as work:
         assert [each.name for each in work.folder.iterdir()] == ["prior.safetensors"]
     assert [each.name for each in tmp_path.iterdir()] == ["toy-sd"]
+
+
+def test_a_child_whose_lesson_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    errors, stop_at = children.Denoising.errors, [2]
+
+    def stopping(self, latents, condition, step, where, **given):
+        if stop_at[0] is not None and step + 1 == stop_at[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return errors(self, latents, condition, step, where, **given)
+
+    def learnt(part):
+        context = Context(quick=True)
+        context.count = lambda full, quick: min(full, 3)
+        context.shared = lambda file, models: tmp_path / part
+        model = tiny_model("sd")
+        with torch.no_grad():
+            before = {key: value.clone() for key, value in model.pipe.unet.state_dict().items()}
+        try:
+            return children.learnt(context, model, "looks", lambda: children.looks(10), 8)
+        finally:
+            assert all(torch.equal(value, before[key]) for key, value in model.pipe.unet.state_dict().items())
+
+    monkeypatch.setattr(children.Denoising, "errors", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        learnt("a")
+    stop_at[0] = None
+    assert list((tmp_path / "a" / "learning looks").iterdir())
+    went_on, whole = learnt("a"), learnt("b")
+    assert whole and all(torch.equal(went_on[key], each) for key, each in whole.items())
+    assert not (tmp_path / "a" / "learning looks").exists()  # its caller keeps the weights
 
 
 class Killed(BaseException):
