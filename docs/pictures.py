@@ -582,13 +582,11 @@ def robust_vit() -> Image.Image:
         maps = relevance_maps(model, pixels, torch.from_numpy(source.labels[own]))[0].detach()
         for i, one, word in zip(own, maps, said, strict=True):
             wide = torch.nn.functional.interpolate(one[None, None], (160, 160), mode="bilinear")[0, 0]
-            tiles.append(
-                (
-                    f"says {SHAPES[word]}",
-                    heat_overlays.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide)),
-                )
-            )
-    return sheet(tiles, columns=len(own), rows=["the shape", "before: relevance of the shape", "taught where to look"])
+            fine = torch.nn.functional.interpolate(one[None, None], source.masks.shape[1:], mode="bilinear")[0, 0]
+            on_toy = float(fine[torch.from_numpy(source.masks[i] >= 0)].sum() / fine.sum())
+            heat = heat_overlays.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide))
+            tiles.append((f"says {SHAPES[word]}: {100 * on_toy:.0f} %", heat))
+    return sheet(tiles, columns=len(own), rows=["the shape", "before: relevance on the toy", "taught where to look"])
 
 
 def secret_toys() -> Image.Image:
