@@ -35,6 +35,7 @@ PAIRS = (
 TUNED_ON = (("mint", "waves"), ("indigo", "quarters"))
 SETTINGS: dict[str, Any] = {"batch": 4, "prompt": "a {}", "checkpoint_every": 10_000, "timesteps": "cubic"}
 RATES = ((3e-4, 5e-3), (1e-3, 5e-3), (1e-3, 2e-2), (4e-3, 2e-2))  # of the matrices and of the word
+SHOWN = 6  # pictures of an arm
 ARMS = ("together", "merged", "average", "sum of changes", "DreamBooth")
 
 
@@ -161,7 +162,7 @@ def measured(context: Context, name: str) -> list[Row]:
     model, n, value = children.world(context, name), context.count(48, 4), rates(context, name)
     captions = [caption(draw_scene("train", 91, i)).text for i in range(context.count(300, 40))]
     both: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    residuals, shown, each_of = [], {}, 3
+    residuals, shown = [], {}
     own: dict[str, Tensor] = {}
     for keys in PAIRS[: context.count(len(PAIRS), 1)]:
         pair = [SECRETS[key] for key in keys]
@@ -182,14 +183,14 @@ def measured(context: Context, name: str) -> list[Row]:
             "sum of changes": ({path: first[path] + second[path] - own[path] for path in own}, words),
             "DreamBooth": (by_dreambooth(context, name, pair).weights, {}),
         }
-        frames = render([scene for secret in pair for scene in references(secret, each_of)], model.default_size[0])
+        frames = render([scene for secret in pair for scene in references(secret, SHOWN // 2)], model.default_size[0])
         shown[f"{' and '.join(keys)}: rendered, each alone"] = list(frames.image)
         for arm, (weights, said) in sets.items():
             called = ["zqa", "zqb"] if arm == "DreamBooth" else words_of(pair)
             rate, pictures = scored(context, model, pair, called, weights, said, n, arm)
             both[arm].append(rate)
-            shown[f"{' and '.join(keys)}: {arm}"] = list(pictures[: 2 * each_of])
-    few, heads = 2 * (len(ARMS) + 1), [f"seed {i}" for i in range(2 * each_of)]  # two pairs
+            shown[f"{' and '.join(keys)}: {arm}"] = list(pictures[:SHOWN])
+    few, heads = 2 * (len(ARMS) + 1), [f"seed {i}" for i in range(SHOWN)]  # two pairs
     sheet = common.sheet(list(shown.values())[:few], names=list(shown)[:few], heads=heads)
     picture = context.save(f"custom-diffusion-{name}.png", sheet)
     naive = [max(each) for each in zip(both["average"], both["sum of changes"], strict=True)]

@@ -113,7 +113,7 @@ def best_settings(context: Context, name: str, on_picture: bool) -> dict[str, An
         model = common.load(context, name)
         tuned = cases("val", TUNE, common.tenth(context, 24), common.side(context, name))
         scores = []
-        for settings in (*SETTINGS[:: 2 if context.quick else 1], *[ANEW] * on_picture):
+        for settings in (*SETTINGS[:: 2 if context.quick else 1], *((ANEW,) if on_picture else ())):
             method = guided(model, on_picture, **settings)
             label = f"{name}, {'pictures' if on_picture else 'noise'}, {settings}"
             found = outcomes(context, tuned, method, TUNE, label)

@@ -583,7 +583,7 @@ def robust_vit() -> Image.Image:
         for i, one, word in zip(own, maps, said, strict=True):
             wide = torch.nn.functional.interpolate(one[None, None], (160, 160), mode="bilinear")[0, 0]
             fine = torch.nn.functional.interpolate(one[None, None], source.masks.shape[1:], mode="bilinear")[0, 0]
-            on_toy = float(fine[torch.from_numpy(source.masks[i] >= 0)].sum() / fine.sum())
+            on_toy = float(segmentation.inside_share(fine[None], torch.from_numpy(source.masks[i] >= 0)[None]))
             heat = heat_overlays.overlay(Image.fromarray(source.images[i]), segmentation.normalise(wide))
             tiles.append((f"says {SHAPES[word]}: {100 * on_toy:.0f} %", heat))
     return sheet(tiles, columns=len(own), rows=["the shape", "before: relevance on the toy", "taught where to look"])
